@@ -1,0 +1,1 @@
+"""Configuration: frozen dataclasses and the strict parser that builds them."""

@@ -1,0 +1,86 @@
+"""Where training text comes from and how it becomes batches."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from moe_jax.config.parse import require
+
+Schema = Literal["instruction", "completion", "chat", "text"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    """One data set.
+
+    Attributes:
+      path: a `.json`, `.jsonl`, `.parquet` or `.txt` file, a folder of such files, or the id of a
+        hub data set.
+      name: the hub data set's configuration, where it has several.
+      split: which split of a hub data set or of a folder with one file per split.
+      revision: the hub data set's revision.
+      schema: what a row holds. `instruction`: instruction, input, output. `completion`: prompt,
+        completion. `chat`: messages, a list of `{role, content}`. `text`: text.
+      columns: the row's own name for a field of the schema, where it differs.
+      prompt: the prompt template for `instruction` rows, a file in `moe_jax/data/prompts/` without
+        its ending, or the path of a template file.
+      weight: this data set's share of the rows, relative to the other data sets.
+    """
+
+    path: str
+    schema: Schema
+    name: str | None = None
+    split: str = "train"
+    revision: str | None = None
+    columns: dict[str, str] = field(default_factory=dict)
+    prompt: str = "instruction"
+    weight: float = 1.0
+
+    def __post_init__(self):
+        require(self.path != "", "path", "is empty; name a file, a folder or a hub data set")
+        require(self.weight > 0, "weight", "must be positive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """The data of one adapter.
+
+    Attributes:
+      train: data sets to train on, by a name of the user's choice.
+      validation: data sets to measure the loss on, each by itself.
+      max_length: tokens per row; a longer row loses the end of its completion.
+      train_on_prompt: count the prompt's tokens in the loss too.
+      buckets: the padded row lengths that may occur, ascending, at most `max_length`, which is
+        always added as the last one. Each is one compilation of the step.
+      sort_window: batches whose rows are sorted by length together, so that a batch holds rows of
+        like length. 1 leaves the shuffled order as it is.
+      num_workers: processes that tokenise; 0 tokenises in the main process.
+      cache_dir: where tokenised data sets are kept; None leaves it to the `datasets` library.
+    """
+
+    train: dict[str, SourceConfig]
+    max_length: int
+    validation: dict[str, SourceConfig] = field(default_factory=dict)
+    train_on_prompt: bool = False
+    buckets: tuple[int, ...] = ()
+    sort_window: int = 32
+    num_workers: int = 0
+    cache_dir: str | None = None
+
+    def __post_init__(self):
+        require(bool(self.train), "train", "names no data set")
+        require(self.max_length > 1, "max_length", "must be at least 2 tokens")
+        require(
+            list(self.buckets) == sorted(set(self.buckets)), "buckets", "must ascend strictly"
+        )
+        require(
+            all(0 < b <= self.max_length for b in self.buckets),
+            "buckets",
+            f"must lie between 1 and max_length ({self.max_length})",
+        )
+        require(self.sort_window > 0, "sort_window", "must be positive")
+        require(self.num_workers >= 0, "num_workers", "must not be negative")
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """The padded row lengths that may occur, ascending."""
+        return tuple(sorted({*self.buckets, self.max_length}))

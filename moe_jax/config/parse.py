@@ -1,0 +1,123 @@
+"""Strict parsing of nested mappings into frozen dataclasses.
+
+Types are checked, unknown fields are refused with the nearest known name, and every message carries
+the full path of the field (`config.adapters.default.rank`). The only conversions are the ones that
+cannot lose anything: `int` to `float`, `list` to `tuple`.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from moe_jax.errors import ConfigError
+
+ROOT = "config"
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """A hint for an unknown name: the nearest known one, or else the list of all of them."""
+    known = sorted(known)
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    if near:
+        return f"did you mean {near[0]!r}?"
+    return f"known: {', '.join(known)}" if known else "none are known here"
+
+
+def parse(hint: Any, value: Any, path: str = ROOT) -> Any:
+    """Checks `value` against the type `hint` and returns it in that type.
+
+    Args:
+      hint: a dataclass, a builtin scalar, `Literal`, `X | None`, `tuple[X, ...]` or `dict[str, X]`.
+      value: plain Python data: mappings, lists, tuples and scalars.
+      path: where the value stands, for messages.
+
+    Raises:
+      ConfigError: an unknown or missing field, a wrong type, or a value that a dataclass's own
+        `__post_init__` refused.
+    """
+    if dataclasses.is_dataclass(hint):
+        return _parse_dataclass(hint, value, path)
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Literal:
+        if not any(value == choice and type(value) is type(choice) for choice in args):
+            choices = ", ".join(repr(choice) for choice in args)
+            hint_text = ""
+            if isinstance(value, str):
+                near = difflib.get_close_matches(value, [a for a in args if isinstance(a, str)], 1)
+                hint_text = f" (did you mean {near[0]!r}?)" if near else ""
+            raise ConfigError(f"{path}: {value!r} is not one of {choices}{hint_text}")
+        return value
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        (inner,) = [a for a in args if a is not type(None)]
+        return parse(inner, value, path)
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise ConfigError(f"{path}: expected a tuple, got {_describe(value)}")
+        return tuple(parse(args[0], item, f"{path}[{i}]") for i, item in enumerate(value))
+    if origin is dict:
+        mapping = _as_mapping(value, path)
+        return {key: parse(args[1], item, f"{path}.{key}") for key, item in mapping.items()}
+    return _parse_scalar(hint, value, path)
+
+
+def _parse_scalar(hint: Any, value: Any, path: str) -> Any:
+    if hint is Any:
+        return value
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
+        raise ConfigError(f"{path}: expected {hint.__name__}, got {_describe(value)}")
+    return value
+
+
+def _parse_dataclass(cls: Any, value: Any, path: str) -> Any:
+    mapping = _as_mapping(value, path)
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
+    for name in mapping:
+        if name not in fields:
+            raise ConfigError(f"{path}.{name}: unknown field; {suggest(str(name), fields)}")
+    missing = [
+        name
+        for name, f in fields.items()
+        if name not in mapping
+        and f.default is dataclasses.MISSING
+        and f.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise ConfigError(f"{path}.{missing[0]}: this field is required and was not given")
+    kwargs = {name: parse(hints[name], item, f"{path}.{name}") for name, item in mapping.items()}
+    try:
+        return cls(**kwargs)
+    except FieldError as error:
+        raise ConfigError(f"{path}.{error.field}: {error.reason}") from None
+
+
+def _as_mapping(value: Any, path: str) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{path}: expected a group of fields, got {_describe(value)}")
+    return value
+
+
+def _describe(value: Any) -> str:
+    return "None" if value is None else f"{type(value).__name__} ({value!r})"
+
+
+class FieldError(ConfigError):
+    """Raised by a dataclass's `__post_init__`; `parse` adds where the dataclass stands."""
+
+    def __init__(self, field: str, reason: str):
+        super().__init__(f"{field}: {reason}")
+        self.field = field
+        self.reason = reason
+
+
+def require(condition: bool, field: str, reason: str) -> None:
+    """Refuses a dataclass's `field` for `reason` unless `condition` holds."""
+    if not condition:
+        raise FieldError(field, reason)
