@@ -1,0 +1,52 @@
+"""The machine that all tests see: eight CPU devices, no network, state in a temporary folder only.
+
+The environment is set while this file is imported, before anything imports jax, transformers or
+datasets, and so reaches the processes that tests start too.
+"""
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+DEVICES = 8
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = " ".join(
+    [
+        *(
+            flag
+            for flag in os.environ.get("XLA_FLAGS", "").split()
+            if not flag.startswith("--xla_force_host_platform_device_count")
+        ),
+        f"--xla_force_host_platform_device_count={DEVICES}",
+    ]
+)
+# Two pytest workers share the cores; torch's own threads would only fight over them.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["MPLBACKEND"] = "Agg"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+_scratch = Path(tempfile.mkdtemp(prefix="moe_jax_tests_"))
+os.environ["HF_HOME"] = str(_scratch / "huggingface")
+os.environ["HF_DATASETS_CACHE"] = str(_scratch / "datasets")
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+
+def pytest_sessionstart() -> None:
+    """A machine without the eight devices fails; skipping would hide every sharding test."""
+    if jax.device_count() != DEVICES:
+        pytest.exit(f"the tests need {DEVICES} devices and see {jax.devices()}", returncode=3)
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(_scratch, ignore_errors=True)
+
+
+@pytest.fixture
+def devices() -> list[jax.Device]:
+    """The eight fake devices."""
+    return jax.devices()
