@@ -1,0 +1,199 @@
+"""Rotary position embeddings, in the half-split convention of Hugging Face's Llama checkpoints.
+
+Letters: B batch, S sequence, H heads. Channel i of a head is rotated together with channel
+i + head_dim/2 by the angle `position * inv_freq[i]`. The frequency rules are those of transformers'
+`modeling_rope_utils`, one function each in `ROPE_TYPES`; a further rule is a function and a line
+there, and its name in `RopeConfig.rope_type`.
+"""
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moe_jax.config.model import RopeConfig
+from moe_jax.errors import ConfigError
+
+# Not in `RopeConfig`: the values that the YaRN paper (arXiv:2309.00071, section 3.2) gives for the
+# Llama family and that checkpoints leave out for that reason.
+YARN_BETA_FAST = 32.0
+YARN_BETA_SLOW = 1.0
+
+# (config, head_dim, max_position_embeddings, positions) -> (inv_freq, attention_scaling)
+FrequencyRule = Callable[[RopeConfig, int, int, jax.Array], tuple[np.ndarray | jax.Array, float]]
+
+
+def _wavelength_scales(config: RopeConfig, head_dim: int) -> np.ndarray:
+    """theta^(2i / head_dim), `[head_dim / 2]` float32, rounded once.
+
+    The rules below go on in float32 and in transformers' order of operations: an inverse frequency
+    that differs by one unit in the last place turns a position of 100 000 by 0.006 rad.
+    """
+    exponents = (np.arange(0, head_dim, 2).astype(np.float32) / np.float32(head_dim)).astype(
+        np.float64
+    )
+    return (config.rope_theta**exponents).astype(np.float32)
+
+
+def _default(
+    config: RopeConfig, head_dim: int, max_position_embeddings: int, positions: jax.Array
+) -> tuple[np.ndarray, float]:
+    """RoFormer, arXiv:2104.09864, section 3.2.2."""
+    del max_position_embeddings, positions
+    return np.float32(1.0) / _wavelength_scales(config, head_dim), 1.0
+
+
+def _linear(
+    config: RopeConfig, head_dim: int, max_position_embeddings: int, positions: jax.Array
+) -> tuple[np.ndarray, float]:
+    """Position interpolation, arXiv:2306.15595: all positions are divided by `factor`."""
+    inv_freq, scaling = _default(config, head_dim, max_position_embeddings, positions)
+    return inv_freq / np.float32(config.factor), scaling
+
+
+def _dynamic(
+    config: RopeConfig, head_dim: int, max_position_embeddings: int, positions: jax.Array
+) -> tuple[np.ndarray | jax.Array, float]:
+    """NTK-aware scaling that grows with the longest sequence of the batch.
+
+    With length = max(positions) + 1, theta is multiplied by g^(d / (d-2)), where
+    g = factor * length / max_position_embeddings - (factor - 1). Up to `max_position_embeddings` it
+    is the default rule, exactly. It depends on the positions of this call only: transformers also
+    remembers the longest length it has seen, until a call shorter than `max_position_embeddings`.
+    """
+    if head_dim <= 2:
+        raise ConfigError(f"head_dim: rope_type 'dynamic' needs at least 4, got {head_dim}")
+    inv_freq, scaling = _default(config, head_dim, max_position_embeddings, positions)
+    assert config.factor is not None
+    length = jnp.maximum(jnp.max(positions) + 1, max_position_embeddings).astype(jnp.float32)
+    growth = config.factor * length / max_position_embeddings - (config.factor - 1)
+    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / (head_dim - 2)
+    return inv_freq * jnp.exp(-exponents * jnp.log(growth)), scaling
+
+
+def _llama3(
+    config: RopeConfig, head_dim: int, max_position_embeddings: int, positions: jax.Array
+) -> tuple[np.ndarray, float]:
+    """Llama 3.1: long waves are slowed by `factor`, short ones kept, those between interpolated."""
+    inv_freq, scaling = _default(config, head_dim, max_position_embeddings, positions)
+    length, factor = config.original_max_position_embeddings, config.factor
+    low, high = config.low_freq_factor, config.high_freq_factor
+    assert length is not None
+    assert factor is not None
+    assert low is not None
+    assert high is not None
+    wavelength = np.float32(2 * math.pi) / inv_freq
+    smooth = (np.float32(length) / wavelength - np.float32(low)) / np.float32(high - low)
+    between = (1 - smooth) * inv_freq / np.float32(factor) + smooth * inv_freq
+    slowed = inv_freq / np.float32(factor)
+    is_long, is_short = wavelength > length / low, wavelength < length / high
+    return np.where(is_long, slowed, np.where(is_short, inv_freq, between)), scaling
+
+
+def _yarn(
+    config: RopeConfig, head_dim: int, max_position_embeddings: int, positions: jax.Array
+) -> tuple[np.ndarray, float]:
+    """YaRN, arXiv:2309.00071: interpolation by parts (eq. 20 to 23) and a temperature (eq. 25)."""
+    del positions
+    factor = config.factor
+    assert factor is not None
+    length = config.original_max_position_embeddings or max_position_embeddings
+
+    def channel_with(rotations: float) -> float:
+        """The channel, as a real number, that turns `rotations` times over `length` positions."""
+        turns = math.log(length / (rotations * 2 * math.pi))
+        return head_dim * turns / (2 * math.log(config.rope_theta))
+
+    first = channel_with(config.beta_fast or YARN_BETA_FAST)
+    last = channel_with(config.beta_slow or YARN_BETA_SLOW)
+    if config.truncate:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, head_dim - 1)
+    if first == last:
+        last += 0.001  # as transformers does, against a division by zero
+    channels = np.arange(head_dim // 2, dtype=np.float32)
+    ramp = (channels - np.float32(first)) / np.float32(last - first)
+    kept = np.float32(1.0) - np.clip(ramp, 0, 1)
+    scales = _wavelength_scales(config, head_dim)
+    interpolated = np.float32(1.0) / (np.float32(factor) * scales)
+    inv_freq = interpolated * (1 - kept) + (np.float32(1.0) / scales) * kept
+    return inv_freq, _yarn_attention_scaling(config, factor)
+
+
+def _yarn_attention_scaling(config: RopeConfig, factor: float) -> float:
+    """The factor of cos and sin; its square is YaRN's inverse temperature of attention."""
+
+    def scale(weight: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
+
+    if config.attention_factor is not None:
+        return config.attention_factor
+    if config.mscale and config.mscale_all_dim:
+        return scale(config.mscale) / scale(config.mscale_all_dim)
+    return scale(1.0)
+
+
+ROPE_TYPES: dict[str, FrequencyRule] = {
+    "default": _default,
+    "linear": _linear,
+    "dynamic": _dynamic,
+    "llama3": _llama3,
+    "yarn": _yarn,
+}
+
+
+def rope_frequencies(
+    config: RopeConfig, head_dim: int, max_position_embeddings: int, positions: jax.Array
+) -> tuple[np.ndarray | jax.Array, float]:
+    """Radians per position of each pair of channels.
+
+    Args:
+      config: the rule and its parameters.
+      head_dim: channels of a head, even.
+      max_position_embeddings: the length the model is made for, from its config.
+      positions: integers of any shape. Only `dynamic` reads them, padding's included (give padding
+        a position that is no larger than that of real tokens).
+
+    Returns:
+      `inv_freq` `[head_dim / 2]` float32 (a constant, but traced from `positions` for `dynamic`),
+      and the factor that cos and sin are multiplied by (not 1 for `yarn`).
+
+    Raises:
+      ConfigError: a `head_dim` for which `dynamic` is not defined.
+    """
+    return ROPE_TYPES[config.rope_type](config, head_dim, max_position_embeddings, positions)
+
+
+def rotary_tables(
+    config: RopeConfig, head_dim: int, max_position_embeddings: int, positions: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The cosine and sine of each channel's angle, `[B, S, head_dim]` float32 each.
+
+    Both halves of the channels hold the same angles. Arguments as for `rope_frequencies`, with
+    `positions` `[B, S]`. Angles are float32 whatever the model computes in.
+    """
+    inv_freq, attention_scaling = rope_frequencies(
+        config, head_dim, max_position_embeddings, positions
+    )
+    angles = positions[..., None].astype(jnp.float32) * inv_freq
+    angles = jnp.concatenate([angles, angles], axis=-1)
+    return jnp.cos(angles) * attention_scaling, jnp.sin(angles) * attention_scaling
+
+
+def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotates queries or keys.
+
+    Args:
+      x: `[B, S, H, head_dim]`.
+      cos: `[B, S, head_dim]`, from `rotary_tables`.
+      sin: `[B, S, head_dim]`, from `rotary_tables`.
+
+    Returns:
+      The rotated `x`, same shape and type; computed in the type of the tables (float32).
+    """
+    first, second = jnp.split(x, 2, axis=-1)
+    turned = jnp.concatenate([-second, first], axis=-1)
+    rotated = x * cos[:, :, None, :] + turned * sin[:, :, None, :]
+    return rotated.astype(x.dtype)

@@ -1,0 +1,205 @@
+"""Rotary embeddings against transformers' Llama, for every rope type."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
+
+from moe_jax.config.model import RopeConfig
+from moe_jax.config.parse import parse
+from moe_jax.errors import ConfigError
+from moe_jax.layers.rope import ROPE_TYPES, apply_rope, rope_frequencies, rotary_tables
+
+# Relative errors of a float32 inverse frequency: two units in the last place, and more where the
+# rule subtracts near-equal numbers (llama3's blend) or recomputes theta in float32 (dynamic).
+FREQUENCY_RTOL = dict(default=2.5e-7, linear=2.5e-7, yarn=2.5e-7, llama3=1.5e-6, dynamic=1.5e-6)
+# Two implementations of cos and sin of the same float32 angle.
+TABLE_ATOL = 1e-6
+
+MAX_POSITIONS = 128
+LLAMA3 = dict(
+    rope_type="llama3",
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=64,
+)
+YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=32)
+
+CASES: dict[str, dict] = {
+    "default": dict(rope_type="default"),
+    "default_theta_500000": dict(rope_type="default", rope_theta=500_000.0),
+    "linear_2": dict(rope_type="linear", factor=2.0),
+    "linear_7.3": dict(rope_type="linear", factor=7.3, rope_theta=25_000.0),
+    "dynamic_2": dict(rope_type="dynamic", factor=2.0),
+    "dynamic_5.5": dict(rope_type="dynamic", factor=5.5, rope_theta=3_000.0),
+    "llama3": LLAMA3,
+    "llama3_8b": LLAMA3 | dict(rope_theta=500_000.0, original_max_position_embeddings=8192),
+    "llama3_32": LLAMA3 | dict(factor=32.0, low_freq_factor=1.5, high_freq_factor=3.25),
+    "yarn": YARN,
+    "yarn_no_original_length": dict(rope_type="yarn", factor=4.0),
+    "yarn_attention_factor": YARN | dict(attention_factor=0.8),
+    "yarn_mscale": YARN | dict(mscale=1.0, mscale_all_dim=0.7),
+    "yarn_mscale_alone": YARN | dict(mscale=0.5),
+    "yarn_betas": YARN | dict(beta_fast=16.0, beta_slow=2.5, factor=16.0),
+    "yarn_betas_equal": YARN | dict(beta_fast=2.0, beta_slow=2.0, truncate=False),
+    "yarn_no_truncate": YARN | dict(truncate=False, rope_theta=150_000.0),
+    "yarn_factor_1": YARN | dict(factor=1.0),
+}
+HEAD_DIMS = (4, 10, 64, 128)
+
+
+def rope_config(case: str) -> RopeConfig:
+    return parse(RopeConfig, {"rope_theta": 10_000.0} | CASES[case])
+
+
+def hf_rotary(case: str, head_dim: int) -> LlamaRotaryEmbedding:
+    fields = {"rope_theta": 10_000.0} | CASES[case]
+    config = LlamaConfig(
+        hidden_size=head_dim * 2,
+        num_attention_heads=2,
+        head_dim=head_dim,
+        max_position_embeddings=MAX_POSITIONS,
+        rope_parameters=fields,
+    )
+    return LlamaRotaryEmbedding(config)
+
+
+def positions_for(kind: str) -> np.ndarray:
+    """`[B, S]` positions, as transformers makes them from a padded batch's attention mask."""
+    if kind == "within":
+        return np.tile(np.arange(MAX_POSITIONS), (2, 1))
+    if kind == "beyond":  # one row past the length the model is made for
+        return np.stack([np.arange(300), np.minimum(np.arange(300), 90)])
+    if kind == "left_padded":  # padding carries position 0; real tokens count from 0 after it
+        return np.stack([np.maximum(np.arange(160) - 37, 0), np.arange(160)])
+    if kind == "packed":  # positions restart within the row
+        return np.concatenate([np.arange(70), np.arange(20), np.zeros(10, int)])[None]
+    raise AssertionError(kind)
+
+
+POSITION_KINDS = ("within", "beyond", "left_padded", "packed")
+
+
+def test_every_type_is_covered():
+    assert {case["rope_type"] for case in CASES.values()} == set(ROPE_TYPES)
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("case", CASES)
+def test_frequencies_equal_transformers(case: str, head_dim: int):
+    for kind in POSITION_KINDS:
+        positions = positions_for(kind)
+        reference = hf_rotary(case, head_dim)
+        reference(torch.zeros(1), torch.as_tensor(positions))  # lets `dynamic` grow
+        inv_freq, scaling = rope_frequencies(
+            rope_config(case), head_dim, MAX_POSITIONS, jnp.asarray(positions)
+        )
+        assert inv_freq.dtype == np.float32 and inv_freq.shape == (head_dim // 2,)
+        rtol = FREQUENCY_RTOL[CASES[case]["rope_type"]]
+        np.testing.assert_allclose(inv_freq, reference.inv_freq.numpy(), rtol=rtol, atol=0)
+        assert scaling == pytest.approx(reference.attention_scaling, rel=1e-12)
+
+
+@pytest.mark.parametrize("kind", POSITION_KINDS)
+@pytest.mark.parametrize("case", CASES)
+def test_tables_equal_transformers(case: str, kind: str):
+    head_dim, positions = 64, positions_for(kind)
+    cos_hf, sin_hf = hf_rotary(case, head_dim)(torch.zeros(1), torch.as_tensor(positions))
+    tables = jax.jit(lambda p: rotary_tables(rope_config(case), head_dim, MAX_POSITIONS, p))
+    cos, sin = tables(jnp.asarray(positions))
+    assert cos.shape == (*positions.shape, head_dim) and cos.dtype == sin.dtype == jnp.float32
+    # An angle near 300 is known to 300 times that only.
+    atol = TABLE_ATOL + positions.max() * FREQUENCY_RTOL[CASES[case]["rope_type"]]
+    np.testing.assert_allclose(cos, cos_hf.numpy(), rtol=0, atol=atol)
+    np.testing.assert_allclose(sin, sin_hf.numpy(), rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("case", ["default", "llama3_8b", "yarn"])
+def test_tables_hold_at_positions_of_long_documents(case: str):
+    positions = np.array([[0, 1, 4095, 32_767, 131_071]])
+    cos_hf, sin_hf = hf_rotary(case, 128)(torch.zeros(1), torch.as_tensor(positions))
+    cos, sin = rotary_tables(rope_config(case), 128, MAX_POSITIONS, jnp.asarray(positions))
+    atol = TABLE_ATOL + positions[0][None, :, None] * FREQUENCY_RTOL[CASES[case]["rope_type"]]
+    assert (np.abs(np.asarray(cos) - cos_hf.numpy()) <= atol).all()
+    assert (np.abs(np.asarray(sin) - sin_hf.numpy()) <= atol).all()
+
+
+@pytest.mark.parametrize("case", ["default", "dynamic_2", "yarn"])
+def test_rotation_equals_transformers(case: str):
+    rng = np.random.default_rng(0)
+    positions = positions_for("beyond")
+    x = rng.standard_normal((*positions.shape, 3, 64)).astype(np.float32)
+    cos_hf, sin_hf = hf_rotary(case, 64)(torch.zeros(1), torch.as_tensor(positions))
+    expected, _ = apply_rotary_pos_emb(
+        torch.as_tensor(x), torch.as_tensor(x), cos_hf, sin_hf, unsqueeze_dim=2
+    )
+    cos, sin = rotary_tables(rope_config(case), 64, MAX_POSITIONS, jnp.asarray(positions))
+    actual = apply_rope(jnp.asarray(x), cos, sin)
+    np.testing.assert_allclose(actual, expected.numpy(), rtol=0, atol=5e-4)
+
+
+def test_rotation_by_hand():
+    # head_dim 4, theta 100: inv_freq = [100^0, 100^-0.5] = [1, 0.1]. At position 2 the pair
+    # (x0, x2) turns by 2 rad and the pair (x1, x3) by 0.2 rad.
+    config = RopeConfig(rope_type="default", rope_theta=100.0)
+    cos, sin = rotary_tables(config, 4, 16, jnp.array([[2]]))
+    x = jnp.array([1.0, 2.0, 3.0, 4.0]).reshape(1, 1, 1, 4)
+    expected = [
+        1 * math.cos(2.0) - 3 * math.sin(2.0),
+        2 * math.cos(0.2) - 4 * math.sin(0.2),
+        3 * math.cos(2.0) + 1 * math.sin(2.0),
+        4 * math.cos(0.2) + 2 * math.sin(0.2),
+    ]
+    np.testing.assert_allclose(apply_rope(x, cos, sin).ravel(), expected, rtol=1e-6)
+
+
+def test_products_depend_on_the_distance_only():
+    rng = np.random.default_rng(1)
+    query, key = (rng.standard_normal((1, 1, 1, 32)).astype(np.float32) for _ in range(2))
+    config = RopeConfig(rope_type="default", rope_theta=10_000.0)
+
+    def product(query_position: int, key_position: int) -> float:
+        turned = [
+            apply_rope(jnp.asarray(x), *rotary_tables(config, 32, 64, jnp.array([[position]])))
+            for x, position in ((query, query_position), (key, key_position))
+        ]
+        return float(jnp.vdot(*turned))
+
+    assert product(12, 5) == pytest.approx(product(47, 40), abs=1e-4)
+    assert abs(product(12, 5) - product(12, 6)) > 1e-2
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_half_precision_is_rotated_in_float32(dtype):
+    rng = np.random.default_rng(2)
+    x = jnp.asarray(rng.standard_normal((1, 500, 2, 64)), dtype)
+    config = RopeConfig(rope_type="default", rope_theta=10_000.0)
+    cos, sin = rotary_tables(config, 64, 512, jnp.arange(500)[None])
+    rotated = apply_rope(x, cos, sin)
+    assert rotated.dtype == dtype
+    expected = apply_rope(x.astype(jnp.float32), cos, sin)
+    np.testing.assert_array_equal(np.asarray(rotated), np.asarray(expected.astype(dtype)))
+
+
+def test_dynamic_is_the_default_rule_up_to_the_models_length():
+    dynamic = RopeConfig(rope_type="dynamic", rope_theta=10_000.0, factor=4.0)
+    default = dataclasses.replace(dynamic, rope_type="default", factor=None)
+    short, long = jnp.arange(MAX_POSITIONS)[None], jnp.arange(MAX_POSITIONS + 1)[None]
+    expected, _ = rope_frequencies(default, 16, MAX_POSITIONS, short)
+    actual, _ = rope_frequencies(dynamic, 16, MAX_POSITIONS, short)
+    np.testing.assert_array_equal(np.asarray(actual), expected)
+    longer, _ = rope_frequencies(dynamic, 16, MAX_POSITIONS, long)
+    assert (np.asarray(longer)[1:] < expected[1:]).all()
+
+
+def test_dynamic_refuses_a_head_too_small_for_it():
+    config = RopeConfig(rope_type="dynamic", rope_theta=10_000.0, factor=4.0)
+    with pytest.raises(ConfigError, match=r"head_dim.*'dynamic'"):
+        rope_frequencies(config, 2, 64, jnp.arange(4))
