@@ -1,0 +1,63 @@
+import collections
+import json
+
+from moe_jax.demo.corpus import TASKS, instruction_rows, plain_sentences, write_corpus
+
+
+def test_everything_follows_from_the_seed():
+    assert plain_sentences(seed=3, count=20) == plain_sentences(seed=3, count=20)
+    assert plain_sentences(seed=3, count=20) != plain_sentences(seed=4, count=20)
+    assert instruction_rows(seed=3) == instruction_rows(seed=3)
+    assert instruction_rows(seed=3) != instruction_rows(seed=4)
+
+
+def test_splits_do_not_share_a_question():
+    train, validation = instruction_rows(seed=0)
+    seen = {(row.task, row.input) for row in train}
+    assert not any((row.task, row.input) in seen for row in validation)
+
+
+def test_sums_do_not_come_back_the_other_way_round():
+    train, validation = instruction_rows(seed=0)
+    summands = lambda row: frozenset(row.input.split(" + "))
+    seen = {summands(row) for row in train if row.task == "sum"}
+    assert not any(summands(row) in seen for row in validation if row.task == "sum")
+
+
+def test_answers_are_right():
+    for rows in instruction_rows(seed=0):
+        for row in rows:
+            if row.task == "sum":
+                a, b = row.input.split(" + ")
+                assert int(row.output) == int(a) + int(b)
+            elif row.task == "reverse":
+                assert row.output == row.input[::-1]
+            elif row.task == "sort":
+                assert "".join(row.output.split()) == "".join(sorted(row.input.replace(" ", "")))
+
+
+def test_a_question_has_one_answer():
+    for rows in instruction_rows(seed=0):
+        answers = collections.defaultdict(set)
+        for row in rows:
+            answers[row.task, row.input].add(row.output)
+        assert all(len(outputs) == 1 for outputs in answers.values())
+
+
+def test_facts_are_stated_but_skills_are_not():
+    text = "\n".join(plain_sentences(seed=0, count=20_000))
+    assert "The opposite of hot is cold." in text
+    assert "The plural of mouse is mice." in text
+    assert "backwards" not in text
+    assert "Sort" not in text
+
+
+def test_written_rows_are_the_rows(tmp_path):
+    write_corpus(tmp_path, seed=0)
+    train, validation = instruction_rows(seed=0)
+    read = lambda path: [json.loads(line) for line in path.read_text().splitlines()]
+    assert len(read(tmp_path / "train.jsonl")) == len(train)
+    files = {path.stem: read(path) for path in (tmp_path / "validation").iterdir()}
+    assert set(files) == set(TASKS)
+    assert sum(map(len, files.values())) == len(validation)
+    assert all(row["task"] == task for task, rows in files.items() for row in rows)
