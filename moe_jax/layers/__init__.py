@@ -1,0 +1,1 @@
+"""The parts of a decoder layer that know nothing of adapters."""

@@ -1,0 +1,64 @@
+"""Causal attention over padded and packed rows."""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+
+def attention_mask(segment_ids: jax.Array) -> jax.Array:
+    """Which positions each position may attend to, beyond causality.
+
+    Args:
+      segment_ids: int [B, S]; 0 is padding, equal numbers are one sequence.
+
+    Returns:
+      bool [B, 1, S, S], query by key: true within a sequence. Padding attends to padding, so that no
+      row of the softmax is empty; no real position sees padding, on whichever side it is.
+    """
+    return (segment_ids[:, None, :, None] == segment_ids[:, None, None, :])
+
+
+def causal_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    *,
+    mask: jax.Array | None,
+    implementation: Literal["xla", "cudnn"],
+) -> jax.Array:
+    """Softmax attention (arXiv:1706.03762, eq. 1) with grouped heads (arXiv:2305.13245).
+
+    Args:
+      query: [B, S, H, Q].
+      key: [B, S, K, Q]; each of the K heads serves H / K query heads.
+      value: [B, S, K, Q].
+      mask: bool [B, 1, S, S] on top of causality, or None.
+      implementation: see `ComputeConfig.attention`. The softmax is float32 in both.
+
+    Returns:
+      [B, S, H, Q] in the type of `query`.
+    """
+    return jax.nn.dot_product_attention(
+        query,
+        key,
+        value,
+        mask=mask,
+        is_causal=True,
+        scale=query.shape[-1] ** -0.5,
+        implementation=implementation,
+    )
+
+
+def positions_from_segments(segment_ids: jax.Array) -> jax.Array:
+    """Each token's place within its own sequence, from 0; int32 [B, S], 0 at padding.
+
+    Args:
+      segment_ids: int [B, S], as in `attention_mask`; a sequence's tokens are contiguous.
+    """
+    length = segment_ids.shape[-1]
+    index = jnp.arange(length, dtype=jnp.int32)
+    previous = jnp.pad(segment_ids[..., :-1], ((0, 0), (1, 0)), constant_values=-1)
+    starts = jnp.where(segment_ids != previous, index, 0)
+    positions = index - jax.lax.cummax(starts, axis=segment_ids.ndim - 1)
+    return jnp.where(segment_ids == 0, 0, positions)

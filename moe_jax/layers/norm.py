@@ -1,0 +1,34 @@
+"""Root-mean-square normalisation (arXiv:1910.07467, eq. 4)."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from moe_jax.layers.axes import NORM
+
+
+class RMSNorm(nn.Module):
+    """Divides by the root mean square over the last axis, in float32, then scales.
+
+    Attributes:
+      epsilon: added to the mean square.
+      dtype: type of the result.
+      param_dtype: type of the stored scale.
+    """
+
+    epsilon: float
+    dtype: jnp.dtype
+    param_dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = self.param(
+            "scale",
+            nn.with_logical_partitioning(nn.initializers.ones, (NORM,)),
+            (x.shape[-1],),
+            self.param_dtype,
+        )
+        x32 = x.astype(jnp.float32)
+        mean_square = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
+        normed = x32 * jax.lax.rsqrt(mean_square + self.epsilon)
+        return (normed * scale.astype(jnp.float32)).astype(self.dtype)

@@ -1,0 +1,121 @@
+"""The whole language model: embedding, scanned decoder layers, norm and head."""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from moe_jax.adapters.segments import Segment
+from moe_jax.config.model import ComputeConfig, ModelConfig
+from moe_jax.layers.attention import positions_from_segments
+from moe_jax.layers.axes import (
+    ADAPTERS,
+    EMBED,
+    HIDDEN_AXES,
+    LAYERS,
+    PARAMS,
+    ROUTER,
+    VOCAB,
+    constrain,
+)
+from moe_jax.layers.head import LanguageModelHead, logits
+from moe_jax.layers.norm import RMSNorm
+from moe_jax.layers.projection import BASE_INIT
+from moe_jax.layers.rope import rotary_tables
+from moe_jax.models.decoder import DecoderLayer, LayerSettings, TokenContext
+
+REMAT_POLICIES: dict[str, Callable[..., Any]] = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+"""What is kept for the backward pass; see `ComputeConfig.remat`."""
+
+
+class LlamaForCausalLM(nn.Module):
+    """A Llama whose layers are stacked along a leading axis, so that program size is independent
+    of depth.
+
+    Attributes:
+      config: the architecture.
+      compute: types, attention kernel, rematerialisation.
+      segments: which rows of a batch belong to which adapter; none is the base model.
+      param_dtype: in which type `init` makes the base parameters.
+
+    Collections: `params` (frozen), `adapters` (trainable), `router` (sown; ask for it with
+    `mutable=["router"]`). Random streams while training: `dropout`.
+    """
+
+    config: ModelConfig
+    compute: ComputeConfig
+    segments: tuple[Segment, ...] = ()
+    param_dtype: str = "float32"
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens: jax.Array,
+        *,
+        positions: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+        token_mask: jax.Array | None = None,
+        deterministic: bool = True,
+    ) -> jax.Array:
+        """Logits for the next token.
+
+        Args:
+          tokens: int [B, S].
+          positions: int [B, S]; by default each token's place within its segment or row.
+          segment_ids: int [B, S], 0 at padding (see `Batch`). None means that every row is one
+            sequence from its first position on; padding on the right may follow, if `token_mask`
+            says where, since causality hides it.
+          token_mask: bool [B, S], false where a token must not count in router statistics; by
+            default where `segment_ids` is not 0.
+          deterministic: no dropout and no jitter.
+
+        Returns:
+          float32 [B, S, V].
+        """
+        config, dtype = self.config, jnp.dtype(self.compute.dtype)
+        param_dtype = jnp.dtype(self.param_dtype)
+        if positions is None:
+            ones = jnp.ones_like(tokens) if segment_ids is None else segment_ids
+            positions = positions_from_segments(ones)
+        if token_mask is None:
+            token_mask = jnp.ones_like(tokens, bool) if segment_ids is None else segment_ids != 0
+
+        embed = nn.Embed(
+            config.vocab_size,
+            config.hidden_size,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            embedding_init=nn.with_logical_partitioning(BASE_INIT, (VOCAB, EMBED)),
+            name="embed_tokens",
+        )
+        x = constrain(embed(tokens), HIDDEN_AXES)
+        cos, sin = rotary_tables(
+            config.rope, config.head_dim, config.max_position_embeddings, positions
+        )
+        context = TokenContext(cos, sin, segment_ids, token_mask)
+        settings = LayerSettings(config, self.compute, param_dtype, self.segments, deterministic)
+        x, _ = self._stack()(settings, name="layers")(x, context)
+        x = RMSNorm(config.rms_norm_eps, dtype, param_dtype, name="norm")(x)
+        if config.tie_word_embeddings:
+            return logits(x, embed.embedding.T)
+        return LanguageModelHead(config.vocab_size, param_dtype, name="lm_head")(x)
+
+    def _stack(self) -> Any:
+        layer = DecoderLayer
+        if self.compute.remat != "none":
+            policy = REMAT_POLICIES[self.compute.remat]
+            # Inside a scan XLA cannot merge the recomputation with the forward pass anyway.
+            layer = nn.remat(layer, policy=policy, prevent_cse=False)
+        return nn.scan(
+            layer,
+            variable_axes={PARAMS: 0, ADAPTERS: 0, ROUTER: 0},
+            split_rngs={PARAMS: True, ADAPTERS: True, "dropout": True},
+            in_axes=nn.broadcast,
+            length=self.config.num_layers,
+            metadata_params={nn.PARTITION_NAME: LAYERS},
+        )
