@@ -47,6 +47,17 @@ class RopeConfig:
             require(
                 getattr(self, field) is not None, field, f"rope_type {self.rope_type!r} needs it"
             )
+        require(self.rope_theta > 1, "rope_theta", "must be greater than 1")
+        require(self.factor is None or self.factor > 0, "factor", "must be positive")
+        length = self.original_max_position_embeddings
+        require(
+            length is None or length > 0, "original_max_position_embeddings", "must be positive"
+        )
+        require(
+            self.rope_type != "llama3" or self.low_freq_factor != self.high_freq_factor,
+            "high_freq_factor",
+            "must differ from low_freq_factor",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

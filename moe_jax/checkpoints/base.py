@@ -1,0 +1,218 @@
+"""Loads the frozen base model from safetensors straight into sharded arrays.
+
+Everything that can be wrong is found from the files' headers before any tensor is read. Then one
+leaf at a time is read, transposed, converted and put on its devices, each process and device
+reading only its own part: beside the parameters themselves, the host holds one leaf.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moe_jax.checkpoints.llama_keys import (
+    EMBEDDING_KEY,
+    HEAD_KEY,
+    NOT_WEIGHTS,
+    Leaf,
+    keys_of,
+    llama_leaves,
+    why_unexpected,
+)
+from moe_jax.checkpoints.shards import Shards, listed, open_shards
+from moe_jax.config.model import ModelConfig
+from moe_jax.errors import CheckpointError
+
+_FLOAT_TYPES = {"F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
+
+# How much of a tensor is read at once: safetensors copies twice on the way to numpy, and a block
+# that fits the cache is transposed several times faster than a whole matrix.
+_BLOCK_BYTES = 2**22
+
+Tree = dict[str, Any]
+
+
+def abstract_base(config: ModelConfig, dtype: str) -> Tree:
+    """The parameter tree that `load_base` returns, as `jax.ShapeDtypeStruct` leaves."""
+    leaves = llama_leaves(config)
+    return _tree({leaf.path: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype)) for leaf in leaves})
+
+
+def load_base(
+    folder: str | Path, config: ModelConfig, dtype: str, shardings: Tree | None = None
+) -> Tree:
+    """Reads the weights of a Llama.
+
+    Args:
+      folder: a checkpoint with safetensors weights, in one file or several with an index, stored as
+        float32, float16 or bfloat16.
+      config: the architecture, from `read_model_config(folder)`.
+      dtype: the type of the returned arrays.
+      shardings: a tree like the returned one of `jax.sharding.Sharding`, or None, which puts all on
+        this process's first device.
+
+    Returns:
+      The parameter tree, kernels as `[in, out]`, decoder layers stacked as `[layers, ...]`.
+
+    Raises:
+      CheckpointError: the files are missing or damaged, a tensor is missing, left over, of another
+        shape or of a type that is not a float, or a value does not fit `dtype`.
+    """
+    target = jnp.dtype(dtype)
+    with open_shards(Path(folder)) as shards:
+        leaves = _checked_leaves(shards, config)
+        if shardings is None:
+            device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+            places = {leaf.path: device for leaf in leaves}
+        else:
+            places = {leaf.path: _at(shardings, leaf.path) for leaf in leaves}
+        arrays = {}
+        # The largest first: its host copy is held while little else is.
+        for leaf in sorted(leaves, key=lambda leaf: -np.prod(leaf.shape, dtype=float)):
+            arrays[leaf.path] = _load_leaf(leaf, shards, target, places[leaf.path])
+    return _tree({leaf.path: arrays[leaf.path] for leaf in leaves})
+
+
+def _checked_leaves(shards: Shards, config: ModelConfig) -> list[Leaf]:
+    """The leaves to load, once every tensor is known to be there, in its shape, and wanted."""
+    leaves = llama_leaves(config)
+    present = dict(shards.tensors)
+    if config.tie_word_embeddings and HEAD_KEY in present:
+        # A tied head that is stored all the same is either the only copy of the embedding or must
+        # equal it; anything else would be dropped in silence.
+        if EMBEDDING_KEY not in present:
+            leaves = [_renamed(leaf, EMBEDDING_KEY, HEAD_KEY) for leaf in leaves]
+        else:
+            _check_tied_head(shards)
+            del present[HEAD_KEY]
+    wanted = {key: leaf for leaf in leaves for key in leaf.keys}
+    ignored = {key for pattern in NOT_WEIGHTS for key in keys_of(pattern, config)}
+    missing = [key for key in wanted if key not in present]
+    if missing:
+        raise CheckpointError(
+            f"{shards.folder}: the weights lack {listed(missing)}; "
+            f"the checkpoint is incomplete or config.json is that of another model"
+        )
+    left_over = sorted(key for key in present if key not in wanted and key not in ignored)
+    if left_over:
+        reason = why_unexpected(left_over[0], config) or "a Llama has no such weights"
+        raise CheckpointError(
+            f"{shards.folder}: the weights hold {listed(left_over)}, which would be dropped "
+            f"({reason}); config.json is that of another model"
+        )
+    for key, leaf in wanted.items():
+        info = present[key]
+        if info.shape != leaf.tensor_shape:
+            raise CheckpointError(
+                f"{shards.folder / info.file}: {key}: has shape {list(info.shape)}, but by "
+                f"config.json it should have {list(leaf.tensor_shape)}"
+            )
+        if info.dtype not in _FLOAT_TYPES:
+            raise CheckpointError(
+                f"{shards.folder / info.file}: {key}: is stored as {info.dtype}; "
+                f"supported: {', '.join(_FLOAT_TYPES)}"
+            )
+    return leaves
+
+
+def _renamed(leaf: Leaf, old: str, new: str) -> Leaf:
+    if leaf.keys != (old,):
+        return leaf
+    return Leaf(leaf.path, leaf.shape, (new,), leaf.stacked, leaf.transposed)
+
+
+def _check_tied_head(shards: Shards) -> None:
+    head, embedding = shards.tensors[HEAD_KEY], shards.tensors[EMBEDDING_KEY]
+    equal = head.shape == embedding.shape and len(head.shape) == 2
+    if equal:
+        head_view, embedding_view = shards.get_slice(HEAD_KEY), shards.get_slice(EMBEDDING_KEY)
+        equal = all(
+            np.array_equal(head_view[start:stop], embedding_view[start:stop])
+            for start, stop in _blocks(0, head.shape[0], head.shape[1] * 4)
+        )
+    if not equal:
+        raise CheckpointError(
+            f"{shards.folder / head.file}: {HEAD_KEY}: differs from {EMBEDDING_KEY}, although "
+            f"config.json says tie_word_embeddings true; set it to false to use this head"
+        )
+
+
+def _load_leaf(
+    leaf: Leaf, shards: Shards, dtype: np.dtype, sharding: jax.sharding.Sharding
+) -> jax.Array:
+    parts: dict[tuple, np.ndarray] = {}  # replicas of a part share one host copy
+
+    def read_part(index: tuple[slice, ...]) -> np.ndarray:
+        ranges = tuple(part.indices(size)[:2] for part, size in zip(index, leaf.shape, strict=True))
+        if ranges not in parts:
+            parts[ranges] = _read_part(leaf, shards, dtype, ranges)
+        return parts[ranges]
+
+    array = jax.make_array_from_callback(leaf.shape, sharding, read_part, dtype=dtype)
+    # Transfers run behind Python's back; without waiting, several host copies pile up.
+    return jax.block_until_ready(array)
+
+
+def _read_part(
+    leaf: Leaf, shards: Shards, dtype: np.dtype, ranges: tuple[tuple[int, int], ...]
+) -> np.ndarray:
+    """`leaf[start:stop, ...]` for the `(start, stop)` of each axis."""
+    part = np.empty([stop - start for start, stop in ranges], dtype)
+    if not leaf.stacked:
+        _read_tensor(leaf.keys[0], shards, part, ranges, leaf.transposed)
+        return part
+    first, last = ranges[0]
+    for layer in range(first, last):
+        _read_tensor(leaf.keys[layer], shards, part[layer - first], ranges[1:], leaf.transposed)
+    return part
+
+
+def _read_tensor(
+    key: str,
+    shards: Shards,
+    out: np.ndarray,
+    ranges: tuple[tuple[int, int], ...],
+    transposed: bool,
+) -> None:
+    """Fills `out` with a part of one tensor, converted to its type; `ranges` are those of `out`."""
+    info = shards.tensors[key]
+    source = _FLOAT_TYPES[info.dtype]
+    view = shards.get_slice(key)
+    if transposed:
+        out, ranges = out.T, ranges[::-1]
+    (first, last), rest = ranges[0], tuple(slice(*part) for part in ranges[1:])
+    row_bytes = np.dtype(source).itemsize * int(np.prod([b - a for a, b in ranges[1:]]))
+    may_overflow = out.dtype == np.float16 and source is not np.float16
+    for start, stop in _blocks(first, last, row_bytes):
+        block = view[(slice(start, stop), *rest)]
+        with np.errstate(over="ignore"):  # looked for below, with a message that says where
+            out[start - first : stop - first] = block
+        if may_overflow and not np.isfinite(out[start - first : stop - first]).all():
+            raise CheckpointError(
+                f"{shards.folder / info.file}: {key}: has values that float16 cannot hold "
+                f"(beyond 65504); use base.param_dtype 'bfloat16' or 'float32'"
+            )
+
+
+def _blocks(first: int, last: int, row_bytes: int) -> list[tuple[int, int]]:
+    """Splits rows `first` to `last` into runs of about `_BLOCK_BYTES`."""
+    rows = max(1, _BLOCK_BYTES // max(1, row_bytes))
+    return [(start, min(start + rows, last)) for start in range(first, last, rows)]
+
+
+def _at(tree: Tree, path: tuple[str, ...]) -> Any:
+    for name in path:
+        tree = tree[name]
+    return tree
+
+
+def _tree(leaves: dict[tuple[str, ...], Any]) -> Tree:
+    tree: Tree = {}
+    for path, leaf in leaves.items():
+        branch = tree
+        for name in path[:-1]:
+            branch = branch.setdefault(name, {})
+        branch[path[-1]] = leaf
+    return tree

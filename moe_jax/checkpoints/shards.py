@@ -1,0 +1,173 @@
+"""The safetensors files of a checkpoint folder as one lazily read collection of tensors."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes  # noqa: F401  # importing it is what lets safetensors return bfloat16 arrays
+from safetensors import SafetensorError, safe_open
+
+from moe_jax.errors import CheckpointError
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What a file's header says of a tensor.
+
+    Attributes:
+      file: the file's name.
+      shape: as stored.
+      dtype: safetensors' name of the type, such as `F32`, `F16` or `BF16`.
+    """
+
+    file: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+class Shards:
+    """Open safetensors files; only slices that are asked for are read.
+
+    Attributes:
+      folder: the checkpoint's folder.
+      tensors: all tensors by name, from the headers.
+    """
+
+    def __init__(self, folder: Path, tensors: dict[str, TensorInfo], files: dict[str, Any]):
+        self.folder = folder
+        self.tensors = tensors
+        self._files = files
+
+    def get_slice(self, key: str) -> Any:
+        """A view of the tensor `key`, `[start:stop, ...]` of which copies just that part."""
+        return self._files[self.tensors[key].file].get_slice(key)
+
+
+@contextmanager
+def open_shards(folder: Path) -> Iterator[Shards]:
+    """Opens the weights of a checkpoint: `model.safetensors`, else what its index lists.
+
+    Raises:
+      CheckpointError: there are no such files, one is missing, truncated or damaged, or the index
+        and the files disagree on which tensors there are.
+    """
+    folder = Path(folder)
+    weight_map = None
+    if (folder / SINGLE_FILE).is_file():  # wins over an index, as in transformers
+        names = [SINGLE_FILE]
+    elif (folder / INDEX_FILE).is_file():
+        weight_map = _read_index(folder)
+        names = sorted(set(weight_map.values()))
+    else:
+        raise CheckpointError(_no_weights(folder))
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise CheckpointError(
+            f"{folder / INDEX_FILE}: lists {listed(missing)}, which the folder lacks; "
+            f"download the checkpoint again"
+        )
+    files = {name: _open(folder / name) for name in names}
+    try:
+        tensors = {}
+        for name, file in files.items():
+            for key in file.keys():  # noqa: SIM118  # not a mapping
+                view = file.get_slice(key)
+                tensors[key] = TensorInfo(name, tuple(view.get_shape()), view.get_dtype())
+            if weight_map is not None:
+                indexed = {key for key, place in weight_map.items() if place == name}
+                _check_index(folder, name, indexed, set(file.keys()))
+        yield Shards(folder, tensors, files)
+    finally:
+        for file in files.values():
+            file.__exit__(None, None, None)
+
+
+def listed(names: list[str], most: int = 4) -> str:
+    """The first names of a list, and how many more there are."""
+    more = len(names) - most
+    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
+
+
+def _open(path: Path) -> Any:
+    try:
+        # This checks the header against the file's length, so a truncated file is found at once.
+        return safe_open(path, framework="np").__enter__()
+    except (SafetensorError, OSError) as error:
+        with path.open("rb") as file:
+            if file.read(19) == b"version https://git":
+                raise CheckpointError(
+                    f"{path}: is a Git LFS pointer, not the weights; run `git lfs pull` there"
+                ) from None
+        raise CheckpointError(
+            f"{path}: truncated or damaged ({error}); download it again"
+        ) from None
+
+
+def _read_index(folder: Path) -> dict[str, str]:
+    """The index's map from tensor to file name."""
+    path = folder / INDEX_FILE
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path}: not valid JSON ({error}); download it again") from None
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{path}: has no weight_map; download it again")
+    for key, name in weight_map.items():
+        if not isinstance(name, str) or Path(name).name != name:
+            raise CheckpointError(f"{path}: weight_map.{key}: {name!r} is not a file name")
+    return weight_map
+
+
+def _check_index(folder: Path, name: str, indexed: set[str], stored: set[str]) -> None:
+    absent, unlisted = sorted(indexed - stored), sorted(stored - indexed)
+    if absent:
+        raise CheckpointError(
+            f"{folder / name}: lacks {listed(absent)}, which {INDEX_FILE} places there; "
+            f"download the checkpoint again"
+        )
+    if unlisted:
+        raise CheckpointError(
+            f"{folder / name}: holds {listed(unlisted)}, which {INDEX_FILE} does not place there; "
+            f"download the checkpoint again"
+        )
+
+
+def _no_weights(folder: Path) -> str:
+    """Why a folder has no weights that can be read, and what to do."""
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    legacy = [name for name in names if name.startswith("pytorch_model") and ".bin" in name]
+    if legacy:
+        return (
+            f"{folder}: has its weights in {legacy[0]} only, which is not read because unpickling "
+            f"it can run any code; convert it: {_conversion(folder)}"
+        )
+    other = [name for name in names if name.endswith(".safetensors")]
+    if "adapter_model.safetensors" in other:
+        return f"{folder}: holds an adapter, not a base model; give the model it was trained on"
+    if other:
+        return (
+            f"{folder}: has {listed(other)} but neither {SINGLE_FILE} nor {INDEX_FILE}; "
+            f"download the checkpoint again"
+        )
+    return (
+        f"{folder}: has no {SINGLE_FILE} and no {INDEX_FILE}; download the checkpoint again, or, "
+        f"if the model has only pytorch_model.bin, convert it: {_conversion('MODEL')}"
+    )
+
+
+def _conversion(source: Path | str) -> str:
+    """A command that rewrites a checkpoint as safetensors; it needs torch."""
+    target = f"{source}-safetensors" if isinstance(source, Path) else "FOLDER"
+    return (
+        'python -c "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; '
+        f"M.from_pretrained('{source}', dtype='auto').save_pretrained('{target}', "
+        f"safe_serialization=True); T.from_pretrained('{source}').save_pretrained('{target}')\" "
+        f"(needs torch), then give {target}"
+    )
