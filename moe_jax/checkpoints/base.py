@@ -27,9 +27,9 @@ from moe_jax.errors import CheckpointError
 
 _FLOAT_TYPES = {"F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
 
-# How much of a tensor is read at once: safetensors copies twice on the way to numpy, and a block
-# that fits the cache is transposed several times faster than a whole matrix.
-_BLOCK_BYTES = 2**22
+# How much of a tensor is read at once. safetensors copies a slice twice on its way to numpy, so that
+# whole tensors would cost twice the largest one; larger blocks are no faster.
+_BLOCK_BYTES = 2**20
 
 Tree = dict[str, Any]
 
@@ -144,7 +144,8 @@ def _load_leaf(
 ) -> jax.Array:
     parts: dict[tuple, np.ndarray] = {}  # replicas of a part share one host copy
 
-    def read_part(index: tuple[slice, ...]) -> np.ndarray:
+    def read_part(index: tuple[slice, ...] | None) -> np.ndarray:
+        assert index is not None
         ranges = tuple(part.indices(size)[:2] for part, size in zip(index, leaf.shape, strict=True))
         if ranges not in parts:
             parts[ranges] = _read_part(leaf, shards, dtype, ranges)

@@ -1,0 +1,199 @@
+"""Peak host memory and time of loading a base model.
+
+    python benchmarks/loading.py --output loading.json
+
+Writes a random checkpoint of about --megabytes in several shards, then loads it in fresh processes:
+on one device and on eight fake CPU devices, float32 as float32 and bfloat16 as bfloat16. This
+process samples the loading one's `RssAnon + RssShmem` in /proc every millisecond: pages that belong
+to files are left out, because the system can drop them at any time. (`VmHWM` would count them.)
+The baseline is the same process, idle, with jax started and everything imported.
+
+Linux only. Exit status 1 if a peak is above --limit times the parameters' bytes.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+MEBIBYTE = 2**20
+SAMPLING_SECONDS = 0.001
+# (type on disk and on the device, fake CPU devices)
+CASES = (("float32", 1), ("bfloat16", 1), ("float32", 8), ("bfloat16", 8))
+
+
+def write_checkpoint(folder: Path, megabytes: int, dtype: str, shards: int) -> None:
+    """A random Llama of about `megabytes` MiB in `shards` files, one in memory at a time."""
+    import jax.numpy as jnp
+    import numpy as np
+    from safetensors.numpy import save_file
+
+    from moe_jax.checkpoints.hf_config import model_config_from_hf
+    from moe_jax.checkpoints.llama_keys import llama_leaves
+
+    layers = 8
+    # Llama's proportions: V about 4 D, F about 2.7 D; then V D 2 + L (4 D D + 3 D F) parameters.
+    budget = megabytes * MEBIBYTE / jnp.dtype(dtype).itemsize
+    width = int((budget / (8 + layers * (3 + 3 * 2.75))) ** 0.5) // 64 * 64
+    fields = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": 4 * width,
+        "hidden_size": width,
+        "intermediate_size": 11 * width // 4,
+        "num_hidden_layers": layers,
+        "num_attention_heads": width // 64,
+        "num_key_value_heads": width // 64,
+        "head_dim": 64,
+    }
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(fields))
+    leaves = llama_leaves(model_config_from_hf(fields, "config.json"))
+    shapes = {key: leaf.tensor_shape for leaf in leaves for key in leaf.keys}
+    total = sum(int(np.prod(shape)) for shape in shapes.values())
+    rng = np.random.default_rng(0)
+    weight_map: dict[str, str] = {}
+    pending: dict[str, np.ndarray] = {}
+    written = 0
+
+    def flush() -> None:
+        name = f"model-{len(set(weight_map.values())) + 1:05d}.safetensors"
+        save_file(pending, folder / name)
+        weight_map.update(dict.fromkeys(pending, name))
+        pending.clear()
+
+    for key, shape in shapes.items():
+        pending[key] = rng.standard_normal(shape, np.float32).astype(jnp.dtype(dtype))
+        written += pending[key].size
+        if written * shards >= total * (len(set(weight_map.values())) + 1):
+            flush()
+    if pending:
+        flush()
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def load(folder: Path, dtype: str, devices: int) -> None:
+    """The measured process: gets ready, says so, waits for a line, loads, reports, waits again."""
+    import jax
+    import jax.numpy as jnp
+
+    from moe_jax.checkpoints.base import abstract_base, load_base
+    from moe_jax.checkpoints.hf_config import read_model_config
+
+    config = read_model_config(folder)
+    assert jax.device_count() == devices
+    shardings = None
+    if devices > 1:
+        mesh = jax.make_mesh((devices,), ("fsdp",), (jax.sharding.AxisType.Auto,))
+
+        def spread(leaf: jax.ShapeDtypeStruct) -> jax.sharding.NamedSharding:
+            """The last axis that the devices divide is split; layers stay together."""
+            axes: list[str | None] = [None] * len(leaf.shape)
+            for axis in range(len(axes) - 1, -1, -1):
+                if leaf.shape[axis] % devices == 0:
+                    axes[axis] = "fsdp"
+                    break
+            return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes))
+
+        shardings = jax.tree.map(spread, abstract_base(config, dtype))
+    # What jax sets up at its first transfer and computation is not the checkpoint's.
+    jax.block_until_ready([jnp.ones(8) + 1, *(jax.device_put(1.0, d) for d in jax.devices())])
+    print("ready", flush=True)
+    sys.stdin.readline()
+    start = time.perf_counter()
+    params = load_base(folder, config, dtype, shardings)
+    seconds = time.perf_counter() - start
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    print(json.dumps({"seconds": seconds, "parameter_bytes": size}), flush=True)
+    sys.stdin.readline()
+
+
+def anonymous_bytes(pid: int) -> int:
+    """Resident memory of a process that does not belong to files."""
+    with open(f"/proc/{pid}/status", encoding="ascii") as status:
+        fields = dict(line.split(":", 1) for line in status)
+    return sum(int(fields[name].split()[0]) * 1024 for name in ("RssAnon", "RssShmem"))
+
+
+def measure(folder: Path, dtype: str, devices: int) -> dict:
+    """Loads `folder` in a process of its own and reports time and memory in bytes."""
+    command = [sys.executable, __file__, "--load", str(folder), dtype, str(devices)]
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "PYTHONPATH": str(ROOT),
+    }
+    with subprocess.Popen(
+        command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdin is not None and process.stdout is not None
+        assert process.stdout.readline() == "ready\n", "the loading process failed; see above"
+        idle = peak = anonymous_bytes(process.pid)
+        os.set_blocking(process.stdout.fileno(), False)
+        process.stdin.write("go\n")
+        process.stdin.flush()
+        samples, report = 0, ""
+        while not report and process.poll() is None:
+            peak = max(peak, anonymous_bytes(process.pid))
+            samples += 1
+            report = process.stdout.readline()
+            time.sleep(SAMPLING_SECONDS)
+        after = anonymous_bytes(process.pid)
+        process.stdin.write("done\n")
+        process.stdin.flush()
+    result = json.loads(report)
+    size = result["parameter_bytes"]
+    return {
+        "dtype": dtype,
+        "devices": devices,
+        **result,
+        "idle_bytes": idle,
+        "peak_above_idle_bytes": peak - idle,
+        "after_above_idle_bytes": after - idle,
+        "peak_ratio": (peak - idle) / size,
+        "samples": samples,
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Peak host memory of loading a base model.")
+    parser.add_argument("--megabytes", type=int, default=1024, help="size of the checkpoint")
+    parser.add_argument("--shards", type=int, default=5, help="files that it is split into")
+    parser.add_argument("--limit", type=float, default=1.3, help="largest peak / parameter bytes")
+    parser.add_argument("--output", type=Path, help="JSON file for the results")
+    parser.add_argument("--load", nargs=3, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.load:
+        load(Path(args.load[0]), args.load[1], int(args.load[2]))
+        return 0
+
+    results = []
+    print("disk and device  devices  parameters MiB  peak above idle MiB  ratio  after  seconds")
+    with tempfile.TemporaryDirectory() as scratch:
+        for dtype in dict.fromkeys(dtype for dtype, _ in CASES):
+            folder = Path(scratch) / dtype
+            write_checkpoint(folder, args.megabytes, dtype, args.shards)
+            for devices in (devices for kind, devices in CASES if kind == dtype):
+                result = measure(folder, dtype, devices)
+                results.append(result)
+                size = result["parameter_bytes"]
+                print(
+                    f"{dtype:15}  {devices:7}  {size / MEBIBYTE:14.1f}"
+                    f"  {result['peak_above_idle_bytes'] / MEBIBYTE:19.1f}"
+                    f"  {result['peak_ratio']:5.3f}"
+                    f"  {result['after_above_idle_bytes'] / size:5.3f}  {result['seconds']:7.2f}"
+                )
+    if args.output:
+        args.output.write_text(json.dumps({"limit": args.limit, "cases": results}, indent=2))
+    return int(any(result["peak_ratio"] > args.limit for result in results))
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+    sys.exit(main())
