@@ -1,0 +1,82 @@
+"""Batches of rows of like length, out of an endless shuffled stream of rows."""
+
+import functools
+from typing import Any
+
+import grain
+import numpy as np
+
+
+class LengthGroupedBatches(grain.MapDataset[np.ndarray]):
+    """Cuts a stream of row numbers into batches whose rows have like length.
+
+    Within a window of batches the rows are sorted by length, cut into batches, and the batches are
+    shuffled. No row is lost or repeated, only moved within its window. A window lies within one
+    epoch, so that no row comes again before all others have come; only a batch with the end of one
+    epoch and the start of the next has rows of both.
+
+    Every batch is a function of its index alone, which is what makes the position in the stream all
+    there is to checkpoint. The last few windows are remembered, as a window is asked for once per
+    batch.
+    """
+
+    def __init__(
+        self,
+        rows: grain.MapDataset[int],
+        lengths: np.ndarray,
+        batch_size: int,
+        sort_window: int,
+        epoch_rows: int,
+        seed: int,
+    ):
+        """Wraps a stream.
+
+        Args:
+          rows: row numbers, an index into `lengths`, in shuffled order.
+          lengths: tokens of every row.
+          batch_size: rows per batch.
+          sort_window: batches per window, at most.
+          epoch_rows: rows of the stream after which it starts over.
+          seed: of the order of the batches within a window.
+        """
+        super().__init__(rows)
+        self._rows = rows
+        self._lengths = lengths
+        self._batch_size = batch_size
+        self._sort_window = sort_window
+        self._epoch_rows = epoch_rows
+        self._window_seed = seed
+        self._plan = functools.lru_cache(maxsize=8)(self._plan_window)
+
+    def __len__(self) -> int:
+        return len(self._rows) // self._batch_size
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return self.slice(index)
+        first, stop = self.window(index)
+        return self._plan(first, stop)[index - first]
+
+    def window(self, index: int) -> tuple[int, int]:
+        """First batch and end of the window that batch `index` belongs to."""
+        epoch = index * self._batch_size // self._epoch_rows
+        first = -(-epoch * self._epoch_rows // self._batch_size)
+        stop = (epoch + 1) * self._epoch_rows // self._batch_size
+        if not first <= index < stop:
+            return index, index + 1
+        # Windows of nearly equal size: a small rest would have little to sort.
+        count = -(-(stop - first) // self._sort_window)
+        number = ((index - first + 1) * count - 1) // (stop - first)
+        return (
+            first + number * (stop - first) // count,
+            first + (number + 1) * (stop - first) // count,
+        )
+
+    def _plan_window(self, first: int, stop: int) -> np.ndarray:
+        """Row numbers [stop - first, batch_size] of a window's batches."""
+        indices = range(first * self._batch_size, stop * self._batch_size)
+        rows = np.array([self._rows[index] for index in indices])
+        if stop - first > 1:
+            rows = rows[np.argsort(self._lengths[rows], kind="stable")]
+        batches = rows.reshape(stop - first, self._batch_size)
+        return np.random.default_rng([self._window_seed, first]).permutation(batches)

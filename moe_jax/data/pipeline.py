@@ -1,0 +1,224 @@
+"""From the configuration of the data to batches: endless for training, one pass for validation."""
+
+import math
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import grain
+import numpy as np
+import pyarrow as pa
+from transformers import PreTrainedTokenizerBase
+
+from moe_jax.config.data import DataConfig
+from moe_jax.data.batch import Batch
+from moe_jax.data.collate import pad_rows, padded_length
+from moe_jax.data.grouping import LengthGroupedBatches
+from moe_jax.data.sources import digest
+from moe_jax.data.tokenise import TokenisedSource, tokenise_source
+
+# Batches over which the padding is counted for the report.
+PADDING_SAMPLE = 256
+# Batches made ahead of the step: collating one is far cheaper than a step on it.
+PREFETCH = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
+
+
+@dataclass(frozen=True)
+class TrainData:
+    """Training batches without end.
+
+    Attributes:
+      iterator: yields `Batch`es of NumPy arrays [batch_size, S], S in `config.lengths`. Its
+        `get_state` is a small dict of plain numbers, and `set_state` continues exactly there, as
+        long as `fingerprint` is the same.
+      num_rows: rows of all sources that are trained on; with weights, an epoch of the mixture does
+        not pass each of them once.
+      padding_share: expected share of padding among the tokens of a batch.
+      report: lines on what became of the rows.
+      fingerprint: of everything that decides the batches and their order.
+    """
+
+    iterator: grain.DatasetIterator[Batch]
+    num_rows: int
+    padding_share: float
+    report: str
+    fingerprint: str
+
+
+class ValidationData:
+    """Batches of one validation set: every row exactly once, in the same order every time.
+
+    Rows are sorted by length. The last batch is filled up with empty rows (segment 0, no target).
+
+    Attributes:
+      num_rows: rows that are measured.
+      report: a line on what became of the rows.
+    """
+
+    def __init__(self, source: TokenisedSource, batch_size: int, lengths: Sequence[int]):
+        self._rows = _RowStore([source])
+        self._order = np.argsort(source.lengths, kind="stable")
+        self._batch_size = batch_size
+        self._lengths = tuple(lengths)
+        self.num_rows = len(source.lengths)
+        self.report = source.report
+
+    def __len__(self) -> int:
+        """How many batches a pass has."""
+        return math.ceil(self.num_rows / self._batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for start in range(0, self.num_rows, self._batch_size):
+            rows = self._rows.fetch(self._order[start : start + self._batch_size])
+            yield pad_rows(rows, self._batch_size, self._lengths)
+
+
+def load_train_data(
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase, batch_size: int, seed: int
+) -> TrainData:
+    """Reads, tokenises and mixes `config.train`.
+
+    Each source is shuffled anew every epoch and repeated; the mixture draws rows by the sources'
+    weights. With `config.num_workers` processes are forked, so call this before JAX has started
+    its threads; without, a fast tokenizer uses all cores by itself.
+
+    Args:
+      config: what to read and how to batch it.
+      tokenizer: of the base model.
+      batch_size: rows per batch.
+      seed: of the order of rows and batches.
+
+    Raises:
+      DataError: a source cannot be used; the message names file, row and column.
+    """
+    sources = [
+        tokenise_source(name, source, config, tokenizer) for name, source in config.train.items()
+    ]
+    weights = [source.weight for source in config.train.values()]
+    store = _RowStore(sources)
+    batches = LengthGroupedBatches(
+        _row_stream(sources, weights, seed),
+        lengths=store.lengths,
+        batch_size=batch_size,
+        sort_window=config.sort_window,
+        epoch_rows=_epoch_rows(sources, weights),
+        seed=seed,
+    )
+
+    def collate(rows: np.ndarray) -> Batch:
+        return pad_rows(store.fetch(rows), batch_size, config.lengths)
+
+    padding_share = _padding_share(batches, store.lengths, config.lengths)
+    report = [source.report for source in sources]
+    if len(sources) > 1:
+        shares = ", ".join(
+            f"{source.name} {weight / sum(weights):.1%}"
+            for source, weight in zip(sources, weights, strict=True)
+        )
+        report.append(f"share of the rows of a batch: {shares}")
+    report.append(
+        f"padded to {', '.join(map(str, config.lengths))} tokens: {padding_share:.1%} of a batch "
+        "is padding"
+    )
+    return TrainData(
+        iterator=iter(batches.map(collate).to_iter_dataset(PREFETCH)),
+        num_rows=len(store.lengths),
+        padding_share=padding_share,
+        report="\n".join(report),
+        fingerprint=digest(
+            [(source.name, source.digest) for source in sources],
+            weights,
+            config.lengths,
+            config.sort_window,
+            batch_size,
+            seed,
+        ),
+    )
+
+
+def load_validation_data(
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase, batch_size: int
+) -> dict[str, ValidationData]:
+    """Reads and tokenises each data set of `config.validation`; weights are not looked at.
+
+    Raises:
+      DataError: a source cannot be used; the message names file, row and column.
+    """
+    return {
+        name: ValidationData(
+            tokenise_source(name, source, config, tokenizer), batch_size, config.lengths
+        )
+        for name, source in config.validation.items()
+    }
+
+
+class _RowStore:
+    """The rows of several sources under one numbering, source after source.
+
+    Attributes:
+      lengths: tokens of every row.
+    """
+
+    def __init__(self, sources: Sequence[TokenisedSource]):
+        self._sources = tuple(sources)
+        self._starts = np.cumsum([0, *(len(source.kept) for source in sources)])
+        self.lengths = np.concatenate([source.lengths for source in sources])
+
+    def fetch(self, rows: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Token ids (int32) and loss mask (bool) of each row, in the order of `rows`."""
+        out: list[tuple[np.ndarray, np.ndarray] | None] = [None] * len(rows)
+        owners = np.searchsorted(self._starts, rows, side="right") - 1
+        for number in np.unique(owners):
+            places = np.flatnonzero(owners == number)
+            source = self._sources[number]
+            table = source.table[source.kept[rows[places] - self._starts[number]].tolist()]
+            tokens, masks = _arrays(table["tokens"]), _arrays(table["loss_mask"])
+            for place, row in zip(places, zip(tokens, masks, strict=True), strict=True):
+                out[place] = row
+        return [row for row in out if row is not None]
+
+
+def _arrays(column: pa.ChunkedArray) -> list[np.ndarray]:
+    lists = column.combine_chunks()
+    values = lists.flatten().to_numpy(zero_copy_only=False)
+    return np.split(values, np.cumsum(lists.value_lengths().to_numpy())[:-1])
+
+
+def _row_stream(
+    sources: Sequence[TokenisedSource], weights: Sequence[float], seed: int
+) -> grain.MapDataset[int]:
+    """An endless stream of row numbers, source after source numbered as in `_RowStore`."""
+    streams, start = [], 0
+    for source in sources:
+        # Sources of equal size must not be shuffled alike, nor all anew when one is added.
+        key = np.random.SeedSequence([seed, zlib.crc32(source.name.encode())])
+        stop = start + len(source.kept)
+        stream = grain.MapDataset.range(start, stop).shuffle(seed=int(key.generate_state(1)[0]))
+        streams.append(stream.repeat())
+        start = stop
+    return grain.MapDataset.mix(streams, weights)
+
+
+def _epoch_rows(sources: Sequence[TokenisedSource], weights: Sequence[float]) -> int:
+    """Rows of the mixture after which the first of the sources starts over."""
+    total = sum(weights)
+    return max(
+        1,
+        int(
+            min(
+                len(source.kept) * total / weight
+                for source, weight in zip(sources, weights, strict=True)
+            )
+        ),
+    )
+
+
+def _padding_share(
+    batches: LengthGroupedBatches, row_lengths: np.ndarray, padded_lengths: Sequence[int]
+) -> float:
+    tokens = padded = 0
+    for index in range(PADDING_SAMPLE):
+        lengths = row_lengths[batches[index]]
+        tokens += int(lengths.sum())
+        padded += padded_length(int(lengths.max()), padded_lengths) * len(lengths)
+    return 1.0 - tokens / padded

@@ -1,0 +1,110 @@
+"""What a row must hold under each schema; every row passes here before anything else reads it.
+
+A checked row holds text only. Chat messages stay JSON text: Arrow would give every message the keys
+of all messages, and chat templates ask whether a key is there.
+"""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from moe_jax.config.data import Schema, SourceConfig
+from moe_jax.config.parse import suggest
+from moe_jax.errors import DataError
+
+FIELDS: dict[Schema, tuple[str, ...]] = {
+    "instruction": ("instruction", "input", "output"),
+    "completion": ("prompt", "completion"),
+    "chat": ("messages",),
+    "text": ("text",),
+}
+# A row without it is a task that needs no material, unless `columns` says where it stands.
+OPTIONAL = "input"
+
+
+def column_names(source: SourceConfig) -> dict[str, str]:
+    """The row's own name of each field of the source's schema.
+
+    Raises:
+      DataError: `columns` renames something that is no field of the schema.
+    """
+    fields = FIELDS[source.schema]
+    for field in source.columns:
+        if field not in fields:
+            raise DataError(
+                f"{source.path}: columns.{field} is no field of the schema {source.schema!r}; "
+                f"{suggest(field, fields)}"
+            )
+    return {field: source.columns.get(field, field) for field in fields}
+
+
+def check_row(row: Any, source: SourceConfig, where: str) -> dict[str, str]:
+    """The fields of the source's schema out of `row`, as text.
+
+    Args:
+      row: a row as its file has it.
+      source: says the schema and the columns' names.
+      where: file and row, for messages.
+
+    Raises:
+      DataError: a column is missing, null or of the wrong type.
+    """
+    if not isinstance(row, Mapping):
+        raise DataError(f"{where}: a row must be an object with named columns, got {_kind(row)}")
+    checked = {}
+    for field, column in column_names(source).items():
+        optional = field == OPTIONAL and field not in source.columns
+        if column not in row and not optional:
+            raise DataError(
+                f"{where}: no column {column!r} (it has: {', '.join(map(str, row)) or 'none'}); "
+                f"say in `columns` which one is the {field}, or mend the row"
+            )
+        value = row.get(column)
+        if field == "messages":
+            checked[field] = json.dumps(_check_messages(value, f"{where}: column {column!r}"))
+        elif value is None and field == OPTIONAL:
+            checked[field] = ""
+        else:
+            checked[field] = _check_text(value, f"{where}: column {column!r}")
+    return checked
+
+
+def _check_text(value: Any, where: str) -> str:
+    if not isinstance(value, str):
+        raise DataError(f"{where} must be text, got {_kind(value)}")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise DataError(f"{where} holds half a surrogate pair, which is no character") from None
+    return value
+
+
+def _check_messages(value: Any, where: str) -> list[dict[str, Any]]:
+    if not isinstance(value, list):
+        raise DataError(f"{where} must be a list of messages, got {_kind(value)}")
+    messages = []
+    for number, message in enumerate(value, 1):
+        place = f"{where}, message {number}"
+        if not isinstance(message, Mapping):
+            raise DataError(
+                f"{place} must be an object with role and content, got {_kind(message)}"
+            )
+        for key in ("role", "content"):
+            if key not in message:
+                keys = ", ".join(map(str, message)) or "none"
+                raise DataError(f"{place} has no {key!r} (it has: {keys})")
+            _check_text(message[key], f"{place}, {key!r}")
+        # Parquet fills in the keys that other messages have.
+        messages.append({key: item for key, item in message.items() if item is not None})
+    if not any(message["role"] == "assistant" for message in messages):
+        raise DataError(f"{where} holds no message of the role 'assistant' to learn from")
+    if messages[0]["role"] == "assistant":
+        raise DataError(f"{where} begins with the assistant, which then has nothing to answer")
+    return messages
+
+
+def _kind(value: Any) -> str:
+    if value is None:
+        return "null"
+    text = repr(value)
+    return f"{type(value).__name__} ({text if len(text) <= 40 else text[:37] + '...'})"

@@ -1,0 +1,230 @@
+"""From a configured source to a cached table of checked rows.
+
+Local files are read by this package's readers and hub data sets by `datasets`; both end as a
+memory-mapped `datasets.Dataset` whose columns are the fields of the schema plus `where`, the place
+a row came from.
+"""
+
+import contextlib
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import datasets
+from datasets.config import HF_DATASETS_CACHE
+from datasets.exceptions import DatasetGenerationError
+
+import moe_jax
+from moe_jax.config.data import SourceConfig
+from moe_jax.data.readers import READERS, read_rows
+from moe_jax.data.schema import FIELDS, check_row, column_names
+from moe_jax.data.tokenizer import first_line
+from moe_jax.errors import DataError
+
+# What file names call the splits; the names that the hub knows too.
+SPLIT_WORDS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+class RowTable(NamedTuple):
+    """Checked rows, and a digest that is equal exactly when the rows are."""
+
+    rows: datasets.Dataset
+    digest: str
+
+
+def read_source(source: SourceConfig, cache_dir: str | None) -> RowTable:
+    """All rows of a source's split, checked against its schema.
+
+    Args:
+      source: what to read.
+      cache_dir: where the table is kept; None leaves it to `datasets`.
+
+    Raises:
+      DataError: nothing is there, it cannot be read, a row does not fit, or no row is left.
+    """
+    column_names(source)
+    path = Path(source.path).expanduser()
+    if path.exists():
+        split, _, _ = source.split.partition("[")
+        files = _files(path, split)
+        table = _read_files(files, source, cache_dir)
+        table = _cut(table, source, split)
+    elif _looks_local(source.path):
+        raise DataError(f"{source.path}: no such file or folder")
+    else:
+        table = _read_hub(source, cache_dir)
+    if not len(table.rows):
+        raise DataError(f"{source.path}: the split {source.split!r} holds no rows")
+    return table
+
+
+def _looks_local(path: str) -> bool:
+    return (
+        path.startswith((".", "/", "~"))
+        or Path(path).suffix.lower() in READERS
+        or HUB_ID.fullmatch(path) is None
+    )
+
+
+def _files(path: Path, split: str) -> list[Path]:
+    """The data files of one split, in the order of their names."""
+    if path.is_file():
+        if path.suffix.lower() not in READERS:
+            raise DataError(f"{path}: unknown kind of file; known: {', '.join(READERS)}")
+        if split != "train":
+            raise DataError(
+                f"{path}: a single file has no split {split!r}; leave it at 'train', or take a "
+                "part of the file, for example 'train[:90%]'"
+            )
+        return [path]
+    files = sorted(f for f in path.rglob("*") if f.is_file() and f.suffix.lower() in READERS)
+    if not files:
+        raise DataError(f"{path}: the folder holds no {', '.join(READERS)} file")
+    wanted = [f for f in files if _is_named(f.relative_to(path), split)]
+    if wanted:
+        return wanted
+    named = [s for s in SPLIT_WORDS if any(_is_named(f.relative_to(path), s) for f in files)]
+    if named or split != "train":
+        raise DataError(
+            f"{path}: no file is named after the split {split!r}; "
+            f"splits found: {', '.join(named) or 'none, which counts as train'}"
+        )
+    return files
+
+
+def _is_named(path: Path, split: str) -> bool:
+    words = "|".join(map(re.escape, SPLIT_WORDS.get(split, (split,))))
+    return re.search(rf"(^|[-_./ ])({words})($|[-_./ 0-9])", path.as_posix()) is not None
+
+
+def _read_files(files: list[Path], source: SourceConfig, cache_dir: str | None) -> RowTable:
+    parts = []
+    for file in files:
+        try:
+            with file.open("rb") as content:
+                parts.append((str(file), hashlib.file_digest(content, "sha256").hexdigest()))
+        except OSError as error:
+            raise DataError(f"{file}: cannot be read ({error.strerror or error})") from error
+    table_digest = digest(parts, source.schema, column_names(source))
+    with quiet(), cache_errors(cache_dir):
+        rows = datasets.Dataset.from_generator(
+            _checked_rows,
+            features=_features(source),
+            cache_dir=cache_dir or str(HF_DATASETS_CACHE),
+            # A tuple: lists would be taken for shards.
+            gen_kwargs={"files": tuple(files), "source": source},
+            fingerprint=table_digest,
+        )
+    return RowTable(rows, table_digest)
+
+
+def _checked_rows(files: tuple[Path, ...], source: SourceConfig) -> Iterator[dict[str, str]]:
+    for file in files:
+        for where, row in read_rows(file):
+            yield {**check_row(row, source, where), "where": where}
+
+
+def _read_hub(source: SourceConfig, cache_dir: str | None) -> RowTable:
+    # The hub's libraries raise many types, for no network, no such id, no such split and no access.
+    try:
+        with quiet():
+            raw = datasets.load_dataset(
+                source.path,
+                name=source.name,
+                split=source.split,
+                revision=source.revision,
+                cache_dir=cache_dir,
+            )
+    except Exception as error:
+        raise DataError(
+            f"{source.path}: no such file or folder, and not readable as a hub data set "
+            f"({first_line(error)})"
+        ) from error
+    table_digest = digest(raw._fingerprint, source.path, source.schema, column_names(source))
+    with quiet(), cache_errors(cache_dir):
+        rows = raw.map(
+            _check_hub_row,
+            with_indices=True,
+            fn_kwargs={"source": source},
+            remove_columns=raw.column_names,
+            features=_features(source),
+            new_fingerprint=table_digest,
+        )
+    return RowTable(rows, table_digest)
+
+
+def _check_hub_row(row: Any, index: int, source: SourceConfig) -> dict[str, str]:
+    where = f"{source.path}, {source.split}: row {index + 1}"
+    return {**check_row(dict(row), source, where), "where": where}
+
+
+def _cut(table: RowTable, source: SourceConfig, split: str) -> RowTable:
+    """The part of a local table that a split like `train[:90%]` asks for."""
+    if source.split == split:
+        return table
+    try:
+        instruction = datasets.ReadInstruction.from_spec(source.split)
+        parts = instruction.to_absolute({split: len(table.rows)})
+    except (ValueError, AssertionError) as error:
+        raise DataError(
+            f"{source.path}: cannot take the split {source.split!r} of {len(table.rows)} rows "
+            f"({first_line(error)})"
+        ) from None
+    kept = [row for part in parts for row in range(part.from_ or 0, part.to or 0)]
+    return RowTable(table.rows.select(kept), digest(table.digest, source.split))
+
+
+def _features(source: SourceConfig) -> datasets.Features:
+    text = datasets.Value("string")
+    return datasets.Features(dict.fromkeys((*FIELDS[source.schema], "where"), text))
+
+
+def digest(*parts: Any) -> str:
+    """A name for a cached table made from `parts`, plain data, by the code of this package.
+
+    The code is part of it: a table that an older version made must not be taken for a new one.
+    """
+    folder = Path(moe_jax.__file__).parent / "data"
+    code = [file.read_text() for file in sorted(folder.glob("*.py"))]
+    content = json.dumps([code, datasets.__version__, parts], sort_keys=True, default=str)
+    return hashlib.sha256(content.encode()).hexdigest()[:32]
+
+
+@contextlib.contextmanager
+def quiet(show: bool = False) -> Iterator[None]:
+    """Hides the progress bars of `datasets`, unless `show`."""
+    hidden_before = datasets.are_progress_bars_disabled()
+    if not show:
+        datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if not hidden_before:
+            datasets.enable_progress_bars()
+
+
+@contextlib.contextmanager
+def cache_errors(cache_dir: str | None) -> Iterator[None]:
+    """Unwraps what `datasets` raises around a DataError, and says what a full disk means."""
+    try:
+        yield
+    except (DatasetGenerationError, OSError) as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, DataError | OSError):
+            cause = cause.__cause__
+        if isinstance(cause, DataError):
+            raise cause from None
+        if isinstance(cause, OSError):
+            raise DataError(
+                f"{cache_dir or HF_DATASETS_CACHE}: cannot keep the tokenised data "
+                f"here ({cause.strerror or cause}); free space or set data.cache_dir"
+            ) from error
+        raise

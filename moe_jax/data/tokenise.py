@@ -1,0 +1,232 @@
+"""Token ids and loss masks of a source's rows, computed once and cached on disk.
+
+The boundary between prompt and completion. Generation sees the prompt alone, so the ids of a row
+must begin with the ids of its prompt alone. The ids of prompt and completion joined do that nearly
+always, and read as the model would write them; where the two fuse into one token across the
+boundary, the completion is encoded by itself, in the way that adds no space in front of it
+(SentencePiece tokenizers put one before every text).
+
+Length. A row longer than `max_length` loses its end; its completion then has no end-of-text token,
+so that the model does not learn to stop there. A row without a target left is dropped and counted.
+Raw text is not cut off but divided: each part begins with the last token of the part before it, as
+context, so that every token is a target exactly once.
+"""
+
+import functools
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import datasets
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from moe_jax.config.data import DataConfig, SourceConfig
+from moe_jax.data.chat import require_chat_template
+from moe_jax.data.examples import Example, make_examples
+from moe_jax.data.prompt_template import PromptTemplate, load_prompt_template
+from moe_jax.data.sources import cache_errors, digest, quiet, read_source
+from moe_jax.data.tokenizer import encode, end_of_text, leading_tokens, tokenizer_digest
+from moe_jax.errors import DataError
+
+# Rows from which on tokenising takes long enough to show a progress bar.
+SHOW_PROGRESS_FROM = 20_000
+
+FEATURES = datasets.Features(
+    {
+        "tokens": datasets.List(datasets.Value("int32")),
+        "loss_mask": datasets.List(datasets.Value("bool")),
+        "length": datasets.Value("int32"),
+        "truncated": datasets.Value("bool"),
+        "row": datasets.Value("int64"),
+    }
+)
+
+
+@dataclass(frozen=True)
+class TokenisedSource:
+    """One data set as tokens.
+
+    Attributes:
+      name: the name that the configuration gives it.
+      table: columns `tokens`, `loss_mask`, `length`, `truncated`, `row`; a dropped row is empty.
+      kept: indices into `table` of the rows that have a target.
+      lengths: tokens of each kept row.
+      digest: equal exactly when the table is.
+      report: one line on what became of the rows.
+    """
+
+    name: str
+    table: datasets.Dataset
+    kept: np.ndarray
+    lengths: np.ndarray
+    digest: str
+    report: str
+
+
+def tokenise_source(
+    name: str, source: SourceConfig, config: DataConfig, tokenizer: PreTrainedTokenizerBase
+) -> TokenisedSource:
+    """Reads, checks and tokenises a data set, or takes it from the cache.
+
+    Raises:
+      DataError: the data set, its prompt template or the tokenizer cannot be used, or no row has a
+        target within `max_length`.
+    """
+    end_of_text(tokenizer)
+    template = load_prompt_template(source.prompt) if source.schema == "instruction" else None
+    if source.schema == "chat":
+        require_chat_template(tokenizer, source.path)
+    rows, rows_digest = read_source(source, config.cache_dir)
+    table_digest = digest(
+        rows_digest,
+        tokenizer_digest(tokenizer),
+        source.schema,
+        None if template is None else (template.with_input, template.without_input),
+        config.max_length,
+        config.train_on_prompt,
+    )
+    workers = min(config.num_workers, len(rows))
+    show = len(rows) >= SHOW_PROGRESS_FROM and sys.stderr.isatty()
+    with quiet(show), cache_errors(config.cache_dir):
+        table = rows.map(
+            functools.partial(
+                _tokenise_batch,
+                source=source,
+                template=template,
+                tokenizer=tokenizer,
+                max_length=config.max_length,
+                train_on_prompt=config.train_on_prompt,
+            ),
+            with_indices=True,
+            batched=True,
+            remove_columns=rows.column_names,
+            features=FEATURES,
+            num_proc=workers if workers > 1 else None,
+            new_fingerprint=table_digest,
+            desc=f"Tokenising {name}",
+        )
+    facts = table.select_columns(["length", "truncated", "row"]).with_format("numpy")[:]
+    kept = np.flatnonzero(facts["length"] > 0)
+    dropped = np.flatnonzero(facts["length"] == 0)
+    if not len(kept):
+        raise DataError(
+            f"{source.path}: no row has a target within max_length={config.max_length} tokens; "
+            "raise it or shorten the prompts"
+        )
+    first = rows[int(facts["row"][dropped[0]])]["where"] if len(dropped) else None
+    return TokenisedSource(
+        name=name,
+        table=table.select_columns(["tokens", "loss_mask"]).with_format("arrow"),
+        kept=kept,
+        lengths=facts["length"][kept],
+        digest=table_digest,
+        report=_report(name, config.max_length, len(rows), facts, first),
+    )
+
+
+def _report(
+    name: str, max_length: int, rows: int, facts: dict[str, np.ndarray], first_dropped: str | None
+) -> str:
+    lengths = facts["length"]
+    kept, dropped = int((lengths > 0).sum()), int((lengths == 0).sum())
+    parts = [f"{name}: {rows} rows"]
+    if len(lengths) > rows:
+        parts.append(f"{len(lengths)} after dividing long ones")
+    parts.append(f"{int(facts['truncated'].sum())} truncated to {max_length} tokens")
+    if dropped:
+        parts.append(f"{dropped} dropped without a target left (first: {first_dropped})")
+    parts.append(f"{lengths.sum() / kept:.1f} tokens a row")
+    return ", ".join(parts)
+
+
+def _tokenise_batch(
+    batch: dict[str, list[str]],
+    indices: list[int],
+    *,
+    source: SourceConfig,
+    template: PromptTemplate | None,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    train_on_prompt: bool,
+) -> dict[str, list]:
+    examples, origins = [], []
+    for place, index in enumerate(indices):
+        row = {column: values[place] for column, values in batch.items()}
+        for example in make_examples(row, source.schema, template, tokenizer):
+            examples.append(example)
+            origins.append(index)
+    out: dict[str, list] = {column: [] for column in FEATURES}
+    encoded = encode_examples(examples, tokenizer, train_on_prompt)
+    for origin, (tokens, loss_mask) in zip(origins, encoded, strict=True):
+        step = max_length - 1
+        parts = range(0, max(len(tokens) - 1, 1), step) if source.schema == "text" else range(1)
+        for start in parts:
+            kept_tokens = tokens[start : start + max_length]
+            # Nothing precedes a row's first token, so nothing predicts it.
+            kept_mask = [False, *loss_mask[start + 1 : start + max_length]]
+            has_target = any(kept_mask)
+            out["tokens"].append(kept_tokens if has_target else [])
+            out["loss_mask"].append(kept_mask if has_target else [])
+            out["length"].append(len(kept_tokens) if has_target else 0)
+            out["truncated"].append(source.schema != "text" and len(tokens) > max_length)
+            out["row"].append(origin)
+    return out
+
+
+def encode_examples(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, train_on_prompt: bool
+) -> list[tuple[list[int], list[bool]]]:
+    """Token ids and loss mask of each example, whole.
+
+    The mask is true at tokens of a target piece and at the end-of-text token; with
+    `train_on_prompt` at every token, whose first one still has nothing that could predict it.
+    """
+    grown = [text for example in examples for text in accumulate(p.text for p in example.pieces)]
+    flat = iter(encode(tokenizer, grown))
+    leading, end = leading_tokens(tokenizer), end_of_text(tokenizer)
+    encoded = []
+    for example in examples:
+        tokens = list(leading) if example.leads else []
+        loss_mask = [train_on_prompt] * len(tokens)
+        ids_before: list[int] = []
+        for piece in example.pieces:
+            ids = next(flat)
+            if ids[: len(ids_before)] == ids_before:
+                new = ids[len(ids_before) :]
+            else:
+                new = _encode_continuation(ids_before, piece.text, ids, tokenizer)
+            tokens += new
+            loss_mask += [piece.is_target or train_on_prompt] * len(new)
+            ids_before = ids
+        if example.ends:
+            tokens.append(end)
+            loss_mask.append(True)
+        encoded.append((tokens, loss_mask))
+    return encoded
+
+
+def _encode_continuation(
+    ids_before: list[int], text: str, ids_joint: list[int], tokenizer: PreTrainedTokenizerBase
+) -> list[int]:
+    """Ids of `text` alone that read as its text where they follow `ids_before`.
+
+    The first of three ways whose decoded text is right: by itself (byte-level tokenizers), after a
+    line break, and after an end-of-text token (tokenizers that mark the start of a text). Unicode
+    normalisation across the boundary can leave none of them exact; by itself is then the nearest.
+    """
+    decode = functools.partial(tokenizer.decode, clean_up_tokenization_spaces=False)
+    wanted = decode(ids_joint)
+    alone, newline, after_newline, after_end = encode(
+        tokenizer, [text, "\n", "\n" + text, str(tokenizer.eos_token) + text]
+    )
+    candidates = [alone]
+    if after_newline[: len(newline)] == newline:
+        candidates.append(after_newline[len(newline) :])
+    if after_end[:1] == [end_of_text(tokenizer)]:
+        candidates.append(after_end[1:])
+    for candidate in candidates:
+        if decode(ids_before + candidate) == wanted:
+            return candidate
+    return alone
