@@ -1,0 +1,157 @@
+"""A trained adapter as a folder of its own: its weights, and `adapter.json` to explain them."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+
+import moe_jax
+from moe_jax.adapters import METHODS
+from moe_jax.checkpoints.disk import disk_errors
+from moe_jax.checkpoints.fingerprint import BaseIdentity
+from moe_jax.checkpoints.leaves import checksums, leaf_specs, nested
+from moe_jax.checkpoints.store import require_finite, restore_tree
+from moe_jax.config.model import ModelConfig
+from moe_jax.config.parse import parse, suggest
+from moe_jax.errors import CheckpointError, ConfigError
+
+FORMAT_VERSION = 1
+DESCRIPTION = "adapter.json"
+_WEIGHTS = "weights"
+_FIELDS = ("method", "model", "base", "step", "leaves", "checksums")
+
+
+class SavedAdapter(NamedTuple):
+    """An adapter and what is needed to use it.
+
+    Attributes:
+      method: the method's own configuration, for example `MixLoraConfig`.
+      tree: its weights, as they stand in `TrainState.adapters[name]`.
+      model: the architecture it was trained on.
+      base: the checkpoint it was trained on.
+      step: how many optimiser steps it was trained for.
+    """
+
+    method: Any
+    tree: Any
+    model: ModelConfig
+    base: BaseIdentity
+    step: int
+
+
+def save_adapter(folder: Path, adapter: SavedAdapter) -> None:
+    """Writes `folder`, replacing what it held only when the new one is complete.
+
+    With several processes, each calls this.
+
+    Raises:
+      TrainingError: a weight is not finite; nothing is written.
+      CheckpointError: the disk is full or not writable; a former `folder` is untouched.
+    """
+    folder = folder.absolute()
+    require_finite(adapter.tree, adapter.step)
+    names = {cls: name for name, cls in METHODS.items()}
+    description = {
+        "format_version": FORMAT_VERSION,
+        "package_version": moe_jax.__version__,
+        "method": {"name": names[type(adapter.method)], **dataclasses.asdict(adapter.method)},
+        "base": adapter.base._asdict(),
+        "model": dataclasses.asdict(adapter.model),
+        "step": adapter.step,
+        "leaves": {path: list(spec) for path, spec in leaf_specs(adapter.tree).items()},
+        "checksums": checksums(adapter.tree),
+    }
+    incomplete = folder.with_name(f".{folder.name}.incomplete")
+    with disk_errors(folder):
+        if jax.process_index() == 0:
+            shutil.rmtree(incomplete, ignore_errors=True)
+            incomplete.mkdir(parents=True)
+            (incomplete / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
+        multihost_utils.sync_global_devices(f"save_adapter {folder.name}")
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(incomplete / _WEIGHTS, adapter.tree)
+        if jax.process_index() == 0:
+            _replace(folder, incomplete)
+        multihost_utils.sync_global_devices(f"saved_adapter {folder.name}")
+
+
+def load_adapter(folder: Path, shardings: Any = None) -> SavedAdapter:
+    """Reads what `save_adapter` wrote.
+
+    Args:
+      folder: holds `adapter.json`.
+      shardings: a tree of shardings like the adapter's; None puts it on the default device.
+
+    Raises:
+      CheckpointError: not such a folder, of another format version, incomplete or damaged.
+    """
+    description = read_description(folder)
+    file = folder / DESCRIPTION
+    try:
+        method = dict(description["method"])
+        name = method.pop("name", None)
+        if name not in METHODS:
+            raise CheckpointError(
+                f"{file}: unknown adapter method {name!r}; {suggest(str(name), METHODS)}"
+            )
+        method = parse(METHODS[name], method, f"{file}: method")
+        model = parse(ModelConfig, description["model"], f"{file}: model")
+        base = BaseIdentity(**description["base"])
+        target = nested(
+            {
+                path: jax.ShapeDtypeStruct(tuple(shape), dtype)
+                for path, (shape, dtype) in description["leaves"].items()
+            }
+        )
+    except (ConfigError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{file}: {error}; the file was changed or is damaged") from None
+    if shardings is None:
+        shardings = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    target = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        target,
+        jax.tree.map(lambda _: shardings, target)
+        if isinstance(shardings, jax.sharding.Sharding)
+        else shardings,
+    )
+    tree = restore_tree(
+        folder.absolute() / _WEIGHTS, target, description["checksums"], "copy the folder again"
+    )
+    return SavedAdapter(method, tree, model, base, description["step"])
+
+
+def read_description(folder: Path) -> dict[str, Any]:
+    """`adapter.json`, checked for its version and its fields; errors as in `load_adapter`."""
+    file = folder / DESCRIPTION
+    try:
+        description = json.loads(file.read_text())
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{folder}: no adapter here, {DESCRIPTION} is missing; a finished run leaves one in "
+            "WORKDIR/adapters/NAME"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}") from None
+    version = description.get("format_version") if isinstance(description, dict) else None
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{file}: format version {version!r}, this release reads {FORMAT_VERSION}"
+        )
+    for name in _FIELDS:
+        if name not in description:
+            raise CheckpointError(f"{file}: field {name!r} is missing; the file was changed")
+    return description
+
+
+def _replace(folder: Path, complete: Path) -> None:
+    former = folder.with_name(f".{folder.name}.former")
+    shutil.rmtree(former, ignore_errors=True)
+    if folder.exists():
+        folder.rename(former)
+    complete.rename(folder)
+    shutil.rmtree(former, ignore_errors=True)

@@ -1,0 +1,59 @@
+"""Failures of the disk as one-line errors.
+
+A full disk shows up in many shapes: as `OSError` from Python's own writes, as `ValueError` with
+TensorStore's status text, raised at once or later from the thread that writes in the background.
+"""
+
+import contextlib
+import errno
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from moe_jax.errors import CheckpointError
+
+_FULL = {errno.ENOSPC: "no space left on the disk", errno.EDQUOT: "the disk quota is used up"}
+
+
+@contextlib.contextmanager
+def disk_errors(folder: Path, kept: str = "") -> Iterator[None]:
+    """Turns a failure to write below `folder` into a `CheckpointError` that names it.
+
+    Args:
+      folder: what was being written.
+      kept: what is still good, appended to the message.
+
+    Raises:
+      CheckpointError: the disk is full, read-only, gone, or not ours to write.
+    """
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        reason = _reason(error)
+        if reason is None:
+            raise
+        advice = "free some space and" if reason in _FULL.values() else "mend that and"
+        suffix = f" ({kept})" if kept else ""
+        raise CheckpointError(
+            f"cannot write {folder}: {reason}; {advice} run the same command again{suffix}"
+        ) from error
+
+
+def _reason(error: BaseException) -> str | None:
+    """What the disk said, or None if this is not about the disk."""
+    chain: list[BaseException] = []
+    link: BaseException | None = error
+    while link is not None and link not in chain:
+        chain.append(link)
+        link = link.__cause__ or link.__context__
+    for link in chain:
+        number = link.errno if isinstance(link, OSError) else None
+        status = re.search(r"OS error (\d+)", str(link))  # TensorStore's way of quoting errno
+        if number is None and status:
+            number = int(status.group(1))
+        if number is not None:
+            return _FULL.get(number) or errno.errorcode.get(number, f"error {number}")
+        for known in _FULL:
+            if errno.errorcode[known] in str(link):
+                return _FULL[known]
+    return None

@@ -1,0 +1,314 @@
+"""Training states on disk: adapters, optimiser, data position and metadata, never the base.
+
+One folder per saved step, written by Orbax in the background and renamed when complete, so that a
+run that dies while saving leaves the previous step as the latest. Adapters are an item of their
+own: they load without the optimiser.
+"""
+
+import contextlib
+import json
+import logging
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers as policies
+
+from moe_jax.checkpoints.disk import disk_errors
+from moe_jax.checkpoints.leaves import (
+    checksums,
+    leaf_specs,
+    named_leaves,
+    nested,
+    require_same_leaves,
+)
+from moe_jax.errors import CheckpointError, TrainingError
+
+FORMAT_VERSION = 1
+
+
+class SavedState(NamedTuple):
+    """What one step's folder holds.
+
+    Attributes:
+      step: how many optimiser steps had been taken.
+      adapters: `{adapter name: tree}`.
+      optimizer: everything else of the training state, in the tree it was saved from.
+      data: JSON values: where the data iterators stood.
+      metadata: JSON values: identity of the base and other facts of the run.
+    """
+
+    step: int
+    adapters: Any
+    optimizer: Any
+    data: dict[str, Any]
+    metadata: dict[str, Any]
+
+
+class TrainingStore:
+    """The training states of one run.
+
+    Not safe for two runs at once: the caller holds the work directory's lock.
+    """
+
+    def __init__(self, folder: Path, *, every: int, keep: int):
+        """Opens or creates `folder`; removes what an interrupted save left there.
+
+        Args:
+          folder: holds one folder per step; absolute.
+          every: a save is due at each multiple of this many steps.
+          keep: how many saved steps stay, the newest ones.
+
+        Raises:
+          CheckpointError: `folder` cannot be made or written.
+        """
+        self.folder = folder.absolute()
+        _quiet_orbax()
+        with disk_errors(self.folder):
+            self._manager = ocp.CheckpointManager(
+                self.folder,
+                item_names=("adapters", "optimizer", "data", "metadata"),
+                options=ocp.CheckpointManagerOptions(
+                    save_decision_policy=policies.FixedIntervalPolicy(every),
+                    preservation_policy=policies.LatestN(keep),
+                    cleanup_tmp_directories=True,
+                    enable_async_checkpointing=True,
+                ),
+            )
+
+    @property
+    def latest(self) -> int | None:
+        """The newest complete step, or None."""
+        return self._manager.latest_step()
+
+    def due(self, step: int) -> bool:
+        """Whether `save` should be called after this step."""
+        return step != self.latest and self._manager.should_save(step)
+
+    def save(
+        self,
+        step: int,
+        *,
+        adapters: Any,
+        optimizer: Any,
+        data: dict[str, Any],
+        metadata: dict[str, Any],
+    ) -> None:
+        """Copies the state off the device and writes it in the background.
+
+        Waits for the previous save to end first. A step that is already there is left alone.
+
+        Args:
+          step: how many optimiser steps have been taken.
+          adapters, optimizer: trees of jax arrays; `optimizer` is any tree whose nodes have names.
+          data, metadata: plain JSON values.
+
+        Raises:
+          TrainingError: an adapter leaf is not finite; nothing is written.
+          CheckpointError: the disk is full, or this or the previous save failed otherwise.
+        """
+        if step == self.latest:
+            return
+        require_finite(adapters, step, self.kept())
+        optimizer = nested(named_leaves(optimizer))
+        header = {
+            "format_version": FORMAT_VERSION,
+            "checksums": {"adapters": checksums(adapters), "optimizer": checksums(optimizer)},
+        }
+        with disk_errors(self.folder / str(step), self.kept()):
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    adapters=ocp.args.StandardSave(adapters),
+                    optimizer=ocp.args.StandardSave(optimizer),
+                    data=ocp.args.JsonSave(data),
+                    metadata=ocp.args.JsonSave({**header, **metadata}),
+                ),
+                force=True,
+            )
+
+    def wait(self) -> None:
+        """Returns once nothing is being written.
+
+        Raises:
+          CheckpointError: the write in the background failed, for example on a full disk.
+        """
+        with disk_errors(self.folder, self.kept()):
+            self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits for the last write and releases the threads; errors as in `wait`."""
+        self.wait()
+        self._manager.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if error is None:
+            self.close()
+        else:  # let a save that is under way end, and let the error at hand be the one that is seen
+            with contextlib.suppress(CheckpointError):
+                self.wait()
+
+    def restore(self, step: int, adapters: Any, optimizer: Any) -> SavedState:
+        """Reads a saved step onto the devices.
+
+        Args:
+          step: which one.
+          adapters, optimizer: trees of `ShapeDtypeStruct` with shardings, as they are to be; the
+            mesh may differ from the one that saved.
+
+        Raises:
+          CheckpointError: damaged, of another format, or not exactly these leaves.
+        """
+        paths = named_leaves(optimizer)
+        leaves = self._restore_item(step, "optimizer", nested(paths))
+        flat = named_leaves(leaves)
+        return SavedState(
+            step=step,
+            adapters=self.restore_adapters(step, adapters),
+            optimizer=jax.tree.unflatten(
+                jax.tree.structure(optimizer), [flat[path] for path in paths]
+            ),
+            data=_read_json(self.folder, step, "data"),
+            metadata=read_metadata(self.folder, step),
+        )
+
+    def restore_adapters(self, step: int, adapters: Any) -> Any:
+        """Reads only the adapters of a saved step; see `restore`."""
+        return self._restore_item(step, "adapters", adapters)
+
+    def _restore_item(self, step: int, item: str, target: Any) -> Any:
+        sums = read_metadata(self.folder, step)["checksums"][item]
+        folder = self.folder / str(step) / item
+        return restore_tree(folder, target, sums, _advice(self.folder, step))
+
+    def kept(self) -> str:
+        """Which state is safe on the disk, in words, for messages."""
+        # Read from the disk: Orbax's own list already counts the step that is being written.
+        step = latest_step(self.folder)
+        return "no state was saved before" if step is None else f"the state at step {step} is kept"
+
+
+def latest_step(folder: Path) -> int | None:
+    """The newest complete step in a `TrainingStore`'s folder, or None; touches no device."""
+    return max(_steps(folder), default=None)
+
+
+def read_metadata(folder: Path, step: int) -> dict[str, Any]:
+    """The metadata of a saved step, without its arrays; touches no device.
+
+    Raises:
+      CheckpointError: missing, damaged, or of another format version.
+    """
+    metadata = _read_json(folder, step, "metadata")
+    if (version := metadata.get("format_version")) != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{folder / str(step)} has format version {version!r}, this release reads "
+            f"{FORMAT_VERSION}; resume with the release that wrote it"
+        )
+    return metadata
+
+
+def _steps(folder: Path) -> list[int]:
+    # Orbax gives a step's folder its number as the name by a rename, when all of it is written.
+    return [int(child.name) for child in folder.glob("[0-9]*") if child.name.isdecimal()]
+
+
+def _read_json(folder: Path, step: int, item: str) -> dict[str, Any]:
+    file = folder / str(step) / item / "metadata"  # the name that Orbax gives JSON items
+    try:
+        return dict(json.loads(file.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(
+            f"{file} is damaged ({_first_line(error)}); {_advice(folder, step)}"
+        ) from None
+
+
+def _advice(folder: Path, step: int) -> str:
+    older = max((other for other in _steps(folder) if other < step), default=None)
+    return f"delete {folder / str(step)} to resume from " + (
+        "the start" if older is None else f"step {older}"
+    )
+
+
+def restore_tree(folder: Path, target: Any, sums: dict[str, int], advice: str) -> Any:
+    """Reads one saved tree as `target`, leaf for leaf.
+
+    Args:
+      folder: where Orbax wrote the tree.
+      target: a nested dict of `ShapeDtypeStruct`, with shardings where arrays are to be placed.
+      sums: the `checksums` of the tree when it was saved.
+      advice: what to do if it cannot be read, for the message.
+
+    Raises:
+      CheckpointError: missing, damaged, or not exactly these leaves, shapes and types.
+    """
+    require_same_leaves(read_leaf_specs(folder, advice), leaf_specs(target), str(folder))
+    with ocp.StandardCheckpointer() as checkpointer:
+        try:
+            tree = checkpointer.restore(folder.absolute(), target)
+        except Exception as error:  # Orbax and TensorStore raise many kinds for damaged files
+            raise CheckpointError(
+                f"{folder} is damaged ({_first_line(error)}); {advice}"
+            ) from error
+    if (found := checksums(tree)) != sums:
+        bad = next((path for path in found if found[path] != sums.get(path)), "its list of sums")
+        raise CheckpointError(f"{folder} is damaged (checksum of {bad!r} differs); {advice}")
+    return tree
+
+
+def read_leaf_specs(folder: Path, advice: str) -> dict[str, Any]:
+    """Shape and dtype of every leaf that Orbax wrote to `folder`; errors as in `restore_tree`."""
+    try:
+        # The handler itself: the checkpointer around it turns its errors into an empty tree.
+        path: Any = folder.absolute()  # typed as etils' path, but any will do
+        metadata = ocp.StandardCheckpointHandler().metadata(path)
+        return leaf_specs(metadata.tree)
+    except Exception as error:  # see restore_tree
+        raise CheckpointError(f"{folder} is damaged ({_first_line(error)}); {advice}") from error
+
+
+def require_finite(adapters: Any, step: int, kept: str = "") -> None:
+    """Raises `TrainingError` with the first leaf of `adapters` that holds a NaN or an infinity."""
+    finite = jax.device_get(_leaves_finite(adapters))
+    bad = [path for path, ok in named_leaves(finite).items() if not np.all(ok)]
+    if bad:
+        suffix = f"; {kept}" if kept else ""
+        raise TrainingError(
+            f"adapter weights {bad[0]!r} are not finite at step {step}, so they are not saved; "
+            f"try a lower learning rate{suffix}"
+        )
+
+
+@jax.jit
+def _leaves_finite(tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: jnp.all(jnp.isfinite(leaf)), tree)
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip().partition(". See full")[0]  # TensorStore adds pages of its settings
+    return text.splitlines()[0][:120] if text else type(error).__name__
+
+
+class _NoBackgroundTracebacks(logging.Filter):
+    """Drops what Orbax logs about a failed save: the same exception reaches us from `wait`."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not (record.exc_info and "orbax" in record.pathname)
+
+
+def _quiet_orbax() -> None:
+    logger = logging.getLogger("absl")
+    if not any(isinstance(known, _NoBackgroundTracebacks) for known in logger.filters):
+        logger.addFilter(_NoBackgroundTracebacks())

@@ -1,0 +1,160 @@
+"""Follows a run: reads metrics when they are there, writes lines, notices a run gone wrong."""
+
+import contextlib
+import datetime
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+
+from moe_jax.errors import TrainingError
+from moe_jax.training.metrics import TIME, PendingMetrics, Window, Writer
+from moe_jax.training.program import Program
+
+_NOT_SHOWN = ("loss", "grad_norm", "learning_rate", "target_tokens", "loss_scale")
+
+
+class Recorder:
+    """What the loop tells of its steps: `push` and `collect` each step, `drain` before a save.
+
+    Attributes:
+      window: the steps since the last line.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        total_steps: int,
+        writers: Sequence[Writer],
+        window: Window,
+        say: Callable[[str], None],
+    ):
+        """Starts the clock.
+
+        Args:
+          program: the run's compiled computations.
+          total_steps: of the whole run.
+          writers: where lines of metrics go.
+          window: the steps since the last line; not empty where a run resumes between two lines.
+          say: prints a line for people.
+        """
+        self.window = window
+        self._program = program
+        self._training = program.config.training
+        self._total_steps = total_steps
+        self._writers = writers
+        self._say = say
+        self._pending = PendingMetrics()
+        self._untimed: set[int] = set()
+        self._start = self._mark = time.perf_counter()
+        self._paused = 0.0
+        self._timed_steps, self._timed_tokens = 0, 0.0
+
+    def push(self, step: int, metrics: Mapping[str, jax.Array], *, timed: bool) -> None:
+        """Takes the metrics of a step that was just dispatched.
+
+        Args:
+          step: its number, from 1.
+          metrics: as the device will deliver them.
+          timed: whether the step counts for the speed; one that had to compile first does not.
+        """
+        if not timed:
+            self._untimed.add(step)
+        self._pending.push(step, metrics)
+
+    def collect(self) -> None:
+        """Takes note of steps that ended a while ago; does not wait for the newest ones.
+
+        Raises:
+          TrainingError: too many gradients in a row were not finite.
+        """
+        for step, metrics in self._pending.ready():
+            self._note(step, metrics)
+
+    def drain(self) -> None:
+        """As `collect`, but waits for all steps that were pushed."""
+        for step, metrics in self._pending.drain():
+            self._note(step, metrics)
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time in here does not count for the speed of training."""
+        start = time.perf_counter()
+        yield
+        self._paused += time.perf_counter() - start
+
+    def validation(self, step: int, losses: Mapping[str, float]) -> None:
+        """Writes the validation losses, named `adapter/set`, measured after `step`."""
+        self._write(step, {f"validation/{name}/loss": loss for name, loss in losses.items()}, {})
+        for name, loss in losses.items():
+            self._say(f"step {step}  validation {name}  loss {loss:.4f}")
+
+    def _note(self, step: int, metrics: dict[str, float]) -> None:
+        self.window.add(metrics)
+        if step in self._untimed:
+            self._untimed.remove(step)
+        else:
+            self._timed_steps += 1
+            self._timed_tokens += metrics["tokens"]
+        for name, *_ in self._program.segments:
+            skipped = int(metrics[f"{name}/skipped_in_a_row"])
+            if skipped >= self._training.max_skipped_steps:
+                raise TrainingError(
+                    f"adapter {name!r}: the last {skipped} gradients, up to step {step}, were not "
+                    f"finite; try a lower config.adapters.{name}.optimizer.learning_rate, a "
+                    "clip_norm, or compute.dtype 'bfloat16' or 'float32'"
+                )
+        if step % self._training.log_every == 0 or step == self._total_steps:
+            self._close_window(step)
+
+    def _close_window(self, step: int) -> None:
+        line: dict[str, Any] = self.window.close()
+        skipped = {n: int(line[f"{n}/skipped_total"]) for n, *_ in self._program.segments}
+        for name, count in skipped.items():
+            # The schedule advances with the steps that were applied.
+            rates = self._program.learning_rates(step - 1 - count)
+            line[f"{name}/learning_rate"] = rates[name]
+        now = time.perf_counter()
+        seconds = max(now - self._mark - self._paused, 1e-9)
+        times = {"elapsed_seconds": round(now - self._start, 3)}
+        if self._timed_steps:
+            times["seconds_per_step"] = round(seconds / self._timed_steps, 6)
+            times["tokens_per_second"] = round(self._timed_tokens / seconds, 1)
+        self._mark, self._paused = now, 0.0
+        self._timed_steps, self._timed_tokens = 0, 0.0
+        self._write(step, line, times)
+        self._say(self._sentence(step, line, times))
+
+    def _write(self, step: int, line: Mapping[str, Any], times: Mapping[str, float]) -> None:
+        for writer in self._writers:
+            writer.write(step, {**line, TIME: dict(times)})
+
+    def _sentence(self, step: int, line: Mapping[str, Any], times: Mapping[str, float]) -> str:
+        width = len(str(self._total_steps))
+        parts = [f"step {step:{width}d}/{self._total_steps}"]
+        for name, *_ in self._program.segments:
+            prefix = f"{name}/"
+            own = {k.removeprefix(prefix): v for k, v in line.items() if k.startswith(prefix)}
+            if len(self._program.segments) > 1:
+                parts.append(f"[{name}]")
+            parts.append(f"loss {_number(own['loss'], '.4f')}")
+            parts += [
+                f"{key} {_number(value, '.3g')}"
+                for key, value in own.items()
+                if key not in _NOT_SHOWN and not key.startswith("skipped")
+            ]
+            parts.append(f"grad {_number(own['grad_norm'], '.3g')}")
+            parts.append(f"lr {own['learning_rate']:.2e}")
+            if own["skipped_total"]:
+                parts.append(f"skipped {own['skipped_total']:.0f}")
+        parts.append(f"padding {line['padding_share']:.0%}")
+        if "tokens_per_second" in times:
+            left = round((self._total_steps - step) * times["seconds_per_step"])
+            parts.append(f"{times['tokens_per_second']:,.0f} tokens/s")
+            parts.append(f"left {datetime.timedelta(seconds=left)}")
+        return "  ".join(parts)
+
+
+def _number(value: float | None, form: str) -> str:
+    return "not finite" if value is None else format(value, form)

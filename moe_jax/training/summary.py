@@ -1,0 +1,54 @@
+"""What a run is about to do, as a table."""
+
+import collections
+from typing import Any
+
+import jax
+import numpy as np
+
+from moe_jax.adapters import METHODS
+from moe_jax.checkpoints.leaves import named_leaves
+from moe_jax.config.model import ModelConfig
+from moe_jax.config.run import RunConfig
+from moe_jax.training.program import Program
+
+
+def start_up_table(
+    config: RunConfig, model: ModelConfig, program: Program, total_steps: int
+) -> list[tuple[str, str]]:
+    """Pairs of a label and a text: base, adapters and what they matched, devices, steps."""
+    frozen = _count(program.abstract_params)
+    names = {cls: name for name, cls in METHODS.items()}
+    size = f"{model.num_layers} layers, width {model.hidden_size}, {frozen:,} parameters"
+    types = f"kept in {config.base.param_dtype}, computed in {config.compute.dtype}"
+    table = [("base", f"{config.base.path}: {size}, {types}")]
+    for name, adapter in config.adapters.items():
+        tree = program.abstract_state.adapters[name]
+        count = _count(tree)
+        trainable = f"{count:,} trainable parameters ({count / frozen:.3%} of the base)"
+        table.append(("adapter", f"{name!r}: {names[type(adapter.method)]}, {trainable}"))
+        table.append(("", f"on {_modules(tree)}"))
+    mesh = ", ".join(f"{axis} {size}" for axis, size in program.mesh.shape.items())
+    kind = program.mesh.devices.flat[0].device_kind
+    table.append(("devices", f"{program.mesh.size} x {kind} ({mesh})"))
+    rows = program.segments[-1].stop
+    longest = max(adapter.data.max_length for adapter in config.adapters.values())
+    parts = config.training.micro_batches
+    cut = f" in {parts} micro-batches" if parts > 1 else ""
+    table.append(
+        ("steps", f"{total_steps} of {rows} rows{cut}, up to {rows * longest:,} tokens each")
+    )
+    return table
+
+
+def _count(tree: Any) -> int:
+    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree))
+
+
+def _modules(tree: Any) -> str:
+    """The modules that hold adapter weights, each with its number of weights."""
+    counts: collections.Counter[str] = collections.Counter()
+    for path, leaf in named_leaves(tree).items():
+        parts = [part for part in path.split("/")[:-1] if part != "layers"]
+        counts["/".join(parts)] += int(np.prod(leaf.shape))
+    return ", ".join(f"{module} ({count:,})" for module, count in counts.items())
