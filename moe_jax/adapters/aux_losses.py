@@ -52,7 +52,9 @@ ROUTER_LOSSES: dict[str, Callable[[RouterStatistics], jax.Array]] = {
 def check_router_losses(losses: Mapping[str, RouterLossConfig]) -> None:
     """Refuses a loss that `ROUTER_LOSSES` does not have."""
     for name in losses:
-        require(name in ROUTER_LOSSES, "losses", f"unknown {name!r}; {suggest(name, ROUTER_LOSSES)}")
+        require(
+            name in ROUTER_LOSSES, "losses", f"unknown {name!r}; {suggest(name, ROUTER_LOSSES)}"
+        )
 
 
 def router_loss(name: str, scope: str, layers: RouterStatistics) -> jax.Array:

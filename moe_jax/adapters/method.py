@@ -18,7 +18,6 @@ MLP_MODULES = ("gate_proj", "up_proj", "down_proj")
 TARGET_MODULES = ATTENTION_MODULES + MLP_MODULES
 
 
-
 @dataclass(frozen=True, kw_only=True)
 class RouterLossConfig:
     """One auxiliary loss of a router; its name is a key of `aux_losses.ROUTER_LOSSES`.
@@ -69,6 +68,11 @@ class AdapterMethod:
             )
 
     @property
+    def routes(self) -> bool:
+        """Whether this method has routers, which then must have sown their statistics."""
+        return False
+
+    @property
     def router_losses(self) -> dict[str, RouterLossConfig]:
         """The auxiliary losses of this method's routers, by name; empty if it does not route."""
         return {}
@@ -94,5 +98,3 @@ class AdapterMethod:
         be added to that projection's output, [b, S, D] or None.
         """
         return None
-
-

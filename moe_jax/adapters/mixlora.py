@@ -33,9 +33,7 @@ class ExpertLoraConfig:
     def __post_init__(self):
         require(self.rank is None or self.rank > 0, "rank", "must be positive")
         require(self.alpha is None or self.alpha > 0, "alpha", "must be positive")
-        require(
-            self.dropout is None or 0.0 <= self.dropout < 1.0, "dropout", "must lie in [0, 1)"
-        )
+        require(self.dropout is None or 0.0 <= self.dropout < 1.0, "dropout", "must lie in [0, 1)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +74,10 @@ class MixLoraConfig(AdapterMethod):
         check_router_losses(self.losses)
 
     @property
+    def routes(self) -> bool:
+        return True
+
+    @property
     def router_losses(self) -> dict[str, RouterLossConfig]:
         return self.losses
 
@@ -86,7 +88,7 @@ class MixLoraConfig(AdapterMethod):
 
     @property
     def expert_scale(self) -> float:
-        """alpha / R of the experts."""
+        """Alpha / R of the experts."""
         return (self.expert_lora.alpha or self.alpha) / self.expert_rank
 
     @property

@@ -1,7 +1,7 @@
 """A frozen projection with the deltas of the adapters that target it."""
 
-import jax
 import flax.linen as nn
+import jax
 
 from moe_jax.adapters.segments import Segment, update_rows
 from moe_jax.adapters.sites import module_name

@@ -4,13 +4,16 @@ Sums, not means: they add up over micro-batches and devices, and nothing is divi
 of real tokens is known.
 """
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict
 
 from moe_jax.adapters.routers import Routing
+from moe_jax.adapters.sites import by_adapter
 from moe_jax.layers.axes import ROUTER
 
 STATISTICS = "statistics"
@@ -61,6 +64,20 @@ def router_statistics(routing: Routing, token_mask: jax.Array) -> RouterStatisti
 
 def sow_statistics(module: nn.Module, statistics: RouterStatistics) -> None:
     """Puts the statistics into the `router` collection, replacing Linen's default of a tuple."""
-    module.sow(
-        ROUTER, STATISTICS, statistics, reduce_fn=lambda _, new: new, init_fn=lambda: None
-    )
+    module.sow(ROUTER, STATISTICS, statistics, reduce_fn=lambda _, new: new, init_fn=lambda: None)
+
+
+def collect_statistics(sown: Mapping[str, Any]) -> dict[str, list[RouterStatistics]]:
+    """The statistics of each adapter, one entry per site, each with a leading axis L.
+
+    Args:
+      sown: the variables that `apply(..., mutable=["router"])` returned.
+
+    Raises:
+      ValueError: the collection is missing. Sowing is silent where a collection is not mutable, so
+        its absence is a defect of the caller and never means "no routers".
+    """
+    if ROUTER not in sown:
+        raise ValueError(f"no {ROUTER!r} collection was sown; apply the model with it mutable")
+    trees = by_adapter(sown[ROUTER])
+    return {name: list(flatten_dict(tree).values()) for name, tree in trees.items()}

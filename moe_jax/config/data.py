@@ -69,9 +69,7 @@ class DataConfig:
     def __post_init__(self):
         require(bool(self.train), "train", "names no data set")
         require(self.max_length > 1, "max_length", "must be at least 2 tokens")
-        require(
-            list(self.buckets) == sorted(set(self.buckets)), "buckets", "must ascend strictly"
-        )
+        require(list(self.buckets) == sorted(set(self.buckets)), "buckets", "must ascend strictly")
         require(
             all(0 < b <= self.max_length for b in self.buckets),
             "buckets",

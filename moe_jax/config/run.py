@@ -190,7 +190,9 @@ def _with_parsed_method(adapter: Any, methods: Mapping[str, type], path: str) ->
     fields = dict(adapter["method"])
     name = fields.pop("name", None)
     if name not in methods:
-        raise ConfigError(f"{path}.method.name: unknown method {name!r}; {suggest(str(name), methods)}")
+        raise ConfigError(
+            f"{path}.method.name: unknown method {name!r}; {suggest(str(name), methods)}"
+        )
     return {**adapter, "method": parse(methods[name], fields, f"{path}.method")}
 
 
@@ -202,5 +204,3 @@ def to_json(config: RunConfig, methods: Mapping[str, type]) -> str:
         method = plain["adapters"][name]["method"]
         plain["adapters"][name]["method"] = {"name": names[type(adapter.method)], **method}
     return json.dumps(plain, indent=2)
-
-

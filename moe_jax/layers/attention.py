@@ -16,7 +16,7 @@ def attention_mask(segment_ids: jax.Array) -> jax.Array:
       bool [B, 1, S, S], query by key: true within a sequence. Padding attends to padding, so that no
       row of the softmax is empty; no real position sees padding, on whichever side it is.
     """
-    return (segment_ids[:, None, :, None] == segment_ids[:, None, None, :])
+    return segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
 
 
 def causal_attention(
@@ -39,15 +39,28 @@ def causal_attention(
     Returns:
       [B, S, H, Q] in the type of `query`.
     """
-    return jax.nn.dot_product_attention(
-        query,
-        key,
-        value,
-        mask=mask,
-        is_causal=True,
-        scale=query.shape[-1] ** -0.5,
-        implementation=implementation,
-    )
+    if implementation == "cudnn":
+        return jax.nn.dot_product_attention(
+            query, key, value, mask=mask, is_causal=True, implementation="cudnn"
+        )
+    return _einsum_attention(query, key, value, mask)
+
+
+def _einsum_attention(
+    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None
+) -> jax.Array:
+    # Not `jax.nn.dot_product_attention`: its XLA path has no float16 on CPU (jax 0.10).
+    batch, length, heads, width = query.shape
+    kv_heads = key.shape[2]
+    grouped = query.reshape(batch, length, kv_heads, heads // kv_heads, width)
+    scores = jnp.einsum("bskgq,btkq->bkgst", grouped, key, preferred_element_type=jnp.float32)
+    allowed = jnp.tril(jnp.ones((length, length), bool))
+    if mask is not None:
+        allowed = allowed & mask[:, :, None]
+    scores = jnp.where(allowed, scores * width**-0.5, jnp.finfo(jnp.float32).min)
+    probs = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+    attended = jnp.einsum("bkgst,btkq->bskgq", probs, value)
+    return attended.reshape(query.shape)
 
 
 def positions_from_segments(segment_ids: jax.Array) -> jax.Array:

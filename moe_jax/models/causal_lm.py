@@ -10,19 +10,10 @@ import jax.numpy as jnp
 from moe_jax.adapters.segments import Segment
 from moe_jax.config.model import ComputeConfig, ModelConfig
 from moe_jax.layers.attention import positions_from_segments
-from moe_jax.layers.axes import (
-    ADAPTERS,
-    EMBED,
-    HIDDEN_AXES,
-    LAYERS,
-    PARAMS,
-    ROUTER,
-    VOCAB,
-    constrain,
-)
+from moe_jax.layers.axes import ADAPTERS, LAYERS, PARAMS, ROUTER
+from moe_jax.layers.embedding import TokenEmbedding
 from moe_jax.layers.head import LanguageModelHead, logits
 from moe_jax.layers.norm import RMSNorm
-from moe_jax.layers.projection import BASE_INIT
 from moe_jax.layers.rope import rotary_tables
 from moe_jax.models.decoder import DecoderLayer, LayerSettings, TokenContext
 
@@ -85,15 +76,10 @@ class LlamaForCausalLM(nn.Module):
         if token_mask is None:
             token_mask = jnp.ones_like(tokens, bool) if segment_ids is None else segment_ids != 0
 
-        embed = nn.Embed(
-            config.vocab_size,
-            config.hidden_size,
-            dtype=dtype,
-            param_dtype=param_dtype,
-            embedding_init=nn.with_logical_partitioning(BASE_INIT, (VOCAB, EMBED)),
-            name="embed_tokens",
+        embed = TokenEmbedding(
+            config.vocab_size, config.hidden_size, dtype, param_dtype, name="embed_tokens"
         )
-        x = constrain(embed(tokens), HIDDEN_AXES)
+        x = embed(tokens)
         cos, sin = rotary_tables(
             config.rope, config.head_dim, config.max_position_embeddings, positions
         )

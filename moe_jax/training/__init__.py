@@ -1,0 +1,1 @@
+"""Training: loss, optimiser, step, and the loop around them."""

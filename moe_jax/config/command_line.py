@@ -1,0 +1,119 @@
+"""A configuration file, and the fields that the command line gives another value."""
+
+import ast
+import importlib.util
+import re
+import traceback
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from moe_jax.config.parse import ROOT, suggest
+from moe_jax.errors import ConfigError
+
+_OVERRIDE = re.compile(rf"--?{ROOT}\.([^=]+)(?:=(.*))?", re.DOTALL)
+_WORDS = {"true": True, "false": False, "none": None}
+
+
+def load_config_file(path: str) -> dict[str, Any]:
+    """What `get_config()` of a Python file returns, as nested dicts.
+
+    Raises:
+      ConfigError: no such file, no `get_config` in it, or it fails; names the line.
+    """
+    file = Path(path).expanduser()
+    if not file.is_file():
+        near = [str(other) for other in file.parent.glob("*.py")] if file.parent.is_dir() else []
+        raise ConfigError(f"--config: no such file: {path}; {suggest(path, near)}")
+    spec = importlib.util.spec_from_file_location("_config_file", file)
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"--config: {path} is not a Python file; its name must end in .py")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        if not hasattr(module, "get_config"):
+            raise ConfigError(f"--config: {path} defines no function get_config()")
+        config = module.get_config()
+    except ConfigError:
+        raise
+    except Exception as error:  # whatever the user's file does
+        raise ConfigError(f"--config: {path} fails{_line(error, file)}: {_describe(error)}") from error
+    if hasattr(config, "to_dict"):  # ml_collections.ConfigDict
+        config = config.to_dict()
+    if not isinstance(config, Mapping):
+        raise ConfigError(f"--config: get_config() in {path} returned no group of fields")
+    return _copied(config)
+
+
+def split_overrides(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """Separates `--config.field=value` and `--config.field value` from all other arguments.
+
+    Returns:
+      The other arguments, and the values by dotted path; a later one wins.
+
+    Raises:
+      ConfigError: a field without a value.
+    """
+    others, overrides = [], {}
+    remaining = iter(arguments)
+    for argument in remaining:
+        match = _OVERRIDE.fullmatch(argument)
+        if match is None:
+            others.append(argument)
+            continue
+        path, value = match.groups()
+        value = next(remaining, None) if value is None else value
+        if value is None:
+            raise ConfigError(f"{argument}: has no value; write {argument}=VALUE")
+        overrides[path] = value
+    return others, overrides
+
+
+def apply_overrides(config: dict[str, Any], overrides: Mapping[str, str]) -> None:
+    """Sets fields of `config` in place; their names and types are checked when it is parsed.
+
+    A value is read as a Python literal, and as a string where it is none: `8`, `1e-4`, `(64, 128)`,
+    `None`, `False`, `runs/base`. A field that the file leaves out, or sets to None, may be given.
+
+    Raises:
+      ConfigError: the path leads through a field that is not a group, or into a group whose name is
+        nearly that of one in the file.
+    """
+    for path, text in overrides.items():
+        *groups, last = path.split(".")
+        node, where = config, ROOT
+        for name in groups:
+            known = [key for key, value in node.items() if isinstance(value, dict)]
+            if name not in node and "did you mean" in (hint := suggest(name, known)):
+                raise ConfigError(f"{where}.{name}: unknown group of fields; {hint}")
+            node, where = node.setdefault(name, {}), f"{where}.{name}"
+            if not isinstance(node, dict):
+                raise ConfigError(f"{where}: is a single value, so it has no field {last!r}")
+        node[last] = _value(text)
+
+
+def _value(text: str) -> Any:
+    if text.lower() in _WORDS:
+        return _WORDS[text.lower()]
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def _copied(group: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: _copied(v) if isinstance(v, Mapping) else v for k, v in group.items()}
+
+
+def _line(error: BaseException, file: Path) -> str:
+    """Where in the user's own file it failed."""
+    if isinstance(error, SyntaxError):
+        return f" in line {error.lineno}"
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if Path(frame.filename) == file]
+    return f" in line {lines[-1]}" if lines else ""
+
+
+def _describe(error: BaseException) -> str:
+    text = error.msg if isinstance(error, SyntaxError) else str(error)
+    return f"{type(error).__name__}: {text.strip().splitlines()[0] if text.strip() else ''}"

@@ -1,0 +1,36 @@
+"""The mesh of devices: axes `data`, `fsdp` and `tensor`."""
+
+import math
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh
+
+from moe_jax.config.run import MeshConfig
+from moe_jax.errors import DeviceError
+
+MESH_AXES = ("data", "fsdp", "tensor")
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh that `config` asks for, over all devices of all processes by default.
+
+    Raises:
+      DeviceError: the devices are fewer than the mesh needs, or some would be left idle.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = [config.data, config.fsdp, config.tensor]
+    known = math.prod(size for size in sizes if size != -1)
+    if -1 in sizes:
+        sizes[sizes.index(-1)] = max(len(devices) // known, 1)
+    needed = math.prod(sizes)
+    wanted = " x ".join(f"{n}={s}" for n, s in zip(MESH_AXES, sizes, strict=True))
+    if needed != len(devices):
+        verb = "needs" if needed > len(devices) else "uses only"
+        raise DeviceError(
+            f"config.mesh: {wanted} {verb} {needed} devices, but {len(devices)} "
+            f"({devices[0].platform}) are there; change mesh.data, mesh.fsdp or mesh.tensor"
+        )
+    # Axes are Auto: XLA's partitioner propagates layouts from the parameters and constraints.
+    return Mesh(np.array(devices).reshape(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 3)

@@ -1,0 +1,72 @@
+"""What a run will need, from the compiled step alone: no weights, no data, no accelerator."""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+
+from moe_jax.training.program import Program
+
+GIB = 2**30
+
+
+class MemoryPlan(NamedTuple):
+    """Bytes on one device.
+
+    Attributes:
+      params: the frozen base.
+      adapters: the trainable leaves.
+      optimizer: the optimiser's state and counters.
+      temporary: what the compiled step needs besides its arguments, at its peak.
+      total: all of these.
+    """
+
+    params: int
+    adapters: int
+    optimizer: int
+    temporary: int
+    total: int
+
+
+def memory_plan(program: Program, row_length: int) -> MemoryPlan:
+    """Compiles the training step for rows of `row_length` tokens and reads its memory."""
+    compiled = program.lower_train_step(row_length).compile()
+    temporary = compiled.memory_analysis().temp_size_in_bytes
+    state, shardings = program.abstract_state, program.state_shardings
+    params = _bytes_per_device(program.abstract_params, program.param_shardings)
+    adapters = _bytes_per_device(state.adapters, shardings.adapters)
+    optimizer = _bytes_per_device(state, shardings) - adapters
+    total = params + adapters + optimizer + temporary
+    return MemoryPlan(params, adapters, optimizer, temporary, total)
+
+
+def describe_plan(program: Program, row_length: int) -> str:
+    """A table of `memory_plan` and of the parameter counts behind it, for people."""
+    plan = memory_plan(program, row_length)
+    base = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(program.abstract_params))
+    lines = [
+        "mesh            " + " x ".join(f"{n}={s}" for n, s in program.mesh.shape.items()),
+        f"base            {base:,} parameters, frozen, {program.config.base.param_dtype}",
+    ]
+    for name, tree in program.abstract_state.adapters.items():
+        own = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+        lines.append(f"adapter         {name}: {own:,} parameters ({own / base:.2%} of the base)")
+    rows = program.segments[-1].stop
+    micro = program.config.training.micro_batches
+    lines += [
+        f"step            {rows} rows of {row_length} tokens in {micro} micro-batch(es), "
+        f"remat {program.config.compute.remat!r}",
+        "memory of one device, GiB",
+        *(
+            f"  {name:<14}{value / GIB:8.2f}"
+            for name, value in zip(plan._fields, plan, strict=True)
+        ),
+    ]
+    return "\n".join(lines)
+
+
+def _bytes_per_device(tree: Any, shardings: Any) -> int:
+    def size(leaf: jax.ShapeDtypeStruct, sharding: jax.sharding.NamedSharding) -> int:
+        return math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+
+    return sum(jax.tree.leaves(jax.tree.map(size, tree, shardings)))

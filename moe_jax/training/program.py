@@ -1,0 +1,289 @@
+"""A run's compiled functions and where their arrays live; needs neither weights nor data."""
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from moe_jax.adapters.segments import Segment, segments_of
+from moe_jax.adapters.sites import by_adapter
+from moe_jax.config.model import ModelConfig
+from moe_jax.config.run import RunConfig
+from moe_jax.data.batch import Batch
+from moe_jax.errors import ConfigError
+from moe_jax.layers.axes import ADAPTERS, PARAMS
+from moe_jax.models.causal_lm import LlamaForCausalLM
+from moe_jax.sharding.mesh import make_mesh
+from moe_jax.sharding.rules import BATCH_SPEC, RULES, shardings_of
+from moe_jax.training import step
+from moe_jax.training.loss_scale import initial_loss_scale
+from moe_jax.training.optimizer import build_optimizer, learning_rate_schedule
+from moe_jax.training.state import TrainState
+
+
+@dataclass(frozen=True)
+class Program:
+    """See `build_program`.
+
+    Attributes:
+      config: the run's configuration.
+      mesh: the devices.
+      segments: which rows of a whole batch belong to which adapter.
+      abstract_params: shapes and types of the frozen base.
+      param_shardings: where its leaves live.
+      abstract_state: shapes and types of the training state.
+      state_shardings: where its leaves live.
+    """
+
+    config: RunConfig
+    mesh: Mesh
+    segments: tuple[Segment, ...]
+    abstract_params: Any
+    param_shardings: Any
+    abstract_state: TrainState
+    state_shardings: TrainState
+    _model: LlamaForCausalLM
+    _optimizer: optax.GradientTransformation
+    _total_steps: int
+
+    def init_state(self) -> TrainState:
+        """A fresh training state, made in place on the mesh; the same whatever the mesh is."""
+        init = jax.jit(self._fresh_state, out_shardings=self.state_shardings)
+        return init(jax.random.key(self.config.training.seed))
+
+    def train_step(
+        self, state: TrainState, params: Any, batch: Batch
+    ) -> tuple[TrainState, step.Metrics]:
+        """One optimiser step; see `step.train_step`. `state` is donated: do not use it again.
+
+        Args:
+          state: where training stands.
+          params: the frozen base.
+          batch: what `put_train_batch` returned.
+        """
+        with self._mesh_context():
+            return self._train_step(state, params, batch)
+
+    def eval_step(
+        self, name: str | None, adapters: Mapping[str, Any], params: Any, batch: Batch
+    ) -> tuple[jax.Array, jax.Array]:
+        """Summed loss in nats and number of target tokens.
+
+        Args:
+          name: the adapter that all rows belong to, or None for the base as it is.
+          adapters: `{name: tree}`; may hold others too.
+          params: the frozen base.
+          batch: what `put_eval_batch` returned.
+        """
+        with self._mesh_context():
+            own = {} if name is None else {name: adapters[name]}
+            return self._eval_step(name, own, params, batch)
+
+    def put_train_batch(self, batch: Batch) -> Batch:
+        """A batch of NumPy arrays [B, S], cut into micro-batches, as global arrays [M, b, S].
+
+        Every process gives the whole batch and keeps the rows of its own devices. Each adapter's
+        rows are spread evenly over the micro-batches.
+        """
+        micro = self.config.training.micro_batches
+
+        def cut(array: np.ndarray) -> np.ndarray:
+            parts = [array[s.start : s.stop] for s in self.segments]
+            split = [part.reshape(micro, -1, part.shape[-1]) for part in parts]
+            return np.concatenate(split, axis=1)
+
+        cut_batch = Batch(*(cut(np.asarray(array)) for array in batch))
+        return self._put(cut_batch, PartitionSpec(None, *BATCH_SPEC))
+
+    def put_eval_batch(self, batch: Batch) -> Batch:
+        """A batch of NumPy arrays [B, S] as global arrays."""
+        return self._put(batch, BATCH_SPEC)
+
+    def learning_rates(self, done: int) -> dict[str, float]:
+        """Each adapter's learning rate for the optimiser step after `done` applied ones."""
+        return {
+            name: float(
+                learning_rate_schedule(
+                    a.optimizer.schedule, a.optimizer.learning_rate, self._total_steps
+                )(done)
+            )
+            for name, a in self.config.adapters.items()
+        }
+
+    def lower_train_step(self, row_length: int) -> jax.stages.Lowered:
+        """The training step for rows of `row_length` tokens, lowered without any weights."""
+        micro = self.config.training.micro_batches
+        shape = (micro, self.segments[-1].stop // micro, row_length)
+        types = Batch(
+            tokens=jnp.int32, loss_mask=jnp.bool, segment_ids=jnp.int32, positions=jnp.int32
+        )
+        batch = Batch(*(jax.ShapeDtypeStruct(shape, dtype) for dtype in types))
+        with self._mesh_context():
+            return self._train_step.lower(self.abstract_state, self.abstract_params, batch)
+
+    def _put(self, batch: Batch, spec: PartitionSpec) -> Batch:
+        segment_ids = np.asarray(batch.segment_ids)
+        if segment_ids.max(initial=0) > 1 or (np.diff(segment_ids, axis=-1) > 0).any():
+            raise ValueError("a row must be one sequence, padded on the right only")
+        sharding = NamedSharding(self.mesh, spec)
+
+        def put(array: Any) -> jax.Array:
+            array = np.asarray(array)
+            return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+        return Batch(*(put(array) for array in batch))
+
+    def _mesh_context(self) -> Any:
+        return jax.set_mesh(self.mesh)
+
+    def _fresh_state(self, key: jax.Array) -> TrainState:
+        adapters = by_adapter(nn.meta.unbox(_init(self._model, self.segments, key))[ADAPTERS])
+        scales = {}
+        if self.config.compute.dtype == "float16":
+            scale = self.config.training.initial_loss_scale
+            scales = {segment.name: initial_loss_scale(scale) for segment in self.segments}
+        return TrainState(
+            step=jnp.int32(0),
+            adapters=adapters,
+            opt_state=self._optimizer.init({PARAMS: self.abstract_params, ADAPTERS: adapters}),
+            loss_scale=scales,
+        )
+
+    @functools.cached_property
+    def _train_step(self) -> Any:
+        micro = self.config.training.micro_batches
+        rows = {s.name: (s.stop - s.start) // micro for s in self.segments}
+        model = self._model.clone(segments=_with_rows(self.segments, rows))
+        seed = self.config.training.seed
+        function = functools.partial(step.train_step, model, self._optimizer, seed)
+        batch_sharding = NamedSharding(self.mesh, PartitionSpec(None, *BATCH_SPEC))
+        return jax.jit(
+            _with_rules(function),
+            in_shardings=(self.state_shardings, self.param_shardings, batch_sharding),
+            out_shardings=(self.state_shardings, NamedSharding(self.mesh, PartitionSpec())),
+            donate_argnums=0,
+        )
+
+    @functools.cached_property
+    def _eval_step(self) -> Any:
+        methods = {segment.name: segment.method for segment in self.segments}
+
+        def function(name: str | None, adapters: Any, params: Any, batch: Batch) -> Any:
+            segments = ()
+            if name is not None:
+                segments = (Segment(name, methods[name], 0, batch.tokens.shape[0]),)
+            return step.eval_step(self._model.clone(segments=segments), adapters, params, batch)
+
+        replicated = NamedSharding(self.mesh, PartitionSpec())
+        return jax.jit(_with_rules(function), static_argnums=0, out_shardings=replicated)
+
+
+def build_program(config: RunConfig, model_config: ModelConfig, total_steps: int) -> Program:
+    """Everything compiled or compilable of a run, from shapes alone.
+
+    Args:
+      config: the run's configuration.
+      model_config: the base model's architecture.
+      total_steps: optimiser steps of the whole run, which the schedules need.
+
+    Raises:
+      DeviceError: the devices do not fit the mesh, or the mesh does not fit the model.
+      ConfigError: a batch does not divide over the mesh.
+    """
+    mesh = make_mesh(config.mesh)
+    methods = {name: adapter.method for name, adapter in config.adapters.items()}
+    rows = {name: adapter.batch_size for name, adapter in config.adapters.items()}
+    segments = segments_of(methods, rows)
+    _check_rows(config, mesh)
+    model = LlamaForCausalLM(model_config, config.compute, param_dtype=config.base.param_dtype)
+    optimizer = build_optimizer(
+        {name: adapter.optimizer for name, adapter in config.adapters.items()}, total_steps
+    )
+    boxed = jax.eval_shape(functools.partial(_init, model, segments), jax.random.key(0))
+    shardings = shardings_of({name: boxed[name] for name in (PARAMS, ADAPTERS)}, mesh)
+    abstract_params = nn.meta.unbox(boxed[PARAMS])
+    partial = functools.partial(
+        Program,
+        config=config,
+        mesh=mesh,
+        segments=segments,
+        abstract_params=abstract_params,
+        param_shardings=shardings[PARAMS],
+        _model=model,
+        _optimizer=optimizer,
+        _total_steps=total_steps,
+    )
+    empty: Any = None
+    draft = partial(abstract_state=empty, state_shardings=empty)
+    abstract_state = jax.eval_shape(draft._fresh_state, jax.random.key(0))
+    state_shardings = _like_adapters(abstract_state, by_adapter(shardings[ADAPTERS]), mesh)
+    return partial(abstract_state=abstract_state, state_shardings=state_shardings)
+
+
+def _init(model: LlamaForCausalLM, segments: tuple[Segment, ...], key: jax.Array) -> Any:
+    """Fresh variables, boxed with their logical axes, of a model with one row per adapter."""
+    one_row_each = _with_rows(segments, {segment.name: 1 for segment in segments})
+    tokens = jnp.zeros((len(segments), 2), jnp.int32)
+    return model.clone(segments=one_row_each).init({PARAMS: key, ADAPTERS: key}, tokens)
+
+
+def _with_rows(segments: tuple[Segment, ...], rows: dict[str, int]) -> tuple[Segment, ...]:
+    return segments_of({segment.name: segment.method for segment in segments}, rows)
+
+
+def _with_rules(function: Any) -> Any:
+    """`function`, traced under the rules that map logical axes to the mesh."""
+
+    def wrapped(*args: Any) -> Any:
+        with nn.logical_axis_rules(RULES):
+            return function(*args)
+
+    return wrapped
+
+
+def _like_adapters(abstract_state: TrainState, adapter_shardings: Any, mesh: Mesh) -> TrainState:
+    """Shardings for a training state: an optimiser's moment lies where its parameter does.
+
+    A leaf whose path ends in an adapter's path, and whose rank fits, is laid out like that leaf;
+    everything else (counters, factored moments) is on every device.
+    """
+    by_path = {
+        _path(path): sharding
+        for path, sharding in jax.tree_util.tree_leaves_with_path(adapter_shardings)
+    }
+    shapes = {
+        _path(path): leaf.shape
+        for path, leaf in jax.tree_util.tree_leaves_with_path(abstract_state.adapters)
+    }
+    replicated = NamedSharding(mesh, PartitionSpec())
+
+    def sharding(path: Any, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
+        where = _path(path)
+        for own, candidate in by_path.items():
+            if where.endswith("/" + own) and leaf.shape == shapes[own]:
+                return candidate
+        return replicated
+
+    return jax.tree_util.tree_map_with_path(sharding, abstract_state)
+
+
+def _path(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _check_rows(config: RunConfig, mesh: Mesh) -> None:
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    micro = config.training.micro_batches
+    rows = sum(adapter.batch_size for adapter in config.adapters.values()) // micro
+    if rows % ways:
+        raise ConfigError(
+            f"config.adapters.*.batch_size: a micro-batch of {rows} rows does not divide over "
+            f"{ways} devices (mesh data x fsdp); make it a multiple of {ways}"
+        )

@@ -1,0 +1,196 @@
+"""The two compiled functions: a training step and an evaluation step. Pure; no devices, no files."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from moe_jax.adapters.aux_losses import router_loss
+from moe_jax.adapters.segments import Segment
+from moe_jax.adapters.sites import to_collection
+from moe_jax.adapters.statistics import RouterStatistics, collect_statistics
+from moe_jax.data.batch import Batch
+from moe_jax.layers.axes import ADAPTERS, PARAMS, ROUTER
+from moe_jax.models.causal_lm import LlamaForCausalLM
+from moe_jax.training.loss import row_losses, target_count
+from moe_jax.training.loss_scale import LossScale, updated
+from moe_jax.training.optimizer import finite_check_state
+from moe_jax.training.state import TrainState
+
+Metrics = dict[str, jax.Array]
+
+
+def forward(
+    model: LlamaForCausalLM,
+    params: Any,
+    adapters: Mapping[str, Any],
+    batch: Batch,
+    dropout_key: jax.Array | None,
+) -> tuple[jax.Array, dict[str, list[RouterStatistics]]]:
+    """Logits, and the routing statistics of the adapters that route.
+
+    Args:
+      model: with segments that fit the rows of `batch`.
+      params: the frozen base parameters.
+      adapters: `{name: tree}`.
+      batch: rows of one sequence each, padded on the right: causality alone hides the padding.
+      dropout_key: None computes deterministically.
+    """
+    variables = {PARAMS: params, ADAPTERS: to_collection(adapters)}
+    logits, sown = model.apply(
+        variables,
+        batch.tokens,
+        positions=batch.positions,
+        token_mask=batch.segment_ids != 0,
+        deterministic=dropout_key is None,
+        rngs={} if dropout_key is None else {"dropout": dropout_key},
+        mutable=[ROUTER],
+    )
+    routed = any(segment.method.routes for segment in model.segments)
+    return logits, collect_statistics(sown) if routed else {}
+
+
+def train_step(
+    model: LlamaForCausalLM,
+    optimizer: optax.GradientTransformation,
+    dropout_seed: int,
+    state: TrainState,
+    params: Any,
+    batch: Batch,
+) -> tuple[TrainState, Metrics]:
+    """One optimiser step over all micro-batches.
+
+    The loss of an adapter is its cross-entropy over all its target tokens of the whole batch, plus
+    its routers' losses averaged over the micro-batches. Losses of different adapters are added:
+    they share no parameter, so neither sees the other.
+
+    Args:
+      model: with segments that fit the rows of one micro-batch.
+      optimizer: `build_optimizer`'s.
+      dropout_seed: of dropout and jitter; each step and micro-batch draws anew.
+      state: where training stands.
+      params: the frozen base parameters; not differentiated.
+      batch: arrays [M, B, S]; M micro-batches.
+
+    Returns:
+      The new state, and scalars named `adapter/metric`.
+    """
+    micro_batches = batch.tokens.shape[0]
+    step_key = jax.random.fold_in(jax.random.key(dropout_seed), state.step)
+    targets = {
+        s.name: jnp.sum(target_count(batch.loss_mask[:, s.start : s.stop])) for s in model.segments
+    }
+
+    def objective(adapters: Any, micro: Batch, index: jax.Array) -> tuple[jax.Array, Metrics]:
+        key = jax.random.fold_in(step_key, index)
+        logits, statistics = forward(model, params, adapters, micro, key)
+        losses, _ = row_losses(logits, micro)
+        total, metrics = jnp.float32(0.0), Metrics()
+        for segment in model.segments:
+            name = segment.name
+            share = jnp.sum(losses[segment.start : segment.stop]) / jnp.maximum(targets[name], 1.0)
+            own, parts = _router_terms(segment, statistics.get(name, []), micro_batches)
+            own = own + share
+            metrics |= {f"{name}/loss": share, **parts}
+            scale = state.loss_scale.get(name)
+            total = total + (own if scale is None else own * scale.scale)
+        return total, metrics
+
+    def accumulate(gradients: Any, scanned: tuple[Batch, jax.Array]) -> tuple[Any, Metrics]:
+        new, metrics = jax.grad(objective, has_aux=True)(state.adapters, *scanned)
+        return jax.tree.map(jnp.add, gradients, new), metrics
+
+    zeros = jax.tree.map(jnp.zeros_like, state.adapters)
+    indices = jnp.arange(micro_batches)
+    gradients, parts = jax.lax.scan(accumulate, zeros, (batch, indices))
+    metrics = {name: jnp.sum(values) for name, values in parts.items()}
+    gradients = {
+        name: _unscaled(tree, state.loss_scale.get(name)) for name, tree in gradients.items()
+    }
+    new_state = apply_gradients(optimizer, state, params, gradients)
+
+    for name, tree in gradients.items():
+        check = finite_check_state(new_state.opt_state, name)
+        metrics[f"{name}/grad_norm"] = optax.global_norm(tree)
+        metrics[f"{name}/target_tokens"] = targets[name]
+        metrics[f"{name}/skipped_in_a_row"] = check.notfinite_count
+        metrics[f"{name}/skipped_total"] = check.total_notfinite
+        if name in new_state.loss_scale:
+            metrics[f"{name}/loss_scale"] = new_state.loss_scale[name].scale
+    metrics["tokens"] = jnp.sum(batch.segment_ids != 0, dtype=jnp.float32)
+    metrics["padding_share"] = 1.0 - metrics["tokens"] / batch.tokens.size
+    return new_state, metrics
+
+
+def apply_gradients(
+    optimizer: optax.GradientTransformation, state: TrainState, params: Any, gradients: Any
+) -> TrainState:
+    """The state after one optimiser step with the adapters' gradients `{name: tree}`."""
+    # The frozen branch is `set_to_zero`, which never reads its gradient: handing it the parameters
+    # gives the tree its shape, and XLA drops the zeros that come back, since nobody uses them.
+    updates, opt_state = optimizer.update(
+        {PARAMS: params, ADAPTERS: gradients},
+        state.opt_state,
+        {PARAMS: params, ADAPTERS: state.adapters},
+    )
+    loss_scale = {
+        name: updated(scale, finite_check_state(opt_state, name).last_finite)
+        for name, scale in state.loss_scale.items()
+    }
+    return TrainState(
+        step=state.step + 1,
+        adapters=optax.apply_updates(state.adapters, updates[ADAPTERS]),
+        opt_state=opt_state,
+        loss_scale=loss_scale,
+    )
+
+
+def eval_step(
+    model: LlamaForCausalLM, adapters: Mapping[str, Any], params: Any, batch: Batch
+) -> tuple[jax.Array, jax.Array]:
+    """Summed cross-entropy in nats and number of target tokens of a batch [B, S]; scalars."""
+    logits, _ = forward(model, params, adapters, batch, dropout_key=None)
+    losses, counts = row_losses(logits, batch)
+    return jnp.sum(losses), jnp.sum(counts)
+
+
+def _router_terms(
+    segment: Segment, sites: list[RouterStatistics], micro_batches: int
+) -> tuple[jax.Array, Metrics]:
+    """This micro-batch's share of an adapter's router losses, and of what is reported of them."""
+    name, total, metrics = segment.name, jnp.float32(0.0), Metrics()
+    if not segment.method.routes:
+        return total, metrics
+    if not sites:
+        raise ValueError(f"adapter {name!r} routes, but sowed no statistics")
+    for loss, config in segment.method.router_losses.items():
+        value = sum(router_loss(loss, config.scope, site) for site in sites) / len(sites)
+        value = jnp.asarray(value) / micro_batches
+        metrics[f"{name}/{loss}"] = value
+        total = total + config.coefficient * value
+    for label, value in _routing_summary(sites).items():
+        metrics[f"{name}/{label}"] = value / micro_batches
+    return total, metrics
+
+
+def _routing_summary(sites: list[RouterStatistics]) -> Metrics:
+    """What the routers did, over all sites and layers.
+
+    `router_entropy`: mean entropy over that of a uniform choice, from 0 to 1. `busiest_expert`: the
+    largest load of an expert in any layer, as a multiple of an equal share. `idle_experts`: share of
+    the experts, over all layers, that no token chose.
+    """
+    loads = jnp.concatenate([jnp.sum(site.slot_counts, axis=-2) for site in sites])
+    mean_load = jnp.maximum(jnp.mean(loads, axis=-1, keepdims=True), 1e-9)
+    entropy = sum(jnp.mean(s.entropy_sum / jnp.maximum(s.tokens, 1.0)) for s in sites) / len(sites)
+    return {
+        "router_entropy": jnp.asarray(entropy) / jnp.log(loads.shape[-1]),
+        "busiest_expert": jnp.max(loads / mean_load),
+        "idle_experts": jnp.mean(loads == 0),
+    }
+
+
+def _unscaled(gradients: Any, scale: LossScale | None) -> Any:
+    return gradients if scale is None else jax.tree.map(lambda g: g / scale.scale, gradients)
