@@ -27,8 +27,8 @@ from moe_jax.errors import CheckpointError
 
 _FLOAT_TYPES = {"F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
 
-# How much of a tensor is read at once. safetensors copies a slice twice on its way to numpy, so that
-# whole tensors would cost twice the largest one; larger blocks are no faster.
+# How much of a tensor is read at once. safetensors copies a slice twice on its way to numpy, so
+# that whole tensors would cost twice the largest one; larger blocks are no faster.
 _BLOCK_BYTES = 2**20
 
 Tree = dict[str, Any]

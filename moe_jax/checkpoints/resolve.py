@@ -35,6 +35,8 @@ def resolve_checkpoint(path: str | Path, revision: str | None = None) -> Path:
       CheckpointError: there is no such folder and no such model, it is not open to this user, or
         the hub cannot be reached and the cache does not have it.
     """
+    if not str(path):
+        raise CheckpointError("the base model's path is empty; give a folder or a hub id")
     folder = Path(path).expanduser()
     if folder.is_dir():
         if revision is not None:
