@@ -37,7 +37,9 @@ def load_config_file(path: str) -> dict[str, Any]:
     except ConfigError:
         raise
     except Exception as error:  # whatever the user's file does
-        raise ConfigError(f"--config: {path} fails{_line(error, file)}: {_describe(error)}") from error
+        raise ConfigError(
+            f"--config: {path} fails{_line(error, file)}: {_describe(error)}"
+        ) from error
     if hasattr(config, "to_dict"):  # ml_collections.ConfigDict
         config = config.to_dict()
     if not isinstance(config, Mapping):

@@ -159,15 +159,16 @@ def _run(
     while progress.step < inputs.total_steps:
         rows = join_rows([next(iterator) for iterator in iterators])
         batch = program.put_train_batch(rows)
-        length = rows.tokens.shape[1]
+        length, tokens = rows.tokens.shape[1], int((rows.segment_ids > 0).sum())
         if length in lengths:
             state, metrics = program.train_step(state, params, batch)
-        else:  # returns when the step for this row length is compiled
+        else:  # compiles first
+            lengths.add(length)
+            tokens = 0
             with recorder.paused():
                 state, metrics = program.train_step(state, params, batch)
         progress.step += 1
-        recorder.push(progress.step, metrics, timed=length in lengths)
-        lengths.add(length)
+        recorder.push(progress.step, metrics, tokens)
         recorder.collect()
 
         last = progress.step == inputs.total_steps

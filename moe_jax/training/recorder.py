@@ -46,22 +46,20 @@ class Recorder:
         self._writers = writers
         self._say = say
         self._pending = PendingMetrics()
-        self._untimed: set[int] = set()
-        self._start = self._mark = time.perf_counter()
-        self._paused = 0.0
-        self._timed_steps, self._timed_tokens = 0, 0.0
+        self._start = time.perf_counter()
+        self._speed = _Speed()
 
-    def push(self, step: int, metrics: Mapping[str, jax.Array], *, timed: bool) -> None:
+    def push(self, step: int, metrics: Mapping[str, jax.Array], tokens: int) -> None:
         """Takes the metrics of a step that was just dispatched.
 
         Args:
           step: its number, from 1.
           metrics: as the device will deliver them.
-          timed: whether the step counts for the speed; one that had to compile first does not.
+          tokens: how many it has for the speed; 0 where it had to be compiled first.
         """
-        if not timed:
-            self._untimed.add(step)
         self._pending.push(step, metrics)
+        if tokens:
+            self._speed.add(tokens)
 
     def collect(self) -> None:
         """Takes note of steps that ended a while ago; does not wait for the newest ones.
@@ -80,9 +78,8 @@ class Recorder:
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """Time in here does not count for the speed of training."""
-        start = time.perf_counter()
-        yield
-        self._paused += time.perf_counter() - start
+        with self._speed.paused():
+            yield
 
     def validation(self, step: int, losses: Mapping[str, float]) -> None:
         """Writes the validation losses, named `adapter/set`, measured after `step`."""
@@ -92,11 +89,6 @@ class Recorder:
 
     def _note(self, step: int, metrics: dict[str, float]) -> None:
         self.window.add(metrics)
-        if step in self._untimed:
-            self._untimed.remove(step)
-        else:
-            self._timed_steps += 1
-            self._timed_tokens += metrics["tokens"]
         for name, *_ in self._program.segments:
             skipped = int(metrics[f"{name}/skipped_in_a_row"])
             if skipped >= self._training.max_skipped_steps:
@@ -115,14 +107,8 @@ class Recorder:
             # The schedule advances with the steps that were applied.
             rates = self._program.learning_rates(step - 1 - count)
             line[f"{name}/learning_rate"] = rates[name]
-        now = time.perf_counter()
-        seconds = max(now - self._mark - self._paused, 1e-9)
-        times = {"elapsed_seconds": round(now - self._start, 3)}
-        if self._timed_steps:
-            times["seconds_per_step"] = round(seconds / self._timed_steps, 6)
-            times["tokens_per_second"] = round(self._timed_tokens / seconds, 1)
-        self._mark, self._paused = now, 0.0
-        self._timed_steps, self._timed_tokens = 0, 0.0
+        elapsed = round(time.perf_counter() - self._start, 3)
+        times = {"elapsed_seconds": elapsed, **self._speed.measure()}
         self._write(step, line, times)
         self._say(self._sentence(step, line, times))
 
@@ -154,6 +140,41 @@ class Recorder:
             parts.append(f"{times['tokens_per_second']:,.0f} tokens/s")
             parts.append(f"left {datetime.timedelta(seconds=left)}")
         return "  ".join(parts)
+
+
+class _Speed:
+    """Steps and tokens per second of the dispatched steps, which keep pace with the device."""
+
+    _FEWEST = 8
+    """Steps to measure over; the host runs ahead of the device by a few."""
+
+    def __init__(self):
+        self._latest: dict[str, float] = {}
+        self._restart()
+
+    def add(self, tokens: int) -> None:
+        self._steps += 1
+        self._tokens += tokens
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self._mark += time.perf_counter() - start
+
+    def measure(self) -> dict[str, float]:
+        """The speed since the last call, or that of the last call if few steps were made since."""
+        if self._steps >= self._FEWEST:
+            seconds = time.perf_counter() - self._mark
+            self._latest = {
+                "seconds_per_step": round(seconds / self._steps, 6),
+                "tokens_per_second": round(self._tokens / seconds, 1),
+            }
+            self._restart()
+        return self._latest
+
+    def _restart(self) -> None:
+        self._mark, self._steps, self._tokens = time.perf_counter(), 0, 0
 
 
 def _number(value: float | None, form: str) -> str:
