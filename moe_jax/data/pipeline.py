@@ -14,6 +14,7 @@ from moe_jax.config.data import DataConfig
 from moe_jax.data.batch import Batch
 from moe_jax.data.collate import pad_rows, padded_length
 from moe_jax.data.grouping import LengthGroupedBatches
+from moe_jax.data.shuffle import ShuffledRange
 from moe_jax.data.sources import digest
 from moe_jax.data.tokenise import TokenisedSource, tokenise_source
 
@@ -191,10 +192,8 @@ def _row_stream(
     streams, start = [], 0
     for source in sources:
         # Sources of equal size must not be shuffled alike, nor all anew when one is added.
-        key = np.random.SeedSequence([seed, zlib.crc32(source.name.encode())])
         stop = start + len(source.kept)
-        stream = grain.MapDataset.range(start, stop).shuffle(seed=int(key.generate_state(1)[0]))
-        streams.append(stream.repeat())
+        streams.append(ShuffledRange(start, stop, [seed, zlib.crc32(source.name.encode())]))
         start = stop
     return grain.MapDataset.mix(streams, weights)
 

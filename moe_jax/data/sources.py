@@ -62,8 +62,12 @@ def read_source(source: SourceConfig, cache_dir: str | None) -> RowTable:
     else:
         table = _read_hub(source, cache_dir)
     if not len(table.rows):
-        raise DataError(f"{source.path}: the split {source.split!r} holds no rows")
+        raise _no_rows(source)
     return table
+
+
+def _no_rows(source: SourceConfig) -> DataError:
+    return DataError(f"{source.path}: the split {source.split!r} holds no rows")
 
 
 def _looks_local(path: str) -> bool:
@@ -127,9 +131,13 @@ def _read_files(files: list[Path], source: SourceConfig, cache_dir: str | None) 
 
 
 def _checked_rows(files: tuple[Path, ...], source: SourceConfig) -> Iterator[dict[str, str]]:
+    is_empty = True
     for file in files:
         for where, row in read_rows(file):
+            is_empty = False
             yield {**check_row(row, source, where), "where": where}
+    if is_empty:  # which the cache builder does not take
+        raise _no_rows(source)
 
 
 def _read_hub(source: SourceConfig, cache_dir: str | None) -> RowTable:

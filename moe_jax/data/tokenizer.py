@@ -40,6 +40,8 @@ def load_tokenizer(path: str | Path, revision: str | None = None) -> PreTrainedT
                 "model into this folder"
             )
         path = folder
+    elif str(path).startswith((".", "/", "~")):
+        raise CheckpointError(f"{path}: no such folder")
     # Libraries behind this call raise nearly every built-in type for a damaged or missing file.
     try:
         return transformers.AutoTokenizer.from_pretrained(str(path), revision=revision or "main")

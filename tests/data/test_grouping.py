@@ -1,0 +1,87 @@
+"""Grouping by length moves rows within a window and does nothing else."""
+
+import numpy as np
+import pytest
+
+from moe_jax.data.grouping import LengthGroupedBatches
+from moe_jax.data.shuffle import ShuffledRange
+
+
+def grouped(num_rows, batch_size, sort_window, seed=0, lengths=None):
+    if lengths is None:
+        lengths = np.random.default_rng(1).integers(1, 100, num_rows)
+    stream = ShuffledRange(0, num_rows, [3])
+    batches = LengthGroupedBatches(stream, lengths, batch_size, sort_window, num_rows, seed)
+    return stream, batches, lengths
+
+
+SHAPES = [(97, 4, 5), (96, 4, 5), (10, 4, 32), (3, 4, 32), (1, 4, 2), (64, 1, 8), (7, 7, 1)]
+
+
+@pytest.mark.parametrize(("num_rows", "batch_size", "sort_window"), SHAPES)
+def test_windows_tile_the_batches(num_rows, batch_size, sort_window):
+    _, batches, _ = grouped(num_rows, batch_size, sort_window)
+    index = 0
+    while index < 200:
+        first, stop = batches.window(index)
+        assert first == index
+        assert 1 <= stop - first <= sort_window
+        assert all(batches.window(inside) == (first, stop) for inside in range(first, stop))
+        index = stop
+
+
+@pytest.mark.parametrize(("num_rows", "batch_size", "sort_window"), SHAPES)
+def test_each_window_holds_the_rows_of_the_stream(num_rows, batch_size, sort_window):
+    stream, batches, _ = grouped(num_rows, batch_size, sort_window)
+    first = 0
+    while first < 100:
+        _, stop = batches.window(first)
+        here = np.concatenate([batches[i] for i in range(first, stop)])
+        there = [stream[i] for i in range(first * batch_size, stop * batch_size)]
+        assert sorted(here) == sorted(there)
+        first = stop
+
+
+@pytest.mark.parametrize(("num_rows", "batch_size", "sort_window"), SHAPES)
+def test_no_row_comes_again_before_all_others_have_come(num_rows, batch_size, sort_window):
+    _, batches, _ = grouped(num_rows, batch_size, sort_window)
+    counts = np.zeros(num_rows, int)
+    for index in range(5 * num_rows // batch_size + 5):
+        epoch = index * batch_size // num_rows
+        np.add.at(counts, batches[index], 1)
+        # A batch may hold the end of one epoch and the start of the next.
+        spill = -(-batch_size // num_rows)
+        assert counts.max() <= epoch + 1 + spill
+        if (index + 1) * batch_size % num_rows == 0:
+            assert set(counts) == {(index + 1) * batch_size // num_rows}
+
+
+def test_batches_hold_rows_of_like_length_and_are_shuffled():
+    _, batches, lengths = grouped(800, 8, 100)
+    spans = [np.ptp(lengths[batches[i]]) for i in range(100)]
+    assert max(spans) <= 5  # 800 rows over 99 lengths: a batch of eight spans one or two
+    means = np.array([lengths[batches[i]].mean() for i in range(100)])
+    assert abs(np.corrcoef(means, np.arange(100))[0, 1]) < 0.4
+
+
+def test_window_of_one_leaves_the_stream_as_it_is():
+    stream, batches, _ = grouped(30, 4, 1)
+    for index in range(20):
+        assert batches[index].tolist() == [stream[index * 4 + i] for i in range(4)]
+
+
+def test_epochs_differ_and_any_index_can_be_asked_for_alone():
+    _, batches, _ = grouped(40, 4, 5)
+    in_order = [batches[i].tolist() for i in range(30)]
+    assert in_order[:10] != in_order[10:20]
+    _, fresh, _ = grouped(40, 4, 5)
+    for index in np.random.default_rng(0).permutation(30):
+        assert fresh[int(index)].tolist() == in_order[index]
+    _, other, _ = grouped(40, 4, 5, seed=1)
+    assert [other[i].tolist() for i in range(30)] != in_order
+
+
+def test_rows_of_one_length_keep_their_shuffled_order_within_a_window():
+    stream, batches, _ = grouped(12, 3, 4, lengths=np.full(12, 5))
+    expected = sorted(tuple(stream[i * 3 + j] for j in range(3)) for i in range(4))
+    assert sorted(tuple(batches[i]) for i in range(4)) == expected

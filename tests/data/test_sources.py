@@ -1,0 +1,165 @@
+"""Where rows are looked for, which split is taken, and what is said when there is nothing."""
+
+import json
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from moe_jax.config.data import SourceConfig
+from moe_jax.data.sources import read_source
+from moe_jax.errors import DataError
+
+
+@pytest.fixture
+def read(tmp_path):
+    def read_texts(path, schema="text", **fields):
+        source = SourceConfig(path=str(path), schema=schema, **fields)
+        return read_source(source, str(tmp_path / "cache")).rows
+
+    return read_texts
+
+
+def texts(*names):
+    return [{"text": name} for name in names]
+
+
+def test_every_kind_of_file_gives_the_same_rows(write, tmp_path, read):
+    rows = texts("one", "2020-01-01")
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    paths = [
+        write("a.json", rows),
+        write("a.jsonl", rows),
+        write("a.txt", "one\n\n2020-01-01\n"),
+        tmp_path / "a.parquet",
+    ]
+    for path in paths:
+        assert list(read(path)["text"]) == ["one", "2020-01-01"]
+
+
+def test_rows_know_where_they_came_from(write, read):
+    rows = read(write("a.jsonl", texts("x", "y")))
+    assert [where.rsplit("/")[-1] for where in rows["where"]] == [
+        "a.jsonl: line 1",
+        "a.jsonl: line 2",
+    ]
+
+
+def test_folder_without_named_splits_is_all_train(write, tmp_path, read):
+    write("d/b.jsonl", texts("2"))
+    write("d/a.json", texts("1"))
+    write("d/sub/c.txt", "3\n\n4")
+    write("d/README.md", "no data")
+    assert list(read(tmp_path / "d")["text"]) == ["1", "2", "3", "4"]
+    with pytest.raises(DataError, match="named after the split 'test'; splits found: none"):
+        read(tmp_path / "d", split="test")
+
+
+def test_folder_with_a_file_per_split(write, tmp_path, read):
+    for name in ("train-00000-of-00002", "train-00001-of-00002", "dev", "test/part1", "retrained"):
+        write(f"d/{name}.jsonl", texts(name))
+    assert list(read(tmp_path / "d")["text"]) == ["train-00000-of-00002", "train-00001-of-00002"]
+    assert list(read(tmp_path / "d", split="validation")["text"]) == ["dev"]
+    assert list(read(tmp_path / "d", split="test")["text"]) == ["test/part1"]
+    with pytest.raises(DataError, match="'extra'; splits found: train, validation, test"):
+        read(tmp_path / "d", split="extra")
+
+
+def test_parts_of_a_split_do_not_overlap(write, read):
+    path = write("a.jsonl", texts(*"abcdefghij"))
+    assert list(read(path, split="train[:70%]")["text"]) == list("abcdefg")
+    assert list(read(path, split="train[70%:]")["text"]) == list("hij")
+    assert list(read(path, split="train[2:4]")["text"]) == list("cd")
+
+
+@pytest.mark.parametrize(
+    ("split", "message"),
+    [
+        ("train[2:2]", "the split 'train[2:2]' holds no rows"),
+        ("train[x]", "cannot take the split 'train[x]' of 3 rows"),
+        ("test", "a single file has no split 'test'"),
+    ],
+)
+def test_splits_that_a_file_does_not_have(write, read, split, message):
+    with pytest.raises(DataError) as caught:
+        read(write("a.jsonl", texts(*"abc")), split=split)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("path", ["/no/such", "./gone", "~/gone", "gone.jsonl", "a/b/c"])
+def test_missing_file_is_not_looked_for_on_the_hub(monkeypatch, read, path):
+    monkeypatch.setattr(datasets, "load_dataset", None)
+    with pytest.raises(DataError, match=r"^[^ ]*: no such file or folder$"):
+        read(path)
+
+
+def test_nothing_to_read(write, tmp_path, read):
+    with pytest.raises(DataError, match=r"a\.csv: unknown kind of file; known: \.json,"):
+        read(write("a.csv", "x"))
+    with pytest.raises(DataError, match=r"holds no \.json"):
+        read(tmp_path)
+    for name, content in [("a.jsonl", "\n"), ("a.json", "[]"), ("a.txt", " \n")]:
+        with pytest.raises(DataError, match=rf"{name}: the split 'train' holds no rows"):
+            read(write(name, content))
+
+
+def test_bad_row_is_named_through_the_cache_builder(write, read):
+    path = write("a.jsonl", [{"text": "x"}, {"txt": "y"}])
+    with pytest.raises(DataError, match=r"a.jsonl: line 2: no column 'text' \(it has: txt\)"):
+        read(path)
+    write("a.jsonl", texts("x", "y"))
+    assert list(read(path)["text"]) == ["x", "y"]
+
+
+def test_rows_follow_the_file_and_the_columns(write, read):
+    path = write("a.jsonl", [{"text": "x", "other": "y"}])
+    assert read(path)["text"][0] == "x"
+    assert read(path, columns={"text": "other"})["text"][0] == "y"
+    write("a.jsonl", [{"text": "z", "other": "y"}])
+    assert read(path)["text"][0] == "z"
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """`datasets.load_dataset` for real, with a folder in place of the id `someone/things`."""
+    load = datasets.load_dataset
+    asked = {}
+
+    def load_from_folder(path, **arguments):
+        asked.update(path=path, **arguments)
+        return load(str(tmp_path / "hub"), **{**arguments, "name": None, "revision": None})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_from_folder)
+    return asked
+
+
+def test_hub_data_set_is_read_and_checked(write, hub, read):
+    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    write("hub/train.jsonl", [{"chat": messages, "id": 1}, {"chat": messages, "id": 2}])
+    fields = {"name": "all", "revision": "abc", "columns": {"messages": "chat"}}
+    rows = read("someone/things", schema="chat", split="train[:1]", **fields)
+    assert json.loads(rows[0]["messages"]) == messages
+    assert rows["where"][:] == ["someone/things, train[:1]: row 1"]
+    assert (hub["path"], hub["name"], hub["revision"]) == ("someone/things", "all", "abc")
+    with pytest.raises(DataError, match="someone/things, train: row 1: no column 'messages'"):
+        read("someone/things", schema="chat")
+
+
+def test_hub_errors_are_one_line(write, hub, read):
+    write("hub/train.jsonl", texts("x"))
+    with pytest.raises(DataError, match=r"not readable as a hub data set .*test") as caught:
+        read("someone/things", split="test")
+    assert "\n" not in str(caught.value)
+
+
+def test_cache_that_cannot_be_written(write, tmp_path):
+    source = SourceConfig(path=write("a.jsonl", texts("x")), schema="text")
+    with pytest.raises(DataError, match=r"cannot keep the tokenised data here .*cache_dir"):
+        read_source(source, write("file", "not a folder"))
+
+
+def test_progress_bars_stay_as_the_user_set_them(write, read):
+    datasets.enable_progress_bars()
+    read(write("a.jsonl", texts("x")))
+    assert not datasets.are_progress_bars_disabled()

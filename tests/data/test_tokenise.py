@@ -1,0 +1,231 @@
+"""Token ids, loss masks, truncation and the cache, against counting by hand."""
+
+import datetime
+
+import numpy as np
+import pytest
+
+from moe_jax.config.data import SourceConfig
+from moe_jax.data import tokenise
+from moe_jax.data.examples import Example, Piece
+from moe_jax.data.tokenise import encode_examples, tokenise_source
+from moe_jax.data.tokenizer import encode_prompt
+from moe_jax.errors import DataError
+
+
+@pytest.fixture
+def run(data_config, word_tokenizer):
+    """Tokenised rows as (ids, targets), where targets are the ids that the mask marks."""
+
+    def tokenise_rows(source, tokenizer=word_tokenizer, **fields):
+        result = tokenise_source("only", source, data_config(source, **fields), tokenizer)
+        rows = [result.table[int(i)] for i in result.kept]
+        ids = [row["tokens"].to_pylist()[0] for row in rows]
+        masks = [row["loss_mask"].to_pylist()[0] for row in rows]
+        assert [len(row) for row in ids] == [len(mask) for mask in masks] == list(result.lengths)
+        targets = [
+            [token for token, is_target in zip(row, mask, strict=True) if is_target]
+            for row, mask in zip(ids, masks, strict=True)
+        ]
+        return list(zip(ids, targets, strict=True)), result
+
+    return tokenise_rows
+
+
+# In the word tokenizer <s> is 1, </s> is 2, a is 3, b is 4, c is 5, and so on.
+def test_completion_and_end_of_text_are_the_targets(run, completions):
+    rows, result = run(completions([("a b", "c d"), ("", "e"), ("f", "")]))
+    assert rows == [([1, 3, 4, 5, 6, 2], [5, 6, 2]), ([1, 7, 2], [7, 2]), ([1, 8, 2], [2])]
+    assert result.report == "only: 3 rows, 0 truncated to 64 tokens, 4.0 tokens a row"
+
+
+def test_train_on_prompt_makes_all_but_the_first_token_targets(run, completions):
+    rows, _ = run(completions([("a b", "c")]), train_on_prompt=True)
+    assert rows == [([1, 3, 4, 5, 2], [3, 4, 5, 2])]
+
+
+def test_instruction_goes_through_its_template(run, write):
+    template = write("t.txt", "a {instruction} {input} z\n--- without input ---\na {instruction}")
+    path = write(
+        "d.json",
+        [
+            {"instruction": "b", "input": "c", "output": "d"},
+            {"instruction": "b", "input": "", "output": "d"},
+        ],
+    )
+    rows, _ = run(SourceConfig(path=path, schema="instruction", prompt=template))
+    assert rows == [([1, 3, 4, 5, 28, 6, 2], [6, 2]), ([1, 3, 4, 6, 2], [6, 2])]
+
+
+def test_long_completion_loses_its_end_and_the_end_of_text(run, completions):
+    rows, result = run(completions([("a", "b c d e"), ("a", "b c")]), max_length=5)
+    assert rows == [([1, 3, 4, 5, 6], [4, 5, 6]), ([1, 3, 4, 5, 2], [4, 5, 2])]
+    assert "2 rows, 1 truncated to 5 tokens" in result.report
+
+
+def test_row_without_target_left_is_dropped_and_reported(run, completions):
+    # max_length 3: the prompt "a b" fills the row, "a" leaves one place.
+    rows, result = run(completions([("a", "c"), ("a b", "c"), ("a b d", "e")]), max_length=3)
+    assert rows == [([1, 3, 5], [5])]
+    assert "3 rows, 3 truncated to 3 tokens, 2 dropped" in result.report
+    assert "rows.jsonl: line 2)" in result.report
+
+
+def test_all_rows_dropped_is_an_error(run, completions):
+    with pytest.raises(DataError, match="no row has a target within max_length=3 tokens"):
+        run(completions([("a b", "c")]), max_length=3)
+
+
+def test_long_text_is_divided_so_that_every_token_is_a_target_once(run, write):
+    source = SourceConfig(path=write("a.txt", "a b c d e f g\n\na b"), schema="text")
+    rows, result = run(source, max_length=4)
+    # <s> a b c d e f g </s>: nine tokens, each part begins with the one before it.
+    assert rows == [
+        ([1, 3, 4, 5], [3, 4, 5]),
+        ([5, 6, 7, 8], [6, 7, 8]),
+        ([8, 9, 2], [9, 2]),
+        ([1, 3, 4, 2], [3, 4, 2]),
+    ]
+    assert "2 rows, 4 after dividing long ones, 0 truncated" in result.report
+
+
+@pytest.mark.parametrize("length", range(1, 14))
+def test_division_of_text_loses_nothing_at_any_length(run, write, length):
+    words = list("abcdefghijklm")[:length]
+    rows, _ = run(SourceConfig(path=write("a.txt", " ".join(words)), schema="text"), max_length=4)
+    targets = [token for _, target in rows for token in target]
+    assert targets == [*range(3, 3 + length), 2]
+    assert all(len(ids) <= 4 for ids, _ in rows)
+
+
+def test_chat_targets_are_the_assistant_turns(run, write, byte_tokenizer):
+    talk = [
+        {"role": "user", "content": "The fox?"},
+        {"role": "assistant", "content": "The dog."},
+        {"role": "user", "content": "Paris?"},
+        {"role": "assistant", "content": "France."},
+    ]
+    source = SourceConfig(path=write("c.jsonl", [{"messages": talk}]), schema="chat")
+    (row,), _ = run(source, byte_tokenizer, max_length=256)
+    rendered = byte_tokenizer.apply_chat_template(talk, tokenize=False)
+    assert byte_tokenizer.decode(row[0]) == rendered.rstrip("\n")
+    assert byte_tokenizer.decode(row[1]) == "The dog.<|stop|>France.<|stop|>"
+    # What generation sees for the second answer is exactly how the row goes on to it.
+    prompt = byte_tokenizer.apply_chat_template(talk[:3], add_generation_prompt=True)["input_ids"]
+    assert row[0][: len(prompt)] == prompt
+
+
+PAIRS = [
+    ("## Answer\n", "Red, green and blue."),
+    ("What is the capital", " of France?"),
+    ("The quick br", "own fox"),  # one word of the corpus, cut in the middle
+    ("Answer:\n", "\nHello"),
+    ("Paris ", " is"),
+    ("", "The dog"),
+    ("Hello", "Hello"),
+    ("naïve 🦊", "🦊 ï"),
+]
+
+
+@pytest.mark.parametrize("fixture", ["metaspace_tokenizer", "byte_tokenizer"])
+@pytest.mark.parametrize(("prompt", "completion"), PAIRS)
+def test_boundary_is_exact(request, fixture, prompt, completion):
+    """A row begins with what generation sees, and reads as prompt and completion joined."""
+    tokenizer = request.getfixturevalue(fixture)
+    example = Example((Piece(prompt, False), Piece(completion, True)), leads=True, ends=True)
+    ((ids, mask),) = encode_examples([example], tokenizer, train_on_prompt=False)
+    seen = encode_prompt(tokenizer, prompt)
+    assert ids[: len(seen)] == seen
+    assert mask == [False] * len(seen) + [True] * (len(ids) - len(seen))
+    assert ids[-1] == tokenizer.eos_token_id
+    assert tokenizer.decode(ids, skip_special_tokens=True) == prompt + completion
+
+
+def test_pairs_do_fuse_across_the_boundary(byte_tokenizer, metaspace_tokenizer):
+    """Otherwise the test above would not reach the second way of encoding."""
+    fused = {
+        tokenizer: sum(
+            tokenizer.encode(prompt + completion, add_special_tokens=False)[: len(ids)] != ids
+            for prompt, completion in PAIRS
+            for ids in [tokenizer.encode(prompt, add_special_tokens=False)]
+        )
+        for tokenizer in (byte_tokenizer, metaspace_tokenizer)
+    }
+    assert min(fused.values()) >= 1
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Counts the batches that are really tokenised."""
+    counted = []
+    original = tokenise.encode_examples
+    monkeypatch.setattr(
+        tokenise,
+        "encode_examples",
+        lambda *arguments: counted.append(len(arguments[0])) or original(*arguments),
+    )
+    return counted
+
+
+def test_second_call_is_served_from_the_cache(run, completions, calls):
+    source = completions([("a", "b"), ("c", "d")])
+    first, result = run(source)
+    second, again = run(source)
+    assert calls == [2]
+    assert first == second
+    assert (again.report, again.digest) == (result.report, result.digest)
+
+
+def test_every_input_of_the_tokens_changes_the_cache(run, write, calls, tmp_path, word_tokenizer):
+    row = {"instruction": "b", "input": "", "output": "c", "other": "d"}
+    path = write("d.jsonl", [row])
+    template = write("t.txt", "a {instruction}")
+    source = {"path": path, "schema": "instruction", "prompt": template}
+    rows, _ = run(SourceConfig(**source))
+    assert rows == [([1, 3, 4, 5, 2], [5, 2])]
+
+    rows, _ = run(SourceConfig(**source, columns={"output": "other"}))
+    assert rows == [([1, 3, 4, 6, 2], [6, 2])]
+    rows, _ = run(SourceConfig(**source), max_length=4)
+    assert rows == [([1, 3, 4, 5], [5])]
+    rows, _ = run(SourceConfig(**source), train_on_prompt=True)
+    assert rows == [([1, 3, 4, 5, 2], [3, 4, 5, 2])]
+    word_tokenizer.save_pretrained(tmp_path / "other")
+    other = type(word_tokenizer).from_pretrained(tmp_path / "other")
+    other.eos_token = "z"
+    rows, _ = run(SourceConfig(**source), other)
+    assert rows == [([1, 3, 4, 5, 28], [5, 28])]
+    write("t.txt", "z {instruction}")
+    rows, _ = run(SourceConfig(**source))
+    assert rows == [([1, 28, 4, 5, 2], [5, 2])]
+    write("d.jsonl", [{**row, "instruction": "e"}])
+    rows, _ = run(SourceConfig(**source))
+    assert rows == [([1, 28, 7, 5, 2], [5, 2])]
+    assert len(calls) == 7
+
+
+def test_dates_stay_text(run, write, byte_tokenizer):
+    day = datetime.date(2020, 1, 1).isoformat()
+    path = write("d.jsonl", [{"prompt": day, "completion": day}])
+    ((ids, _),), _ = run(SourceConfig(path=path, schema="completion"), byte_tokenizer)
+    assert byte_tokenizer.decode(ids[:-1]) == day + day
+
+
+def test_problems_of_template_and_tokenizer_come_before_the_data(run, word_tokenizer, tmp_path):
+    gone = {"path": "/no/such.json"}
+    with pytest.raises(DataError, match="no such file or template of this package; did you mean"):
+        run(SourceConfig(**gone, schema="instruction", prompt="instructoin"))
+    with pytest.raises(DataError, match="needs a chat template"):
+        run(SourceConfig(**gone, schema="chat"))
+    word_tokenizer.save_pretrained(tmp_path)
+    tokenizer = type(word_tokenizer).from_pretrained(tmp_path)
+    tokenizer.eos_token = None
+    with pytest.raises(DataError, match="end-of-text token"):
+        run(SourceConfig(**gone, schema="text"), tokenizer)
+
+
+def test_tokenizer_without_a_pad_token_will_do(run, completions, word_tokenizer):
+    assert word_tokenizer.pad_token is None
+    _, result = run(completions([("a", "b")]))
+    assert result.table[0]["tokens"].to_pylist() == [[1, 3, 4, 2]]
+    assert np.array_equal(result.lengths, [4])
