@@ -4,7 +4,9 @@
     python train.py --config configs/tiny_mixlora.py --workdir runs/tiny --config.training.steps=50
 
 The same command again resumes where the run stopped. `--plan` compiles the step without weights and
-prints the memory it needs: `python train.py --config configs/llama7b_mixlora.py --plan --devices 8`.
+prints the memory it needs, on devices that need not be there:
+
+    python train.py --config configs/llama7b_mixlora.py --plan --devices 8
 
 Exit status: 0 done, 2 the input will not do (one line says why), 130 and 143 stopped by Ctrl-C and
 SIGTERM with the state saved.
@@ -101,11 +103,13 @@ def run(config: RunConfig) -> int:
 
 def plan(config: RunConfig) -> int:
     """Compiles the step for the longest rows, from shapes alone."""
+    from moe_jax.training.plan import describe_plan
     from moe_jax.training.program import build_program
 
     # The number of steps only sets the schedule; an epoch's is unknown without the data.
     program = build_program(config, planned_model(config), config.training.steps or 1)
-    print(program.plan(max(adapter.data.max_length for adapter in config.adapters.values())))
+    longest = max(adapter.data.max_length for adapter in config.adapters.values())
+    print(describe_plan(program, longest))
     return 0
 
 

@@ -1,7 +1,7 @@
 """Auxiliary losses of routers, from the statistics that the layers sowed.
 
-Every loss is a function of one layer's `RouterStatistics`; `router_loss` applies it to each layer and
-averages, or to the sum of all layers. To add a loss, write the function and enter it below.
+Every loss is a function of one layer's `RouterStatistics`; `router_loss` applies it to each layer
+and averages, or to the sum of all layers. To add a loss, write the function and enter it below.
 """
 
 from collections.abc import Callable, Mapping
@@ -38,7 +38,7 @@ def importance_cv(statistics: RouterStatistics) -> jax.Array:
 
 
 def router_z(statistics: RouterStatistics) -> jax.Array:
-    """Mean squared log-partition function of the router logits; ST-MoE (arXiv:2202.08906, eq. 5)."""
+    """Mean squared log-partition function of the logits; ST-MoE (arXiv:2202.08906, eq. 5)."""
     return statistics.squared_logsumexp_sum / jnp.maximum(statistics.tokens, 1.0)
 
 

@@ -1,13 +1,15 @@
 """LoRA: a low-rank delta beside a frozen projection (arXiv:2106.09685, eq. 3)."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from moe_jax.adapters.method import AdapterMethod
-from moe_jax.layers.axes import ADAPTERS, RANK
+from moe_jax.layers.collections import ADAPTERS
+from moe_jax.sharding.axes import RANK
 
 
 def lora_a_init(kind: str, fan_in: int, rank: int) -> nn.initializers.Initializer:
@@ -19,12 +21,10 @@ def lora_a_init(kind: str, fan_in: int, rank: int) -> nn.initializers.Initialize
       fan_in: inputs of the projection.
       rank: R.
     """
-
-    def kaiming(key, shape, dtype):
-        bound = fan_in**-0.5
-        return jax.random.uniform(key, shape, dtype, -bound, bound)
-
-    return {"kaiming": kaiming, "gaussian": nn.initializers.normal(1.0 / rank)}[kind]
+    if kind == "gaussian":
+        return nn.initializers.normal(1.0 / rank)
+    bound = fan_in**-0.5
+    return lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
 def adapter_leaf(
@@ -39,11 +39,12 @@ def adapter_leaf(
     Linen's `param` only knows the `params` collection, which here is frozen.
     """
 
-    def make():
+    def make() -> Any:
         boxed = nn.with_logical_partitioning(init, axes)
         return boxed(module.make_rng(ADAPTERS), shape, jnp.float32)
 
-    return module.variable(ADAPTERS, name, make).value
+    variable: Any = module.variable(ADAPTERS, name, make)
+    return variable.value
 
 
 class Lora(nn.Module):

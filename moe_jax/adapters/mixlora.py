@@ -19,7 +19,7 @@ from moe_jax.adapters.method import (
 from moe_jax.adapters.routers import Router, top_k_routing
 from moe_jax.adapters.statistics import router_statistics, sow_statistics
 from moe_jax.config.parse import require
-from moe_jax.layers.axes import EMBED, EXPERTS, MLP, RANK
+from moe_jax.sharding.axes import EMBED, EXPERTS, MLP, RANK
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,8 +134,8 @@ class MixLoraMLP(nn.Module):
         y   = (sum_c w_c h_c) W_down + s (sum_c w_c dispatch_c(h_c A_down)) B_down
 
     which equals evaluating whole experts and weighting their outputs, because W_down is linear and
-    shared; the frozen down projection runs once a token, not once a slot. The slots (one or two as a
-    rule) are unrolled: carrying a C axis makes XLA materialise [B, S, C, F].
+    shared; the frozen down projection runs once a token, not once a slot. The slots (one or two as
+    a rule) are unrolled: carrying a C axis makes XLA materialise [B, S, C, F].
     """
 
     method: MixLoraConfig

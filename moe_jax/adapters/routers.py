@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.adapters.lora import adapter_leaf
-from moe_jax.layers.axes import EMBED, EXPERTS
+from moe_jax.sharding.axes import EMBED, EXPERTS
 
 
 class Routing(NamedTuple):

@@ -1,7 +1,7 @@
 """What a routed layer reports of its decisions: sums over tokens, from which losses are computed.
 
-Sums, not means: they add up over micro-batches and devices, and nothing is divided before the number
-of real tokens is known.
+Sums, not means: they add up over devices and layers, and nothing is divided before the number of
+real tokens is known.
 """
 
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from flax.traverse_util import flatten_dict
 
 from moe_jax.adapters.routers import Routing
 from moe_jax.adapters.sites import by_adapter
-from moe_jax.layers.axes import ROUTER
+from moe_jax.layers.collections import ROUTER
 
 STATISTICS = "statistics"
 
@@ -64,7 +64,9 @@ def router_statistics(routing: Routing, token_mask: jax.Array) -> RouterStatisti
 
 def sow_statistics(module: nn.Module, statistics: RouterStatistics) -> None:
     """Puts the statistics into the `router` collection, replacing Linen's default of a tuple."""
-    module.sow(ROUTER, STATISTICS, statistics, reduce_fn=lambda _, new: new, init_fn=lambda: None)
+    nothing: Any = None
+    last = lambda _, new: new
+    module.sow(ROUTER, STATISTICS, statistics, reduce_fn=last, init_fn=lambda: nothing)
 
 
 def collect_statistics(sown: Mapping[str, Any]) -> dict[str, list[RouterStatistics]]:
@@ -80,4 +82,8 @@ def collect_statistics(sown: Mapping[str, Any]) -> dict[str, list[RouterStatisti
     if ROUTER not in sown:
         raise ValueError(f"no {ROUTER!r} collection was sown; apply the model with it mutable")
     trees = by_adapter(sown[ROUTER])
-    return {name: list(flatten_dict(tree).values()) for name, tree in trees.items()}
+    return {name: _leaves(tree) for name, tree in trees.items()}
+
+
+def _leaves(tree: Any) -> list[Any]:
+    return list(flatten_dict(tree).values())

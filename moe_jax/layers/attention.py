@@ -13,8 +13,8 @@ def attention_mask(segment_ids: jax.Array) -> jax.Array:
       segment_ids: int [B, S]; 0 is padding, equal numbers are one sequence.
 
     Returns:
-      bool [B, 1, S, S], query by key: true within a sequence. Padding attends to padding, so that no
-      row of the softmax is empty; no real position sees padding, on whichever side it is.
+      bool [B, 1, S, S], query by key: true within a sequence. Padding attends to padding, so that
+      no row of the softmax is empty; no real position sees padding, on whichever side it is.
     """
     return segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
 

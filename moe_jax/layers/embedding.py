@@ -4,8 +4,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from moe_jax.layers.axes import ACTIVATION_EMBED, EMBED, HIDDEN_AXES, VOCAB, constrain
-from moe_jax.layers.projection import BASE_INIT
+from moe_jax.layers.leaf import BASE_INIT, frozen_leaf
+from moe_jax.sharding.axes import ACTIVATION_EMBED, EMBED, HIDDEN_AXES, VOCAB, constrain
 
 
 class TokenEmbedding(nn.Module):
@@ -19,12 +19,10 @@ class TokenEmbedding(nn.Module):
     dtype: jnp.dtype
     param_dtype: jnp.dtype
 
-    def setup(self):
-        self.embedding = self.param(
-            "embedding",
-            nn.with_logical_partitioning(BASE_INIT, (VOCAB, EMBED)),
-            (self.vocab_size, self.features),
-            self.param_dtype,
+    def setup(self) -> None:
+        shape = (self.vocab_size, self.features)
+        self.embedding = frozen_leaf(
+            self, "embedding", BASE_INIT, shape, (VOCAB, EMBED), self.param_dtype
         )
 
     def __call__(self, tokens: jax.Array) -> jax.Array:

@@ -4,8 +4,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from moe_jax.layers.axes import EMBED, VOCAB
-from moe_jax.layers.projection import BASE_INIT
+from moe_jax.layers.leaf import BASE_INIT, frozen_leaf
+from moe_jax.sharding.axes import EMBED, VOCAB
 
 
 class LanguageModelHead(nn.Module):
@@ -19,12 +19,8 @@ class LanguageModelHead(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        kernel = self.param(
-            "kernel",
-            nn.with_logical_partitioning(BASE_INIT, (EMBED, VOCAB)),
-            (x.shape[-1], self.vocab_size),
-            self.param_dtype,
-        )
+        shape = (x.shape[-1], self.vocab_size)
+        kernel = frozen_leaf(self, "kernel", BASE_INIT, shape, (EMBED, VOCAB), self.param_dtype)
         return logits(x, kernel)
 
 

@@ -4,7 +4,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from moe_jax.layers.axes import NORM
+from moe_jax.layers.leaf import frozen_leaf
+from moe_jax.sharding.axes import NORM
 
 
 class RMSNorm(nn.Module):
@@ -22,12 +23,8 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        scale = self.param(
-            "scale",
-            nn.with_logical_partitioning(nn.initializers.ones, (NORM,)),
-            (x.shape[-1],),
-            self.param_dtype,
-        )
+        ones = nn.initializers.ones
+        scale = frozen_leaf(self, "scale", ones, x.shape[-1:], (NORM,), self.param_dtype)
         x32 = x.astype(jnp.float32)
         mean_square = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
         normed = x32 * jax.lax.rsqrt(mean_square + self.epsilon)

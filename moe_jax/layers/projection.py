@@ -4,8 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-BASE_INIT = nn.initializers.normal(stddev=0.02)
-"""Used for random models only; real ones are loaded."""
+from moe_jax.layers.leaf import BASE_INIT, frozen_leaf
 
 
 class FrozenLinear(nn.Module):
@@ -31,19 +30,11 @@ class FrozenLinear(nn.Module):
 
     def project(self, x: jax.Array) -> jax.Array:
         """The frozen product alone; for compact methods of subclasses."""
-        kernel = self.param(
-            "kernel",
-            nn.with_logical_partitioning(BASE_INIT, self.axes),
-            (x.shape[-1], self.features),
-            self.param_dtype,
-        )
+        shape = (x.shape[-1], self.features)
+        kernel = frozen_leaf(self, "kernel", BASE_INIT, shape, self.axes, self.param_dtype)
         y = jnp.dot(x.astype(self.dtype), kernel.astype(self.dtype))
         if self.use_bias:
-            bias = self.param(
-                "bias",
-                nn.with_logical_partitioning(nn.initializers.zeros, self.axes[1:]),
-                (self.features,),
-                self.param_dtype,
-            )
+            zeros = nn.initializers.zeros
+            bias = frozen_leaf(self, "bias", zeros, shape[1:], self.axes[1:], self.param_dtype)
             y = y + bias.astype(self.dtype)
         return y

@@ -10,12 +10,13 @@ import jax.numpy as jnp
 from moe_jax.adapters.segments import Segment
 from moe_jax.config.model import ComputeConfig, ModelConfig
 from moe_jax.layers.attention import positions_from_segments
-from moe_jax.layers.axes import ADAPTERS, LAYERS, PARAMS, ROUTER
+from moe_jax.layers.collections import ADAPTERS, PARAMS, ROUTER
 from moe_jax.layers.embedding import TokenEmbedding
 from moe_jax.layers.head import LanguageModelHead, logits
 from moe_jax.layers.norm import RMSNorm
 from moe_jax.layers.rope import rotary_tables
 from moe_jax.models.decoder import DecoderLayer, LayerSettings, TokenContext
+from moe_jax.sharding.axes import LAYERS
 
 REMAT_POLICIES: dict[str, Callable[..., Any]] = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -97,11 +98,12 @@ class LlamaForCausalLM(nn.Module):
             policy = REMAT_POLICIES[self.compute.remat]
             # Inside a scan XLA cannot merge the recomputation with the forward pass anyway.
             layer = nn.remat(layer, policy=policy, prevent_cse=False)
+        broadcast: Any = nn.broadcast  # typed as its own class where an axis is declared an int
         return nn.scan(
             layer,
             variable_axes={PARAMS: 0, ADAPTERS: 0, ROUTER: 0},
             split_rngs={PARAMS: True, ADAPTERS: True, "dropout": True},
-            in_axes=nn.broadcast,
+            in_axes=broadcast,
             length=self.config.num_layers,
             metadata_params={nn.PARTITION_NAME: LAYERS},
         )

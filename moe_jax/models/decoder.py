@@ -12,7 +12,9 @@ from moe_jax.adapters.sites import MOE, module_name
 from moe_jax.config.model import ComputeConfig, ModelConfig
 from moe_jax.layers.activation import ACTIVATIONS
 from moe_jax.layers.attention import attention_mask, causal_attention
-from moe_jax.layers.axes import (
+from moe_jax.layers.norm import RMSNorm
+from moe_jax.layers.rope import apply_rope
+from moe_jax.sharding.axes import (
     EMBED,
     HEADS,
     HIDDEN_AXES,
@@ -21,8 +23,6 @@ from moe_jax.layers.axes import (
     MLP_HIDDEN_AXES,
     constrain,
 )
-from moe_jax.layers.norm import RMSNorm
-from moe_jax.layers.rope import apply_rope
 
 
 class TokenContext(NamedTuple):

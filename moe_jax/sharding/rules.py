@@ -8,7 +8,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from moe_jax.errors import DeviceError
-from moe_jax.layers import axes
+from moe_jax.sharding import axes
 
 RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
     (axes.BATCH, ("data", "fsdp")),
@@ -45,14 +45,16 @@ def shardings_of(boxed: Any, mesh: Mesh) -> Any:
     shapes = nn.meta.unbox(boxed)
 
     def sharding(path: Any, leaf: jax.ShapeDtypeStruct, spec: PartitionSpec) -> NamedSharding:
-        for size, names in zip(leaf.shape, spec, strict=False):
-            names = () if names is None else (names,) if isinstance(names, str) else names
+        for size, entry in zip(leaf.shape, spec, strict=False):
+            names: tuple[str, ...] = ()
+            if entry is not None:
+                names = (entry,) if isinstance(entry, str) else tuple(entry)
             parts = math.prod(mesh.shape[name] for name in names)
             if size % parts:
                 where = jax.tree_util.keystr(path, simple=True, separator="/")
                 raise DeviceError(
-                    f"config.mesh.{names[0]}: {parts} devices cannot split {where} {leaf.shape} "
-                    f"evenly along its axis of {size}; choose a divisor of {size}"
+                    f"config.mesh.{'/'.join(names)}: {parts} devices cannot split {where} "
+                    f"{leaf.shape} evenly along its axis of {size}; choose a divisor of {size}"
                 )
         return NamedSharding(mesh, spec)
 

@@ -5,14 +5,14 @@ own branch: anything that read a frozen gradient would bring its matrix products
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import jax
 import optax
 
 from moe_jax.config.optimizer import OptimizerConfig, ScheduleConfig
-from moe_jax.layers.axes import ADAPTERS, PARAMS
+from moe_jax.layers.collections import ADAPTERS, PARAMS
 
 FROZEN = "frozen"
 NEVER = 2**31 - 1
@@ -105,7 +105,9 @@ def build_optimizer(
 ) -> optax.GradientTransformation:
     """The optimiser of `{"params": base, "adapters": {name: tree}}`."""
     rules = [(f"{PARAMS}/", FROZEN), *((f"{ADAPTERS}/{n}/", f"adapter {n}") for n in adapters)]
-    transforms = {f"adapter {n}": adapter_transform(c, total_steps) for n, c in adapters.items()}
+    transforms: dict[Hashable, optax.GradientTransformation] = {
+        f"adapter {n}": adapter_transform(c, total_steps) for n, c in adapters.items()
+    }
     transforms[FROZEN] = optax.set_to_zero()
     return optax.multi_transform(transforms, lambda tree: label_leaves(tree, rules))
 

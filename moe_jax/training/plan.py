@@ -31,7 +31,10 @@ class MemoryPlan(NamedTuple):
 def memory_plan(program: Program, row_length: int) -> MemoryPlan:
     """Compiles the training step for rows of `row_length` tokens and reads its memory."""
     compiled = program.lower_train_step(row_length).compile()
-    temporary = compiled.memory_analysis().temp_size_in_bytes
+    analysis = compiled.memory_analysis()
+    if analysis is None:
+        raise RuntimeError(f"{jax.default_backend()} does not report a program's memory")
+    temporary = analysis.temp_size_in_bytes
     state, shardings = program.abstract_state, program.state_shardings
     params = _bytes_per_device(program.abstract_params, program.param_shardings)
     adapters = _bytes_per_device(state.adapters, shardings.adapters)
@@ -53,9 +56,10 @@ def describe_plan(program: Program, row_length: int) -> str:
         lines.append(f"adapter         {name}: {own:,} parameters ({own / base:.2%} of the base)")
     rows = program.segments[-1].stop
     micro = program.config.training.micro_batches
+    remat = program.config.compute.remat
     lines += [
-        f"step            {rows} rows of {row_length} tokens in {micro} micro-batch(es), "
-        f"remat {program.config.compute.remat!r}",
+        f"step            {rows} rows of {row_length} tokens in {micro} micro-batch(es)",
+        f"remat           {remat}",
         "memory of one device, GiB",
         *(
             f"  {name:<14}{value / GIB:8.2f}"

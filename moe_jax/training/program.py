@@ -1,7 +1,7 @@
 """A run's compiled functions and where their arrays live; needs neither weights nor data."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from moe_jax.config.model import ModelConfig
 from moe_jax.config.run import RunConfig
 from moe_jax.data.batch import Batch
 from moe_jax.errors import ConfigError
-from moe_jax.layers.axes import ADAPTERS, PARAMS
+from moe_jax.layers.collections import ADAPTERS, PARAMS
 from moe_jax.models.causal_lm import LlamaForCausalLM
 from moe_jax.sharding.mesh import make_mesh
 from moe_jax.sharding.rules import BATCH_SPEC, RULES, shardings_of
@@ -108,14 +108,12 @@ class Program:
 
     def learning_rates(self, done: int) -> dict[str, float]:
         """Each adapter's learning rate for the optimiser step after `done` applied ones."""
-        return {
-            name: float(
-                learning_rate_schedule(
-                    a.optimizer.schedule, a.optimizer.learning_rate, self._total_steps
-                )(done)
-            )
-            for name, a in self.config.adapters.items()
-        }
+        rates = {}
+        for name, adapter in self.config.adapters.items():
+            own = adapter.optimizer
+            schedule = learning_rate_schedule(own.schedule, own.learning_rate, self._total_steps)
+            rates[name] = np.asarray(schedule(done)).item()
+        return rates
 
     def lower_train_step(self, row_length: int) -> jax.stages.Lowered:
         """The training step for rows of `row_length` tokens, lowered without any weights."""
@@ -185,19 +183,25 @@ class Program:
         return jax.jit(_with_rules(function), static_argnums=0, out_shardings=replicated)
 
 
-def build_program(config: RunConfig, model_config: ModelConfig, total_steps: int) -> Program:
+def build_program(
+    config: RunConfig,
+    model_config: ModelConfig,
+    total_steps: int,
+    devices: Sequence[Any] | None = None,
+) -> Program:
     """Everything compiled or compilable of a run, from shapes alone.
 
     Args:
       config: the run's configuration.
       model_config: the base model's architecture.
       total_steps: optimiser steps of the whole run, which the schedules need.
+      devices: for the mesh; all of all processes by default.
 
     Raises:
       DeviceError: the devices do not fit the mesh, or the mesh does not fit the model.
       ConfigError: a batch does not divide over the mesh.
     """
-    mesh = make_mesh(config.mesh)
+    mesh = make_mesh(config.mesh, devices)
     methods = {name: adapter.method for name, adapter in config.adapters.items()}
     rows = {name: adapter.batch_size for name, adapter in config.adapters.items()}
     segments = segments_of(methods, rows)

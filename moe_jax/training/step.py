@@ -1,4 +1,4 @@
-"""The two compiled functions: a training step and an evaluation step. Pure; no devices, no files."""
+"""The two functions that are compiled: a training step and an evaluation step, both pure."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,7 +12,7 @@ from moe_jax.adapters.segments import Segment
 from moe_jax.adapters.sites import to_collection
 from moe_jax.adapters.statistics import RouterStatistics, collect_statistics
 from moe_jax.data.batch import Batch
-from moe_jax.layers.axes import ADAPTERS, PARAMS, ROUTER
+from moe_jax.layers.collections import ADAPTERS, PARAMS, ROUTER
 from moe_jax.models.causal_lm import LlamaForCausalLM
 from moe_jax.training.loss import row_losses, target_count
 from moe_jax.training.loss_scale import LossScale, updated
@@ -113,7 +113,7 @@ def train_step(
 
     for name, tree in gradients.items():
         check = finite_check_state(new_state.opt_state, name)
-        metrics[f"{name}/grad_norm"] = optax.global_norm(tree)
+        metrics[f"{name}/grad_norm"] = optax.tree.norm(tree)
         metrics[f"{name}/target_tokens"] = targets[name]
         metrics[f"{name}/skipped_in_a_row"] = check.notfinite_count
         metrics[f"{name}/skipped_total"] = check.total_notfinite
@@ -130,6 +130,7 @@ def apply_gradients(
     """The state after one optimiser step with the adapters' gradients `{name: tree}`."""
     # The frozen branch is `set_to_zero`, which never reads its gradient: handing it the parameters
     # gives the tree its shape, and XLA drops the zeros that come back, since nobody uses them.
+    updates: Any
     updates, opt_state = optimizer.update(
         {PARAMS: params, ADAPTERS: gradients},
         state.opt_state,
@@ -139,9 +140,10 @@ def apply_gradients(
         name: updated(scale, finite_check_state(opt_state, name).last_finite)
         for name, scale in state.loss_scale.items()
     }
+    adapters: Any = optax.apply_updates(state.adapters, updates[ADAPTERS])
     return TrainState(
         step=state.step + 1,
-        adapters=optax.apply_updates(state.adapters, updates[ADAPTERS]),
+        adapters=adapters,
         opt_state=opt_state,
         loss_scale=loss_scale,
     )
@@ -179,8 +181,8 @@ def _routing_summary(sites: list[RouterStatistics]) -> Metrics:
     """What the routers did, over all sites and layers.
 
     `router_entropy`: mean entropy over that of a uniform choice, from 0 to 1. `busiest_expert`: the
-    largest load of an expert in any layer, as a multiple of an equal share. `idle_experts`: share of
-    the experts, over all layers, that no token chose.
+    largest load of an expert in any layer, as a multiple of an equal share. `idle_experts`: share
+    of the experts, over all layers, that no token chose.
     """
     loads = jnp.concatenate([jnp.sum(site.slot_counts, axis=-2) for site in sites])
     mean_load = jnp.maximum(jnp.mean(loads, axis=-1, keepdims=True), 1e-9)

@@ -1,0 +1,30 @@
+"""The logical axes that model code names; `moe_jax.sharding.rules` maps them to the mesh.
+
+The letters of shapes are in `moe_jax.layers`.
+"""
+
+import flax.linen as nn
+import jax
+
+LAYERS = "layers"
+VOCAB = "vocab"
+EMBED = "embed"
+HEADS = "heads"
+KV_HEADS = "kv_heads"
+MLP = "mlp"
+EXPERTS = "experts"
+RANK = "rank"
+NORM = "norm"
+
+BATCH = "activation_batch"
+LENGTH = "activation_length"
+ACTIVATION_EMBED = "activation_embed"
+ACTIVATION_MLP = "activation_mlp"
+
+HIDDEN_AXES = (BATCH, LENGTH, ACTIVATION_EMBED)
+MLP_HIDDEN_AXES = (BATCH, LENGTH, ACTIVATION_MLP)
+
+
+def constrain(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    """Fixes an activation's layout over the ambient mesh (`jax.set_mesh`), if there is one."""
+    return nn.with_logical_constraint(x, axes)

@@ -1,0 +1,119 @@
+"""Training programs on tiny models, without files: for tests of the step and of its sharding."""
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from moe_jax.adapters import METHODS
+from moe_jax.config.model import ModelConfig, RopeConfig
+from moe_jax.config.run import parse_run_config
+from moe_jax.data.batch import Batch
+from moe_jax.training.program import Program, build_program
+
+ALL_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+MIXLORA = {
+    "name": "mixlora",
+    "rank": 4,
+    "alpha": 8.0,
+    "target_modules": ALL_TARGETS,
+    "num_experts": 4,
+    "top_k": 2,
+    "losses": {"load_balance": {"coefficient": 0.01}, "router_z": {"coefficient": 0.001}},
+}
+LORA = {"name": "lora", "rank": 4, "alpha": 8.0, "target_modules": ALL_TARGETS}
+
+SGD = {
+    "name": "sgd",
+    "learning_rate": 1.0,
+    "clip_norm": None,
+    "schedule": {"kind": "constant"},
+}
+"""One step of it takes exactly the gradient away."""
+
+
+def model_config(**overrides: Any) -> ModelConfig:
+    fields: dict[str, Any] = {
+        "vocab_size": 96,
+        "hidden_size": 48,
+        "intermediate_size": 80,
+        "num_layers": 3,
+        "num_heads": 6,
+        "num_kv_heads": 2,
+        "head_dim": 8,
+        "hidden_act": "silu",
+        "max_position_embeddings": 64,
+        "rms_norm_eps": 1e-5,
+        "rope": RopeConfig(rope_type="default", rope_theta=10000.0),
+        "attention_bias": False,
+        "mlp_bias": False,
+        "tie_word_embeddings": False,
+    }
+    return ModelConfig(**{**fields, **overrides})
+
+
+def program(
+    methods: dict[str, dict[str, Any]],
+    *,
+    rows: int = 8,
+    optimizer: dict[str, Any] = SGD,
+    config: ModelConfig | None = None,
+    mesh: dict[str, int] | None = None,
+    training: dict[str, Any] | None = None,
+    compute: dict[str, Any] | None = None,
+    total_steps: int = 10,
+) -> Program:
+    """A program with `rows` rows for each adapter of `methods`; on one device by default."""
+    data = {"train": {"unused": {"path": "unused", "schema": "text"}}, "max_length": 16}
+    raw = {
+        "base": {"path": "unused", "param_dtype": "float32"},
+        "compute": {"dtype": "float32", **(compute or {})},
+        "mesh": mesh or {"data": 1},
+        "training": {"steps": total_steps, **(training or {})},
+        "adapters": {
+            name: {"method": method, "data": data, "optimizer": optimizer, "batch_size": rows}
+            for name, method in methods.items()
+        },
+    }
+    return build_program(
+        parse_run_config(raw, METHODS),
+        model_config() if config is None else config,
+        total_steps,
+        devices=None if mesh else jax.devices()[:1],
+    )
+
+
+def random_leaves(abstract: Any, shardings: Any, seed: int, std: float = 0.15) -> Any:
+    """Normal leaves, the same for every mesh; norms are near one."""
+    rng = np.random.default_rng(seed)
+
+    def leaf(path: Any, shape: jax.ShapeDtypeStruct, sharding: Any) -> jax.Array:
+        centre = 1.0 if jax.tree_util.keystr(path).endswith("['scale']") else 0.0
+        values = centre + std * rng.standard_normal(shape.shape)
+        return jax.device_put(values.astype(shape.dtype), sharding)
+
+    return jax.tree_util.tree_map_with_path(leaf, abstract, shardings)
+
+
+def random_params(program: Program, seed: int = 0) -> Any:
+    return random_leaves(program.abstract_params, program.param_shardings, seed)
+
+
+def random_adapters(program: Program, seed: int = 1) -> Any:
+    abstract, shardings = program.abstract_state.adapters, program.state_shardings.adapters
+    return random_leaves(abstract, shardings, seed)
+
+
+def random_batch(rows: int, length: int = 16, vocab: int = 96, seed: int = 2) -> Batch:
+    """Rows of different lengths, padded on the right, of which the first third is prompt."""
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(length // 2, length + 1, (rows, 1))
+    index = np.arange(length)[None]
+    real = index < lengths
+    return Batch(
+        tokens=rng.integers(0, vocab, (rows, length)).astype(np.int32),
+        loss_mask=real & (index >= lengths // 3),
+        segment_ids=real.astype(np.int32),
+        positions=np.where(real, index, 0).astype(np.int32),
+    )
