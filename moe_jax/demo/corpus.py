@@ -1,15 +1,15 @@
 """Text of the project's own: plain sentences to pre-train on, and instructions to fine-tune on.
 
 Everything follows from the seed. The sentences state facts (plurals, opposites, colours, sums) and
-spell words; the instructions ask for those facts in a form that no sentence has, and for two skills
-on letters, reversing and sorting, that no sentence shows. What an instruction of the validation
-split asks about (the noun, the pair of opposites, the thing, the sum, the letters) occurs in no
-instruction of the training split, in any wording.
+show letters being reversed and sorted; the instructions ask for the same things in a form that no
+sentence has, one answer and nothing more. What an instruction of the validation split asks about
+(the noun, the pair of opposites, the thing, the sum, the letters) occurs in no instruction of the
+training split, in any wording; its letters occur in no sentence either.
 """
 
 import json
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -17,9 +17,13 @@ from moe_jax.demo.words import COLOURS, LARGEST_NUMBER, LETTERS, NAMES, OPPOSITE
 
 TASKS = ("plural", "opposite", "colour", "sum", "reverse", "sort")
 
-# Rows of the two tasks on letters; the others have as many as there are words and wordings.
-LETTER_ROWS = 700
-VALIDATION_SHARE = 0.15
+# Of each of the two tasks on letters; the others have as many rows as there are words and wordings.
+LETTER_ROWS = 500
+HELD_OUT_LETTER_ROWS = 60
+HELD_OUT_SHARE = 0.15
+
+# Questions with their answers that belong to one split together: ((input, output), ...).
+Subject = tuple[tuple[str, str], ...]
 
 _COLOUR_OF = {thing: colour for colour, things in COLOURS.items() for thing in things}
 _OPPOSITE_OF = {**dict(OPPOSITES), **{b: a for a, b in OPPOSITES}}
@@ -52,7 +56,9 @@ def plain_sentences(seed: int, count: int) -> list[str]:
         _opposite_sentence,
         _colour_sentence,
         _sum_sentence,
-        _letters_sentence,
+        _spelling_sentence,
+        _reverse_sentence,
+        _sort_sentence,
     )
     return [
         " ".join(rng.choice(makers)(rng) for _ in range(rng.randint(2, 4))) for _ in range(count)
@@ -63,11 +69,9 @@ def instruction_rows(seed: int) -> tuple[list[Row], list[Row]]:
     """The training and the validation split, each shuffled."""
     rng = random.Random(seed)
     train, validation = [], []
-    for task, subjects in _subjects(rng).items():
-        rng.shuffle(subjects)
-        held_out = round(VALIDATION_SHARE * len(subjects))
-        validation += [row for subject in subjects[:held_out] for row in _rows(task, subject, rng)]
-        train += [row for subject in subjects[held_out:] for row in _rows(task, subject, rng)]
+    for task in TASKS:
+        for subjects, split in zip(_split_subjects(task, rng), (train, validation), strict=True):
+            split += [row for subject in subjects for row in _rows(task, subject, rng)]
     rng.shuffle(train)
     rng.shuffle(validation)
     return train, validation
@@ -88,8 +92,25 @@ def _write_jsonl(path: Path, rows: list[Row]) -> None:
     path.write_text("".join(json.dumps(asdict(row)) + "\n" for row in rows), encoding="utf-8")
 
 
-def _subjects(rng: random.Random) -> dict[str, list[tuple[tuple[str, str], ...]]]:
-    """What each task can ask about: groups of (input, output) that belong to one split together."""
+def _split_subjects(task: str, rng: random.Random) -> tuple[list[Subject], list[Subject]]:
+    """What the task asks about in training and in validation."""
+    if task in ("reverse", "sort"):
+        change = reversed if task == "reverse" else sorted
+        subjects = {
+            held_out: [
+                ((" ".join(letters), " ".join(change(letters))),)
+                for letters in _distinct_draws(rng, held_out, count)
+            ]
+            for held_out, count in ((False, LETTER_ROWS), (True, HELD_OUT_LETTER_ROWS))
+        }
+        return subjects[False], subjects[True]
+    subjects = _facts()[task]
+    rng.shuffle(subjects)
+    held_out = round(HELD_OUT_SHARE * len(subjects))
+    return subjects[held_out:], subjects[:held_out]
+
+
+def _facts() -> dict[str, list[Subject]]:
     return {
         "plural": [(item,) for item in PLURALS.items()],
         "opposite": [((a, b), (b, a)) for a, b in OPPOSITES],
@@ -100,22 +121,25 @@ def _subjects(rng: random.Random) -> dict[str, list[tuple[tuple[str, str], ...]]
             for a in range(LARGEST_NUMBER + 1)
             for b in range(a + 1)
         ],
-        "reverse": [((" ".join(letters), " ".join(reversed(letters))),) for letters in _draws(rng)],
-        "sort": [((" ".join(letters), " ".join(sorted(letters))),) for letters in _draws(rng)],
     }
 
 
-def _draws(rng: random.Random) -> Iterator[tuple[str, ...]]:
-    """Distinct draws of three or four distinct letters."""
-    seen = set()
-    while len(seen) < LETTER_ROWS:
+def _draw(rng: random.Random, held_out: bool) -> tuple[str, ...]:
+    """Three or four distinct letters, of the fifth of all draws that is held out or of the rest."""
+    while True:
         letters = tuple(rng.sample(LETTERS, rng.randint(3, 4)))
-        if letters not in seen:
-            seen.add(letters)
-            yield letters
+        if (sum(map(LETTERS.index, letters)) % 5 == 0) == held_out:
+            return letters
 
 
-def _rows(task: str, subject: tuple[tuple[str, str], ...], rng: random.Random) -> list[Row]:
+def _distinct_draws(rng: random.Random, held_out: bool, count: int) -> list[tuple[str, ...]]:
+    seen: dict[tuple[str, ...], None] = {}
+    while len(seen) < count:
+        seen[_draw(rng, held_out)] = None
+    return list(seen)
+
+
+def _rows(task: str, subject: Subject, rng: random.Random) -> list[Row]:
     wordings = _WORDINGS[task]
     if task in ("reverse", "sort"):  # plenty of subjects: one wording each
         wordings = (rng.choice(wordings),)
@@ -177,14 +201,24 @@ def _sum_sentence(rng: random.Random) -> str:
     )
 
 
-def _letters_sentence(rng: random.Random) -> str:
+def _spelling_sentence(rng: random.Random) -> str:
     start = rng.randrange(len(LETTERS) - 3)
     run = LETTERS[start : start + rng.randint(3, 6)]
     word = rng.choice(list(PLURALS))
     return rng.choice(
-        (
-            f"The alphabet goes {' '.join(run)}.",
-            f"{word} is spelled {' '.join(word)}.",
-            f"{rng.choice(NAMES)} says the letters {' '.join(rng.sample(LETTERS, 4))}.",
-        )
+        (f"The alphabet goes {' '.join(run)}.", f"{word} is spelled {' '.join(word)}.")
     )
+
+
+def _reverse_sentence(rng: random.Random) -> str:
+    letters = _draw(rng, held_out=False)
+    said, back = " ".join(letters), " ".join(reversed(letters))
+    name = rng.choice(NAMES)
+    return rng.choice((f"Backwards {said} is {back}.", f"{name} turns {said} round into {back}."))
+
+
+def _sort_sentence(rng: random.Random) -> str:
+    letters = _draw(rng, held_out=False)
+    said, ordered = " ".join(letters), " ".join(sorted(letters))
+    name = rng.choice(NAMES)
+    return rng.choice((f"In order {said} is {ordered}.", f"{name} puts {said} in line: {ordered}."))

@@ -1,5 +1,6 @@
 import collections
 import json
+import re
 
 from moe_jax.demo.corpus import TASKS, instruction_rows, plain_sentences, write_corpus
 
@@ -44,12 +45,17 @@ def test_a_question_has_one_answer():
         assert all(len(outputs) == 1 for outputs in answers.values())
 
 
-def test_facts_are_stated_but_skills_are_not():
+def test_sentences_state_facts_and_never_instruct():
     text = "\n".join(plain_sentences(seed=0, count=20_000))
     assert "The opposite of hot is cold." in text
     assert "The plural of mouse is mice." in text
-    assert "backwards" not in text
-    assert "Sort" not in text
+    train, validation = instruction_rows(seed=0)
+    assert not any(instruction in text for instruction in {r.instruction for r in train})
+    letters = {row.input for row in validation if row.task in ("reverse", "sort")}
+    assert letters
+    shown = set(re.findall(r"(?:Backwards|turns|In order|puts) ((?:[a-z] )*[a-z]) ", text))
+    assert len(shown) > 1000
+    assert not shown & letters
 
 
 def test_written_rows_are_the_rows(tmp_path):

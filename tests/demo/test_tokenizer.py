@@ -13,7 +13,7 @@ def tokenizer(tmp_path_factory):
 
 
 def test_any_text_survives(tokenizer):
-    text = "Sort: d g a k\n12 + 7 — ça va? 漢字 🙂  two  spaces "
+    text = "Sort: d g a k\n12 + 7 — ça va? 漢字 🙂\n\ntwo  spaces "
     ids = tokenizer(text).input_ids
     assert tokenizer.decode(ids, skip_special_tokens=True) == text
 
@@ -24,8 +24,19 @@ def test_starts_with_bos_and_fills_the_vocabulary(tokenizer):
     assert len(tokenizer) == 400
 
 
-def test_numbers_are_read_digit_by_digit(tokenizer):
-    assert tokenizer.tokenize("12")[-2:] == ["1", "2"]
+def test_a_word_is_the_same_wherever_it_stands(tokenizer):
+    (inside,) = {*tokenizer("One fox").input_ids[-1:]}
+    alone = tokenizer("fox").input_ids[1:]
+    after_break = tokenizer("One\n\nfox").input_ids
+    assert alone[-1] == inside
+    assert after_break[-len(alone) :] == alone
+
+
+@pytest.mark.parametrize("prompt", ["Write the plural.\n\nfox\n\n", "Answer:\n", "One", "a b:"])
+def test_a_prompt_begins_its_completion(tokenizer, prompt):
+    ids = tokenizer(prompt).input_ids
+    joined = tokenizer(prompt + (" foxes" if prompt[-1] != "\n" else "foxes")).input_ids
+    assert joined[: len(ids)] == ids
 
 
 def test_chat_template(tokenizer):
