@@ -2,11 +2,7 @@
 
 import hashlib
 import json
-import os
 from pathlib import Path
-
-# The advice to install PyTorch is printed while transformers is imported; tokenizers need none.
-os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 import transformers
 from transformers import PreTrainedTokenizerBase
