@@ -22,10 +22,17 @@ RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
     (axes.MLP, "tensor"),
     (axes.LAYERS, None),
     (axes.EXPERTS, None),
-    (axes.RANK, None),
+    (axes.RANK, "fsdp"),
     (axes.NORM, None),
 )
-"""Parameters split their wide axes; the small ones (experts, rank, layers) stay whole."""
+"""In order of priority; a mesh axis is used once per array.
+
+Parameters split their wide axes. The rank of an adapter is split only where the pair's wide axis
+leaves `fsdp` free (B of gate and up, A of down), which keeps the optimiser's moments small.
+"""
+
+OPTIONAL_AXES = frozenset({axes.RANK})
+"""Left whole where the devices do not divide them; for the others that is an error."""
 
 BATCH_SPEC = PartitionSpec(("data", "fsdp"))
 """Rows of a batch."""
@@ -41,21 +48,24 @@ def shardings_of(boxed: Any, mesh: Mesh) -> Any:
     Raises:
       DeviceError: an axis of a variable cannot be split evenly; names both.
     """
-    specs = nn.logical_to_mesh(nn.get_partition_spec(boxed), RULES)
+    logical_specs = nn.get_partition_spec(boxed)
     shapes = nn.meta.unbox(boxed)
 
-    def sharding(path: Any, leaf: jax.ShapeDtypeStruct, spec: PartitionSpec) -> NamedSharding:
-        for size, entry in zip(leaf.shape, spec, strict=False):
+    def sharding(path: Any, leaf: jax.ShapeDtypeStruct, logical: PartitionSpec) -> NamedSharding:
+        spec = list(nn.logical_to_mesh_axes(tuple(logical), RULES) or ())
+        for i, (size, name, entry) in enumerate(zip(leaf.shape, logical, spec, strict=True)):
             names: tuple[str, ...] = ()
             if entry is not None:
                 names = (entry,) if isinstance(entry, str) else tuple(entry)
             parts = math.prod(mesh.shape[name] for name in names)
-            if size % parts:
+            if size % parts and name in OPTIONAL_AXES:
+                spec[i] = None
+            elif size % parts:
                 where = jax.tree_util.keystr(path, simple=True, separator="/")
                 raise DeviceError(
                     f"config.mesh.{'/'.join(names)}: {parts} devices cannot split {where} "
                     f"{leaf.shape} evenly along its axis of {size}; choose a divisor of {size}"
                 )
-        return NamedSharding(mesh, spec)
+        return NamedSharding(mesh, PartitionSpec(*spec))
 
-    return jax.tree_util.tree_map_with_path(sharding, shapes, specs)
+    return jax.tree_util.tree_map_with_path(sharding, shapes, logical_specs)

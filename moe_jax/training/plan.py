@@ -60,7 +60,7 @@ def describe_plan(program: Program, row_length: int) -> str:
     lines += [
         f"step            {rows} rows of {row_length} tokens in {micro} micro-batch(es)",
         f"remat           {remat}",
-        "memory of one device, GiB",
+        f"memory of one device, GiB, compiled for {jax.default_backend()}",
         *(
             f"  {name:<14}{value / GIB:8.2f}"
             for name, value in zip(plan._fields, plan, strict=True)

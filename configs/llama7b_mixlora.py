@@ -1,0 +1,126 @@
+"""MixLoRA on Llama-2-7B: 8 experts of rank 16 behind a top-2 router, LoRA of rank 16 on attention.
+
+Train on your own instructions, on all devices there are:
+
+    python train.py --config configs/llama7b_mixlora.py --workdir runs/mixlora \
+        --config.base.path=/path/to/Llama-2-7b-hf \
+        --config.adapters.default.data.train.instructions.path=/path/to/train.jsonl
+
+See first what it will need, without weights, data or an accelerator:
+
+    python train.py --config configs/llama7b_mixlora.py --plan --devices 8
+"""
+
+from ml_collections import ConfigDict
+
+LLAMA_2_7B = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "hidden_act": "silu",
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 10000.0,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "tie_word_embeddings": False,
+}
+
+
+def get_config() -> ConfigDict:
+    config = ConfigDict()
+
+    config.base = ConfigDict()
+    config.base.path = "meta-llama/Llama-2-7b-hf"
+    # Half of float32's memory; the frozen weights are never updated, so nothing is lost to rounding.
+    config.base.param_dtype = "bfloat16"
+    # Only for --plan; a run compares it with the checkpoint's own config.json.
+    config.base.hf_config = LLAMA_2_7B
+
+    config.compute = ConfigDict()
+    config.compute.dtype = "bfloat16"
+    config.compute.attention = "xla"  # "cudnn" on NVIDIA GPUs
+    # Keep the layers' inputs only: the activations of 32 layers do not fit beside the weights.
+    config.compute.remat = "full"
+
+    # All devices share one copy of the weights: 13.5 GB do not fit next to activations on most
+    # accelerators. One device alone is the same mesh with fsdp = 1.
+    config.mesh = ConfigDict()
+    config.mesh.data = 1
+    config.mesh.fsdp = -1
+    config.mesh.tensor = 1
+
+    adapter = ConfigDict()
+    adapter.method = ConfigDict()
+    adapter.method.name = "mixlora"
+    adapter.method.num_experts = 8
+    adapter.method.top_k = 2
+    adapter.method.rank = 16
+    adapter.method.alpha = 32.0
+    adapter.method.dropout = 0.05
+    adapter.method.init = "kaiming"
+    adapter.method.target_modules = (
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    )
+    adapter.method.router_init_std = 0.02
+    adapter.method.jitter_noise = 0.0
+    # The paper's coefficient for the load balance; the z loss keeps router logits small in bfloat16.
+    adapter.method.losses = ConfigDict(
+        {
+            "load_balance": {"coefficient": 0.01, "scope": "per_layer"},
+            "router_z": {"coefficient": 0.001, "scope": "per_layer"},
+        }
+    )
+
+    adapter.data = ConfigDict()
+    adapter.data.train = ConfigDict(
+        {
+            "instructions": {
+                "path": "train.jsonl",
+                "schema": "instruction",
+                "prompt": "instruction",
+                "weight": 1.0,
+            }
+        }
+    )
+    adapter.data.max_length = 1024
+    # Each length is one compilation; rows are sorted so that little of a batch is padding.
+    adapter.data.buckets = (256, 512)
+    adapter.data.train_on_prompt = False
+
+    adapter.optimizer = ConfigDict()
+    adapter.optimizer.name = "adamw"
+    adapter.optimizer.learning_rate = 2e-4
+    adapter.optimizer.weight_decay = 0.0
+    adapter.optimizer.clip_norm = 1.0
+    adapter.optimizer.schedule = ConfigDict(
+        {"kind": "cosine", "warmup_ratio": 0.03, "final_fraction": 0.1}
+    )
+
+    # Rows of one optimiser step, over all devices and micro-batches.
+    adapter.batch_size = 16
+    config.adapters = ConfigDict({"default": adapter})
+
+    config.training = ConfigDict()
+    config.training.epochs = 2.0
+    config.training.micro_batches = 1
+    config.training.seed = 0
+    config.training.log_every = 10
+    config.training.eval_every = 0
+
+    config.checkpoints = ConfigDict()
+    config.checkpoints.every = 200
+    config.checkpoints.keep = 2
+
+    return config
