@@ -61,6 +61,9 @@ def parse(hint: Any, value: Any, path: str = ROOT) -> Any:
         return tuple(parse(args[0], item, f"{path}[{i}]") for i, item in enumerate(value))
     if origin is dict:
         mapping = _as_mapping(value, path)
+        for key in mapping:
+            if not isinstance(key, str):
+                raise ConfigError(f"{path}: expected names as keys, got {_describe(key)}")
         return {key: parse(args[1], item, f"{path}.{key}") for key, item in mapping.items()}
     return _parse_scalar(hint, value, path)
 

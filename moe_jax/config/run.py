@@ -185,9 +185,9 @@ def parse_run_config(raw: Mapping[str, Any], methods: Mapping[str, type]) -> Run
 
 
 def _with_parsed_method(adapter: Any, methods: Mapping[str, type], path: str) -> Any:
-    if not isinstance(adapter, Mapping) or not isinstance(adapter.get("method"), Mapping):
-        return adapter
-    fields = dict(adapter["method"])
+    if not isinstance(adapter, Mapping) or "method" not in adapter:
+        return adapter  # `parse` says what is wrong with it
+    fields = dict(parse(dict[str, Any], adapter["method"], f"{path}.method"))
     name = fields.pop("name", None)
     if name not in methods:
         raise ConfigError(
