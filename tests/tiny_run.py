@@ -1,10 +1,27 @@
 """A complete run that takes seconds: base, tokenizer, data and a configuration file."""
 
 import json
+import multiprocessing
+import os
+import resource
+import signal
+import sys
+import time
+from collections.abc import Mapping
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+
+from moe_jax.adapters import METHODS
+from moe_jax.checkpoints.adapter_files import load_adapter
+from moe_jax.checkpoints.leaves import named_leaves
+from moe_jax.config.command_line import apply_overrides, load_config_file
+from moe_jax.config.run import RunConfig, parse_run_config
 from moe_jax.demo.checkpoint import write_checkpoint
 from moe_jax.demo.tokenizer import save_tokenizer, train_tokenizer
+from moe_jax.errors import UserError
 
 CONFIG = """
 from pathlib import Path
@@ -54,7 +71,7 @@ def get_config():
     )
 """
 
-WORDS = "the a red blue small old fox dog bird tree river hill sees finds likes leaves".split()
+WORDS = ["the", "a", "red", "blue", "small", "old", "fox", "dog", "tree", "sees", "finds", "likes"]
 
 
 def write_inputs(folder: Path) -> Path:
@@ -84,3 +101,112 @@ def write_inputs(folder: Path) -> Path:
 def _row(i: int) -> dict[str, str]:
     words = [WORDS[(i * 7 + j * j) % len(WORDS)] for j in range(2 + i % 5)]
     return {"prompt": " ".join(words) + " ->", "completion": " " + " ".join(words[::-1])}
+
+
+def read_config(config: Path, **overrides: Any) -> RunConfig:
+    """The parsed configuration; overrides as on the command line, with `__` for the dots."""
+    raw = load_config_file(str(config))
+    apply_overrides(raw, {path.replace("__", "."): str(v) for path, v in overrides.items()})
+    return parse_run_config(raw, METHODS)
+
+
+def final_adapter(workdir: Path, name: str = "default") -> dict[str, np.ndarray]:
+    """The weights in the final folder, by path."""
+    tree = load_adapter(workdir / "adapters" / name).tree
+    return {path: np.asarray(leaf) for path, leaf in named_leaves(tree).items()}
+
+
+def metric_lines(workdir: Path) -> list[dict[str, Any]]:
+    """`metrics.jsonl` without what depends on the clock."""
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "time"} for line in lines]
+
+
+_PRELOADED = [
+    "moe_jax.training.loop",
+    "transformers.models.auto.tokenization_auto",
+    "transformers.models.llama.configuration_llama",
+]
+
+
+class Run:
+    """A run in a process of its own, which can be killed.
+
+    The processes come from a fork server that has the imports behind it, which saves seconds each.
+
+    Attributes:
+      process: the process.
+      log: what the run said so far, and its error.
+    """
+
+    def __init__(
+        self,
+        config: Path,
+        workdir: Path,
+        *,
+        devices: int = 1,
+        file_bytes: int | None = None,
+        overrides: Mapping[str, Any] | None = None,
+    ):
+        """Starts it.
+
+        Args:
+          config: from `write_inputs`.
+          workdir: the run's folder.
+          devices: how many fake devices it sees.
+          file_bytes: the largest file that it can write.
+          overrides: as in `read_config`.
+        """
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(_PRELOADED)
+        self.log = workdir.with_name(f"{workdir.name}.log")
+        self.log.write_text("")
+        self.process: BaseProcess = context.Process(
+            target=_run, args=(config, workdir, self.log, devices, file_bytes, overrides or {})
+        )
+        self.process.start()
+
+    def wait_until(self, words: str, times: int = 1) -> None:
+        """Returns when the run has said `words` so many times."""
+        deadline = time.monotonic() + 180
+        while self.log.read_text().count(words) < times:
+            assert self.process.is_alive(), self.log.read_text()
+            assert time.monotonic() < deadline, self.log.read_text()
+            time.sleep(0.005)
+
+    def join(self) -> int:
+        """The exit status, negative for the signal that ended it."""
+        self.process.join(180)
+        assert self.process.exitcode is not None, self.log.read_text()
+        return self.process.exitcode
+
+
+def _run(
+    config: Path,
+    workdir: Path,
+    log: Path,
+    devices: int,
+    file_bytes: int | None,
+    overrides: dict[str, Any],
+) -> None:
+    import jax
+
+    from moe_jax.training.loop import train
+
+    cache = Path(os.environ["HF_HOME"]).with_name("compiled")  # shared by all runs of the session
+    jax.config.update("jax_compilation_cache_dir", str(cache))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
+    if file_bytes is not None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
+    with log.open("a", buffering=1) as stream:
+        sys.stderr = stream
+        try:
+            result = train(
+                read_config(config, **overrides), workdir, lambda line: stream.write(line + "\n")
+            )
+        except UserError as error:
+            stream.write(f"error: {error}\n")
+            sys.exit(2)
+    sys.exit(0 if result.interrupted_by is None else 128 + result.interrupted_by)

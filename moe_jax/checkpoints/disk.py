@@ -6,6 +6,7 @@ TensorStore's status text, raised at once or later from the thread that writes i
 
 import contextlib
 import errno
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -52,7 +53,7 @@ def _reason(error: BaseException) -> str | None:
         if number is None and status:
             number = int(status.group(1))
         if number is not None:
-            return _FULL.get(number) or errno.errorcode.get(number, f"error {number}")
+            return _FULL.get(number) or os.strerror(number).lower()
         for known in _FULL:
             if errno.errorcode[known] in str(link):
                 return _FULL[known]

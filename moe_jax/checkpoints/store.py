@@ -77,6 +77,7 @@ class TrainingStore:
                     preservation_policy=policies.LatestN(keep),
                     cleanup_tmp_directories=True,
                     enable_async_checkpointing=True,
+                    lightweight_initialize=True,  # an old step may be half deleted; nobody asks
                 ),
             )
 

@@ -23,8 +23,8 @@ def load_config_file(path: str) -> dict[str, Any]:
     """
     file = Path(path).expanduser()
     if not file.is_file():
-        near = [str(other) for other in file.parent.glob("*.py")] if file.parent.is_dir() else []
-        raise ConfigError(f"--config: no such file: {path}; {suggest(path, near)}")
+        others = [other.name for other in file.parent.glob("*.py")]
+        raise ConfigError(f"--config: no such file: {path}; {suggest(file.name, others)}")
     spec = importlib.util.spec_from_file_location("_config_file", file)
     if spec is None or spec.loader is None:
         raise ConfigError(f"--config: {path} is not a Python file; its name must end in .py")
