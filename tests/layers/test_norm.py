@@ -1,0 +1,47 @@
+"""RMS normalisation against transformers, and in half precision against float64."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from tolerances import ROUNDING
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from moe_jax.layers.norm import RMSNorm
+
+RNG = np.random.default_rng(0)
+X = RNG.standard_normal((2, 3, 16)).astype(np.float32) * 5
+SCALE = 1 + 0.2 * RNG.standard_normal(16).astype(np.float32)
+
+
+def _ours(x, dtype, epsilon=1e-5):
+    norm = RMSNorm(epsilon, jnp.dtype(dtype), jnp.dtype("float32"))
+    return norm.apply({"params": {"scale": jnp.asarray(SCALE)}}, x)
+
+
+@pytest.mark.parametrize("epsilon", [1e-6, 1e-5, 0.5])
+def test_equals_transformers(epsilon):
+    reference = LlamaRMSNorm(16, eps=epsilon)
+    reference.weight.data = torch.tensor(SCALE)
+    expected = reference(torch.tensor(X)).detach().numpy()
+    np.testing.assert_allclose(_ours(X, "float32", epsilon), expected, **ROUNDING)
+
+
+def test_by_hand():
+    # The mean square of (3, 4, 0, 0) is 25 / 4, its root 2.5.
+    norm = RMSNorm(0.0, jnp.dtype("float32"), jnp.dtype("float32"))
+    y = norm.apply(
+        {"params": {"scale": jnp.array([1.0, 2.0, 1.0, 1.0])}}, jnp.array([3.0, 4, 0, 0])
+    )
+    np.testing.assert_allclose(y, [1.2, 3.2, 0.0, 0.0], rtol=1e-6)
+
+
+@pytest.mark.parametrize(("dtype", "bits"), [("bfloat16", 8), ("float16", 11)])
+def test_half_precision_rounds_the_result_only(dtype, bits):
+    # 300^2 is beyond float16, so that squares in half precision would be infinite.
+    x = jnp.asarray(X * 60, dtype)
+    exact = np.asarray(x, np.float64)
+    exact = SCALE * exact / np.sqrt((exact**2).mean(-1, keepdims=True) + 1e-5)
+    y = _ours(x, dtype)
+    assert y.dtype == jnp.dtype(dtype)
+    np.testing.assert_allclose(np.asarray(y, np.float64), exact, rtol=2.0**-bits * 1.01)
