@@ -7,7 +7,6 @@ own: they load without the optimiser.
 
 import contextlib
 import json
-import logging
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -26,6 +25,7 @@ from moe_jax.checkpoints.leaves import (
     nested,
     require_same_leaves,
 )
+from moe_jax.checkpoints.quiet import quiet_orbax
 from moe_jax.errors import CheckpointError, TrainingError
 
 FORMAT_VERSION = 1
@@ -67,7 +67,7 @@ class TrainingStore:
           CheckpointError: `folder` cannot be made or written.
         """
         self.folder = folder.absolute()
-        _quiet_orbax()
+        quiet_orbax()
         with disk_errors(self.folder):
             self._manager = ocp.CheckpointManager(
                 self.folder,
@@ -255,6 +255,7 @@ def restore_tree(folder: Path, target: Any, sums: dict[str, int], advice: str) -
     Raises:
       CheckpointError: missing, damaged, or not exactly these leaves, shapes and types.
     """
+    quiet_orbax()
     require_same_leaves(read_leaf_specs(folder, advice), leaf_specs(target), str(folder))
     with ocp.StandardCheckpointer() as checkpointer:
         try:
@@ -300,16 +301,3 @@ def _leaves_finite(tree: Any) -> Any:
 def _first_line(error: BaseException) -> str:
     text = str(error).strip().partition(". See full")[0]  # TensorStore adds pages of its settings
     return text.splitlines()[0][:120] if text else type(error).__name__
-
-
-class _NoBackgroundTracebacks(logging.Filter):
-    """Drops what Orbax logs about a failed save: the same exception reaches us from `wait`."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        return not (record.exc_info and "orbax" in record.pathname)
-
-
-def _quiet_orbax() -> None:
-    logger = logging.getLogger("absl")
-    if not any(isinstance(known, _NoBackgroundTracebacks) for known in logger.filters):
-        logger.addFilter(_NoBackgroundTracebacks())

@@ -1,0 +1,160 @@
+"""The folder of a finished adapter: complete or not there, and strict when read."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+import moe_jax
+from moe_jax.adapters import METHODS
+from moe_jax.checkpoints.adapter_files import SavedAdapter, load_adapter, save_adapter
+from moe_jax.checkpoints.fingerprint import BaseIdentity
+from moe_jax.checkpoints.leaves import named_leaves
+from moe_jax.config.model import ModelConfig, RopeConfig
+from moe_jax.config.parse import parse
+from moe_jax.errors import CheckpointError, TrainingError
+
+MODEL = ModelConfig(
+    vocab_size=10,
+    hidden_size=8,
+    intermediate_size=12,
+    num_layers=2,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=4,
+    hidden_act="silu",
+    max_position_embeddings=16,
+    rms_norm_eps=1e-5,
+    rope=RopeConfig(
+        rope_type="llama3",
+        rope_theta=5e5,
+        factor=8.0,
+        low_freq_factor=1.0,
+        high_freq_factor=4.0,
+        original_max_position_embeddings=8,
+    ),
+    attention_bias=False,
+    mlp_bias=False,
+    tie_word_embeddings=True,
+)
+METHOD = parse(
+    METHODS["mixlora"],
+    {
+        "rank": 4,
+        "alpha": 8,
+        "target_modules": ["q_proj", "up_proj"],
+        "num_experts": 4,
+        "top_k": 2,
+        "expert_lora": {"rank": 2},
+        "losses": {"load_balance": {"coefficient": 0.01, "scope": "pooled"}},
+    },
+)
+
+
+def make_adapter(**changes):
+    tree = {"layers": {"q_proj": {"lora_A": jax.random.normal(jax.random.key(0), (2, 8, 4))}}}
+    base = BaseIdentity("some/base", "0" * 64)
+    return SavedAdapter(METHOD, tree, MODEL, base, 30)._replace(**changes)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    save_adapter(tmp_path / "default", make_adapter())
+    return tmp_path / "default"
+
+
+def edit(folder, **changes):
+    file = folder / "adapter.json"
+    content = {**json.loads(file.read_text()), **changes}
+    file.write_text(json.dumps({k: v for k, v in content.items() if v is not ...}))
+
+
+def test_round_trip(folder):
+    loaded, expected = load_adapter(folder), make_adapter()
+    assert loaded._replace(tree=None) == expected._replace(tree=None)
+    leaves = named_leaves(loaded.tree)
+    assert leaves.keys() == named_leaves(expected.tree).keys()
+    for path, leaf in named_leaves(expected.tree).items():
+        np.testing.assert_array_equal(leaves[path], leaf, strict=True)
+
+
+def test_the_description_is_for_people_too(folder):
+    description = json.loads((folder / "adapter.json").read_text())
+    assert description["format_version"] == 1
+    assert description["package_version"] == moe_jax.__version__
+    assert description["method"]["name"] == "mixlora"
+    assert description["method"]["num_experts"] == 4
+    assert description["base"] == {"path": "some/base", "fingerprint": "0" * 64}
+    assert description["leaves"] == {"layers/q_proj/lora_A": [[2, 8, 4], "float32"]}
+
+
+def test_a_new_one_replaces_the_former(folder):
+    save_adapter(folder, make_adapter(step=60))
+    assert load_adapter(folder).step == 60
+    assert [p.name for p in folder.parent.iterdir()] == ["default"]
+
+
+def test_onto_a_mesh(folder, devices):
+    sharding = NamedSharding(Mesh(np.array(devices[:4]), ("x",)), PartitionSpec(None, None, "x"))
+    tree = {"layers": {"q_proj": {"lora_A": sharding}}}
+    loaded = load_adapter(folder, tree).tree["layers"]["q_proj"]["lora_A"]
+    assert loaded.sharding == sharding
+    np.testing.assert_array_equal(
+        loaded, make_adapter().tree["layers"]["q_proj"]["lora_A"], strict=True
+    )
+
+
+def test_not_finite_is_not_saved(folder):
+    bad = {"layers": {"q_proj": {"lora_A": jnp.full((2, 8, 4), jnp.nan)}}}
+    with pytest.raises(TrainingError, match="not finite at step 30"):
+        save_adapter(folder, make_adapter(tree=bad))
+    assert load_adapter(folder).step == 30
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"format_version": 2}, "format version 2, this release reads 1"),
+        ({"step": ...}, "field 'step' is missing"),
+        (
+            {"method": {"name": "mixlroa"}},
+            "unknown adapter method 'mixlroa'; did you mean 'mixlora'",
+        ),
+        ({"method": {"name": "lora", "rnk": 3}}, "method.rnk: unknown field; did you mean 'rank'"),
+        ({"method": 5}, "damaged"),
+        ({"model": {}}, "model.vocab_size: this field is required"),
+        ({"base": {}}, "damaged"),
+        ({"leaves": {"layers/q_proj/lora_A": [[2, 8, 5], "float32"]}}, "has shape (2, 8, 4)"),
+        ({"leaves": {"layers/q_proj/lora_B": [[2, 8, 4], "float32"]}}, "has no array for"),
+        ({"leaves": {}}, "holds arrays that nothing here uses"),
+        ({"leaves": {"layers/q_proj/lora_A": 5}}, "damaged"),
+        ({"checksums": {"layers/q_proj/lora_A": 1}}, "checksum of 'layers/q_proj/lora_A' differs"),
+    ],
+)
+def test_a_description_that_does_not_fit_is_refused(folder, changes, words):
+    edit(folder, **changes)
+    with pytest.raises(CheckpointError) as error:
+        load_adapter(folder)
+    assert words in str(error.value)
+    assert str(folder) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_no_adapter_there(tmp_path):
+    with pytest.raises(CheckpointError, match=r"no adapter here, adapter\.json is missing"):
+        load_adapter(tmp_path)
+
+
+def test_a_description_that_is_no_json(folder):
+    (folder / "adapter.json").write_text("{")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        load_adapter(folder)
+
+
+def test_weights_that_are_gone(folder):
+    (folder / "weights").rename(folder / "elsewhere")
+    with pytest.raises(CheckpointError, match="weights is damaged"):
+        load_adapter(folder)
