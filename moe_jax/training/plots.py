@@ -1,0 +1,53 @@
+"""Pictures of a run: how the losses went, and how the tokens spread over the experts."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+
+def loss_curves(metrics: Path) -> Figure:
+    """The training and validation losses over the steps, from a run's `metrics.jsonl`."""
+    series: dict[str, list[tuple[int, float]]] = {}
+    for text in metrics.read_text(encoding="utf-8").splitlines():
+        line: dict[str, Any] = json.loads(text)
+        for name, value in line.items():
+            if name.endswith("/loss") and value is not None:
+                series.setdefault(name.removesuffix("/loss"), []).append((line["step"], value))
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    for name, points in series.items():
+        measured = name.startswith("validation/")
+        marker, linestyle = ("o", "--") if measured else (None, "-")
+        steps, losses = zip(*points, strict=True)
+        axes.plot(steps, losses, label=name, marker=marker, linestyle=linestyle)
+    axes.set(xlabel="step", ylabel="loss (nats per target token)", title="Loss")
+    axes.grid(alpha=0.3)
+    if series:
+        axes.legend(fontsize="small")
+    return figure
+
+
+def expert_map(load: np.ndarray, title: str) -> Figure:
+    """A heat map of experts' loads.
+
+    Args:
+      load: float [L, E], the share of layer L's slots that went to expert E; rows sum to 1.
+      title: whose load it is.
+    """
+    layers, experts = load.shape
+    relative = load * experts
+    size = (2.5 + 0.7 * experts, 1.5 + 0.4 * layers)
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots()
+    # White is an equal share, so that colour alone tells too much from too little.
+    image = axes.imshow(relative, cmap="RdBu_r", vmin=0.0, vmax=2.0, aspect="auto")
+    for layer, expert in np.ndindex(layers, experts):
+        axes.text(expert, layer, f"{relative[layer, expert]:.2f}", ha="center", va="center")
+    axes.set(xlabel="expert", ylabel="layer", title=title)
+    axes.set_xticks(range(experts))
+    axes.set_yticks(range(layers))
+    figure.colorbar(image, label="load / equal share", extend="max")
+    return figure

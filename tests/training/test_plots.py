@@ -1,0 +1,34 @@
+import json
+
+import numpy as np
+
+from moe_jax.training.plots import expert_map, loss_curves
+
+
+def test_each_loss_is_a_line(tmp_path):
+    lines = [
+        {"step": 10, "default/loss": 2.0, "default/grad_norm": 9.0},
+        {"step": 10, "validation/default/held_out/loss": 3.0},
+        {"step": 20, "default/loss": None},  # what a loss that is not finite is written as
+        {"step": 30, "default/loss": 1.0},
+        {"step": 30, "validation/default/held_out/loss": 2.5},
+    ]
+    file = tmp_path / "metrics.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    figure = loss_curves(file)
+    drawn = {line.get_label(): line.get_xydata().tolist() for line in figure.axes[0].lines}
+    assert drawn == {
+        "default": [[10, 2.0], [30, 1.0]],
+        "validation/default/held_out": [[10, 3.0], [30, 2.5]],
+    }
+
+
+def test_map_shows_load_relative_to_an_equal_share(tmp_path):
+    load = np.array([[0.25, 0.25, 0.25, 0.25], [1.0, 0.0, 0.0, 0.0], [0.5, 0.5, 0.0, 0.0]])
+    figure = expert_map(load, "a title")
+    shown = figure.axes[0].images[0].get_array()
+    np.testing.assert_array_equal(shown, [[1, 1, 1, 1], [4, 0, 0, 0], [2, 2, 0, 0]])
+    texts = [text.get_text() for text in figure.axes[0].texts]
+    assert texts[4:6] == ["4.00", "0.00"]
+    figure.savefig(tmp_path / "map.png")
+    assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
