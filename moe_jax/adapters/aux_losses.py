@@ -34,7 +34,8 @@ def importance_cv(statistics: RouterStatistics) -> jax.Array:
     """
     importance = statistics.weight_sum
     mean = jnp.mean(importance)
-    return jnp.mean(jnp.square(importance - mean)) / jnp.maximum(jnp.square(mean), 1e-20)
+    # Without tokens all is zero. The floor's square, which the gradient divides by, must not be.
+    return jnp.mean(jnp.square(importance - mean)) / jnp.maximum(jnp.square(mean), 1e-12)
 
 
 def router_z(statistics: RouterStatistics) -> jax.Array:

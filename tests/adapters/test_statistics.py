@@ -1,0 +1,122 @@
+"""Routing statistics by hand, without the padding, and never missing in silence."""
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_program
+
+from moe_jax.adapters import LoraConfig, MixLoraConfig
+from moe_jax.adapters.routers import top_k_routing
+from moe_jax.adapters.segments import segments_of
+from moe_jax.adapters.statistics import collect_statistics, router_statistics
+from moe_jax.config.model import ComputeConfig
+from moe_jax.config.parse import parse
+from moe_jax.models.causal_lm import LlamaForCausalLM
+from moe_jax.training.step import _router_terms
+
+PROBABILITIES = np.array([[0.5, 0.3, 0.2], [0.1, 0.1, 0.8], [0.9, 0.05, 0.05]])
+LOG_PARTITION = np.array([[2.0], [-1.0], [7.0]])
+MASK = jnp.array([[True, True, False]])
+
+
+def _statistics(probabilities, log_partition, mask):
+    """Of one row whose routers' softmax and log-partition function are given."""
+    logits = jnp.asarray(np.log(probabilities) + log_partition, jnp.float32)
+    return jax.jit(lambda x, m: router_statistics(top_k_routing(x, 2), m))(logits[None], mask)
+
+
+def test_sums_by_hand():
+    sums = _statistics(PROBABILITIES, LOG_PARTITION, MASK)
+    assert float(sums.tokens) == 2
+    # Token 0 chooses experts 0 and 1, token 1 experts 2 and 0 (of the equal 0 and 1, the lower).
+    np.testing.assert_array_equal(sums.slot_counts, [[1, 0, 1], [1, 1, 0]])
+    np.testing.assert_allclose(sums.probability_sum, [0.6, 0.4, 1.0], rtol=1e-6)
+    # Weights: 5/8 and 3/8 of token 0, 8/9 and 1/9 of token 1.
+    np.testing.assert_allclose(sums.weight_sum, [5 / 8 + 1 / 9, 3 / 8, 8 / 9], rtol=1e-6)
+    np.testing.assert_allclose(sums.squared_logsumexp_sum, 2.0**2 + (-1.0) ** 2, rtol=1e-6)
+    # 0.5 ln 2 + 0.3 ln (10/3) + 0.2 ln 5, and 0.2 ln 10 + 0.8 ln 1.25
+    entropy = 0.5 * math.log(2) + 0.3 * math.log(10 / 3) + 0.2 * math.log(5)
+    entropy += 0.2 * math.log(10) + 0.8 * math.log(1.25)
+    np.testing.assert_allclose(sums.entropy_sum, entropy, rtol=1e-6)
+
+
+def test_what_stands_in_padding_changes_nothing():
+    junk = np.array([[0.02, 0.9, 0.08]])
+    other = _statistics(
+        np.concatenate([PROBABILITIES[:2], junk]),
+        np.concatenate([LOG_PARTITION[:2], [[-40.0]]]),
+        MASK,
+    )
+    jax.tree.map(
+        np.testing.assert_array_equal, other, _statistics(PROBABILITIES, LOG_PARTITION, MASK)
+    )
+
+
+def test_statistics_add_up_over_parts_of_a_batch():
+    whole = _statistics(PROBABILITIES, LOG_PARTITION, jnp.ones((1, 3), bool))
+    parts = [
+        _statistics(PROBABILITIES[part], LOG_PARTITION[part], jnp.ones((1, n), bool))
+        for part, n in ((slice(0, 1), 1), (slice(1, 3), 2))
+    ]
+    summed = jax.tree.map(jnp.add, *parts)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), whole, summed)
+
+
+def test_a_batch_of_padding_only_counts_nothing():
+    sums = _statistics(PROBABILITIES, LOG_PARTITION, jnp.zeros((1, 3), bool))
+    assert all((np.asarray(field) == 0).all() for field in sums)
+
+
+def _fields(method):
+    return {name: value for name, value in method.items() if name != "name"}
+
+
+@pytest.fixture(scope="module")
+def model():
+    routed = parse(MixLoraConfig, {**_fields(tiny_program.MIXLORA), "target_modules": ["up_proj"]})
+    plain = parse(LoraConfig, {**_fields(tiny_program.LORA), "target_modules": ["q_proj"]})
+    segments = segments_of({"x": routed, "y": plain, "z": routed}, {"x": 2, "y": 2, "z": 2})
+    return LlamaForCausalLM(tiny_program.model_config(), ComputeConfig(dtype="float32"), segments)
+
+
+@pytest.fixture(scope="module")
+def forward(model):
+    """The model on random parameters: what `apply` returns besides logits, given `mutable`."""
+    tokens = jnp.asarray(tiny_program.random_batch(6).tokens)
+    rngs = {"params": jax.random.key(0), "adapters": jax.random.key(1)}
+    shapes = nn.meta.unbox(jax.eval_shape(model.init, rngs, tokens))
+    rng = np.random.default_rng(0)
+    variables = {
+        name: jax.tree.map(lambda leaf: rng.normal(0, 0.2, leaf.shape), shapes[name])
+        for name in ("params", "adapters")
+    }
+    return lambda mutable: model.apply(variables, tokens, mutable=mutable)[1]
+
+
+def test_every_layer_of_every_routed_adapter_reports(forward):
+    statistics = collect_statistics(jax.jit(lambda: forward(["router"]))())
+    assert sorted(statistics) == ["x", "z"]
+    for sites in statistics.values():
+        (site,) = sites
+        np.testing.assert_array_equal(site.tokens, [2 * 16] * 3)  # of each of three layers
+        assert site.slot_counts.shape == (3, 2, 4)
+        np.testing.assert_array_equal(site.slot_counts.sum(axis=(1, 2)), [2 * 2 * 16] * 3)
+        np.testing.assert_allclose(site.probability_sum.sum(axis=-1), [2 * 16] * 3, rtol=1e-6)
+        np.testing.assert_allclose(site.weight_sum.sum(axis=-1), [2 * 16] * 3, rtol=1e-6)
+
+
+def test_a_collection_that_was_not_asked_for_is_missed(forward):
+    sown = jax.eval_shape(lambda: forward(["cache"]))
+    with pytest.raises(ValueError, match="no 'router' collection was sown"):
+        collect_statistics(sown)
+
+
+def test_a_routed_adapter_without_statistics_is_missed(model):
+    with pytest.raises(ValueError, match="'x' routes, but sowed no statistics"):
+        _router_terms(model.segments[0], [], 1)
+    total, metrics = _router_terms(model.segments[1], [], 1)
+    assert float(total) == 0 and metrics == {}
