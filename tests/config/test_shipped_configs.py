@@ -1,0 +1,56 @@
+"""Every file in configs/ parses, and says of the model what its name says."""
+
+import importlib
+from pathlib import Path
+
+import jax
+import pytest
+
+from moe_jax.adapters import METHODS
+from moe_jax.checkpoints.hf_config import model_config_from_hf
+from moe_jax.config.run import RunConfig, parse_run_config
+from moe_jax.training.program import build_program
+
+NAMES = sorted(path.stem for path in (Path(__file__).parents[2] / "configs").glob("*.py"))
+
+
+def _config(name: str) -> RunConfig:
+    raw = importlib.import_module(f"configs.{name}").get_config()
+    return parse_run_config(raw.to_dict(), METHODS)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_parses_and_opens_with_its_command(name):
+    config = _config(name)
+    assert config.adapters
+    text = (Path(__file__).parents[2] / "configs" / f"{name}.py").read_text()
+    assert f"python train.py --config configs/{name}.py" in text
+
+
+# Parameters of the checkpoints, as their model cards and safetensors indices count them.
+@pytest.mark.parametrize(
+    ("name", "base"),
+    [
+        ("llama7b_mixlora", 6_738_415_616),
+        ("llama7b_lora", 6_738_415_616),
+        ("llama3_8b_mixlora", 8_030_261_248),
+        ("tinyllama_mixlora", 1_100_048_384),
+    ],
+)
+def test_describes_the_checkpoint_it_is_named_after(name, base):
+    program, sizes = _sizes(name)
+    assert sum(leaf.size for leaf in jax.tree.leaves(program.abstract_params)) == base
+    assert sizes > 0
+
+
+def test_the_baseline_trains_as_many_parameters_as_mixlora():
+    _, lora = _sizes("llama7b_lora")
+    _, mixlora = _sizes("llama7b_mixlora")
+    assert 0.98 < lora / mixlora <= 1.0
+
+
+def _sizes(name: str):
+    config = _config(name)
+    model = model_config_from_hf(config.base.hf_config, name)
+    program = build_program(config, model, total_steps=10)
+    return program, sum(leaf.size for leaf in jax.tree.leaves(program.abstract_state.adapters))
