@@ -1,3 +1,54 @@
-"""Fine-tune a frozen Llama with mixtures of LoRA experts, in JAX and Flax Linen."""
+"""Fine-tune a frozen Llama with mixtures of LoRA experts, in JAX and Flax Linen.
 
-__version__ = "0.1.0"
+The names below are imported when they are first used, so that `import moe_jax` and the model code
+under it need nothing but jax, flax, optax and numpy.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from moe_jax.version import __version__ as __version__
+
+if TYPE_CHECKING:
+    from moe_jax.adapters.lora import LoraConfig
+    from moe_jax.adapters.method import TARGET_MODULES, RouterLossConfig
+    from moe_jax.adapters.mixlora import ExpertLoraConfig, MixLoraConfig
+    from moe_jax.errors import UserError
+    from moe_jax.library import (
+        AdaptedModel,
+        Base,
+        load_adapter,
+        load_base,
+        parse_config,
+        train,
+    )
+
+__all__ = [
+    "TARGET_MODULES",
+    "AdaptedModel",
+    "Base",
+    "ExpertLoraConfig",
+    "LoraConfig",
+    "MixLoraConfig",
+    "RouterLossConfig",
+    "UserError",
+    "load_adapter",
+    "load_base",
+    "parse_config",
+    "train",
+]
+
+_HOMES = {
+    "TARGET_MODULES": "moe_jax.adapters.method",
+    "RouterLossConfig": "moe_jax.adapters.method",
+    "ExpertLoraConfig": "moe_jax.adapters.mixlora",
+    "MixLoraConfig": "moe_jax.adapters.mixlora",
+    "LoraConfig": "moe_jax.adapters.lora",
+    "UserError": "moe_jax.errors",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'moe_jax' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES.get(name, "moe_jax.library")), name)

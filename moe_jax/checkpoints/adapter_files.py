@@ -10,7 +10,6 @@ import jax
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-import moe_jax
 from moe_jax.adapters import METHODS
 from moe_jax.checkpoints.disk import disk_errors
 from moe_jax.checkpoints.fingerprint import BaseIdentity
@@ -19,6 +18,7 @@ from moe_jax.checkpoints.store import require_finite, restore_tree
 from moe_jax.config.model import ModelConfig
 from moe_jax.config.parse import parse, suggest
 from moe_jax.errors import CheckpointError, ConfigError
+from moe_jax.version import __version__
 
 FORMAT_VERSION = 1
 DESCRIPTION = "adapter.json"
@@ -58,7 +58,7 @@ def save_adapter(folder: Path, adapter: SavedAdapter) -> None:
     names = {cls: name for name, cls in METHODS.items()}
     description = {
         "format_version": FORMAT_VERSION,
-        "package_version": moe_jax.__version__,
+        "package_version": __version__,
         "method": {"name": names[type(adapter.method)], **dataclasses.asdict(adapter.method)},
         "base": adapter.base._asdict(),
         "model": dataclasses.asdict(adapter.model),

@@ -17,7 +17,6 @@ import datasets
 from datasets.config import HF_DATASETS_CACHE
 from datasets.exceptions import DatasetGenerationError
 
-import moe_jax
 from moe_jax.config.data import SourceConfig
 from moe_jax.data.readers import READERS, read_rows
 from moe_jax.data.schema import FIELDS, check_row, column_names
@@ -200,7 +199,7 @@ def digest(*parts: Any) -> str:
 
     The code is part of it: a table that an older version made must not be taken for a new one.
     """
-    folder = Path(moe_jax.__file__).parent / "data"
+    folder = Path(__file__).parent
     code = [file.read_text() for file in sorted(folder.glob("*.py"))]
     content = json.dumps([code, datasets.__version__, parts], sort_keys=True, default=str)
     return hashlib.sha256(content.encode()).hexdigest()[:32]

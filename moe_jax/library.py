@@ -1,0 +1,169 @@
+"""The library in a few names: load a base, put adapters on it, compute, train, save, load."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from moe_jax.adapters import METHODS
+from moe_jax.adapters.method import AdapterMethod
+from moe_jax.adapters.segments import Segment, segments_of
+from moe_jax.adapters.sites import by_adapter, to_collection
+from moe_jax.checkpoints import adapter_files
+from moe_jax.checkpoints.adapter_files import SavedAdapter
+from moe_jax.checkpoints.base import load_base as load_params
+from moe_jax.checkpoints.fingerprint import BaseIdentity, base_fingerprint
+from moe_jax.checkpoints.hf_config import read_model_config
+from moe_jax.checkpoints.resolve import resolve_checkpoint
+from moe_jax.config.model import ComputeConfig, FloatType, ModelConfig
+from moe_jax.config.run import RunConfig, parse_run_config
+from moe_jax.errors import CheckpointError
+from moe_jax.layers.collections import ADAPTERS, PARAMS
+from moe_jax.models.causal_lm import LlamaForCausalLM
+from moe_jax.training import loop
+from moe_jax.training.loop import TrainResult
+
+
+@dataclass(frozen=True)
+class Base:
+    """A frozen base model in memory.
+
+    Attributes:
+      folder: where its checkpoint lies.
+      identity: what adapters remember it by.
+      config: its architecture.
+      params: its parameters.
+    """
+
+    folder: Path
+    identity: BaseIdentity
+    config: ModelConfig
+    params: Any
+
+
+def load_base(
+    path: str | Path, *, revision: str | None = None, dtype: FloatType = "float32"
+) -> Base:
+    """Loads a Llama from a folder in the Hugging Face format or from the hub, on one device.
+
+    Args:
+      path: a folder, or a hub id.
+      revision: the hub revision.
+      dtype: the type in which the parameters are kept.
+
+    Raises:
+      CheckpointError: the checkpoint is missing, damaged, or not of a known architecture.
+    """
+    folder = resolve_checkpoint(str(path), revision)
+    config = read_model_config(folder)
+    identity = BaseIdentity(str(path), base_fingerprint(folder))
+    return Base(folder, identity, config, load_params(folder, config, dtype))
+
+
+class AdaptedModel:
+    """A base with adapters on it, fresh or trained, on one device.
+
+    Attributes:
+      base: the frozen model.
+      methods: each adapter's method.
+      adapters: each adapter's weights, `{name: tree}`.
+    """
+
+    def __init__(
+        self,
+        base: Base,
+        adapters: Mapping[str, AdapterMethod | SavedAdapter],
+        *,
+        seed: int = 0,
+        compute_dtype: FloatType = "float32",
+    ):
+        """Puts adapters on a base.
+
+        Args:
+          base: from `load_base`.
+          adapters: a method makes a fresh adapter, a saved adapter brings its weights.
+          seed: of the fresh ones.
+          compute_dtype: see `ComputeConfig.dtype`.
+
+        Raises:
+          CheckpointError: a saved adapter was trained on another base.
+        """
+        saved = {n: a for n, a in adapters.items() if isinstance(a, SavedAdapter)}
+        for name, adapter in saved.items():
+            if adapter.base.fingerprint != base.identity.fingerprint:
+                raise CheckpointError(
+                    f"adapter {name!r}: was trained on the base {adapter.base.path}, and the "
+                    f"weights in {base.folder} differ from it; load that base"
+                )
+        self.base = base
+        self.methods: dict[str, AdapterMethod] = {
+            name: a.method if isinstance(a, SavedAdapter) else a for name, a in adapters.items()
+        }
+        self._model = LlamaForCausalLM(base.config, ComputeConfig(dtype=compute_dtype))
+        self.adapters: dict[str, Any] = {name: a.tree for name, a in saved.items()}
+        fresh = {name: m for name, m in self.methods.items() if name not in saved}
+        if fresh:
+            self.adapters |= jax.jit(lambda key: self._fresh(fresh, key))(jax.random.key(seed))
+        self._apply = jax.jit(self._logits, static_argnums=0)
+
+    def __call__(
+        self, tokens: Any, adapter: str | None = None, segment_ids: Any = None
+    ) -> jax.Array:
+        """Logits for the next token, float32 [B, S, V].
+
+        Args:
+          tokens: int [B, S].
+          adapter: which adapter all rows go through; None is the base as it is.
+          segment_ids: int [B, S], 0 at padding; None where rows have no padding.
+        """
+        own = {} if adapter is None else {adapter: self.adapters[adapter]}
+        segments = None if segment_ids is None else jnp.asarray(segment_ids)
+        return self._apply(adapter, self.base.params, own, jnp.asarray(tokens), segments)
+
+    def save(self, adapter: str, folder: str | Path, step: int = 0) -> None:
+        """Writes an adapter as a folder that `load_adapter` reads; see `save_adapter`."""
+        base, method = self.base, self.methods[adapter]
+        saved = SavedAdapter(method, self.adapters[adapter], base.config, base.identity, step)
+        adapter_files.save_adapter(Path(folder), saved)
+
+    def _fresh(self, methods: dict[str, AdapterMethod], key: jax.Array) -> dict[str, Any]:
+        segments = segments_of(methods, dict.fromkeys(methods, 1))
+        tokens = jnp.zeros((len(segments), 2), jnp.int32)
+        variables = self._model.clone(segments=segments).init({PARAMS: key, ADAPTERS: key}, tokens)
+        return by_adapter(nn.meta.unbox(variables)[ADAPTERS])
+
+    def _logits(
+        self, name: str | None, params: Any, adapters: Any, tokens: jax.Array, segment_ids: Any
+    ) -> Any:
+        rows = tokens.shape[0]
+        segments = () if name is None else (Segment(name, self.methods[name], 0, rows),)
+        variables = {PARAMS: params, ADAPTERS: to_collection(adapters)}
+        return self._model.clone(segments=segments).apply(
+            variables, tokens, segment_ids=segment_ids
+        )
+
+
+def load_adapter(folder: str | Path) -> SavedAdapter:
+    """Reads an adapter's folder; see `adapter_files.load_adapter`."""
+    return adapter_files.load_adapter(Path(folder))
+
+
+def parse_config(config: Any) -> RunConfig:
+    """A `RunConfig` from nested mappings or from an `ml_collections.ConfigDict`; strict."""
+    plain = config.to_dict() if hasattr(config, "to_dict") else config
+    return parse_run_config(plain, METHODS)
+
+
+def train(config: Any, workdir: str | Path) -> TrainResult:
+    """The whole run of `train.py`: see `moe_jax.training.loop.train`.
+
+    Args:
+      config: a `RunConfig`, or what `parse_config` takes.
+      workdir: where everything is written; a run that was stopped goes on from there.
+    """
+    parsed = config if isinstance(config, RunConfig) else parse_config(config)
+    return loop.train(parsed, Path(workdir))

@@ -1,0 +1,86 @@
+"""The few names of `import moe_jax`, used as the README uses them."""
+
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from hf_models import save_tiny_llama
+from tolerances import FLOAT32_LOGITS
+
+import moe_jax
+from moe_jax.cli import main
+
+METHOD = moe_jax.MixLoraConfig(
+    rank=4, alpha=8.0, num_experts=4, top_k=2, target_modules=moe_jax.TARGET_MODULES
+)
+
+
+def test_every_name_is_there():
+    for name in moe_jax.__all__:
+        assert getattr(moe_jax, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'lod_base'"):
+        _ = moe_jax.lod_base
+
+
+def test_importing_the_model_code_imports_none_of_the_heavy_packages():
+    heavy = ("datasets", "grain", "ml_collections", "torch", "transformers", "matplotlib")
+    code = (
+        "import sys, moe_jax, moe_jax.models.causal_lm, moe_jax.training.program\n"
+        f"print([name for name in {heavy} if name in sys.modules])"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert result.stdout.strip() == "[]"
+
+
+def test_base_adapter_forward_save_load(tmp_path):
+    reference = save_tiny_llama(tmp_path / "base")
+    tokens = np.random.default_rng(0).integers(0, 96, (2, 12))
+    with torch.no_grad():
+        expected = reference(torch.tensor(tokens)).logits.numpy()
+
+    base = moe_jax.load_base(tmp_path / "base")
+    model = moe_jax.AdaptedModel(base, {"mine": METHOD}, seed=1)
+    np.testing.assert_allclose(model(tokens), expected, rtol=0, atol=FLOAT32_LOGITS)
+    np.testing.assert_allclose(model(tokens, "mine"), expected, rtol=0, atol=FLOAT32_LOGITS)
+
+    model.adapters["mine"] = jax.tree.map(lambda leaf: leaf + 0.05, model.adapters["mine"])
+    changed = model(tokens, "mine")
+    assert float(jnp.abs(changed - expected).max()) > 100 * FLOAT32_LOGITS
+    model.save("mine", tmp_path / "adapter")
+    again = moe_jax.AdaptedModel(base, {"other": moe_jax.load_adapter(tmp_path / "adapter")})
+    np.testing.assert_array_equal(again(tokens, "other"), changed)
+    assert again.methods["other"] == METHOD
+
+
+def test_an_adapter_of_another_base_is_refused(tmp_path):
+    for seed in (0, 1):
+        save_tiny_llama(tmp_path / f"base{seed}", seed=seed)
+    first = moe_jax.load_base(tmp_path / "base0")
+    moe_jax.AdaptedModel(first, {"mine": METHOD}).save("mine", tmp_path / "adapter")
+    other = moe_jax.load_base(tmp_path / "base1")
+    with pytest.raises(moe_jax.UserError, match=r"was trained on the base .*base0"):
+        moe_jax.AdaptedModel(other, {"mine": moe_jax.load_adapter(tmp_path / "adapter")})
+
+
+def test_the_command_shows_an_adapter_and_says_what_is_wrong(tmp_path, capsys):
+    save_tiny_llama(tmp_path / "base")
+    model = moe_jax.AdaptedModel(moe_jax.load_base(tmp_path / "base"), {"mine": METHOD})
+    model.save("mine", tmp_path / "adapter", step=7)
+    size = sum(leaf.size for leaf in jax.tree.leaves(model.adapters["mine"]))
+
+    assert main(["show", str(tmp_path / "adapter")]) == 0
+    shown = capsys.readouterr().out
+    assert "method   mixlora" in shown
+    assert f"{size:,} parameters" in shown
+    assert "7 steps" in shown
+
+    assert main(["show", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and "adapter.json is missing" in error
+    assert len(error.splitlines()) == 1
