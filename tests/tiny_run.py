@@ -136,6 +136,7 @@ class Run:
 
     Attributes:
       process: the process.
+      workdir: the run's folder.
       log: what the run said so far, and its error.
     """
 
@@ -147,6 +148,7 @@ class Run:
         devices: int = 1,
         file_bytes: int | None = None,
         overrides: Mapping[str, Any] | None = None,
+        name: str = "run",
     ):
         """Starts it.
 
@@ -156,10 +158,12 @@ class Run:
           devices: how many fake devices it sees.
           file_bytes: the largest file that it can write.
           overrides: as in `read_config`.
+          name: of the log, beside `workdir`.
         """
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(_PRELOADED)
-        self.log = workdir.with_name(f"{workdir.name}.log")
+        self.workdir = workdir
+        self.log = workdir.with_name(f"{workdir.name}.{name}.log")
         self.log.write_text("")
         self.process: BaseProcess = context.Process(
             target=_run, args=(config, workdir, self.log, devices, file_bytes, overrides or {})

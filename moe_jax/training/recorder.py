@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -113,8 +114,11 @@ class Recorder:
         self._say(self._sentence(step, line, times))
 
     def _write(self, step: int, line: Mapping[str, Any], times: Mapping[str, float]) -> None:
+        values = {
+            k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()
+        }
         for writer in self._writers:
-            writer.write(step, {**line, TIME: dict(times)})
+            writer.write(step, {**values, TIME: dict(times)})
 
     def _sentence(self, step: int, line: Mapping[str, Any], times: Mapping[str, float]) -> str:
         width = len(str(self._total_steps))

@@ -1,0 +1,203 @@
+"""Whole runs on a tiny base: what they leave behind, and that the numbers are right."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from tiny_run import Run, final_adapter, metric_lines, write_inputs
+from tolerances import FLOAT32_LOGITS, ROUNDING
+
+from moe_jax.checkpoints.adapter_files import load_adapter
+from moe_jax.checkpoints.fingerprint import base_fingerprint
+
+# Twice the adapter, each with data of its own; nothing random besides initialisation and order.
+TWO_ADAPTERS = """
+
+def get_config():
+    method = dict(name="mixlora", num_experts=4, top_k=2)
+    adapters = {"default": adapter("train", **method), "second": adapter("other", **method)}
+    for each in adapters.values():
+        each["method"]["dropout"] = 0.0
+    adapters["second"]["batch_size"] = 4
+    adapters["second"]["data"]["max_length"] = 20
+    return dict(
+        base=dict(path=str(HERE / "base"), param_dtype="float32"),
+        compute=dict(dtype="float32"),
+        adapters={name: adapters[name] for name in NAMES},
+        training=dict(steps=3, log_every=1, seed=3),
+    )
+"""
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    return write_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+@pytest.fixture(scope="module")
+def finished(inputs, tmp_path_factory):
+    run = Run(inputs, tmp_path_factory.mktemp("finished") / "run")
+    assert run.join() == 0, run.log.read_text()
+    return run
+
+
+def completed(config, workdir, **overrides):
+    run = Run(config, workdir, overrides=overrides)
+    assert run.join() == 0, run.log.read_text()
+    return run
+
+
+def refused(config, workdir, **overrides):
+    run = Run(config, workdir, overrides=overrides)
+    assert run.join() == 2, run.log.read_text()
+    said = run.log.read_text()
+    assert "Traceback" not in said
+    return said[said.index("error: ") :].rstrip("\n")
+
+
+def test_what_a_run_leaves(finished, inputs):
+    workdir = finished.workdir
+    kept = sorted(p.name for p in workdir.iterdir() if not p.name.startswith("."))
+    assert kept == ["adapters", "checkpoints", "config.json", "metrics.jsonl"]
+    assert sorted(p.name for p in (workdir / "checkpoints").iterdir()) == ["25", "30"]
+    assert json.loads((workdir / "config.json").read_text())["training"]["steps"] == 30
+
+    saved = load_adapter(workdir / "adapters" / "default")
+    assert saved.step == 30
+    assert saved.method.num_experts == 4
+    assert saved.model.num_layers == 2
+    assert saved.base.fingerprint == base_fingerprint(inputs.parent / "base")
+    assert all(np.any(leaf) for leaf in final_adapter(workdir).values())
+
+
+def test_it_learns(finished):
+    lines = metric_lines(finished.workdir)
+    losses = [line["default/loss"] for line in lines if "default/loss" in line]
+    held_out = [v for line in lines for k, v in line.items() if k.startswith("validation/")]
+    assert losses[-1] < losses[0] - 0.1
+    assert len(held_out) == 3
+    assert held_out == sorted(held_out, reverse=True)
+
+
+def test_when_lines_are_written(finished):
+    lines = metric_lines(finished.workdir)
+    assert [line["step"] for line in lines] == [4, 8, 10, 12, 16, 20, 20, 24, 28, 30, 30]
+    measured = [line["step"] for line in lines if "validation/default/held_out/loss" in line]
+    assert measured == [10, 20, 30]
+
+
+def test_a_line_sums_up_its_steps(finished, inputs, tmp_path):
+    every = metric_lines(completed(inputs, tmp_path / "run", training__log_every=1).workdir)
+    steps = {line["step"]: line for line in every if "default/loss" in line}
+    lines = [line for line in metric_lines(finished.workdir) if "default/loss" in line]
+    first = 1
+    for line in lines:
+        window = [steps[i] for i in range(first, line["step"] + 1)]
+        for name in ("default/loss", "default/load_balance", "default/grad_norm", "padding_share"):
+            mean = math.fsum(step[name] for step in window) / len(window)
+            assert line[name] == pytest.approx(mean, rel=1e-12)
+        total = sum(step["default/target_tokens"] for step in window)
+        assert line["default/target_tokens"] == total
+        assert line["default/learning_rate"] == window[-1]["default/learning_rate"]
+        first = line["step"] + 1
+    # Two steps of warm-up from 0 to 5e-3, then a cosine over the other 28 down to 0.
+    rates = [steps[i]["default/learning_rate"] for i in (1, 2, 3, 17)]
+    assert rates == pytest.approx([0.0, 2.5e-3, 5e-3, 2.5e-3], rel=1e-6)
+
+
+def test_validation_loss_is_that_of_transformers(inputs, tmp_path):
+    # One step with next to no learning rate: B stays zero, so the model is still the base.
+    run = completed(
+        inputs,
+        tmp_path / "run",
+        training__steps=1,
+        adapters__default__optimizer__learning_rate=1e-30,
+        adapters__default__optimizer__schedule__warmup_steps=0,
+    )
+    (loss,) = [
+        value
+        for line in metric_lines(run.workdir)
+        for name, value in line.items()
+        if name == "validation/default/held_out/loss"
+    ]
+    base = inputs.parent / "base"
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base)
+    total, count = 0.0, 0
+    for text in (inputs.parent / "held_out.jsonl").read_text().splitlines():
+        row = json.loads(text)
+        prompt = tokenizer(row["prompt"]).input_ids
+        whole = tokenizer(row["prompt"] + row["completion"]).input_ids
+        assert whole[: len(prompt)] == prompt, "otherwise it is unclear what the completion is"
+        ids = [*whole, tokenizer.eos_token_id][:24]
+        with torch.no_grad():
+            log_probs = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        for position in range(len(prompt), len(ids)):
+            total -= log_probs[position - 1, ids[position]].item()
+            count += 1
+    assert loss == pytest.approx(total / count, abs=FLOAT32_LOGITS)
+
+
+def test_adapters_beside_each_other(inputs, tmp_path):
+    both, alone = inputs.with_name("two.py"), inputs.with_name("one.py")
+    both.write_text(inputs.read_text() + TWO_ADAPTERS + '\n\nNAMES = ("default", "second")\n')
+    alone.write_text(inputs.read_text() + TWO_ADAPTERS + '\n\nNAMES = ("default",)\n')
+    two, one = completed(both, tmp_path / "two"), completed(alone, tmp_path / "one")
+    assert final_adapter(two.workdir, "second").keys() == final_adapter(two.workdir).keys()
+    assert len(list((two.workdir / "adapters").iterdir())) == 2
+    pairs = zip(metric_lines(two.workdir), metric_lines(one.workdir), strict=True)
+    for line, expected in pairs:
+        for name in ("default/loss", "default/target_tokens"):
+            if name in expected:
+                assert line[name] == pytest.approx(expected[name], rel=ROUNDING["rtol"])
+    held_out = {k for line in metric_lines(two.workdir) for k in line if "validation" in k}
+    assert held_out == {f"validation/{n}/held_out/loss" for n in ("default", "second")}
+
+
+def test_epochs(inputs, tmp_path):
+    # 100 rows in batches of 8: half of them are 6.25 batches.
+    run = completed(inputs, tmp_path / "run", training__steps=None, training__epochs=0.5)
+    assert metric_lines(run.workdir)[-1]["step"] == 7
+
+
+def test_epochs_that_differ_between_adapters(inputs, tmp_path):
+    two = inputs.with_name("two_epochs.py")
+    epochs = TWO_ADAPTERS.replace("steps=3", "epochs=1")
+    two.write_text(inputs.read_text() + epochs + '\n\nNAMES = ("default", "second")\n')
+    error = refused(two, tmp_path / "run")
+    assert "config.training.epochs: means another number of steps for each adapter" in error
+    assert "13 for 'default', 15 for 'second'" in error
+
+
+def test_gradients_that_are_never_finite_stop_the_run(inputs, tmp_path):
+    error = refused(
+        inputs,
+        tmp_path / "run",
+        compute__dtype="float16",
+        training__initial_loss_scale=1e38,
+        training__max_skipped_steps=7,
+    )
+    assert "adapter 'default': the last 7 gradients, up to step 7, were not finite" in error
+    assert "config.adapters.default.optimizer.learning_rate" in error
+    assert "the state at step 5 is kept" in error
+    assert "\n" not in error
+
+
+def test_weights_that_are_not_finite_stop_the_run(inputs, tmp_path):
+    error = refused(
+        inputs,
+        tmp_path / "run",
+        adapters__default__optimizer__name="sgd",
+        # The first step has no learning rate yet; the second throws the weights out of range.
+        adapters__default__optimizer__learning_rate=1e38,
+        adapters__default__optimizer__weight_decay=1e9,
+        checkpoints__every=1,
+        training__max_skipped_steps=1000,
+    )
+    assert "are not finite at step 2, so they are not saved" in error
+    assert "the state at step 1 is kept" in error
+    assert "\n" not in error
+    assert not (tmp_path / "run" / "adapters").exists()

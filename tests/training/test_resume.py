@@ -1,0 +1,201 @@
+"""When the same command may go on, and when it must not."""
+
+import json
+import shutil
+
+import pytest
+from tiny_run import Run, final_adapter, metric_lines, write_inputs
+
+from moe_jax.checkpoints.store import latest_step
+from moe_jax.demo.checkpoint import TINY_LLAMA, write_checkpoint
+
+CONSTANT = {
+    "adapters__default__optimizer__schedule__kind": "constant",
+    "adapters__default__data__buckets": "()",
+    "training__steps": 8,
+}
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    return write_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+@pytest.fixture(scope="module")
+def finished(inputs, tmp_path_factory):
+    run = Run(inputs, tmp_path_factory.mktemp("finished") / "run", overrides=CONSTANT)
+    assert run.join() == 0, run.log.read_text()
+    return run.workdir
+
+
+@pytest.fixture
+def workdir(finished, tmp_path):
+    """A copy of a run of 8 steps, saved at 5 and 8."""
+    return shutil.copytree(finished, tmp_path / "run")
+
+
+@pytest.fixture
+def halfway(workdir):
+    """The same, as it was after step 5."""
+    shutil.rmtree(workdir / "checkpoints" / "8")
+    shutil.rmtree(workdir / "adapters")
+    return workdir
+
+
+def outcome(inputs, workdir, **overrides):
+    run = Run(inputs, workdir, overrides={**CONSTANT, **overrides})
+    status = run.join()
+    said = run.log.read_text()
+    assert "Traceback" not in said
+    return status, said
+
+
+def refusal(inputs, workdir, **overrides):
+    status, said = outcome(inputs, workdir, **overrides)
+    assert status == 2, said
+    error = said[said.index("error: ") :].rstrip("\n")
+    assert "\n" not in error
+    return error
+
+
+def test_a_finished_run_does_nothing(inputs, workdir):
+    before = {p: p.stat().st_mtime_ns for p in workdir.rglob("*") if p.is_file()}
+    status, said = outcome(inputs, workdir)
+    assert (status, said) == (0, "already finished at step 8; nothing to do\n")
+    assert {p: p.stat().st_mtime_ns for p in workdir.rglob("*") if p.is_file()} == before
+
+
+def test_a_run_killed_before_it_wrote_its_adapter_writes_it(inputs, workdir, finished):
+    shutil.rmtree(workdir / "adapters")
+    status, said = outcome(inputs, workdir)
+    assert status == 0, said
+    expected = final_adapter(finished)
+    assert all((leaf == expected[p]).all() for p, leaf in final_adapter(workdir).items())
+    assert metric_lines(workdir) == metric_lines(finished)
+
+
+def test_lines_after_the_saved_step_are_written_anew(inputs, halfway, finished):
+    with (halfway / "metrics.jsonl").open("a") as stream:
+        stream.write('{"step": 9, "default/lo')  # cut off by a kill
+    status, said = outcome(inputs, halfway)
+    assert status == 0, said
+    assert metric_lines(halfway) == metric_lines(finished)
+
+
+def test_more_steps_where_the_schedule_allows(inputs, workdir):
+    status, said = outcome(inputs, workdir, training__steps=12)
+    assert status == 0, said
+    assert "resumed at step 8" in said
+    assert metric_lines(workdir)[-1]["step"] == 12
+    assert json.loads((workdir / "adapters/default/adapter.json").read_text())["step"] == 12
+    assert "is at step 12; ask for more" in refusal(inputs, workdir, training__steps=10)
+
+
+def test_more_steps_where_the_schedule_does_not(inputs, workdir):
+    error = refusal(
+        inputs,
+        workdir,
+        training__steps=12,
+        adapters__default__optimizer__schedule__kind="linear",
+    )
+    assert "config.training.steps was 8, is 12" in error
+
+
+def test_another_configuration(inputs, workdir):
+    error = refusal(
+        inputs, workdir, adapters__default__method__rank=8, adapters__default__batch_size=16
+    )
+    assert str(workdir) in error
+    assert "config.adapters.default.batch_size was 8, is 16" in error
+    assert "config.adapters.default.method.rank was 4, is 8" in error
+    assert "give another --workdir" in error
+
+
+def test_what_may_change(inputs, halfway):
+    moved = halfway.parent / "moved"
+    shutil.copytree(inputs.parent / "base", moved)
+    status, said = outcome(
+        inputs,
+        halfway,
+        base__path=moved,
+        checkpoints__every=3,
+        checkpoints__keep=1,
+        training__log_every=1,
+        training__eval_every=2,
+        training__max_skipped_steps=3,
+        compute__remat="full",
+    )
+    assert status == 0, said
+    assert "resumed at step 5" in said
+    assert sorted(p.name for p in (halfway / "checkpoints").iterdir()) == ["8"]
+
+
+def test_another_base(inputs, halfway):
+    other = halfway.parent / "other"
+    shutil.copytree(inputs.parent / "base", other)
+    config = json.loads((other / "config.json").read_text())
+    write_checkpoint(other, seed=1, **{k: v for k, v in config.items() if k in TINY_LLAMA})
+    error = refusal(inputs, halfway, base__path=other)
+    assert f"was trained on the base {inputs.parent / 'base'}" in error
+    assert f"the weights in {other} differ from it" in error
+
+
+def test_other_data(inputs, halfway):
+    file = inputs.parent / "train.jsonl"
+    content = file.read_text()
+    try:
+        file.write_text(content.replace("fox", "bird"))
+        error = refusal(inputs, halfway)
+    finally:
+        file.write_text(content)
+    assert "the training data of adapter 'default' changed since the run began" in error
+
+
+def test_no_record_of_the_configuration(inputs, workdir):
+    (workdir / "config.json").unlink()
+    assert "holds training states but no config.json" in refusal(inputs, workdir)
+    (workdir / "config.json").write_text("{")
+    assert "config.json cannot be read" in refusal(inputs, workdir)
+
+
+def test_a_damaged_state(inputs, halfway):
+    shutil.copytree(halfway / "checkpoints" / "5", halfway / "checkpoints" / "4")
+    arrays = halfway / "checkpoints" / "5" / "optimizer" / "ocdbt.process_0" / "d"
+    for file in arrays.iterdir():
+        file.write_bytes(file.read_bytes()[:100])
+    error = refusal(inputs, halfway)
+    assert "checkpoints/5/optimizer is damaged" in error
+    assert f"delete {halfway}/checkpoints/5 to resume from step 4" in error
+
+
+def test_two_runs_at_once(inputs, tmp_path):
+    overrides = {**CONSTANT, "training__steps": 2000, "training__eval_every": 0}
+    first = Run(inputs, tmp_path / "run", overrides=overrides)
+    first.wait_until("step")
+    second = Run(inputs, tmp_path / "run", overrides=overrides, name="second")
+    assert second.join() == 2
+    assert "another run is using this work directory" in second.log.read_text()
+    first.process.terminate()
+    assert first.join() == 143, first.log.read_text()
+
+
+def test_a_file_that_cannot_be_written_keeps_the_former_state(inputs, halfway, finished):
+    """As on a full disk; here the system refuses long files, which needs no privilege."""
+    run = Run(inputs, halfway, overrides=CONSTANT, file_bytes=12_000)
+    said = run.log.read_text() if run.join() == 2 else ""
+    error = said[said.index("error: ") :].rstrip("\n")
+    assert f"cannot write {halfway / 'checkpoints'}" in error
+    assert "file too large; mend that and run the same command again" in error
+    assert "the state at step 5 is kept" in error
+    assert "\n" not in error
+    assert latest_step(halfway / "checkpoints") == 5
+
+    status, said = outcome(inputs, halfway)
+    assert status == 0, said
+    expected = final_adapter(finished)
+    assert all((leaf == expected[p]).all() for p, leaf in final_adapter(halfway).items())
+
+
+def test_a_work_directory_that_is_a_file(inputs, tmp_path):
+    (tmp_path / "run").write_text("")
+    assert f"cannot write {tmp_path / 'run'}: file exists" in refusal(inputs, tmp_path / "run")
