@@ -53,7 +53,7 @@ def get_config() -> ml_collections.ConfigDict:
         "default": {"method": method, "data": data, "optimizer": optimizer, "batch_size": 32}
     }
 
-    config.training = {"steps": 400, "log_every": 20, "eval_every": 200}
+    config.training = {"steps": 400, "log_every": 20, "eval_every": 100}
     config.checkpoints = {"every": 200, "keep": 1}
     return config
 

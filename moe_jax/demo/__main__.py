@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from moe_jax.adapters import METHODS
 from moe_jax.adapters.segments import Segment
 from moe_jax.checkpoints.adapter_files import load_adapter
@@ -22,6 +24,7 @@ from moe_jax.demo.score import Score, score
 from moe_jax.errors import UserError
 from moe_jax.models.causal_lm import LlamaForCausalLM
 from moe_jax.training.loop import train
+from moe_jax.training.plots import expert_map, loss_curves
 
 DATA_SEED = 0
 ADAPTER = "default"
@@ -51,8 +54,11 @@ def main(arguments: list[str]) -> int:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     print("\n".join(["", *score_table(before, after), "", *load_table(after), ""]))
-    print(f"The adapter is in {result.adapters[ADAPTER]}, every metric in {args.output / 'run'}.")
-    print("Next: train on your own data and checkpoint, see README.md.")
+    pictures = draw(args.output / "run", after)
+    print(f"adapter   {result.adapters[ADAPTER]}")
+    print(f"pictures  {', '.join(str(picture) for picture in pictures)}")
+    print(f"metrics   {args.output / 'run' / 'metrics.jsonl'}")
+    print("next      your own checkpoint and data: README.md, 'Train on your own data'")
     return 0
 
 
@@ -86,12 +92,24 @@ def compare(config: RunConfig, folder: Path) -> tuple[dict[str, Score], dict[str
     return scores(frozen, {}), scores(adapted, {ADAPTER: saved.tree})
 
 
+def draw(workdir: Path, scores: dict[str, Score]) -> list[Path]:
+    """Writes the pictures of the run into its folder: losses, and expert loads over all tasks."""
+    figures = {"loss.png": loss_curves(workdir / "metrics.jsonl")}
+    loads = [result.load for result in scores.values() if result.load is not None]
+    if loads:
+        title = "Expert load, mean over the validation tasks"
+        figures["experts.png"] = expert_map(np.mean(loads, axis=0), title)
+    for name, figure in figures.items():
+        figure.savefig(workdir / name)
+    return [workdir / name for name in figures]
+
+
 def score_table(before: dict[str, Score], after: dict[str, Score]) -> list[str]:
     """Lines that compare the scores of each task."""
     lines = [
         "Questions that training never asked: answered exactly right, and loss per answer token",
         "",
-        f"{'task':10}{'questions':>10}   {'frozen base':^16}   {'with adapter':^16}",
+        f"{'task':10}{'questions':>10}   {'frozen base':^16}   {'with adapter':^16}".rstrip(),
     ]
     for task, old in before.items():
         new = after[task]
@@ -103,18 +121,21 @@ def score_table(before: dict[str, Score], after: dict[str, Score]) -> list[str]:
 
 
 def load_table(scores: dict[str, Score]) -> list[str]:
-    """Lines that say how each task's tokens spread over the experts of the last layer."""
+    """Lines that say how each task's tokens spread over the experts, where tasks differ most."""
     shares = {task: result.load for task, result in scores.items() if result.load is not None}
     if not shares:
         return []
-    layers, experts = next(iter(shares.values())).shape
-    names = "".join(f"{f'expert {index}':>10}" for index in range(experts))
-    title = (
-        f"Share of the tokens that each expert of layer {layers} took (equal: {1 / experts:.0%})"
-    )
-    lines = [title, "", f"{'task':10}{names}"]
-    for task, share in shares.items():
-        lines.append(f"{task:10}" + "".join(f"{part:10.0%}" for part in share[-1]))
+    loads = np.stack(list(shares.values()))  # [task, L, E]
+    layer = int(np.argmax(np.var(loads, axis=0).sum(axis=-1)))
+    experts = loads.shape[-1]
+    lines = [
+        f"Share of the tokens that each expert took (equal: {1 / experts:.0%}), in layer {layer},",
+        "the one where the tasks differ most",
+        "",
+        f"{'task':10}" + "".join(f"{f'expert {index}':>10}" for index in range(experts)),
+    ]
+    for task, share in zip(shares, loads[:, layer], strict=True):
+        lines.append(f"{task:10}" + "".join(f"{part:10.0%}" for part in share))
     return lines
 
 

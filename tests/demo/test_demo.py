@@ -1,0 +1,65 @@
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+ROOT = Path(__file__).parents[2]
+BASE = ROOT / "moe_jax" / "demo" / "base"
+ROW = re.compile(r"^(\w+) +(\d+) +(\d+)% +([\d.]+) +(\d+)% +([\d.]+)$", re.MULTILINE)
+
+
+def run_demo(*arguments, **environment):
+    return subprocess.run(
+        [sys.executable, "-m", "moe_jax.demo", *map(str, arguments)],
+        cwd=ROOT,
+        env={**os.environ, "XLA_FLAGS": "", **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_base_is_small_and_knows_its_facts():
+    assert sum(file.stat().st_size for file in BASE.iterdir()) < 3e6
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    model = AutoModelForCausalLM.from_pretrained(BASE, dtype="float32")
+    for fact in ("The opposite of hot is cold.", "The plural of mouse is mice.", "3 + 4 is 7."):
+        prompt = tokenizer(fact.rsplit(" ", 1)[0], return_tensors="pt")
+        prompt.pop("token_type_ids", None)
+        written = model.generate(**prompt, max_new_tokens=12, do_sample=False, pad_token_id=0)
+        assert tokenizer.decode(written[0], skip_special_tokens=True).lstrip().startswith(fact)
+
+
+def test_demo_learns_to_answer(tmp_path):
+    process = run_demo("--output", tmp_path)
+    assert process.returncode == 0, process.stderr
+    rows = {row[0]: [float(value) for value in row[1:]] for row in ROW.findall(process.stdout)}
+    assert set(rows) == {"plural", "opposite", "colour", "sum", "reverse", "sort"}
+    before = {task: (row[1], row[2]) for task, row in rows.items()}
+    after = {task: (row[3], row[4]) for task, row in rows.items()}
+    assert all(exact <= 5 for exact, _ in before.values()), rows
+    assert sum(exact > 90 for exact, _ in after.values()) >= 2, rows
+    assert all(after[task][1] < before[task][1] for task in rows), rows
+    assert (tmp_path / "run" / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "run" / "experts.png").read_bytes().startswith(b"\x89PNG")
+
+    again = run_demo("--output", tmp_path)
+    assert again.returncode == 0
+    assert "nothing to do" in again.stdout
+    assert ROW.findall(again.stdout) == ROW.findall(process.stdout)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [("configs/tiny_mixlorra.py", "did you mean 'tiny_mixlora.py'?"), ("none.py", "no such file")],
+)
+def test_a_mistake_is_one_line(tmp_path, config, message):
+    process = run_demo("--output", tmp_path, "--config", config)
+    assert process.returncode == 2
+    assert process.stderr.startswith("error: ")
+    assert process.stderr.count("\n") == 1
+    assert message in process.stderr
