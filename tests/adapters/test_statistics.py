@@ -1,5 +1,6 @@
 """Routing statistics by hand, without the padding, and never missing in silence."""
 
+import itertools
 import math
 
 import flax.linen as nn
@@ -120,3 +121,41 @@ def test_a_routed_adapter_without_statistics_is_missed(model):
         _router_terms(model.segments[0], [], 1)
     total, metrics = _router_terms(model.segments[1], [], 1)
     assert float(total) == 0 and metrics == {}
+
+
+def test_every_layer_and_adapter_draws_its_own_jitter():
+    # A base of zeros adds nothing to the residual stream, so that every layer's router sees the
+    # same; with the same kernels only jitter tells layers and adapters apart.
+    method = {**_fields(tiny_program.MIXLORA), "target_modules": ["up_proj"], "jitter_noise": 0.3}
+    routed = parse(MixLoraConfig, method)
+    segments = segments_of({"x": routed, "z": routed}, {"x": 1, "z": 1})
+    config = tiny_program.model_config()
+    model = LlamaForCausalLM(config, ComputeConfig(dtype="float32"), segments)
+    tokens = jnp.tile(jnp.arange(8), (2, 1))
+    keys = {name: jax.random.key(0) for name in ("params", "adapters")}
+    shapes = nn.meta.unbox(jax.eval_shape(model.init, keys, tokens))
+    kernel = np.random.default_rng(0).standard_normal((48, 4))
+
+    def leaf(path, shape):
+        name = jax.tree_util.keystr(path)
+        filled = kernel if "'router'" in name else float("'scale'" in name)
+        table = np.random.default_rng(1).standard_normal(shape.shape)
+        return table if "'embedding'" in name else np.broadcast_to(filled, shape.shape)
+
+    variables = {
+        name: jax.tree_util.tree_map_with_path(leaf, shapes[name])
+        for name in ("params", "adapters")
+    }
+
+    def sums(deterministic):
+        rngs = {"dropout": jax.random.key(5)}
+        apply = lambda: model.apply(
+            variables, tokens, deterministic=deterministic, rngs=rngs, mutable=["router"]
+        )
+        sites = collect_statistics(jax.jit(apply)()[1])
+        return np.concatenate([sites[name][0].probability_sum for name in ("x", "z")])
+
+    calm, noisy = sums(True), sums(False)  # [2 * L, E]
+    np.testing.assert_allclose(calm, np.broadcast_to(calm[0], calm.shape), rtol=1e-6)
+    for one, other in itertools.combinations(noisy, 2):
+        assert np.abs(one - other).max() > 1e-2
