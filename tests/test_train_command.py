@@ -1,0 +1,175 @@
+"""`train.py` as a command: exit status, one line for what is wrong, no traceback."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_run import final_adapter, metric_lines, write_inputs
+from tolerances import GRADIENT_ROUNDING
+
+TRAIN = Path(__file__).parents[1] / "train.py"
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    return write_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+def start(*arguments, devices=1):
+    environment = {
+        **os.environ,
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "JAX_COMPILATION_CACHE_DIR": str(Path(os.environ["HF_HOME"]).with_name("compiled")),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    return subprocess.Popen(
+        [sys.executable, str(TRAIN), *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+
+
+def finish(process):
+    out, err = process.communicate(timeout=300)
+    assert "Traceback" not in err
+    return process.returncode, out, err
+
+
+def refusal(*arguments):
+    """The one line on stderr of a command that must end with status 2."""
+    status, _, err = finish(start(*arguments))
+    assert status == 2, err
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, err
+    assert err.rstrip("\n").endswith(lines[0]), err
+    return lines[0].removeprefix("error: ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "--config is missing"),
+        (["--config=CONFIG"], "--workdir is missing"),
+        (["--config=nowhere.py", "--workdir=w"], "--config: no such file: nowhere.py"),
+        (["--confg=CONFIG"], "Unknown command line flag 'confg'. Did you mean: config"),
+        (["CONFIG", "--workdir=w"], "is no flag"),
+        (["--config=CONFIG", "--workdir=w", "--devices=8"], "--devices goes with --plan only"),
+        (["--config=CONFIG", "--plan", "--devices=0"], "devices"),
+        (
+            ["--config=CONFIG", "--workdir=w", "--config.adapters.default.method.rnk=8"],
+            "config.adapters.default.method.rnk: unknown field; did you mean 'rank'?",
+        ),
+        (
+            ["--config=CONFIG", "--workdir=w", "--config.adapters.default.method.rank=x"],
+            "config.adapters.default.method.rank: expected int, got str ('x')",
+        ),
+        (
+            ["--config=CONFIG", "--workdir=w", "--config.adapters.default.method.name=mixlra"],
+            "config.adapters.default.method.name: unknown method 'mixlra'; did you mean 'mixlora'?",
+        ),
+        (
+            ["--config=CONFIG", "--plan", "--config.base.path=some/model"],
+            "config.base.hf_config: --plan needs it, since some/model is not a local folder",
+        ),
+    ],
+)
+def test_a_command_line_that_will_not_do(inputs, arguments, words):
+    assert words in refusal(*[argument.replace("CONFIG", str(inputs)) for argument in arguments])
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("base.path", "/nowhere", "/nowhere: no such folder"),
+        ("mesh.data", 3, "config.mesh: data=3 x fsdp=1 x tensor=1 needs 3 devices, but 1 (cpu)"),
+        ("base.hf_config", {"model_type": "llama"}, "config.base.hf_config"),
+        ("adapters.default.data.train.words.path", "/nowhere.jsonl", "/nowhere.jsonl"),
+    ],
+)
+def test_inputs_that_will_not_do(inputs, tmp_path, field, value, words):
+    error = refusal(
+        f"--config={inputs}", f"--workdir={tmp_path / 'run'}", f"--config.{field}={value}"
+    )
+    assert words in error
+    assert not (tmp_path / "run" / "config.json").exists(), "found before the long work"
+
+
+def test_a_truncated_base(inputs, tmp_path):
+    folder = write_inputs(tmp_path / "inputs").parent
+    weights = folder / "base" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    error = refusal(f"--config={folder / 'config.py'}", f"--workdir={tmp_path / 'run'}")
+    assert "model.safetensors" in error
+    assert "truncated or damaged" in error
+
+
+def test_plan_needs_neither_weights_nor_data(inputs, tmp_path):
+    folder = write_inputs(tmp_path / "inputs").parent
+    (folder / "base" / "model.safetensors").unlink()
+    (folder / "train.jsonl").unlink()
+    status, out, err = finish(start(f"--config={folder / 'config.py'}", "--plan", "--devices=4"))
+    assert status == 0, err
+    assert "data=4 x fsdp=1 x tensor=1" in out
+    assert "25,120 parameters" in out
+    assert "9,728 parameters" in out
+
+
+def test_a_damaged_state_leaves_no_traceback(inputs, tmp_path):
+    command = [f"--config={inputs}", f"--workdir={tmp_path / 'run'}"]
+    short = ["--config.training.steps=2", "--config.adapters.default.data.buckets=()"]
+    status, out, err = finish(start(*command, *short))
+    assert status == 0, err
+    assert "adapter 'default' is in" in out
+    (tmp_path / "run" / "adapters").rename(tmp_path / "gone")
+    for file in (tmp_path / "run/checkpoints/2/adapters/ocdbt.process_0/d").iterdir():
+        file.write_bytes(file.read_bytes()[:100])
+    error = refusal(*command, *short)
+    assert "checkpoints/2/adapters is damaged" in error
+    assert "to resume from the start" in error
+
+
+def test_ctrl_c_saves(inputs, tmp_path):
+    short = ["--config.training.steps=3000", "--config.adapters.default.data.buckets=()"]
+    process = start(f"--config={inputs}", f"--workdir={tmp_path / 'run'}", *short)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if " grad " in line:
+            break
+    process.send_signal(2)
+    status, out, err = finish(process)
+    assert status == 130
+    assert "SIGINT: saving after this step" in err
+    assert "run the same command to resume" in out
+
+
+def test_two_processes_are_one_run(inputs, tmp_path):
+    short = [
+        "--config.training.steps=4",
+        "--config.training.log_every=1",
+        "--config.adapters.default.data.buckets=()",
+        "--config.adapters.default.optimizer.name=sgd",
+        "--config.adapters.default.optimizer.learning_rate=0.1",
+    ]
+    alone = start(f"--config={inputs}", f"--workdir={tmp_path / 'one'}", *short, devices=2)
+    status, _, err = finish(alone)
+    assert status == 0, err
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        address = f"localhost:{probe.getsockname()[1]}"
+    together = [f"--config={inputs}", f"--workdir={tmp_path / 'two'}", *short, "--distributed"]
+    together += [f"--coordinator={address}", "--num_processes=2"]
+    processes = [start(*together, f"--process_id={i}") for i in range(2)]
+    results = [finish(process) for process in processes]
+    assert [status for status, _, _ in results] == [0, 0], results
+    assert "2 x cpu (data 2, fsdp 1, tensor 1)" in results[0][1]
+    assert "loss" not in results[1][1], "only the first process speaks"
+    assert len(metric_lines(tmp_path / "two")) == len(metric_lines(tmp_path / "one"))
+    expected, actual = final_adapter(tmp_path / "one"), final_adapter(tmp_path / "two")
+    for path, leaf in expected.items():
+        np.testing.assert_allclose(actual[path], leaf, **GRADIENT_ROUNDING, err_msg=path)

@@ -1,0 +1,129 @@
+"""Metrics between the device and their files."""
+
+import json
+import sys
+import types
+
+import jax.numpy as jnp
+import pytest
+from tensorboardX.proto.event_pb2 import Event
+
+from moe_jax.config.run import LoggingConfig
+from moe_jax.errors import ConfigError
+from moe_jax.training.metrics import (
+    JsonLines,
+    PendingMetrics,
+    Window,
+    open_writers,
+    require_writers,
+)
+
+
+def test_pending_metrics_keep_their_distance():
+    pending = PendingMetrics(lag=2)
+    seen = []
+    for step in range(1, 6):
+        pending.push(step, {"loss": jnp.float32(step)})
+        seen.append([s for s, _ in pending.ready()])
+    assert seen == [[], [], [1], [2], [3]]
+    assert list(pending.drain()) == [(4, {"loss": 4.0}), (5, {"loss": 5.0})]
+    assert list(pending.drain()) == []
+
+
+def test_window_by_hand():
+    nan, inf = float("nan"), float("inf")
+    window = Window([{"a/loss": 1.0, "a/target_tokens": 5.0, "a/skipped_total": 0.0, "bad": nan}])
+    window.add({"a/loss": 2.0, "a/target_tokens": 7.0, "a/skipped_total": 1.0, "bad": inf})
+    window.add({"a/loss": nan, "a/target_tokens": 9.0, "a/skipped_total": 1.0, "bad": nan})
+    assert window.close() == {
+        "a/loss": 1.5,  # of the steps where it is finite
+        "a/target_tokens": 21.0,
+        "a/skipped_total": 1.0,
+        "bad": None,
+    }
+    assert window.steps == []
+
+
+def test_lines_of_later_steps_are_cut_off(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    writer = JsonLines(file, 0)
+    for step in (1, 2, 3):
+        writer.write(step, {"loss": step / 10, "time": {"elapsed_seconds": 1.0}})
+    writer.close()
+    with file.open("a") as stream:
+        stream.write('{"step": 4, "lo')
+    JsonLines(file, 2).close()
+    steps = [json.loads(line)["step"] for line in file.read_text().splitlines()]
+    assert steps == [1, 2]
+    JsonLines(file, 0).close()
+    assert file.read_text() == ""
+
+
+def events(folder):
+    """Every (tag, step, value) in the event files, in order."""
+    for file in sorted(folder.iterdir()):
+        data, at = file.read_bytes(), 0
+        while at < len(data):  # length, its checksum, the record, its checksum
+            size = int.from_bytes(data[at : at + 8], "little")
+            event = Event.FromString(data[at + 12 : at + 12 + size])
+            for value in event.summary.value:
+                yield value.tag, event.step, value.simple_value
+            at += 12 + size + 4
+
+
+def test_tensorboard(tmp_path):
+    config = LoggingConfig(tensorboard=True)
+    require_writers(config)
+    line = {"a/loss": 0.5, "a/grad_norm": None, "time": {"tokens_per_second": 8.0}}
+    for writer in open_writers(tmp_path, config, {}, 0):
+        writer.write(10, line)
+        writer.close()
+    written = list(events(tmp_path / "tensorboard"))
+    assert written == [("a/loss", 10, 0.5), ("time/tokens_per_second", 10, 8.0)]
+    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 10, **line}
+
+
+def test_wandb_goes_on_with_its_run(tmp_path, monkeypatch):
+    calls = []
+
+    class FakeRun:
+        def __init__(self, **settings):
+            calls.append(settings)
+            self.id = settings["id"] or "new-id"
+
+        def log(self, values, step):
+            calls.append((step, values))
+
+        def finish(self):
+            calls.append("finished")
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=FakeRun))
+    config = LoggingConfig(wandb_project="project")
+    require_writers(config)
+    for step in (0, 10):
+        for writer in open_writers(tmp_path, config, {"training": {"seed": 1}}, step):
+            writer.write(step + 1, {"a/loss": 0.5, "time": {"x": 1.0}})
+            writer.close()
+    first, second = calls[0], calls[3]
+    assert (first["id"], second["id"]) == (None, "new-id")
+    assert first["project"] == "project"
+    assert first["config"] == {"training": {"seed": 1}}
+    assert calls[4] == (11, {"a/loss": 0.5, "time/x": 1.0})
+
+
+@pytest.mark.parametrize(
+    ("config", "module", "words"),
+    [
+        (
+            LoggingConfig(wandb_project="p"),
+            "wandb",
+            "config.logging.wandb_project: needs the package wandb, which is not installed",
+        ),
+        (LoggingConfig(tensorboard=True), "tensorboardX", "pip install 'moe-jax[tensorboard]'"),
+    ],
+)
+def test_a_writer_that_is_not_installed(monkeypatch, config, module, words):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ConfigError) as error:
+        require_writers(config)
+    assert words in str(error.value)

@@ -1,0 +1,40 @@
+"""Rows of several adapters in one batch."""
+
+import numpy as np
+
+from moe_jax.data.batch import Batch
+from moe_jax.training.rows import join_rows, pad_rows
+
+
+def batch(rows, length, fill):
+    tokens = np.full((rows, length), fill, np.int32)
+    return Batch(
+        tokens=tokens,
+        loss_mask=np.ones((rows, length), bool),
+        segment_ids=np.ones((rows, length), np.int32),
+        positions=np.tile(np.arange(length, dtype=np.int32), (rows, 1)),
+    )
+
+
+def test_rows_are_stacked_and_the_shorter_padded():
+    joined = join_rows([batch(2, 3, 7), batch(1, 5, 8)])
+    np.testing.assert_array_equal(
+        joined.tokens, [[7, 7, 7, 0, 0], [7, 7, 7, 0, 0], [8, 8, 8, 8, 8]]
+    )
+    np.testing.assert_array_equal(joined.loss_mask.sum(1), [3, 3, 5])
+    np.testing.assert_array_equal(joined.segment_ids[:, 3:], [[0, 0], [0, 0], [1, 1]])
+    assert [array.dtype for array in joined] == [np.int32, bool, np.int32, np.int32]
+
+
+def test_one_batch_stays_as_it_is():
+    only = batch(2, 3, 7)
+    for array, other in zip(join_rows([only]), only, strict=True):
+        np.testing.assert_array_equal(array, other, strict=True)
+
+
+def test_rows_of_padding_have_no_target():
+    padded = pad_rows(batch(3, 2, 7), 4)
+    assert padded.tokens.shape == (4, 2)
+    assert not padded.loss_mask[3].any()
+    assert not padded.segment_ids[3].any()
+    assert pad_rows(batch(4, 2, 7), 4).tokens.shape == (4, 2)
