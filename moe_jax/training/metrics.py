@@ -3,13 +3,13 @@
 import collections
 import importlib
 import json
-import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import jax
+import numpy as np
 
 from moe_jax.checkpoints.disk import disk_errors
 from moe_jax.config.run import LoggingConfig
@@ -41,32 +41,33 @@ class PendingMetrics:
                 value.copy_to_host_async()
         self._steps.append((step, dict(metrics)))
 
-    def ready(self) -> Iterator[tuple[int, dict[str, float]]]:
+    def ready(self) -> Iterator[tuple[int, dict[str, Any]]]:
         """Removes and yields the steps that are old enough, oldest first."""
         yield from self._pop(self._lag)
 
-    def drain(self) -> Iterator[tuple[int, dict[str, float]]]:
+    def drain(self) -> Iterator[tuple[int, dict[str, Any]]]:
         """Removes and yields all of them; waits for the device."""
         yield from self._pop(0)
 
-    def _pop(self, keep: int) -> Iterator[tuple[int, dict[str, float]]]:
+    def _pop(self, keep: int) -> Iterator[tuple[int, dict[str, Any]]]:
         while len(self._steps) > keep:
             step, metrics = self._steps.popleft()
-            yield step, {name: float(value) for name, value in jax.device_get(metrics).items()}
+            values = jax.device_get(metrics)
+            yield step, {name: np.asarray(value).tolist() for name, value in values.items()}
 
 
 class Window:
     """The steps since the last line of metrics."""
 
-    def __init__(self, steps: list[dict[str, float]] | None = None):
+    def __init__(self, steps: list[dict[str, Any]] | None = None):
         self.steps = list(steps or [])
         """One dict a step; plain JSON values, saved with a checkpoint so that a resumed run writes
         the same line as one that was never interrupted."""
 
-    def add(self, metrics: dict[str, float]) -> None:
+    def add(self, metrics: dict[str, Any]) -> None:
         self.steps.append(metrics)
 
-    def close(self) -> dict[str, float | None]:
+    def close(self) -> dict[str, Any]:
         """One value per metric over the window, which is empty afterwards.
 
         Counts of tokens are summed, loss scale and counters are those of the last step, and all
@@ -82,8 +83,8 @@ class Window:
             elif kind in _SUM:
                 summary[name] = sum(values)
             else:
-                finite = [value for value in values if math.isfinite(value)]
-                summary[name] = math.fsum(finite) / len(finite) if finite else None
+                finite = [value for value in values if np.isfinite(value).all()]
+                summary[name] = np.mean(finite, axis=0).tolist() if finite else None
         self.steps = []
         return summary
 
@@ -183,7 +184,12 @@ class WeightsAndBiases:
 def _flat(line: Mapping[str, Any]) -> dict[str, float]:
     times = {f"{TIME}/{name}": value for name, value in line.get(TIME, {}).items()}
     values = {name: value for name, value in line.items() if name != TIME}
-    return {name: value for name, value in {**values, **times}.items() if value is not None}
+    scalars = {}
+    for name, value in {**values, **times}.items():
+        if value is not None:
+            for index, number in np.ndenumerate(value):
+                scalars["/".join([name, *map(str, index)])] = float(number)
+    return scalars
 
 
 def _keep_until(file: Path, step: int) -> None:

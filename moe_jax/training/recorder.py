@@ -133,6 +133,7 @@ class Recorder:
                 f"{key} {_number(value, '.3g')}"
                 for key, value in own.items()
                 if key not in _NOT_SHOWN and not key.startswith("skipped")
+                if not isinstance(value, list)
             ]
             parts.append(f"grad {_number(own['grad_norm'], '.3g')}")
             parts.append(f"lr {own['learning_rate']:.2e}")

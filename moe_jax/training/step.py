@@ -75,7 +75,8 @@ def train_step(
       batch: arrays [M, B, S]; M micro-batches.
 
     Returns:
-      The new state, and scalars named `adapter/metric`.
+      The new state, and metrics named `adapter/metric`: scalars, and per-layer arrays of what the
+      routers did (see `_routing_summary`).
     """
     micro_batches = batch.tokens.shape[0]
     step_key = jax.random.fold_in(jax.random.key(dropout_seed), state.step)
@@ -105,7 +106,7 @@ def train_step(
     zeros = jax.tree.map(jnp.zeros_like, state.adapters)
     indices = jnp.arange(micro_batches)
     gradients, parts = jax.lax.scan(accumulate, zeros, (batch, indices))
-    metrics = {name: jnp.sum(values) for name, values in parts.items()}
+    metrics = {name: jnp.sum(values, axis=0) for name, values in parts.items()}
     gradients = {
         name: _unscaled(tree, state.loss_scale.get(name)) for name, tree in gradients.items()
     }
@@ -178,19 +179,24 @@ def _router_terms(
 
 
 def _routing_summary(sites: list[RouterStatistics]) -> Metrics:
-    """What the routers did, over all sites and layers.
+    """What the routers did, site by site and layer by layer.
 
-    `router_entropy`: mean entropy over that of a uniform choice, from 0 to 1. `busiest_expert`: the
-    largest load of an expert in any layer, as a multiple of an equal share. `idle_experts`: share
-    of the experts, over all layers, that no token chose.
+    `expert_load` [sites * L, E]: each expert's load as a multiple of an equal share; 1 is ideal, 0
+    is a dead expert. `layer_entropy` [sites * L]: mean entropy of the router's distribution over
+    that of a uniform one, from 0 to 1. And scalars of the two, over all layers: `router_entropy`,
+    the mean; `busiest_expert`, the largest load; `dead_experts`, how many no token chose.
     """
-    loads = jnp.concatenate([jnp.sum(site.slot_counts, axis=-2) for site in sites])
-    mean_load = jnp.maximum(jnp.mean(loads, axis=-1, keepdims=True), 1e-9)
-    entropy = sum(jnp.mean(s.entropy_sum / jnp.maximum(s.tokens, 1.0)) for s in sites) / len(sites)
+    counts = jnp.concatenate([jnp.sum(site.slot_counts, axis=-2) for site in sites])
+    load = counts / jnp.maximum(jnp.mean(counts, axis=-1, keepdims=True), 1e-9)
+    tokens = jnp.concatenate([jnp.maximum(site.tokens, 1.0) for site in sites])
+    entropy = jnp.concatenate([site.entropy_sum for site in sites]) / tokens
+    entropy = entropy / jnp.log(counts.shape[-1])
     return {
-        "router_entropy": jnp.asarray(entropy) / jnp.log(loads.shape[-1]),
-        "busiest_expert": jnp.max(loads / mean_load),
-        "idle_experts": jnp.mean(loads == 0),
+        "expert_load": load,
+        "layer_entropy": entropy,
+        "router_entropy": jnp.mean(entropy),
+        "busiest_expert": jnp.max(load),
+        "dead_experts": jnp.sum(counts == 0),
     }
 
 

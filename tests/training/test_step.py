@@ -144,7 +144,7 @@ def test_metrics_by_hand(batches, trained):
         assert np.isfinite(metrics[f"{name}/grad_norm"]) and metrics[f"{name}/grad_norm"] > 0
     assert 0 < metrics["x/router_entropy"] <= 1
     assert 1 <= metrics["x/busiest_expert"] <= 4
-    assert 0 <= metrics["x/idle_experts"] < 1
+    assert 0 <= metrics["x/dead_experts"] < 4 * 2
     assert not any(metric.startswith("y/") and "router" in metric for metric in metrics)
     assert "x/loss_scale" not in metrics
 
