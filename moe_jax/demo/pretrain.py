@@ -156,7 +156,7 @@ def main() -> None:
     """Parses flags and pre-trains."""
     parser = argparse.ArgumentParser(description="Pre-trains the tiny Llama of the demo.")
     parser.add_argument("--output", type=Path, required=True, help="folder for the checkpoint")
-    parser.add_argument("--steps", type=int, default=10_000)
+    parser.add_argument("--steps", type=int, default=8000)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     final = pretrain(args.output, steps=args.steps, seed=args.seed)
