@@ -54,7 +54,7 @@ class Program:
     _total_steps: int
 
     def init_state(self) -> TrainState:
-        """A fresh training state, made in place on the mesh; the same whatever the mesh is."""
+        """A fresh training state, made in place; the same, to rounding, on every mesh."""
         init = jax.jit(self._fresh_state, out_shardings=self.state_shardings)
         return init(jax.random.key(self.config.training.seed))
 
