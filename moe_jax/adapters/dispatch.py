@@ -2,7 +2,7 @@
 
 The experts of one projection are low-rank deltas on one shared matrix, so it is their codes
 `x A_e`, R numbers each, that are dispatched, and not the tokens. All shapes are static; there is no
-gather, scatter, sort or dropped token. See DESIGN in CONTRIBUTING.md for the algebra.
+gather, scatter, sort or dropped token. CONTRIBUTING.md has the algebra.
 """
 
 import jax
