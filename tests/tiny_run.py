@@ -110,9 +110,11 @@ def read_config(config: Path, **overrides: Any) -> RunConfig:
     return parse_run_config(raw, METHODS)
 
 
-def final_adapter(workdir: Path, name: str = "default") -> dict[str, np.ndarray]:
+def final_adapter(
+    workdir: Path, name: str = "default", folder: str = "adapters"
+) -> dict[str, np.ndarray]:
     """The weights in the final folder, by path."""
-    tree = load_adapter(workdir / "adapters" / name).tree
+    tree = load_adapter(workdir / folder / name).tree
     return {path: np.asarray(leaf) for path, leaf in named_leaves(tree).items()}
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 
+import jax
 import numpy as np
 import pytest
 import torch
@@ -12,6 +13,7 @@ from tolerances import FLOAT32_LOGITS, ROUNDING
 
 from moe_jax.checkpoints.adapter_files import load_adapter
 from moe_jax.checkpoints.fingerprint import base_fingerprint
+from moe_jax.checkpoints.store import TrainingStore
 
 # Twice the adapter, each with data of its own; nothing random besides initialisation and order.
 TWO_ADAPTERS = """
@@ -21,6 +23,7 @@ def get_config():
     adapters = {"default": adapter("train", **method), "second": adapter("other", **method)}
     for each in adapters.values():
         each["method"]["dropout"] = 0.0
+        each["data"]["buckets"] = ()
     adapters["second"]["batch_size"] = 4
     adapters["second"]["data"]["max_length"] = 20
     return dict(
@@ -30,6 +33,9 @@ def get_config():
         training=dict(steps=3, log_every=1, seed=3),
     )
 """
+
+ONE_LENGTH = {"adapters__default__data__buckets": "()"}
+"""One compilation instead of two, where lengths are not the point."""
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +67,7 @@ def refused(config, workdir, **overrides):
 def test_what_a_run_leaves(finished, inputs):
     workdir = finished.workdir
     kept = sorted(p.name for p in workdir.iterdir() if not p.name.startswith("."))
-    assert kept == ["adapters", "checkpoints", "config.json", "metrics.jsonl"]
+    assert kept == ["adapters", "best", "checkpoints", "config.json", "metrics.jsonl"]
     assert sorted(p.name for p in (workdir / "checkpoints").iterdir()) == ["25", "30"]
     assert json.loads((workdir / "config.json").read_text())["training"]["steps"] == 30
 
@@ -80,6 +86,30 @@ def test_it_learns(finished):
     assert losses[-1] < losses[0] - 0.1
     assert len(held_out) == 3
     assert held_out == sorted(held_out, reverse=True)
+
+
+def test_the_best_is_kept(inputs, tmp_path):
+    # A learning rate at which it soon gets worse again.
+    run = completed(
+        inputs,
+        tmp_path / "run",
+        training__eval_every=2,
+        checkpoints__every=2,
+        checkpoints__keep=100,
+        adapters__default__optimizer__learning_rate=0.3,
+        **ONE_LENGTH,
+    )
+    name = "validation/default/held_out/loss"
+    losses = {line["step"]: line[name] for line in metric_lines(run.workdir) if name in line}
+    best = load_adapter(run.workdir / "best" / "default")
+    assert losses[best.step] == min(losses.values())
+    assert best.step < 30, "the last is not the best here, or this shows nothing"
+    target = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), best.tree
+    )
+    with TrainingStore(run.workdir / "checkpoints", every=2, keep=100) as store:
+        saved = store.restore_adapters(best.step, {"default": target})["default"]
+    jax.tree.map(np.testing.assert_array_equal, best.tree, saved)
 
 
 def test_when_lines_are_written(finished):
@@ -116,6 +146,7 @@ def test_validation_loss_is_that_of_transformers(inputs, tmp_path):
         training__steps=1,
         adapters__default__optimizer__learning_rate=1e-30,
         adapters__default__optimizer__schedule__warmup_steps=0,
+        **ONE_LENGTH,
     )
     (loss,) = [
         value
@@ -159,7 +190,9 @@ def test_adapters_beside_each_other(inputs, tmp_path):
 
 def test_epochs(inputs, tmp_path):
     # 100 rows in batches of 8: half of them are 6.25 batches.
-    run = completed(inputs, tmp_path / "run", training__steps=None, training__epochs=0.5)
+    run = completed(
+        inputs, tmp_path / "run", training__steps=None, training__epochs=0.5, **ONE_LENGTH
+    )
     assert metric_lines(run.workdir)[-1]["step"] == 7
 
 
@@ -179,6 +212,7 @@ def test_gradients_that_are_never_finite_stop_the_run(inputs, tmp_path):
         compute__dtype="float16",
         training__initial_loss_scale=1e38,
         training__max_skipped_steps=7,
+        **ONE_LENGTH,
     )
     assert "adapter 'default': the last 7 gradients, up to step 7, were not finite" in error
     assert "config.adapters.default.optimizer.learning_rate" in error
@@ -196,6 +230,7 @@ def test_weights_that_are_not_finite_stop_the_run(inputs, tmp_path):
         adapters__default__optimizer__weight_decay=1e9,
         checkpoints__every=1,
         training__max_skipped_steps=1000,
+        **ONE_LENGTH,
     )
     assert "are not finite at step 2, so they are not saved" in error
     assert "the state at step 1 is kept" in error

@@ -36,10 +36,12 @@ def uninterrupted(inputs, tmp_path_factory):
 
 
 def assert_same_outcome(workdir, other):
-    expected, actual = final_adapter(other), final_adapter(workdir)
-    assert expected.keys() == actual.keys()
-    for path, leaf in expected.items():
-        np.testing.assert_array_equal(actual[path], leaf, err_msg=path, strict=True)
+    for folder in ("adapters", "best"):
+        expected = final_adapter(other, folder=folder)
+        actual = final_adapter(workdir, folder=folder)
+        assert expected.keys() == actual.keys()
+        for path, leaf in expected.items():
+            np.testing.assert_array_equal(actual[path], leaf, err_msg=path, strict=True)
     assert metric_lines(workdir) == metric_lines(other)
 
 
