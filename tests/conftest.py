@@ -20,6 +20,9 @@ os.environ["XLA_FLAGS"] = " ".join(
             if not flag.startswith("--xla_force_host_platform_device_count")
         ),
         f"--xla_force_host_platform_device_count={DEVICES}",
+        # Compiling takes most of the tests' time, and what is compiled runs for milliseconds. The
+        # operations that XLA counts are those before this stage.
+        "--xla_backend_optimization_level=0",
     ]
 )
 # Two pytest workers share the cores; torch's own threads would only fight over them.

@@ -1,5 +1,6 @@
 """Optimiser and learning-rate schedule of one adapter."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -35,7 +36,7 @@ class ScheduleConfig:
     def warmup(self, total_steps: int) -> int:
         """Steps of warm-up out of `total_steps`."""
         if self.warmup_ratio is not None:
-            return round(self.warmup_ratio * total_steps)
+            return math.ceil(self.warmup_ratio * total_steps)
         return self.warmup_steps or 0
 
 
@@ -44,8 +45,13 @@ class OptimizerConfig:
     """Optimiser of one adapter.
 
     Attributes:
-      name: which rule; `b1`, `b2` and `eps` belong to `adamw` (and `b1`, `b2` to `lion`),
-        `momentum` to `sgd`.
+      name: which rule. `adafactor` factors its moments only where an array's two widest axes are
+        both 128 or more, which LoRA's rarely are.
+      b1: decay of the first moment, of `adamw` and `lion`.
+      b2: decay of the second moment; None is what the papers use, 0.999 for `adamw` and 0.99 for
+        `lion`.
+      eps: of `adamw`.
+      momentum: of `sgd`.
       learning_rate: the peak of the schedule.
       weight_decay: decoupled decay, of LoRA factors only: routers are not decayed.
       clip_norm: largest global norm of this adapter's gradient; None does not clip.
@@ -56,7 +62,7 @@ class OptimizerConfig:
     schedule: ScheduleConfig = ScheduleConfig()
     weight_decay: float = 0.0
     b1: float = 0.9
-    b2: float = 0.999
+    b2: float | None = None
     eps: float = 1e-8
     momentum: float = 0.0
     clip_norm: float | None = 1.0
@@ -65,8 +71,14 @@ class OptimizerConfig:
         require(self.learning_rate > 0, "learning_rate", "must be positive")
         require(self.weight_decay >= 0, "weight_decay", "must not be negative")
         for name in ("b1", "b2", "momentum"):
-            require(0.0 <= getattr(self, name) < 1.0, name, "must lie in [0, 1)")
+            require(0.0 <= (getattr(self, name) or 0.0) < 1.0, name, "must lie in [0, 1)")
         require(self.eps > 0, "eps", "must be positive")
         require(
             self.clip_norm is None or self.clip_norm > 0, "clip_norm", "must be positive or None"
         )
+
+    @property
+    def second_decay(self) -> float:
+        """`b2`, or what it stands for."""
+        usual = 0.99 if self.name == "lion" else 0.999
+        return usual if self.b2 is None else self.b2

@@ -54,9 +54,9 @@ def decay_mask(adapters: Any) -> Any:
 
 def _rule(config: OptimizerConfig) -> optax.GradientTransformation:
     if config.name == "adamw":
-        return optax.scale_by_adam(config.b1, config.b2, config.eps)
+        return optax.scale_by_adam(config.b1, config.second_decay, config.eps)
     if config.name == "lion":
-        return optax.scale_by_lion(config.b1, config.b2)
+        return optax.scale_by_lion(config.b1, config.second_decay)
     if config.name == "adafactor":
         return optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
     return optax.trace(config.momentum) if config.momentum > 0 else optax.identity()
