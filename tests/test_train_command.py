@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_run import final_adapter, metric_lines, write_inputs
+from tiny_run import final_adapter, metric_lines, write_inputs, xla_flags
 from tolerances import GRADIENT_ROUNDING
 
 TRAIN = Path(__file__).parents[1] / "train.py"
@@ -22,7 +22,7 @@ def inputs(tmp_path_factory):
 def start(*arguments, devices=1):
     environment = {
         **os.environ,
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": xla_flags(devices),
         "JAX_COMPILATION_CACHE_DIR": str(Path(os.environ["HF_HOME"]).with_name("compiled")),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }

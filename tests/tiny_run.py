@@ -110,6 +110,11 @@ def read_config(config: Path, **overrides: Any) -> RunConfig:
     return parse_run_config(raw, METHODS)
 
 
+def xla_flags(devices: int) -> str:
+    """So many fake devices, and programs that are compiled fast rather than run fast."""
+    return f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+
+
 def final_adapter(
     workdir: Path, name: str = "default", folder: str = "adapters"
 ) -> dict[str, np.ndarray]:
@@ -202,7 +207,7 @@ def _run(
     cache = Path(os.environ["HF_HOME"]).with_name("compiled")  # shared by all runs of the session
     jax.config.update("jax_compilation_cache_dir", str(cache))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
+    os.environ["XLA_FLAGS"] = xla_flags(devices)
     if file_bytes is not None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))

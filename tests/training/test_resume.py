@@ -13,6 +13,7 @@ CONSTANT = {
     "adapters__default__optimizer__schedule__kind": "constant",
     "adapters__default__data__buckets": "()",
     "training__steps": 8,
+    "training__eval_every": 0,
 }
 
 
