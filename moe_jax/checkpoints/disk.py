@@ -49,7 +49,9 @@ def _reason(error: BaseException) -> str | None:
         link = link.__cause__ or link.__context__
     for link in chain:
         number = link.errno if isinstance(link, OSError) else None
-        status = re.search(r"os_error_code='(\d+)'", str(link))  # TensorStore's way of quoting errno
+        status = re.search(
+            r"os_error_code='(\d+)'", str(link)
+        )  # TensorStore's way of quoting errno
         if number is None and status:
             number = int(status.group(1))
         if number is not None:

@@ -24,7 +24,6 @@ from moe_jax.demo.score import Score, score
 from moe_jax.errors import UserError
 from moe_jax.models.causal_lm import LlamaForCausalLM
 from moe_jax.training.loop import train
-from moe_jax.training.plots import expert_map, loss_curves
 
 DATA_SEED = 0
 ADAPTER = "default"
@@ -54,7 +53,7 @@ def main(arguments: list[str]) -> int:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     print("\n".join(["", *score_table(before, after), "", *load_table(after), ""]))
-    pictures = draw(args.output / "run", after)
+    pictures = sorted((args.output / "run").glob("*.png"))
     print(f"adapter   {result.adapters[ADAPTER]}")
     print(f"pictures  {', '.join(str(picture) for picture in pictures)}")
     print(f"metrics   {args.output / 'run' / 'metrics.jsonl'}")
@@ -90,18 +89,6 @@ def compare(config: RunConfig, folder: Path) -> tuple[dict[str, Score], dict[str
         return {task: score(model, params, adapters, batches) for task, batches in sets.items()}
 
     return scores(frozen, {}), scores(adapted, {ADAPTER: saved.tree})
-
-
-def draw(workdir: Path, scores: dict[str, Score]) -> list[Path]:
-    """Writes the pictures of the run into its folder: losses, and expert loads over all tasks."""
-    figures = {"loss.png": loss_curves(workdir / "metrics.jsonl")}
-    loads = [result.load for result in scores.values() if result.load is not None]
-    if loads:
-        title = "Expert load, mean over the validation tasks"
-        figures["experts.png"] = expert_map(np.mean(loads, axis=0), title)
-    for name, figure in figures.items():
-        figure.savefig(workdir / name)
-    return [workdir / name for name in figures]
 
 
 def score_table(before: dict[str, Score], after: dict[str, Score]) -> list[str]:

@@ -15,8 +15,10 @@ from moe_jax.config.run import RunConfig, to_json
 from moe_jax.errors import ConfigError, TrainingError
 from moe_jax.training.inputs import read_inputs, require_same_inputs
 from moe_jax.training.interrupts import Interrupts
-from moe_jax.training.metrics import Window, open_writers, require_writers
+from moe_jax.training.metrics import METRICS_FILE, Window, open_writers, require_writers
+from moe_jax.training.plots import draw_run
 from moe_jax.training.program import build_program
+from moe_jax.training.progress import ProgressBar, say
 from moe_jax.training.recorder import Recorder
 from moe_jax.training.session import Progress, Session, restore
 from moe_jax.training.summary import start_up_table
@@ -44,7 +46,7 @@ class TrainResult:
     did_nothing: bool = False
 
 
-def train(config: RunConfig, workdir: Path, say: Callable[[str], None] = print) -> TrainResult:
+def train(config: RunConfig, workdir: Path, say: Callable[[str], None] = say) -> TrainResult:
     """Trains the adapters of `config`; resumes if `workdir` holds training states of the same run.
 
     A resumed run ends with the same adapters, bit for bit, as one that was never interrupted, on
@@ -100,9 +102,13 @@ def train(config: RunConfig, workdir: Path, say: Callable[[str], None] = print) 
             )
             writers = []
             if is_main_process():
-                writers = open_writers(work.folder, config.logging, settings, progress.step)
+                # A new run also drops the line that stands for step 0, before any training.
+                last_kept = -1 if resume_step is None else resume_step
+                writers = open_writers(work.folder, config.logging, settings, last_kept)
             window = Window(metadata.get("window"))
-            recorder = Recorder(program, inputs.total_steps, writers, window, say)
+            shown = None if is_main_process() else False
+            bar = ProgressBar(inputs.total_steps, progress.step, show=shown)
+            recorder = Recorder(program, inputs.total_steps, writers, window, say, bar)
             session = Session(
                 config=config,
                 inputs=inputs,
@@ -115,7 +121,8 @@ def train(config: RunConfig, workdir: Path, say: Callable[[str], None] = print) 
                 best=work.folder / "best",
             )
             try:
-                state = session.run(state)
+                with bar:
+                    state = session.run(state)
             except TrainingError as error:
                 store.wait()
                 raise TrainingError(f"{error}; {store.kept()}") from None
@@ -131,6 +138,9 @@ def train(config: RunConfig, workdir: Path, say: Callable[[str], None] = print) 
                 save_adapter(work.adapters / name, session.saved_adapter(name, state))
                 result.adapters[name] = work.adapters / name
                 say(f"adapter {name!r} is in {work.adapters / name}")
+            if is_main_process():
+                for file in draw_run(work.folder / METRICS_FILE, work.folder):
+                    say(f"drew {file}")
             return result
 
 

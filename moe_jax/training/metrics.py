@@ -108,7 +108,7 @@ def open_writers(
       workdir: the run's folder.
       config: which writers besides `metrics.jsonl`.
       settings: the run's configuration as plain JSON values, for the services that show it.
-      resume_step: the last step that counts; 0 for a new run.
+      resume_step: the last step that counts; -1 for a new run.
     """
     writers: list[Writer] = [JsonLines(workdir / METRICS_FILE, resume_step)]
     if config.tensorboard:
@@ -150,7 +150,7 @@ class TensorBoard:
 
     def __init__(self, folder: Path, resume_step: int):
         module = _import("tensorboardX", "config.logging.tensorboard", "tensorboard")
-        purge = resume_step + 1 if resume_step else None
+        purge = resume_step + 1 if resume_step > 0 else None
         self._writer = module.SummaryWriter(str(folder), purge_step=purge)
 
     def write(self, step: int, line: Mapping[str, Any]) -> None:

@@ -30,8 +30,7 @@ class MemoryPlan(NamedTuple):
 
 def memory_plan(program: Program, row_length: int) -> MemoryPlan:
     """Compiles the training step for rows of `row_length` tokens and reads its memory."""
-    compiled = program.lower_train_step(row_length).compile()
-    analysis = compiled.memory_analysis()
+    analysis = program.compiled_train_step(row_length).memory_analysis()
     if analysis is None:
         raise RuntimeError(f"{jax.default_backend()} does not report a program's memory")
     temporary = analysis.temp_size_in_bytes

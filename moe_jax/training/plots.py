@@ -30,15 +30,37 @@ def loss_curves(metrics: Path) -> Figure:
     return figure
 
 
-def expert_map(load: np.ndarray, title: str) -> Figure:
+def draw_run(metrics: Path, folder: Path) -> list[Path]:
+    """Draws a run's losses, and the expert loads of its last line of metrics, into `folder`.
+
+    Args:
+      metrics: the run's `metrics.jsonl`.
+      folder: gets `loss.png`, and `experts_NAME.png` for each adapter that routes.
+
+    Returns:
+      The files that were written.
+    """
+    figures = {"loss.png": loss_curves(metrics)}
+    for text in metrics.read_text(encoding="utf-8").splitlines():
+        line: dict[str, Any] = json.loads(text)
+        for name, value in line.items():
+            adapter, _, kind = name.rpartition("/")
+            if kind == "expert_load" and value is not None:
+                title = f"Expert load of {adapter!r} in training, up to step {line['step']}"
+                figures[f"experts_{adapter}.png"] = expert_map(np.asarray(value), title)
+    for name, figure in figures.items():
+        figure.savefig(folder / name)
+    return [folder / name for name in figures]
+
+
+def expert_map(relative: np.ndarray, title: str) -> Figure:
     """A heat map of experts' loads.
 
     Args:
-      load: float [L, E], the share of layer L's slots that went to expert E; rows sum to 1.
+      relative: float [L, E], the load of expert E in layer L as a multiple of an equal share.
       title: whose load it is.
     """
-    layers, experts = load.shape
-    relative = load * experts
+    layers, experts = relative.shape
     size = (2.5 + 0.7 * experts, 1.5 + 0.4 * layers)
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots()

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import flax.linen as nn
@@ -40,6 +40,7 @@ class Program:
       param_shardings: where its leaves live.
       abstract_state: shapes and types of the training state.
       state_shardings: where its leaves live.
+      compiled: the training steps compiled so far, by row length.
     """
 
     config: RunConfig
@@ -52,6 +53,7 @@ class Program:
     _model: LlamaForCausalLM
     _optimizer: optax.GradientTransformation
     _total_steps: int
+    compiled: dict[int, jax.stages.Compiled] = field(default_factory=dict)
 
     def init_state(self) -> TrainState:
         """A fresh training state, made in place; the same, to rounding, on every mesh."""
@@ -68,8 +70,13 @@ class Program:
           params: the frozen base.
           batch: what `put_train_batch` returned.
         """
-        with self._mesh_context():
-            return self._train_step(state, params, batch)
+        return self.compiled_train_step(batch.tokens.shape[-1])(state, params, batch)
+
+    def compiled_train_step(self, row_length: int) -> jax.stages.Compiled:
+        """The training step for rows of `row_length` tokens, compiled once and without arrays."""
+        if row_length not in self.compiled:
+            self.compiled[row_length] = self.lower_train_step(row_length).compile()
+        return self.compiled[row_length]
 
     def eval_step(
         self, name: str | None, adapters: Mapping[str, Any], params: Any, batch: Batch

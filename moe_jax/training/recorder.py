@@ -12,6 +12,7 @@ import jax
 from moe_jax.errors import TrainingError
 from moe_jax.training.metrics import TIME, PendingMetrics, Window, Writer
 from moe_jax.training.program import Program
+from moe_jax.training.progress import ProgressBar
 
 _NOT_SHOWN = ("loss", "grad_norm", "learning_rate", "target_tokens", "loss_scale")
 
@@ -30,6 +31,7 @@ class Recorder:
         writers: Sequence[Writer],
         window: Window,
         say: Callable[[str], None],
+        bar: ProgressBar,
     ):
         """Starts the clock.
 
@@ -39,6 +41,7 @@ class Recorder:
           writers: where lines of metrics go.
           window: the steps since the last line; not empty where a run resumes between two lines.
           say: prints a line for people.
+          bar: shows where the run stands, between two lines.
         """
         self.window = window
         self._program = program
@@ -46,6 +49,7 @@ class Recorder:
         self._total_steps = total_steps
         self._writers = writers
         self._say = say
+        self._bar = bar
         self._pending = PendingMetrics()
         self._start = time.perf_counter()
         self._speed = _Speed()
@@ -90,6 +94,7 @@ class Recorder:
 
     def _note(self, step: int, metrics: dict[str, float]) -> None:
         self.window.add(metrics)
+        self._show(step, metrics)
         for name, *_ in self._program.segments:
             skipped = int(metrics[f"{name}/skipped_in_a_row"])
             if skipped >= self._training.max_skipped_steps:
@@ -100,6 +105,16 @@ class Recorder:
                 )
         if step % self._training.log_every == 0 or step == self._total_steps:
             self._close_window(step)
+
+    def _show(self, step: int, metrics: dict[str, Any]) -> None:
+        rates = self._program.learning_rates(step - 1)
+        values = {}
+        for name, *_ in self._program.segments:
+            label = f"{name} " if len(self._program.segments) > 1 else ""
+            values[f"{label}loss"] = f"{metrics[f'{name}/loss']:.4f}"
+            values[f"{label}lr"] = f"{rates[name]:.1e}"
+        speed = self._speed.latest.get("tokens_per_second")
+        self._bar.update(step, values if speed is None else {**values, "tokens/s": f"{speed:,.0f}"})
 
     def _close_window(self, step: int) -> None:
         line: dict[str, Any] = self.window.close()
@@ -154,7 +169,7 @@ class _Speed:
     """Steps to measure over; the host runs ahead of the device by a few."""
 
     def __init__(self):
-        self._latest: dict[str, float] = {}
+        self.latest: dict[str, float] = {}
         self._restart()
 
     def add(self, tokens: int) -> None:
@@ -171,12 +186,12 @@ class _Speed:
         """The speed since the last call, or that of the last call if few steps were made since."""
         if self._steps >= self._FEWEST:
             seconds = time.perf_counter() - self._mark
-            self._latest = {
+            self.latest = {
                 "seconds_per_step": round(seconds / self._steps, 6),
                 "tokens_per_second": round(self._tokens / seconds, 1),
             }
             self._restart()
-        return self._latest
+        return self.latest
 
     def _restart(self) -> None:
         self._mark, self._steps, self._tokens = time.perf_counter(), 0, 0

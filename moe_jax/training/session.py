@@ -66,6 +66,8 @@ class Session:
         progress, total = self.progress, self.inputs.total_steps
         iterators = [self.inputs.train[name].iterator for name in self.config.adapters]
         lengths: set[int] = set()
+        if progress.step == 0:
+            self._measure(state)  # an untrained adapter is the base as it is: what to compare with
         while progress.step < total:
             rows = join_rows([next(iterator) for iterator in iterators])
             batch = self.program.put_train_batch(rows)
@@ -112,8 +114,8 @@ class Session:
                 self.program, state.adapters, self.params, self.inputs.validation
             )
         self.recorder.validation(progress.step, progress.validation)
-        if not self.config.training.eval_every:
-            return  # measured at the end only: the final adapter is the best
+        if not self.config.training.eval_every or progress.step == 0:
+            return  # measured at the end only, where the final adapter is the best; or untrained
         for name, sets in self.inputs.validation.items():
             losses = [progress.validation[f"{name}/{each}"] for each in sets]
             if losses and statistics.fmean(losses) < progress.best.get(name, math.inf):

@@ -10,6 +10,7 @@ from moe_jax.adapters import METHODS
 from moe_jax.checkpoints.leaves import named_leaves
 from moe_jax.config.model import ModelConfig
 from moe_jax.config.run import RunConfig
+from moe_jax.training.plan import GIB, memory_plan
 from moe_jax.training.program import Program
 
 
@@ -35,6 +36,12 @@ def start_up_table(
     longest = max(adapter.data.max_length for adapter in config.adapters.values())
     parts = config.training.micro_batches
     cut = f" in {parts} micro-batches" if parts > 1 else ""
+    plan = memory_plan(program, longest)
+    parts_of_it = ", ".join(
+        f"{name} {getattr(plan, name) / GIB:.2f}"
+        for name in ("params", "adapters", "optimizer", "temporary")
+    )
+    table.append(("memory", f"{plan.total / GIB:.2f} GiB a device, compiled: {parts_of_it}"))
     table.append(
         ("steps", f"{total_steps} of {rows} rows{cut}, up to {rows * longest:,} tokens each")
     )

@@ -45,7 +45,7 @@ def test_demo_learns_to_answer(tmp_path):
     assert sum(exact > 90 for exact, _ in after.values()) >= 2, rows
     assert all(after[task][1] < before[task][1] for task in rows), rows
     assert (tmp_path / "run" / "loss.png").read_bytes().startswith(b"\x89PNG")
-    assert (tmp_path / "run" / "experts.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "run" / "experts_default.png").read_bytes().startswith(b"\x89PNG")
 
     again = run_demo("--output", tmp_path)
     assert again.returncode == 0

@@ -34,4 +34,4 @@ after = multihost_utils.process_allgather(state.adapters, tiled=True)
 if process_id == 0:
     leaves = jax.tree.leaves(jax.tree.map(lambda old, new: old - new, before, after))
     np.savez(output, *leaves)
-    print(json.dumps({name: float(value) for name, value in metrics.items()}))
+    print(json.dumps({name: np.asarray(value).tolist() for name, value in metrics.items()}))

@@ -2,7 +2,7 @@ import json
 
 import numpy as np
 
-from moe_jax.training.plots import expert_map, loss_curves
+from moe_jax.training.plots import draw_run, expert_map, loss_curves
 
 
 def test_each_loss_is_a_line(tmp_path):
@@ -24,11 +24,23 @@ def test_each_loss_is_a_line(tmp_path):
 
 
 def test_map_shows_load_relative_to_an_equal_share(tmp_path):
-    load = np.array([[0.25, 0.25, 0.25, 0.25], [1.0, 0.0, 0.0, 0.0], [0.5, 0.5, 0.0, 0.0]])
+    load = np.array([[1.0, 1, 1, 1], [4, 0, 0, 0], [2, 2, 0, 0]])
     figure = expert_map(load, "a title")
-    shown = figure.axes[0].images[0].get_array()
-    np.testing.assert_array_equal(shown, [[1, 1, 1, 1], [4, 0, 0, 0], [2, 2, 0, 0]])
+    np.testing.assert_array_equal(figure.axes[0].images[0].get_array(), load)
     texts = [text.get_text() for text in figure.axes[0].texts]
     assert texts[4:6] == ["4.00", "0.00"]
     figure.savefig(tmp_path / "map.png")
     assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_run_is_drawn_from_its_last_line(tmp_path):
+    lines = [
+        {"step": 10, "x/loss": 2.0, "x/expert_load": [[2.0, 0.0]], "y/loss": 1.0},
+        {"step": 20, "x/loss": 1.0, "x/expert_load": [[1.5, 0.5]], "y/loss": 0.5},
+        {"step": 20, "validation/x/held_out/loss": 3.0},
+    ]
+    file = tmp_path / "metrics.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    drawn = draw_run(file, tmp_path)
+    assert [path.name for path in drawn] == ["loss.png", "experts_x.png"]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn)

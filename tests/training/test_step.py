@@ -118,16 +118,16 @@ def test_adapters_that_train_together_equal_each_alone(name, both, params, batch
                     value, their_metrics[metric], rtol=1e-4, atol=1e-6, err_msg=metric
                 )
     # Whatever the step and the batch, it was compiled once; another length is another program.
-    assert alone._train_step._cache_size() == 1
+    assert list(alone.compiled) == [16]
     if name == "y":
         short = Batch(*(array[:, :8] for array in own))
         alone.train_step(state, params, alone.put_train_batch(short))
-        assert alone._train_step._cache_size() == 2
+        assert len(alone.compiled) == 2
 
 
 def test_one_compilation_serves_all_steps(both, trained):
     assert [int(state.step) for state, _ in trained] == [1, 2, 3]
-    assert both._train_step._cache_size() == 1
+    assert list(both.compiled) == [16]
 
 
 def test_metrics_by_hand(batches, trained):
