@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import AxisType, Mesh
 
 from moe_jax.config.run import MeshConfig
@@ -33,5 +32,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
             f"config.mesh: {wanted} {verb} {needed} devices, but {len(devices)} "
             f"({devices[0].platform}) are there; change mesh.data, mesh.fsdp or mesh.tensor"
         )
-    # Axes are Auto: XLA's partitioner propagates layouts from the parameters and constraints.
-    return Mesh(np.array(devices).reshape(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+    # `make_mesh` orders the devices by how they are wired. Axes are Auto: XLA's partitioner
+    # propagates layouts from the parameters and constraints.
+    auto = (AxisType.Auto,) * len(MESH_AXES)
+    return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=auto, devices=devices)

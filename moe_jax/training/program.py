@@ -40,6 +40,9 @@ class Program:
       param_shardings: where its leaves live.
       abstract_state: shapes and types of the training state.
       state_shardings: where its leaves live.
+      model: the language model, without segments.
+      optimizer: the transform of `{"params": base, "adapters": {name: tree}}`.
+      total_steps: optimiser steps of the whole run.
       compiled: the training steps compiled so far, by row length.
     """
 
@@ -50,9 +53,9 @@ class Program:
     param_shardings: Any
     abstract_state: TrainState
     state_shardings: TrainState
-    _model: LlamaForCausalLM
-    _optimizer: optax.GradientTransformation
-    _total_steps: int
+    model: LlamaForCausalLM
+    optimizer: optax.GradientTransformation
+    total_steps: int
     compiled: dict[int, jax.stages.Compiled] = field(default_factory=dict)
 
     def init_state(self) -> TrainState:
@@ -118,7 +121,7 @@ class Program:
         rates = {}
         for name, adapter in self.config.adapters.items():
             own = adapter.optimizer
-            schedule = learning_rate_schedule(own.schedule, own.learning_rate, self._total_steps)
+            schedule = learning_rate_schedule(own.schedule, own.learning_rate, self.total_steps)
             rates[name] = np.asarray(schedule(done)).item()
         return rates
 
@@ -149,7 +152,7 @@ class Program:
         return jax.set_mesh(self.mesh)
 
     def _fresh_state(self, key: jax.Array) -> TrainState:
-        adapters = by_adapter(nn.meta.unbox(_init(self._model, self.segments, key))[ADAPTERS])
+        adapters = by_adapter(nn.meta.unbox(_init(self.model, self.segments, key))[ADAPTERS])
         scales = {}
         if self.config.compute.dtype == "float16":
             scale = self.config.training.initial_loss_scale
@@ -157,7 +160,7 @@ class Program:
         return TrainState(
             step=jnp.int32(0),
             adapters=adapters,
-            opt_state=self._optimizer.init({PARAMS: self.abstract_params, ADAPTERS: adapters}),
+            opt_state=self.optimizer.init({PARAMS: self.abstract_params, ADAPTERS: adapters}),
             loss_scale=scales,
         )
 
@@ -165,9 +168,9 @@ class Program:
     def _train_step(self) -> Any:
         micro = self.config.training.micro_batches
         rows = {s.name: (s.stop - s.start) // micro for s in self.segments}
-        model = self._model.clone(segments=_with_rows(self.segments, rows))
+        model = self.model.clone(segments=_with_rows(self.segments, rows))
         seed = self.config.training.seed
-        function = functools.partial(step.train_step, model, self._optimizer, seed)
+        function = functools.partial(step.train_step, model, self.optimizer, seed)
         batch_sharding = NamedSharding(self.mesh, PartitionSpec(None, *BATCH_SPEC))
         return jax.jit(
             _with_rules(function),
@@ -184,7 +187,7 @@ class Program:
             segments = ()
             if name is not None:
                 segments = (Segment(name, methods[name], 0, batch.tokens.shape[0]),)
-            return step.eval_step(self._model.clone(segments=segments), adapters, params, batch)
+            return step.eval_step(self.model.clone(segments=segments), adapters, params, batch)
 
         replicated = NamedSharding(self.mesh, PartitionSpec())
         return jax.jit(_with_rules(function), static_argnums=0, out_shardings=replicated)
@@ -227,9 +230,9 @@ def build_program(
         segments=segments,
         abstract_params=abstract_params,
         param_shardings=shardings[PARAMS],
-        _model=model,
-        _optimizer=optimizer,
-        _total_steps=total_steps,
+        model=model,
+        optimizer=optimizer,
+        total_steps=total_steps,
     )
     empty: Any = None
     draft = partial(abstract_state=empty, state_shardings=empty)
@@ -262,7 +265,7 @@ def _with_rules(function: Any) -> Any:
 def _like_adapters(abstract_state: TrainState, adapter_shardings: Any, mesh: Mesh) -> TrainState:
     """Shardings for a training state: an optimiser's moment lies where its parameter does.
 
-    A leaf whose path ends in an adapter's path, and whose rank fits, is laid out like that leaf;
+    A leaf whose path ends in an adapter's path, and whose shape is the same, is laid out like it;
     everything else (counters, factored moments) is on every device.
     """
     by_path = {

@@ -149,7 +149,7 @@ def test_step_0_is_the_base_and_after_one_step_every_leaf_learns(remat, init):
     assert abs(float(moved[0]) / float(base[0]) - 1) > 1e-3
     before = jax.tree.map(np.asarray, state.adapters)
     state, _ = program.train_step(state, params, program.put_train_batch(batch))
-    for layer in range(program._model.config.num_layers):
+    for layer in range(program.model.config.num_layers):
         jax.tree_util.tree_map_with_path(
             lambda path, old, new, layer=layer: np.testing.assert_array_less(
                 0.0, np.abs(old - new)[layer].max(), err_msg=jax.tree_util.keystr(path)

@@ -67,7 +67,9 @@ def refused(config, workdir, **overrides):
 def test_what_a_run_leaves(finished, inputs):
     workdir = finished.workdir
     kept = sorted(p.name for p in workdir.iterdir() if not p.name.startswith("."))
-    assert kept == ["adapters", "best", "checkpoints", "config.json", "metrics.jsonl"]
+    pictures = ["experts_default.png", "loss.png"]
+    folders = ["adapters", "best", "checkpoints", "config.json"]
+    assert kept == sorted([*folders, *pictures, "metrics.jsonl"])
     assert sorted(p.name for p in (workdir / "checkpoints").iterdir()) == ["25", "30"]
     assert json.loads((workdir / "config.json").read_text())["training"]["steps"] == 30
 
@@ -84,7 +86,7 @@ def test_it_learns(finished):
     losses = [line["default/loss"] for line in lines if "default/loss" in line]
     held_out = [v for line in lines for k, v in line.items() if k.startswith("validation/")]
     assert losses[-1] < losses[0] - 0.1
-    assert len(held_out) == 3
+    assert len(held_out) == 4
     assert held_out == sorted(held_out, reverse=True)
 
 
@@ -114,9 +116,9 @@ def test_the_best_is_kept(inputs, tmp_path):
 
 def test_when_lines_are_written(finished):
     lines = metric_lines(finished.workdir)
-    assert [line["step"] for line in lines] == [4, 8, 10, 12, 16, 20, 20, 24, 28, 30, 30]
+    assert [line["step"] for line in lines] == [0, 4, 8, 10, 12, 16, 20, 20, 24, 28, 30, 30]
     measured = [line["step"] for line in lines if "validation/default/held_out/loss" in line]
-    assert measured == [10, 20, 30]
+    assert measured == [0, 10, 20, 30]
 
 
 def test_a_line_sums_up_its_steps(finished, inputs, tmp_path):
@@ -148,7 +150,7 @@ def test_validation_loss_is_that_of_transformers(inputs, tmp_path):
         adapters__default__optimizer__schedule__warmup_steps=0,
         **ONE_LENGTH,
     )
-    (loss,) = [
+    losses = [
         value
         for line in metric_lines(run.workdir)
         for name, value in line.items()
@@ -169,7 +171,8 @@ def test_validation_loss_is_that_of_transformers(inputs, tmp_path):
         for position in range(len(prompt), len(ids)):
             total -= log_probs[position - 1, ids[position]].item()
             count += 1
-    assert loss == pytest.approx(total / count, abs=FLOAT32_LOGITS)
+    # Before training and after.
+    assert losses == pytest.approx([total / count] * 2, abs=FLOAT32_LOGITS)
 
 
 def test_adapters_beside_each_other(inputs, tmp_path):
