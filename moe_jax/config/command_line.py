@@ -1,14 +1,18 @@
 """A configuration file, and the fields that the command line gives another value."""
 
 import ast
+import dataclasses
 import importlib.util
 import re
 import traceback
+import types
+import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from moe_jax.config.parse import ROOT, suggest
+from moe_jax.config.run import RunConfig
 from moe_jax.errors import ConfigError
 
 _OVERRIDE = re.compile(rf"--?{ROOT}\.([^=]+)(?:=(.*))?", re.DOTALL)
@@ -75,7 +79,8 @@ def apply_overrides(config: dict[str, Any], overrides: Mapping[str, str]) -> Non
     """Sets fields of `config` in place; their names and types are checked when it is parsed.
 
     A value is read as a Python literal, and as a string where it is none: `8`, `1e-4`, `(64, 128)`,
-    `None`, `False`, `runs/base`. A field that the file leaves out, or sets to None, may be given.
+    `None`, `False`, `runs/base`. Where the field is a text it stays one, whatever it looks like
+    (`revision=1234567`). A field that the file leaves out, or sets to None, may be given.
 
     Raises:
       ConfigError: the path leads through a field that is not a group, or into a group whose name is
@@ -91,10 +96,31 @@ def apply_overrides(config: dict[str, Any], overrides: Mapping[str, str]) -> Non
             node, where = node.setdefault(name, {}), f"{where}.{name}"
             if not isinstance(node, dict):
                 raise ConfigError(f"{where}: is a single value, so it has no field {last!r}")
-        node[last] = _value(text)
+        node[last] = _value(text, _type_of(path))
 
 
-def _value(text: str) -> Any:
+def _type_of(path: str) -> Any:
+    """The type of a field of `RunConfig`; `Any` where it has none, or a method decides it."""
+    hint: Any = RunConfig
+    for name in path.split("."):
+        if dataclasses.is_dataclass(hint):
+            hint = typing.get_type_hints(hint).get(name, Any)
+        else:
+            hint = typing.get_args(hint)[1] if typing.get_origin(hint) is dict else Any
+    return hint
+
+
+def _value(text: str, hint: Any) -> Any:
+    several = typing.get_origin(hint) in (typing.Literal, typing.Union, types.UnionType)
+    choices = typing.get_args(hint) if several else (hint,)
+    value = _literal(text)
+    if value is None and type(None) in choices:
+        return None
+    is_text = str in choices or text in choices
+    return text if is_text and not isinstance(value, str) else value
+
+
+def _literal(text: str) -> Any:
     if text.lower() in _WORDS:
         return _WORDS[text.lower()]
     try:

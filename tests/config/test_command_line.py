@@ -79,6 +79,32 @@ def test_values(text, value):
     assert type(config["a"]["b"]) is type(value)
 
 
+@pytest.mark.parametrize(
+    ("path", "text", "value"),
+    [
+        ("base.revision", "1234567", "1234567"),
+        ("base.revision", "1e5", "1e5"),
+        ("base.revision", "None", None),
+        ("base.revision", "'8'", "8"),
+        ("adapters.default.data.train.words.split", "2024", "2024"),
+        ("adapters.default.data.train.words.columns.output", "3", "3"),
+        ("adapters.default.data.train.words.columns", "{'output': 'a'}", {"output": "a"}),
+        ("adapters.default.data.buckets", "(16, 32)", (16, 32)),
+        ("adapters.default.method.rank", "8", 8),
+        ("compute.remat", "none", "none"),
+        ("training.steps", "8", 8),
+        ("training.epochs", "None", None),
+    ],
+)
+def test_fields_that_are_texts_stay_texts(path, text, value):
+    config = {}
+    apply_overrides(config, {path: text})
+    for name in path.split("."):
+        config = config[name]
+    assert config == value
+    assert type(config) is type(value)
+
+
 def test_fields_that_the_file_leaves_out():
     config = {"training": {"steps": None}}
     apply_overrides(config, {"training.steps": "5", "checkpoints.keep": "1"})
