@@ -21,7 +21,7 @@ def join_rows(batches: Sequence[Batch]) -> Batch:
     return Batch(*(np.concatenate(arrays) for arrays in zip(*padded, strict=True)))
 
 
-def pad_rows(batch: Batch, multiple: int) -> Batch:
+def pad_to_multiple(batch: Batch, multiple: int) -> Batch:
     """Adds rows of padding until their number is a multiple; they have no targets."""
     missing = -batch.tokens.shape[0] % multiple
     return Batch(*(np.pad(array, ((0, missing), (0, 0))) for array in batch))

@@ -10,7 +10,7 @@ import jax
 from moe_jax.data.batch import Batch
 from moe_jax.errors import DataError
 from moe_jax.training.program import Program
-from moe_jax.training.rows import pad_rows
+from moe_jax.training.rows import pad_to_multiple
 
 _AHEAD = 4
 """Batches that the device may be behind; each holds memory."""
@@ -59,7 +59,7 @@ def _mean_loss(
             counts.append(float(count))
 
     for batch in batches:
-        rows = program.put_eval_batch(pad_rows(batch, ways))
+        rows = program.put_eval_batch(pad_to_multiple(batch, ways))
         pending.append(program.eval_step(adapter, adapters, params, rows))
         collect(_AHEAD)
     collect(0)

@@ -3,7 +3,7 @@
 import numpy as np
 
 from moe_jax.data.batch import Batch
-from moe_jax.training.rows import join_rows, pad_rows
+from moe_jax.training.rows import join_rows, pad_to_multiple
 
 
 def batch(rows, length, fill):
@@ -33,8 +33,8 @@ def test_one_batch_stays_as_it_is():
 
 
 def test_rows_of_padding_have_no_target():
-    padded = pad_rows(batch(3, 2, 7), 4)
+    padded = pad_to_multiple(batch(3, 2, 7), 4)
     assert padded.tokens.shape == (4, 2)
     assert not padded.loss_mask[3].any()
     assert not padded.segment_ids[3].any()
-    assert pad_rows(batch(4, 2, 7), 4).tokens.shape == (4, 2)
+    assert pad_to_multiple(batch(4, 2, 7), 4).tokens.shape == (4, 2)
