@@ -7,7 +7,10 @@ import jax
 
 from moe_jax.training.program import Program
 
-GIB = 2**30
+
+def readable(size: int) -> str:
+    """A number of bytes for people: in GiB, or in MiB below a tenth of that."""
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 / 10 else f"{size / 2**20:.2f} MiB"
 
 
 class MemoryPlan(NamedTuple):
@@ -59,11 +62,8 @@ def describe_plan(program: Program, row_length: int) -> str:
     lines += [
         f"step            {rows} rows of {row_length} tokens in {micro} micro-batch(es)",
         f"remat           {remat}",
-        f"memory of one device, GiB, compiled for {jax.default_backend()}",
-        *(
-            f"  {name:<14}{value / GIB:8.2f}"
-            for name, value in zip(plan._fields, plan, strict=True)
-        ),
+        f"memory of one device, compiled for {jax.default_backend()}",
+        *(f"  {name:<14}{readable(size):>12}" for name, size in plan._asdict().items()),
     ]
     return "\n".join(lines)
 

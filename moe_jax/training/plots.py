@@ -21,9 +21,12 @@ def loss_curves(metrics: Path) -> Figure:
     for name, points in series.items():
         measured = name.startswith("validation/")
         marker, linestyle = ("o", "--") if measured else (None, "-")
+        label = name if measured else f"training/{name}"
         steps, losses = zip(*points, strict=True)
-        axes.plot(steps, losses, label=name, marker=marker, linestyle=linestyle)
+        axes.plot(steps, losses, label=label, marker=marker, linestyle=linestyle)
     axes.set(xlabel="step", ylabel="loss (nats per target token)", title="Loss")
+    # The untrained base is often ten times worse than what follows and would flatten it.
+    axes.set_yscale("log")
     axes.grid(alpha=0.3)
     if series:
         axes.legend(fontsize="small")

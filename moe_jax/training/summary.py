@@ -10,7 +10,7 @@ from moe_jax.adapters import METHODS
 from moe_jax.checkpoints.leaves import named_leaves
 from moe_jax.config.model import ModelConfig
 from moe_jax.config.run import RunConfig
-from moe_jax.training.plan import GIB, memory_plan
+from moe_jax.training.plan import memory_plan, readable
 from moe_jax.training.program import Program
 
 
@@ -38,10 +38,10 @@ def start_up_table(
     cut = f" in {parts} micro-batches" if parts > 1 else ""
     plan = memory_plan(program, longest)
     parts_of_it = ", ".join(
-        f"{name} {getattr(plan, name) / GIB:.2f}"
+        f"{name} {readable(getattr(plan, name))}"
         for name in ("params", "adapters", "optimizer", "temporary")
     )
-    table.append(("memory", f"{plan.total / GIB:.2f} GiB a device, compiled: {parts_of_it}"))
+    table.append(("memory", f"{readable(plan.total)} a device, compiled: {parts_of_it}"))
     table.append(
         ("steps", f"{total_steps} of {rows} rows{cut}, up to {rows * longest:,} tokens each")
     )

@@ -18,7 +18,7 @@ def test_each_loss_is_a_line(tmp_path):
     figure = loss_curves(file)
     drawn = {line.get_label(): line.get_xydata().tolist() for line in figure.axes[0].lines}
     assert drawn == {
-        "default": [[10, 2.0], [30, 1.0]],
+        "training/default": [[10, 2.0], [30, 1.0]],
         "validation/default/held_out": [[10, 3.0], [30, 2.5]],
     }
 
