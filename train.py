@@ -24,7 +24,7 @@ from moe_jax.checkpoints.hf_config import model_config_from_hf, read_model_confi
 from moe_jax.config.command_line import apply_overrides, load_config_file, split_overrides
 from moe_jax.config.model import ModelConfig
 from moe_jax.config.run import RunConfig, parse_run_config
-from moe_jax.errors import ConfigError, UserError
+from moe_jax.errors import ConfigError, UserError, report
 
 CONFIG = flags.DEFINE_string(
     "config", None, "Python file with get_config(); --config.FIELD=VALUE overrides a field."
@@ -47,8 +47,7 @@ def main(arguments: list[str]) -> int:
         set_up_jax()
         return plan(config) if PLAN.value else run(config)
     except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return report(error)
     except KeyboardInterrupt:  # before training began; after that Ctrl-C saves first
         print("stopped; nothing to save", file=sys.stderr)
         return 130

@@ -2,12 +2,11 @@
 
 import argparse
 import math
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from moe_jax.checkpoints.adapter_files import read_description
-from moe_jax.errors import UserError
+from moe_jax.errors import UserError, report
 from moe_jax.version import __version__
 
 Run = Callable[[argparse.Namespace], None]
@@ -19,16 +18,15 @@ def _add_show(parser: argparse.ArgumentParser) -> Run:
 
     def run(arguments: argparse.Namespace) -> None:
         description = read_description(arguments.folder)
-        size = sum(math.prod(shape) for shape, _ in description["leaves"].values())
-        method = description["method"]
-        print(f"method   {method['name']}")
-        for field, value in method.items():
+        size = sum(math.prod(spec.shape) for spec in description.leaves.values())
+        print(f"method   {description.method['name']}")
+        for field, value in description.method.items():
             if field != "name":
                 print(f"         {field} = {value}")
-        print(f"size     {size:,} parameters in {len(description['leaves'])} leaves")
-        print(f"trained  {description['step']} steps, moe_jax {description['package_version']}")
-        print(f"base     {description['base']['path']}")
-        print(f"         fingerprint {description['base']['fingerprint'][:16]}")
+        print(f"size     {size:,} parameters in {len(description.leaves)} leaves")
+        print(f"trained  {description.step} steps, moe_jax {description.package_version}")
+        print(f"base     {description.base.path}")
+        print(f"         fingerprint {description.base.fingerprint[:16]}")
 
     return run
 
@@ -51,6 +49,5 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         chosen.run(chosen)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return report(error)
     return 0

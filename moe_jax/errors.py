@@ -5,6 +5,10 @@ traceback. A message names the file, field or key at fault and says what to do a
 that is not a `UserError` is a defect of this library and keeps its traceback.
 """
 
+import contextlib
+import sys
+from collections.abc import Iterator
+
 
 class UserError(Exception):
     """Something the user gave cannot be used as it is."""
@@ -28,3 +32,19 @@ class DeviceError(UserError):
 
 class TrainingError(UserError):
     """Training cannot go on, for example because every recent gradient was not finite."""
+
+
+def report(error: UserError) -> int:
+    """Prints what the user got wrong as one line on stderr; returns the exit status."""
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    return 2
+
+
+@contextlib.contextmanager
+def named(field: str) -> Iterator[None]:
+    """Puts the field of the configuration that an error is about in front of its message."""
+    try:
+        yield
+    except UserError as error:
+        error.args = (f"{field}: {error}",)
+        raise

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from moe_jax.adapters import METHODS
 from moe_jax.checkpoints.disk import disk_errors
 from moe_jax.checkpoints.fingerprint import BaseIdentity
-from moe_jax.checkpoints.leaves import checksums, leaf_specs, nested
+from moe_jax.checkpoints.leaves import LeafSpec, checksums, leaf_specs, nested
 from moe_jax.checkpoints.store import require_finite, restore_tree
 from moe_jax.config.model import ModelConfig
 from moe_jax.config.parse import parse, suggest
@@ -23,7 +24,30 @@ from moe_jax.version import __version__
 FORMAT_VERSION = 1
 DESCRIPTION = "adapter.json"
 _WEIGHTS = "weights"
-_FIELDS = ("method", "model", "base", "step", "leaves", "checksums")
+_CHANGED = "the file was changed or is damaged"
+
+
+@dataclasses.dataclass(frozen=True)
+class Description:
+    """What `adapter.json` says.
+
+    Attributes:
+      package_version: the release that wrote it.
+      method: the method's fields, and its `name`.
+      base: the checkpoint it was trained on.
+      model: the fields of that checkpoint's architecture.
+      step: how many optimiser steps it was trained for.
+      leaves: shape and type of every weight, by path.
+      checksums: of every weight, by path.
+    """
+
+    package_version: str
+    method: dict[str, Any]
+    base: BaseIdentity
+    model: dict[str, Any]
+    step: int
+    leaves: dict[str, LeafSpec]
+    checksums: dict[str, int]
 
 
 class SavedAdapter(NamedTuple):
@@ -92,24 +116,18 @@ def load_adapter(folder: Path, shardings: Any = None) -> SavedAdapter:
     """
     description = read_description(folder)
     file = folder / DESCRIPTION
+    method = dict(description.method)
+    name = method.pop("name")
+    if name not in METHODS:
+        raise CheckpointError(f"{file}: unknown adapter method {name!r}; {suggest(name, METHODS)}")
     try:
-        method = dict(description["method"])
-        name = method.pop("name", None)
-        if name not in METHODS:
-            raise CheckpointError(
-                f"{file}: unknown adapter method {name!r}; {suggest(str(name), METHODS)}"
-            )
         method = parse(METHODS[name], method, f"{file}: method")
-        model = parse(ModelConfig, description["model"], f"{file}: model")
-        base = BaseIdentity(**description["base"])
-        target = nested(
-            {
-                path: jax.ShapeDtypeStruct(tuple(shape), dtype)
-                for path, (shape, dtype) in description["leaves"].items()
-            }
-        )
-    except (ConfigError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{file}: {error}; the file was changed or is damaged") from None
+        model = parse(ModelConfig, description.model, f"{file}: model")
+    except ConfigError as error:
+        raise CheckpointError(f"{error}; {_CHANGED}") from None
+    target = nested(
+        {path: jax.ShapeDtypeStruct(*spec) for path, spec in description.leaves.items()}
+    )
     if shardings is None:
         shardings = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     target = jax.tree.map(
@@ -120,13 +138,16 @@ def load_adapter(folder: Path, shardings: Any = None) -> SavedAdapter:
         else shardings,
     )
     tree = restore_tree(
-        folder.absolute() / _WEIGHTS, target, description["checksums"], "copy the folder again"
+        folder.absolute() / _WEIGHTS, target, description.checksums, "copy the folder again"
     )
-    return SavedAdapter(method, tree, model, base, description["step"])
+    return SavedAdapter(method, tree, model, description.base, description.step)
 
 
-def read_description(folder: Path) -> dict[str, Any]:
-    """`adapter.json`, checked for its version and its fields; errors as in `load_adapter`."""
+def read_description(folder: Path) -> Description:
+    """`adapter.json`, checked for its version and its fields' types; errors as in `load_adapter`.
+
+    What the method's and the model's fields must be is left to `load_adapter`.
+    """
     file = folder / DESCRIPTION
     try:
         description = json.loads(file.read_text())
@@ -142,10 +163,45 @@ def read_description(folder: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{file}: format version {version!r}, this release reads {FORMAT_VERSION}"
         )
-    for name in _FIELDS:
-        if name not in description:
-            raise CheckpointError(f"{file}: field {name!r} is missing; the file was changed")
-    return description
+    found = {}
+    for field, hint in _TYPES.items():
+        if field not in description:
+            raise CheckpointError(f"{file}: field {field!r} is missing; {_CHANGED}")
+        try:
+            found[field] = parse(hint, description[field], f"{file}: {field}")
+        except ConfigError as error:
+            raise CheckpointError(f"{error}; {_CHANGED}") from None
+    for field, keys in (("method", ("name",)), ("base", BaseIdentity._fields)):
+        for key in keys:
+            if not isinstance(found[field].get(key), str):
+                raise CheckpointError(f"{file}: {field}.{key}: expected a text; {_CHANGED}")
+    found["base"] = BaseIdentity(**{key: found["base"][key] for key in BaseIdentity._fields})
+    found["leaves"] = _leaf_specs(found["leaves"], file)
+    return Description(**found)
+
+
+_TYPES: dict[str, Any] = {
+    **{field.name: field.type for field in dataclasses.fields(Description)},
+    "base": dict[str, Any],
+    "leaves": dict[str, Any],
+}
+"""What JSON has for each field."""
+
+
+def _leaf_specs(leaves: dict[str, Any], file: Path) -> dict[str, LeafSpec]:
+    specs = {}
+    for path, value in leaves.items():
+        try:
+            shape, dtype = value
+            sizes = parse(tuple[int, ...], shape)
+            specs[path] = LeafSpec(sizes, jnp.dtype(dtype).name)
+            if any(size < 0 for size in sizes) or any(p.startswith(f"{path}/") for p in leaves):
+                raise ValueError
+        except (TypeError, ValueError, ConfigError):
+            raise CheckpointError(
+                f"{file}: leaves: {path!r} is {value!r}, expected a shape and a type; {_CHANGED}"
+            ) from None
+    return specs
 
 
 def _replace(folder: Path, complete: Path) -> None:

@@ -21,7 +21,7 @@ from moe_jax.data.pipeline import load_validation_data
 from moe_jax.data.tokenizer import load_tokenizer
 from moe_jax.demo.corpus import write_corpus
 from moe_jax.demo.score import Score, score
-from moe_jax.errors import UserError
+from moe_jax.errors import UserError, report
 from moe_jax.models.causal_lm import LlamaForCausalLM
 from moe_jax.training.loop import train
 
@@ -50,8 +50,7 @@ def main(arguments: list[str]) -> int:
             return 128 + result.interrupted_by
         before, after = compare(config, result.adapters[ADAPTER])
     except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return report(error)
     print("\n".join(["", *score_table(before, after), "", *load_table(after), ""]))
     pictures = sorted((args.output / "run").glob("*.png"))
     print(f"adapter   {result.adapters[ADAPTER]}")

@@ -9,6 +9,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import moe_jax
+from moe_jax import cli
 from moe_jax.adapters import METHODS
 from moe_jax.checkpoints.adapter_files import SavedAdapter, load_adapter, save_adapter
 from moe_jax.checkpoints.fingerprint import BaseIdentity
@@ -124,7 +125,18 @@ def test_not_finite_is_not_saved(folder):
             "unknown adapter method 'mixlroa'; did you mean 'mixlora'",
         ),
         ({"method": {"name": "lora", "rnk": 3}}, "method.rnk: unknown field; did you mean 'rank'"),
-        ({"method": 5}, "damaged"),
+        ({"method": 5}, "method: expected a group of fields, got int (5); the file was changed"),
+        ({"method": {"rank": 3}}, "method.name: expected a text"),
+        ({"package_version": ...}, "field 'package_version' is missing"),
+        ({"package_version": 1}, "package_version: expected str, got int (1)"),
+        ({"step": "30"}, "step: expected int, got str ('30')"),
+        ({"base": {"fingerprint": "0"}}, "base.path: expected a text"),
+        ({"model": []}, "model: expected a group of fields, got list ([])"),
+        ({"leaves": []}, "leaves: expected a group of fields, got list ([])"),
+        ({"leaves": {"a": [[2, "8"], "float32"]}}, "leaves: 'a' is [[2, '8'], 'float32']"),
+        ({"leaves": {"a": [[2], "float33"]}}, "expected a shape and a type"),
+        ({"leaves": {p: [[2], "int8"] for p in ("a/b/c", "a")}}, "leaves: 'a' is"),
+        ({"checksums": {"layers/q_proj/lora_A": "1"}}, "checksums.layers/q_proj/lora_A: expected"),
         ({"model": {}}, "model.vocab_size: this field is required"),
         ({"base": {}}, "damaged"),
         ({"leaves": {"layers/q_proj/lora_A": [[2, 8, 5], "float32"]}}, "has shape (2, 8, 4)"),
@@ -141,6 +153,18 @@ def test_a_description_that_does_not_fit_is_refused(folder, changes, words):
     assert words in str(error.value)
     assert str(folder) in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_the_command_shows_it_or_says_in_one_line_why_not(folder, capsys):
+    assert cli.main(["show", str(folder)]) == 0
+    shown = capsys.readouterr().out
+    assert "size     64 parameters in 1 leaves" in shown
+    assert "base     some/base" in shown
+    edit(folder, base={"path": "a\nb"})
+    assert cli.main(["show", str(folder)]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {folder}/adapter.json: base.fingerprint: ")
+    assert cli.main(["show", f"{folder}\n gone"]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {folder} gone: no adapter here")
 
 
 def test_no_adapter_there(tmp_path):
