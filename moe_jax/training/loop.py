@@ -1,5 +1,6 @@
 """A training run from start to end: `train` reads from top to bottom."""
 
+import contextlib
 import dataclasses
 import json
 import signal
@@ -64,7 +65,7 @@ def train(config: RunConfig, workdir: Path, say: Callable[[str], None] = say) ->
     say = say if is_main_process() else lambda _: None
     require_writers(config.logging)
     settings = json.loads(to_json(config, METHODS))
-    with WorkDir(workdir) as work:
+    with WorkDir(workdir) as work, contextlib.ExitStack() as opened:
         resume_step = latest_step(work.checkpoints)
         metadata = {}
         if resume_step is not None:
@@ -84,6 +85,12 @@ def train(config: RunConfig, workdir: Path, say: Callable[[str], None] = say) ->
         for label, text in start_up_table(config, inputs.model, program, inputs.total_steps):
             say(f"{label:<12} {text}")
 
+        writers = []
+        if is_main_process():  # before the long work: a service may refuse
+            # A new run also drops the line that stands for step 0, before any training.
+            last_kept = -1 if resume_step is None else resume_step
+            writers = open_writers(work.folder, config.logging, settings, last_kept, opened)
+
         params = load_base(
             inputs.base_folder, inputs.model, config.base.param_dtype, program.param_shardings
         )
@@ -100,11 +107,6 @@ def train(config: RunConfig, workdir: Path, say: Callable[[str], None] = say) ->
             progress = Progress(
                 resume_step or 0, metadata.get("validation", {}), metadata.get("best", {})
             )
-            writers = []
-            if is_main_process():
-                # A new run also drops the line that stands for step 0, before any training.
-                last_kept = -1 if resume_step is None else resume_step
-                writers = open_writers(work.folder, config.logging, settings, last_kept)
             window = Window(metadata.get("window"))
             shown = None if is_main_process() else False
             bar = ProgressBar(inputs.total_steps, progress.step, show=shown)
@@ -126,9 +128,6 @@ def train(config: RunConfig, workdir: Path, say: Callable[[str], None] = say) ->
             except TrainingError as error:
                 store.wait()
                 raise TrainingError(f"{error}; {store.kept()}") from None
-            finally:
-                for writer in writers:
-                    writer.close()
 
             result = TrainResult(progress.step, inputs.total_steps, {}, progress.validation)
             if progress.step < inputs.total_steps:

@@ -1,6 +1,7 @@
 """Metrics on their way from the device to `metrics.jsonl`, TensorBoard and Weights & Biases."""
 
 import collections
+import contextlib
 import importlib
 import json
 import os
@@ -100,7 +101,11 @@ class Writer(Protocol):
 
 
 def open_writers(
-    workdir: Path, config: LoggingConfig, settings: dict[str, Any], resume_step: int
+    workdir: Path,
+    config: LoggingConfig,
+    settings: dict[str, Any],
+    resume_step: int,
+    opened: contextlib.ExitStack,
 ) -> list[Writer]:
     """Opens every writer that `config` asks for; lines after `resume_step` are cut off.
 
@@ -109,12 +114,23 @@ def open_writers(
       config: which writers besides `metrics.jsonl`.
       settings: the run's configuration as plain JSON values, for the services that show it.
       resume_step: the last step that counts; -1 for a new run.
+      opened: closes them when it is closed itself.
+
+    Raises:
+      ConfigError: W&B cannot be used.
+      CheckpointError: a file cannot be written.
     """
-    writers: list[Writer] = [JsonLines(workdir / METRICS_FILE, resume_step)]
-    if config.tensorboard:
-        writers.append(TensorBoard(workdir / "tensorboard", resume_step))
+    writers: list[Writer] = []
+
+    def add(writer: Writer) -> None:
+        opened.callback(writer.close)
+        writers.append(writer)
+
     if config.wandb_project is not None:
-        writers.append(WeightsAndBiases(workdir, config.wandb_project, settings))
+        add(WeightsAndBiases(workdir, config.wandb_project, settings))
+    if config.tensorboard:
+        add(TensorBoard(workdir / "tensorboard", resume_step))
+    add(JsonLines(workdir / METRICS_FILE, resume_step))
     return writers
 
 
@@ -151,15 +167,19 @@ class TensorBoard:
     def __init__(self, folder: Path, resume_step: int):
         module = _import("tensorboardX", "config.logging.tensorboard", "tensorboard")
         purge = resume_step + 1 if resume_step > 0 else None
-        self._writer = module.SummaryWriter(str(folder), purge_step=purge)
+        self._folder = folder
+        with disk_errors(folder):
+            self._writer = module.SummaryWriter(str(folder), purge_step=purge)
 
     def write(self, step: int, line: Mapping[str, Any]) -> None:
-        for name, value in _flat(line).items():
-            self._writer.add_scalar(name, value, step)
-        self._writer.flush()
+        with disk_errors(self._folder):
+            for name, value in _flat(line).items():
+                self._writer.add_scalar(name, value, step)
+            self._writer.flush()
 
     def close(self) -> None:
-        self._writer.close()
+        with disk_errors(self._folder):
+            self._writer.close()
 
 
 class WeightsAndBiases:
@@ -168,11 +188,20 @@ class WeightsAndBiases:
     def __init__(self, workdir: Path, project: str, settings: dict[str, Any]):
         wandb = _import("wandb", "config.logging.wandb_project", "wandb")
         file = workdir / "wandb_id"
-        run_id = file.read_text().strip() if file.exists() else None
-        self._run = wandb.init(
-            project=project, id=run_id, resume="allow", dir=str(workdir), config=settings
-        )
-        file.write_text(self._run.id + "\n")
+        with disk_errors(file):
+            run_id = file.read_text().strip() if file.exists() else None
+        try:
+            self._run = wandb.init(
+                project=project, id=run_id, resume="allow", dir=str(workdir), config=settings
+            )
+        except Exception as error:  # its own, and those of the libraries that it connects with
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            raise ConfigError(
+                f"config.logging.wandb_project: W&B does not start ({reason[0]}); log in with "
+                "`wandb login`, record for later with WANDB_MODE=offline, or leave it out"
+            ) from error
+        with disk_errors(file):
+            file.write_text(self._run.id + "\n")
 
     def write(self, step: int, line: Mapping[str, Any]) -> None:
         self._run.log(_flat(line), step=step)

@@ -1,5 +1,6 @@
 """Metrics between the device and their files."""
 
+import contextlib
 import json
 import sys
 import types
@@ -9,7 +10,7 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event
 
 from moe_jax.config.run import LoggingConfig
-from moe_jax.errors import ConfigError
+from moe_jax.errors import CheckpointError, ConfigError
 from moe_jax.training.metrics import (
     JsonLines,
     PendingMetrics,
@@ -75,9 +76,9 @@ def test_tensorboard(tmp_path):
     config = LoggingConfig(tensorboard=True)
     require_writers(config)
     line = {"a/loss": 0.5, "a/grad_norm": None, "time": {"tokens_per_second": 8.0}}
-    for writer in open_writers(tmp_path, config, {}, 0):
-        writer.write(10, line)
-        writer.close()
+    with contextlib.ExitStack() as opened:
+        for writer in open_writers(tmp_path, config, {}, 0, opened):
+            writer.write(10, line)
     written = list(events(tmp_path / "tensorboard"))
     assert written == [("a/loss", 10, 0.5), ("time/tokens_per_second", 10, 8.0)]
     assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 10, **line}
@@ -101,14 +102,49 @@ def test_wandb_goes_on_with_its_run(tmp_path, monkeypatch):
     config = LoggingConfig(wandb_project="project")
     require_writers(config)
     for step in (0, 10):
-        for writer in open_writers(tmp_path, config, {"training": {"seed": 1}}, step):
-            writer.write(step + 1, {"a/loss": 0.5, "time": {"x": 1.0}})
-            writer.close()
+        with contextlib.ExitStack() as opened:
+            settings = {"training": {"seed": 1}}
+            for writer in open_writers(tmp_path, config, settings, step, opened):
+                writer.write(step + 1, {"a/loss": 0.5, "time": {"x": 1.0}})
     first, second = calls[0], calls[3]
     assert (first["id"], second["id"]) == (None, "new-id")
     assert first["project"] == "project"
     assert first["config"] == {"training": {"seed": 1}}
     assert calls[4] == (11, {"a/loss": 0.5, "time/x": 1.0})
+
+
+def test_wandb_that_does_not_start(tmp_path, monkeypatch):
+    def refuse(**settings):
+        raise OSError("no API key configured\nsee the manual")
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=refuse))
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    with contextlib.ExitStack() as opened, pytest.raises(ConfigError) as error:
+        open_writers(tmp_path, LoggingConfig(wandb_project="p"), {}, -1, opened)
+    assert str(error.value).startswith("config.logging.wandb_project: W&B does not start (no API")
+    assert "\n" not in str(error.value)
+    assert (tmp_path / "metrics.jsonl").read_text(), "nothing is cut off by a run that never was"
+
+
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [
+        (LoggingConfig(tensorboard=True), "tensorboard"),
+        (LoggingConfig(wandb_project="p"), "wandb_id"),
+    ],
+)
+def test_writers_that_cannot_write(tmp_path, monkeypatch, config, name):
+    run = types.SimpleNamespace(id="1", finish=lambda: None)
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=lambda **_: run))
+    if name == "tensorboard":
+        (tmp_path / name).write_text("no folder")
+    else:
+        (tmp_path / name).mkdir()
+    with (
+        contextlib.ExitStack() as opened,
+        pytest.raises(CheckpointError, match=f"cannot write .*{name}: "),
+    ):
+        open_writers(tmp_path, config, {}, -1, opened)
 
 
 @pytest.mark.parametrize(
