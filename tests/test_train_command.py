@@ -86,10 +86,14 @@ def test_a_command_line_that_will_not_do(inputs, arguments, words):
 @pytest.mark.parametrize(
     ("field", "value", "words"),
     [
-        ("base.path", "/nowhere", "/nowhere: no such folder"),
+        ("base.path", "/nowhere", "config.base.path: /nowhere: no such folder; give a folder"),
         ("mesh.data", 3, "config.mesh: data=3 x fsdp=1 x tensor=1 needs 3 devices, but 1 (cpu)"),
         ("base.hf_config", {"model_type": "llama"}, "config.base.hf_config"),
-        ("adapters.default.data.train.words.path", "/nowhere.jsonl", "/nowhere.jsonl"),
+        (
+            "adapters.default.data.train.words.path",
+            "/nowhere.jsonl",
+            "config.adapters.default.data.train.words: /nowhere.jsonl: no such file or folder",
+        ),
     ],
 )
 def test_inputs_that_will_not_do(inputs, tmp_path, field, value, words):
@@ -122,15 +126,15 @@ def test_plan_needs_neither_weights_nor_data(inputs, tmp_path):
 
 def test_a_damaged_state_leaves_no_traceback(inputs, tmp_path):
     command = [f"--config={inputs}", f"--workdir={tmp_path / 'run'}"]
-    short = ["--config.training.steps=2", "--config.adapters.default.data.buckets=()"]
+    short = ["--config.training.steps=3", "--config.adapters.default.data.buckets=()"]
     status, out, err = finish(start(*command, *short))
     assert status == 0, err
     assert "adapter 'default' is in" in out
     (tmp_path / "run" / "adapters").rename(tmp_path / "gone")
-    for file in (tmp_path / "run/checkpoints/2/adapters/ocdbt.process_0/d").iterdir():
+    for file in (tmp_path / "run/checkpoints/3/adapters/ocdbt.process_0/d").iterdir():
         file.write_bytes(file.read_bytes()[:100])
     error = refusal(*command, *short)
-    assert "checkpoints/2/adapters is damaged" in error
+    assert "checkpoints/3/adapters is damaged" in error
     assert "to resume from the start" in error
 
 

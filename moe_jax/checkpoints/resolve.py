@@ -48,7 +48,7 @@ def resolve_checkpoint(path: str | Path, revision: str | None = None) -> Path:
     if folder.exists():
         raise CheckpointError(f"{path}: is a file; give the folder that holds config.json")
     if not _HUB_ID.fullmatch(str(path)):
-        raise CheckpointError(f"{path}: no such folder")
+        raise CheckpointError(f"{path}: no such folder; give a folder, or a hub id owner/name")
     return _download(str(path), revision)
 
 

@@ -1,8 +1,10 @@
 """From the configuration of the data to batches: endless for training, one pass for validation."""
 
+import hashlib
+import json
 import math
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import grain
@@ -10,16 +12,18 @@ import numpy as np
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
-from moe_jax.config.data import DataConfig
+from moe_jax.config.data import DataConfig, SourceConfig
 from moe_jax.data.batch import Batch
 from moe_jax.data.collate import pad_rows, padded_length
 from moe_jax.data.grouping import LengthGroupedBatches
 from moe_jax.data.shuffle import ShuffledRange
-from moe_jax.data.sources import digest
-from moe_jax.data.tokenise import TokenisedSource, tokenise_source
+from moe_jax.data.tokenise import TokenisedSource, flat_values, tokenise_source
+from moe_jax.errors import named
 
-# Batches over which the padding is counted for the report.
-PADDING_SAMPLE = 256
+# Batches over which the padding is counted for the report, and whose order is compared.
+SAMPLED_BATCHES = 256
+# What is not about one data set in `TrainData.fingerprint`.
+ORDER = "order"
 # Batches made ahead of the step: collating one is far cheaper than a step on it.
 PREFETCH = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
 
@@ -36,14 +40,18 @@ class TrainData:
         not pass each of them once.
       padding_share: expected share of padding among the tokens of a batch.
       report: lines on what became of the rows.
-      fingerprint: of everything that decides the batches and their order.
+      fingerprint: digests of all that decides the batches: `train/SOURCE` of each data set's
+        tokens, and `ORDER` of how they are mixed and batched. By content: it is the same wherever
+        the files lie and whichever libraries read them.
+      largest_tokens: the largest token id of each data set.
     """
 
     iterator: grain.DatasetIterator[Batch]
     num_rows: int
     padding_share: float
     report: str
-    fingerprint: str
+    fingerprint: dict[str, str]
+    largest_tokens: dict[str, int]
 
 
 class ValidationData:
@@ -54,6 +62,8 @@ class ValidationData:
     Attributes:
       num_rows: rows that are measured.
       report: a line on what became of the rows.
+      digest: of the rows' tokens, in their order.
+      largest_token: the largest token id.
     """
 
     def __init__(self, source: TokenisedSource, batch_size: int, lengths: Sequence[int]):
@@ -63,6 +73,8 @@ class ValidationData:
         self._lengths = tuple(lengths)
         self.num_rows = len(source.lengths)
         self.report = source.report
+        self.digest = source.digest
+        self.largest_token = source.largest_token
 
     def __len__(self) -> int:
         """How many batches a pass has."""
@@ -75,7 +87,11 @@ class ValidationData:
 
 
 def load_train_data(
-    config: DataConfig, tokenizer: PreTrainedTokenizerBase, batch_size: int, seed: int
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    batch_size: int,
+    seed: int,
+    field: str = "data",
 ) -> TrainData:
     """Reads, tokenises and mixes `config.train`.
 
@@ -88,13 +104,12 @@ def load_train_data(
       tokenizer: of the base model.
       batch_size: rows per batch.
       seed: of the order of rows and batches.
+      field: where `config` stands in the run's configuration, for messages.
 
     Raises:
-      DataError: a source cannot be used; the message names file, row and column.
+      DataError: a source cannot be used; the message names its field, file, row and column.
     """
-    sources = [
-        tokenise_source(name, source, config, tokenizer) for name, source in config.train.items()
-    ]
+    sources = _tokenise("train", config.train, config, tokenizer, field)
     weights = [source.weight for source in config.train.values()]
     store = _RowStore(sources)
     batches = LengthGroupedBatches(
@@ -126,31 +141,38 @@ def load_train_data(
         num_rows=len(store.lengths),
         padding_share=padding_share,
         report="\n".join(report),
-        fingerprint=digest(
-            [(source.name, source.digest) for source in sources],
-            weights,
-            config.lengths,
-            config.sort_window,
-            batch_size,
-            seed,
-        ),
+        fingerprint={
+            **{f"train/{source.name}": source.digest for source in sources},
+            ORDER: _order_digest(batches, weights, config, batch_size, seed),
+        },
+        largest_tokens={source.name: source.largest_token for source in sources},
     )
 
 
 def load_validation_data(
-    config: DataConfig, tokenizer: PreTrainedTokenizerBase, batch_size: int
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase, batch_size: int, field: str = "data"
 ) -> dict[str, ValidationData]:
     """Reads and tokenises each data set of `config.validation`; weights are not looked at.
 
     Raises:
-      DataError: a source cannot be used; the message names file, row and column.
+      DataError: a source cannot be used; the message names its field, file, row and column.
     """
-    return {
-        name: ValidationData(
-            tokenise_source(name, source, config, tokenizer), batch_size, config.lengths
-        )
-        for name, source in config.validation.items()
-    }
+    sources = _tokenise("validation", config.validation, config, tokenizer, field)
+    return {s.name: ValidationData(s, batch_size, config.lengths) for s in sources}
+
+
+def _tokenise(
+    split: str,
+    sources: Mapping[str, SourceConfig],
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    field: str,
+) -> list[TokenisedSource]:
+    tokenised = []
+    for name, source in sources.items():
+        with named(f"{field}.{split}.{name}"):
+            tokenised.append(tokenise_source(name, source, config, tokenizer))
+    return tokenised
 
 
 class _RowStore:
@@ -180,9 +202,8 @@ class _RowStore:
 
 
 def _arrays(column: pa.ChunkedArray) -> list[np.ndarray]:
-    lists = column.combine_chunks()
-    values = lists.flatten().to_numpy(zero_copy_only=False)
-    return np.split(values, np.cumsum(lists.value_lengths().to_numpy())[:-1])
+    lengths = column.combine_chunks().value_lengths().to_numpy()
+    return np.split(flat_values(column), np.cumsum(lengths)[:-1])
 
 
 def _row_stream(
@@ -212,11 +233,24 @@ def _epoch_rows(sources: Sequence[TokenisedSource], weights: Sequence[float]) ->
     )
 
 
+def _order_digest(
+    batches: LengthGroupedBatches,
+    weights: Sequence[float],
+    config: DataConfig,
+    batch_size: int,
+    seed: int,
+) -> str:
+    """Of the settings of the order, and of a sample of it, which another shuffle would not give."""
+    sample = [batches[index].tolist() for index in range(SAMPLED_BATCHES)]
+    content = json.dumps([weights, config.lengths, config.sort_window, batch_size, seed, sample])
+    return hashlib.sha256(content.encode()).hexdigest()[:32]
+
+
 def _padding_share(
     batches: LengthGroupedBatches, row_lengths: np.ndarray, padded_lengths: Sequence[int]
 ) -> float:
     tokens = padded = 0
-    for index in range(PADDING_SAMPLE):
+    for index in range(SAMPLED_BATCHES):
         lengths = row_lengths[batches[index]]
         tokens += int(lengths.sum())
         padded += padded_length(int(lengths.max()), padded_lengths) * len(lengths)

@@ -33,7 +33,7 @@ HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 class RowTable(NamedTuple):
-    """Checked rows, and a digest that is equal exactly when the rows are."""
+    """Checked rows, and the key under which they are cached: equal rows may have several."""
 
     rows: datasets.Dataset
     digest: str
@@ -155,7 +155,9 @@ def _read_hub(source: SourceConfig, cache_dir: str | None) -> RowTable:
             f"{source.path}: no such file or folder, and not readable as a hub data set "
             f"({first_line(error)})"
         ) from error
-    table_digest = digest(raw._fingerprint, source.path, source.schema, column_names(source))
+    # The library's own cache keeps what it downloaded in folders named after the content's version.
+    files = [file["filename"] for file in raw.cache_files]
+    table_digest = digest(files, source.path, source.split, source.schema, column_names(source))
     with quiet(), cache_errors(cache_dir):
         rows = raw.map(
             _check_hub_row,

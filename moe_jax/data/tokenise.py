@@ -13,6 +13,7 @@ context, so that every token is a target exactly once.
 """
 
 import functools
+import hashlib
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from itertools import accumulate
 
 import datasets
 import numpy as np
+import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
 from moe_jax.config.data import DataConfig, SourceConfig
@@ -53,7 +55,9 @@ class TokenisedSource:
       table: columns `tokens`, `loss_mask`, `length`, `truncated`, `row`; a dropped row is empty.
       kept: indices into `table` of the rows that have a target.
       lengths: tokens of each kept row.
-      digest: equal exactly when the table is.
+      digest: of the ids, masks and lengths of the kept rows in their order, whatever they were
+        made from, where that lies, and by which versions.
+      largest_token: the largest id in it.
       report: one line on what became of the rows.
     """
 
@@ -62,6 +66,7 @@ class TokenisedSource:
     kept: np.ndarray
     lengths: np.ndarray
     digest: str
+    largest_token: int
     report: str
 
 
@@ -116,14 +121,39 @@ def tokenise_source(
             "raise it or shorten the prompts"
         )
     first = rows[int(facts["row"][dropped[0]])]["where"] if len(dropped) else None
+    table = table.select_columns(["tokens", "loss_mask"]).with_format("arrow")
+    lengths = facts["length"][kept]
+    content, largest_token = _content(table, lengths)
     return TokenisedSource(
         name=name,
-        table=table.select_columns(["tokens", "loss_mask"]).with_format("arrow"),
+        table=table,
         kept=kept,
-        lengths=facts["length"][kept],
-        digest=table_digest,
+        lengths=lengths,
+        digest=content,
+        largest_token=largest_token,
         report=_report(name, config.max_length, len(rows), facts, first),
     )
+
+
+def _content(table: datasets.Dataset, lengths: np.ndarray) -> tuple[str, int]:
+    """A digest of all ids, masks and kept rows' lengths, and the largest id.
+
+    A dropped row is empty, so that it leaves no trace here, as it leaves none in a batch.
+    """
+    tokens, masks, largest = hashlib.sha256(), hashlib.sha256(), 0
+    for start in range(0, len(table), 10_000):
+        batch = table[start : start + 10_000]
+        ids = flat_values(batch["tokens"])
+        tokens.update(ids.tobytes())
+        masks.update(flat_values(batch["loss_mask"]).tobytes())
+        largest = max(largest, int(ids.max(initial=0)))
+    parts = [tokens.digest(), masks.digest(), lengths.astype(np.int64).tobytes()]
+    return hashlib.sha256(b"".join(parts)).hexdigest()[:32], largest
+
+
+def flat_values(column: pa.ChunkedArray) -> np.ndarray:
+    """The values of a column of lists, one list after the other, in one array."""
+    return column.combine_chunks().flatten().to_numpy(zero_copy_only=False)
 
 
 def _report(

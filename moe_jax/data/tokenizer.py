@@ -37,7 +37,7 @@ def load_tokenizer(path: str | Path, revision: str | None = None) -> PreTrainedT
             )
         path = folder
     elif str(path).startswith((".", "/", "~")):
-        raise CheckpointError(f"{path}: no such folder")
+        raise CheckpointError(f"{path}: no such folder; give a folder, or a hub id owner/name")
     # Libraries behind this call raise nearly every built-in type for a damaged or missing file.
     try:
         return transformers.AutoTokenizer.from_pretrained(str(path), revision=revision or "main")

@@ -6,19 +6,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
+from transformers import PreTrainedTokenizerBase
+
 from moe_jax.checkpoints.fingerprint import BaseIdentity, base_fingerprint
 from moe_jax.checkpoints.hf_config import model_config_from_hf, read_model_config
 from moe_jax.checkpoints.resolve import resolve_checkpoint
 from moe_jax.config.model import ModelConfig
 from moe_jax.config.run import RunConfig
 from moe_jax.data.pipeline import (
+    ORDER,
     TrainData,
     ValidationData,
     load_train_data,
     load_validation_data,
 )
 from moe_jax.data.tokenizer import load_tokenizer
-from moe_jax.errors import CheckpointError, ConfigError, DataError
+from moe_jax.errors import CheckpointError, ConfigError, DataError, named
 from moe_jax.sharding.mesh import make_mesh
 
 
@@ -33,12 +37,21 @@ class Inputs:
     validation: dict[str, dict[str, ValidationData]]
     total_steps: int
 
+    def data_fingerprint(self, adapter: str) -> dict[str, str]:
+        """Digests of all that `adapter` learns from and is measured on, by part."""
+        sets = self.validation[adapter].items()
+        measured = {f"validation/{name}": validation.digest for name, validation in sets}
+        return {**self.train[adapter].fingerprint, **measured}
+
 
 def read_inputs(config: RunConfig, say: Callable[[str], None]) -> Inputs:
     """Everything but the weights; what is quick to check comes first."""
-    base_folder = resolve_checkpoint(config.base.path, config.base.revision)
+    _require_no_fork_beside_jax(config)
+    with named("config.base.path"):
+        base_folder = resolve_checkpoint(config.base.path, config.base.revision)
     model = read_model_config(base_folder)
     _require_same_architecture(config, model, base_folder)
+    _warn_of_positions(config, model, say)
     base = BaseIdentity(config.base.path, base_fingerprint(base_folder))
     if all(adapter.data.num_workers == 0 for adapter in config.adapters.values()):
         # Not where processes are forked to tokenise: they would inherit locks of JAX's threads.
@@ -47,17 +60,23 @@ def read_inputs(config: RunConfig, say: Callable[[str], None]) -> Inputs:
     tokenizer = load_tokenizer(base_folder)
     train_data, validation = {}, {}
     for name, adapter in config.adapters.items():
+        field = f"config.adapters.{name}.data"
         # The same seed for all: an adapter's rows do not depend on what is trained beside it.
         train_data[name] = load_train_data(
-            adapter.data, tokenizer, adapter.batch_size, config.training.seed
+            adapter.data, tokenizer, adapter.batch_size, config.training.seed, field
         )
         say(f"data of adapter {name!r}:")
         say(train_data[name].report)
         micro_rows = adapter.batch_size // config.training.micro_batches
-        validation[name] = load_validation_data(adapter.data, tokenizer, micro_rows)
+        validation[name] = load_validation_data(adapter.data, tokenizer, micro_rows, field)
         for validation_data in validation[name].values():
             say(validation_data.report)
+        largest = {f"{field}.train.{s}": id_ for s, id_ in train_data[name].largest_tokens.items()}
+        for source, validation_data in validation[name].items():
+            largest[f"{field}.validation.{source}"] = validation_data.largest_token
+        _require_embeddings(largest, tokenizer, model.vocab_size)
     total_steps = _total_steps(config, {n: data.num_rows for n, data in train_data.items()})
+    _require_warmup_to_end(config, total_steps)
     return Inputs(base_folder, base, model, train_data, validation, total_steps)
 
 
@@ -76,6 +95,67 @@ def _total_steps(config: RunConfig, rows: Mapping[str, int]) -> int:
             "give config.training.steps instead"
         )
     return next(iter(steps.values()))
+
+
+def _require_no_fork_beside_jax(config: RunConfig) -> None:
+    """Refuses processes that tokenise where forking them can deadlock on locks of JAX's threads."""
+    for name, adapter in config.adapters.items():
+        if adapter.data.num_workers > 0 and devices_in_use():
+            raise ConfigError(
+                f"config.adapters.{name}.data.num_workers: {adapter.data.num_workers} processes "
+                "cannot be forked once JAX has started its threads (by --distributed, or by "
+                "computing before training); set 0, with which a fast tokenizer uses all cores"
+            )
+
+
+def devices_in_use() -> bool:
+    """Whether JAX has started its devices, or the threads that connect several processes.
+
+    JAX answers no such question, but from then on it refuses to change the number of devices.
+    """
+    if jax.distributed.is_initialized():
+        return True
+    former = jax.config.values["jax_num_cpu_devices"]
+    try:
+        jax.config.update("jax_num_cpu_devices", former + 2)  # -1 stands for the default
+    except RuntimeError:
+        return True
+    jax.config.update("jax_num_cpu_devices", former)
+    return False
+
+
+def _warn_of_positions(config: RunConfig, model: ModelConfig, say: Callable[[str], None]) -> None:
+    """Says where rows are longer than any that the base saw, unless its RoPE adapts to that."""
+    longest = model.max_position_embeddings
+    for name, adapter in config.adapters.items():
+        if adapter.data.max_length > longest and model.rope.rope_type != "dynamic":
+            say(
+                f"warning: config.adapters.{name}.data.max_length: rows of up to "
+                f"{adapter.data.max_length} tokens, but the base was trained on {longest} positions"
+            )
+
+
+def _require_embeddings(
+    largest: Mapping[str, int], tokenizer: PreTrainedTokenizerBase, vocab_size: int
+) -> None:
+    """Refuses data sets, given by their fields, with ids that the base has no embedding for."""
+    for field, token in largest.items():
+        if token >= vocab_size:
+            raise DataError(
+                f"{field}: holds the token {tokenizer.convert_ids_to_tokens(token)!r}, id {token}, "
+                f"but the base has embeddings for {vocab_size} tokens only; give a base whose "
+                "embeddings cover its tokenizer"
+            )
+
+
+def _require_warmup_to_end(config: RunConfig, total_steps: int) -> None:
+    for name, adapter in config.adapters.items():
+        warmup = adapter.optimizer.schedule.warmup_steps or 0
+        if warmup >= total_steps:
+            raise ConfigError(
+                f"config.adapters.{name}.optimizer.schedule.warmup_steps: {warmup} of the run's "
+                f"{total_steps} steps, so that it would never reach its learning rate; give fewer"
+            )
 
 
 def _require_same_architecture(config: RunConfig, model: ModelConfig, folder: Path) -> None:
@@ -101,11 +181,15 @@ def require_same_inputs(
             f"{folder}: was trained on the base {base.path}, and the weights in "
             f"{inputs.base_folder} differ from it; give that base, or another --workdir"
         )
-    for name, data in inputs.train.items():
-        if metadata["data"].get(name) != data.fingerprint:
+    for name in inputs.train:
+        before, now = metadata["data"].get(name, {}), inputs.data_fingerprint(name)
+        changed = [part for part in now if before.get(part) != now[part]]
+        # Rows of other lengths are also batched in another order, which is no second cause.
+        causes = [part for part in changed if part != ORDER] or changed
+        if causes:
             raise DataError(
-                f"{folder}: the training data of adapter {name!r} changed since the run "
-                "began; restore the files, or give another --workdir"
+                f"{folder}: the data of adapter {name!r} changed since the run began "
+                f"({', '.join(causes)}); restore it, or give another --workdir"
             )
     if inputs.total_steps < step:
         raise ConfigError(

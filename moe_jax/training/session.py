@@ -134,7 +134,7 @@ class Session:
                 data={name: each.iterator.get_state() for name, each in data.items()},
                 metadata={
                     "base": self.inputs.base._asdict(),
-                    "data": {name: each.fingerprint for name, each in data.items()},
+                    "data": {name: self.inputs.data_fingerprint(name) for name in data},
                     "total_steps": self.inputs.total_steps,
                     "window": self.recorder.window.steps,
                     "validation": progress.validation,

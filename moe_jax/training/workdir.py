@@ -29,6 +29,8 @@ MAY_CHANGE = (
     "base.path",  # the base is known by its content
     "base.revision",
     "base.hf_config*",
+    "adapters.*.data.*.*.path",  # so are the data sets
+    "adapters.*.data.*.*.revision",
     "adapters.*.data.num_workers",
     "adapters.*.data.cache_dir",
 )
@@ -95,7 +97,7 @@ class WorkDir:
     def exported_step(self, name: str) -> int | None:
         """After which step the final folder of adapter `name` was written; None if it is not."""
         folder = self.adapters / name
-        return read_description(folder)["step"] if (folder / DESCRIPTION).exists() else None
+        return read_description(folder).step if (folder / DESCRIPTION).exists() else None
 
 
 def is_main_process() -> bool:

@@ -157,9 +157,9 @@ def test_hub_cannot_be_reached(offline: bool, tmp_path):
 @pytest.mark.parametrize(
     ("path", "revision", "message"),
     [
-        ("./llama", None, r"\./llama: no such folder$"),
-        ("/nowhere/llama", None, r"no such folder$"),
-        ("a/b/c", None, r"no such folder$"),
+        ("./llama", None, r"\./llama: no such folder; give a folder, or a hub id owner/name$"),
+        ("/nowhere/llama", None, r"no such folder; give a folder, or a hub id owner/name$"),
+        ("a/b/c", None, r"no such folder; give a folder, or a hub id owner/name$"),
         ("", None, r"path is empty"),
         ("{folder}", "v2", r"is a local folder, which has no revision 'v2'"),
         ("{folder}/config.json", None, r"is a file; give the folder"),

@@ -5,10 +5,13 @@ import subprocess
 import sys
 from collections import Counter
 
+import datasets
 import numpy as np
 import pytest
+import transformers
 
 from moe_jax.config.data import SourceConfig
+from moe_jax.data.grouping import LengthGroupedBatches
 from moe_jax.data.pipeline import load_train_data, load_validation_data
 from moe_jax.errors import DataError
 
@@ -133,6 +136,42 @@ def test_seed_decides_the_order(load, twenty):
     assert streams[0].fingerprint == streams[1].fingerprint != streams[2].fingerprint
 
 
+def test_the_fingerprint_is_of_the_content(load, completions, monkeypatch):
+    rows = rows_of_length(range(3, 9))
+    before = load(completions(rows)).fingerprint
+    assert before.keys() == {"train/only", "order"}
+    assert load(completions(rows, name="moved/elsewhere.jsonl")).fingerprint == before
+    with monkeypatch.context() as newer:
+        newer.setattr(transformers, "__version__", "99")
+        newer.setattr(datasets, "__version__", "99")
+        assert load(completions(rows)).fingerprint == before
+    dropped = [*rows[:3], (" ".join("z" * 70), "z"), *rows[3:]]  # never in a batch
+    assert load(completions(dropped)).fingerprint == before
+
+    other_token = [*rows[:-1], (rows[-1][0], rows[-1][1].replace("z", "y", 1))]
+    other_boundary = [*rows[:-1], (f"{rows[-1][0]} z", rows[-1][1].removeprefix("z "))]
+    for changed in (other_token, other_boundary, rows[::-1]):
+        now = load(completions(changed)).fingerprint
+        assert now["train/only"] != before["train/only"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"seed": 1}, {"batch_size": 2}, {"sort_window": 3}, {"buckets": (8,)}, {"shuffle": None}],
+)
+def test_the_fingerprint_is_of_the_order_too(load, twenty, monkeypatch, change):
+    before = load(twenty).fingerprint
+    if "shuffle" in change:  # as another release might do it
+        plan = LengthGroupedBatches._plan_window
+        monkeypatch.setattr(
+            LengthGroupedBatches, "_plan_window", lambda *window: plan(*window)[::-1]
+        )
+        change = {}
+    now = load(twenty, **change).fingerprint
+    assert now["train/only"] == before["train/only"]
+    assert now["order"] != before["order"]
+
+
 @pytest.mark.parametrize("steps", [0, 1, 7, 23])
 def test_iteration_resumes_exactly_from_its_state(load, twenty, steps):
     data = load(twenty, sort_window=3)
@@ -181,7 +220,8 @@ def test_validation_is_empty_without_sources_and_names_bad_ones(
     source = completions([("a", "b")])
     assert load_validation_data(data_config(source), word_tokenizer, 2) == {}
     bad = SourceConfig(path=write("bad.json", [{"prompt": "a"}]), schema="completion")
-    with pytest.raises(DataError, match=r"bad\.json: row 1: no column 'completion'"):
+    message = r"^data\.validation\.v: .*bad\.json: row 1: no column 'completion'"
+    with pytest.raises(DataError, match=message):
         load_validation_data(data_config(source, validation={"v": bad}), word_tokenizer, 2)
 
 
@@ -221,6 +261,7 @@ def test_worker_processes_give_the_same_rows_cache_and_errors(
     bad, template = write("bad.json", rows), write("t.txt", "{instruction}")
     here = load(twenty, cache_dir=str(tmp_path / "other"))
     batches = [next(here.iterator).tokens.tolist() for _ in range(5)]
+    refused = f"row 9: has an input, and {template} has no place for {{input}}"
     for workers in ("2", "0"):
         arguments = [str(tmp_path), twenty.path, bad, template, workers]
         finished = subprocess.run(
@@ -232,5 +273,5 @@ def test_worker_processes_give_the_same_rows_cache_and_errors(
         assert finished.stderr == ""
         assert finished.stdout.splitlines() == [
             f"{here.fingerprint} {batches}",
-            f"{bad}: row 9: has an input, and {template} has no place for {{input}}",
+            f"data.train.only: {bad}: {refused}",
         ]

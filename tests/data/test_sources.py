@@ -146,6 +146,14 @@ def test_hub_data_set_is_read_and_checked(write, hub, read):
         read("someone/things", schema="chat")
 
 
+def test_hub_rows_follow_the_content_and_the_split(write, hub, read):
+    for content in ("ab", "cd"):
+        write("hub/train.jsonl", texts(*content))
+        for _ in range(2):
+            assert list(read("someone/things")["text"]) == list(content)
+            assert list(read("someone/things", split="train[1:]")["text"]) == [content[1]]
+
+
 def test_hub_errors_are_one_line(write, hub, read):
     write("hub/train.jsonl", texts("x"))
     with pytest.raises(DataError, match=r"not readable as a hub data set .*test") as caught:

@@ -115,10 +115,15 @@ def test_another_configuration(inputs, workdir):
 def test_what_may_change(inputs, halfway):
     moved = halfway.parent / "moved"
     shutil.copytree(inputs.parent / "base", moved)
+    for name in ("train", "held_out"):
+        shutil.copy(inputs.parent / f"{name}.jsonl", moved)
     status, said = outcome(
         inputs,
         halfway,
         base__path=moved,
+        adapters__default__data__train__words__path=moved / "train.jsonl",
+        adapters__default__data__validation__held_out__path=moved / "held_out.jsonl",
+        adapters__default__data__num_workers=2,
         checkpoints__every=3,
         checkpoints__keep=1,
         training__log_every=1,
@@ -141,15 +146,17 @@ def test_another_base(inputs, halfway):
     assert f"the weights in {other} differ from it" in error
 
 
-def test_other_data(inputs, halfway):
-    file = inputs.parent / "train.jsonl"
+@pytest.mark.parametrize("part", ["train/words", "validation/held_out"])
+def test_other_data(inputs, halfway, part):
+    name = {"train/words": "train"}.get(part, "held_out")
+    file = inputs.parent / f"{name}.jsonl"
     content = file.read_text()
     try:
         file.write_text(content.replace("fox", "bird"))
         error = refusal(inputs, halfway)
     finally:
         file.write_text(content)
-    assert "the training data of adapter 'default' changed since the run began" in error
+    assert f"the data of adapter 'default' changed since the run began ({part})" in error
 
 
 def test_no_record_of_the_configuration(inputs, workdir):

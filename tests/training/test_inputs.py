@@ -1,0 +1,129 @@
+"""What a run is refused for before its weights are read, and what it is warned of."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_run import read_config, write_inputs
+from transformers import PreTrainedTokenizerFast
+
+from moe_jax.errors import CheckpointError, ConfigError, DataError
+from moe_jax.training.inputs import devices_in_use, read_inputs
+
+DATA = "adapters__default__data"
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    return write_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+def refusal(config: Path, error: type[Exception] = ConfigError, /, **overrides: Any) -> str:
+    with pytest.raises(error) as caught:
+        read_inputs(read_config(config, **overrides), lambda _: None)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("train__words__path", "gone.jsonl", "train.words: gone.jsonl: no such file or folder"),
+        ("validation__held_out__path", "./gone", "validation.held_out: ./gone: no such file"),
+        ("train__words__columns__prompt", "text", "train.words: {}/train.jsonl: line 1: no column"),
+    ],
+)
+def test_data_errors_name_the_field(inputs, field, value, words):
+    error = refusal(inputs, DataError, **{f"{DATA}__{field}": value})
+    assert error.startswith("config.adapters.default.data." + words.format(inputs.parent))
+
+
+def test_an_unknown_prompt_template_names_the_field(inputs):
+    schema = {f"{DATA}__train__words__schema": "instruction"}
+    error = refusal(inputs, DataError, **schema, **{f"{DATA}__train__words__prompt": "instructon"})
+    assert error.startswith(
+        "config.adapters.default.data.train.words: prompt 'instructon': no such"
+    )
+
+
+def test_a_base_that_is_not_there_names_the_field(inputs):
+    error = refusal(inputs, CheckpointError, base__path="a/b/c")
+    assert error == (
+        "config.base.path: a/b/c: no such folder; give a folder, or a hub id owner/name"
+    )
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_a_token_that_the_base_does_not_know(tmp_path, split):
+    config = write_inputs(tmp_path)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tmp_path / "base")
+    tokenizer.add_tokens([f"<spare {i}>" for i in range(300 - len(tokenizer))])
+    tokenizer.add_tokens(["<thought>"])
+    tokenizer.save_pretrained(tmp_path / "base")
+    file, source = {"train": ("train", "words"), "validation": ("held_out", "held_out")}[split]
+    read_inputs(read_config(config), lambda _: None)  # as long as nothing says it
+    with (tmp_path / f"{file}.jsonl").open("a") as rows:
+        rows.write(json.dumps({"prompt": "the <thought>", "completion": " fox"}) + "\n")
+    error = refusal(config, DataError)
+    assert error.startswith(f"config.adapters.default.data.{split}.{source}: ")
+    assert "<thought>', id 300, but the base has embeddings for 300" in error
+    assert "give a base whose embeddings cover its tokenizer" in error
+
+
+@pytest.mark.parametrize(
+    ("rope", "is_warned"),
+    [
+        ({"rope_type": "default"}, True),
+        ({"rope_type": "linear", "factor": 2.0}, True),
+        ({"rope_type": "dynamic", "factor": 2.0}, False),
+    ],
+)
+def test_rows_longer_than_the_base_saw(tmp_path, rope, is_warned):
+    config = write_inputs(tmp_path)
+    file = tmp_path / "base" / "config.json"
+    content = json.loads(file.read_text())
+    rope = {"rope_theta": 10000.0, **rope}
+    file.write_text(json.dumps({**content, "max_position_embeddings": 20, "rope_parameters": rope}))
+    said = []
+    read_inputs(read_config(config), said.append)
+    warning = (
+        "warning: config.adapters.default.data.max_length: rows of up to 24 tokens, but the base "
+        "was trained on 20 positions"
+    )
+    assert (warning in said) == is_warned
+    said.clear()
+    read_inputs(read_config(config, **{f"{DATA}__max_length": 20}), said.append)
+    assert not any("warning" in line for line in said)
+
+
+def test_a_warm_up_that_never_ends(inputs):
+    steps = "adapters__default__optimizer__schedule__warmup_steps"
+    error = refusal(inputs, training__steps=5, **{steps: 5})
+    assert error.startswith("config.adapters.default.optimizer.schedule.warmup_steps: 5 of the")
+    assert "5 steps" in error
+    read_inputs(read_config(inputs, training__steps=5, **{steps: 4}), lambda _: None)
+    in_epochs = {"training__steps": None, "training__epochs": 1}  # 100 rows in batches of 8
+    assert "13 of the run's 13 steps" in refusal(inputs, **in_epochs, **{steps: 13})
+
+
+def test_processes_are_not_forked_beside_jax(inputs):
+    assert devices_in_use(), "conftest.py has looked at them"
+    error = refusal(inputs, **{f"{DATA}__num_workers": 2})
+    assert error.startswith("config.adapters.default.data.num_workers: 2 processes cannot be")
+    assert "set 0" in error
+
+
+FRESH = """
+import jax
+from moe_jax.training.inputs import devices_in_use
+assert [devices_in_use(), devices_in_use()] == [False, False]
+assert jax.device_count() == 8
+assert devices_in_use()
+"""
+
+
+def test_asking_whether_devices_are_in_use_does_not_change_them():
+    subprocess.run([sys.executable, "-c", FRESH], check=True)
