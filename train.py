@@ -113,15 +113,20 @@ def plan(config: RunConfig) -> int:
 
 
 def planned_model(config: RunConfig) -> ModelConfig:
-    """The base's architecture, from the configuration or a local checkpoint."""
-    if config.base.hf_config is not None:
-        return model_config_from_hf(config.base.hf_config, "config.base.hf_config")
-    if not Path(config.base.path).expanduser().is_dir():
+    """The base's architecture, from a local checkpoint or else from the configuration."""
+    from moe_jax.training.inputs import require_stated_architecture
+
+    folder = Path(config.base.path).expanduser()
+    if folder.is_dir():
+        model = read_model_config(folder)
+        require_stated_architecture(config, model, folder)
+        return model
+    if config.base.hf_config is None:
         raise ConfigError(
             f"config.base.hf_config: --plan needs it, since {config.base.path} is not a local "
             "folder; give the fields of its config.json"
         )
-    return read_model_config(Path(config.base.path).expanduser())
+    return model_config_from_hf(config.base.hf_config, "config.base.hf_config")
 
 
 if __name__ == "__main__":

@@ -100,7 +100,9 @@ class TrainingConfig:
 
     def __post_init__(self):
         require(
-            (self.steps is None) != (self.epochs is None), "steps", "give either steps or epochs"
+            (self.steps is None) != (self.epochs is None),
+            "steps",
+            "give either steps or epochs, and None for the other (--config.training.epochs=None)",
         )
         require(self.steps is None or self.steps > 0, "steps", "must be positive")
         require(self.epochs is None or self.epochs > 0, "epochs", "must be positive")

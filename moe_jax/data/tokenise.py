@@ -167,6 +167,10 @@ def _report(
     parts.append(f"{int(facts['truncated'].sum())} truncated to {max_length} tokens")
     if dropped:
         parts.append(f"{dropped} dropped without a target left (first: {first_dropped})")
+    if dropped * 10 > len(lengths):
+        parts.append(
+            f"WARNING: {dropped / len(lengths):.0%} of the rows are lost; raise max_length"
+        )
     parts.append(f"{lengths.sum() / kept:.1f} tokens a row")
     return ", ".join(parts)
 

@@ -50,7 +50,7 @@ def read_inputs(config: RunConfig, say: Callable[[str], None]) -> Inputs:
     with named("config.base.path"):
         base_folder = resolve_checkpoint(config.base.path, config.base.revision)
     model = read_model_config(base_folder)
-    _require_same_architecture(config, model, base_folder)
+    require_stated_architecture(config, model, base_folder)
     _warn_of_positions(config, model, say)
     base = BaseIdentity(config.base.path, base_fingerprint(base_folder))
     if all(adapter.data.num_workers == 0 for adapter in config.adapters.values()):
@@ -158,7 +158,7 @@ def _require_warmup_to_end(config: RunConfig, total_steps: int) -> None:
             )
 
 
-def _require_same_architecture(config: RunConfig, model: ModelConfig, folder: Path) -> None:
+def require_stated_architecture(config: RunConfig, model: ModelConfig, folder: Path) -> None:
     """The fields that the configuration states for planning must be the checkpoint's."""
     if config.base.hf_config is None:
         return

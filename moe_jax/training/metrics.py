@@ -244,5 +244,5 @@ def _import(package: str, field: str, extra: str) -> Any:
     except ImportError:
         raise ConfigError(
             f"{field}: needs the package {package}, which is not installed; "
-            f"run: pip install 'moe-jax[{extra}]'"
+            f"install this package with its extra: pip install -e '.[{extra}]'"
         ) from None

@@ -14,7 +14,10 @@ from moe_jax.training.metrics import TIME, PendingMetrics, Window, Writer
 from moe_jax.training.program import Program
 from moe_jax.training.progress import ProgressBar
 
-_NOT_SHOWN = ("loss", "grad_norm", "learning_rate", "target_tokens", "loss_scale")
+_NOT_SHOWN = (
+    *("loss", "grad_norm", "learning_rate", "target_tokens", "loss_scale"),  # in words of their own
+    *("busiest_expert", "router_entropy", "router_z", "importance_cv"),  # in metrics.jsonl only
+)
 
 
 class Recorder:

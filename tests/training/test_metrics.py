@@ -155,7 +155,7 @@ def test_writers_that_cannot_write(tmp_path, monkeypatch, config, name):
             "wandb",
             "config.logging.wandb_project: needs the package wandb, which is not installed",
         ),
-        (LoggingConfig(tensorboard=True), "tensorboardX", "pip install 'moe-jax[tensorboard]'"),
+        (LoggingConfig(tensorboard=True), "tensorboardX", "pip install -e '.[tensorboard]'"),
     ],
 )
 def test_a_writer_that_is_not_installed(monkeypatch, config, module, words):
