@@ -6,6 +6,7 @@ compute on the rows of one adapter and create their variables in the `adapters` 
 base parameters are none of their business.
 """
 
+import abc
 from dataclasses import dataclass
 from typing import Literal
 
@@ -37,7 +38,7 @@ class RouterLossConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdapterMethod:
+class AdapterMethod(abc.ABC):
     """Fields and hooks that all methods share; see the module's docstring.
 
     Attributes:
@@ -77,6 +78,7 @@ class AdapterMethod:
         """The auxiliary losses of this method's routers, by name; empty if it does not route."""
         return {}
 
+    @abc.abstractmethod
     def projection_adapter(self, target: str, axes: tuple[str, str]) -> "nn.Module | None":
         """The module that adapts the projection `target`, or None to leave it frozen.
 
@@ -87,7 +89,6 @@ class AdapterMethod:
           target: one of `TARGET_MODULES`.
           axes: logical axes of the projection's kernel, (in, out).
         """
-        raise NotImplementedError
 
     def mlp_adapter(self) -> "nn.Module | None":
         """The module that adapts the FFN as a whole, or None if the projections are all there is.
