@@ -8,6 +8,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from moe_jax.adapters import METHODS
 from moe_jax.adapters.method import AdapterMethod
@@ -20,8 +21,9 @@ from moe_jax.checkpoints.fingerprint import BaseIdentity, base_fingerprint
 from moe_jax.checkpoints.hf_config import read_model_config
 from moe_jax.checkpoints.resolve import resolve_checkpoint
 from moe_jax.config.model import ComputeConfig, FloatType, ModelConfig
+from moe_jax.config.parse import suggest
 from moe_jax.config.run import RunConfig, parse_run_config
-from moe_jax.errors import CheckpointError
+from moe_jax.errors import CheckpointError, ConfigError, DataError
 from moe_jax.layers.collections import ADAPTERS, PARAMS
 from moe_jax.models.causal_lm import LlamaForCausalLM
 from moe_jax.training import loop
@@ -119,16 +121,33 @@ class AdaptedModel:
           tokens: int [B, S].
           adapter: which adapter all rows go through; None is the base as it is.
           segment_ids: int [B, S], 0 at padding; None where rows have no padding.
+
+        Raises:
+          ConfigError: there is no such adapter.
+          DataError: a token id lies outside the base's vocabulary.
         """
-        own = {} if adapter is None else {adapter: self.adapters[adapter]}
+        tokens, vocab_size = np.asarray(tokens), self.base.config.vocab_size
+        if tokens.size and not 0 <= tokens.min() <= tokens.max() < vocab_size:
+            # Under jit a look-up past the table's end is NaN, not an error.
+            raise DataError(
+                f"tokens: ids from {tokens.min()} to {tokens.max()}, but {self.base.folder} has "
+                f"embeddings for 0 to {vocab_size - 1}; use that base's own tokenizer"
+            )
+        own = {} if adapter is None else {adapter: self._weights(adapter)}
         segments = None if segment_ids is None else jnp.asarray(segment_ids)
         return self._apply(adapter, self.base.params, own, jnp.asarray(tokens), segments)
 
     def save(self, adapter: str, folder: str | Path, step: int = 0) -> None:
         """Writes an adapter as a folder that `load_adapter` reads; see `save_adapter`."""
-        base, method = self.base, self.methods[adapter]
-        saved = SavedAdapter(method, self.adapters[adapter], base.config, base.identity, step)
+        base, tree = self.base, self._weights(adapter)
+        saved = SavedAdapter(self.methods[adapter], tree, base.config, base.identity, step)
         adapter_files.save_adapter(Path(folder), saved)
+
+    def _weights(self, adapter: str) -> Any:
+        if adapter not in self.adapters:
+            hint = suggest(adapter, self.adapters)
+            raise ConfigError(f"adapter {adapter!r}: this model has none of that name; {hint}")
+        return self.adapters[adapter]
 
     def _fresh(self, methods: dict[str, AdapterMethod], key: jax.Array) -> dict[str, Any]:
         segments = segments_of(methods, dict.fromkeys(methods, 1))

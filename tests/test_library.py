@@ -58,6 +58,17 @@ def test_base_adapter_forward_save_load(tmp_path):
     assert again.methods["other"] == METHOD
 
 
+def test_what_a_model_does_not_have_is_refused(tmp_path):
+    save_tiny_llama(tmp_path / "base")
+    model = moe_jax.AdaptedModel(moe_jax.load_base(tmp_path / "base"), {"mine": METHOD})
+    with pytest.raises(moe_jax.UserError, match=r"'mne': .* did you mean 'mine'\?"):
+        model([[1, 2]], "mne")
+    with pytest.raises(moe_jax.UserError, match=r"none of that name"):
+        model.save("other", tmp_path / "adapter")
+    with pytest.raises(moe_jax.UserError, match=r"ids from 1 to 96, .* embeddings for 0 to 95"):
+        model([[1, 96]], "mine")
+
+
 def test_an_adapter_of_another_base_is_refused(tmp_path):
     for seed in (0, 1):
         save_tiny_llama(tmp_path / f"base{seed}", seed=seed)
