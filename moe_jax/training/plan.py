@@ -13,6 +13,11 @@ def readable(size: int) -> str:
     return f"{size / 2**30:.2f} GiB" if size >= 2**30 / 10 else f"{size / 2**20:.2f} MiB"
 
 
+def parameter_count(tree: Any) -> int:
+    """Numbers in all leaves of a tree of arrays or of their shapes."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+
+
 class MemoryPlan(NamedTuple):
     """Bytes on one device.
 
@@ -31,11 +36,14 @@ class MemoryPlan(NamedTuple):
     total: int
 
 
-def memory_plan(program: Program, row_length: int) -> MemoryPlan:
-    """Compiles the training step for rows of `row_length` tokens and reads its memory."""
+def memory_plan(program: Program, row_length: int) -> MemoryPlan | None:
+    """Compiles the training step for rows of `row_length` tokens and reads its memory.
+
+    None where the backend does not report a compiled program's memory.
+    """
     analysis = program.compiled_train_step(row_length).memory_analysis()
     if analysis is None:
-        raise RuntimeError(f"{jax.default_backend()} does not report a program's memory")
+        return None
     temporary = analysis.temp_size_in_bytes
     state, shardings = program.abstract_state, program.state_shardings
     params = _bytes_per_device(program.abstract_params, program.param_shardings)
@@ -48,13 +56,13 @@ def memory_plan(program: Program, row_length: int) -> MemoryPlan:
 def describe_plan(program: Program, row_length: int) -> str:
     """A table of `memory_plan` and of the parameter counts behind it, for people."""
     plan = memory_plan(program, row_length)
-    base = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(program.abstract_params))
+    base = parameter_count(program.abstract_params)
     lines = [
         "mesh            " + " x ".join(f"{n}={s}" for n, s in program.mesh.shape.items()),
         f"base            {base:,} parameters, frozen, {program.config.base.param_dtype}",
     ]
     for name, tree in program.abstract_state.adapters.items():
-        own = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+        own = parameter_count(tree)
         lines.append(f"adapter         {name}: {own:,} parameters ({own / base:.2%} of the base)")
     rows = program.segments[-1].stop
     micro = program.config.training.micro_batches
@@ -63,8 +71,10 @@ def describe_plan(program: Program, row_length: int) -> str:
         f"step            {rows} rows of {row_length} tokens in {micro} micro-batch(es)",
         f"remat           {remat}",
         f"memory of one device, compiled for {jax.default_backend()}",
-        *(f"  {name:<14}{readable(size):>12}" for name, size in plan._asdict().items()),
     ]
+    if plan is None:
+        return "\n".join([*lines, "  not reported by this backend"])
+    lines += [f"  {name:<14}{readable(size):>12}" for name, size in plan._asdict().items()]
     return "\n".join(lines)
 
 

@@ -118,12 +118,7 @@ class Program:
 
     def learning_rates(self, done: int) -> dict[str, float]:
         """Each adapter's learning rate for the optimiser step after `done` applied ones."""
-        rates = {}
-        for name, adapter in self.config.adapters.items():
-            own = adapter.optimizer
-            schedule = learning_rate_schedule(own.schedule, own.learning_rate, self.total_steps)
-            rates[name] = np.asarray(schedule(done)).item()
-        return rates
+        return {name: rates[done].item() for name, rates in self._learning_rates.items()}
 
     def lower_train_step(self, row_length: int) -> jax.stages.Lowered:
         """The training step for rows of `row_length` tokens, lowered without any weights."""
@@ -150,6 +145,18 @@ class Program:
 
     def _mesh_context(self) -> Any:
         return jax.set_mesh(self.mesh)
+
+    @functools.cached_property
+    def _learning_rates(self) -> dict[str, np.ndarray]:
+        # All at once: a schedule evaluated between two steps would queue behind the first of them,
+        # and the host would wait for the device.
+        steps = jnp.arange(self.total_steps + 1)
+        rates = {}
+        for name, adapter in self.config.adapters.items():
+            own = adapter.optimizer
+            schedule = learning_rate_schedule(own.schedule, own.learning_rate, self.total_steps)
+            rates[name] = np.asarray(jax.vmap(schedule)(steps))
+        return rates
 
     def _fresh_state(self, key: jax.Array) -> TrainState:
         adapters = by_adapter(nn.meta.unbox(_init(self.model, self.segments, key))[ADAPTERS])

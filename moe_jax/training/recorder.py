@@ -56,6 +56,7 @@ class Recorder:
         self._pending = PendingMetrics()
         self._start = time.perf_counter()
         self._speed = _Speed()
+        program.learning_rates(0)  # evaluates the schedules now, while the device is idle
 
     def push(self, step: int, metrics: Mapping[str, jax.Array], tokens: int) -> None:
         """Takes the metrics of a step that was just dispatched.

@@ -3,14 +3,13 @@
 import collections
 from typing import Any
 
-import jax
 import numpy as np
 
 from moe_jax.adapters import METHODS
 from moe_jax.checkpoints.leaves import named_leaves
 from moe_jax.config.model import ModelConfig
 from moe_jax.config.run import RunConfig
-from moe_jax.training.plan import memory_plan, readable
+from moe_jax.training.plan import memory_plan, parameter_count, readable
 from moe_jax.training.program import Program
 
 
@@ -18,14 +17,14 @@ def start_up_table(
     config: RunConfig, model: ModelConfig, program: Program, total_steps: int
 ) -> list[tuple[str, str]]:
     """Pairs of a label and a text: base, adapters and what they matched, devices, steps."""
-    frozen = _count(program.abstract_params)
+    frozen = parameter_count(program.abstract_params)
     names = {cls: name for name, cls in METHODS.items()}
     size = f"{model.num_layers} layers, width {model.hidden_size}, {frozen:,} parameters"
     types = f"kept in {config.base.param_dtype}, computed in {config.compute.dtype}"
     table = [("base", f"{config.base.path}: {size}, {types}")]
     for name, adapter in config.adapters.items():
         tree = program.abstract_state.adapters[name]
-        count = _count(tree)
+        count = parameter_count(tree)
         trainable = f"{count:,} trainable parameters ({count / frozen:.3%} of the base)"
         table.append(("adapter", f"{name!r}: {names[type(adapter.method)]}, {trainable}"))
         table.append(("", f"on {_modules(tree)}"))
@@ -37,19 +36,17 @@ def start_up_table(
     parts = config.training.micro_batches
     cut = f" in {parts} micro-batches" if parts > 1 else ""
     plan = memory_plan(program, longest)
-    parts_of_it = ", ".join(
-        f"{name} {readable(getattr(plan, name))}"
-        for name in ("params", "adapters", "optimizer", "temporary")
-    )
-    table.append(("memory", f"{readable(plan.total)} a device, compiled: {parts_of_it}"))
+    if plan is None:
+        table.append(("memory", "not reported by this backend"))
+    else:
+        sizes = {name: readable(size) for name, size in plan._asdict().items()}
+        total = sizes.pop("total")
+        parts_of_it = ", ".join(f"{name} {size}" for name, size in sizes.items())
+        table.append(("memory", f"{total} a device, compiled: {parts_of_it}"))
     table.append(
         ("steps", f"{total_steps} of {rows} rows{cut}, up to {rows * longest:,} tokens each")
     )
     return table
-
-
-def _count(tree: Any) -> int:
-    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree))
 
 
 def _modules(tree: Any) -> str:

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import re
+import types
 from pathlib import Path
 
 import flax.linen as nn
@@ -168,6 +169,7 @@ def test_memory_plan_of_the_7b_configuration():
 
     plan = memory_plan(program, row_length=512)
     text = describe_plan(program, row_length=512)
+    assert plan is not None
 
     # Llama-2-7B has 6,738,415,616 parameters; bfloat16, in eight parts, but for the norms.
     norms = (2 * 32 + 1) * 4096
@@ -184,3 +186,11 @@ def test_memory_plan_of_the_7b_configuration():
     inputs = 32 * (16 // 8) * 512 * 4096 * 2
     assert inputs < plan.temporary < inputs + 5 * plan.params
     assert plan.total == sum(plan[:4])
+
+
+def test_a_backend_that_reports_no_memory_still_has_a_plan(monkeypatch):
+    program = tiny_program.program({"default": tiny_program.LORA})
+    silent = types.SimpleNamespace(memory_analysis=lambda: None)
+    monkeypatch.setattr(type(program), "compiled_train_step", lambda self, length: silent)
+    assert memory_plan(program, row_length=16) is None
+    assert describe_plan(program, row_length=16).endswith("not reported by this backend")
