@@ -11,8 +11,8 @@ from moe_jax.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from moe_jax.adapters.lora import LoraConfig
-    from moe_jax.adapters.method import TARGET_MODULES, RouterLossConfig
     from moe_jax.adapters.mixlora import ExpertLoraConfig, MixLoraConfig
+    from moe_jax.adapters.targets import TARGET_MODULES
     from moe_jax.errors import UserError
     from moe_jax.library import (
         AdaptedModel,
@@ -30,7 +30,6 @@ __all__ = [
     "ExpertLoraConfig",
     "LoraConfig",
     "MixLoraConfig",
-    "RouterLossConfig",
     "UserError",
     "load_adapter",
     "load_base",
@@ -39,8 +38,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "TARGET_MODULES": "moe_jax.adapters.method",
-    "RouterLossConfig": "moe_jax.adapters.method",
+    "TARGET_MODULES": "moe_jax.adapters.targets",
     "ExpertLoraConfig": "moe_jax.adapters.mixlora",
     "MixLoraConfig": "moe_jax.adapters.mixlora",
     "LoraConfig": "moe_jax.adapters.lora",

@@ -1,5 +1,6 @@
 """The library in a few names: load a base, put adapters on it, compute, train, save, load."""
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +13,8 @@ import numpy as np
 
 from moe_jax.adapters import METHODS
 from moe_jax.adapters.method import AdapterMethod
-from moe_jax.adapters.segments import Segment, segments_of
-from moe_jax.adapters.sites import by_adapter, to_collection
+from moe_jax.adapters.segments import Segment
+from moe_jax.adapters.sites import to_collection
 from moe_jax.checkpoints import adapter_files
 from moe_jax.checkpoints.adapter_files import SavedAdapter
 from moe_jax.checkpoints.base import load_base as load_params
@@ -21,11 +22,12 @@ from moe_jax.checkpoints.fingerprint import BaseIdentity, base_fingerprint
 from moe_jax.checkpoints.hf_config import read_model_config
 from moe_jax.checkpoints.resolve import resolve_checkpoint
 from moe_jax.config.model import ComputeConfig, FloatType, ModelConfig
-from moe_jax.config.parse import suggest
+from moe_jax.config.parse import located, suggest
 from moe_jax.config.run import RunConfig, parse_run_config
 from moe_jax.errors import CheckpointError, ConfigError, DataError
 from moe_jax.layers.collections import ADAPTERS, PARAMS
 from moe_jax.models.causal_lm import LlamaForCausalLM
+from moe_jax.models.fresh import fresh_adapter
 from moe_jax.training import loop
 from moe_jax.training.loop import TrainResult
 
@@ -108,8 +110,11 @@ class AdaptedModel:
         self._model = LlamaForCausalLM(base.config, ComputeConfig(dtype=compute_dtype))
         self.adapters: dict[str, Any] = {name: a.tree for name, a in saved.items()}
         fresh = {name: m for name, m in self.methods.items() if name not in saved}
-        if fresh:
-            self.adapters |= jax.jit(lambda key: self._fresh(fresh, key))(jax.random.key(seed))
+        for name, method in fresh.items():
+            with located(f"adapter {name!r}"):
+                method.check_model(base.config)
+            make = jax.jit(functools.partial(fresh_adapter, self._model, method))
+            self.adapters[name] = nn.meta.unbox(make(base.params, jax.random.key(seed)))
         self._apply = jax.jit(self._logits, static_argnums=0)
 
     def __call__(
@@ -148,12 +153,6 @@ class AdaptedModel:
             hint = suggest(adapter, self.adapters)
             raise ConfigError(f"adapter {adapter!r}: this model has none of that name; {hint}")
         return self.adapters[adapter]
-
-    def _fresh(self, methods: dict[str, AdapterMethod], key: jax.Array) -> dict[str, Any]:
-        segments = segments_of(methods, dict.fromkeys(methods, 1))
-        tokens = jnp.zeros((len(segments), 2), jnp.int32)
-        variables = self._model.clone(segments=segments).init({PARAMS: key, ADAPTERS: key}, tokens)
-        return by_adapter(nn.meta.unbox(variables)[ADAPTERS])
 
     def _logits(
         self, name: str | None, params: Any, adapters: Any, tokens: jax.Array, segment_ids: Any

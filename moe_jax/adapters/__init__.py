@@ -1,11 +1,9 @@
-"""Adapter methods: what is trained beside the frozen model."""
+"""Adapter methods: what is trained beside the frozen model.
 
-from moe_jax.adapters.lora import LoraConfig
-from moe_jax.adapters.method import AdapterMethod
-from moe_jax.adapters.mixlora import MixLoraConfig
+Importing this package enters the methods, routers and losses that come with it in their registries.
+"""
 
-METHODS: dict[str, type[AdapterMethod]] = {
-    "lora": LoraConfig,
-    "mixlora": MixLoraConfig,
-}
-"""The methods by the name that `method.name` in a configuration gives."""
+import moe_jax.adapters.routers as _routers  # noqa: F401  enters the routing strategies
+from moe_jax.adapters.lora import LoraConfig as LoraConfig
+from moe_jax.adapters.method import METHODS as METHODS
+from moe_jax.adapters.mixlora import MixLoraConfig as MixLoraConfig

@@ -1,72 +1,110 @@
 """Auxiliary losses of routers, from the statistics that the layers sowed.
 
-Every loss is a function of one layer's `RouterStatistics`; `router_loss` applies it to each layer
-and averages, or to the sum of all layers. To add a loss, write the function and enter it below.
+Every loss is a frozen dataclass, its configuration, that computes a scalar from the statistics of
+one layer; `over_layers` applies it to each layer and averages, or to the sum of all layers. To add
+one, derive it from `RouterLoss` and decorate it with `@ROUTER_LOSSES.register("its_name")`.
 """
 
-from collections.abc import Callable, Mapping
+import abc
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 
-from moe_jax.adapters.method import RouterLossConfig
 from moe_jax.adapters.statistics import RouterStatistics
-from moe_jax.config.parse import require, suggest
+from moe_jax.config.parse import require
+from moe_jax.config.registry import Registry
+
+ROUTER_LOSSES = Registry("loss")
+"""The losses by the name that a configuration gives: `losses.NAME`, or the field `name` there."""
 
 
-def load_balance(statistics: RouterStatistics) -> jax.Array:
+@dataclass(frozen=True, kw_only=True)
+class RouterLoss(abc.ABC):
+    """What all losses share.
+
+    Attributes:
+      coefficient: its weight in the total loss.
+      scope: `per_layer` takes the loss of each layer and averages over the layers that route;
+        `pooled` first adds up the statistics of all layers, as transformers does, and is blind to
+        layers that collapse onto different experts.
+    """
+
+    registry: ClassVar[Registry] = ROUTER_LOSSES
+
+    coefficient: float
+    scope: Literal["per_layer", "pooled"] = "per_layer"
+
+    def __post_init__(self):
+        require(self.coefficient >= 0, "coefficient", "must not be negative")
+
+    @abc.abstractmethod
+    def of_layer(self, statistics: RouterStatistics) -> jax.Array:
+        """The loss of one layer, without its coefficient; a float32 scalar."""
+
+    def over_layers(self, statistics: RouterStatistics) -> jax.Array:
+        """The loss over all layers of one site, without its coefficient.
+
+        Args:
+          statistics: with a leading axis L on each field.
+        """
+        if self.scope == "pooled":
+            return self.of_layer(statistics.pooled())
+        losses = jax.vmap(self.of_layer)(statistics)
+        routed = statistics.routed.astype(jnp.float32)
+        return jnp.sum(losses * routed) / jnp.maximum(jnp.sum(routed), 1.0)
+
+
+@ROUTER_LOSSES.register("load_balance")
+@dataclass(frozen=True, kw_only=True)
+class LoadBalance(RouterLoss):
     """E * sum_e f_e P_e: the load's product with the mean probability.
 
     Switch Transformer (arXiv:2101.03961, eqs. 4 to 6), for k slots as in Mixtral: f_e counts every
     slot, so that perfect balance gives k and full collapse onto k experts gives up to E.
     """
-    tokens = jnp.maximum(statistics.tokens, 1.0)
-    load = jnp.sum(statistics.slot_counts, axis=0) / tokens
-    probability = statistics.probability_sum / tokens
-    return load.shape[-1] * jnp.sum(load * probability)
+
+    def of_layer(self, statistics: RouterStatistics) -> jax.Array:
+        tokens = jnp.maximum(statistics.tokens, 1.0)
+        load = statistics.load_sum / tokens
+        probability = statistics.probability_sum / tokens
+        return statistics.num_experts * jnp.sum(load * probability)
 
 
-def importance_cv(statistics: RouterStatistics) -> jax.Array:
+@ROUTER_LOSSES.register("importance_cv")
+@dataclass(frozen=True, kw_only=True)
+class ImportanceCv(RouterLoss):
     """Squared coefficient of variation of the experts' total weights, their importance.
 
     Shazeer et al. (arXiv:1701.06538, eqs. 6 and 7). 0 is balance; all weight on one of E experts
     gives E - 1.
     """
-    importance = statistics.weight_sum
-    mean = jnp.mean(importance)
-    # Without tokens all is zero. The floor's square, which the gradient divides by, must not be.
-    return jnp.mean(jnp.square(importance - mean)) / jnp.maximum(jnp.square(mean), 1e-12)
+
+    def of_layer(self, statistics: RouterStatistics) -> jax.Array:
+        importance, present = statistics.weight_sum, statistics.present
+        mean = jnp.sum(importance * present) / statistics.num_experts
+        variance = jnp.sum(present * jnp.square(importance - mean)) / statistics.num_experts
+        # All is zero without tokens. The floor's square, which the gradient divides by, is not.
+        return variance / jnp.maximum(jnp.square(mean), 1e-12)
 
 
-def router_z(statistics: RouterStatistics) -> jax.Array:
+@ROUTER_LOSSES.register("router_z")
+@dataclass(frozen=True, kw_only=True)
+class RouterZ(RouterLoss):
     """Mean squared log-partition function of the logits; ST-MoE (arXiv:2202.08906, eq. 5)."""
-    return statistics.squared_logsumexp_sum / jnp.maximum(statistics.tokens, 1.0)
+
+    def of_layer(self, statistics: RouterStatistics) -> jax.Array:
+        return statistics.squared_logsumexp_sum / jnp.maximum(statistics.tokens, 1.0)
 
 
-ROUTER_LOSSES: dict[str, Callable[[RouterStatistics], jax.Array]] = {
-    "load_balance": load_balance,
-    "importance_cv": importance_cv,
-    "router_z": router_z,
-}
+@ROUTER_LOSSES.register("router_entropy")
+@dataclass(frozen=True, kw_only=True)
+class RouterEntropy(RouterLoss):
+    """Mean entropy of the router's distributions, in nats; minimising it makes decisions firm.
 
-
-def check_router_losses(losses: Mapping[str, RouterLossConfig]) -> None:
-    """Refuses a loss that `ROUTER_LOSSES` does not have."""
-    for name in losses:
-        require(
-            name in ROUTER_LOSSES, "losses", f"unknown {name!r}; {suggest(name, ROUTER_LOSSES)}"
-        )
-
-
-def router_loss(name: str, scope: str, layers: RouterStatistics) -> jax.Array:
-    """The loss `name` over all layers, without its coefficient.
-
-    Args:
-      name: a key of `ROUTER_LOSSES`.
-      scope: see `RouterLossConfig.scope`.
-      layers: statistics with a leading axis L on each field.
+    With top-p it keeps the number of experts small (arXiv:2403.07652).
     """
-    loss = ROUTER_LOSSES[name]
-    if scope == "pooled":
-        return loss(jax.tree.map(lambda field: jnp.sum(field, axis=0), layers))
-    return jnp.mean(jax.vmap(loss)(layers))
+
+    def of_layer(self, statistics: RouterStatistics) -> jax.Array:
+        return statistics.entropy_sum / jnp.maximum(statistics.tokens, 1.0)

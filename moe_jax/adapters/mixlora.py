@@ -1,5 +1,6 @@
 """MixLoRA: an FFN whose experts are LoRA deltas on one frozen FFN (arXiv:2404.15159)."""
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -7,19 +8,18 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from moe_jax.adapters.aux_losses import check_router_losses
-from moe_jax.adapters.dispatch import expand_codes, expert_codes, select_codes
-from moe_jax.adapters.lora import Lora, adapter_leaf, lora_a_init
-from moe_jax.adapters.method import (
-    ATTENTION_MODULES,
-    MLP_MODULES,
-    AdapterMethod,
-    RouterLossConfig,
-)
-from moe_jax.adapters.routers import Router, top_k_routing
+from moe_jax.adapters.aux_losses import RouterLoss
+from moe_jax.adapters.experts import ExpertPairs
+from moe_jax.adapters.frozen import AdapterContext, FrozenFFN
+from moe_jax.adapters.lora import Lora
+from moe_jax.adapters.low_rank import LowRankConfig, Pairs, joint_codes
+from moe_jax.adapters.method import METHODS, AdapterMethod, Finish
+from moe_jax.adapters.router import Router, RouterLogits, Routing
+from moe_jax.adapters.routers.top_k import TopKRouter
 from moe_jax.adapters.statistics import router_statistics, sow_statistics
-from moe_jax.config.parse import require
-from moe_jax.sharding.axes import EMBED, EXPERTS, MLP, RANK
+from moe_jax.adapters.targets import ATTENTION_MODULES, MLP_MODULES
+from moe_jax.config.parse import require, within
+from moe_jax.sharding.axes import EMBED, MLP
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +29,8 @@ class ExpertLoraConfig:
     rank: int | None = None
     alpha: float | None = None
     dropout: float | None = None
+    rslora: bool | None = None
+    dora: bool | None = None
 
     def __post_init__(self):
         require(self.rank is None or self.rank > 0, "rank", "must be positive")
@@ -36,25 +38,26 @@ class ExpertLoraConfig:
         require(self.dropout is None or 0.0 <= self.dropout < 1.0, "dropout", "must lie in [0, 1)")
 
 
+@METHODS.register("mixlora")
 @dataclass(frozen=True, kw_only=True)
 class MixLoraConfig(AdapterMethod):
     """MixLoRA: LoRA on the targeted attention projections, experts on the targeted FFN ones.
 
+    With `dora`, both are DoRA (the paper's MixDoRA).
+
     Attributes:
       num_experts: E.
-      top_k: experts per token.
-      router_init_std: standard deviation of the router's initial kernel.
-      jitter_noise: see `Router`.
-      expert_lora: the experts' own rank, alpha and dropout.
+      router: the routing strategy, chosen by `router.name`.
+      expert_lora: the experts' own rank, alpha, dropout and kind.
+      ffn_dropout: share of an expert's hidden activations that is dropped while training.
       losses: the router's auxiliary losses by name, for example `load_balance`.
     """
 
     num_experts: int
-    top_k: int
-    router_init_std: float = 0.02
-    jitter_noise: float = 0.0
+    router: Router = field(default_factory=TopKRouter)
     expert_lora: ExpertLoraConfig = ExpertLoraConfig()
-    losses: dict[str, RouterLossConfig] = field(default_factory=dict)
+    ffn_dropout: float = 0.0
+    losses: dict[str, RouterLoss] = field(default_factory=dict)
 
     def __post_init__(self):
         super().__post_init__()
@@ -64,65 +67,30 @@ class MixLoraConfig(AdapterMethod):
             f"MixLoRA needs at least one of {', '.join(MLP_MODULES)}; without experts use 'lora'",
         )
         require(self.num_experts > 1, "num_experts", "must be at least 2; for one use 'lora'")
-        require(
-            1 <= self.top_k <= self.num_experts,
-            "top_k",
-            f"must lie between 1 and num_experts ({self.num_experts})",
-        )
-        require(self.router_init_std > 0, "router_init_std", "must be positive")
-        require(0.0 <= self.jitter_noise < 1.0, "jitter_noise", "must lie in [0, 1)")
-        check_router_losses(self.losses)
+        require(0.0 <= self.ffn_dropout < 1.0, "ffn_dropout", "must lie in [0, 1)")
+        with within("router"):
+            self.router.check(self.num_experts)
 
     @property
     def routes(self) -> bool:
         return True
 
     @property
-    def router_losses(self) -> dict[str, RouterLossConfig]:
+    def router_losses(self) -> dict[str, RouterLoss]:
         return self.losses
 
     @property
-    def expert_rank(self) -> int:
-        """R of the experts."""
-        return self.expert_lora.rank or self.rank
-
-    @property
-    def expert_scale(self) -> float:
-        """Alpha / R of the experts."""
-        return (self.expert_lora.alpha or self.alpha) / self.expert_rank
-
-    @property
-    def expert_dropout(self) -> float:
-        """Dropout of the experts' inputs."""
-        own = self.expert_lora.dropout
-        return self.dropout if own is None else own
+    def expert_low_rank(self) -> LowRankConfig:
+        """The experts' pairs."""
+        own = {k: v for k, v in vars(self.expert_lora).items() if v is not None}
+        return dataclasses.replace(self.low_rank, **own)
 
     def projection_adapter(self, target: str, axes: tuple[str, str]) -> nn.Module | None:
         adapted = target in self.target_modules and target in ATTENTION_MODULES
-        return Lora(self, axes) if adapted else None
+        return Lora(self.low_rank, axes) if adapted else None
 
     def mlp_adapter(self) -> nn.Module | None:
         return MixLoraMLP(self)
-
-
-class ExpertPair(nn.Module):
-    """The low-rank pairs of all experts of one projection.
-
-    Leaves: `lora_A` [in, E, R], `lora_B` [E, R, out].
-    """
-
-    method: MixLoraConfig
-    axes: tuple[str, str]
-
-    @nn.compact
-    def __call__(self, in_features: int, out_features: int) -> tuple[jax.Array, jax.Array]:
-        experts, rank = self.method.num_experts, self.method.expert_rank
-        init_a = lora_a_init(self.method.init, in_features, rank)
-        zeros = nn.initializers.zeros
-        axes_a, axes_b = (self.axes[0], EXPERTS, RANK), (EXPERTS, RANK, self.axes[1])
-        lora_a = adapter_leaf(self, "lora_A", init_a, (in_features, experts, rank), axes_a)
-        lora_b = adapter_leaf(self, "lora_B", zeros, (experts, rank, out_features), axes_b)
-        return lora_a, lora_b
 
 
 class MixLoraMLP(nn.Module):
@@ -136,63 +104,155 @@ class MixLoraMLP(nn.Module):
     which equals evaluating whole experts and weighting their outputs, because W_down is linear and
     shared; the frozen down projection runs once a token, not once a slot. The slots (one or two as
     a rule) are unrolled: carrying a C axis makes XLA materialise [B, S, C, F].
+
+    Where any number of experts may fire, slot c is expert c, and its products are with its own
+    pair alone: E pairs of rank R cost what one pair of rank E R does.
+
+    DoRA on the down projection scales each expert's output, and so needs W_down once a slot.
+
+    Leaves: `router/kernel` [D, E], and the pairs of each targeted projection; see `ExpertPairs`.
     """
 
     method: MixLoraConfig
 
     @nn.compact
     def __call__(
-        self,
-        x: jax.Array,
-        gate: jax.Array,
-        up: jax.Array,
-        activation: Callable[[jax.Array], jax.Array],
-        token_mask: jax.Array,
-        *,
-        deterministic: bool,
-    ) -> tuple[jax.Array, jax.Array | None]:
+        self, x: jax.Array, ffn: FrozenFFN, context: AdapterContext, *, deterministic: bool
+    ) -> tuple[jax.Array, Finish]:
         """See `AdapterMethod.mlp_adapter`."""
-        method, width, ffn_width = self.method, x.shape[-1], gate.shape[-1]
-        router = Router(
-            method.num_experts, method.router_init_std, method.jitter_noise, name="router"
-        )
-        routing = top_k_routing(router(x, deterministic=deterministic), method.top_k)
-        sow_statistics(self, router_statistics(routing, token_mask))
-        dispatch, weights = routing.dispatch.astype(x.dtype), routing.weights.astype(x.dtype)
-        dropout = nn.Dropout(method.expert_dropout, deterministic=deterministic)
+        method, low_rank = self.method, self.method.expert_low_rank
+        routing = self._route(x, context, deterministic)
+        dropout = nn.Dropout(low_rank.dropout, deterministic=deterministic)
+        ffn_dropout = nn.Dropout(method.ffn_dropout, deterministic=deterministic)
 
-        # One mask of dropout for all experts of a token, and one thin product for gate and up.
         pairs = {
-            target: ExpertPair(method, (EMBED, MLP), name=target)(width, ffn_width)
-            for target in ("gate_proj", "up_proj")
+            target: ExpertPairs(low_rank, method.num_experts, (EMBED, MLP), name=target)(kernel)
+            for target, kernel in (("gate_proj", ffn.gate.kernel), ("up_proj", ffn.up.kernel))
             if target in method.target_modules
         }
-        codes = dict[str, jax.Array]()
-        if pairs:
-            stacked = jnp.concatenate([lora_a for lora_a, _ in pairs.values()], axis=-1)
-            both = expert_codes(dropout(x), stacked) * method.expert_scale
-            codes = dict(zip(pairs, jnp.split(both, len(pairs), axis=-1), strict=True))
+        # One mask of dropout for all experts of a token, and one thin product for gate and up.
+        codes = joint_codes(dropout(x), pairs)
 
-        def adapted(frozen: jax.Array, target: str, slot: int) -> jax.Array:
-            if target not in pairs:
-                return frozen
-            chosen = select_codes(codes[target], dispatch[..., slot, :])
-            return frozen + expand_codes(chosen, pairs[target][1])
+        def adapted(
+            slot: int, target: str, product: jax.Array, bias: jax.Array | None
+        ) -> jax.Array:
+            if target in pairs:
+                product = _adapt(pairs[target], routing, slot, product, codes[target])
+            return product if bias is None else product + bias
 
-        down_pair = None
+        def hidden_of(slot: int) -> jax.Array:
+            gate = adapted(slot, "gate_proj", ffn.gate.product, ffn.gate_bias)
+            return ffn_dropout(
+                ffn.activation(gate) * adapted(slot, "up_proj", ffn.up.product, ffn.up_bias)
+            )
+
+        down = None
         if "down_proj" in method.target_modules:
-            down_pair = ExpertPair(method, (MLP, EMBED), name="down_proj")(ffn_width, width)
-        hidden = jnp.zeros_like(gate)
-        down_codes = None
-        for slot in range(method.top_k):
-            weight = weights[..., slot, None]
-            slot_hidden = activation(adapted(gate, "gate_proj", slot))
-            slot_hidden = slot_hidden * adapted(up, "up_proj", slot)
-            hidden = hidden + weight * slot_hidden
-            if down_pair is not None:
-                slot_codes = expert_codes(dropout(slot_hidden), down_pair[0])
-                chosen = select_codes(slot_codes, weight * dispatch[..., slot, :])
-                down_codes = chosen if down_codes is None else down_codes + chosen
-        if down_pair is None or down_codes is None:
-            return hidden, None
-        return hidden, expand_codes(down_codes * method.expert_scale, down_pair[1])
+            down = ExpertPairs(low_rank, method.num_experts, (MLP, EMBED), name="down_proj")(
+                ffn.down_kernel
+            )
+        weights = routing.weights.astype(x.dtype)
+        if down is not None and down.gains is not None:
+            hidden, finish = _down_per_slot(ffn, routing, weights, down, hidden_of, dropout)
+        else:
+            hidden, finish = _down_once(routing, weights, down, hidden_of, dropout)
+        return _bias_and_frozen_layers(method.router, ffn, context, weights, hidden, finish)
+
+    def _route(self, x: jax.Array, context: AdapterContext, deterministic: bool) -> Routing:
+        router = self.method.router
+        module = RouterLogits(router, self.method.num_experts, EMBED, name="router")
+        routing = router.route(module(x, deterministic=deterministic), context.token_mask)
+        routed = router.routes_layer(context.layer_index)
+        sow_statistics(self, router_statistics(routing, context.token_mask, routed=routed))
+        return routing
+
+
+HiddenOf = Callable[[int], jax.Array]
+"""The hidden activation [B, S, F] of a slot."""
+
+
+def _adapt(
+    pairs: Pairs, routing: Routing, slot: int, product: jax.Array, codes: jax.Array
+) -> jax.Array:
+    """A frozen product [B, S, out] as the expert in `slot` changes it."""
+    if routing.dispatch is None:
+        return pairs.adapt_expert(product, codes, slot)
+    return pairs.adapt(product, codes, routing.dispatch[..., slot, :])
+
+
+def _down_once(
+    routing: Routing,
+    weights: jax.Array,
+    down: Pairs | None,
+    hidden_of: HiddenOf,
+    dropout: nn.Dropout,
+) -> tuple[jax.Array, Finish]:
+    """The slots summed up before the down projection, and in rank space inside its pairs."""
+    hidden, codes = [], []
+    for slot in range(weights.shape[-1]):
+        weight = weights[..., slot, None]
+        slot_hidden = hidden_of(slot)
+        hidden.append(weight * slot_hidden)
+        if down is None:
+            continue
+        if routing.dispatch is None:
+            codes.append(weight * down.expert_codes(dropout(slot_hidden), slot))
+        else:
+            select = weight * routing.dispatch[..., slot, :].astype(weight.dtype)
+            codes.append(down.codes(dropout(slot_hidden)) * select[..., None])
+    if down is None:
+        return sum(hidden[1:], hidden[0]), lambda product: product
+    if routing.dispatch is None:
+        expanded = down.expand(jnp.stack(codes, axis=-2))
+    else:
+        expanded = down.expand(sum(codes[1:], codes[0]))
+    return sum(hidden[1:], hidden[0]), lambda product: product + expanded
+
+
+def _down_per_slot(
+    ffn: FrozenFFN,
+    routing: Routing,
+    weights: jax.Array,
+    down: Pairs,
+    hidden_of: HiddenOf,
+    dropout: nn.Dropout,
+) -> tuple[jax.Array, Finish]:
+    """The down projection of every slot; the first slot's goes with the rows of other adapters."""
+    first, *others = [hidden_of(slot) for slot in range(weights.shape[-1])]
+
+    def finish(product: jax.Array) -> jax.Array:
+        kernel = ffn.down_kernel.astype(product.dtype)
+        products = [product, *(jnp.dot(hidden, kernel) for hidden in others)]
+        total = jnp.zeros_like(product)
+        for slot, hidden in enumerate([first, *others]):
+            codes = down.codes(dropout(hidden))
+            adapted = _adapt(down, routing, slot, products[slot], codes)
+            total = total + weights[..., slot, None] * adapted
+        return total
+
+    return first, finish
+
+
+def _bias_and_frozen_layers(
+    router: Router,
+    ffn: FrozenFFN,
+    context: AdapterContext,
+    weights: jax.Array,
+    hidden: jax.Array,
+    finish: Finish,
+) -> tuple[jax.Array, Finish]:
+    """Weights the bias of the down projection like the experts, and spares unrouted layers."""
+    routed, bias = router.routes_layer(context.layer_index), ffn.down_bias
+    if routed is not None:
+        gate, up = ffn.gate.product, ffn.up.product
+        gate = gate if ffn.gate_bias is None else gate + ffn.gate_bias
+        up = up if ffn.up_bias is None else up + ffn.up_bias
+        hidden = jnp.where(routed, hidden, ffn.activation(gate) * up)
+
+    def finish_all(product: jax.Array) -> jax.Array:
+        y = finish(product)
+        if bias is not None:  # each expert has it, and it is added once after this
+            y = y + (jnp.sum(weights, axis=-1, keepdims=True) - 1.0) * bias
+        return y if routed is None else jnp.where(routed, y, product)
+
+    return hidden, finish_all

@@ -11,7 +11,7 @@ from typing import Any
 
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from moe_jax.adapters.method import TARGET_MODULES
+from moe_jax.adapters.targets import TARGET_MODULES
 
 MOE = "moe"
 """The site, inside `mlp`, of adapters that replace the FFN as a whole."""

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 
-from moe_jax.adapters.routers import Routing
+from moe_jax.adapters.router import Routing
 from moe_jax.adapters.sites import by_adapter
 from moe_jax.layers.collections import ROUTER
 
@@ -25,38 +25,67 @@ class RouterStatistics(NamedTuple):
     Under the scan over layers each field has a leading axis L.
 
     Attributes:
+      routed: [], 1 if the layer routes, 0 if it was left frozen; its sums are 0 then.
+      present: [E], 1 for the experts that the layer has.
       tokens: [], number of tokens.
-      slot_counts: [C, E], tokens whose slot C went to expert E. Carries no gradient.
+      load_sum: [E], sum of `Routing.load`: tokens that went to the expert. Carries no gradient.
       probability_sum: [E], sum of router probabilities.
-      weight_sum: [E], sum of the weights that the chosen experts got.
+      weight_sum: [E], sum of the weights that the experts got.
       squared_logsumexp_sum: [], sum of squared log-partition functions of the router logits.
       entropy_sum: [], sum of the router distributions' entropies in nats.
     """
 
+    routed: jax.Array
+    present: jax.Array
     tokens: jax.Array
-    slot_counts: jax.Array
+    load_sum: jax.Array
     probability_sum: jax.Array
     weight_sum: jax.Array
     squared_logsumexp_sum: jax.Array
     entropy_sum: jax.Array
 
+    @property
+    def num_experts(self) -> jax.Array:
+        """How many experts the layer has."""
+        return jnp.sum(self.present, axis=-1)
 
-def router_statistics(routing: Routing, token_mask: jax.Array) -> RouterStatistics:
+    def pooled(self) -> "RouterStatistics":
+        """All layers as one; they must have the same experts."""
+        summed = jax.tree.map(lambda field: jnp.sum(field, axis=0), self)
+        return summed._replace(
+            routed=jnp.max(self.routed, axis=0), present=jnp.max(self.present, axis=0)
+        )
+
+
+def router_statistics(
+    routing: Routing,
+    token_mask: jax.Array,
+    *,
+    routed: jax.Array | None = None,
+    present: jax.Array | None = None,
+) -> RouterStatistics:
     """Statistics of one layer.
 
     Args:
       routing: the router's decision.
       token_mask: bool [B, S], false at padding.
+      routed: bool [], false if the layer is left frozen; None stands for true.
+      present: bool [E], the experts that the layer has; None stands for all.
     """
-    mask = token_mask.astype(jnp.float32)
+    experts = routing.router_logits.shape[-1]
+    routed = jnp.ones((), jnp.float32) if routed is None else routed.astype(jnp.float32)
+    present = jnp.ones(experts) if present is None else present.astype(jnp.float32)
+    mask = token_mask.astype(jnp.float32) * routed
     log_probs = jax.nn.log_softmax(routing.router_logits, axis=-1)
     entropy = -jnp.sum(routing.router_probs * log_probs, axis=-1)
     logsumexp = jax.nn.logsumexp(routing.router_logits, axis=-1)
     return RouterStatistics(
+        routed=routed,
+        present=present,
         tokens=jnp.sum(mask),
-        slot_counts=jax.lax.stop_gradient(jnp.einsum("bs,bsce->ce", mask, routing.dispatch)),
+        load_sum=jax.lax.stop_gradient(jnp.einsum("bs,bse->e", mask, routing.load)),
         probability_sum=jnp.einsum("bs,bse->e", mask, routing.router_probs),
-        weight_sum=jnp.einsum("bs,bsc,bsce->e", mask, routing.weights, routing.dispatch),
+        weight_sum=jnp.einsum("bs,bse->e", mask, routing.combine),
         squared_logsumexp_sum=jnp.sum(mask * jnp.square(logsumexp)),
         entropy_sum=jnp.sum(mask * entropy),
     )
@@ -69,8 +98,10 @@ def sow_statistics(module: nn.Module, statistics: RouterStatistics) -> None:
     module.sow(ROUTER, STATISTICS, statistics, reduce_fn=last, init_fn=lambda: nothing)
 
 
-def collect_statistics(sown: Mapping[str, Any]) -> dict[str, list[RouterStatistics]]:
-    """The statistics of each adapter, one entry per site, each with a leading axis L.
+def collect_statistics(sown: Mapping[str, Any]) -> dict[str, dict[str, RouterStatistics]]:
+    """The statistics of each adapter, `{adapter: {site: statistics}}`, each with a leading axis L.
+
+    A site is where the routers sit in a layer, for example `mlp/moe` or `self_attn/q_proj`.
 
     Args:
       sown: the variables that `apply(..., mutable=["router"])` returned.
@@ -81,9 +112,10 @@ def collect_statistics(sown: Mapping[str, Any]) -> dict[str, list[RouterStatisti
     """
     if ROUTER not in sown:
         raise ValueError(f"no {ROUTER!r} collection was sown; apply the model with it mutable")
-    trees = by_adapter(sown[ROUTER])
-    return {name: _leaves(tree) for name, tree in trees.items()}
-
-
-def _leaves(tree: Any) -> list[Any]:
-    return list(flatten_dict(tree).values())
+    collected: dict[str, dict[str, RouterStatistics]] = {}
+    for name, tree in by_adapter(sown[ROUTER]).items():
+        leaves: Any = flatten_dict(tree)
+        for path, statistics in leaves.items():
+            site = "/".join(part for part in path if part not in ("layers", STATISTICS))
+            collected.setdefault(name, {})[site] = statistics
+    return collected

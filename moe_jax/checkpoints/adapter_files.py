@@ -17,7 +17,8 @@ from moe_jax.checkpoints.fingerprint import BaseIdentity
 from moe_jax.checkpoints.leaves import LeafSpec, checksums, leaf_specs, nested
 from moe_jax.checkpoints.store import require_finite, restore_tree
 from moe_jax.config.model import ModelConfig
-from moe_jax.config.parse import parse, suggest
+from moe_jax.config.parse import parse, parse_member
+from moe_jax.config.registry import to_plain
 from moe_jax.errors import CheckpointError, ConfigError
 from moe_jax.version import __version__
 
@@ -79,11 +80,10 @@ def save_adapter(folder: Path, adapter: SavedAdapter) -> None:
     """
     folder = folder.absolute()
     require_finite(adapter.tree, adapter.step)
-    names = {cls: name for name, cls in METHODS.items()}
     description = {
         "format_version": FORMAT_VERSION,
         "package_version": __version__,
-        "method": {"name": names[type(adapter.method)], **dataclasses.asdict(adapter.method)},
+        "method": to_plain(adapter.method),
         "base": adapter.base._asdict(),
         "model": dataclasses.asdict(adapter.model),
         "step": adapter.step,
@@ -116,12 +116,8 @@ def load_adapter(folder: Path, shardings: Any = None) -> SavedAdapter:
     """
     description = read_description(folder)
     file = folder / DESCRIPTION
-    method = dict(description.method)
-    name = method.pop("name")
-    if name not in METHODS:
-        raise CheckpointError(f"{file}: unknown adapter method {name!r}; {suggest(name, METHODS)}")
     try:
-        method = parse(METHODS[name], method, f"{file}: method")
+        method = parse_member(METHODS, description.method, f"{file}: method")
         model = parse(ModelConfig, description.model, f"{file}: model")
     except ConfigError as error:
         raise CheckpointError(f"{error}; {_CHANGED}") from None

@@ -5,13 +5,15 @@ the full path of the field (`config.adapters.default.rank`). The only conversion
 cannot lose anything: `int` to `float`, `list` to `tuple`.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from moe_jax.config.registry import NAME, Registry, family_of
 from moe_jax.errors import ConfigError
 
 ROOT = "config"
@@ -30,7 +32,9 @@ def parse(hint: Any, value: Any, path: str = ROOT) -> Any:
     """Checks `value` against the type `hint` and returns it in that type.
 
     Args:
-      hint: a dataclass, a builtin scalar, `Literal`, `X | None`, `tuple[X, ...]` or `dict[str, X]`.
+      hint: a dataclass, the base class of a family (see `Registry`), a builtin scalar, `Literal`,
+        `X | None`, `tuple[X, ...]` or `dict[str, X]`. In a `dict` of a family's members, the key
+        stands for a `name` that is left out.
       value: plain Python data: mappings, lists, tuples and scalars.
       path: where the value stands, for messages.
 
@@ -38,6 +42,9 @@ def parse(hint: Any, value: Any, path: str = ROOT) -> Any:
       ConfigError: an unknown or missing field, a wrong type, or a value that a dataclass's own
         `__post_init__` refused.
     """
+    registry = family_of(hint)
+    if registry is not None:
+        return parse_member(registry, value, path)
     if dataclasses.is_dataclass(hint):
         return _parse_dataclass(hint, value, path)
     origin, args = typing.get_origin(hint), typing.get_args(hint)
@@ -64,8 +71,34 @@ def parse(hint: Any, value: Any, path: str = ROOT) -> Any:
         for key in mapping:
             if not isinstance(key, str):
                 raise ConfigError(f"{path}: expected names as keys, got {_describe(key)}")
+        if family_of(args[1]) is not None:
+            mapping = {
+                key: {NAME: key, **item} if isinstance(item, Mapping) else item
+                for key, item in mapping.items()
+            }
         return {key: parse(args[1], item, f"{path}.{key}") for key, item in mapping.items()}
     return _parse_scalar(hint, value, path)
+
+
+def parse_member(registry: Registry, value: Any, path: str) -> Any:
+    """The member of a family that the field `name` of `value` picks, made from the other fields.
+
+    Raises:
+      ConfigError: as in `parse`; also for an unknown or missing name.
+    """
+    if type(value) in registry.values():
+        return value  # made in Python already, and checked there
+    fields = dict(_as_mapping(value, path))
+    if NAME not in fields:
+        raise ConfigError(
+            f"{path}.{NAME}: this field is required and was not given; {suggest('', registry)}"
+        )
+    name = fields.pop(NAME)
+    if name not in registry:
+        raise ConfigError(
+            f"{path}.{NAME}: unknown {registry.kind} {name!r}; {suggest(str(name), registry)}"
+        )
+    return _parse_dataclass(registry[name], fields, path)
 
 
 def _parse_scalar(hint: Any, value: Any, path: str) -> Any:
@@ -95,10 +128,8 @@ def _parse_dataclass(cls: Any, value: Any, path: str) -> Any:
     if missing:
         raise ConfigError(f"{path}.{missing[0]}: this field is required and was not given")
     kwargs = {name: parse(hints[name], item, f"{path}.{name}") for name, item in mapping.items()}
-    try:
+    with located(path):
         return cls(**kwargs)
-    except FieldError as error:
-        raise ConfigError(f"{path}.{error.field}: {error.reason}") from None
 
 
 def _as_mapping(value: Any, path: str) -> Mapping[str, Any]:
@@ -124,3 +155,21 @@ def require(condition: bool, field: str, reason: str) -> None:
     """Refuses a dataclass's `field` for `reason` unless `condition` holds."""
     if not condition:
         raise FieldError(field, reason)
+
+
+@contextlib.contextmanager
+def located(path: str) -> Iterator[None]:
+    """Says of a field that is refused in here where it stands in the configuration."""
+    try:
+        yield
+    except FieldError as error:
+        raise ConfigError(f"{path}.{error.field}: {error.reason}") from None
+
+
+@contextlib.contextmanager
+def within(field: str) -> Iterator[None]:
+    """Says of a field that is refused in here that it is a field of `field`."""
+    try:
+        yield
+    except FieldError as error:
+        raise FieldError(f"{field}.{error.field}", error.reason) from None

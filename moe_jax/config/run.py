@@ -1,6 +1,5 @@
 """The whole configuration of a training run, parsed once from a `configs/*.py` file."""
 
-import dataclasses
 import json
 import re
 from collections.abc import Mapping
@@ -10,8 +9,8 @@ from typing import Any
 from moe_jax.config.data import DataConfig
 from moe_jax.config.model import ComputeConfig, FloatType
 from moe_jax.config.optimizer import OptimizerConfig
-from moe_jax.config.parse import ROOT, parse, require, suggest
-from moe_jax.errors import ConfigError
+from moe_jax.config.parse import ROOT, parse, parse_member, require
+from moe_jax.config.registry import Registry, to_plain
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,12 +165,12 @@ class RunConfig:
             )
 
 
-def parse_run_config(raw: Mapping[str, Any], methods: Mapping[str, type]) -> RunConfig:
+def parse_run_config(raw: Mapping[str, Any], methods: Registry) -> RunConfig:
     """Builds a `RunConfig` from what a config file's `get_config()` returned.
 
     Args:
       raw: nested mappings; an `ml_collections.ConfigDict` is given as `.to_dict()`.
-      methods: the configuration class of each adapter method, by name (`adapters.METHODS`).
+      methods: the adapter methods (`adapters.METHODS`).
 
     Raises:
       ConfigError: with the path of the offending field.
@@ -186,23 +185,12 @@ def parse_run_config(raw: Mapping[str, Any], methods: Mapping[str, type]) -> Run
     return parse(RunConfig, raw)
 
 
-def _with_parsed_method(adapter: Any, methods: Mapping[str, type], path: str) -> Any:
+def _with_parsed_method(adapter: Any, methods: Registry, path: str) -> Any:
     if not isinstance(adapter, Mapping) or "method" not in adapter:
         return adapter  # `parse` says what is wrong with it
-    fields = dict(parse(dict[str, Any], adapter["method"], f"{path}.method"))
-    name = fields.pop("name", None)
-    if name not in methods:
-        raise ConfigError(
-            f"{path}.method.name: unknown method {name!r}; {suggest(str(name), methods)}"
-        )
-    return {**adapter, "method": parse(methods[name], fields, f"{path}.method")}
+    return {**adapter, "method": parse_member(methods, adapter["method"], f"{path}.method")}
 
 
-def to_json(config: RunConfig, methods: Mapping[str, type]) -> str:
+def to_json(config: RunConfig) -> str:
     """`config` as JSON that `parse_run_config` reads back to an equal `RunConfig`."""
-    names = {cls: name for name, cls in methods.items()}
-    plain = dataclasses.asdict(config)
-    for name, adapter in config.adapters.items():
-        method = plain["adapters"][name]["method"]
-        plain["adapters"][name]["method"] = {"name": names[type(adapter.method)], **method}
-    return json.dumps(plain, indent=2)
+    return json.dumps(to_plain(config), indent=2)

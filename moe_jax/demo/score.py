@@ -52,10 +52,8 @@ def score(
         hits = jnp.argmax(logits[:, :-1], axis=-1) == batch.tokens[:, 1:]
         right = asked & jnp.all(hits | ~mask, axis=-1)
         losses, targets = row_losses(logits, batch)
-        slots = [
-            jnp.sum(site.slot_counts, axis=-2) for sites in statistics.values() for site in sites
-        ]
-        return jnp.sum(asked), jnp.sum(right), jnp.sum(losses), jnp.sum(targets), *slots
+        loads = [site.load_sum for sites in statistics.values() for site in sites.values()]
+        return jnp.sum(asked), jnp.sum(right), jnp.sum(losses), jnp.sum(targets), *loads
 
     totals = None
     for batch in batches:
@@ -63,6 +61,6 @@ def score(
         totals = parts if totals is None else [a + b for a, b in zip(totals, parts, strict=True)]
     if totals is None:
         raise ValueError("no batch to score")
-    asked, right, loss, targets, *slots = totals
-    load = slots[0] / slots[0].sum(axis=-1, keepdims=True) if slots else None
+    asked, right, loss, targets, *loads = totals
+    load = loads[0] / loads[0].sum(axis=-1, keepdims=True) if loads else None
     return Score(int(asked), float(right / asked), float(loss / targets), load)

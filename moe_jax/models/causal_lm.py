@@ -69,6 +69,9 @@ class LlamaForCausalLM(nn.Module):
         Returns:
           float32 [B, S, V].
         """
+        rows = sum(segment.rows for segment in self.segments)
+        if self.segments and rows != tokens.shape[0]:
+            raise ValueError(f"a batch of {tokens.shape[0]} rows for segments of {rows}")
         config, dtype = self.config, jnp.dtype(self.compute.dtype)
         param_dtype = jnp.dtype(self.param_dtype)
         if positions is None:
@@ -86,7 +89,8 @@ class LlamaForCausalLM(nn.Module):
         )
         context = TokenContext(cos, sin, segment_ids, token_mask)
         settings = LayerSettings(config, self.compute, param_dtype, self.segments, deterministic)
-        x, _ = self._stack()(settings, name="layers")(x, context)
+        layer_indices = jnp.arange(config.num_layers)
+        x, _ = self._stack()(settings, name="layers")(x, context, layer_indices)
         x = RMSNorm(config.rms_norm_eps, dtype, param_dtype, name="norm")(x)
         if config.tie_word_embeddings:
             return logits(x, embed.embedding.T)
@@ -98,12 +102,13 @@ class LlamaForCausalLM(nn.Module):
             policy = REMAT_POLICIES[self.compute.remat]
             # Inside a scan XLA cannot merge the recomputation with the forward pass anyway.
             layer = nn.remat(layer, policy=policy, prevent_cse=False)
-        broadcast: Any = nn.broadcast  # typed as its own class where an axis is declared an int
+        # The context is every layer's, each index one layer's; typed as if all axes were integers.
+        in_axes: Any = (nn.broadcast, 0)
         return nn.scan(
             layer,
             variable_axes={PARAMS: 0, ADAPTERS: 0, ROUTER: 0},
             split_rngs={PARAMS: True, ADAPTERS: True, "dropout": True},
-            in_axes=broadcast,
+            in_axes=in_axes,
             length=self.config.num_layers,
             metadata_params={nn.PARTITION_NAME: LAYERS},
         )

@@ -1,13 +1,16 @@
 """One decoder layer: attention and FFN, frozen, with the adapters that attach to them."""
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from moe_jax.adapters.frozen import AdapterContext, FrozenFFN, FrozenProjection
+from moe_jax.adapters.method import Finish
 from moe_jax.adapters.projection import AdaptedLinear
-from moe_jax.adapters.segments import Segment, update_rows
+from moe_jax.adapters.segments import Segment, take_rows, update_rows
 from moe_jax.adapters.sites import MOE, module_name
 from moe_jax.config.model import ComputeConfig, ModelConfig
 from moe_jax.layers.activation import ACTIVATIONS
@@ -61,13 +64,18 @@ class SelfAttention(nn.Module):
     settings: LayerSettings
 
     @nn.compact
-    def __call__(self, x: jax.Array, context: TokenContext) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, context: TokenContext, adapters: Mapping[str, AdapterContext]
+    ) -> jax.Array:
         config = self.settings.config
         heads, kv_heads, width = config.num_heads, config.num_kv_heads, config.head_dim
 
         def project(name: str, x: jax.Array, features: int, axes: tuple[str, str]) -> jax.Array:
-            layer = _linear(self.settings, name, features, axes, config.attention_bias)
-            return layer(x, deterministic=self.settings.deterministic)
+            layer = _linear(
+                self.settings, name, (x.shape[-1], features), axes, config.attention_bias
+            )
+            deterministic = self.settings.deterministic
+            return layer(x, layer.product(x), adapters, deterministic=deterministic)
 
         def split(y: jax.Array, n: int) -> jax.Array:
             return y.reshape(*y.shape[:-1], n, width)
@@ -92,30 +100,32 @@ class MoeSite(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, gate: jax.Array, up: jax.Array, hidden: jax.Array, mask: jax.Array
-    ) -> tuple[jax.Array, jax.Array | None]:
-        """The hidden activation [B, S, F], and what is added after the down projection, or None."""
-        activation = ACTIVATIONS[self.settings.config.hidden_act]
-        added: jax.Array | None = None
+        self, x: jax.Array, ffn: FrozenFFN, adapters: Mapping[str, AdapterContext]
+    ) -> tuple[dict[str, jax.Array], dict[str, Finish]]:
+        """By adapter, the hidden activation of its rows, and what it does to their product.
+
+        Args:
+          x: the FFN's input, [B, S, D].
+          ffn: around all rows.
+          adapters: the contexts, by adapter.
+        """
+        hidden, finish = {}, {}
         for segment in self.settings.segments:
             adapter = segment.method.mlp_adapter()
             if adapter is None:
                 continue
-            adapter = adapter.clone(parent=self, name=module_name(segment.name))
-            rows = slice(segment.start, segment.stop)
-            own_hidden, own_added = adapter(
-                x[rows],
-                gate[rows],
-                up[rows],
-                activation,
-                mask[rows],
+            own = ffn._replace(
+                gate=ffn.gate._replace(product=take_rows(segment, ffn.gate.product)),
+                up=ffn.up._replace(product=take_rows(segment, ffn.up.product)),
+            )
+            module = adapter.clone(parent=self, name=module_name(segment.name))
+            hidden[segment.name], finish[segment.name] = module(
+                take_rows(segment, x),
+                own,
+                adapters[segment.name],
                 deterministic=self.settings.deterministic,
             )
-            hidden = update_rows(segment, hidden, lambda _, new=own_hidden: new)
-            if own_added is not None:
-                added = jnp.zeros_like(x) if added is None else added
-                added = update_rows(segment, added, lambda _, new=own_added: new)
-        return hidden, added
+        return hidden, finish
 
 
 class GatedMLP(nn.Module):
@@ -124,21 +134,31 @@ class GatedMLP(nn.Module):
     settings: LayerSettings
 
     @nn.compact
-    def __call__(self, x: jax.Array, context: TokenContext) -> jax.Array:
-        config = self.settings.config
+    def __call__(self, x: jax.Array, adapters: Mapping[str, AdapterContext]) -> jax.Array:
+        settings, config = self.settings, self.settings.config
+        wide, narrow = config.intermediate_size, config.hidden_size
+        gate = _linear(settings, "gate_proj", (narrow, wide), (EMBED, MLP), config.mlp_bias)
+        up = _linear(settings, "up_proj", (narrow, wide), (EMBED, MLP), config.mlp_bias)
+        down = _linear(settings, "down_proj", (wide, narrow), (MLP, EMBED), config.mlp_bias)
+        activation, deterministic = ACTIVATIONS[config.hidden_act], settings.deterministic
 
-        def project(name: str, x: jax.Array, features: int, axes: tuple[str, str]) -> jax.Array:
-            layer = _linear(self.settings, name, features, axes, config.mlp_bias)
-            return layer(x, deterministic=self.settings.deterministic)
-
-        gate = project("gate_proj", x, config.intermediate_size, (EMBED, MLP))
-        up = project("up_proj", x, config.intermediate_size, (EMBED, MLP))
-        hidden = ACTIVATIONS[config.hidden_act](gate) * up
-        site = MoeSite(self.settings, name=MOE)
-        hidden, added = site(x, gate, up, hidden, context.token_mask)
+        ffn = FrozenFFN(
+            FrozenProjection(gate.product(x), gate.kernel),
+            FrozenProjection(up.product(x), up.kernel),
+            gate.bias,
+            up.bias,
+            down.kernel,
+            down.bias,
+            activation,
+        )
+        hidden = activation(gate(x, ffn.gate.product, adapters, deterministic=deterministic))
+        hidden = hidden * up(x, ffn.up.product, adapters, deterministic=deterministic)
+        own_hidden, finish = MoeSite(settings, name=MOE)(x, ffn, adapters)
+        replaced = {name: lambda _, new=new: new for name, new in own_hidden.items()}
+        hidden = update_rows(settings.segments, hidden, replaced)
         hidden = constrain(hidden, MLP_HIDDEN_AXES)
-        y = project("down_proj", hidden, config.hidden_size, (MLP, EMBED))
-        return y if added is None else y + added
+        product = down.product(hidden)
+        return down(hidden, product, adapters, deterministic=deterministic, finish=finish)
 
 
 class DecoderLayer(nn.Module):
@@ -147,12 +167,18 @@ class DecoderLayer(nn.Module):
     settings: LayerSettings
 
     @nn.compact
-    def __call__(self, x: jax.Array, context: TokenContext) -> tuple[jax.Array, None]:
+    def __call__(
+        self, x: jax.Array, context: TokenContext, layer_index: jax.Array
+    ) -> tuple[jax.Array, None]:
+        adapters = {
+            segment.name: AdapterContext(take_rows(segment, context.token_mask), layer_index)
+            for segment in self.settings.segments
+        }
         x = constrain(x, HIDDEN_AXES)
         normed = _norm(self.settings, "input_layernorm")(x)
-        x = x + SelfAttention(self.settings, name="self_attn")(normed, context)
+        x = x + SelfAttention(self.settings, name="self_attn")(normed, context, adapters)
         normed = _norm(self.settings, "post_attention_layernorm")(x)
-        x = x + GatedMLP(self.settings, name="mlp")(normed, context)
+        x = x + GatedMLP(self.settings, name="mlp")(normed, adapters)
         return constrain(x, HIDDEN_AXES), None
 
 
@@ -161,10 +187,14 @@ def _norm(settings: LayerSettings, name: str) -> RMSNorm:
 
 
 def _linear(
-    settings: LayerSettings, name: str, features: int, axes: tuple[str, str], use_bias: bool
+    settings: LayerSettings,
+    name: str,
+    widths: tuple[int, int],
+    axes: tuple[str, str],
+    use_bias: bool,
 ) -> AdaptedLinear:
     return AdaptedLinear(
-        features,
+        *widths,
         axes,
         use_bias,
         settings.dtype,

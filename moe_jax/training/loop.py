@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from moe_jax.adapters import METHODS
 from moe_jax.checkpoints.adapter_files import save_adapter
 from moe_jax.checkpoints.base import load_base
 from moe_jax.checkpoints.store import TrainingStore, latest_step, read_metadata
@@ -64,7 +63,7 @@ def train(config: RunConfig, workdir: Path, say: Callable[[str], None] = say) ->
     """
     say = say if is_main_process() else lambda _: None
     require_writers(config.logging)
-    settings = json.loads(to_json(config, METHODS))
+    settings = json.loads(to_json(config))
     with WorkDir(workdir) as work, contextlib.ExitStack() as opened:
         resume_step = latest_step(work.checkpoints)
         metadata = {}
@@ -100,7 +99,7 @@ def train(config: RunConfig, workdir: Path, say: Callable[[str], None] = say) ->
         )
         with store, Interrupts() as interrupts:
             if resume_step is None:
-                state = program.init_state()
+                state = program.init_state(params)
             else:
                 state = restore(store, program, resume_step, inputs)
                 say(f"resumed at step {resume_step}")

@@ -13,13 +13,14 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from moe_jax.adapters.segments import Segment, segments_of
-from moe_jax.adapters.sites import by_adapter
 from moe_jax.config.model import ModelConfig
+from moe_jax.config.parse import located
 from moe_jax.config.run import RunConfig
 from moe_jax.data.batch import Batch
 from moe_jax.errors import ConfigError
 from moe_jax.layers.collections import ADAPTERS, PARAMS
 from moe_jax.models.causal_lm import LlamaForCausalLM
+from moe_jax.models.fresh import fresh_adapter
 from moe_jax.sharding.mesh import make_mesh
 from moe_jax.sharding.rules import BATCH_SPEC, RULES, shardings_of
 from moe_jax.training import step
@@ -58,10 +59,15 @@ class Program:
     total_steps: int
     compiled: dict[int, jax.stages.Compiled] = field(default_factory=dict)
 
-    def init_state(self) -> TrainState:
-        """A fresh training state, made in place; the same, to rounding, on every mesh."""
+    def init_state(self, params: Any) -> TrainState:
+        """A fresh training state, made in place; the same, to rounding, on every mesh.
+
+        Args:
+          params: the frozen base, some of which methods like DoRA start from.
+        """
         init = jax.jit(self._fresh_state, out_shardings=self.state_shardings)
-        return init(jax.random.key(self.config.training.seed))
+        with self._mesh_context():
+            return init(jax.random.key(self.config.training.seed), params)
 
     def train_step(
         self, state: TrainState, params: Any, batch: Batch
@@ -99,15 +105,17 @@ class Program:
     def put_train_batch(self, batch: Batch) -> Batch:
         """A batch of NumPy arrays [B, S], cut into micro-batches, as global arrays [M, b, S].
 
-        Every process gives the whole batch and keeps the rows of its own devices. Each adapter's
-        rows are spread evenly over the micro-batches.
+        Every process gives the whole batch, rows in the order of the segments, and keeps those of
+        its own devices. Each adapter's rows are spread evenly over micro-batches and devices.
         """
         micro = self.config.training.micro_batches
 
         def cut(array: np.ndarray) -> np.ndarray:
-            parts = [array[s.start : s.stop] for s in self.segments]
-            split = [part.reshape(micro, -1, part.shape[-1]) for part in parts]
-            return np.concatenate(split, axis=1)
+            ends = np.cumsum([segment.rows for segment in self.segments])
+            parts = np.split(array, ends[:-1])
+            shards = self.segments[0].shards
+            split = [part.reshape(micro, shards, -1, part.shape[-1]) for part in parts]
+            return np.concatenate(split, axis=2).reshape(micro, -1, array.shape[-1])
 
         cut_batch = Batch(*(cut(np.asarray(array)) for array in batch))
         return self._put(cut_batch, PartitionSpec(None, *BATCH_SPEC))
@@ -123,7 +131,8 @@ class Program:
     def lower_train_step(self, row_length: int) -> jax.stages.Lowered:
         """The training step for rows of `row_length` tokens, lowered without any weights."""
         micro = self.config.training.micro_batches
-        shape = (micro, self.segments[-1].stop // micro, row_length)
+        rows = sum(segment.rows for segment in self.segments)
+        shape = (micro, rows // micro, row_length)
         types = Batch(
             tokens=jnp.int32, loss_mask=jnp.bool, segment_ids=jnp.int32, positions=jnp.int32
         )
@@ -158,8 +167,11 @@ class Program:
             rates[name] = np.asarray(jax.vmap(schedule)(steps))
         return rates
 
-    def _fresh_state(self, key: jax.Array) -> TrainState:
-        adapters = by_adapter(nn.meta.unbox(_init(self.model, self.segments, key))[ADAPTERS])
+    def _fresh_state(self, key: jax.Array, params: Any) -> TrainState:
+        adapters = {
+            segment.name: nn.meta.unbox(fresh_adapter(self.model, segment.method, params, key))
+            for segment in self.segments
+        }
         scales = {}
         if self.config.compute.dtype == "float16":
             scale = self.config.training.initial_loss_scale
@@ -174,8 +186,10 @@ class Program:
     @functools.cached_property
     def _train_step(self) -> Any:
         micro = self.config.training.micro_batches
-        rows = {s.name: (s.stop - s.start) // micro for s in self.segments}
-        model = self.model.clone(segments=_with_rows(self.segments, rows))
+        methods = {segment.name: segment.method for segment in self.segments}
+        rows = {segment.name: segment.rows // micro for segment in self.segments}
+        segments = segments_of(methods, rows, self.segments[0].shards)
+        model = self.model.clone(segments=segments)
         seed = self.config.training.seed
         function = functools.partial(step.train_step, model, self.optimizer, seed)
         batch_sharding = NamedSharding(self.mesh, PartitionSpec(None, *BATCH_SPEC))
@@ -221,42 +235,45 @@ def build_program(
     mesh = make_mesh(config.mesh, devices)
     methods = {name: adapter.method for name, adapter in config.adapters.items()}
     rows = {name: adapter.batch_size for name, adapter in config.adapters.items()}
-    segments = segments_of(methods, rows)
-    _check_rows(config, mesh)
+    for name, method in methods.items():
+        with located(f"config.adapters.{name}.method"):
+            method.check_model(model_config)
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    _check_rows(config, shards)
+    segments = segments_of(methods, rows, shards)
     model = LlamaForCausalLM(model_config, config.compute, param_dtype=config.base.param_dtype)
     optimizer = build_optimizer(
         {name: adapter.optimizer for name, adapter in config.adapters.items()}, total_steps
     )
-    boxed = jax.eval_shape(functools.partial(_init, model, segments), jax.random.key(0))
-    shardings = shardings_of({name: boxed[name] for name in (PARAMS, ADAPTERS)}, mesh)
-    abstract_params = nn.meta.unbox(boxed[PARAMS])
+    boxed = jax.eval_shape(functools.partial(_init, model), jax.random.key(0))[PARAMS]
+    abstract_params = nn.meta.unbox(boxed)
+    boxed_adapters = {
+        name: jax.eval_shape(
+            functools.partial(fresh_adapter, model, method), abstract_params, jax.random.key(0)
+        )
+        for name, method in methods.items()
+    }
     partial = functools.partial(
         Program,
         config=config,
         mesh=mesh,
         segments=segments,
         abstract_params=abstract_params,
-        param_shardings=shardings[PARAMS],
+        param_shardings=shardings_of(boxed, mesh),
         model=model,
         optimizer=optimizer,
         total_steps=total_steps,
     )
     empty: Any = None
     draft = partial(abstract_state=empty, state_shardings=empty)
-    abstract_state = jax.eval_shape(draft._fresh_state, jax.random.key(0))
-    state_shardings = _like_adapters(abstract_state, by_adapter(shardings[ADAPTERS]), mesh)
+    abstract_state = jax.eval_shape(draft._fresh_state, jax.random.key(0), abstract_params)
+    state_shardings = _like_adapters(abstract_state, shardings_of(boxed_adapters, mesh), mesh)
     return partial(abstract_state=abstract_state, state_shardings=state_shardings)
 
 
-def _init(model: LlamaForCausalLM, segments: tuple[Segment, ...], key: jax.Array) -> Any:
-    """Fresh variables, boxed with their logical axes, of a model with one row per adapter."""
-    one_row_each = _with_rows(segments, {segment.name: 1 for segment in segments})
-    tokens = jnp.zeros((len(segments), 2), jnp.int32)
-    return model.clone(segments=one_row_each).init({PARAMS: key, ADAPTERS: key}, tokens)
-
-
-def _with_rows(segments: tuple[Segment, ...], rows: dict[str, int]) -> tuple[Segment, ...]:
-    return segments_of({segment.name: segment.method for segment in segments}, rows)
+def _init(model: LlamaForCausalLM, key: jax.Array) -> Any:
+    """Fresh variables of the base, boxed with their logical axes."""
+    return model.init(key, jnp.zeros((1, 2), jnp.int32))
 
 
 def _with_rules(function: Any) -> Any:
@@ -299,12 +316,12 @@ def _path(path: Any) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def _check_rows(config: RunConfig, mesh: Mesh) -> None:
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+def _check_rows(config: RunConfig, shards: int) -> None:
     micro = config.training.micro_batches
-    rows = sum(adapter.batch_size for adapter in config.adapters.values()) // micro
-    if rows % ways:
-        raise ConfigError(
-            f"config.adapters.*.batch_size: a micro-batch of {rows} rows does not divide over "
-            f"{ways} devices (mesh data x fsdp); make it a multiple of {ways}"
-        )
+    for name, adapter in config.adapters.items():
+        if adapter.batch_size // micro % shards:
+            raise ConfigError(
+                f"config.adapters.{name}.batch_size: a micro-batch of "
+                f"{adapter.batch_size // micro} rows does not divide over {shards} devices "
+                f"(mesh data x fsdp); make it a multiple of {shards * micro}"
+            )

@@ -1,5 +1,6 @@
 """The two functions that are compiled: a training step and an evaluation step, both pure."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -7,8 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from moe_jax.adapters.aux_losses import router_loss
-from moe_jax.adapters.segments import Segment
+from moe_jax.adapters.segments import Segment, take_rows
 from moe_jax.adapters.sites import to_collection
 from moe_jax.adapters.statistics import RouterStatistics, collect_statistics
 from moe_jax.data.batch import Batch
@@ -17,6 +17,7 @@ from moe_jax.models.causal_lm import LlamaForCausalLM
 from moe_jax.training.loss import row_losses, target_count
 from moe_jax.training.loss_scale import LossScale, updated
 from moe_jax.training.optimizer import finite_check_state
+from moe_jax.training.routing import routing_summary
 from moe_jax.training.state import TrainState
 
 Metrics = dict[str, jax.Array]
@@ -28,7 +29,7 @@ def forward(
     adapters: Mapping[str, Any],
     batch: Batch,
     dropout_key: jax.Array | None,
-) -> tuple[jax.Array, dict[str, list[RouterStatistics]]]:
+) -> tuple[jax.Array, dict[str, dict[str, RouterStatistics]]]:
     """Logits, and the routing statistics of the adapters that route.
 
     Args:
@@ -76,12 +77,13 @@ def train_step(
 
     Returns:
       The new state, and metrics named `adapter/metric`: scalars, and per-layer arrays of what the
-      routers did (see `_routing_summary`).
+      routers did (see `routing_summary`).
     """
     micro_batches = batch.tokens.shape[0]
     step_key = jax.random.fold_in(jax.random.key(dropout_seed), state.step)
     targets = {
-        s.name: jnp.sum(target_count(batch.loss_mask[:, s.start : s.stop])) for s in model.segments
+        s.name: jnp.sum(target_count(jax.vmap(functools.partial(take_rows, s))(batch.loss_mask)))
+        for s in model.segments
     }
 
     def objective(adapters: Any, micro: Batch, index: jax.Array) -> tuple[jax.Array, Metrics]:
@@ -91,8 +93,8 @@ def train_step(
         total, metrics = jnp.float32(0.0), Metrics()
         for segment in model.segments:
             name = segment.name
-            share = jnp.sum(losses[segment.start : segment.stop]) / jnp.maximum(targets[name], 1.0)
-            own, parts = _router_terms(segment, statistics.get(name, []), micro_batches)
+            share = jnp.sum(take_rows(segment, losses)) / jnp.maximum(targets[name], 1.0)
+            own, parts = _router_terms(segment, statistics.get(name, {}), micro_batches)
             own = own + share
             metrics |= {f"{name}/loss": share, **parts}
             scale = state.loss_scale.get(name)
@@ -160,7 +162,7 @@ def eval_step(
 
 
 def _router_terms(
-    segment: Segment, sites: list[RouterStatistics], micro_batches: int
+    segment: Segment, sites: dict[str, RouterStatistics], micro_batches: int
 ) -> tuple[jax.Array, Metrics]:
     """This micro-batch's share of an adapter's router losses, and of what is reported of them."""
     name, total, metrics = segment.name, jnp.float32(0.0), Metrics()
@@ -168,36 +170,14 @@ def _router_terms(
         return total, metrics
     if not sites:
         raise ValueError(f"adapter {name!r} routes, but sowed no statistics")
-    for loss, config in segment.method.router_losses.items():
-        value = sum(router_loss(loss, config.scope, site) for site in sites) / len(sites)
+    for label, loss in segment.method.router_losses.items():
+        value = sum(loss.over_layers(site) for site in sites.values()) / len(sites)
         value = jnp.asarray(value) / micro_batches
-        metrics[f"{name}/{loss}"] = value
-        total = total + config.coefficient * value
-    for label, value in _routing_summary(sites).items():
+        metrics[f"{name}/{label}"] = value
+        total = total + loss.coefficient * value
+    for label, value in routing_summary(sites).items():
         metrics[f"{name}/{label}"] = value / micro_batches
     return total, metrics
-
-
-def _routing_summary(sites: list[RouterStatistics]) -> Metrics:
-    """What the routers did, site by site and layer by layer.
-
-    `expert_load` [sites * L, E]: each expert's load as a multiple of an equal share; 1 is ideal, 0
-    is a dead expert. `layer_entropy` [sites * L]: mean entropy of the router's distribution over
-    that of a uniform one, from 0 to 1. And scalars of the two, over all layers: `router_entropy`,
-    the mean; `busiest_expert`, the largest load; `dead_experts`, how many no token chose.
-    """
-    counts = jnp.concatenate([jnp.sum(site.slot_counts, axis=-2) for site in sites])
-    load = counts / jnp.maximum(jnp.mean(counts, axis=-1, keepdims=True), 1e-9)
-    tokens = jnp.concatenate([jnp.maximum(site.tokens, 1.0) for site in sites])
-    entropy = jnp.concatenate([site.entropy_sum for site in sites]) / tokens
-    entropy = entropy / jnp.log(counts.shape[-1])
-    return {
-        "expert_load": load,
-        "layer_entropy": entropy,
-        "router_entropy": jnp.mean(entropy),
-        "busiest_expert": jnp.max(load),
-        "dead_experts": jnp.sum(counts == 0),
-    }
 
 
 def _unscaled(gradients: Any, scale: LossScale | None) -> Any:

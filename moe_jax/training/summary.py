@@ -18,7 +18,6 @@ def start_up_table(
 ) -> list[tuple[str, str]]:
     """Pairs of a label and a text: base, adapters and what they matched, devices, steps."""
     frozen = parameter_count(program.abstract_params)
-    names = {cls: name for name, cls in METHODS.items()}
     size = f"{model.num_layers} layers, width {model.hidden_size}, {frozen:,} parameters"
     types = f"kept in {config.base.param_dtype}, computed in {config.compute.dtype}"
     table = [("base", f"{config.base.path}: {size}, {types}")]
@@ -26,7 +25,7 @@ def start_up_table(
         tree = program.abstract_state.adapters[name]
         count = parameter_count(tree)
         trainable = f"{count:,} trainable parameters ({count / frozen:.3%} of the base)"
-        table.append(("adapter", f"{name!r}: {names[type(adapter.method)]}, {trainable}"))
+        table.append(("adapter", f"{name!r}: {METHODS.name_of(adapter.method)}, {trainable}"))
         table.append(("", f"on {_modules(tree)}"))
     mesh = ", ".join(f"{axis} {size}" for axis, size in program.mesh.shape.items())
     kind = program.mesh.devices.flat[0].device_kind

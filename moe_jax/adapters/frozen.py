@@ -1,0 +1,50 @@
+"""What an adapter sees of the frozen model around it."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+
+
+class FrozenProjection(NamedTuple):
+    """A frozen projection applied to the adapter's rows.
+
+    Attributes:
+      product: x W, [b, S, out], without the bias, which is added after all adapters.
+      kernel: W, [in, out].
+    """
+
+    product: jax.Array
+    kernel: jax.Array
+
+
+class FrozenFFN(NamedTuple):
+    """A gated FFN around the adapter's rows, up to its down projection.
+
+    Attributes:
+      gate, up: the products with the FFN's input, [b, S, F] each.
+      gate_bias, up_bias, down_bias: [F], [F] and [D]; None where there is none. The adapter adds
+        the first two; the last is added after it, once.
+      down_kernel: [F, D].
+      activation: of the gate.
+    """
+
+    gate: FrozenProjection
+    up: FrozenProjection
+    gate_bias: jax.Array | None
+    up_bias: jax.Array | None
+    down_kernel: jax.Array
+    down_bias: jax.Array | None
+    activation: Callable[[jax.Array], jax.Array]
+
+
+class AdapterContext(NamedTuple):
+    """What an adapter knows of its rows and its place.
+
+    Attributes:
+      token_mask: bool [b, S], false at padding.
+      layer_index: int32 [], from 0.
+    """
+
+    token_mask: jax.Array
+    layer_index: jax.Array

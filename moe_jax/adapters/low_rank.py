@@ -1,0 +1,138 @@
+"""Low-rank pairs: their settings, and the products that every adapter method is made of.
+
+An adapted projection is `x W' = (x W) + s (x A) B`, for one pair (LoRA) or for each of E experts on
+the same frozen W. Experts differ from each other in rank-sized codes `x A_e` only, so it is these
+that are dispatched, and not the tokens: shapes are static, there is no gather, scatter, sort or
+dropped token. CONTRIBUTING.md has the algebra.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from moe_jax.config.parse import require
+
+
+@dataclass(frozen=True, kw_only=True)
+class LowRankConfig:
+    """What one low-rank pair is; of experts, each has one.
+
+    Attributes:
+      rank: R.
+      alpha: a pair's product is scaled by alpha / rank.
+      dropout: share of a pair's inputs that is dropped while training.
+      init: distribution of A; B starts at zero. `kaiming` is uniform within 1 / sqrt(inputs), what
+        peft and the LoRA authors use; `gaussian` is normal with standard deviation 1 / rank.
+      rslora: scales by alpha / sqrt(rank) instead (rsLoRA, arXiv:2312.03732, eq. 4), so that the
+        size of a step does not shrink as the rank grows.
+      dora: trains the length of each column of the adapted weight apart from its direction (DoRA,
+        arXiv:2402.09353, eq. 5); see `moe_jax.adapters.dora`.
+    """
+
+    rank: int
+    alpha: float
+    dropout: float = 0.0
+    init: Literal["kaiming", "gaussian"] = "kaiming"
+    rslora: bool = False
+    dora: bool = False
+
+    def __post_init__(self):
+        require(self.rank > 0, "rank", "must be positive")
+        require(self.alpha > 0, "alpha", "must be positive")
+        require(0.0 <= self.dropout < 1.0, "dropout", "must lie in [0, 1)")
+
+    @property
+    def scale(self) -> float:
+        """s, the factor of the pair's product."""
+        return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
+
+    def init_a(self, fan_in: int) -> nn.initializers.Initializer:
+        """Initialiser of A for a projection of `fan_in` inputs."""
+        if self.init == "gaussian":
+            return nn.initializers.normal(1.0 / self.rank)
+        bound = fan_in**-0.5
+        return lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+class Pairs(NamedTuple):
+    """The low-rank pairs of E experts of one projection, ready to be applied.
+
+    Attributes:
+      lora_a: [in, E, R]; the expert axis stands before the rank so that no transpose is needed.
+      lora_b: [E, R, out]; with DoRA, times the gains.
+      gains: [E, out], what DoRA multiplies each column of the adapted weight by; None without it.
+      scale: s, see `LowRankConfig.scale`.
+    """
+
+    lora_a: jax.Array
+    lora_b: jax.Array
+    gains: jax.Array | None
+    scale: float
+
+    def codes(self, x: jax.Array) -> jax.Array:
+        """The scaled codes of every expert in one thin product: [B, S, in] to [B, S, E, R]."""
+        width, experts, rank = self.lora_a.shape
+        codes = jnp.dot(x, self.lora_a.astype(x.dtype).reshape(width, experts * rank))
+        return codes.reshape(*x.shape[:-1], experts, rank) * self.scale
+
+    def expand(self, codes: jax.Array) -> jax.Array:
+        """Sum over experts of `codes_e B_e`, in one product: [B, S, E, R] to [B, S, out]."""
+        experts, rank, features = self.lora_b.shape
+        flat = codes.reshape(*codes.shape[:-2], experts * rank)
+        return jnp.dot(flat, self.lora_b.astype(codes.dtype).reshape(experts * rank, features))
+
+    def adapt(self, product: jax.Array, codes: jax.Array, combine: jax.Array) -> jax.Array:
+        """The frozen product with the experts' changes, weighted.
+
+        Args:
+          product: x W, [B, S, out], without a bias.
+          codes: [B, S, E, R].
+          combine: [B, S, E], each expert's share; one-hot for a slot's expert. A token whose shares
+            are all zero keeps the frozen product.
+        """
+        adapted = self.regain(product, combine)
+        return adapted + self.expand(codes * combine.astype(codes.dtype)[..., None])
+
+    def regain(self, product: jax.Array, combine: jax.Array) -> jax.Array:
+        """The frozen product under DoRA's gains alone; the product itself without DoRA."""
+        if self.gains is None:
+            return product
+        change = jnp.dot(combine.astype(product.dtype), (self.gains - 1.0).astype(product.dtype))
+        return product * (1.0 + change)
+
+    def adapt_expert(self, product: jax.Array, codes: jax.Array, expert: int) -> jax.Array:
+        """The frozen product as one expert changes it, for all tokens.
+
+        Args:
+          product: x W, [B, S, out], without a bias.
+          codes: [B, S, E, R].
+          expert: its index.
+        """
+        if self.gains is not None:
+            product = product * self.gains[expert].astype(product.dtype)
+        return product + jnp.dot(codes[..., expert, :], self.lora_b[expert].astype(codes.dtype))
+
+    def expert_codes(self, x: jax.Array, expert: int) -> jax.Array:
+        """The scaled codes of one expert: [B, S, in] to [B, S, R]."""
+        return jnp.dot(x, self.lora_a[:, expert].astype(x.dtype)) * self.scale
+
+
+def joint_codes(x: jax.Array, pairs: Mapping[str, Pairs]) -> dict[str, jax.Array]:
+    """The scaled codes [B, S, E, R] of several projections of the same input, in one product.
+
+    Args:
+      x: [B, S, in].
+      pairs: by projection; of equal shapes of A and equal scales.
+    """
+    if not pairs:
+        return {}
+    _, experts, rank = next(iter(pairs.values())).lora_a.shape
+    stacked = jnp.concatenate([pair.lora_a for pair in pairs.values()], axis=-1)
+    scale = next(iter(pairs.values())).scale
+    flat = jnp.dot(x, stacked.astype(x.dtype).reshape(x.shape[-1], -1)) * scale
+    codes = flat.reshape(*x.shape[:-1], experts, len(pairs) * rank)
+    return dict(zip(pairs, jnp.split(codes, len(pairs), axis=-1), strict=True))

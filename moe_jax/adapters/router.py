@@ -1,0 +1,136 @@
+"""Routers: from a token's hidden state to the experts that serve it, and their weights."""
+
+import abc
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from moe_jax.adapters.leaf import adapter_leaf
+from moe_jax.config.parse import require
+from moe_jax.config.registry import Registry
+from moe_jax.sharding.axes import EXPERTS
+
+ROUTERS = Registry("router")
+"""The routing strategies by the name that `router.name` in a configuration gives."""
+
+ABSENT = -1e9
+"""The logit of an expert that a layer does not have: its probability is exactly zero, and unlike
+minus infinity it makes no NaN in an entropy or a gradient."""
+
+
+class Routing(NamedTuple):
+    """The decision of a router for every token; float32.
+
+    A slot is a place in a token's sum over experts. Either each of C slots is filled by an expert
+    of the router's choice (`dispatch` is one-hot), or slot c is expert c itself, for every token
+    (`dispatch` is None, C = E), where any number of experts may fire.
+
+    Attributes:
+      router_logits: [B, S, E].
+      router_probs: [B, S, E], softmax of the logits.
+      dispatch: [B, S, C, E], one-hot over E, or all zeros where the slot stays without an expert;
+        None if slot c is expert c.
+      weights: [B, S, C], the slot's share of the output.
+      load: [B, S, E], how much of each token the expert has to carry: 1 or 0 where experts are
+        chosen, the weight itself where all of them share.
+    """
+
+    router_logits: jax.Array
+    router_probs: jax.Array
+    dispatch: jax.Array | None
+    weights: jax.Array
+    load: jax.Array
+
+    @property
+    def combine(self) -> jax.Array:
+        """Each expert's share of the output, [B, S, E]."""
+        if self.dispatch is None:
+            return self.weights
+        return jnp.einsum("bsc,bsce->bse", self.weights, self.dispatch)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Router(abc.ABC):
+    """A routing strategy: what all of them share.
+
+    To add one, derive a frozen dataclass, decorate it with `@ROUTERS.register("its_name")` and
+    import its module; nothing else has to know of it.
+
+    Attributes:
+      init_std: standard deviation of the router's initial kernel.
+      jitter_noise: while training, the router's own view of its input is multiplied by uniform
+        noise in [1 - jitter_noise, 1 + jitter_noise] (arXiv:2101.03961, section 2.2); the experts
+        see the input as it is.
+    """
+
+    registry: ClassVar[Registry] = ROUTERS
+
+    init_std: float = 0.02
+    jitter_noise: float = 0.0
+
+    def __post_init__(self):
+        require(self.init_std > 0, "init_std", "must be positive")
+        require(0.0 <= self.jitter_noise < 1.0, "jitter_noise", "must lie in [0, 1)")
+
+    def check(self, num_experts: int) -> None:
+        """Refuses, with `require`, settings that do not go with so many experts."""
+        require(num_experts > 0, "num_experts", "must be positive")
+
+    def routes_layer(self, layer_index: jax.Array) -> jax.Array | None:
+        """Whether a layer is routed at all, a boolean scalar; None stands for every layer.
+
+        Args:
+          layer_index: int32 [], from 0.
+        """
+        return None
+
+    @abc.abstractmethod
+    def route(self, router_logits: jax.Array, token_mask: jax.Array) -> Routing:
+        """The decision for every token.
+
+        Args:
+          router_logits: float32 [B, S, E]; `ABSENT` where the layer has no such expert.
+          token_mask: bool [B, S], false at padding, which must not take capacity from real tokens.
+        """
+
+
+class RouterLogits(nn.Module):
+    """A linear layer over the hidden state, in float32 whatever the model computes in.
+
+    Attributes:
+      router: initialisation and jitter.
+      num_experts: E.
+      axis: logical axis of the input's width.
+
+    Leaf: `kernel` [D, E].
+    """
+
+    router: Router
+    num_experts: int
+    axis: str
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, *, deterministic: bool, present: jax.Array | None = None
+    ) -> jax.Array:
+        """Router logits, float32 [B, S, E], of x [B, S, D].
+
+        Args:
+          x: the hidden state.
+          deterministic: no jitter.
+          present: bool [E], the experts that this layer has; None stands for all.
+        """
+        init: Any = nn.initializers.normal(self.router.init_std)
+        shape = (x.shape[-1], self.num_experts)
+        kernel = adapter_leaf(self, "kernel", init, shape, (self.axis, EXPERTS))
+        x, jitter = x.astype(jnp.float32), self.router.jitter_noise
+        if jitter > 0.0 and not deterministic:
+            noise = jax.random.uniform(
+                self.make_rng("dropout"), x.shape, x.dtype, 1.0 - jitter, 1.0 + jitter
+            )
+            x = x * noise
+        logits = jnp.dot(x, kernel, precision=jax.lax.Precision.HIGHEST)
+        return logits if present is None else jnp.where(present, logits, ABSENT)

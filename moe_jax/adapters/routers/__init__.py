@@ -1,0 +1,4 @@
+"""Routing strategies, one a file; importing this package enters all of them in `ROUTERS`."""
+
+from moe_jax.adapters.router import ROUTERS as ROUTERS
+from moe_jax.adapters.routers.top_k import TopKRouter as TopKRouter

@@ -1,0 +1,34 @@
+"""What the routers of an adapter did, as metrics."""
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax.adapters.statistics import RouterStatistics
+
+
+def routing_summary(sites: Mapping[str, RouterStatistics]) -> dict[str, jax.Array]:
+    """What the routers did, site by site and layer by layer.
+
+    `expert_load` [sites * L, E]: each expert's load as a multiple of an equal share; 1 is ideal, 0
+    is a dead expert, or one that the layer does not have. `layer_entropy` [sites * L]: mean entropy
+    of the router's distribution over that of a uniform one, from 0 to 1. And scalars of the two,
+    over all layers that route: `router_entropy`, the mean; `busiest_expert`, the largest load;
+    `dead_experts`, how many no token chose.
+
+    Args:
+      sites: with a leading axis L on each field.
+    """
+    layers = jax.tree.map(lambda *fields: jnp.concatenate(fields), *sites.values())
+    load = layers.load_sum * layers.num_experts[:, None]
+    load = load / jnp.maximum(jnp.sum(layers.load_sum, axis=-1, keepdims=True), 1e-9)
+    entropy = layers.entropy_sum / jnp.maximum(layers.tokens, 1.0) / jnp.log(layers.num_experts)
+    dead = (layers.load_sum == 0) * layers.present * layers.routed[:, None]
+    return {
+        "expert_load": load,
+        "layer_entropy": entropy,
+        "router_entropy": jnp.sum(entropy) / jnp.maximum(jnp.sum(layers.routed), 1.0),
+        "busiest_expert": jnp.max(load),
+        "dead_experts": jnp.sum(dead),
+    }
