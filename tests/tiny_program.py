@@ -19,7 +19,7 @@ MIXLORA = {
     "alpha": 8.0,
     "target_modules": ALL_TARGETS,
     "num_experts": 4,
-    "top_k": 2,
+    "router": {"name": "top_k", "top_k": 2},
     "losses": {"load_balance": {"coefficient": 0.01}, "router_z": {"coefficient": 0.001}},
 }
 LORA = {"name": "lora", "rank": 4, "alpha": 8.0, "target_modules": ALL_TARGETS}
@@ -85,11 +85,13 @@ def program(
 
 
 def random_leaves(abstract: Any, shardings: Any, seed: int, std: float = 0.15) -> Any:
-    """Normal leaves, the same for every mesh; norms are near one."""
+    """Normal leaves, the same for every mesh; norms and magnitudes are near one."""
     rng = np.random.default_rng(seed)
 
     def leaf(path: Any, shape: jax.ShapeDtypeStruct, sharding: Any) -> jax.Array:
-        centre = 1.0 if jax.tree_util.keystr(path).endswith("['scale']") else 0.0
+        name = jax.tree_util.keystr(path[-1:])
+        # Norms scale by about one, and columns of random projections are about one long.
+        centre = 1.0 if name in ("['scale']", "['magnitude']") else 0.0
         values = centre + std * rng.standard_normal(shape.shape)
         return jax.device_put(values.astype(shape.dtype), sharding)
 

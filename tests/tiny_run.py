@@ -61,8 +61,7 @@ def get_config():
                 "train",
                 name="mixlora",
                 num_experts=4,
-                top_k=2,
-                jitter_noise=0.1,
+                router=dict(name="top_k", top_k=2, jitter_noise=0.1),
                 losses=dict(load_balance=dict(coefficient=0.01)),
             )
         ),

@@ -70,7 +70,7 @@ def attach(model: LlamaForCausalLM, tree: dict, method) -> LlamaForCausalLM:
                 if name == "moe":
                     continue
                 lora_a, lora_b = (np.asarray(pair[key])[index] for key in ("lora_A", "lora_B"))
-                scale = method.alpha / method.rank
+                scale = method.low_rank.scale
                 adapted = LoraLinear(getattr(getattr(layer, block), name), lora_a, lora_b, scale)
                 setattr(getattr(layer, block), name, adapted)
         if "moe" in layers.get("mlp", {}):
@@ -78,7 +78,8 @@ def attach(model: LlamaForCausalLM, tree: dict, method) -> LlamaForCausalLM:
                 name: {key: np.asarray(leaf) for key, leaf in leaves.items()}
                 for name, leaves in layers["mlp"]["moe"].items()
             }
-            layer.mlp = MixLoraMLP(layer.mlp, numpy_tree, index, method.top_k, method.expert_scale)
+            scale = method.expert_low_rank.scale
+            layer.mlp = MixLoraMLP(layer.mlp, numpy_tree, index, method.router.top_k, scale)
     return model
 
 
