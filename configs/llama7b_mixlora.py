@@ -65,7 +65,9 @@ def get_config() -> ConfigDict:
     adapter.method = ConfigDict()
     adapter.method.name = "mixlora"
     adapter.method.num_experts = 8
-    adapter.method.top_k = 2
+    adapter.method.router = ConfigDict(
+        {"name": "top_k", "top_k": 2, "init_std": 0.02, "jitter_noise": 0.0}
+    )
     adapter.method.rank = 16
     adapter.method.alpha = 32.0
     adapter.method.dropout = 0.05
@@ -79,8 +81,6 @@ def get_config() -> ConfigDict:
         "up_proj",
         "down_proj",
     )
-    adapter.method.router_init_std = 0.02
-    adapter.method.jitter_noise = 0.0
     # 1e-2 is Switch Transformer's coefficient (arXiv:2101.03961, section 2.2), whose loss this is;
     # the MixLoRA authors' own package, `mixlora`, has 1e-3 as its default. The z loss keeps router
     # logits small (ST-MoE, arXiv:2202.08906, with that paper's coefficient).

@@ -25,7 +25,7 @@ def get_config() -> ml_collections.ConfigDict:
         "rank": 8,
         "alpha": 16.0,
         "num_experts": 4,
-        "top_k": 2,
+        "router": {"name": "top_k", "top_k": 2},
         "dropout": 0.0,  # a minute of training is too short to overfit by much
         "init": "kaiming",
         "target_modules": (

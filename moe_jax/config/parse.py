@@ -94,7 +94,7 @@ def parse_member(registry: Registry, value: Any, path: str) -> Any:
             f"{path}.{NAME}: this field is required and was not given; {suggest('', registry)}"
         )
     name = fields.pop(NAME)
-    if name not in registry:
+    if not isinstance(name, str) or name not in registry:
         raise ConfigError(
             f"{path}.{NAME}: unknown {registry.kind} {name!r}; {suggest(str(name), registry)}"
         )

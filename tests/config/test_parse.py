@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import pytest
 
-from moe_jax.config.parse import FieldError, parse, require, suggest
+from moe_jax.config.parse import FieldError, located, parse, require, suggest, within
 from moe_jax.errors import ConfigError
 
 
@@ -135,6 +135,38 @@ def test_require():
     with pytest.raises(FieldError) as error:
         require(False, "rank", "must be positive")
     assert (error.value.field, error.value.reason) == ("rank", "must be positive")
+
+
+def test_checks_outside_of_parsing_say_where_the_field_stands():
+    with pytest.raises(ConfigError) as error, located("config.adapters.a"), within("router"):
+        require(False, "top_k", "must be positive")
+    assert str(error.value) == "config.adapters.a.router.top_k: must be positive"
+    # Once it is said, nothing above says it again.
+    assert not isinstance(error.value, FieldError)
+    with pytest.raises(ConfigError, match=r"^config\.a: no$"), located("above"), located("config"):
+        require(False, "a", "no")
+
+
+def test_what_is_not_a_refused_field_passes_through():
+    with located("config"), within("router"):
+        require(True, "top_k", "must be positive")
+    for error in (ConfigError("config.rank: refused"), ValueError("other")):
+        with pytest.raises(type(error)) as raised, located("above"), within("router"):
+            raise error
+        assert raised.value is error
+
+
+def test_a_check_that_a_dataclass_makes_of_its_part_names_the_part():
+    @dataclass(frozen=True, kw_only=True)
+    class Whole:
+        inner: Inner
+
+        def __post_init__(self):
+            with within("inner"):
+                require(self.inner.rate < 1, "rate", "must be below 1")
+
+    with pytest.raises(ConfigError, match=r"^config\.x\.inner\.rate: must be below 1$"):
+        parse(Whole, {"inner": {"rate": 2.0}}, "config.x")
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,15 @@
 
 import copy
 import json
+import re
 from typing import Any
 
 import pytest
 
 from moe_jax.adapters import METHODS, LoraConfig, MixLoraConfig
-from moe_jax.adapters.method import RouterLossConfig
+from moe_jax.adapters.aux_losses import LoadBalance
 from moe_jax.adapters.mixlora import ExpertLoraConfig
+from moe_jax.adapters.routers import TopKRouter
 from moe_jax.config.model import ComputeConfig, ModelConfig, RopeConfig
 from moe_jax.config.optimizer import ScheduleConfig
 from moe_jax.config.parse import parse
@@ -26,7 +28,7 @@ RAW: dict[str, Any] = {
                 "alpha": 16,
                 "target_modules": ["q_proj", "up_proj"],
                 "num_experts": 4,
-                "top_k": 2,
+                "router": {"name": "top_k", "top_k": 3},
             },
             "data": {
                 "train": {"rows": {"path": "rows.jsonl", "schema": "instruction"}},
@@ -65,7 +67,11 @@ def test_a_whole_configuration():
     config = parse_run_config(RAW, METHODS)
     adapter = config.adapters["default"]
     assert adapter.method == MixLoraConfig(
-        rank=8, alpha=16.0, target_modules=("q_proj", "up_proj"), num_experts=4, top_k=2
+        rank=8,
+        alpha=16.0,
+        target_modules=("q_proj", "up_proj"),
+        num_experts=4,
+        router=TopKRouter(top_k=3),
     )
     assert (config.mesh.data, config.mesh.fsdp, config.mesh.tensor) == (-1, 1, 1)
     assert adapter.data.lengths == (64,)
@@ -107,6 +113,13 @@ REFUSED = {
     f"{ADAPTER}.method.name": [("mixlroa", "did you mean 'mixlora'?"), ("dora", "unknown method")],
     f"{ADAPTER}.method.rank": [(0, "must be positive"), (True, "expected int, got bool")],
     f"{ADAPTER}.method.num_expert": [(4, "did you mean 'num_experts'?")],
+    f"{ADAPTER}.method.router": [("top_k", "expected a group of fields")],
+    f"{ADAPTER}.method.router.name": [
+        ("top_kk", "unknown router 'top_kk'; did you mean 'top_k'?"),
+        (2, "unknown router 2; known: "),
+    ],
+    f"{ADAPTER}.method.router.top_k": [(0, "must be positive"), (5, "there are only 4")],
+    f"{ADAPTER}.method.router.jitter": [(0.1, "did you mean 'jitter_noise'?")],
     f"{ADAPTER}.data.train": [({}, "names no data set")],
     f"{ADAPTER}.data.max_length": [(1, "at least 2 tokens")],
     f"{ADAPTER}.data.buckets": [
@@ -162,7 +175,7 @@ def test_refusals(path, value, reason):
         "training",
         f"{ADAPTER}.method",
         f"{ADAPTER}.method.alpha",
-        f"{ADAPTER}.method.top_k",
+        f"{ADAPTER}.method.num_experts",
         f"{ADAPTER}.data",
         f"{ADAPTER}.data.max_length",
         f"{ADAPTER}.optimizer.learning_rate",
@@ -175,9 +188,13 @@ def test_what_has_no_default_must_be_given(path):
     assert str(error.value) == f"config.{path}: this field is required and was not given"
 
 
-def test_a_method_needs_its_name():
-    with pytest.raises(ConfigError, match=r"default\.method\.name: .*lora, mixlora"):
-        parse_run_config(_without(f"{ADAPTER}.method.name"), METHODS)
+@pytest.mark.parametrize(
+    ("group", "known"), [("method", "known: lora, .*mixlora"), ("method.router", "known: .*top_k")]
+)
+def test_what_is_picked_by_name_needs_one(group, known):
+    where = re.escape(f"config.{ADAPTER}.{group}.name")
+    with pytest.raises(ConfigError, match=f"^{where}: this field is required .*; {known}"):
+        parse_run_config(_without(f"{ADAPTER}.{group}.name"), METHODS)
 
 
 def test_steps_and_epochs_exclude_each_other():
@@ -251,6 +268,8 @@ def test_json_round_trip():
     mixlora = raw["adapters"]["default"]
     mixlora["method"] |= {
         "dropout": 0.05,
+        "rslora": True,
+        "router": {"name": "top_k", "top_k": 1, "jitter_noise": 0.1},
         "expert_lora": {"rank": 4},
         "losses": {"load_balance": {"coefficient": 0.01, "scope": "pooled"}},
     }
@@ -261,16 +280,18 @@ def test_json_round_trip():
     raw["training"] = {"epochs": 1.5, "seed": 4}
     config = parse_run_config(raw, METHODS)
 
-    text = to_json(config, METHODS)
+    text = to_json(config)
 
     assert parse_run_config(json.loads(text), METHODS) == config
     method = config.adapters["default"].method
     assert method.expert_lora == ExpertLoraConfig(rank=4)
-    assert method.losses == {"load_balance": RouterLossConfig(coefficient=0.01, scope="pooled")}
+    assert method.losses == {"load_balance": LoadBalance(coefficient=0.01, scope="pooled")}
+    assert method.router == TopKRouter(top_k=1, jitter_noise=0.1)
     assert config.adapters["plain"].method == LoraConfig(
         rank=2, alpha=1.5, target_modules=("q_proj",)
     )
-    assert json.loads(text)["adapters"]["plain"]["method"]["name"] == "lora"
+    plain = {name: adapter["method"] for name, adapter in json.loads(text)["adapters"].items()}
+    assert (plain["plain"]["name"], plain["default"]["router"]["name"]) == ("lora", "top_k")
 
 
 MODEL = {
