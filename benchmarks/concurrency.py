@@ -1,0 +1,197 @@
+"""Several small-batch adapters in one step against one after another.
+
+    python benchmarks/concurrency.py --output concurrency.json
+
+N adapters, each with a few rows of its own, train on one frozen base of random weights: all in one
+compiled step, or each in a step of its own, N steps. Both are timed in turn in one process, so that
+only their ratio is quoted. The memory is the compiled program's own account of it.
+
+Needs jax, flax, optax and numpy only.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from moe_jax.adapters import METHODS
+from moe_jax.config.model import ModelConfig, RopeConfig
+from moe_jax.config.run import parse_run_config
+from moe_jax.data.batch import Batch
+from moe_jax.training.program import Program, build_program
+
+MEBIBYTE = 2**20
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+KINDS: dict[str, dict[str, Any]] = {
+    "lora": {"name": "lora"},
+    "mixlora": {"name": "mixlora", "num_experts": 8, "router": {"name": "top_k", "top_k": 2}},
+}
+SIZES = {
+    # width, FFN width, heads, layers, vocabulary
+    "small": (512, 1376, 8, 8, 8192),
+    "1b": (2048, 5632, 32, 22, 32000),
+    "7b": (4096, 11008, 32, 32, 32000),
+}
+
+
+def model_config(size: str) -> ModelConfig:
+    width, ffn_width, heads, layers, vocab_size = SIZES[size]
+    return ModelConfig(
+        vocab_size=vocab_size,
+        hidden_size=width,
+        intermediate_size=ffn_width,
+        num_layers=layers,
+        num_heads=heads,
+        num_kv_heads=heads,
+        head_dim=width // heads,
+        hidden_act="silu",
+        max_position_embeddings=4096,
+        rms_norm_eps=1e-5,
+        rope=RopeConfig(rope_type="default", rope_theta=10000.0),
+        attention_bias=False,
+        mlp_bias=False,
+        tie_word_embeddings=False,
+    )
+
+
+def program_of(kind: str, adapters: int, args: argparse.Namespace) -> Program:
+    """The training program of so many adapters of one kind."""
+    method = {**KINDS[kind], "rank": args.rank, "alpha": 16.0, "target_modules": TARGETS}
+    data = {"train": {"none": {"path": "none", "schema": "text"}}, "max_length": args.length}
+    adapter = {
+        "method": method,
+        "data": data,
+        "optimizer": {"learning_rate": 1e-4},
+        "batch_size": args.rows,
+    }
+    raw = {
+        "base": {"path": "random", "param_dtype": args.dtype},
+        "compute": {"dtype": args.dtype},
+        "training": {"steps": 1000},
+        "adapters": {f"adapter{i}": adapter for i in range(adapters)},
+    }
+    config = parse_run_config(raw, METHODS)
+    return build_program(config, model_config(args.size), 1000, devices=jax.devices()[:1])
+
+
+def random_base(program: Program) -> Any:
+    """Random weights in place."""
+    leaves, tree = jax.tree.flatten(program.abstract_params)
+
+    @jax.jit
+    def draw() -> list[jax.Array]:
+        keys = jax.random.split(jax.random.key(0), len(leaves))
+        return [
+            jax.random.normal(key, leaf.shape, leaf.dtype) * 0.02
+            for key, leaf in zip(keys, leaves, strict=True)
+        ]
+
+    return jax.tree.unflatten(tree, draw())
+
+
+def step_of(program: Program, params: Any, length: int) -> Callable[[], None]:
+    """A function that does one training step and waits for it."""
+    rows = sum(segment.rows for segment in program.segments)
+    zeros = np.zeros((rows, length), np.int32)
+    fields = dict.fromkeys(Batch._fields, zeros)
+    fields["tokens"] = np.random.default_rng(0).integers(0, 8192, zeros.shape).astype(np.int32)
+    fields["loss_mask"] = np.ones_like(zeros, bool)
+    fields["segment_ids"] = np.ones_like(zeros)
+    fields["positions"] = np.broadcast_to(np.arange(length, dtype=np.int32), zeros.shape)
+    batch = program.put_train_batch(Batch(**fields))
+    box = [program.init_state(params)]
+
+    def step() -> None:
+        box[0], metrics = program.train_step(box[0], params, batch)
+        jax.block_until_ready((box[0], metrics))
+
+    return step
+
+
+def memory_of(program: Program, length: int) -> float:
+    """MiB that the compiled step takes, base included."""
+    analysis: Any = program.compiled_train_step(length).memory_analysis()
+    held = analysis.argument_size_in_bytes + analysis.temp_size_in_bytes
+    return (held + analysis.output_size_in_bytes - analysis.alias_size_in_bytes) / MEBIBYTE
+
+
+def measure(kind: str, counts: list[int], args: argparse.Namespace) -> list[dict[str, Any]]:
+    alone = program_of(kind, 1, args)
+    params = random_base(alone)
+    base = sum(leaf.nbytes for leaf in jax.tree.leaves(params)) / MEBIBYTE
+    step_alone = step_of(alone, params, args.length)
+    step_alone()
+    results = []
+    for count in counts:
+        together = program_of(kind, count, args)
+        step = step_of(together, params, args.length)
+        step()
+        ratios, seconds = [], []
+        for _ in range(args.repeats):
+            start = time.perf_counter()
+            for _ in range(count):
+                step_alone()
+            middle = time.perf_counter()
+            step()
+            end = time.perf_counter()
+            ratios.append((middle - start) / (end - middle))
+            seconds.append(end - middle)
+        memory = memory_of(together, args.length)
+        results.append(
+            {
+                "kind": kind,
+                "adapters": count,
+                "speedup": statistics.median(ratios),
+                "lowest": min(ratios),
+                "highest": max(ratios),
+                "seconds_per_step": statistics.median(seconds),
+                "memory_mib": memory,
+                "above_base_mib_per_adapter": (memory - base) / count,
+            }
+        )
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
+    parser.add_argument(
+        "--size", choices=SIZES, default="small", help="of the base (default small)"
+    )
+    parser.add_argument("--counts", default="1,2,4,8", help="numbers of adapters (1,2,4,8)")
+    parser.add_argument("--rows", type=int, default=1, help="rows of each adapter in a step (1)")
+    parser.add_argument("--length", type=int, default=64, help="tokens of a row (64)")
+    parser.add_argument("--rank", type=int, default=8, help="of every pair (8)")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--repeats", type=int, default=7, help="timed pairs (7)")
+    parser.add_argument("--output", type=Path, help="also write the figures here, as JSON")
+    args = parser.parse_args()
+
+    counts = [int(count) for count in args.counts.split(",")]
+    device = jax.devices()[0]
+    print(
+        f"{args.size} base in {args.dtype}, {args.rows} x {args.length} tokens an adapter, on "
+        f"{device.device_kind}, jax {jax.__version__}"
+    )
+    print("kind     adapters  one after another / together  step       memory     per adapter")
+    figures = []
+    for kind in KINDS:
+        for row in measure(kind, counts, args):
+            figures.append(row)
+            spread = f"{row['speedup']:.2f} ({row['lowest']:.2f} to {row['highest']:.2f})"
+            print(
+                f"{kind:8} {row['adapters']:8}  {spread:28}  {row['seconds_per_step']:7.3f} s  "
+                f"{row['memory_mib']:6.0f} MiB  {row['above_base_mib_per_adapter']:6.1f} MiB"
+            )
+    if args.output:
+        settings = {name: str(value) for name, value in vars(args).items()}
+        args.output.write_text(json.dumps({"settings": settings, "figures": figures}, indent=2))
+
+
+if __name__ == "__main__":
+    main()
