@@ -113,9 +113,11 @@ def random_batch(rows: int, length: int = 16, vocab: int = 96, seed: int = 2) ->
     lengths = rng.integers(length // 2, length + 1, (rows, 1))
     index = np.arange(length)[None]
     real = index < lengths
+    groups = np.arange(rows)[:, None] % 2
     return Batch(
         tokens=rng.integers(0, vocab, (rows, length)).astype(np.int32),
         loss_mask=real & (index >= lengths // 3),
         segment_ids=real.astype(np.int32),
         positions=np.where(real, index, 0).astype(np.int32),
+        expert_groups=(groups * real).astype(np.int32),
     )

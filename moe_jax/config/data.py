@@ -24,6 +24,8 @@ class SourceConfig:
       prompt: the prompt template for `instruction` rows, a file in `moe_jax/data/prompts/` without
         its ending, or the path of a template file.
       weight: this data set's share of the rows, relative to the other data sets.
+      expert_group: which group of experts, from 0, this kind of data belongs to; only the loss
+        `localized_balance` reads it.
     """
 
     path: str
@@ -34,10 +36,12 @@ class SourceConfig:
     columns: dict[str, str] = field(default_factory=dict)
     prompt: str = "instruction"
     weight: float = 1.0
+    expert_group: int = 0
 
     def __post_init__(self):
         require(self.path != "", "path", "is empty; name a file, a folder or a hub data set")
         require(self.weight > 0, "weight", "must be positive")
+        require(self.expert_group >= 0, "expert_group", "must not be negative")
 
 
 @dataclass(frozen=True, kw_only=True)

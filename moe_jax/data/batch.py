@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 class Batch(NamedTuple):
     """Rows of tokens, padded to a common length; NumPy on the host, jax arrays on the device.
 
-    All four have shape [B, S] (B rows of S tokens). The target of position s is the token at s + 1.
+    All fields have shape [B, S] (B rows of S tokens). The target of position s is the token at
+    s + 1.
 
     Attributes:
       tokens: int32 token ids; the id at a padding position is never read.
@@ -14,9 +15,12 @@ class Batch(NamedTuple):
       segment_ids: int32, 0 at padding, otherwise the number of the sequence within its row, from 1.
         Tokens attend within their own segment only.
       positions: int32, the token's place within its own sequence, from 0.
+      expert_groups: int32, the group of experts that the token's sequence belongs to, the same
+        for all of its tokens, and 0 at padding; see `SourceConfig.expert_group`.
     """
 
     tokens: Any
     loss_mask: Any
     segment_ids: Any
     positions: Any
+    expert_groups: Any

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from moe_jax.config.data import DataConfig, SourceConfig
 from moe_jax.data.batch import Batch
-from moe_jax.data.collate import pad_rows, padded_length
+from moe_jax.data.collate import Row, pad_rows, padded_length
 from moe_jax.data.grouping import LengthGroupedBatches
 from moe_jax.data.shuffle import ShuffledRange
 from moe_jax.data.tokenise import TokenisedSource, flat_values, tokenise_source
@@ -41,7 +41,7 @@ class TrainData:
       padding_share: expected share of padding among the tokens of a batch.
       report: lines on what became of the rows.
       fingerprint: digests of all that decides the batches: `train/SOURCE` of each data set's
-        tokens, and `ORDER` of how they are mixed and batched. By content: it is the same wherever
+        rows, and `ORDER` of how they are mixed and batched. By content: it is the same wherever
         the files lie and whichever libraries read them.
       largest_tokens: the largest token id of each data set.
     """
@@ -187,17 +187,17 @@ class _RowStore:
         self._starts = np.cumsum([0, *(len(source.kept) for source in sources)])
         self.lengths = np.concatenate([source.lengths for source in sources])
 
-    def fetch(self, rows: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Token ids (int32) and loss mask (bool) of each row, in the order of `rows`."""
-        out: list[tuple[np.ndarray, np.ndarray] | None] = [None] * len(rows)
+    def fetch(self, rows: np.ndarray) -> list[Row]:
+        """The rows of these numbers, in their order."""
+        out: list[Row | None] = [None] * len(rows)
         owners = np.searchsorted(self._starts, rows, side="right") - 1
         for number in np.unique(owners):
             places = np.flatnonzero(owners == number)
             source = self._sources[number]
             table = source.table[source.kept[rows[places] - self._starts[number]].tolist()]
             tokens, masks = _arrays(table["tokens"]), _arrays(table["loss_mask"])
-            for place, row in zip(places, zip(tokens, masks, strict=True), strict=True):
-                out[place] = row
+            for place, *arrays in zip(places, tokens, masks, strict=True):
+                out[place] = Row(*arrays, source.expert_group)
         return [row for row in out if row is not None]
 
 

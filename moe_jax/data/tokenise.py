@@ -55,9 +55,10 @@ class TokenisedSource:
       table: columns `tokens`, `loss_mask`, `length`, `truncated`, `row`; a dropped row is empty.
       kept: indices into `table` of the rows that have a target.
       lengths: tokens of each kept row.
-      digest: of the ids, masks and lengths of the kept rows in their order, whatever they were
-        made from, where that lies, and by which versions.
+      digest: of the ids, masks and lengths of the kept rows in their order, and of their group,
+        whatever they were made from, where that lies, and by which versions.
       largest_token: the largest id in it.
+      expert_group: the group of experts that its rows belong to.
       report: one line on what became of the rows.
     """
 
@@ -67,6 +68,7 @@ class TokenisedSource:
     lengths: np.ndarray
     digest: str
     largest_token: int
+    expert_group: int
     report: str
 
 
@@ -123,7 +125,7 @@ def tokenise_source(
     first = rows[int(facts["row"][dropped[0]])]["where"] if len(dropped) else None
     table = table.select_columns(["tokens", "loss_mask"]).with_format("arrow")
     lengths = facts["length"][kept]
-    content, largest_token = _content(table, lengths)
+    content, largest_token = _content(table, lengths, source.expert_group)
     return TokenisedSource(
         name=name,
         table=table,
@@ -131,12 +133,13 @@ def tokenise_source(
         lengths=lengths,
         digest=content,
         largest_token=largest_token,
+        expert_group=source.expert_group,
         report=_report(name, config.max_length, len(rows), facts, first),
     )
 
 
-def _content(table: datasets.Dataset, lengths: np.ndarray) -> tuple[str, int]:
-    """A digest of all ids, masks and kept rows' lengths, and the largest id.
+def _content(table: datasets.Dataset, lengths: np.ndarray, expert_group: int) -> tuple[str, int]:
+    """A digest of all ids, masks, kept rows' lengths and their group, and the largest id.
 
     A dropped row is empty, so that it leaves no trace here, as it leaves none in a batch.
     """
@@ -147,7 +150,8 @@ def _content(table: datasets.Dataset, lengths: np.ndarray) -> tuple[str, int]:
         tokens.update(ids.tobytes())
         masks.update(flat_values(batch["loss_mask"]).tobytes())
         largest = max(largest, int(ids.max(initial=0)))
-    parts = [tokens.digest(), masks.digest(), lengths.astype(np.int64).tobytes()]
+    numbers = np.array([*lengths, expert_group], np.int64)
+    parts = [tokens.digest(), masks.digest(), numbers.tobytes()]
     return hashlib.sha256(b"".join(parts)).hexdigest()[:32], largest
 
 

@@ -78,7 +78,8 @@ def _collate(rows: Sequence[Sequence[Sequence[int]]]) -> Batch:
             positions[index, part] = np.arange(len(line))
             start += len(line)
     # A line's first token follows nothing.
-    return Batch(tokens, (segment_ids > 0) & (positions > 0), segment_ids, positions)
+    loss_mask = (segment_ids > 0) & (positions > 0)
+    return Batch(tokens, loss_mask, segment_ids, positions, np.zeros_like(tokens))
 
 
 def hf_tensors(params: Any, config: ModelConfig) -> dict[str, np.ndarray]:

@@ -134,7 +134,11 @@ class Program:
         rows = sum(segment.rows for segment in self.segments)
         shape = (micro, rows // micro, row_length)
         types = Batch(
-            tokens=jnp.int32, loss_mask=jnp.bool, segment_ids=jnp.int32, positions=jnp.int32
+            tokens=jnp.int32,
+            loss_mask=jnp.bool,
+            segment_ids=jnp.int32,
+            positions=jnp.int32,
+            expert_groups=jnp.int32,
         )
         batch = Batch(*(jax.ShapeDtypeStruct(shape, dtype) for dtype in types))
         with self._mesh_context():

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from moe_jax.data.collate import pad_rows, padded_length
+from moe_jax.data.collate import Row, pad_rows, padded_length
 
 
 def test_smallest_length_that_holds_the_longest_row():
@@ -11,12 +11,13 @@ def test_smallest_length_that_holds_the_longest_row():
 
 def test_rows_are_padded_and_missing_rows_are_empty():
     rows = [
-        (np.array([7, 8, 9]), np.array([False, True, True])),
-        (np.array([5]), np.array([False])),
+        Row(np.array([7, 8, 9]), np.array([False, True, True]), expert_group=2),
+        Row(np.array([5]), np.array([False]), expert_group=1),
     ]
     batch = pad_rows(rows, 3, (4, 8))
     assert batch.tokens.tolist() == [[7, 8, 9, 0], [5, 0, 0, 0], [0, 0, 0, 0]]
     assert batch.loss_mask.tolist() == [[False, True, True, False], [False] * 4, [False] * 4]
     assert batch.segment_ids.tolist() == [[1, 1, 1, 0], [1, 0, 0, 0], [0, 0, 0, 0]]
     assert batch.positions.tolist() == [[0, 1, 2, 0], [0, 0, 0, 0], [0, 0, 0, 0]]
-    assert [field.dtype for field in batch] == [np.int32, bool, np.int32, np.int32]
+    assert batch.expert_groups.tolist() == [[2, 2, 2, 0], [1, 0, 0, 0], [0, 0, 0, 0]]
+    assert [field.dtype for field in batch] == [np.int32, bool, np.int32, np.int32, np.int32]

@@ -102,6 +102,7 @@ def test_a_batch_is_what_the_rows_say(load, completions):
     assert batch.loss_mask.tolist() == [[False, False, False, True, True, False]] * 2
     assert batch.segment_ids.tolist() == [[1, 1, 1, 1, 1, 0]] * 2
     assert batch.positions.tolist() == [[0, 1, 2, 3, 4, 0]] * 2
+    assert not batch.expert_groups.any()
 
 
 def test_mixture_follows_the_weights(load, completions):
@@ -117,6 +118,28 @@ def test_mixture_follows_the_weights(load, completions):
     assert data.num_rows == 17
     assert "share of the rows of a batch: much 75.0%, some 25.0%" in data.report
     assert {line.split(":")[0] for line in data.report.splitlines()} >= {"much", "some"}
+
+
+def test_every_row_carries_the_expert_group_of_its_source(
+    load, data_config, word_tokenizer, completions
+):
+    sources = {
+        "facts": completions([(letter, "z") for letter in "abc"], "facts.jsonl"),
+        "tasks": completions([(letter, "z z") for letter in "xy"], "tasks.jsonl", expert_group=1),
+    }
+    data = load(sources, batch_size=4, sort_window=2)
+    seen = set()
+    for _ in range(10):
+        batch = next(data.iterator)
+        group = batch.expert_groups.max(axis=1)
+        # The same at every token of a row, and 0 at its padding.
+        np.testing.assert_array_equal(batch.expert_groups, group[:, None] * batch.segment_ids)
+        seen |= set(zip(letters(batch), group.tolist(), strict=True))
+    assert seen == {("a", 0), ("b", 0), ("c", 0), ("x", 1), ("y", 1)}
+
+    config = data_config(sources["facts"], validation={"held_out": sources["tasks"]})
+    (batch,) = load_validation_data(config, word_tokenizer, batch_size=3)["held_out"]
+    assert batch.expert_groups.max(axis=1).tolist() == [1, 1, 0]  # the last row is empty
 
 
 def test_each_source_of_a_mixture_is_shuffled_in_its_own_way(load, completions):
@@ -153,6 +176,8 @@ def test_the_fingerprint_is_of_the_content(load, completions, monkeypatch):
     for changed in (other_token, other_boundary, rows[::-1]):
         now = load(completions(changed)).fingerprint
         assert now["train/only"] != before["train/only"]
+    grouped = load(completions(rows, expert_group=1)).fingerprint
+    assert grouped["train/only"] != before["train/only"]
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,8 @@ def test_equals_pytorch_with_every_other_token_ignored():
 
 def _row(tokens, loss_mask):
     tokens, mask = np.array([tokens]), np.array([loss_mask], bool)
-    return Batch(tokens, mask, np.ones_like(tokens), np.arange(tokens.size)[None])
+    positions = np.arange(tokens.size)[None]
+    return Batch(tokens, mask, np.ones_like(tokens), positions, np.zeros_like(tokens))
 
 
 def test_by_hand():
