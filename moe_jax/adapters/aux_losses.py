@@ -6,6 +6,7 @@ one, derive it from `RouterLoss` and decorate it with `@ROUTER_LOSSES.register("
 """
 
 import abc
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -13,7 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.adapters.statistics import RouterStatistics
-from moe_jax.config.parse import require
+from moe_jax.config.data import DataConfig
+from moe_jax.config.parse import require, within
 from moe_jax.config.registry import Registry
 
 ROUTER_LOSSES = Registry("loss")
@@ -39,6 +41,17 @@ class RouterLoss(abc.ABC):
     def __post_init__(self):
         require(self.coefficient >= 0, "coefficient", "must not be negative")
 
+    @property
+    def by_sequence(self) -> bool:
+        """Whether the loss reads `RouterStatistics.sequences`, which are left out otherwise."""
+        return False
+
+    def check(self, num_experts: int) -> None:  # noqa: B027  optional
+        """Refuses, with `require`, settings that do not go with so many experts."""
+
+    def check_data(self, data: DataConfig) -> None:  # noqa: B027  optional
+        """Refuses, with `require`, data sets that the loss cannot use."""
+
     @abc.abstractmethod
     def of_layer(self, statistics: RouterStatistics) -> jax.Array:
         """The loss of one layer, without its coefficient; a float32 scalar."""
@@ -54,6 +67,13 @@ class RouterLoss(abc.ABC):
         losses = jax.vmap(self.of_layer)(statistics)
         routed = statistics.routed.astype(jnp.float32)
         return jnp.sum(losses * routed) / jnp.maximum(jnp.sum(routed), 1.0)
+
+
+def check_losses(losses: Mapping[str, RouterLoss], num_experts: int) -> None:
+    """Refuses, with `require`, losses in the field `losses` that so many experts do not go with."""
+    for name, loss in losses.items():
+        with within(f"losses.{name}"):
+            loss.check(num_experts)
 
 
 @ROUTER_LOSSES.register("load_balance")

@@ -44,7 +44,12 @@ class AdapterContext(NamedTuple):
     Attributes:
       token_mask: bool [b, S], false at padding.
       layer_index: int32 [], from 0.
+      num_layers: L.
+      expert_groups: int32 [b], the group of experts that each sequence belongs to (see
+        `SourceConfig.expert_group`); None unless one of the adapter's losses reads it.
     """
 
     token_mask: jax.Array
     layer_index: jax.Array
+    num_layers: int
+    expert_groups: jax.Array | None = None

@@ -17,6 +17,7 @@ import jax
 from moe_jax.adapters.aux_losses import RouterLoss
 from moe_jax.adapters.low_rank import LowRankConfig
 from moe_jax.adapters.targets import TARGET_MODULES
+from moe_jax.config.data import DataConfig
 from moe_jax.config.model import ModelConfig
 from moe_jax.config.parse import require, suggest
 from moe_jax.config.registry import Registry
@@ -65,6 +66,16 @@ class AdapterMethod(LowRankConfig, abc.ABC):
     def router_losses(self) -> dict[str, RouterLoss]:
         """The auxiliary losses of this method's routers, by name; empty if it does not route."""
         return {}
+
+    @property
+    def needs_expert_groups(self) -> bool:
+        """Whether a loss reads the groups of the sequences, `AdapterContext.expert_groups`."""
+        return any(loss.by_sequence for loss in self.router_losses.values())
+
+    def check_data(self, data: DataConfig) -> None:
+        """Refuses, with `require`, data sets that do not go with the losses."""
+        for loss in self.router_losses.values():
+            loss.check_data(data)
 
     def check_model(self, model: ModelConfig) -> None:
         """Refuses, with `require`, settings that do not go with this model, such as its depth."""

@@ -19,6 +19,20 @@ from moe_jax.layers.collections import ROUTER
 STATISTICS = "statistics"
 
 
+class SequenceStatistics(NamedTuple):
+    """What each of a batch's b sequences got of each expert in one layer, float32.
+
+    Attributes:
+      weights: [b, E], mean weight of the expert over the sequence's real tokens.
+      group: [b], the group of experts that the sequence belongs to.
+      real: [b], 1 for a sequence, 0 for a row of padding; its weights are 0 then.
+    """
+
+    weights: jax.Array
+    group: jax.Array
+    real: jax.Array
+
+
 class RouterStatistics(NamedTuple):
     """Sums over the real tokens of one layer, float32; padding is not in them.
 
@@ -33,6 +47,8 @@ class RouterStatistics(NamedTuple):
       weight_sum: [E], sum of the weights that the experts got.
       squared_logsumexp_sum: [], sum of squared log-partition functions of the router logits.
       entropy_sum: [], sum of the router distributions' entropies in nats.
+      sequences: the same by sequence; None unless a loss of the adapter reads it.
+      overflow_sum: [], tokens whose expert had no capacity left; None if capacity is unlimited.
     """
 
     routed: jax.Array
@@ -43,6 +59,8 @@ class RouterStatistics(NamedTuple):
     weight_sum: jax.Array
     squared_logsumexp_sum: jax.Array
     entropy_sum: jax.Array
+    sequences: SequenceStatistics | None = None
+    overflow_sum: jax.Array | None = None
 
     @property
     def num_experts(self) -> jax.Array:
@@ -52,8 +70,14 @@ class RouterStatistics(NamedTuple):
     def pooled(self) -> "RouterStatistics":
         """All layers as one; they must have the same experts."""
         summed = jax.tree.map(lambda field: jnp.sum(field, axis=0), self)
+        sequences = self.sequences
+        if sequences is not None:
+            group, real = jnp.max(sequences.group, axis=0), jnp.max(sequences.real, axis=0)
+            sequences = summed.sequences._replace(group=group, real=real)
         return summed._replace(
-            routed=jnp.max(self.routed, axis=0), present=jnp.max(self.present, axis=0)
+            routed=jnp.max(self.routed, axis=0),
+            present=jnp.max(self.present, axis=0),
+            sequences=sequences,
         )
 
 
@@ -63,6 +87,7 @@ def router_statistics(
     *,
     routed: jax.Array | None = None,
     present: jax.Array | None = None,
+    expert_groups: jax.Array | None = None,
 ) -> RouterStatistics:
     """Statistics of one layer.
 
@@ -71,6 +96,7 @@ def router_statistics(
       token_mask: bool [B, S], false at padding.
       routed: bool [], false if the layer is left frozen; None stands for true.
       present: bool [E], the experts that the layer has; None stands for all.
+      expert_groups: int [B], the group of each sequence; None leaves the sequences out.
     """
     experts = routing.router_logits.shape[-1]
     routed = jnp.ones((), jnp.float32) if routed is None else routed.astype(jnp.float32)
@@ -83,11 +109,23 @@ def router_statistics(
         routed=routed,
         present=present,
         tokens=jnp.sum(mask),
-        load_sum=jax.lax.stop_gradient(jnp.einsum("bs,bse->e", mask, routing.load)),
+        load_sum=jax.lax.stop_gradient(jnp.einsum("bs,bse->e", mask, routing.load) * present),
         probability_sum=jnp.einsum("bs,bse->e", mask, routing.router_probs),
         weight_sum=jnp.einsum("bs,bse->e", mask, routing.combine),
         squared_logsumexp_sum=jnp.sum(mask * jnp.square(logsumexp)),
         entropy_sum=jnp.sum(mask * entropy),
+        sequences=None if expert_groups is None else _sequences(routing, mask, expert_groups),
+        overflow_sum=None if routing.overflow is None else jnp.sum(mask * routing.overflow),
+    )
+
+
+def _sequences(routing: Routing, mask: jax.Array, expert_groups: jax.Array) -> SequenceStatistics:
+    tokens = jnp.sum(mask, axis=-1)
+    weights = jnp.einsum("bs,bse->be", mask, routing.combine)
+    return SequenceStatistics(
+        weights=weights / jnp.maximum(tokens, 1.0)[:, None],
+        group=expert_groups.astype(jnp.float32),
+        real=jnp.minimum(tokens, 1.0),
     )
 
 

@@ -52,6 +52,7 @@ class LlamaForCausalLM(nn.Module):
         positions: jax.Array | None = None,
         segment_ids: jax.Array | None = None,
         token_mask: jax.Array | None = None,
+        expert_groups: jax.Array | None = None,
         deterministic: bool = True,
     ) -> jax.Array:
         """Logits for the next token.
@@ -64,6 +65,7 @@ class LlamaForCausalLM(nn.Module):
             says where, since causality hides it.
           token_mask: bool [B, S], false where a token must not count in router statistics; by
             default where `segment_ids` is not 0.
+          expert_groups: int [B, S], see `Batch`; only losses that know the kinds of data read it.
           deterministic: no dropout and no jitter.
 
         Returns:
@@ -87,7 +89,7 @@ class LlamaForCausalLM(nn.Module):
         cos, sin = rotary_tables(
             config.rope, config.head_dim, config.max_position_embeddings, positions
         )
-        context = TokenContext(cos, sin, segment_ids, token_mask)
+        context = TokenContext(cos, sin, segment_ids, token_mask, expert_groups)
         settings = LayerSettings(config, self.compute, param_dtype, self.segments, deterministic)
         layer_indices = jnp.arange(config.num_layers)
         x, _ = self._stack()(settings, name="layers")(x, context, layer_indices)

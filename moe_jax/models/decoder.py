@@ -36,12 +36,14 @@ class TokenContext(NamedTuple):
       segment_ids: int32 [B, S] as in `Batch`, or None where rows are single sequences without
         padding on the left, for which causality is mask enough.
       token_mask: bool [B, S], false at padding.
+      expert_groups: int32 [B, S] as in `Batch`, or None.
     """
 
     cos: jax.Array
     sin: jax.Array
     segment_ids: jax.Array | None
     token_mask: jax.Array
+    expert_groups: jax.Array | None
 
 
 class LayerSettings(NamedTuple):
@@ -171,7 +173,7 @@ class DecoderLayer(nn.Module):
         self, x: jax.Array, context: TokenContext, layer_index: jax.Array
     ) -> tuple[jax.Array, None]:
         adapters = {
-            segment.name: AdapterContext(take_rows(segment, context.token_mask), layer_index)
+            segment.name: _adapter_context(self.settings, segment, context, layer_index)
             for segment in self.settings.segments
         }
         x = constrain(x, HIDDEN_AXES)
@@ -180,6 +182,17 @@ class DecoderLayer(nn.Module):
         normed = _norm(self.settings, "post_attention_layernorm")(x)
         x = x + GatedMLP(self.settings, name="mlp")(normed, adapters)
         return constrain(x, HIDDEN_AXES), None
+
+
+def _adapter_context(
+    settings: LayerSettings, segment: Segment, context: TokenContext, layer_index: jax.Array
+) -> AdapterContext:
+    expert_groups = None
+    if context.expert_groups is not None and segment.method.needs_expert_groups:
+        # A row is one sequence, whose padding has the group 0.
+        expert_groups = jnp.max(take_rows(segment, context.expert_groups), axis=-1)
+    token_mask = take_rows(segment, context.token_mask)
+    return AdapterContext(token_mask, layer_index, settings.config.num_layers, expert_groups)
 
 
 def _norm(settings: LayerSettings, name: str) -> RMSNorm:

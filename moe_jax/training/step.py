@@ -45,6 +45,7 @@ def forward(
         batch.tokens,
         positions=batch.positions,
         token_mask=batch.segment_ids != 0,
+        expert_groups=batch.expert_groups,
         deterministic=dropout_key is None,
         rngs={} if dropout_key is None else {"dropout": dropout_key},
         mutable=[ROUTER],
