@@ -3,9 +3,11 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.adapters import METHODS
+from moe_jax.adapters.frozen import AdapterContext, FrozenFFN, FrozenProjection
 from moe_jax.config.model import ModelConfig, RopeConfig
 from moe_jax.config.run import parse_run_config
 from moe_jax.data.batch import Batch
@@ -120,4 +122,23 @@ def random_batch(rows: int, length: int = 16, vocab: int = 96, seed: int = 2) ->
         segment_ids=real.astype(np.int32),
         positions=np.where(real, index, 0).astype(np.int32),
         expert_groups=(groups * real).astype(np.int32),
+    )
+
+
+def adapter_context(token_mask: Any) -> AdapterContext:
+    """Of the first layer of one."""
+    return AdapterContext(jnp.asarray(token_mask), jnp.int32(0), num_layers=1)
+
+
+def frozen_ffn(gate: Any, up: Any, width: int) -> FrozenFFN:
+    """An FFN with these products [B, S, F], of inputs of `width`, and with kernels of zeros."""
+    kernel = jnp.zeros((width, gate.shape[-1]), gate.dtype)
+    return FrozenFFN(
+        FrozenProjection(gate, kernel),
+        FrozenProjection(up, kernel),
+        gate_bias=None,
+        up_bias=None,
+        down_kernel=kernel.T,
+        down_bias=None,
+        activation=jax.nn.silu,
     )

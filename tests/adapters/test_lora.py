@@ -11,8 +11,11 @@ from hf_models import save_tiny_llama
 from jax.test_util import check_grads
 from tolerances import FLOAT32_LOGITS, FLOAT64_ROUNDING
 
+from moe_jax.adapters.frozen import FrozenProjection
 from moe_jax.adapters.lora import Lora, LoraConfig
+from moe_jax.adapters.low_rank import LowRankConfig
 from moe_jax.adapters.mixlora import ExpertLoraConfig, MixLoraConfig, MixLoraMLP
+from moe_jax.adapters.routers import TopKRouter
 from moe_jax.adapters.segments import Segment
 from moe_jax.adapters.sites import to_collection
 from moe_jax.checkpoints.base import load_base
@@ -65,23 +68,26 @@ def test_logits_equal_peft_and_differ_from_the_base(tmp_path, targets):
     assert np.abs(logits - frozen).max() > 0.1
 
 
+def _apply(config, adapters, x, product, key=None):
+    """LoRA of one projection, on a frozen product of `x`; with dropout if a key is given."""
+    context = tiny_program.adapter_context(np.ones(x.shape[:-1], bool))
+    frozen = FrozenProjection(product, jnp.zeros((x.shape[-1], product.shape[-1])))
+    return Lora(config, ("embed", "heads")).apply(
+        {"adapters": adapters},
+        x,
+        frozen,
+        context,
+        deterministic=key is None,
+        rngs={} if key is None else {"dropout": key},
+    )
+
+
 def _dropout_mask(rate, shape, key):
     """What dropout makes of ones: all of the delta, with A and B the identity, the scale one."""
     width = shape[-1]
-    lora = Lora(
-        LoraConfig(rank=width, alpha=float(width), target_modules=("q_proj",), dropout=rate),
-        ("embed", "heads"),
-    )
+    config = LowRankConfig(rank=width, alpha=float(width), dropout=rate)
     eye = {"lora_A": jnp.eye(width), "lora_B": jnp.eye(width)}
-    return np.asarray(
-        lora.apply(
-            {"adapters": eye},
-            jnp.ones(shape),
-            jnp.zeros(shape),
-            deterministic=False,
-            rngs={"dropout": key},
-        )
-    )
+    return np.asarray(_apply(config, eye, jnp.ones(shape), jnp.zeros(shape), key))
 
 
 @pytest.mark.parametrize("rate", [0.05, 0.5])
@@ -108,12 +114,10 @@ def test_the_gradient_sees_the_mask_of_the_forward_pass():
     lora_a, lora_b = draw(width, rank), draw(rank, out)
     dropped = (x * _dropout_mask(rate, x.shape, key)).reshape(-1, width)
     flat = g.reshape(-1, out)
-    method = LoraConfig(rank=rank, alpha=2.0 * rank, target_modules=("q_proj",), dropout=rate)
-    lora = Lora(method, ("embed", "heads"))
+    config = LowRankConfig(rank=rank, alpha=2.0 * rank, dropout=rate)
 
     def total(adapters):
-        rngs = {"dropout": key}
-        output = lora.apply({"adapters": adapters}, x, y, deterministic=False, rngs=rngs)
+        output = _apply(config, adapters, x, y, key)
         return jnp.sum(output * g), output
 
     adapters = {"lora_A": lora_a, "lora_B": lora_b}
@@ -131,10 +135,9 @@ def test_the_gradient_sees_the_mask_of_the_forward_pass():
 
 def test_no_dropout_when_deterministic():
     x, y = jnp.asarray(RNG.standard_normal((2, 3, 4))), jnp.zeros((2, 3, 4))
-    adapters = {"adapters": {"lora_A": jnp.eye(4), "lora_B": jnp.eye(4)}}
-    method = LoraConfig(rank=4, alpha=4.0, target_modules=("q_proj",), dropout=0.5)
+    eye = {"lora_A": jnp.eye(4), "lora_B": jnp.eye(4)}
     # Without a key: it would raise if it drew.
-    output = Lora(method, ("embed", "heads")).apply(adapters, x, y, deterministic=True)
+    output = _apply(LowRankConfig(rank=4, alpha=4.0, dropout=0.5), eye, x, y)
     np.testing.assert_allclose(output, x, rtol=1e-6)
 
 
@@ -149,22 +152,19 @@ class TestExpertDropout:
             alpha=4.0,
             target_modules=("gate_proj", "up_proj", "down_proj"),
             num_experts=self.E,
-            top_k=2,
+            router=TopKRouter(top_k=2),
             expert_lora=ExpertLoraConfig(dropout=rate),
         )
-        mask = jnp.ones(x.shape[:2], bool)
-        (hidden, added), _ = MixLoraMLP(method).apply(
+        (hidden, finish), _ = MixLoraMLP(method).apply(
             {"adapters": adapters},
             x,
-            gate,
-            up,
-            jax.nn.silu,
-            mask,
+            tiny_program.frozen_ffn(gate, up, self.D),
+            tiny_program.adapter_context(np.ones(x.shape[:2], bool)),
             deterministic=key is None,
             rngs={} if key is None else {"dropout": key},
             mutable=["router"],
         )
-        return hidden, added
+        return hidden, finish(jnp.zeros_like(x))
 
     def _inputs(self):
         draw = lambda *shape: jnp.asarray(np.random.default_rng(sum(shape)).normal(size=shape))

@@ -1,5 +1,6 @@
 """What the configurations of the methods refuse, and what follows from them."""
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -7,17 +8,19 @@ import tiny_program
 
 from moe_jax.adapters import METHODS, LoraConfig, MixLoraConfig
 from moe_jax.adapters.lora import Lora
+from moe_jax.adapters.low_rank import LowRankConfig
 from moe_jax.adapters.method import AdapterMethod
-from moe_jax.adapters.mixlora import ExpertLoraConfig, MixLoraMLP
+from moe_jax.adapters.mixlora import MixLoraMLP
+from moe_jax.adapters.routers import TopKRouter
 from moe_jax.config.parse import parse
 from moe_jax.errors import ConfigError
 
 LORA = {"rank": 4, "alpha": 8.0, "target_modules": ["q_proj"]}
-MIXLORA = {**LORA, "target_modules": ["q_proj", "up_proj"], "num_experts": 4, "top_k": 2}
+MIXLORA = {**LORA, "target_modules": ["q_proj", "up_proj"], "num_experts": 4}
 
 
 def test_the_registry():
-    assert {"lora": LoraConfig, "mixlora": MixLoraConfig} == METHODS
+    assert {"lora": LoraConfig, "mixlora": MixLoraConfig}.items() <= METHODS.items()
     assert all(issubclass(method, AdapterMethod) for method in METHODS.values())
 
 
@@ -39,12 +42,10 @@ SHARED: list[tuple[str, Any, str]] = [
 MIXLORA_ONLY: list[tuple[str, Any, str]] = [
     ("target_modules", ("q_proj", "o_proj"), "MixLoRA needs at least one of gate_proj, up_proj"),
     ("num_experts", 1, "must be at least 2; for one use 'lora'"),
-    ("top_k", 0, "must lie between 1 and num_experts (4)"),
-    ("top_k", 5, "must lie between 1 and num_experts (4)"),
-    ("router_init_std", 0.0, "must be positive"),
-    ("jitter_noise", 1.0, "must lie in [0, 1)"),
-    ("jitter_noise", -0.1, "must lie in [0, 1)"),
-    ("losses", {"balance": {"coefficient": 0.1}}, "unknown 'balance'; did you mean 'load_balance'"),
+    ("ffn_dropout", 1.0, "must lie in [0, 1)"),
+    ("ffn_dropout", -0.1, "must lie in [0, 1)"),
+    ("router", None, "expected a group of fields, got None"),
+    ("losses", [], "expected a group of fields"),
 ]
 
 
@@ -63,37 +64,70 @@ def test_refusals(method, field, value, reason):
     assert reason in str(error.value)
 
 
+TOP_K = {"name": "top_k"}
+
+
 @pytest.mark.parametrize(
-    ("group", "field", "value"),
+    ("field", "fields", "message"),
     [
-        ("expert_lora", "rank", 0),
-        ("expert_lora", "alpha", 0.0),
-        ("expert_lora", "dropout", 1.0),
-        ("losses", "coefficient", -0.1),
+        ("expert_lora", {"rank": 0}, "expert_lora.rank: must be positive"),
+        ("expert_lora", {"alpha": 0.0}, "expert_lora.alpha: must be positive"),
+        ("expert_lora", {"dropout": 1.0}, "expert_lora.dropout: must lie in [0, 1)"),
+        ("router", {**TOP_K, "top_k": 0}, "router.top_k: must be positive"),
+        ("router", {**TOP_K, "top_k": 5}, "router.top_k: 5 experts per token, but there are only"),
+        ("router", {**TOP_K, "init_std": 0.0}, "router.init_std: must be positive"),
+        ("router", {**TOP_K, "jitter_noise": 1.0}, "router.jitter_noise: must lie in [0, 1)"),
+        ("router", {**TOP_K, "jitter_noise": -0.1}, "router.jitter_noise: must lie in [0, 1)"),
+        ("router", {"top_k": 2}, "router.name: this field is required"),
+        (
+            "losses",
+            {"router_z": {"coefficient": -0.1}},
+            "losses.router_z.coefficient: must not be negative",
+        ),
+        ("losses", {"router_z": {}}, "losses.router_z.coefficient: this field is required"),
+        (
+            "losses",
+            {"balance": {"coefficient": 0.1}},
+            "losses.balance.name: unknown loss 'balance'; did you mean 'load_balance'",
+        ),
     ],
 )
-def test_refusals_within_groups(group, field, value):
-    inner = {field: value}
-    where = f"config.{group}.{field}"
-    if group == "losses":
-        inner, where = {"router_z": inner}, f"config.losses.router_z.{field}"
+def test_refusals_within_groups(field, fields, message):
     with pytest.raises(ConfigError) as error:
-        parse(MixLoraConfig, {**MIXLORA, group: inner})
-    assert str(error.value).startswith(f"{where}: must ")
+        parse(MixLoraConfig, {**MIXLORA, field: fields})
+    assert str(error.value).startswith(f"config.{message}")
+
+
+def test_the_scale_of_a_pair():
+    # alpha / rank is 8 / 4, and alpha / sqrt(rank) is 8 / 2.
+    assert parse(LoraConfig, LORA).scale == 2.0
+    assert parse(LoraConfig, {**LORA, "rslora": True}).scale == 4.0
+
+
+def _experts(**fields):
+    return parse(MixLoraConfig, {**MIXLORA, "dropout": 0.1, **fields}).expert_low_rank
 
 
 def test_experts_take_the_common_values_unless_told_otherwise():
-    common = parse(MixLoraConfig, {**MIXLORA, "dropout": 0.1})
-    assert (common.expert_rank, common.expert_scale, common.expert_dropout) == (4, 2.0, 0.1)
+    common = LowRankConfig(rank=4, alpha=8.0, dropout=0.1)
+    assert _experts() == common
     # The scale of a rank of their own is the common alpha over it: 8 / 16.
-    rank_only = parse(MixLoraConfig, {**MIXLORA, "expert_lora": {"rank": 16}})
-    assert (rank_only.expert_rank, rank_only.expert_scale) == (16, 0.5)
-    own = parse(
-        MixLoraConfig,
-        {**MIXLORA, "dropout": 0.1, "expert_lora": {"rank": 2, "alpha": 3.0, "dropout": 0.0}},
+    rank_only = _experts(expert_lora={"rank": 16})
+    assert rank_only == dataclasses.replace(common, rank=16) and rank_only.scale == 0.5
+    assert _experts(expert_lora={"rank": 2, "alpha": 3.0, "dropout": 0.0}) == LowRankConfig(
+        rank=2, alpha=3.0, dropout=0.0
     )
-    assert (own.expert_rank, own.expert_scale, own.expert_dropout) == (2, 1.5, 0.0)
-    assert own.expert_lora == ExpertLoraConfig(rank=2, alpha=3.0, dropout=0.0)
+    # What is switched on for all can be switched off for experts, and the other way round.
+    switches = {"rslora": True, "dora": True, "init": "gaussian"}
+    assert _experts(**switches) == dataclasses.replace(common, **switches)
+    off = _experts(**switches, expert_lora={"rslora": False, "dora": False})
+    assert off == dataclasses.replace(common, init="gaussian")
+    on = parse(MixLoraConfig, {**MIXLORA, "expert_lora": {"dora": True}})
+    assert on.expert_low_rank.dora and not on.low_rank.dora
+
+
+def test_without_a_router_it_is_the_papers():
+    assert parse(MixLoraConfig, MIXLORA).router == TopKRouter(top_k=2)
 
 
 def test_only_targeted_projections_are_adapted():

@@ -17,8 +17,8 @@ COEFFICIENTS = {"load_balance": 0.05, "importance_cv": 0.03, "router_z": 0.02}
 
 CASES = {
     "mixlora": {"expert_lora": {"rank": 3, "alpha": 5.0}},
-    "top_1_of_6": {"num_experts": 6, "top_k": 1},
-    "top_3": {"top_k": 3},
+    "top_1_of_6": {"num_experts": 6, "router": {"name": "top_k", "top_k": 1}},
+    "top_3": {"router": {"name": "top_k", "top_k": 3}},
     "no_down_proj": {"target_modules": ("q_proj", "v_proj", "gate_proj", "up_proj")},
     "down_proj_only": {"target_modules": ("o_proj", "down_proj")},
 }
@@ -31,7 +31,7 @@ def _setup(tmp_path, scope="per_layer", **overrides):
     method = {**tiny_program.MIXLORA, "losses": losses, **overrides}
     program = tiny_program.program({"default": method}, config=config)
     params = load_base(tmp_path, config, "float32")
-    state = program.init_state().replace(adapters=tiny_program.random_adapters(program))
+    state = program.init_state(params).replace(adapters=tiny_program.random_adapters(program))
     batch = tiny_program.random_batch(8)
     tree = jax.tree.map(np.asarray, state.adapters["default"])
     oracle = torch_oracle.attach(reference, tree, program.segments[0].method)
@@ -111,7 +111,7 @@ def test_plain_lora_equals_a_loop(tmp_path):
     config = read_model_config(tmp_path)
     program = tiny_program.program({"default": tiny_program.LORA}, config=config)
     params = load_base(tmp_path, config, "float32")
-    state = program.init_state().replace(adapters=tiny_program.random_adapters(program))
+    state = program.init_state(params).replace(adapters=tiny_program.random_adapters(program))
     batch = tiny_program.random_batch(8)
     tree = jax.tree.map(np.asarray, state.adapters["default"])
     oracle = torch_oracle.attach(reference, tree, program.segments[0].method)
@@ -136,7 +136,8 @@ def test_step_0_is_the_base_and_after_one_step_every_leaf_learns(remat, init):
     method = {**tiny_program.MIXLORA, "init": init}
     adam = {"name": "adamw", "learning_rate": 1e-2}
     program = tiny_program.program({"a": method}, optimizer=adam, compute={"remat": remat})
-    params, state = tiny_program.random_params(program), program.init_state()
+    params = tiny_program.random_params(program)
+    state = program.init_state(params)
     batch = tiny_program.random_batch(8)
     evaluated = program.put_eval_batch(batch)
     fresh = program.eval_step("a", state.adapters, params, evaluated)
@@ -165,11 +166,11 @@ def test_an_adapter_changes_its_own_rows_only():
     params = tiny_program.random_params(program)
     adapters = tiny_program.random_adapters(program)
     batch = tiny_program.random_batch(16)
-    both = program.init_state().replace(adapters=adapters)
+    both = program.init_state(params).replace(adapters=adapters)
     kept = jax.tree.map(np.asarray, adapters["y"])
     _, metrics = program.train_step(both, params, program.put_train_batch(batch))
 
-    single = alone.init_state().replace(adapters={"y": jax.tree.map(jax.numpy.asarray, kept)})
+    single = alone.init_state(params).replace(adapters={"y": jax.tree.map(jax.numpy.asarray, kept)})
     last = type(batch)(*(array[8:] for array in batch))
     _, own = alone.train_step(single, params, alone.put_train_batch(last))
     np.testing.assert_allclose(metrics["y/loss"], own["y/loss"], rtol=1e-6)

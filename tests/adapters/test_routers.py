@@ -4,10 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_program
 from tolerances import ROUNDING
 
 from moe_jax.adapters.mixlora import MixLoraConfig, MixLoraMLP
-from moe_jax.adapters.routers import Router, top_k_routing
+from moe_jax.adapters.router import RouterLogits, Routing
+from moe_jax.adapters.routers import TopKRouter
 
 RNG = np.random.default_rng(0)
 
@@ -15,7 +17,11 @@ RNG = np.random.default_rng(0)
 def _routing(probabilities, top_k):
     """Routing of one row whose softmax gives `probabilities`, whatever is added to the logits."""
     logits = jnp.log(jnp.asarray(probabilities, jnp.float32)) + 3.0
-    return top_k_routing(logits[None], top_k)
+    return _route(logits[None], top_k)
+
+
+def _route(logits, top_k):
+    return TopKRouter(top_k=top_k).route(logits, jnp.ones(logits.shape[:2], bool))
 
 
 def test_top_2_by_hand():
@@ -32,6 +38,16 @@ def test_top_2_by_hand():
     np.testing.assert_allclose(
         routing.router_probs[0], [[0.5, 0.3, 0.2], [0.1, 0.3, 0.6]], rtol=1e-6
     )
+    np.testing.assert_array_equal(routing.load[0], [[1, 1, 0], [0, 1, 1]])
+    np.testing.assert_allclose(
+        routing.combine[0], [[0.625, 0.375, 0], [0, 1 / 3, 2 / 3]], rtol=1e-6
+    )
+
+
+def test_a_slot_that_is_an_expert_has_the_experts_weight():
+    weights = jnp.array([[[0.2, 0.0, 0.7]]])
+    routing = Routing(jnp.zeros((1, 1, 3)), weights, None, weights, weights)
+    np.testing.assert_array_equal(routing.combine, weights)
 
 
 def test_top_1_gives_all_weight_to_one_expert():
@@ -47,7 +63,7 @@ def test_all_experts_keep_their_probabilities():
 
 def test_ties_go_to_the_lower_index():
     logits = jnp.array([[[1.0, 1.0, 1.0, 1.0], [0.0, 2.0, 0.0, 2.0], [5.0, 0.0, 0.0, 0.0]]])
-    routing = top_k_routing(logits, 2)
+    routing = _route(logits, 2)
     np.testing.assert_array_equal(
         jnp.argmax(routing.dispatch, axis=-1)[0], [[0, 1], [1, 3], [0, 1]]
     )
@@ -55,7 +71,7 @@ def test_ties_go_to_the_lower_index():
 
 
 def test_far_apart_logits_stay_finite():
-    routing = top_k_routing(jnp.array([[[1e4, -1e4, 0.0]]]), 2)
+    routing = _route(jnp.array([[[1e4, -1e4, 0.0]]]), 2)
     np.testing.assert_array_equal(routing.weights[0, 0], [1.0, 0.0])
 
 
@@ -63,7 +79,7 @@ def test_far_apart_logits_stay_finite():
 def test_the_router_computes_in_float32(dtype):
     x = jnp.asarray(RNG.standard_normal((2, 8, 64)), dtype)
     kernel = RNG.standard_normal((64, 4)).astype(np.float32)
-    router = Router(4, 0.02, 0.0)
+    router = RouterLogits(TopKRouter(), 4, "embed")
     logits = router.apply({"adapters": {"kernel": kernel}}, x, deterministic=True)
     assert logits.dtype == jnp.float32
     expected = np.asarray(x, np.float64) @ kernel.astype(np.float64)
@@ -73,7 +89,8 @@ def test_the_router_computes_in_float32(dtype):
 
 def test_jitter_multiplies_the_input_by_uniform_noise():
     # An identity kernel shows the input as the router sees it.
-    router, ones = Router(100, 0.02, 0.25), jnp.ones((10, 10, 100))
+    router = RouterLogits(TopKRouter(jitter_noise=0.25), 100, "embed")
+    ones = jnp.ones((10, 10, 100))
     variables = {"adapters": {"kernel": jnp.eye(100)}}
     key = {"dropout": jax.random.key(0)}
     seen = np.asarray(router.apply(variables, ones, deterministic=False, rngs=key))
@@ -83,6 +100,22 @@ def test_jitter_multiplies_the_input_by_uniform_noise():
     np.testing.assert_allclose(seen.std(), 0.25 / 3**0.5, rtol=0.02)
     calm = router.apply(variables, ones, deterministic=True)
     np.testing.assert_array_equal(calm, 1.0)
+
+
+def test_absent_experts_are_never_chosen_before_present_ones():
+    rng, present = np.random.default_rng(1), jnp.array([True, False, True, False])
+    kernel = {"adapters": {"kernel": jnp.asarray(rng.standard_normal((6, 4)), jnp.float32)}}
+    x = jnp.asarray(rng.standard_normal((3, 5, 6)), jnp.float32)
+    module = RouterLogits(TopKRouter(), 4, "embed")
+    logits = module.apply(kernel, x, deterministic=True, present=present)
+    everyone = module.apply(kernel, x, deterministic=True)
+    np.testing.assert_array_equal(logits[..., ::2], everyone[..., ::2])
+    routing = _route(logits, 2)
+    # A softmax over the two experts that there are; both of them are chosen.
+    expected = jax.nn.softmax(everyone[..., ::2], axis=-1)
+    np.testing.assert_allclose(routing.combine[..., ::2], expected, rtol=1e-6)
+    np.testing.assert_array_equal(routing.combine[..., 1::2], 0.0)
+    np.testing.assert_array_equal(routing.router_probs[..., 1::2], 0.0)
 
 
 def test_jitter_reaches_the_router_only_and_only_while_training():
@@ -108,22 +141,22 @@ def test_jitter_reaches_the_router_only_and_only_while_training():
             alpha=6.0,
             target_modules=tuple(shapes),
             num_experts=experts,
-            top_k=experts,
-            jitter_noise=jitter,
+            router=TopKRouter(top_k=experts, jitter_noise=jitter),
         )
-        return jax.jit(
-            lambda key: MixLoraMLP(method).apply(
+
+        def apply(key):
+            (hidden, finish), sown = MixLoraMLP(method).apply(
                 {"adapters": variables},
                 x,
-                gate,
-                up,
-                jax.nn.silu,
-                jnp.ones((2, 5), bool),
+                tiny_program.frozen_ffn(gate, up, width),
+                tiny_program.adapter_context(np.ones((2, 5), bool)),
                 deterministic=deterministic,
                 rngs={"dropout": key},
                 mutable=["router"],
             )
-        )(jax.random.key(1))
+            return (hidden, finish(jnp.zeros_like(x))), sown
+
+        return jax.jit(apply)(jax.random.key(1))
 
     (noisy, calm), (noisy_eval, calm_eval) = (
         [run(jitter, deterministic) for jitter in (0.5, 0.0)] for deterministic in (False, True)

@@ -9,7 +9,7 @@ from moe_jax.adapters import METHODS
 from moe_jax.adapters.segments import segments_of
 from moe_jax.adapters.sites import by_adapter, to_collection
 from moe_jax.config.model import ComputeConfig
-from moe_jax.config.parse import parse
+from moe_jax.config.parse import parse_member
 from moe_jax.models.causal_lm import LlamaForCausalLM
 
 AWKWARD = [
@@ -63,10 +63,7 @@ def test_every_name_goes_through_the_model_and_back(kinds):
     methods = [tiny_program.LORA, tiny_program.MIXLORA]
     methods = methods if kinds == "mixed" else methods[::-1]
     named = {name: methods[i % 2] for i, name in enumerate(AWKWARD)}
-    parsed = {
-        name: parse(METHODS[method["name"]], {k: v for k, v in method.items() if k != "name"})
-        for name, method in named.items()
-    }
+    parsed = {name: parse_member(METHODS, method, name) for name, method in named.items()}
     segments = segments_of(parsed, dict.fromkeys(parsed, 1))
     model = LlamaForCausalLM(tiny_program.model_config(), ComputeConfig(dtype="float32"), segments)
     tokens = np.zeros((len(AWKWARD), 2), np.int32)

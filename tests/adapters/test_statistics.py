@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import tiny_program
 
-from moe_jax.adapters import LoraConfig, MixLoraConfig
-from moe_jax.adapters.routers import top_k_routing
+from moe_jax.adapters import METHODS
+from moe_jax.adapters.routers import TopKRouter
 from moe_jax.adapters.segments import segments_of
 from moe_jax.adapters.statistics import collect_statistics, router_statistics
 from moe_jax.config.model import ComputeConfig
-from moe_jax.config.parse import parse
+from moe_jax.config.parse import parse_member
 from moe_jax.models.causal_lm import LlamaForCausalLM
 from moe_jax.training.step import _router_terms
 
@@ -24,17 +24,23 @@ LOG_PARTITION = np.array([[2.0], [-1.0], [7.0]])
 MASK = jnp.array([[True, True, False]])
 
 
-def _statistics(probabilities, log_partition, mask):
+def _statistics(probabilities, log_partition, mask, **layer):
     """Of one row whose routers' softmax and log-partition function are given."""
-    logits = jnp.asarray(np.log(probabilities) + log_partition, jnp.float32)
-    return jax.jit(lambda x, m: router_statistics(top_k_routing(x, 2), m))(logits[None], mask)
+    logits = jnp.asarray(np.log(probabilities) + log_partition, jnp.float32)[None]
+    route = TopKRouter(top_k=2).route
+    return jax.jit(lambda x, m: router_statistics(route(x, m), m, **layer))(logits, mask)
+
+
+def _sums(statistics):
+    """Without what describes the layer."""
+    return statistics._replace(routed=None, present=None)
 
 
 def test_sums_by_hand():
     sums = _statistics(PROBABILITIES, LOG_PARTITION, MASK)
     assert float(sums.tokens) == 2
     # Token 0 chooses experts 0 and 1, token 1 experts 2 and 0 (of the equal 0 and 1, the lower).
-    np.testing.assert_array_equal(sums.slot_counts, [[1, 0, 1], [1, 1, 0]])
+    np.testing.assert_array_equal(sums.load_sum, [2, 1, 1])
     np.testing.assert_allclose(sums.probability_sum, [0.6, 0.4, 1.0], rtol=1e-6)
     # Weights: 5/8 and 3/8 of token 0, 8/9 and 1/9 of token 1.
     np.testing.assert_allclose(sums.weight_sum, [5 / 8 + 1 / 9, 3 / 8, 8 / 9], rtol=1e-6)
@@ -64,22 +70,62 @@ def test_statistics_add_up_over_parts_of_a_batch():
         for part, n in ((slice(0, 1), 1), (slice(1, 3), 2))
     ]
     summed = jax.tree.map(jnp.add, *parts)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), whole, summed)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), _sums(whole), _sums(summed)
+    )
 
 
 def test_a_batch_of_padding_only_counts_nothing():
     sums = _statistics(PROBABILITIES, LOG_PARTITION, jnp.zeros((1, 3), bool))
-    assert all((np.asarray(field) == 0).all() for field in sums)
+    assert all((leaf == 0).all() for leaf in jax.tree.leaves(_sums(sums)))
 
 
-def _fields(method):
-    return {name: value for name, value in method.items() if name != "name"}
+def test_a_layer_says_whether_it_routes_and_which_experts_it_has():
+    sums = _statistics(PROBABILITIES, LOG_PARTITION, MASK)
+    assert float(sums.routed) == 1 and float(sums.num_experts) == 3
+    np.testing.assert_array_equal(sums.present, [1, 1, 1])
+    present = jnp.array([True, True, False])
+    fewer = _statistics(PROBABILITIES, LOG_PARTITION, MASK, present=present)
+    np.testing.assert_array_equal(fewer.present, [1, 1, 0])
+    assert float(fewer.num_experts) == 2
+    # A layer that is left frozen reports no token, whatever its router says.
+    frozen = _statistics(PROBABILITIES, LOG_PARTITION, MASK, routed=jnp.array(False))
+    assert float(frozen.routed) == 0
+    assert all((leaf == 0).all() for leaf in jax.tree.leaves(_sums(frozen)))
+
+
+def test_the_load_carries_no_gradient():
+    logits = jnp.asarray(np.log(PROBABILITIES), jnp.float32)[None]
+
+    def total(logits, field):
+        routing = TopKRouter(top_k=2).route(logits, MASK)
+        shared = routing._replace(load=routing.combine)  # a load that depends on the logits
+        return jnp.sum(getattr(router_statistics(shared, MASK), field) * jnp.arange(3.0))
+
+    assert not jax.grad(total)(logits, "load_sum").any()
+    assert jax.grad(total)(logits, "weight_sum").any()
+
+
+def test_pooling_adds_up_sums_and_keeps_what_describes_the_layers():
+    layer = _statistics(PROBABILITIES, LOG_PARTITION, MASK)
+    pooled = jax.tree.map(lambda field: jnp.stack([field] * 3), layer).pooled()
+    jax.tree.map(
+        lambda one, all_: np.testing.assert_allclose(all_, 3 * one, rtol=1e-6),
+        _sums(layer),
+        _sums(pooled),
+    )
+    assert float(pooled.routed) == 1
+    np.testing.assert_array_equal(pooled.present, [1, 1, 1])
+
+
+def _method(fields, **overrides):
+    return parse_member(METHODS, {**fields, **overrides}, "method")
 
 
 @pytest.fixture(scope="module")
 def model():
-    routed = parse(MixLoraConfig, {**_fields(tiny_program.MIXLORA), "target_modules": ["up_proj"]})
-    plain = parse(LoraConfig, {**_fields(tiny_program.LORA), "target_modules": ["q_proj"]})
+    routed = _method(tiny_program.MIXLORA, target_modules=["up_proj"])
+    plain = _method(tiny_program.LORA, target_modules=["q_proj"])
     segments = segments_of({"x": routed, "y": plain, "z": routed}, {"x": 2, "y": 2, "z": 2})
     return LlamaForCausalLM(tiny_program.model_config(), ComputeConfig(dtype="float32"), segments)
 
@@ -102,10 +148,13 @@ def test_every_layer_of_every_routed_adapter_reports(forward):
     statistics = collect_statistics(jax.jit(lambda: forward(["router"]))())
     assert sorted(statistics) == ["x", "z"]
     for sites in statistics.values():
-        (site,) = sites
+        assert list(sites) == ["mlp/moe"]
+        site = sites["mlp/moe"]
+        np.testing.assert_array_equal(site.routed, [1] * 3)
+        np.testing.assert_array_equal(site.present, np.ones((3, 4)))
         np.testing.assert_array_equal(site.tokens, [2 * 16] * 3)  # of each of three layers
-        assert site.slot_counts.shape == (3, 2, 4)
-        np.testing.assert_array_equal(site.slot_counts.sum(axis=(1, 2)), [2 * 2 * 16] * 3)
+        assert site.load_sum.shape == (3, 4)
+        np.testing.assert_array_equal(site.load_sum.sum(axis=-1), [2 * 2 * 16] * 3)
         np.testing.assert_allclose(site.probability_sum.sum(axis=-1), [2 * 16] * 3, rtol=1e-6)
         np.testing.assert_allclose(site.weight_sum.sum(axis=-1), [2 * 16] * 3, rtol=1e-6)
 
@@ -118,16 +167,16 @@ def test_a_collection_that_was_not_asked_for_is_missed(forward):
 
 def test_a_routed_adapter_without_statistics_is_missed(model):
     with pytest.raises(ValueError, match="'x' routes, but sowed no statistics"):
-        _router_terms(model.segments[0], [], 1)
-    total, metrics = _router_terms(model.segments[1], [], 1)
+        _router_terms(model.segments[0], {}, 1)
+    total, metrics = _router_terms(model.segments[1], {}, 1)
     assert float(total) == 0 and metrics == {}
 
 
 def test_every_layer_and_adapter_draws_its_own_jitter():
     # A base of zeros adds nothing to the residual stream, so that every layer's router sees the
     # same; with the same kernels only jitter tells layers and adapters apart.
-    method = {**_fields(tiny_program.MIXLORA), "target_modules": ["up_proj"], "jitter_noise": 0.3}
-    routed = parse(MixLoraConfig, method)
+    router = {"name": "top_k", "jitter_noise": 0.3}
+    routed = _method(tiny_program.MIXLORA, target_modules=["up_proj"], router=router)
     segments = segments_of({"x": routed, "z": routed}, {"x": 1, "z": 1})
     config = tiny_program.model_config()
     model = LlamaForCausalLM(config, ComputeConfig(dtype="float32"), segments)
@@ -153,7 +202,7 @@ def test_every_layer_and_adapter_draws_its_own_jitter():
             variables, tokens, deterministic=deterministic, rngs=rngs, mutable=["router"]
         )
         sites = collect_statistics(jax.jit(apply)()[1])
-        return np.concatenate([sites[name][0].probability_sum for name in ("x", "z")])
+        return np.concatenate([sites[name]["mlp/moe"].probability_sum for name in ("x", "z")])
 
     calm, noisy = sums(True), sums(False)  # [2 * L, E]
     np.testing.assert_allclose(calm, np.broadcast_to(calm[0], calm.shape), rtol=1e-6)

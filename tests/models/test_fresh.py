@@ -1,0 +1,90 @@
+"""Untrained adapters: what they start from, and what they do not depend on."""
+
+import flax.linen as nn
+import jax
+import numpy as np
+import pytest
+import tiny_program
+
+from moe_jax.adapters import METHODS
+from moe_jax.adapters.segments import segments_of
+from moe_jax.config.model import ComputeConfig
+from moe_jax.config.parse import parse_member
+from moe_jax.models.causal_lm import LlamaForCausalLM
+from moe_jax.models.fresh import fresh_adapter
+from moe_jax.sharding.axes import EXPERTS, LAYERS, MLP
+
+CONFIG = tiny_program.model_config(num_layers=2)
+DORA = {"dora": True}
+
+
+@pytest.fixture(scope="module")
+def params():
+    """A random base, of which no two columns are equally long."""
+    return tiny_program.random_params(tiny_program.program({"x": tiny_program.LORA}, config=CONFIG))
+
+
+def _method(fields):
+    return parse_member(METHODS, fields, "method")
+
+
+def _fresh(fields, params, seed=0, neighbours=()):
+    methods = {f"other_{i}": _method(other) for i, other in enumerate(neighbours)}
+    segments = segments_of(methods, dict.fromkeys(methods, 3))
+    model = LlamaForCausalLM(CONFIG, ComputeConfig(dtype="float32"), segments)
+    make = jax.jit(lambda params, key: fresh_adapter(model, _method(fields), params, key))
+    return make(params, jax.random.key(seed))
+
+
+def _named(tree):
+    leaves = jax.tree_util.tree_leaves_with_path(nn.meta.unbox(tree))
+    return {jax.tree_util.keystr(p, simple=True, separator="/"): np.asarray(x) for p, x in leaves}
+
+
+def _kernel(params, path):
+    """The base's kernel [L, in, out] of the projection that an adapter's leaf belongs to."""
+    _, block, *site, _ = path.split("/")
+    return np.asarray(params["layers"][block][site[-1]]["kernel"])
+
+
+@pytest.mark.parametrize("method", [tiny_program.LORA, tiny_program.MIXLORA])
+def test_magnitudes_are_the_lengths_of_the_bases_columns(params, method):
+    fresh = _named(_fresh({**method, **DORA}, params))
+    magnitudes = {path: leaf for path, leaf in fresh.items() if path.endswith("magnitude")}
+    assert len(magnitudes) == len(tiny_program.ALL_TARGETS)
+    for path, leaf in magnitudes.items():
+        lengths = np.sqrt((_kernel(params, path) ** 2).sum(axis=1))  # [L, out]
+        if "/moe/" in path:  # of every expert
+            lengths = np.broadcast_to(lengths[:, None], leaf.shape)
+        np.testing.assert_allclose(leaf, lengths, rtol=1e-6, err_msg=path)
+        assert lengths.std() > 0.01
+
+
+def test_the_base_and_the_neighbours_change_no_pair(params):
+    fields = {**tiny_program.MIXLORA, **DORA}
+    fresh = _named(_fresh(fields, params))
+    for path, leaf in fresh.items():
+        assert (leaf == 0).all() == path.endswith("lora_B"), path
+    others = [tiny_program.LORA, tiny_program.MIXLORA]
+    beside = _named(_fresh(fields, params, neighbours=others))
+    jax.tree.map(np.testing.assert_array_equal, fresh, beside)
+    twice = jax.tree.map(lambda leaf: 2.0 * leaf, params)
+    scaled = _named(_fresh(fields, twice))
+    for path, leaf in fresh.items():
+        expected = 2.0 * leaf if path.endswith("magnitude") else leaf
+        np.testing.assert_allclose(scaled[path], expected, rtol=1e-6, err_msg=path)
+
+
+def test_another_key_draws_everything_anew_but_what_is_not_drawn(params):
+    fields = {**tiny_program.MIXLORA, **DORA}
+    one, other = (_named(_fresh(fields, params, seed)) for seed in (0, 1))
+    for path, leaf in one.items():
+        drawn = path.endswith(("lora_A", "kernel"))
+        assert (leaf != other[path]).any() == drawn, path
+
+
+def test_leaves_say_along_which_axes_they_may_be_split(params):
+    tree = _fresh({**tiny_program.MIXLORA, **DORA}, params)
+    magnitude = tree["layers"]["mlp"]["moe"]["up_proj"]["magnitude"]
+    assert isinstance(magnitude, nn.LogicallyPartitioned)
+    assert magnitude.names == (LAYERS, EXPERTS, MLP)
