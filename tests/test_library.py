@@ -15,7 +15,7 @@ import moe_jax
 from moe_jax.cli import main
 
 METHOD = moe_jax.MixLoraConfig(
-    rank=4, alpha=8.0, num_experts=4, top_k=2, target_modules=moe_jax.TARGET_MODULES
+    rank=4, alpha=8.0, num_experts=4, target_modules=moe_jax.TARGET_MODULES
 )
 
 

@@ -15,7 +15,7 @@ from moe_jax.checkpoints.adapter_files import SavedAdapter, load_adapter, save_a
 from moe_jax.checkpoints.fingerprint import BaseIdentity
 from moe_jax.checkpoints.leaves import named_leaves
 from moe_jax.config.model import ModelConfig, RopeConfig
-from moe_jax.config.parse import parse
+from moe_jax.config.parse import parse_member
 from moe_jax.errors import CheckpointError, TrainingError
 
 MODEL = ModelConfig(
@@ -41,17 +41,19 @@ MODEL = ModelConfig(
     mlp_bias=False,
     tie_word_embeddings=True,
 )
-METHOD = parse(
-    METHODS["mixlora"],
+METHOD = parse_member(
+    METHODS,
     {
+        "name": "mixlora",
         "rank": 4,
         "alpha": 8,
         "target_modules": ["q_proj", "up_proj"],
         "num_experts": 4,
-        "top_k": 2,
+        "router": {"name": "top_k", "top_k": 3},
         "expert_lora": {"rank": 2},
         "losses": {"load_balance": {"coefficient": 0.01, "scope": "pooled"}},
     },
+    "method",
 )
 
 
@@ -88,6 +90,7 @@ def test_the_description_is_for_people_too(folder):
     assert description["package_version"] == moe_jax.__version__
     assert description["method"]["name"] == "mixlora"
     assert description["method"]["num_experts"] == 4
+    assert description["method"]["router"]["name"] == "top_k"
     assert description["base"] == {"path": "some/base", "fingerprint": "0" * 64}
     assert description["leaves"] == {"layers/q_proj/lora_A": [[2, 8, 4], "float32"]}
 
@@ -122,7 +125,7 @@ def test_not_finite_is_not_saved(folder):
         ({"step": ...}, "field 'step' is missing"),
         (
             {"method": {"name": "mixlroa"}},
-            "unknown adapter method 'mixlroa'; did you mean 'mixlora'",
+            "method.name: unknown method 'mixlroa'; did you mean 'mixlora'",
         ),
         ({"method": {"name": "lora", "rnk": 3}}, "method.rnk: unknown field; did you mean 'rank'"),
         ({"method": 5}, "method: expected a group of fields, got int (5); the file was changed"),

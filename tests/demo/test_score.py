@@ -7,6 +7,7 @@ from tolerances import FLOAT32_LOGITS
 from transformers import AutoModelForCausalLM
 
 from moe_jax.adapters.mixlora import MixLoraConfig
+from moe_jax.adapters.routers import TopKRouter
 from moe_jax.adapters.segments import Segment
 from moe_jax.adapters.sites import by_adapter
 from moe_jax.checkpoints.base import load_base
@@ -76,7 +77,9 @@ def test_loss_is_that_of_transformers(folder, rows):
 
 def test_load_is_of_real_tokens(folder, rows):
     tokens, _ = rows
-    method = MixLoraConfig(rank=2, alpha=4.0, target_modules=("up_proj",), num_experts=3, top_k=3)
+    method = MixLoraConfig(
+        rank=2, alpha=4.0, target_modules=("up_proj",), num_experts=3, router=TopKRouter(top_k=3)
+    )
     frozen, params = base(folder)
     model = frozen.clone(segments=(Segment("a", method, 0, 6),))
     keys = dict.fromkeys(("params", "adapters"), jax.random.key(0))

@@ -45,8 +45,11 @@ def test_the_frozen_projection_is_pytorchs_with_its_kernel_turned(use_bias):
     if use_bias:
         params["bias"] = reference.bias.detach().numpy()
     float32 = jnp.dtype("float32")
-    layer = FrozenLinear(5, ("embed", "mlp"), use_bias, float32, float32)
+    layer = FrozenLinear(6, 5, ("embed", "mlp"), use_bias, float32, float32)
     expected = reference(torch.tensor(x)).detach().numpy()
-    np.testing.assert_allclose(layer.apply({"params": params}, x), expected, **ROUNDING)
-    fresh = nn.meta.unbox(layer.init(jax.random.key(0), x))["params"]
+    bound = layer.bind({"params": params})
+    ours = bound.product(x) + (bound.bias if use_bias else 0.0)
+    np.testing.assert_allclose(ours, expected, **ROUNDING)
+    assert (bound.bias is None) == (not use_bias)
+    fresh = nn.meta.unbox(layer.init(jax.random.key(0), x, method="product"))["params"]
     assert jax.tree.map(jnp.shape, fresh) == jax.tree.map(np.shape, params)

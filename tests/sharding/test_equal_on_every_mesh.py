@@ -12,7 +12,8 @@ MESHES = {
     "2x2x2": {"data": 2, "fsdp": 2, "tensor": 2},
     "1x1x8": {"data": 1, "fsdp": 1, "tensor": 8},
 }
-METHOD = {**tiny_program.MIXLORA, "dropout": 0.1, "jitter_noise": 0.1}
+ROUTER = {"name": "top_k", "jitter_noise": 0.1}
+METHOD = {**tiny_program.MIXLORA, "dropout": 0.1, "router": ROUTER}
 
 
 def _run(mesh):
@@ -25,7 +26,7 @@ def _run(mesh):
         training={"micro_batches": 2},
     )
     params = tiny_program.random_params(program)
-    state = program.init_state()
+    state = program.init_state(params)
     fresh = jax.tree.map(np.asarray, state.adapters)
     state = state.replace(adapters=tiny_program.random_adapters(program))
     before = jax.tree.map(np.asarray, state.adapters)

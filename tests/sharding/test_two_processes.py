@@ -20,7 +20,7 @@ ROWS = 16
 def test_loss_and_gradients_equal_one_device(tmp_path):
     program = tiny_program.program({"default": METHOD}, rows=ROWS, config=MODEL)
     params = tiny_program.random_params(program)
-    state = program.init_state().replace(adapters=tiny_program.random_adapters(program))
+    state = program.init_state(params).replace(adapters=tiny_program.random_adapters(program))
     before = jax.tree.map(np.asarray, state.adapters)
     batch = program.put_train_batch(tiny_program.random_batch(ROWS))
     state, metrics = program.train_step(state, params, batch)

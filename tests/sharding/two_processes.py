@@ -25,7 +25,7 @@ program = tiny_program.program(
 )
 assert jax.process_count() == 2 and jax.device_count() == 8
 params = tiny_program.random_params(program)
-state = program.init_state().replace(adapters=tiny_program.random_adapters(program))
+state = program.init_state(params).replace(adapters=tiny_program.random_adapters(program))
 before = multihost_utils.process_allgather(state.adapters, tiled=True)
 state, metrics = program.train_step(
     state, params, program.put_train_batch(tiny_program.random_batch(ROWS))

@@ -14,9 +14,10 @@ import tiny_program
 
 from moe_jax.adapters import METHODS
 from moe_jax.adapters.lora import Lora, LoraConfig
-from moe_jax.adapters.method import ATTENTION_MODULES
 from moe_jax.adapters.mixlora import MixLoraConfig
+from moe_jax.adapters.routers import TopKRouter
 from moe_jax.adapters.segments import segments_of
+from moe_jax.adapters.targets import ATTENTION_MODULES
 from moe_jax.checkpoints.hf_config import model_config_from_hf
 from moe_jax.config.model import ComputeConfig
 from moe_jax.config.run import parse_run_config
@@ -33,7 +34,7 @@ class EqualSizeLora(LoraConfig):
 
     def projection_adapter(self, target, axes):
         rank = self.rank if target in ATTENTION_MODULES else self.ffn_rank
-        return Lora(dataclasses.replace(self, rank=rank), axes)
+        return Lora(dataclasses.replace(self.low_rank, rank=rank), axes)
 
 
 def _layer_step(width, ffn_width, heads, rank, experts, rows, length, which):
@@ -49,7 +50,7 @@ def _layer_step(width, ffn_width, heads, rank, experts, rows, length, which):
     methods = {
         "none": {},
         "lora": {"a": EqualSizeLora(**common, ffn_rank=experts * rank)},
-        "mixlora": {"a": MixLoraConfig(**common, num_experts=experts, top_k=2)},
+        "mixlora": {"a": MixLoraConfig(**common, num_experts=experts, router=TopKRouter(top_k=2))},
     }[which]
     segments = segments_of(methods, dict.fromkeys(methods, rows))
     compute, dtype = ComputeConfig(dtype="float32"), jnp.dtype("float32")
@@ -63,8 +64,8 @@ def _layer_step(width, ffn_width, heads, rank, experts, rows, length, which):
     mask = jax.ShapeDtypeStruct((rows, length), jnp.bool)
 
     def init(key, x, table, mask):
-        variables = layer.init({"params": key, "adapters": key}, x, context(table, mask))
-        return nn.meta.unbox(variables)
+        keys = {"params": key, "adapters": key}
+        return nn.meta.unbox(layer.init(keys, x, context(table, mask), jnp.int32(0)))
 
     variables = jax.eval_shape(init, jax.random.key(0), x, table, mask)
 
@@ -74,6 +75,7 @@ def _layer_step(width, ffn_width, heads, rank, experts, rows, length, which):
                 {"params": params, "adapters": adapters},
                 x,
                 context(table, mask),
+                jnp.int32(0),
                 mutable=["router"],
             )
             return jnp.sum(y * cotangent) + sum(jnp.sum(leaf) for leaf in jax.tree.leaves(sown))

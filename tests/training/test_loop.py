@@ -19,7 +19,7 @@ from moe_jax.checkpoints.store import TrainingStore
 TWO_ADAPTERS = """
 
 def get_config():
-    method = dict(name="mixlora", num_experts=4, top_k=2)
+    method = dict(name="mixlora", num_experts=4)
     adapters = {"default": adapter("train", **method), "second": adapter("other", **method)}
     for each in adapters.values():
         each["method"]["dropout"] = 0.0
