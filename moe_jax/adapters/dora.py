@@ -1,9 +1,17 @@
 """DoRA: length and direction of a weight's columns, trained apart (arXiv:2402.09353, eq. 5).
 
-The adapted weight is `m * V / ||V||` with `V = W + s A B`, norms taken over each column (one output
-feature), and m, the magnitude, trained. Norms are constants to the gradient, as in the paper's
-section 4.3. With `gains = m / ||V||` an adapted product is `gains * (x W + s (x A) B)`, so that
-gains of one leave the projection as it is.
+The adapted weight is `m * V / ||V||` with `V = W + s A B`: norms are taken of each column (one
+output feature), and m, the magnitude, is trained. It starts as the norms of W, so that an untrained
+adapter changes nothing. To the gradient, norms are constants (the paper's section 4.3). With
+`gains = m / ||V||` an adapted product is
+
+    gains * (x W) + s (x A) (B * gains)
+
+The frozen bias is no part of it. Under dropout d only the pair sees d(x), as in LoRA; the frozen
+product is the one of x. (peft computes `x W + (gains - 1) * (d(x) W) + gains * s (d(x) A) B`, with
+a second frozen product. Without dropout the two are the same.)
+
+The gradient of m needs the frozen product, which LoRA does not keep for the backward pass.
 """
 
 import flax.linen as nn
@@ -11,39 +19,55 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.adapters.leaf import adapter_leaf
-from moe_jax.sharding.axes import EXPERTS
 
 
 def column_norms(
     kernel: jax.Array, lora_a: jax.Array, lora_b: jax.Array, scale: float
 ) -> jax.Array:
-    """Lengths of the columns of `W + s A_e B_e` for every expert, float32 [E, out].
+    """Lengths of the columns of `W + s A B`, of one pair or of each expert's; at least float32.
 
-    No expert's weight-sized `A_e B_e` is made:
+    Nothing of an adapted weight's size is made:
 
         ||W + s A B||^2 = ||W||^2 + 2 s sum_r (A' W) * B + s^2 sum_r ((A' A) B) * B
 
-    a constant, a cross term with one thin product, and a term of rank size. The cost is one thin
-    product of the kernel with E R columns, in * out * E * R multiply-adds however many tokens there
-    are, and nothing in the backward pass.
+    a reduction of W, a thin product, and a term of rank size. That is, of E pairs,
+
+        2 in out (E R + 1) + 2 E R^2 (in + out)
+
+    operations besides those on [E, R, out]: what the frozen product costs for E R + 1 tokens,
+    however many tokens there are, once in each forward pass. None of it is differentiated.
+
+    W enters in the type that it is stored in, and A in that same type, as in a product of that
+    type; sums are float32. So the norms are exact to 1e-6 of themselves, of a column that the pair
+    makes c times shorter to some 5e-7 c^2, since the three terms cancel. They are cut off below
+    their terms' rounding: however short V gets, an adapted column is not much longer than its
+    magnitude. Rounding A to bfloat16 moves norms by some 1e-4. (Measured against float64 on 320 to
+    8192 rows, with s A B from a twentieth to ten times as long as W.)
 
     Args:
       kernel: W, [in, out].
-      lora_a: [in, E, R].
-      lora_b: [E, R, out].
+      lora_a: [in, R] or [in, E, R].
+      lora_b: [R, out] or [E, R, out].
       scale: s.
+
+    Returns:
+      [out] or [E, out]; positive.
     """
-    kernel = jax.lax.stop_gradient(kernel)
-    lora_a, lora_b = jax.lax.stop_gradient((lora_a, lora_b))
-    own = jnp.sum(jnp.square(kernel.astype(jnp.float32)), axis=0)
-    cross = jnp.einsum(
-        "der,df->erf", lora_a, kernel, preferred_element_type=jnp.float32, precision="highest"
-    )
-    gram = jnp.einsum("der,des->ers", lora_a, lora_a, precision="highest")
-    inner = jnp.einsum("ers,esf->erf", gram, lora_b, precision="highest")
-    square = own + jnp.sum((2.0 * scale * cross + scale**2 * inner) * lora_b, axis=1)
-    # The three terms cancel where A B nearly undoes a column of W.
-    return jnp.sqrt(jnp.maximum(square, 1e-12))
+    kernel, lora_a, lora_b = jax.lax.stop_gradient((kernel, lora_a, lora_b))
+    dtype = jnp.promote_types(kernel.dtype, jnp.float32)
+    lora_a = lora_a.astype(kernel.dtype)
+
+    def einsum(equation: str, left: jax.Array, right: jax.Array) -> jax.Array:
+        return jnp.einsum(equation, left, right, precision="highest", preferred_element_type=dtype)
+
+    constant = jnp.sum(jnp.square(kernel.astype(dtype)), axis=0)
+    cross = einsum("d...r,df->...rf", lora_a, kernel)
+    gram = einsum("d...r,d...s->...rs", lora_a, lora_a)
+    quadratic = scale**2 * jnp.sum(einsum("...rs,...sf->...rf", gram, lora_b) * lora_b, axis=-2)
+    square = constant + 2.0 * scale * jnp.sum(cross * lora_b, axis=-2) + quadratic
+    info = jnp.finfo(dtype)
+    rounding = info.eps * (constant + quadratic) + info.tiny  # of the sum's terms
+    return jnp.sqrt(jnp.maximum(square, rounding))
 
 
 def dora_gains(
@@ -52,21 +76,33 @@ def dora_gains(
     lora_a: jax.Array,
     lora_b: jax.Array,
     scale: float,
-    axis: str,
+    axes: tuple[str, ...],
 ) -> jax.Array:
-    """`m / ||W + s A_e B_e||`, float32 [E, out]; ones at the start.
+    """`m / ||W + s A B||`, float32, of one pair or of each expert's; ones at the start.
 
-    Makes the leaf `magnitude` of `module`, [E, out], the lengths of W's own columns at first.
+    Makes the leaf `magnitude` of `module`: the lengths of W's own columns, to start with.
 
     Args:
       module: the module that owns the pairs.
       kernel: W, [in, out].
-      lora_a: [in, E, R].
-      lora_b: [E, R, out].
+      lora_a: [in, R] or [in, E, R].
+      lora_b: [R, out] or [E, R, out].
       scale: s.
-      axis: logical axis of the projection's outputs.
+      axes: logical axes of the result.
+
+    Returns:
+      [out] or [E, out].
     """
     norms = column_norms(kernel, lora_a, lora_b, scale)
     start = lambda *_: norms  # B is zero then
-    magnitude = adapter_leaf(module, "magnitude", start, norms.shape, (EXPERTS, axis))
-    return magnitude / norms
+    return adapter_leaf(module, "magnitude", start, norms.shape, axes) / norms
+
+
+def apply_gains(product: jax.Array, gains: jax.Array) -> jax.Array:
+    """`gains * product`, in the product's type; gains near one keep their digits in bfloat16.
+
+    Args:
+      product: [..., out].
+      gains: [out].
+    """
+    return product + product * (gains - 1.0).astype(product.dtype)

@@ -47,5 +47,6 @@ class ExpertPairs(nn.Module):
         lora_b = adapter_leaf(self, "lora_B", zeros, (experts, rank, features), axes_b)
         if not config.dora:
             return Pairs(lora_a, lora_b, None, config.scale)
-        gains = dora_gains(self, kernel, lora_a, lora_b, config.scale, self.axes[1])
+        axes = (EXPERTS, self.axes[1])
+        gains = dora_gains(self, kernel, lora_a, lora_b, config.scale, axes)
         return Pairs(lora_a, lora_b * gains[:, None], gains, config.scale)

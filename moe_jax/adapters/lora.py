@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from moe_jax.adapters.dora import column_norms
+from moe_jax.adapters.dora import apply_gains, dora_gains
 from moe_jax.adapters.frozen import AdapterContext, FrozenProjection
 from moe_jax.adapters.leaf import adapter_leaf
 from moe_jax.adapters.low_rank import LowRankConfig
@@ -15,7 +15,7 @@ from moe_jax.sharding.axes import RANK
 
 
 class Lora(nn.Module):
-    """Adds `scale * (x A) B` to a projection's frozen product; with DoRA, times its gains.
+    """Adds `s (x A) B` to a projection's frozen product; with DoRA, times its gains.
 
     Attributes:
       low_rank: what the pair is.
@@ -42,15 +42,13 @@ class Lora(nn.Module):
         init_a, zeros = config.init_a(fan_in), nn.initializers.zeros
         lora_a = adapter_leaf(self, "lora_A", init_a, (fan_in, config.rank), axes_a)
         lora_b = adapter_leaf(self, "lora_B", zeros, (config.rank, features), axes_b)
+        product = frozen.product
+        if config.dora:
+            gains = dora_gains(self, frozen.kernel, lora_a, lora_b, config.scale, self.axes[1:])
+            product, lora_b = apply_gains(product, gains), lora_b * gains
         x = nn.Dropout(config.dropout)(x, deterministic=deterministic)
         codes = jnp.dot(x, lora_a.astype(x.dtype)) * config.scale
-        adapted = frozen.product + jnp.dot(codes, lora_b.astype(x.dtype))
-        if not config.dora:
-            return adapted
-        norms = column_norms(frozen.kernel, lora_a[:, None], lora_b[None], config.scale)[0]
-        start = lambda *_: norms  # B is zero then
-        magnitude = adapter_leaf(self, "magnitude", start, norms.shape, self.axes[1:])
-        return adapted * (magnitude / norms).astype(adapted.dtype)
+        return product + jnp.dot(codes, lora_b.astype(x.dtype))
 
 
 @METHODS.register("lora")

@@ -14,6 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from moe_jax.adapters.dora import apply_gains
 from moe_jax.config.parse import require
 
 
@@ -102,7 +103,7 @@ class Pairs(NamedTuple):
         if self.gains is None:
             return product
         change = jnp.dot(combine.astype(product.dtype), (self.gains - 1.0).astype(product.dtype))
-        return product * (1.0 + change)
+        return product + product * change
 
     def adapt_expert(self, product: jax.Array, codes: jax.Array, expert: int) -> jax.Array:
         """The frozen product as one expert changes it, for all tokens.
@@ -113,7 +114,7 @@ class Pairs(NamedTuple):
           expert: its index.
         """
         if self.gains is not None:
-            product = product * self.gains[expert].astype(product.dtype)
+            product = apply_gains(product, self.gains[expert])
         return product + jnp.dot(codes[..., expert, :], self.lora_b[expert].astype(codes.dtype))
 
     def expert_codes(self, x: jax.Array, expert: int) -> jax.Array:
