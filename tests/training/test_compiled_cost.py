@@ -57,7 +57,7 @@ def _layer_step(width, ffn_width, heads, rank, experts, rows, length, which):
     layer = DecoderLayer(LayerSettings(config, compute, dtype, segments, deterministic=True))
 
     def context(table, mask):
-        return TokenContext(table, table, None, mask)
+        return TokenContext(table, table, None, mask, expert_groups=None)
 
     x = jax.ShapeDtypeStruct((rows, length, width), jnp.float32)
     table = jax.ShapeDtypeStruct((rows, length, width // heads), jnp.float32)
