@@ -53,13 +53,18 @@ class OptimizerConfig:
       eps: of `adamw`.
       momentum: of `sgd`.
       learning_rate: the peak of the schedule.
-      weight_decay: decoupled decay, of LoRA factors only: routers are not decayed.
+      lora_plus_ratio: the learning rate of every B is this times that of all other leaves (LoRA+,
+        arXiv:2402.12354, section 4; its authors use 16, with a smaller `learning_rate`). Learning
+        rates in metrics and plots are those of A.
+      weight_decay: decoupled decay of A and B, by each one's own learning rate. Routers and DoRA's
+        magnitudes are not decayed.
       clip_norm: largest global norm of this adapter's gradient; None does not clip.
     """
 
     learning_rate: float
     name: Literal["adamw", "sgd", "adafactor", "lion"] = "adamw"
     schedule: ScheduleConfig = ScheduleConfig()
+    lora_plus_ratio: float = 1.0
     weight_decay: float = 0.0
     b1: float = 0.9
     b2: float | None = None
@@ -69,6 +74,7 @@ class OptimizerConfig:
 
     def __post_init__(self):
         require(self.learning_rate > 0, "learning_rate", "must be positive")
+        require(self.lora_plus_ratio > 0, "lora_plus_ratio", "must be positive")
         require(self.weight_decay >= 0, "weight_decay", "must not be negative")
         for name in ("b1", "b2", "momentum"):
             require(0.0 <= (getattr(self, name) or 0.0) < 1.0, name, "must lie in [0, 1)")

@@ -43,13 +43,20 @@ def learning_rate_schedule(
     )
 
 
-def _is_decayed(path: Any, _: Any) -> bool:
-    return not jax.tree_util.keystr(path, simple=True, separator="/").endswith("router/kernel")
-
-
 def decay_mask(adapters: Any) -> Any:
-    """True for the leaves that weight decay applies to: all but the routers."""
-    return jax.tree_util.tree_map_with_path(_is_decayed, adapters)
+    """True for the leaves that weight decay applies to: A and B, not routers and magnitudes."""
+    return _leaves_named(adapters, "lora_A", "lora_B")
+
+
+def _lora_plus_mask(adapters: Any) -> Any:
+    return _leaves_named(adapters, "lora_B")
+
+
+def _leaves_named(tree: Any, *names: str) -> Any:
+    def is_named(path: Any, _: Any) -> bool:
+        return jax.tree_util.keystr(path[-1:], simple=True) in names
+
+    return jax.tree_util.tree_map_with_path(is_named, tree)
 
 
 def _rule(config: OptimizerConfig) -> optax.GradientTransformation:
@@ -63,18 +70,19 @@ def _rule(config: OptimizerConfig) -> optax.GradientTransformation:
 
 
 def adapter_transform(config: OptimizerConfig, total_steps: int) -> optax.GradientTransformation:
-    """The transform of one adapter: finite check, clipping, rule, decay, learning rate.
+    """The transform of one adapter: finite check, clipping, rule, decay, learning rates.
 
     A gradient that is not finite changes nothing, neither the adapter nor the optimiser's state; it
     is counted (`ApplyIfFiniteState`), and the training loop decides when it has seen enough.
     """
     schedule = learning_rate_schedule(config.schedule, config.learning_rate, total_steps)
-    clip = config.clip_norm
+    clip, ratio = config.clip_norm, config.lora_plus_ratio
     chain = optax.chain(
         optax.identity() if clip is None else optax.clip_by_global_norm(clip),
         _rule(config),
         optax.add_decayed_weights(config.weight_decay, mask=decay_mask),
         optax.scale_by_learning_rate(schedule),
+        optax.masked(optax.scale(ratio), _lora_plus_mask),
     )
     return optax.apply_if_finite(chain, max_consecutive_errors=NEVER)
 
@@ -101,12 +109,20 @@ def label_leaves(tree: Any, rules: Sequence[tuple[str, str]]) -> Any:
 
 
 def build_optimizer(
-    adapters: Mapping[str, OptimizerConfig], total_steps: int
+    adapters: Mapping[str, OptimizerConfig], total_steps: int | Mapping[str, int]
 ) -> optax.GradientTransformation:
-    """The optimiser of `{"params": base, "adapters": {name: tree}}`."""
-    rules = [(f"{PARAMS}/", FROZEN), *((f"{ADAPTERS}/{n}/", f"adapter {n}") for n in adapters)]
+    """The optimiser of `{"params": base, "adapters": {name: tree}}`.
+
+    Args:
+      adapters: by name.
+      total_steps: steps of the whole run, of all adapters or by adapter.
+    """
+    steps = dict.fromkeys(adapters, total_steps) if isinstance(total_steps, int) else total_steps
+    rules = [(f"{PARAMS}/", FROZEN)]
+    rules += [(f"{ADAPTERS}/{re.escape(name)}/", f"adapter {name}") for name in adapters]
     transforms: dict[Hashable, optax.GradientTransformation] = {
-        f"adapter {n}": adapter_transform(c, total_steps) for n, c in adapters.items()
+        f"adapter {name}": adapter_transform(config, steps[name])
+        for name, config in adapters.items()
     }
     transforms[FROZEN] = optax.set_to_zero()
     return optax.multi_transform(transforms, lambda tree: label_leaves(tree, rules))

@@ -256,7 +256,8 @@ def test_decay_ends_at_the_final_fraction(kind, expected):
 
 
 def test_the_program_reports_the_rates_that_it_applies():
-    slow = {"learning_rate": 1e-3, "schedule": {"kind": "linear", "warmup_steps": 2}}
+    schedule = {"kind": "linear", "warmup_steps": 2}
+    slow = {"learning_rate": 1e-3, "lora_plus_ratio": 8.0, "schedule": schedule}  # of B it is 8e-3
     method = {**tiny_program.LORA, "target_modules": ("q_proj",)}
     program = tiny_program.program({"x": method}, optimizer=slow, total_steps=6)
     rates = [program.learning_rates(done)["x"] for done in range(7)]
@@ -264,10 +265,13 @@ def test_the_program_reports_the_rates_that_it_applies():
     np.testing.assert_allclose(rates, expected, rtol=1e-6, atol=1e-10)
 
 
-def test_routers_are_not_decayed():
-    tree = {"layers": {"mlp": {"moe": {**_tree(0)["q_proj"], "router": {"kernel": 0}}}}}
-    moe = decay_mask(tree)["layers"]["mlp"]["moe"]
-    assert moe == {"lora_A": True, "lora_B": True, "router": {"kernel": False}}
+def test_routers_and_magnitudes_are_not_decayed():
+    up = {**_tree(0)["q_proj"], "magnitude": 0}
+    tree = {"layers": {"mlp": {"moe": {"up_proj": up, "router": {"kernel": 0}}}}}
+    assert decay_mask(tree)["layers"]["mlp"]["moe"] == {
+        "up_proj": {"lora_A": True, "lora_B": True, "magnitude": False},
+        "router": {"kernel": False},
+    }
 
 
 def test_labels_take_the_first_rule_that_matches():
