@@ -34,7 +34,7 @@ def write_checkpoint(folder: Path, megabytes: int, dtype: str, shards: int) -> N
     from safetensors.numpy import save_file
 
     from moe_jax.checkpoints.hf_config import model_config_from_hf
-    from moe_jax.checkpoints.llama_keys import llama_leaves
+    from moe_jax.checkpoints.key_table import base_leaves
 
     layers = 8
     # Llama's proportions: V about 4 D, F about 2.7 D; then V D 2 + L (4 D D + 3 D F) parameters.
@@ -53,7 +53,7 @@ def write_checkpoint(folder: Path, megabytes: int, dtype: str, shards: int) -> N
     }
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(fields))
-    leaves = llama_leaves(model_config_from_hf(fields, "config.json"))
+    leaves = base_leaves(model_config_from_hf(fields, "config.json"))
     shapes = {key: leaf.tensor_shape for leaf in leaves for key in leaf.keys}
     total = sum(int(np.prod(shape)) for shape in shapes.values())
     rng = np.random.default_rng(0)

@@ -5,6 +5,7 @@ leaf at a time is read, transposed, converted and put on its devices, each proce
 reading only its own part: beside the parameters themselves, the host holds one leaf.
 """
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.checkpoints.llama_keys import (
-    EMBEDDING_KEY,
-    HEAD_KEY,
-    NOT_WEIGHTS,
+from moe_jax.checkpoints.families.weights import EMBEDDING_PATH, HEAD_PATH
+from moe_jax.checkpoints.key_table import (
     Leaf,
-    keys_of,
-    llama_leaves,
+    base_leaves,
+    key_of,
+    not_weights,
     why_unexpected,
 )
 from moe_jax.checkpoints.shards import Shards, listed, open_shards
@@ -36,14 +36,14 @@ Tree = dict[str, Any]
 
 def abstract_base(config: ModelConfig, dtype: str) -> Tree:
     """The parameter tree that `load_base` returns, as `jax.ShapeDtypeStruct` leaves."""
-    leaves = llama_leaves(config)
+    leaves = base_leaves(config)
     return _tree({leaf.path: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype)) for leaf in leaves})
 
 
 def load_base(
     folder: str | Path, config: ModelConfig, dtype: str, shardings: Tree | None = None
 ) -> Tree:
-    """Reads the weights of a Llama.
+    """Reads the weights of a model.
 
     Args:
       folder: a checkpoint with safetensors weights, in one file or several with an index, stored as
@@ -77,18 +77,22 @@ def load_base(
 
 def _checked_leaves(shards: Shards, config: ModelConfig) -> list[Leaf]:
     """The leaves to load, once every tensor is known to be there, in its shape, and wanted."""
-    leaves = llama_leaves(config)
+    leaves = base_leaves(config)
     present = dict(shards.tensors)
-    if config.tie_word_embeddings and HEAD_KEY in present:
+    embedding, head = key_of(EMBEDDING_PATH, config), key_of(HEAD_PATH, config)
+    if config.tie_word_embeddings and head in present:
         # A tied head that is stored all the same is either the only copy of the embedding or must
         # equal it; anything else would be dropped in silence.
-        if EMBEDDING_KEY not in present:
-            leaves = [_renamed(leaf, EMBEDDING_KEY, HEAD_KEY) for leaf in leaves]
+        if embedding not in present:
+            leaves = [
+                dataclasses.replace(leaf, keys=(head,)) if leaf.keys == (embedding,) else leaf
+                for leaf in leaves
+            ]
         else:
-            _check_tied_head(shards)
-            del present[HEAD_KEY]
+            _check_tied_head(shards, embedding, head)
+            del present[head]
     wanted = {key: leaf for leaf in leaves for key in leaf.keys}
-    ignored = {key for pattern in NOT_WEIGHTS for key in keys_of(pattern, config)}
+    ignored = not_weights(config)
     missing = [key for key in wanted if key not in present]
     if missing:
         raise CheckpointError(
@@ -97,10 +101,9 @@ def _checked_leaves(shards: Shards, config: ModelConfig) -> list[Leaf]:
         )
     left_over = sorted(key for key in present if key not in wanted and key not in ignored)
     if left_over:
-        reason = why_unexpected(left_over[0], config) or "a Llama has no such weights"
         raise CheckpointError(
             f"{shards.folder}: the weights hold {listed(left_over)}, which would be dropped "
-            f"({reason}); config.json is that of another model"
+            f"({why_unexpected(left_over[0], config)}); config.json is that of another model"
         )
     for key, leaf in wanted.items():
         info = present[key]
@@ -117,24 +120,18 @@ def _checked_leaves(shards: Shards, config: ModelConfig) -> list[Leaf]:
     return leaves
 
 
-def _renamed(leaf: Leaf, old: str, new: str) -> Leaf:
-    if leaf.keys != (old,):
-        return leaf
-    return Leaf(leaf.path, leaf.shape, (new,), leaf.stacked, leaf.transposed)
-
-
-def _check_tied_head(shards: Shards) -> None:
-    head, embedding = shards.tensors[HEAD_KEY], shards.tensors[EMBEDDING_KEY]
+def _check_tied_head(shards: Shards, embedding_key: str, head_key: str) -> None:
+    head, embedding = shards.tensors[head_key], shards.tensors[embedding_key]
     equal = head.shape == embedding.shape and len(head.shape) == 2
     if equal:
-        head_view, embedding_view = shards.get_slice(HEAD_KEY), shards.get_slice(EMBEDDING_KEY)
+        head_view, embedding_view = shards.get_slice(head_key), shards.get_slice(embedding_key)
         equal = all(
             np.array_equal(head_view[start:stop], embedding_view[start:stop])
             for start, stop in _blocks(0, head.shape[0], head.shape[1] * 4)
         )
     if not equal:
         raise CheckpointError(
-            f"{shards.folder / head.file}: {HEAD_KEY}: differs from {EMBEDDING_KEY}, although "
+            f"{shards.folder / head.file}: {head_key}: differs from {embedding_key}, although "
             f"config.json says tie_word_embeddings true; set it to false to use this head"
         )
 
@@ -162,28 +159,25 @@ def _read_part(
     """`leaf[start:stop, ...]` for the `(start, stop)` of each axis."""
     part = np.empty([stop - start for start, stop in ranges], dtype)
     if not leaf.stacked:
-        _read_tensor(leaf.keys[0], shards, part, ranges, leaf.transposed)
+        _read_tensor(leaf, leaf.keys[0], shards, part, ranges)
         return part
     first, last = ranges[0]
     for layer in range(first, last):
-        _read_tensor(leaf.keys[layer], shards, part[layer - first], ranges[1:], leaf.transposed)
+        _read_tensor(leaf, leaf.keys[layer], shards, part[layer - first], ranges[1:])
     return part
 
 
 def _read_tensor(
-    key: str,
-    shards: Shards,
-    out: np.ndarray,
-    ranges: tuple[tuple[int, int], ...],
-    transposed: bool,
+    leaf: Leaf, key: str, shards: Shards, out: np.ndarray, ranges: tuple[tuple[int, int], ...]
 ) -> None:
     """Fills `out` with a part of one tensor, converted to its type; `ranges` are those of `out`."""
     info = shards.tensors[key]
     source = _FLOAT_TYPES[info.dtype]
     view = shards.get_slice(key)
-    if transposed:
+    if leaf.transposed:
         out, ranges = out.T, ranges[::-1]
-    (first, last), rest = ranges[0], tuple(slice(*part) for part in ranges[1:])
+    first, last = (row + leaf.first_row for row in ranges[0])
+    rest = tuple(slice(*part) for part in ranges[1:])
     row_bytes = np.dtype(source).itemsize * int(np.prod([b - a for a, b in ranges[1:]]))
     may_overflow = out.dtype == np.float16 and source is not np.float16
     for start, stop in _blocks(first, last, row_bytes):

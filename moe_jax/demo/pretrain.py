@@ -19,8 +19,8 @@ from transformers import PreTrainedTokenizerFast
 
 from moe_jax.checkpoints.base import load_base
 from moe_jax.checkpoints.hf_config import read_model_config
-from moe_jax.checkpoints.llama_keys import llama_leaves
-from moe_jax.config.model import ComputeConfig, ModelConfig
+from moe_jax.checkpoints.key_table import hf_tensors
+from moe_jax.config.model import ComputeConfig
 from moe_jax.data.batch import Batch
 from moe_jax.data.prompt_template import load_prompt_template
 from moe_jax.demo.checkpoint import TINY_LLAMA, write_checkpoint, write_model
@@ -80,20 +80,6 @@ def _collate(rows: Sequence[Sequence[Sequence[int]]]) -> Batch:
     # A line's first token follows nothing.
     loss_mask = (segment_ids > 0) & (positions > 0)
     return Batch(tokens, loss_mask, segment_ids, positions, np.zeros_like(tokens))
-
-
-def hf_tensors(params: Any, config: ModelConfig) -> dict[str, np.ndarray]:
-    """A parameter tree as the tensors of a Hugging Face checkpoint; undoes `load_base`."""
-    tensors = {}
-    for leaf in llama_leaves(config):
-        array = params
-        for name in leaf.path:
-            array = array[name]
-        array = np.asarray(array)
-        for index, key in enumerate(leaf.keys):
-            tensor = array[index] if leaf.stacked else array
-            tensors[key] = tensor.T if leaf.transposed else tensor
-    return tensors
 
 
 def pretrain(folder: Path, *, steps: int, seed: int = 0, dtype: str = "bfloat16") -> float:

@@ -5,6 +5,8 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from moe_jax.layers.soft_cap import soft_cap
+
 
 def attention_mask(segment_ids: jax.Array) -> jax.Array:
     """Which positions each position may attend to, beyond causality.
@@ -26,6 +28,9 @@ def causal_attention(
     *,
     mask: jax.Array | None,
     implementation: Literal["xla", "cudnn"],
+    scale: float | None = None,
+    window: int | jax.Array | None = None,
+    softcap: float | None = None,
 ) -> jax.Array:
     """Softmax attention (arXiv:1706.03762, eq. 1) with grouped heads (arXiv:2305.13245).
 
@@ -35,29 +40,66 @@ def causal_attention(
       value: [B, S, K, Q].
       mask: bool [B, 1, S, S] on top of causality, or None.
       implementation: see `ComputeConfig.attention`. The softmax is float32 in both.
+      scale: factor of the scores; by default 1 / sqrt(Q).
+      window: how many positions, its own included, each position sees (arXiv:2004.05150, 3.1); an
+        array [] where that is known only while the program runs. None is all before it.
+      softcap: bound of the scaled scores, see `soft_cap`; `xla` only.
 
     Returns:
       [B, S, H, Q] in the type of `query`.
     """
-    if implementation == "cudnn":
-        return jax.nn.dot_product_attention(
-            query, key, value, mask=mask, is_causal=True, implementation="cudnn"
-        )
-    return _einsum_attention(query, key, value, mask)
+    factor = query.shape[-1] ** -0.5 if scale is None else scale
+    if implementation == "xla":
+        return _einsum_attention(query, key, value, mask, factor, window, softcap)
+    if softcap is not None:
+        raise ValueError("'cudnn' cannot cap attention scores; use 'xla'")
+    local_window_size = None
+    if isinstance(window, int):  # the kernel skips what is beyond it
+        local_window_size = (window - 1, 0)
+    elif window is not None:
+        within = _within_window(query.shape[1], window)[None, None]
+        mask = within if mask is None else mask & within
+    return jax.nn.dot_product_attention(
+        query,
+        key,
+        value,
+        mask=mask,
+        scale=factor,
+        is_causal=True,
+        local_window_size=local_window_size,
+        implementation="cudnn",
+    )
+
+
+def _within_window(length: int, window: int | jax.Array) -> jax.Array:
+    """Bool [S, S], query by key: true where the key is fewer than `window` positions back."""
+    index = jnp.arange(length)
+    return index[:, None] - index[None, :] < window
 
 
 def _einsum_attention(
-    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    mask: jax.Array | None,
+    scale: float,
+    window: int | jax.Array | None,
+    softcap: float | None,
 ) -> jax.Array:
     # Not `jax.nn.dot_product_attention`: its XLA path has no float16 on CPU (jax 0.10).
     batch, length, heads, width = query.shape
     kv_heads = key.shape[2]
     grouped = query.reshape(batch, length, kv_heads, heads // kv_heads, width)
     scores = jnp.einsum("bskgq,btkq->bkgst", grouped, key, preferred_element_type=jnp.float32)
+    scores = scores * scale
+    if softcap is not None:
+        scores = soft_cap(scores, softcap)
     allowed = jnp.tril(jnp.ones((length, length), bool))
+    if window is not None:
+        allowed = allowed & _within_window(length, window)
     if mask is not None:
         allowed = allowed & mask[:, :, None]
-    scores = jnp.where(allowed, scores * width**-0.5, jnp.finfo(jnp.float32).min)
+    scores = jnp.where(allowed, scores, jnp.finfo(jnp.float32).min)
     probs = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
     attended = jnp.einsum("bkgst,btkq->bskgq", probs, value)
     return attended.reshape(query.shape)

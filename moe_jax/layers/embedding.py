@@ -11,6 +11,13 @@ from moe_jax.sharding.axes import ACTIVATION_EMBED, EMBED, HIDDEN_AXES, VOCAB, c
 class TokenEmbedding(nn.Module):
     """Looks rows up in a table.
 
+    Attributes:
+      vocab_size: V.
+      features: D.
+      dtype: type of the result.
+      param_dtype: type of the stored table.
+      scale: what rows are multiplied by, itself rounded to `dtype`; None leaves them as they are.
+
     Leaf: `embedding` [V, D].
     """
 
@@ -18,6 +25,7 @@ class TokenEmbedding(nn.Module):
     features: int
     dtype: jnp.dtype
     param_dtype: jnp.dtype
+    scale: float | None = None
 
     def setup(self) -> None:
         shape = (self.vocab_size, self.features)
@@ -30,4 +38,5 @@ class TokenEmbedding(nn.Module):
         # Whole rows on every device before the look-up: a table split along D would give a result
         # split along D, which the partitioner can only turn into one split along B by replicating.
         table = constrain(self.embedding, (VOCAB, ACTIVATION_EMBED))
-        return constrain(jnp.take(table, tokens, axis=0).astype(self.dtype), HIDDEN_AXES)
+        rows = constrain(jnp.take(table, tokens, axis=0).astype(self.dtype), HIDDEN_AXES)
+        return rows if self.scale is None else rows * jnp.asarray(self.scale, self.dtype)

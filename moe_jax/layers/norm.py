@@ -15,17 +15,22 @@ class RMSNorm(nn.Module):
       epsilon: added to the mean square.
       dtype: type of the result.
       param_dtype: type of the stored scale.
+      unit_offset: scales by one plus the stored scale.
     """
 
     epsilon: float
     dtype: jnp.dtype
     param_dtype: jnp.dtype
+    unit_offset: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        ones = nn.initializers.ones
-        scale = frozen_leaf(self, "scale", ones, x.shape[-1:], (NORM,), self.param_dtype)
+        init = nn.initializers.zeros if self.unit_offset else nn.initializers.ones
+        scale = frozen_leaf(self, "scale", init, x.shape[-1:], (NORM,), self.param_dtype)
+        scale = scale.astype(jnp.float32)
+        if self.unit_offset:
+            scale = 1.0 + scale
         x32 = x.astype(jnp.float32)
         mean_square = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
         normed = x32 * jax.lax.rsqrt(mean_square + self.epsilon)
-        return (normed * scale.astype(jnp.float32)).astype(self.dtype)
+        return (normed * scale).astype(self.dtype)

@@ -1,9 +1,10 @@
-"""Rotary position embeddings, in the half-split convention of Hugging Face's Llama checkpoints.
+"""Rotary position embeddings, in the conventions of Hugging Face's checkpoints.
 
-Letters: B batch, S sequence, H heads. Channel i of a head is rotated together with channel
-i + head_dim/2 by the angle `position * inv_freq[i]`. The frequency rules are those of transformers'
-`modeling_rope_utils`, one function each in `ROPE_TYPES`; a further rule is a function and a line
-there, and its name in `RopeConfig.rope_type`.
+Letters: B batch, S sequence, H heads, N rotated channels of a head. Channel i is rotated together
+with channel i + N/2 by the angle `position * inv_freq[i]`, as in Llama's checkpoints; where
+`RopeConfig.interleaved`, channel 2i with channel 2i + 1. The frequency rules are those of
+transformers' `modeling_rope_utils`, one function each in `ROPE_TYPES`; a further rule is a function
+and a line there, and its name in `RopeConfig.rope_type`.
 """
 
 import math
@@ -21,7 +22,7 @@ from moe_jax.errors import ConfigError
 YARN_BETA_FAST = 32.0
 YARN_BETA_SLOW = 1.0
 
-# (config, head_dim, max_position_embeddings, positions) -> (inv_freq, attention_scaling)
+# (config, rotated channels, max_position_embeddings, positions) -> (inv_freq, attention_scaling)
 FrequencyRule = Callable[[RopeConfig, int, int, jax.Array], tuple[np.ndarray | jax.Array, float]]
 
 
@@ -135,12 +136,37 @@ def _yarn_attention_scaling(config: RopeConfig, factor: float) -> float:
     return scale(1.0)
 
 
+def _longrope(
+    config: RopeConfig, head_dim: int, max_position_embeddings: int, positions: jax.Array
+) -> tuple[jax.Array, float]:
+    """LongRoPE, arXiv:2402.13753: each wavelength stretched by a factor of its own.
+
+    Which of the two lists of factors holds follows from the longest sequence of the batch, as in
+    transformers: the long ones from `original_max_position_embeddings` + 1 positions on.
+    """
+    length, factor = config.original_max_position_embeddings, config.factor
+    assert length is not None
+    scales = _wavelength_scales(config, head_dim)
+    short, long = (
+        np.float32(1.0) / (np.asarray(factors, np.float32) * scales)
+        for factors in (config.short_factor, config.long_factor)
+    )
+    inv_freq = jnp.where(jnp.max(positions) + 1 > length, long, short)
+    if config.attention_factor is not None:
+        return inv_freq, config.attention_factor
+    factor = max_position_embeddings / length if factor is None else factor
+    if factor <= 1:
+        return inv_freq, 1.0
+    return inv_freq, math.sqrt(1 + math.log(factor) / math.log(length))
+
+
 ROPE_TYPES: dict[str, FrequencyRule] = {
     "default": _default,
     "linear": _linear,
     "dynamic": _dynamic,
     "llama3": _llama3,
     "yarn": _yarn,
+    "longrope": _longrope,
 }
 
 
@@ -151,49 +177,65 @@ def rope_frequencies(
 
     Args:
       config: the rule and its parameters.
-      head_dim: channels of a head, even.
+      head_dim: channels of a head, of which N, an even number, are rotated.
       max_position_embeddings: the length the model is made for, from its config.
-      positions: integers of any shape. Only `dynamic` reads them, padding's included (give padding
-        a position that is no larger than that of real tokens).
+      positions: integers of any shape. Only `dynamic` and `longrope` read them, padding's included
+        (give padding a position that is no larger than that of real tokens).
 
     Returns:
-      `inv_freq` `[head_dim / 2]` float32 (a constant, but traced from `positions` for `dynamic`),
-      and the factor that cos and sin are multiplied by (not 1 for `yarn`).
+      `inv_freq` `[N / 2]` float32 (a constant, but traced from `positions` for `dynamic` and
+      `longrope`), and the factor that cos and sin are multiplied by (not 1 for `yarn` and
+      `longrope`).
 
     Raises:
       ConfigError: a `head_dim` for which `dynamic` is not defined.
     """
-    return ROPE_TYPES[config.rope_type](config, head_dim, max_position_embeddings, positions)
+    rotated = config.rotary_dim(head_dim)
+    return ROPE_TYPES[config.rope_type](config, rotated, max_position_embeddings, positions)
 
 
 def rotary_tables(
     config: RopeConfig, head_dim: int, max_position_embeddings: int, positions: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """The cosine and sine of each channel's angle, `[B, S, head_dim]` float32 each.
+    """The cosine and sine of each rotated channel's angle, `[B, S, N]` float32 each.
 
-    Both halves of the channels hold the same angles. Arguments as for `rope_frequencies`, with
+    The two channels of a pair hold the same angle. Arguments as for `rope_frequencies`, with
     `positions` `[B, S]`. Angles are float32 whatever the model computes in.
     """
     inv_freq, attention_scaling = rope_frequencies(
         config, head_dim, max_position_embeddings, positions
     )
     angles = positions[..., None].astype(jnp.float32) * inv_freq
-    angles = jnp.concatenate([angles, angles], axis=-1)
+    if config.interleaved:
+        angles = jnp.repeat(angles, 2, axis=-1)
+    else:
+        angles = jnp.concatenate([angles, angles], axis=-1)
     return jnp.cos(angles) * attention_scaling, jnp.sin(angles) * attention_scaling
 
 
-def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+def apply_rope(
+    x: jax.Array, cos: jax.Array, sin: jax.Array, *, interleaved: bool = False
+) -> jax.Array:
     """Rotates queries or keys.
 
     Args:
       x: `[B, S, H, head_dim]`.
-      cos: `[B, S, head_dim]`, from `rotary_tables`.
-      sin: `[B, S, head_dim]`, from `rotary_tables`.
+      cos: `[B, S, N]`, from `rotary_tables`.
+      sin: `[B, S, N]`, from `rotary_tables`.
+      interleaved: which channels pair up, see `RopeConfig`.
 
     Returns:
-      The rotated `x`, same shape and type; computed in the type of the tables (float32).
+      `x` with its first N channels rotated, same shape and type; computed in the type of the tables
+      (float32).
     """
-    first, second = jnp.split(x, 2, axis=-1)
-    turned = jnp.concatenate([-second, first], axis=-1)
-    rotated = x * cos[:, :, None, :] + turned * sin[:, :, None, :]
-    return rotated.astype(x.dtype)
+    rotated = cos.shape[-1]
+    if rotated < x.shape[-1]:
+        kept = x[..., rotated:]
+        turned = apply_rope(x[..., :rotated], cos, sin, interleaved=interleaved)
+        return jnp.concatenate([turned, kept], axis=-1)
+    if interleaved:
+        turned = jnp.stack([-x[..., 1::2], x[..., 0::2]], axis=-1).reshape(x.shape)
+    else:
+        first, second = jnp.split(x, 2, axis=-1)
+        turned = jnp.concatenate([-second, first], axis=-1)
+    return (x * cos[:, :, None, :] + turned * sin[:, :, None, :]).astype(x.dtype)

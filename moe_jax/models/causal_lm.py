@@ -9,12 +9,14 @@ import jax.numpy as jnp
 
 from moe_jax.adapters.segments import Segment
 from moe_jax.config.model import ComputeConfig, ModelConfig
+from moe_jax.config.parse import located
 from moe_jax.layers.attention import positions_from_segments
 from moe_jax.layers.collections import ADAPTERS, PARAMS, ROUTER
 from moe_jax.layers.embedding import TokenEmbedding
 from moe_jax.layers.head import LanguageModelHead, logits
 from moe_jax.layers.norm import RMSNorm
 from moe_jax.layers.rope import rotary_tables
+from moe_jax.layers.soft_cap import soft_cap
 from moe_jax.models.decoder import DecoderLayer, LayerSettings, TokenContext
 from moe_jax.sharding.axes import LAYERS
 
@@ -26,11 +28,11 @@ REMAT_POLICIES: dict[str, Callable[..., Any]] = {
 
 
 class LlamaForCausalLM(nn.Module):
-    """A Llama whose layers are stacked along a leading axis, so that program size is independent
-    of depth.
+    """A decoder of Llama's kind, whose layers are stacked along a leading axis, so that program
+    size is independent of depth.
 
     Attributes:
-      config: the architecture.
+      config: the architecture; what it says of a feature decides whether the program has it.
       compute: types, attention kernel, rematerialisation.
       segments: which rows of a batch belong to which adapter; none is the base model.
       param_dtype: in which type `init` makes the base parameters.
@@ -70,11 +72,16 @@ class LlamaForCausalLM(nn.Module):
 
         Returns:
           float32 [B, S, V].
+
+        Raises:
+          ConfigError: `compute` cannot compute this architecture.
         """
         rows = sum(segment.rows for segment in self.segments)
         if self.segments and rows != tokens.shape[0]:
             raise ValueError(f"a batch of {tokens.shape[0]} rows for segments of {rows}")
         config, dtype = self.config, jnp.dtype(self.compute.dtype)
+        with located("config.compute"):
+            self.compute.check_model(config)
         param_dtype = jnp.dtype(self.param_dtype)
         if positions is None:
             ones = jnp.ones_like(tokens) if segment_ids is None else segment_ids
@@ -83,20 +90,39 @@ class LlamaForCausalLM(nn.Module):
             token_mask = jnp.ones_like(tokens, bool) if segment_ids is None else segment_ids != 0
 
         embed = TokenEmbedding(
-            config.vocab_size, config.hidden_size, dtype, param_dtype, name="embed_tokens"
+            config.vocab_size,
+            config.hidden_size,
+            dtype,
+            param_dtype,
+            scale=config.hidden_size**0.5 if config.scale_embeddings else None,
+            name="embed_tokens",
         )
         x = embed(tokens)
-        cos, sin = rotary_tables(
-            config.rope, config.head_dim, config.max_position_embeddings, positions
-        )
+        cos, sin = self._rotary_tables(positions)
         context = TokenContext(cos, sin, segment_ids, token_mask, expert_groups)
         settings = LayerSettings(config, self.compute, param_dtype, self.segments, deterministic)
         layer_indices = jnp.arange(config.num_layers)
         x, _ = self._stack()(settings, name="layers")(x, context, layer_indices)
-        x = RMSNorm(config.rms_norm_eps, dtype, param_dtype, name="norm")(x)
+        norm = RMSNorm(
+            config.rms_norm_eps, dtype, param_dtype, config.norm_unit_offset, name="norm"
+        )
+        x = norm(x)
         if config.tie_word_embeddings:
-            return logits(x, embed.embedding.T)
-        return LanguageModelHead(config.vocab_size, param_dtype, name="lm_head")(x)
+            scores = logits(x, embed.embedding.T)
+        else:
+            scores = LanguageModelHead(config.vocab_size, param_dtype, name="lm_head")(x)
+        cap = config.final_logit_softcapping
+        return scores if cap is None else soft_cap(scores, cap)
+
+    def _rotary_tables(self, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The `cos` and `sin` of `TokenContext`."""
+        config = self.config
+        shape = (config.head_dim, config.max_position_embeddings)
+        cos, sin = rotary_tables(config.rope, *shape, positions)
+        if config.sliding_rope is None:
+            return cos, sin
+        local_cos, local_sin = rotary_tables(config.sliding_rope, *shape, positions)
+        return jnp.stack([cos, local_cos]), jnp.stack([sin, local_sin])
 
     def _stack(self) -> Any:
         layer = DecoderLayer

@@ -32,7 +32,8 @@ class TokenContext(NamedTuple):
     """What every layer needs to know of the tokens besides their hidden states.
 
     Attributes:
-      cos, sin: rotary tables, float32 [B, S, Q].
+      cos, sin: rotary tables, float32 [B, S, N] for N rotated channels of a head; where sliding
+        layers have tables of their own, [2, B, S, N], theirs second.
       segment_ids: int32 [B, S] as in `Batch`, or None where rows are single sequences without
         padding on the left, for which causality is mask enough.
       token_mask: bool [B, S], false at padding.
@@ -67,32 +68,49 @@ class SelfAttention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, context: TokenContext, adapters: Mapping[str, AdapterContext]
+        self,
+        x: jax.Array,
+        context: TokenContext,
+        layer_index: jax.Array,
+        adapters: Mapping[str, AdapterContext],
     ) -> jax.Array:
         config = self.settings.config
         heads, kv_heads, width = config.num_heads, config.num_kv_heads, config.head_dim
+        qkv_bias = config.attention_bias or config.qkv_bias
 
-        def project(name: str, x: jax.Array, features: int, axes: tuple[str, str]) -> jax.Array:
-            layer = _linear(
-                self.settings, name, (x.shape[-1], features), axes, config.attention_bias
-            )
+        def project(
+            name: str, x: jax.Array, features: int, axes: tuple[str, str], use_bias: bool
+        ) -> jax.Array:
+            layer = _linear(self.settings, name, (x.shape[-1], features), axes, use_bias)
             deterministic = self.settings.deterministic
             return layer(x, layer.product(x), adapters, deterministic=deterministic)
 
         def split(y: jax.Array, n: int) -> jax.Array:
             return y.reshape(*y.shape[:-1], n, width)
 
-        query = split(project("q_proj", x, heads * width, (EMBED, HEADS)), heads)
-        key = split(project("k_proj", x, kv_heads * width, (EMBED, KV_HEADS)), kv_heads)
-        value = split(project("v_proj", x, kv_heads * width, (EMBED, KV_HEADS)), kv_heads)
-        query = apply_rope(query, context.cos, context.sin)
-        key = apply_rope(key, context.cos, context.sin)
+        query = split(project("q_proj", x, heads * width, (EMBED, HEADS), qkv_bias), heads)
+        key = split(project("k_proj", x, kv_heads * width, (EMBED, KV_HEADS), qkv_bias), kv_heads)
+        value = split(project("v_proj", x, kv_heads * width, (EMBED, KV_HEADS), qkv_bias), kv_heads)
+        if config.qk_norm:
+            query = _norm(self.settings, "q_norm")(query)
+            key = _norm(self.settings, "k_norm")(key)
+        cos, sin = _rotary_tables(config, context, layer_index)
+        query = apply_rope(query, cos, sin, interleaved=config.rope.interleaved)
+        key = apply_rope(key, cos, sin, interleaved=config.rope.interleaved)
         mask = None if context.segment_ids is None else attention_mask(context.segment_ids)
         attended = causal_attention(
-            query, key, value, mask=mask, implementation=self.settings.compute.attention
+            query,
+            key,
+            value,
+            mask=mask,
+            implementation=self.settings.compute.attention,
+            scale=(config.query_pre_attn_scalar or width) ** -0.5,
+            window=_window(config, layer_index),
+            softcap=config.attn_logit_softcapping,
         )
         attended = attended.reshape(*x.shape[:-1], heads * width)
-        return project("o_proj", attended, config.hidden_size, (HEADS, EMBED))
+        axes = (HEADS, EMBED)
+        return project("o_proj", attended, config.hidden_size, axes, config.attention_bias)
 
 
 class MoeSite(nn.Module):
@@ -164,7 +182,11 @@ class GatedMLP(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Pre-norm residual layer; the shape that `nn.scan` wants: carry in, carry and None out."""
+    """Pre-norm residual layer; the shape that `nn.scan` wants: carry in, carry and None out.
+
+    `post_attention_layernorm` stands before the FFN, as in Llama; the norms behind attention and
+    FFN, where a family has them, are `post_self_attn_layernorm` and `post_mlp_layernorm`.
+    """
 
     settings: LayerSettings
 
@@ -177,10 +199,14 @@ class DecoderLayer(nn.Module):
             for segment in self.settings.segments
         }
         x = constrain(x, HIDDEN_AXES)
+        post_norms = self.settings.config.post_norms
         normed = _norm(self.settings, "input_layernorm")(x)
-        x = x + SelfAttention(self.settings, name="self_attn")(normed, context, adapters)
+        attention = SelfAttention(self.settings, name="self_attn")
+        change = attention(normed, context, layer_index, adapters)
+        x = x + (_norm(self.settings, "post_self_attn_layernorm")(change) if post_norms else change)
         normed = _norm(self.settings, "post_attention_layernorm")(x)
-        x = x + GatedMLP(self.settings, name="mlp")(normed, adapters)
+        change = GatedMLP(self.settings, name="mlp")(normed, adapters)
+        x = x + (_norm(self.settings, "post_mlp_layernorm")(change) if post_norms else change)
         return constrain(x, HIDDEN_AXES), None
 
 
@@ -195,8 +221,33 @@ def _adapter_context(
     return AdapterContext(token_mask, layer_index, settings.config.num_layers, expert_groups)
 
 
+def _rotary_tables(
+    config: ModelConfig, context: TokenContext, layer_index: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The cosines and sines [B, S, N] of this layer."""
+    if config.sliding_rope is None:
+        return context.cos, context.sin
+    table = jnp.asarray(config.sliding_layers, jnp.int32)[layer_index]
+    return context.cos[table], context.sin[table]
+
+
+def _window(config: ModelConfig, layer_index: jax.Array) -> int | jax.Array | None:
+    """How many positions a token of this layer sees; an array [] where layers differ."""
+    window, slides = config.sliding_window, config.sliding_layers
+    if window is None or all(slides):
+        return window
+    return jnp.where(jnp.asarray(slides)[layer_index], window, jnp.iinfo(jnp.int32).max)
+
+
 def _norm(settings: LayerSettings, name: str) -> RMSNorm:
-    return RMSNorm(settings.config.rms_norm_eps, settings.dtype, settings.param_dtype, name=name)
+    config = settings.config
+    return RMSNorm(
+        config.rms_norm_eps,
+        settings.dtype,
+        settings.param_dtype,
+        config.norm_unit_offset,
+        name=name,
+    )
 
 
 def _linear(

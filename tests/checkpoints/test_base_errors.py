@@ -103,7 +103,7 @@ def test_left_over_tensors(single):
 
 def test_unknown_tensor(single):
     change_tensors(single, lambda t: t.update({"model.extra": np.zeros(3, np.float32)}))
-    refused(single, r"hold model\.extra, .*\(a Llama has no such weights\)")
+    refused(single, r"hold model\.extra, .*\(a model of type 'llama' has no such weights\)")
 
 
 def test_missing_biases(single):
