@@ -12,7 +12,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from moe_jax.adapters import METHODS
-from moe_jax.checkpoints.disk import disk_errors
+from moe_jax.checkpoints.disk import disk_errors, require_space
 from moe_jax.checkpoints.fingerprint import BaseIdentity
 from moe_jax.checkpoints.leaves import LeafSpec, checksums, leaf_specs, nested
 from moe_jax.checkpoints.store import require_finite, restore_tree
@@ -76,7 +76,7 @@ def save_adapter(folder: Path, adapter: SavedAdapter) -> None:
 
     Raises:
       TrainingError: a weight is not finite; nothing is written.
-      CheckpointError: the disk is full or not writable; a former `folder` is untouched.
+      CheckpointError: the disk is too small, full or not writable; a former `folder` is untouched.
     """
     folder = folder.absolute()
     require_finite(adapter.tree, adapter.step)
@@ -90,18 +90,24 @@ def save_adapter(folder: Path, adapter: SavedAdapter) -> None:
         "leaves": {path: list(spec) for path, spec in leaf_specs(adapter.tree).items()},
         "checksums": checksums(adapter.tree),
     }
+    require_space(folder, sum(leaf.nbytes for leaf in jax.tree.leaves(adapter.tree)))
     incomplete = folder.with_name(f".{folder.name}.incomplete")
-    with disk_errors(folder):
+    try:
+        with disk_errors(folder):
+            if jax.process_index() == 0:
+                shutil.rmtree(incomplete, ignore_errors=True)
+                incomplete.mkdir(parents=True)
+                (incomplete / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
+            multihost_utils.sync_global_devices(f"save_adapter {folder.name}")
+            with ocp.StandardCheckpointer() as checkpointer:
+                checkpointer.save(incomplete / _WEIGHTS, adapter.tree)
+            if jax.process_index() == 0:
+                _replace(folder, incomplete)
+            multihost_utils.sync_global_devices(f"saved_adapter {folder.name}")
+    except BaseException:
         if jax.process_index() == 0:
             shutil.rmtree(incomplete, ignore_errors=True)
-            incomplete.mkdir(parents=True)
-            (incomplete / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
-        multihost_utils.sync_global_devices(f"save_adapter {folder.name}")
-        with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save(incomplete / _WEIGHTS, adapter.tree)
-        if jax.process_index() == 0:
-            _replace(folder, incomplete)
-        multihost_utils.sync_global_devices(f"saved_adapter {folder.name}")
+        raise
 
 
 def load_adapter(folder: Path, shardings: Any = None) -> SavedAdapter:

@@ -8,6 +8,7 @@ import contextlib
 import errno
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -38,6 +39,28 @@ def disk_errors(folder: Path, kept: str = "") -> Iterator[None]:
         raise CheckpointError(
             f"cannot write {folder}: {reason}; {advice} run the same command again{suffix}"
         ) from error
+
+
+def require_space(folder: Path, num_bytes: int) -> None:
+    """Refuses to begin what the disk has no space for.
+
+    Args:
+      folder: will be written to; need not exist yet.
+      num_bytes: that it will take, at most.
+
+    Raises:
+      CheckpointError: the disk has less than that.
+    """
+    existing = folder.absolute()
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    with disk_errors(folder):
+        free = shutil.disk_usage(existing).free
+    if free < num_bytes:
+        raise CheckpointError(
+            f"cannot write {folder}: it takes {num_bytes / 1e6:,.1f} MB and the disk has "
+            f"{free / 1e6:,.1f} MB; free some space or give a folder on another disk"
+        )
 
 
 def _reason(error: BaseException) -> str | None:
