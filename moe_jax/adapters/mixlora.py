@@ -1,14 +1,15 @@
 """MixLoRA: an FFN whose experts are LoRA deltas on one frozen FFN (arXiv:2404.15159)."""
 
 import dataclasses
-from collections.abc import Callable
+import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from moe_jax.adapters.aux_losses import RouterLoss
+from moe_jax.adapters.aux_losses import RouterLoss, check_losses
 from moe_jax.adapters.experts import ExpertPairs
 from moe_jax.adapters.frozen import AdapterContext, FrozenFFN
 from moe_jax.adapters.lora import Lora
@@ -18,6 +19,7 @@ from moe_jax.adapters.router import Router, RouterLogits, Routing
 from moe_jax.adapters.routers.top_k import TopKRouter
 from moe_jax.adapters.statistics import router_statistics, sow_statistics
 from moe_jax.adapters.targets import ATTENTION_MODULES, MLP_MODULES
+from moe_jax.config.model import ModelConfig
 from moe_jax.config.parse import require, within
 from moe_jax.sharding.axes import EMBED, MLP
 
@@ -49,7 +51,9 @@ class MixLoraConfig(AdapterMethod):
       num_experts: E.
       router: the routing strategy, chosen by `router.name`.
       expert_lora: the experts' own rank, alpha, dropout and kind.
-      ffn_dropout: share of an expert's hidden activations that is dropped while training.
+      ffn_dropout: share of an expert's hidden activation, that is of the gated product that its
+        down projection takes, that is dropped while training, each expert dropping its own.
+        transformers' Switch experts have it there too; MoE-PEFT drops from the FFN's output.
       losses: the router's auxiliary losses by name, for example `load_balance`.
     """
 
@@ -70,6 +74,11 @@ class MixLoraConfig(AdapterMethod):
         require(0.0 <= self.ffn_dropout < 1.0, "ffn_dropout", "must lie in [0, 1)")
         with within("router"):
             self.router.check(self.num_experts)
+        check_losses(self.losses, self.num_experts)
+
+    def check_model(self, model: ModelConfig) -> None:
+        with within("router"):
+            self.router.check_depth(model.num_layers)
 
     @property
     def routes(self) -> bool:
@@ -106,9 +115,15 @@ class MixLoraMLP(nn.Module):
     a rule) are unrolled: carrying a C axis makes XLA materialise [B, S, C, F].
 
     Where any number of experts may fire, slot c is expert c, and its products are with its own
-    pair alone: E pairs of rank R cost what one pair of rank E R does.
+    pair alone: E pairs of rank R cost what one pair of rank E R does. What lies between an expert's
+    codes and its weighted hidden activation is computed again in the backward pass, from products
+    of R columns, so that E times [B, S, F] need not be kept for it.
 
-    DoRA on the down projection scales each expert's output, and so needs W_down once a slot.
+    DoRA on the down projection scales each expert's output, and so needs W_down once a slot: that
+    is E times where any number of experts may fire.
+
+    A slot without an expert is the frozen FFN. The router may give it no weight, and add a share of
+    the FFN's own input instead.
 
     Leaves: `router/kernel` [D, E], and the pairs of each targeted projection; see `ExpertPairs`.
     """
@@ -122,14 +137,21 @@ class MixLoraMLP(nn.Module):
         """See `AdapterMethod.mlp_adapter`."""
         method, low_rank = self.method, self.method.expert_low_rank
         routing = self._route(x, context, deterministic)
+        weights = routing.weights.astype(x.dtype)
         dropout = nn.Dropout(low_rank.dropout, deterministic=deterministic)
         ffn_dropout = nn.Dropout(method.ffn_dropout, deterministic=deterministic)
 
+        kernels = {
+            "gate_proj": (ffn.gate.kernel, (EMBED, MLP)),
+            "up_proj": (ffn.up.kernel, (EMBED, MLP)),
+            "down_proj": (ffn.down_kernel, (MLP, EMBED)),
+        }
         pairs = {
-            target: ExpertPairs(low_rank, method.num_experts, (EMBED, MLP), name=target)(kernel)
-            for target, kernel in (("gate_proj", ffn.gate.kernel), ("up_proj", ffn.up.kernel))
+            target: ExpertPairs(low_rank, method.num_experts, axes, name=target)(kernel)
+            for target, (kernel, axes) in kernels.items()
             if target in method.target_modules
         }
+        down = pairs.pop("down_proj", None)
         # One mask of dropout for all experts of a token, and one thin product for gate and up.
         codes = joint_codes(dropout(x), pairs)
 
@@ -140,35 +162,46 @@ class MixLoraMLP(nn.Module):
                 product = _adapt(pairs[target], routing, slot, product, codes[target])
             return product if bias is None else product + bias
 
-        def hidden_of(slot: int) -> jax.Array:
+        def contribution(slot: int, keys: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
+            """A slot's hidden activation, and its codes for the down projection; both weighted."""
+            ffn_key, key = (None, None) if keys is None else keys
             gate = adapted(slot, "gate_proj", ffn.gate.product, ffn.gate_bias)
-            return ffn_dropout(
-                ffn.activation(gate) * adapted(slot, "up_proj", ffn.up.product, ffn.up_bias)
-            )
+            hidden = ffn.activation(gate) * adapted(slot, "up_proj", ffn.up.product, ffn.up_bias)
+            hidden, weight = ffn_dropout(hidden, rng=ffn_key), weights[..., slot, None]
+            if down is None:
+                return weight * hidden, None
+            return weight * hidden, _codes(down, routing, slot, dropout(hidden, rng=key), weight)
 
-        down = None
-        if "down_proj" in method.target_modules:
-            down = ExpertPairs(low_rank, method.num_experts, (MLP, EMBED), name="down_proj")(
-                ffn.down_kernel
-            )
-        weights = routing.weights.astype(x.dtype)
-        if down is not None and down.gains is not None:
-            hidden, finish = _down_per_slot(ffn, routing, weights, down, hidden_of, dropout)
+        if routing.dispatch is None:
+            # Under the scan over layers XLA cannot merge the recomputation with the forward pass.
+            contribution = jax.checkpoint(contribution, static_argnums=0, prevent_cse=False)
+        keys = self._dropout_keys(weights.shape[-1], deterministic)
+        hidden, down_codes = zip(*(contribution(*slot) for slot in enumerate(keys)), strict=True)
+        if down is None:
+            hidden, finish = _sum(hidden), lambda product: product
+        elif down.gains is None:
+            hidden, finish = _down_once(routing, down, hidden, down_codes)
         else:
-            hidden, finish = _down_once(routing, weights, down, hidden_of, dropout)
-        return _bias_and_frozen_layers(method.router, ffn, context, weights, hidden, finish)
+            hidden, finish = _down_per_slot(ffn, routing, down, hidden, down_codes)
+        return _around_experts(method.router, x, ffn, context, routing, hidden, finish)
+
+    def _dropout_keys(self, slots: int, deterministic: bool) -> Sequence[jax.Array | None]:
+        """Two keys a slot, for its hidden activation and for its down projection."""
+        rates = (self.method.ffn_dropout, self.method.expert_low_rank.dropout)
+        if deterministic or not any(rates):
+            return [None] * slots
+        return list(jax.random.split(self.make_rng("dropout"), (slots, 2)))
 
     def _route(self, x: jax.Array, context: AdapterContext, deterministic: bool) -> Routing:
         router = self.method.router
         module = RouterLogits(router, self.method.num_experts, EMBED, name="router")
         routing = router.route(module(x, deterministic=deterministic), context.token_mask)
         routed = router.routes_layer(context.layer_index)
-        sow_statistics(self, router_statistics(routing, context.token_mask, routed=routed))
+        statistics = router_statistics(
+            routing, context.token_mask, routed=routed, expert_groups=context.expert_groups
+        )
+        sow_statistics(self, statistics)
         return routing
-
-
-HiddenOf = Callable[[int], jax.Array]
-"""The hidden activation [B, S, F] of a slot."""
 
 
 def _adapt(
@@ -180,68 +213,65 @@ def _adapt(
     return pairs.adapt(product, codes, routing.dispatch[..., slot, :])
 
 
+def _codes(pairs: Pairs, routing: Routing, slot: int, x: jax.Array, weight: jax.Array) -> jax.Array:
+    """The codes of the expert in `slot`, times `weight` [B, S, 1].
+
+    [B, S, R] where slot c is expert c, otherwise at the expert's place in [B, S, E, R].
+    """
+    if routing.dispatch is None:
+        return weight * pairs.expert_codes(x, slot)
+    select = weight * routing.dispatch[..., slot, :].astype(weight.dtype)
+    return pairs.codes(x) * select[..., None]
+
+
+def _sum(terms: Sequence[jax.Array]) -> jax.Array:
+    return functools.reduce(jnp.add, terms)
+
+
 def _down_once(
-    routing: Routing,
-    weights: jax.Array,
-    down: Pairs | None,
-    hidden_of: HiddenOf,
-    dropout: nn.Dropout,
+    routing: Routing, down: Pairs, hidden: Sequence[jax.Array], codes: Sequence[jax.Array]
 ) -> tuple[jax.Array, Finish]:
     """The slots summed up before the down projection, and in rank space inside its pairs."""
-    hidden, codes = [], []
-    for slot in range(weights.shape[-1]):
-        weight = weights[..., slot, None]
-        slot_hidden = hidden_of(slot)
-        hidden.append(weight * slot_hidden)
-        if down is None:
-            continue
-        if routing.dispatch is None:
-            codes.append(weight * down.expert_codes(dropout(slot_hidden), slot))
-        else:
-            select = weight * routing.dispatch[..., slot, :].astype(weight.dtype)
-            codes.append(down.codes(dropout(slot_hidden)) * select[..., None])
-    if down is None:
-        return sum(hidden[1:], hidden[0]), lambda product: product
-    if routing.dispatch is None:
-        expanded = down.expand(jnp.stack(codes, axis=-2))
-    else:
-        expanded = down.expand(sum(codes[1:], codes[0]))
-    return sum(hidden[1:], hidden[0]), lambda product: product + expanded
+    joined = jnp.stack(codes, axis=-2) if routing.dispatch is None else _sum(codes)
+    expanded = down.expand(joined)
+    return _sum(hidden), lambda product: product + expanded
 
 
 def _down_per_slot(
     ffn: FrozenFFN,
     routing: Routing,
-    weights: jax.Array,
     down: Pairs,
-    hidden_of: HiddenOf,
-    dropout: nn.Dropout,
+    hidden: Sequence[jax.Array],
+    codes: Sequence[jax.Array],
 ) -> tuple[jax.Array, Finish]:
     """The down projection of every slot; the first slot's goes with the rows of other adapters."""
-    first, *others = [hidden_of(slot) for slot in range(weights.shape[-1])]
+    first, *others = hidden
+    joined = jnp.stack(codes, axis=-2) if routing.dispatch is None else None
 
     def finish(product: jax.Array) -> jax.Array:
         kernel = ffn.down_kernel.astype(product.dtype)
         products = [product, *(jnp.dot(hidden, kernel) for hidden in others)]
-        total = jnp.zeros_like(product)
-        for slot, hidden in enumerate([first, *others]):
-            codes = down.codes(dropout(hidden))
-            adapted = _adapt(down, routing, slot, products[slot], codes)
-            total = total + weights[..., slot, None] * adapted
-        return total
+        # Linear in product and codes, so that both may come weighted.
+        return _sum(
+            [
+                _adapt(down, routing, slot, product, codes[slot] if joined is None else joined)
+                for slot, product in enumerate(products)
+            ]
+        )
 
     return first, finish
 
 
-def _bias_and_frozen_layers(
+def _around_experts(
     router: Router,
+    x: jax.Array,
     ffn: FrozenFFN,
     context: AdapterContext,
-    weights: jax.Array,
+    routing: Routing,
     hidden: jax.Array,
     finish: Finish,
 ) -> tuple[jax.Array, Finish]:
-    """Weights the bias of the down projection like the experts, and spares unrouted layers."""
+    """What there is besides experts: the down projection's bias, a bypass, layers left frozen."""
     routed, bias = router.routes_layer(context.layer_index), ffn.down_bias
     if routed is not None:
         gate, up = ffn.gate.product, ffn.up.product
@@ -252,7 +282,10 @@ def _bias_and_frozen_layers(
     def finish_all(product: jax.Array) -> jax.Array:
         y = finish(product)
         if bias is not None:  # each expert has it, and it is added once after this
-            y = y + (jnp.sum(weights, axis=-1, keepdims=True) - 1.0) * bias
+            weight = jnp.sum(routing.weights, axis=-1, keepdims=True)
+            y = y + (weight - 1.0).astype(y.dtype) * bias.astype(y.dtype)
+        if routing.bypass is not None:
+            y = y + routing.bypass[..., None].astype(y.dtype) * x
         return y if routed is None else jnp.where(routed, y, product)
 
     return hidden, finish_all

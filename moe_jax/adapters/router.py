@@ -36,6 +36,9 @@ class Routing(NamedTuple):
       weights: [B, S, C], the slot's share of the output.
       load: [B, S, E], how much of each token the expert has to carry: 1 or 0 where experts are
         chosen, the weight itself where all of them share.
+      bypass: [B, S], the share of the FFN's own input in its output; None if there is none.
+      overflow: [B, S], 1 for a token whose expert has no capacity left, 0 otherwise, any value at
+        padding; None if capacity is unlimited.
     """
 
     router_logits: jax.Array
@@ -43,6 +46,8 @@ class Routing(NamedTuple):
     dispatch: jax.Array | None
     weights: jax.Array
     load: jax.Array
+    bypass: jax.Array | None = None
+    overflow: jax.Array | None = None
 
     @property
     def combine(self) -> jax.Array:
@@ -67,6 +72,8 @@ class Router(abc.ABC):
     """
 
     registry: ClassVar[Registry] = ROUTERS
+    limits_load: ClassVar[bool] = False
+    """Whether tokens can overflow, for which only methods that route whole FFNs have an answer."""
 
     init_std: float = 0.02
     jitter_noise: float = 0.0
@@ -78,6 +85,10 @@ class Router(abc.ABC):
     def check(self, num_experts: int) -> None:
         """Refuses, with `require`, settings that do not go with so many experts."""
         require(num_experts > 0, "num_experts", "must be positive")
+
+    def check_depth(self, num_layers: int) -> None:
+        """Refuses, with `require`, settings that do not go with a model of so many layers."""
+        require(num_layers > 0, "num_layers", "must be positive")
 
     def routes_layer(self, layer_index: jax.Array) -> jax.Array | None:
         """Whether a layer is routed at all, a boolean scalar; None stands for every layer.
@@ -121,9 +132,14 @@ class RouterLogits(nn.Module):
         Args:
           x: the hidden state.
           deterministic: no jitter.
-          present: bool [E], the experts that this layer has; None stands for all.
+          present: bool [E], the experts that this layer has; None stands for all. The kernel of
+            the others is zero, and stays so, as it gets no gradient.
         """
-        init: Any = nn.initializers.normal(self.router.init_std)
+
+        def init(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+            drawn = nn.initializers.normal(self.router.init_std)(key, shape, dtype)
+            return drawn if present is None else drawn * present
+
         shape = (x.shape[-1], self.num_experts)
         kernel = adapter_leaf(self, "kernel", init, shape, (self.axis, EXPERTS))
         x, jitter = x.astype(jnp.float32), self.router.jitter_noise

@@ -14,8 +14,10 @@ def routing_summary(sites: Mapping[str, RouterStatistics]) -> dict[str, jax.Arra
     `expert_load` [sites * L, E]: each expert's load as a multiple of an equal share; 1 is ideal, 0
     is a dead expert, or one that the layer does not have. `layer_entropy` [sites * L]: mean entropy
     of the router's distribution over that of a uniform one, from 0 to 1. And scalars of the two,
-    over all layers that route: `router_entropy`, the mean; `busiest_expert`, the largest load;
-    `dead_experts`, how many no token chose.
+    over all layers that route: `mean_entropy`, the mean; `busiest_expert`, the largest load;
+    `dead_experts`, how many no token chose. Where experts have a limited capacity also
+    `layer_overflow` [sites * L], the share of tokens whose expert had none left, and `overflow`,
+    the same over all layers.
 
     Args:
       sites: with a leading axis L on each field.
@@ -25,10 +27,16 @@ def routing_summary(sites: Mapping[str, RouterStatistics]) -> dict[str, jax.Arra
     load = load / jnp.maximum(jnp.sum(layers.load_sum, axis=-1, keepdims=True), 1e-9)
     entropy = layers.entropy_sum / jnp.maximum(layers.tokens, 1.0) / jnp.log(layers.num_experts)
     dead = (layers.load_sum == 0) * layers.present * layers.routed[:, None]
+    overflow = {}
+    if layers.overflow_sum is not None:
+        overflow["layer_overflow"] = layers.overflow_sum / jnp.maximum(layers.tokens, 1.0)
+        tokens = jnp.maximum(jnp.sum(layers.tokens), 1.0)
+        overflow["overflow"] = jnp.sum(layers.overflow_sum) / tokens
     return {
         "expert_load": load,
         "layer_entropy": entropy,
-        "router_entropy": jnp.sum(entropy) / jnp.maximum(jnp.sum(layers.routed), 1.0),
+        "mean_entropy": jnp.sum(entropy) / jnp.maximum(jnp.sum(layers.routed), 1.0),
         "busiest_expert": jnp.max(load),
         "dead_experts": jnp.sum(dead),
+        **overflow,
     }
