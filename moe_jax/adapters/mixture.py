@@ -75,7 +75,8 @@ class ProjectionMixture(nn.Module):
       axes: logical axes of the projection's kernel, (in, out).
 
     All layers have leaves for the largest of `experts`, E. Where a layer has fewer, the others are
-    the last of them; they start at zero and, as no token reaches them, stay there.
+    the last of them: no token reaches them, their router logits are `ABSENT`, and their leaves
+    start at zero (a magnitude of DoRA at W's norms, like any) and get no gradient.
 
     Leaves: `router/kernel` [in, E], and the pairs; see `ExpertPairs`.
     """
