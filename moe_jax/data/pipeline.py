@@ -196,8 +196,8 @@ class _RowStore:
             source = self._sources[number]
             table = source.table[source.kept[rows[places] - self._starts[number]].tolist()]
             tokens, masks = _arrays(table["tokens"]), _arrays(table["loss_mask"])
-            for place, *arrays in zip(places, tokens, masks, strict=True):
-                out[place] = Row(*arrays, source.expert_group)
+            for place, ids, loss_mask in zip(places, tokens, masks, strict=True):
+                out[place] = Row(ids, loss_mask, source.expert_group)
         return [row for row in out if row is not None]
 
 
