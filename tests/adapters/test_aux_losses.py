@@ -15,7 +15,7 @@ from moe_jax.adapters.aux_losses import (
     RouterLoss,
     RouterZ,
 )
-from moe_jax.adapters.statistics import RouterStatistics
+from moe_jax.adapters.statistics import RouterStatistics, SequenceStatistics
 from moe_jax.config.parse import parse
 from moe_jax.errors import ConfigError
 
@@ -23,9 +23,11 @@ from moe_jax.errors import ConfigError
 def _statistics(
     tokens, load=None, probabilities=None, weights=None, z=0.0, entropy=0.0, present=None, routed=1
 ):
-    """One layer's; the probabilities and weights are each token's."""
+    """One layer's, of one sequence; the probabilities and weights are each token's."""
     given = next((of for of in (load, probabilities, weights, present) if of is not None), [0.0])
     of_all = lambda each: tokens * jnp.asarray(each if each is not None else [0.0] * len(given))
+    real = jnp.float32([min(tokens, 1)])
+    weight = jnp.asarray([0.0] * len(given) if weights is None else weights)
     return RouterStatistics(
         routed=jnp.float32(routed),
         present=jnp.ones(len(given)) if present is None else jnp.asarray(present, jnp.float32),
@@ -35,6 +37,7 @@ def _statistics(
         weight_sum=of_all(weights),
         squared_logsumexp_sum=jnp.float32(z),
         entropy_sum=jnp.float32(entropy),
+        sequences=SequenceStatistics(real[:, None] * weight, jnp.zeros(1), real),
     )
 
 
@@ -160,7 +163,7 @@ def test_without_tokens_losses_and_gradients_are_zero(name):
     loss = ROUTER_LOSSES[name](coefficient=1.0)
     value, gradient = jax.value_and_grad(loss.over_layers)(empty)
     assert float(value) == 0.0
-    assert all(np.isfinite(field).all() for field in gradient)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
 
 
 def test_losses_are_picked_by_their_key_or_by_name():
