@@ -4,7 +4,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
 
 TINY = {
     "vocab_size": 96,
@@ -37,3 +43,57 @@ def save_tiny_llama(folder: Path, seed: int = 0, **overrides: Any) -> LlamaForCa
     model = tiny_llama(seed, **overrides)
     model.save_pretrained(folder)
     return model
+
+
+TINY_SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": None,
+    "attn_implementation": "eager",
+}
+
+
+def tiny_model(model_type: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
+    """A random model of any family in evaluation mode; no weight is zero, one or another's."""
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(model_type, **{**TINY_SIZES, **overrides})
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            centre = 1.0 if parameter.dim() == 1 and parameter.mean() == 1.0 else 0.0
+            parameter.copy_(centre + 0.15 * torch.randn_like(parameter))
+    return model.eval()
+
+
+FUSED = {
+    "q_proj": ("qkv_proj", ("q_proj", "k_proj", "v_proj")),
+    "k_proj": ("qkv_proj", ("q_proj", "k_proj", "v_proj")),
+    "v_proj": ("qkv_proj", ("q_proj", "k_proj", "v_proj")),
+    "gate_proj": ("gate_up_proj", ("gate_proj", "up_proj")),
+    "up_proj": ("gate_up_proj", ("gate_proj", "up_proj")),
+}
+"""Where families keep several projections in one: its name, and their order in it."""
+
+
+def merge_lora(model: PreTrainedModel, tree: dict[str, Any], scale: float) -> None:
+    """Adds the deltas of a LoRA adapter, a tree as in `TrainState.adapters[name]`, to weights."""
+    for index, layer in enumerate(model.model.layers):
+        for block, targets in tree["layers"].items():
+            module = getattr(layer, block)
+            delta = {
+                name: scale * (torch.tensor(leaves["lora_A"][index] @ leaves["lora_B"][index])).T
+                for name, leaves in targets.items()
+            }
+            for name in targets:
+                if hasattr(module, name):
+                    getattr(module, name).weight.data += delta[name]
+                else:
+                    fused, order = FUSED[name]
+                    first = sum(len(delta[other]) for other in order[: order.index(name)])
+                    rows = slice(first, first + len(delta[name]))
+                    getattr(module, fused).weight.data[rows] += delta[name]

@@ -80,7 +80,7 @@ def _checked_leaves(shards: Shards, config: ModelConfig) -> list[Leaf]:
     leaves = base_leaves(config)
     present = dict(shards.tensors)
     embedding, head = key_of(EMBEDDING_PATH, config), key_of(HEAD_PATH, config)
-    if config.tie_word_embeddings and head in present:
+    if config.tie_word_embeddings and embedding and head and head in present:
         # A tied head that is stored all the same is either the only copy of the embedding or must
         # equal it; anything else would be dropped in silence.
         if embedding not in present:

@@ -89,10 +89,12 @@ def keys_of(pattern: str, config: ModelConfig) -> tuple[str, ...]:
     return tuple(pattern.format(layer=layer) for layer in range(config.num_layers))
 
 
-def key_of(path: str, config: ModelConfig) -> str:
-    """The name of the tensor of an unstacked leaf, whether or not the model has it."""
-    (key,) = (rule.key for rule in family_of(config).weights if rule.path == path)
-    return key
+def key_of(path: str, config: ModelConfig) -> str | None:
+    """The name of the tensor of an unstacked leaf, whether or not this model has it.
+
+    None if none of the family has it.
+    """
+    return next((rule.key for rule in family_of(config).weights if rule.path == path), None)
 
 
 def not_weights(config: ModelConfig) -> set[str]:

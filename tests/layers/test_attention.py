@@ -65,6 +65,68 @@ def test_the_mask_by_hand():
     )
 
 
+def _by_hand(query, key, value, mask, *, window, scale, softcap):
+    """One query after the other, with the heads of a group spelt out."""
+    out = np.zeros_like(query)
+    for b, q, h in np.ndindex(query.shape[:3]):
+        k = h // (query.shape[2] // key.shape[2])
+        seen = [t for t in range(max(0, q - window + 1), q + 1) if mask[b, 0, q, t]]
+        scores = scale * key[b, seen, k] @ query[b, q, h]
+        if softcap is not None:
+            scores = softcap * np.tanh(scores / softcap)
+        weights = np.exp(scores - scores.max())
+        out[b, q, h] = weights / weights.sum() @ value[b, seen, k]
+    return out
+
+
+@pytest.mark.parametrize("window", [1, 3, 6])
+@pytest.mark.parametrize(("scale", "softcap"), [(0.9, 1.5), (0.2, None)])
+def test_window_scale_and_cap_by_hand(window, scale, softcap):
+    inputs = _inputs(4, 2)
+    mask = attention_mask(jnp.asarray(SEGMENTS))
+    expected = _by_hand(*inputs, np.asarray(mask), window=window, scale=scale, softcap=softcap)
+
+    @jax.jit
+    def ours(window):
+        return causal_attention(
+            *inputs, mask=mask, implementation="xla", scale=scale, window=window, softcap=softcap
+        )
+
+    np.testing.assert_allclose(ours(window), expected, **ROUNDING)  # known while it runs only
+    static = causal_attention(
+        *inputs, mask=mask, implementation="xla", scale=scale, window=window, softcap=softcap
+    )
+    np.testing.assert_allclose(static, expected, **ROUNDING)
+
+
+@pytest.mark.parametrize("segments", [False, True])
+@pytest.mark.parametrize("traced", [False, True])
+def test_what_the_fused_kernel_is_asked_for(traced, segments, monkeypatch):
+    # The kernel needs a GPU; jax's own path for CPUs takes the same arguments.
+    reference, asked = jax.nn.dot_product_attention, {}
+
+    def kernel(*args, **kwargs):
+        asked.update(kwargs)
+        return reference(*args, **kwargs | {"implementation": "xla"})
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", kernel)
+    inputs = [jnp.asarray(x) for x in _inputs(4, 2)]
+    mask = attention_mask(jnp.asarray(SEGMENTS)) if segments else None
+    window = jnp.int32(3) if traced else 3
+
+    def attention(implementation):
+        return causal_attention(
+            *inputs, mask=mask, implementation=implementation, scale=0.3, window=window
+        )
+
+    np.testing.assert_allclose(attention("cudnn"), attention("xla"), **ROUNDING)
+    assert asked["implementation"] == "cudnn" and asked["is_causal"]
+    assert asked["local_window_size"] == (None if traced else (2, 0))
+    assert (asked["mask"] is None) == (not traced and not segments)
+    with pytest.raises(ValueError, match="cannot cap"):
+        causal_attention(*inputs, mask=mask, implementation="cudnn", softcap=2.0)
+
+
 def test_padding_gives_finite_values_and_gradients():
     query, key, value = (jnp.asarray(x) for x in _inputs(2, 2))
     mask = attention_mask(jnp.zeros((3, 6), jnp.int32).at[:, 2:4].set(1))

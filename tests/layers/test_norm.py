@@ -1,10 +1,13 @@
 """RMS normalisation against transformers, and in half precision against float64."""
 
+import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 from tolerances import ROUNDING
+from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from moe_jax.layers.norm import RMSNorm
@@ -25,6 +28,18 @@ def test_equals_transformers(epsilon):
     reference.weight.data = torch.tensor(SCALE)
     expected = reference(torch.tensor(X)).detach().numpy()
     np.testing.assert_allclose(_ours(X, "float32", epsilon), expected, **ROUNDING)
+
+
+def test_unit_offset_equals_gemma():
+    reference = GemmaRMSNorm(16, eps=1e-5)
+    reference.weight.data = torch.tensor(SCALE - 1)
+    expected = reference(torch.tensor(X)).detach().numpy()
+    float32 = jnp.dtype("float32")
+    norm = RMSNorm(1e-5, float32, float32, unit_offset=True)
+    stored = {"params": {"scale": jnp.asarray(SCALE - 1)}}
+    np.testing.assert_allclose(norm.apply(stored, X), expected, **ROUNDING)
+    fresh = nn.meta.unbox(norm.init(jax.random.key(0), X))["params"]["scale"]
+    np.testing.assert_array_equal(fresh, np.zeros(16))  # a factor of one
 
 
 def test_by_hand():

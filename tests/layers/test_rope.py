@@ -8,8 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import AutoConfig, LlamaConfig
+from transformers.models.glm4 import modeling_glm4
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
+from transformers.models.phi3 import modeling_phi3
 
 from moe_jax.config.model import RopeConfig
 from moe_jax.config.parse import parse
@@ -19,6 +21,7 @@ from moe_jax.layers.rope import ROPE_TYPES, apply_rope, rope_frequencies, rotary
 # Relative errors of a float32 inverse frequency: two units in the last place, and more where the
 # rule subtracts near-equal numbers (llama3's blend) or recomputes theta in float32 (dynamic).
 FREQUENCY_RTOL = dict(default=2.5e-7, linear=2.5e-7, yarn=2.5e-7, llama3=1.5e-6, dynamic=1.5e-6)
+FREQUENCY_RTOL |= dict(longrope=2.5e-7)
 # Two implementations of cos and sin of the same float32 angle.
 TABLE_ATOL = 1e-6
 
@@ -31,6 +34,8 @@ LLAMA3 = dict(
     original_max_position_embeddings=64,
 )
 YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=32)
+# Packed rows have up to 70 positions, the others more; the lists of factors go with the head.
+LONGROPE = dict(rope_type="longrope", original_max_position_embeddings=100)
 
 CASES: dict[str, dict] = {
     "default": dict(rope_type="default"),
@@ -51,16 +56,29 @@ CASES: dict[str, dict] = {
     "yarn_betas_equal": YARN | dict(beta_fast=2.0, beta_slow=2.0, truncate=False),
     "yarn_no_truncate": YARN | dict(truncate=False, rope_theta=150_000.0),
     "yarn_factor_1": YARN | dict(factor=1.0),
+    "longrope": LONGROPE,
+    "longrope_factor": LONGROPE | dict(factor=3.0, rope_theta=50_000.0),
+    "longrope_factor_below_1": LONGROPE | dict(original_max_position_embeddings=2 * MAX_POSITIONS),
+    "longrope_attention_factor": LONGROPE | dict(attention_factor=0.8),
 }
 HEAD_DIMS = (4, 10, 64, 128)
 
 
-def rope_config(case: str) -> RopeConfig:
-    return parse(RopeConfig, {"rope_theta": 10_000.0} | CASES[case])
+def rope_fields(case: str, head_dim: int) -> dict:
+    fields = {"rope_theta": 10_000.0} | CASES[case]
+    if fields["rope_type"] == "longrope":
+        steps = np.arange(head_dim // 2)
+        fields |= dict(short_factor=(1 + 0.1 * steps).tolist())
+        fields |= dict(long_factor=(1 + 0.7 * steps).tolist())
+    return fields
+
+
+def rope_config(case: str, head_dim: int) -> RopeConfig:
+    return parse(RopeConfig, rope_fields(case, head_dim))
 
 
 def hf_rotary(case: str, head_dim: int) -> LlamaRotaryEmbedding:
-    fields = {"rope_theta": 10_000.0} | CASES[case]
+    fields = rope_fields(case, head_dim)
     config = LlamaConfig(
         hidden_size=head_dim * 2,
         num_attention_heads=2,
@@ -99,7 +117,7 @@ def test_frequencies_equal_transformers(case: str, head_dim: int):
         reference = hf_rotary(case, head_dim)
         reference(torch.zeros(1), torch.as_tensor(positions))  # lets `dynamic` grow
         inv_freq, scaling = rope_frequencies(
-            rope_config(case), head_dim, MAX_POSITIONS, jnp.asarray(positions)
+            rope_config(case, head_dim), head_dim, MAX_POSITIONS, jnp.asarray(positions)
         )
         assert inv_freq.dtype == np.float32 and inv_freq.shape == (head_dim // 2,)
         rtol = FREQUENCY_RTOL[CASES[case]["rope_type"]]
@@ -112,7 +130,9 @@ def test_frequencies_equal_transformers(case: str, head_dim: int):
 def test_tables_equal_transformers(case: str, kind: str):
     head_dim, positions = 64, positions_for(kind)
     cos_hf, sin_hf = hf_rotary(case, head_dim)(torch.zeros(1), torch.as_tensor(positions))
-    tables = jax.jit(lambda p: rotary_tables(rope_config(case), head_dim, MAX_POSITIONS, p))
+    tables = jax.jit(
+        lambda p: rotary_tables(rope_config(case, head_dim), head_dim, MAX_POSITIONS, p)
+    )
     cos, sin = tables(jnp.asarray(positions))
     assert cos.shape == (*positions.shape, head_dim) and cos.dtype == sin.dtype == jnp.float32
     # An angle near 300 is known to 300 times that only.
@@ -125,7 +145,7 @@ def test_tables_equal_transformers(case: str, kind: str):
 def test_tables_hold_at_positions_of_long_documents(case: str):
     positions = np.array([[0, 1, 4095, 32_767, 131_071]])
     cos_hf, sin_hf = hf_rotary(case, 128)(torch.zeros(1), torch.as_tensor(positions))
-    cos, sin = rotary_tables(rope_config(case), 128, MAX_POSITIONS, jnp.asarray(positions))
+    cos, sin = rotary_tables(rope_config(case, 128), 128, MAX_POSITIONS, jnp.asarray(positions))
     atol = TABLE_ATOL + positions[0][None, :, None] * FREQUENCY_RTOL[CASES[case]["rope_type"]]
     assert (np.abs(np.asarray(cos) - cos_hf.numpy()) <= atol).all()
     assert (np.abs(np.asarray(sin) - sin_hf.numpy()) <= atol).all()
@@ -140,7 +160,7 @@ def test_rotation_equals_transformers(case: str):
     expected, _ = apply_rotary_pos_emb(
         torch.as_tensor(x), torch.as_tensor(x), cos_hf, sin_hf, unsqueeze_dim=2
     )
-    cos, sin = rotary_tables(rope_config(case), 64, MAX_POSITIONS, jnp.asarray(positions))
+    cos, sin = rotary_tables(rope_config(case, 64), 64, MAX_POSITIONS, jnp.asarray(positions))
     actual = apply_rope(jnp.asarray(x), cos, sin)
     np.testing.assert_allclose(actual, expected.numpy(), rtol=0, atol=5e-4)
 
@@ -174,6 +194,39 @@ def test_products_depend_on_the_distance_only():
 
     assert product(12, 5) == pytest.approx(product(47, 40), abs=1e-4)
     assert abs(product(12, 5) - product(12, 6)) > 1e-2
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("share", [0.25, 0.5, 0.75, 1.0])
+def test_partial_and_interleaved_rotation_equal_transformers(share: float, interleaved: bool):
+    # Phi-3 pairs channel i with i + half, GLM-4 channel 2i with 2i + 1.
+    family = modeling_glm4 if interleaved else modeling_phi3
+    rotary = family.Glm4RotaryEmbedding if interleaved else family.Phi3RotaryEmbedding
+    model_type = "glm4" if interleaved else "phi3"
+    fields = dict(rope_type="default", rope_theta=500.0, partial_rotary_factor=share)
+    reference = rotary(
+        AutoConfig.for_model(
+            model_type,
+            hidden_size=32,
+            num_attention_heads=2,
+            head_dim=16,
+            pad_token_id=None,
+            rope_parameters=dict(fields),
+        )
+    )
+    positions = np.arange(40)[None]
+    x = np.random.default_rng(3).standard_normal((1, 40, 2, 16)).astype(np.float32)
+    tables = reference(torch.zeros(1), torch.as_tensor(positions))
+    expected, _ = family.apply_rotary_pos_emb(
+        torch.as_tensor(x), torch.as_tensor(x), *tables, unsqueeze_dim=2
+    )
+    config = RopeConfig(**fields, interleaved=interleaved)
+    cos, sin = rotary_tables(config, 16, 64, jnp.asarray(positions))
+    assert cos.shape[-1] == 16 * share
+    actual = apply_rope(jnp.asarray(x), cos, sin, interleaved=interleaved)
+    np.testing.assert_allclose(actual, expected.numpy(), rtol=0, atol=1e-4)
+    other = apply_rope(jnp.asarray(x), cos, sin, interleaved=not interleaved)
+    assert np.abs(np.asarray(other) - expected.numpy()).max() > 0.1
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])

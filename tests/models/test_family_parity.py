@@ -1,0 +1,319 @@
+"""Every family against transformers, through saved checkpoints, with an adapter on it."""
+
+import copy
+import dataclasses
+import functools
+import json
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from hf_models import merge_lora, tiny_model
+from tiny_program import ALL_TARGETS
+from tolerances import FLOAT32_LOGITS
+
+from moe_jax.adapters.lora import LoraConfig
+from moe_jax.adapters.mixlora import MixLoraConfig
+from moe_jax.adapters.segments import Segment
+from moe_jax.adapters.sites import to_collection
+from moe_jax.checkpoints.base import abstract_base, load_base
+from moe_jax.checkpoints.hf_config import read_model_config
+from moe_jax.checkpoints.key_table import hf_tensors
+from moe_jax.config.model import ComputeConfig, ModelConfig
+from moe_jax.config.parse import parse
+from moe_jax.config.run import MeshConfig
+from moe_jax.models.causal_lm import LlamaForCausalLM
+from moe_jax.models.fresh import fresh_adapter
+from moe_jax.sharding.mesh import make_mesh
+from moe_jax.sharding.rules import shardings_of
+
+LENGTH, WINDOW = 24, 5
+RANK, ALPHA = 2, 3.0
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+class Case(NamedTuple):
+    """A variant of a family.
+
+    Attributes:
+      model_type: the family.
+      fields: of its configuration.
+      without: fields that take away what the variant is about, by which its logits must change.
+    """
+
+    model_type: str
+    fields: dict
+    without: dict | None = None
+
+
+def _longrope(original_length: int) -> dict:
+    # Channels of a head of 8, of which 6 are rotated: three pairs.
+    return {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": [1.0, 1.2, 1.5],
+        "long_factor": [1.5, 3.0, 6.0],
+        "partial_rotary_factor": 0.75,
+        "original_max_position_embeddings": original_length,
+    }
+
+
+DEFAULT_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+LLAMA_3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+GEMMA_3_ROPE = {
+    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1000000.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+}
+CASES = {
+    "llama_1": Case("llama", {"num_key_value_heads": 4}),
+    "llama_3": Case("llama", {"rope_parameters": LLAMA_3}, {"rope_parameters": DEFAULT_ROPE}),
+    "yi": Case("llama", {"rope_parameters": {**DEFAULT_ROPE, "rope_theta": 5e6}}),
+    "mistral": Case("mistral", {"sliding_window": WINDOW}, {"sliding_window": None}),
+    "mistral_whole_rows": Case("mistral", {"sliding_window": None, "head_dim": 12}),
+    "qwen2": Case("qwen2", {"tie_word_embeddings": True}),
+    "qwen2_sliding": Case(
+        "qwen2",
+        {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1},
+        {"max_window_layers": 3},
+    ),
+    "qwen3": Case("qwen3", {"head_dim": 12}),
+    "qwen3_biased": Case("qwen3", {"head_dim": 8, "attention_bias": True}),
+    "gemma": Case("gemma", {"head_dim": 12, "num_key_value_heads": 1}),
+    "gemma2": Case(
+        "gemma2",
+        {
+            "head_dim": 8,
+            "sliding_window": WINDOW,
+            "query_pre_attn_scalar": 20,
+            "attn_logit_softcapping": 1.5,
+            "final_logit_softcapping": 2.5,
+        },
+        {"attn_logit_softcapping": None},
+    ),
+    "gemma2_uncapped": Case(
+        "gemma2",
+        {
+            "head_dim": 8,
+            "sliding_window": WINDOW,
+            "query_pre_attn_scalar": 8,
+            "attn_logit_softcapping": None,
+            "final_logit_softcapping": None,
+        },
+        {"layer_types": ["full_attention"] * 3},
+    ),
+    "gemma3": Case(
+        "gemma3_text",
+        {
+            "head_dim": 8,
+            "sliding_window": WINDOW,
+            "sliding_window_pattern": 3,
+            "query_pre_attn_scalar": 20,
+            "rope_parameters": GEMMA_3_ROPE,
+        },
+        {"rope_parameters": {**GEMMA_3_ROPE, "full_attention": DEFAULT_ROPE}},
+    ),
+    "phi3": Case("phi3", {"sliding_window": WINDOW}, {"sliding_window": None}),
+    "phi3_long": Case(
+        "phi3",
+        {"original_max_position_embeddings": 16, "rope_parameters": _longrope(16)},
+        {"original_max_position_embeddings": LENGTH, "rope_parameters": _longrope(LENGTH)},
+    ),
+    "phi4_mini_short": Case(
+        "phi3",
+        {
+            "original_max_position_embeddings": LENGTH,
+            "rope_parameters": _longrope(LENGTH),
+            "tie_word_embeddings": True,
+        },
+    ),
+    "glm": Case("glm", {"head_dim": 8, "num_key_value_heads": 1}),
+    "glm4": Case(
+        "glm4",
+        {"head_dim": 8},
+        {"rope_parameters": {**DEFAULT_ROPE, "partial_rotary_factor": 0.25}},
+    ),
+    "glm4_unbiased": Case("glm4", {"head_dim": 8, "attention_bias": False}),
+}
+FAMILIES = ("mistral", "qwen2_sliding", "qwen3", "gemma", "gemma2", "gemma3", "phi3_long", "glm4")
+"""What gradients are taken of; every feature of the others is among theirs, or in other tests."""
+
+
+def _model(case: str, **more):
+    return tiny_model(CASES[case].model_type, **{**CASES[case].fields, **more})
+
+
+def _rows() -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and segment ids: a full row, one padded on the right, two sequences in one."""
+    tokens = np.random.default_rng(1).integers(0, 64, (3, LENGTH))
+    segment_ids = np.ones((3, LENGTH), np.int32)
+    segment_ids[1, 16:] = 0
+    segment_ids[2, 12:] = 2
+    segment_ids[2, 21:] = 0
+    return tokens, segment_ids
+
+
+# Row and columns of each sequence of `_rows`.
+SEQUENCES = ((0, slice(0, 24)), (1, slice(0, 16)), (2, slice(0, 12)), (2, slice(12, 21)))
+
+
+def _reference_logits(model, tokens: np.ndarray) -> list[np.ndarray]:
+    """Of each sequence, all of them in one batch, padded on the right."""
+    lengths = [columns.stop - columns.start for _, columns in SEQUENCES]
+    batch, mask = np.zeros((2, len(SEQUENCES), LENGTH), np.int64)
+    for index, (row, columns) in enumerate(SEQUENCES):
+        batch[index, : lengths[index]] = tokens[row, columns]
+        mask[index, : lengths[index]] = 1
+    positions = np.maximum(np.cumsum(mask, axis=-1) - 1, 0)
+    with torch.no_grad():
+        logits = model(
+            torch.tensor(batch),
+            attention_mask=torch.tensor(mask),
+            position_ids=torch.tensor(positions),
+            use_cache=False,
+        ).logits.numpy()
+    return [logits[index, :length] for index, length in enumerate(lengths)]
+
+
+def _largest_difference(ours, expected: list[np.ndarray]) -> float:
+    return max(
+        float(np.abs(np.asarray(ours)[row, columns] - logits).max())
+        for (row, columns), logits in zip(SEQUENCES, expected, strict=True)
+    )
+
+
+def _lora_tree(config) -> dict:
+    """A LoRA of large weights on all seven projections."""
+    rng = np.random.default_rng(2)
+    narrow, wide = config.hidden_size, config.intermediate_size
+    query, key = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    widths = {
+        "q_proj": (narrow, query),
+        "k_proj": (narrow, key),
+        "v_proj": (narrow, key),
+        "o_proj": (query, narrow),
+        "gate_proj": (narrow, wide),
+        "up_proj": (narrow, wide),
+        "down_proj": (wide, narrow),
+    }
+    tree: dict = {"self_attn": {}, "mlp": {}}
+    for name, (inputs, outputs) in widths.items():
+        shapes = {"lora_A": (inputs, RANK), "lora_B": (RANK, outputs)}
+        tree["self_attn" if name in ATTENTION else "mlp"][name] = {
+            leaf: 0.3 * rng.standard_normal((config.num_layers, *shape)).astype(np.float32)
+            for leaf, shape in shapes.items()
+        }
+    return {"layers": tree}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_equals_transformers_with_and_without_an_adapter(case, tmp_path):
+    reference = _model(case)
+    reference.save_pretrained(tmp_path)
+    tokens, segment_ids = _rows()
+    expected = _reference_logits(reference, tokens)
+    if CASES[case].without:
+        plain = _reference_logits(_model(case, **CASES[case].without), tokens)
+        assert max(np.abs(a - b).max() for a, b in zip(plain, expected, strict=True)) > 0.01
+
+    config = read_model_config(tmp_path)
+    assert config.model_type == CASES[case].model_type
+    params = load_base(tmp_path, config, "float32")
+    assert parse(ModelConfig, json.loads(json.dumps(dataclasses.asdict(config)))) == config
+    method = LoraConfig(rank=RANK, alpha=ALPHA, target_modules=ALL_TARGETS)
+    segments = (Segment("default", method, 0, 3),)
+    model = LlamaForCausalLM(config, ComputeConfig(dtype="float32"), segments)
+
+    @jax.jit
+    def logits(tree):
+        variables = {"params": params, "adapters": to_collection({"default": tree})}
+        return model.apply(variables, tokens, segment_ids=jnp.asarray(segment_ids))
+
+    tree = _lora_tree(config)
+    untrained = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: leaf * (path[-1].key != "lora_B"), tree
+    )
+    assert _largest_difference(logits(untrained), expected) <= FLOAT32_LOGITS
+
+    merged = copy.deepcopy(reference)
+    merge_lora(merged, tree, ALPHA / RANK)
+    adapted = logits(tree)
+    assert _largest_difference(adapted, _reference_logits(merged, tokens)) <= FLOAT32_LOGITS
+    assert _largest_difference(adapted, expected) > 0.1
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_parameters_go_back_to_the_tensors_they_came_from(case, tmp_path):
+    reference = _model(case).to(torch.bfloat16)
+    reference.save_pretrained(tmp_path)
+    config = read_model_config(tmp_path)
+    tensors = hf_tensors(load_base(tmp_path, config, "bfloat16"), config)
+    state = reference.state_dict()
+    if config.tie_word_embeddings:
+        del state["lm_head.weight"]
+    assert tensors.keys() == state.keys()
+    for name, tensor in state.items():
+        assert tensors[name].dtype == jnp.bfloat16
+        bits = tensor.view(torch.int16).numpy()
+        np.testing.assert_array_equal(tensors[name].view(np.int16), bits, err_msg=name)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_key_table_is_the_models_tree(case, devices, tmp_path):
+    _model(case).config.save_pretrained(tmp_path)
+    config = read_model_config(tmp_path)
+    model = LlamaForCausalLM(config, ComputeConfig(dtype="float32"))
+    boxed = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+    assert nn.meta.unbox(boxed) == abstract_base(config, "float32")
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2), devices)
+    for path, sharding in jax.tree_util.tree_leaves_with_path(shardings_of(boxed, mesh)):
+        names, spec = [part.key for part in path], sharding.spec
+        if names[-1] == "scale":
+            assert not any(spec), names
+        elif names[-1] == "bias":
+            assert spec[-1] == ("fsdp" if "o_proj" in names else "tensor"), names
+        else:
+            assert {"fsdp", "tensor"} <= set(spec), names
+
+
+@pytest.mark.parametrize("case", FAMILIES)
+def test_experts_get_gradients(case, tmp_path):
+    _model(case).save_pretrained(tmp_path)
+    config = read_model_config(tmp_path)
+    params = load_base(tmp_path, config, "float32")
+    targets = ("q_proj", "gate_proj", "up_proj", "down_proj")
+    method = MixLoraConfig(rank=RANK, alpha=ALPHA, target_modules=targets, num_experts=3)
+    segments = (Segment("default", method, 0, 3),)
+    model = LlamaForCausalLM(config, ComputeConfig(dtype="float32"), segments)
+    make = functools.partial(fresh_adapter, model, method)
+    shapes = nn.meta.unbox(jax.eval_shape(make, params, jax.random.key(0)))
+    rng = np.random.default_rng(3)
+    tree = jax.tree.map(lambda leaf: 0.3 * rng.standard_normal(leaf.shape, np.float32), shapes)
+    tokens, segment_ids = _rows()
+
+    @jax.jit
+    def gradient(tree):
+        def loss(tree):
+            logits, sown = model.apply(
+                {"params": params, "adapters": to_collection({"default": tree})},
+                tokens,
+                segment_ids=jnp.asarray(segment_ids),
+                mutable=["router"],
+            )
+            assert sown["router"]
+            return -jnp.mean(jax.nn.log_softmax(logits)[..., 0])
+
+        return jax.grad(loss)(tree)
+
+    for path, leaf in jax.tree_util.tree_leaves_with_path(gradient(tree)):
+        assert np.isfinite(leaf).all() and np.abs(leaf).max() > 0, path
