@@ -105,8 +105,10 @@ def plan(config: RunConfig) -> int:
     from moe_jax.training.plan import describe_plan
     from moe_jax.training.program import build_program
 
-    # The number of steps only sets the schedule; an epoch's is unknown without the data.
-    program = build_program(config, planned_model(config), config.training.steps or 1)
+    # The number of steps only sets the schedule; an epoch's is unknown without the data. All
+    # adapters are there, as they are when a run begins.
+    steps = {name: config.length_group(name)[1].steps or 1 for name in config.adapters}
+    program = build_program(config, planned_model(config), steps)
     longest = max(adapter.data.max_length for adapter in config.adapters.values())
     print(describe_plan(program, longest))
     return 0

@@ -1,15 +1,16 @@
 """The whole configuration of a training run, parsed once from a `configs/*.py` file."""
 
+import dataclasses
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from moe_jax.config.data import DataConfig
 from moe_jax.config.model import ComputeConfig, FloatType
 from moe_jax.config.optimizer import OptimizerConfig
-from moe_jax.config.parse import ROOT, parse, parse_member, require
+from moe_jax.config.parse import ROOT, parse, parse_member, require, within
 from moe_jax.config.registry import Registry, to_plain
 
 
@@ -61,15 +62,26 @@ class AdapterConfig:
       data: its data sets.
       optimizer: its optimiser and schedule.
       batch_size: its rows in one optimiser step, over all devices and micro-batches.
+      steps: its optimiser steps; exclusive with `epochs`. Without either, `training`'s length. All
+        adapters begin together, and one that ends earlier leaves the batch.
+      epochs: passes over its training rows.
+      seed: of its initialisation and of the order of its rows; None is `training.seed`.
     """
 
     method: Any
     data: DataConfig
     optimizer: OptimizerConfig
     batch_size: int
+    steps: int | None = None
+    epochs: float | None = None
+    seed: int | None = None
 
     def __post_init__(self):
         require(self.batch_size > 0, "batch_size", "must be positive")
+        _require_length(self, "or neither for those of training")
+        require(self.seed is None or self.seed >= 0, "seed", "must not be negative")
+        with within("data"):
+            self.method.check_data(self.data)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,11 +89,13 @@ class TrainingConfig:
     """Length and bookkeeping of the run.
 
     Attributes:
-      steps: optimiser steps; exclusive with `epochs`.
-      epochs: passes over the training rows.
+      steps: optimiser steps of the adapters that do not say it themselves; exclusive with `epochs`.
+      epochs: passes over the adapter's training rows.
       micro_batches: parts into which a batch is cut; their gradients are summed before the one
         optimiser step.
-      seed: of initialisation, dropout, jitter and data order.
+      max_batch_rows: how many rows a step may have over all adapters; None sets no bound.
+      seed: of dropout and jitter, of the order of batches by length, which all adapters share, and
+        of the initialisation and the rows' order of adapters that have no seed of their own.
       log_every: steps between two lines of metrics.
       eval_every: steps between two measurements of the validation losses; 0 measures at the end.
       max_skipped_steps: consecutive steps with a gradient that is not finite before the run stops.
@@ -91,6 +105,7 @@ class TrainingConfig:
     steps: int | None = None
     epochs: float | None = None
     micro_batches: int = 1
+    max_batch_rows: int | None = None
     seed: int = 0
     log_every: int = 10
     eval_every: int = 0
@@ -98,13 +113,9 @@ class TrainingConfig:
     initial_loss_scale: float = 65536.0
 
     def __post_init__(self):
-        require(
-            (self.steps is None) != (self.epochs is None),
-            "steps",
-            "give either steps or epochs, and None for the other (--config.training.epochs=None)",
-        )
-        require(self.steps is None or self.steps > 0, "steps", "must be positive")
-        require(self.epochs is None or self.epochs > 0, "epochs", "must be positive")
+        _require_length(self, _NONE_FOR_THE_OTHER)
+        rows = self.max_batch_rows
+        require(rows is None or rows > 0, "max_batch_rows", "must be positive, or None")
         for name in ("micro_batches", "log_every", "max_skipped_steps"):
             require(getattr(self, name) > 0, name, "must be positive")
         require(self.eval_every >= 0, "eval_every", "must not be negative")
@@ -151,11 +162,13 @@ class RunConfig:
 
     def __post_init__(self):
         require(bool(self.adapters), "adapters", "names no adapter")
+        self._check_names()
         for name, adapter in self.adapters.items():
+            _, length = self.length_group(name)
             require(
-                re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name) is not None,
-                f"adapters.{name}",
-                "an adapter's name holds letters, digits, '_' and '-' only",
+                length.steps is not None or length.epochs is not None,
+                "training.steps",
+                f"give either steps or epochs, {_NONE_FOR_THE_OTHER}",
             )
             require(
                 adapter.batch_size % self.training.micro_batches == 0,
@@ -163,6 +176,60 @@ class RunConfig:
                 f"{adapter.batch_size} rows cannot be cut into "
                 f"training.micro_batches={self.training.micro_batches} equal parts",
             )
+        rows, most = sum(a.batch_size for a in self.adapters.values()), self.training.max_batch_rows
+        require(
+            most is None or rows <= most,
+            "training.max_batch_rows",
+            f"the adapters take {rows} rows of a step, more than {most}; lower a batch_size, or "
+            "raise it",
+        )
+
+    def length_group(self, name: str) -> tuple[str, AdapterConfig | TrainingConfig]:
+        """What says how long adapter `name` trains: the group's path, and the group."""
+        own = self.adapters[name]
+        if own.steps is None and own.epochs is None:
+            return "training", self.training
+        return f"adapters.{name}", own
+
+    def seed(self, name: str) -> int:
+        """The seed of adapter `name`."""
+        own = self.adapters[name].seed
+        return self.training.seed if own is None else own
+
+    def narrowed(self, names: Collection[str]) -> "RunConfig":
+        """The same run with these of its adapters alone."""
+        kept = {name: adapter for name, adapter in self.adapters.items() if name in names}
+        return dataclasses.replace(self, adapters=kept)
+
+    def _check_names(self) -> None:
+        """A name is a folder's, and a part of metrics' names."""
+        folded: dict[str, str] = {}
+        for name in self.adapters:
+            where = f"adapters.{name}"
+            require(
+                re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9_.=+-]*[A-Za-z0-9_=+-])?", name) is not None,
+                where,
+                "an adapter's name holds letters, digits, '_', '-', '+', '=' and inner '.' only, "
+                "and begins with a letter or digit",
+            )
+            require(len(name) <= 128, where, "an adapter's name has at most 128 characters")
+            other = folded.setdefault(name.casefold(), name)
+            require(
+                other == name,
+                where,
+                f"differs from {other!r} in upper and lower case only, which is the same folder on "
+                "some file systems; rename one",
+            )
+
+
+_NONE_FOR_THE_OTHER = "and None for the other (--config.training.epochs=None)"
+
+
+def _require_length(group: AdapterConfig | TrainingConfig, instead: str) -> None:
+    both = group.steps is not None and group.epochs is not None
+    require(not both, "steps", f"give either steps or epochs, {instead}")
+    require(group.steps is None or group.steps > 0, "steps", "must be positive")
+    require(group.epochs is None or group.epochs > 0, "epochs", "must be positive")
 
 
 def parse_run_config(raw: Mapping[str, Any], methods: Registry) -> RunConfig:

@@ -28,14 +28,28 @@ from moe_jax.sharding.mesh import make_mesh
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a run reads, besides the weights."""
+    """What a run reads, besides the weights.
+
+    Attributes:
+      base_folder: where the base's checkpoint lies.
+      base: what adapters remember the base by.
+      model: its architecture.
+      train: the training data of each adapter.
+      validation: the validation sets of each adapter, by name.
+      steps: how many optimiser steps each adapter makes.
+    """
 
     base_folder: Path
     base: BaseIdentity
     model: ModelConfig
     train: dict[str, TrainData]
     validation: dict[str, dict[str, ValidationData]]
-    total_steps: int
+    steps: dict[str, int]
+
+    @property
+    def total_steps(self) -> int:
+        """Optimiser steps of the whole run."""
+        return max(self.steps.values())
 
     def data_fingerprint(self, adapter: str) -> dict[str, str]:
         """Digests of all that `adapter` learns from and is measured on, by part."""
@@ -61,9 +75,8 @@ def read_inputs(config: RunConfig, say: Callable[[str], None]) -> Inputs:
     train_data, validation = {}, {}
     for name, adapter in config.adapters.items():
         field = f"config.adapters.{name}.data"
-        # The same seed for all: an adapter's rows do not depend on what is trained beside it.
         train_data[name] = load_train_data(
-            adapter.data, tokenizer, adapter.batch_size, config.training.seed, field
+            adapter.data, tokenizer, adapter.batch_size, config.seed(name), field
         )
         say(f"data of adapter {name!r}:")
         say(train_data[name].report)
@@ -75,26 +88,27 @@ def read_inputs(config: RunConfig, say: Callable[[str], None]) -> Inputs:
         for source, validation_data in validation[name].items():
             largest[f"{field}.validation.{source}"] = validation_data.largest_token
         _require_embeddings(largest, tokenizer, model.vocab_size)
-    total_steps = _total_steps(config, {n: data.num_rows for n, data in train_data.items()})
-    _require_warmup_to_end(config, total_steps)
-    return Inputs(base_folder, base, model, train_data, validation, total_steps)
+    steps = _steps(config, {name: data.num_rows for name, data in train_data.items()})
+    _require_warmup_to_end(config, steps)
+    return Inputs(base_folder, base, model, train_data, validation, steps)
 
 
-def _total_steps(config: RunConfig, rows: Mapping[str, int]) -> int:
-    if config.training.steps is not None:
-        return config.training.steps
-    assert config.training.epochs is not None
-    steps = {
-        name: math.ceil(config.training.epochs * rows[name] / adapter.batch_size)
-        for name, adapter in config.adapters.items()
-    }
-    if len(set(steps.values())) > 1:
-        wanted = ", ".join(f"{count} for {name!r}" for name, count in steps.items())
-        raise ConfigError(
-            f"config.training.epochs: means another number of steps for each adapter ({wanted}); "
-            "give config.training.steps instead"
-        )
-    return next(iter(steps.values()))
+def _steps(config: RunConfig, rows: Mapping[str, int]) -> dict[str, int]:
+    """How many steps each adapter makes.
+
+    Args:
+      config: the run's configuration.
+      rows: training rows of each adapter.
+    """
+    steps = {}
+    for name, adapter in config.adapters.items():
+        _, length = config.length_group(name)
+        if length.steps is not None:
+            steps[name] = length.steps
+        else:
+            assert length.epochs is not None
+            steps[name] = math.ceil(length.epochs * rows[name] / adapter.batch_size)
+    return steps
 
 
 def _require_no_fork_beside_jax(config: RunConfig) -> None:
@@ -148,13 +162,14 @@ def _require_embeddings(
             )
 
 
-def _require_warmup_to_end(config: RunConfig, total_steps: int) -> None:
+def _require_warmup_to_end(config: RunConfig, steps: Mapping[str, int]) -> None:
     for name, adapter in config.adapters.items():
         warmup = adapter.optimizer.schedule.warmup_steps or 0
-        if warmup >= total_steps:
+        if warmup >= steps[name]:
+            whose = "the run's" if len(steps) == 1 else "the adapter's"
             raise ConfigError(
-                f"config.adapters.{name}.optimizer.schedule.warmup_steps: {warmup} of the run's "
-                f"{total_steps} steps, so that it would never reach its learning rate; give fewer"
+                f"config.adapters.{name}.optimizer.schedule.warmup_steps: {warmup} of {whose} "
+                f"{steps[name]} steps, so that it would never reach its learning rate; give fewer"
             )
 
 
@@ -172,9 +187,17 @@ def require_stated_architecture(config: RunConfig, model: ModelConfig, folder: P
 
 
 def require_same_inputs(
-    folder: Path, metadata: Mapping[str, Any], inputs: Inputs, step: int
+    folder: Path, metadata: Mapping[str, Any], config: RunConfig, inputs: Inputs, step: int
 ) -> None:
-    """Refuses to resume with another base or other data than the run began with."""
+    """Refuses to resume a state with another base or other data, or with ends it does not fit.
+
+    Args:
+      folder: the work directory, for messages.
+      metadata: of the state.
+      config: the configuration now.
+      inputs: what was read now.
+      step: the state's.
+    """
     base = BaseIdentity(**metadata["base"])
     if base.fingerprint != inputs.base.fingerprint:
         raise CheckpointError(
@@ -191,8 +214,16 @@ def require_same_inputs(
                 f"{folder}: the data of adapter {name!r} changed since the run began "
                 f"({', '.join(causes)}); restore it, or give another --workdir"
             )
-    if inputs.total_steps < step:
-        raise ConfigError(
-            f"config.training.steps: {inputs.total_steps} steps, but {folder} is at step "
-            f"{step}; ask for more, or give another --workdir"
-        )
+    for name, count in inputs.steps.items():
+        former, field = metadata["steps"][name], f"config.{config.length_group(name)[0]}.steps"
+        if former < step and count != former:
+            raise ConfigError(
+                f"{field}: {count} steps for {name!r}, but it finished at step {former}, and the "
+                f"state in {folder}, at step {step}, no longer holds it; give {former}, or another "
+                "--workdir"
+            )
+        if former >= step > count:
+            raise ConfigError(
+                f"{field}: {count} steps, but {folder} is at step {step}; ask for more, or give "
+                "another --workdir"
+            )

@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from moe_jax.checkpoints.adapter_files import save_adapter
 from moe_jax.checkpoints.base import load_base
 from moe_jax.checkpoints.store import TrainingStore, latest_step, read_metadata
 from moe_jax.config.run import RunConfig, to_json
@@ -16,13 +15,14 @@ from moe_jax.errors import ConfigError, TrainingError
 from moe_jax.training.inputs import read_inputs, require_same_inputs
 from moe_jax.training.interrupts import Interrupts
 from moe_jax.training.metrics import METRICS_FILE, Window, open_writers, require_writers
+from moe_jax.training.phases import phase_after, phases_of
 from moe_jax.training.plots import draw_run
 from moe_jax.training.program import build_program
 from moe_jax.training.progress import ProgressBar, say
 from moe_jax.training.recorder import Recorder
 from moe_jax.training.session import Progress, Session, restore
 from moe_jax.training.summary import start_up_table
-from moe_jax.training.workdir import WorkDir, is_main_process, require_same_run
+from moe_jax.training.workdir import WorkDir, is_main_process, lengths, require_same_run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,8 +31,8 @@ class TrainResult:
 
     Attributes:
       step: optimiser steps done, over all resumptions.
-      total_steps: those that the configuration asks for.
-      adapters: the final folder of each adapter; empty if the run was interrupted.
+      total_steps: those that the configuration asks for, of the adapter with the most.
+      adapters: the final folder of each adapter that has finished.
       validation: the last measured losses, by `adapter/set`.
       interrupted_by: the signal that stopped the run before its end, after saving.
       did_nothing: the run had already ended before.
@@ -54,8 +54,9 @@ def train(config: RunConfig, workdir: Path, say: Callable[[str], None] = say) ->
 
     Args:
       config: the whole configuration.
-      workdir: gets `config.json`, `metrics.jsonl`, `checkpoints/`, at the end `adapters/NAME`, and
-        with `eval_every` also `best/NAME`, the adapter at its lowest mean validation loss.
+      workdir: gets `config.json`, `metrics.jsonl`, `checkpoints/`, at each adapter's end
+        `adapters/NAME`, and with `eval_every` also `best/NAME`, the adapter at its lowest mean
+        validation loss.
       say: takes the lines for people; only called in the main process.
 
     Raises:
@@ -70,7 +71,7 @@ def train(config: RunConfig, workdir: Path, say: Callable[[str], None] = say) ->
         if resume_step is not None:
             _require_same_settings(work, config, settings)
             metadata = read_metadata(work.checkpoints, resume_step)
-            if _ended(work, config, resume_step, metadata):
+            if _ended(work, settings, resume_step, metadata):
                 say(f"already finished at step {resume_step}; nothing to do")
                 folders = {name: work.adapters / name for name in config.adapters}
                 return TrainResult(
@@ -79,9 +80,11 @@ def train(config: RunConfig, workdir: Path, say: Callable[[str], None] = say) ->
 
         inputs = read_inputs(config, say)
         if resume_step is not None:
-            require_same_inputs(work.folder, metadata, inputs, resume_step)
-        program = build_program(config, inputs.model, inputs.total_steps)
-        for label, text in start_up_table(config, inputs.model, program, inputs.total_steps):
+            require_same_inputs(work.folder, metadata, config, inputs, resume_step)
+        # The adapters whose steps are left, or ended with the state that was saved.
+        phase = phase_after(phases_of(inputs.steps), resume_step or 0)
+        program = build_program(config.narrowed(phase.adapters), inputs.model, inputs.steps)
+        for label, text in start_up_table(config, inputs, program):
             say(f"{label:<12} {text}")
 
         writers = []
@@ -109,33 +112,31 @@ def train(config: RunConfig, workdir: Path, say: Callable[[str], None] = say) ->
             window = Window(metadata.get("window"))
             shown = None if is_main_process() else False
             bar = ProgressBar(inputs.total_steps, progress.step, show=shown)
-            recorder = Recorder(program, inputs.total_steps, writers, window, say, bar)
+            recorder = Recorder(program, inputs.steps, writers, window, say, bar)
             session = Session(
                 config=config,
                 inputs=inputs,
-                program=program,
                 params=params,
                 store=store,
                 recorder=recorder,
                 interrupts=interrupts,
                 progress=progress,
-                best=work.folder / "best",
+                work=work,
+                say=say,
             )
             try:
                 with bar:
-                    state = session.run(state)
+                    session.run(program, state)
             except TrainingError as error:
                 store.wait()
                 raise TrainingError(f"{error}; {store.kept()}") from None
 
-            result = TrainResult(progress.step, inputs.total_steps, {}, progress.validation)
+            ended = [name for name, count in inputs.steps.items() if count <= progress.step]
+            folders = {name: work.adapters / name for name in ended}
+            result = TrainResult(progress.step, inputs.total_steps, folders, progress.validation)
             if progress.step < inputs.total_steps:
                 say(f"saved at step {progress.step}; run the same command to resume")
                 return dataclasses.replace(result, interrupted_by=interrupts.received)
-            for name in config.adapters:
-                save_adapter(work.adapters / name, session.saved_adapter(name, state))
-                result.adapters[name] = work.adapters / name
-                say(f"adapter {name!r} is in {work.adapters / name}")
             if is_main_process():
                 for file in draw_run(work.folder / METRICS_FILE, work.folder):
                     say(f"drew {file}")
@@ -152,13 +153,11 @@ def _require_same_settings(work: WorkDir, config: RunConfig, settings: dict[str,
     require_same_run(former, config, settings, work.folder)
 
 
-def _ended(work: WorkDir, config: RunConfig, step: int, metadata: Mapping[str, Any]) -> bool:
+def _ended(work: WorkDir, settings: dict[str, Any], step: int, metadata: Mapping[str, Any]) -> bool:
     """Whether the run reached its last step and left all its adapters."""
-    former = work.former_settings() or {}
-    length = {"steps": config.training.steps, "epochs": config.training.epochs}
-    same_length = all(former.get("training", {}).get(key) == length[key] for key in length)
+    steps: dict[str, int] = metadata["steps"]
     return (
-        same_length
-        and step == metadata["total_steps"]
-        and all(work.exported_step(name) == step for name in config.adapters)
+        lengths(work.former_settings() or {}) == lengths(settings)
+        and step == max(steps.values())
+        and all(work.exported_step(name) == count for name, count in steps.items())
     )

@@ -64,7 +64,7 @@ def describe_plan(program: Program, row_length: int) -> str:
     for name, tree in program.abstract_state.adapters.items():
         own = parameter_count(tree)
         lines.append(f"adapter         {name}: {own:,} parameters ({own / base:.2%} of the base)")
-    rows = program.segments[-1].stop
+    rows = sum(segment.rows for segment in program.segments)
     micro = program.config.training.micro_batches
     remat = program.config.compute.remat
     lines += [

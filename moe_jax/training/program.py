@@ -1,7 +1,7 @@
 """A run's compiled functions and where their arrays live; needs neither weights nor data."""
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from moe_jax.adapters.method import AdapterMethod
 from moe_jax.adapters.segments import Segment, segments_of
 from moe_jax.config.model import ModelConfig
 from moe_jax.config.parse import located
@@ -26,7 +27,7 @@ from moe_jax.sharding.rules import BATCH_SPEC, RULES, shardings_of
 from moe_jax.training import step
 from moe_jax.training.loss_scale import initial_loss_scale
 from moe_jax.training.optimizer import build_optimizer, learning_rate_schedule
-from moe_jax.training.state import TrainState
+from moe_jax.training.state import TrainState, state_shardings
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Program:
     """See `build_program`.
 
     Attributes:
-      config: the run's configuration.
+      config: the run's configuration, of the adapters that train.
       mesh: the devices.
       segments: which rows of a whole batch belong to which adapter.
       abstract_params: shapes and types of the frozen base.
@@ -43,7 +44,8 @@ class Program:
       state_shardings: where its leaves live.
       model: the language model, without segments.
       optimizer: the transform of `{"params": base, "adapters": {name: tree}}`.
-      total_steps: optimiser steps of the whole run.
+      total_steps: optimiser steps of the whole run, by adapter.
+      evaluate: the jitted evaluation step.
       compiled: the training steps compiled so far, by row length.
     """
 
@@ -56,18 +58,29 @@ class Program:
     state_shardings: TrainState
     model: LlamaForCausalLM
     optimizer: optax.GradientTransformation
-    total_steps: int
+    total_steps: Mapping[str, int]
+    evaluate: Callable[..., tuple[jax.Array, jax.Array]]
     compiled: dict[int, jax.stages.Compiled] = field(default_factory=dict)
 
     def init_state(self, params: Any) -> TrainState:
         """A fresh training state, made in place; the same, to rounding, on every mesh.
+
+        An adapter depends on its method, its seed and the base, not on what is beside it.
 
         Args:
           params: the frozen base, some of which methods like DoRA start from.
         """
         init = jax.jit(self._fresh_state, out_shardings=self.state_shardings)
         with self._mesh_context():
-            return init(jax.random.key(self.config.training.seed), params)
+            return init(_keys(self.config), params)
+
+    def narrowed(self, names: Collection[str]) -> "Program":
+        """The program that trains these of the adapters alone, for the rest of the same run.
+
+        Evaluation is not compiled a second time.
+        """
+        config = self.config.narrowed(names)
+        return _program(config, self.model.config, self.total_steps, self.mesh, self.evaluate)
 
     def train_step(
         self, state: TrainState, params: Any, batch: Batch
@@ -100,7 +113,7 @@ class Program:
         """
         with self._mesh_context():
             own = {} if name is None else {name: adapters[name]}
-            return self._eval_step(name, own, params, batch)
+            return self.evaluate(name, own, params, batch)
 
     def put_train_batch(self, batch: Batch) -> Batch:
         """A batch of NumPy arrays [B, S], cut into micro-batches, as global arrays [M, b, S].
@@ -163,18 +176,17 @@ class Program:
     def _learning_rates(self) -> dict[str, np.ndarray]:
         # All at once: a schedule evaluated between two steps would queue behind the first of them,
         # and the host would wait for the device.
-        steps = jnp.arange(self.total_steps + 1)
         rates = {}
         for name, adapter in self.config.adapters.items():
-            own = adapter.optimizer
-            schedule = learning_rate_schedule(own.schedule, own.learning_rate, self.total_steps)
-            rates[name] = np.asarray(jax.vmap(schedule)(steps))
+            own, total = adapter.optimizer, self.total_steps[name]
+            schedule = learning_rate_schedule(own.schedule, own.learning_rate, total)
+            rates[name] = np.asarray(jax.vmap(schedule)(jnp.arange(total + 1)))
         return rates
 
-    def _fresh_state(self, key: jax.Array, params: Any) -> TrainState:
+    def _fresh_state(self, keys: Mapping[str, jax.Array], params: Any) -> TrainState:
         adapters = {
-            segment.name: nn.meta.unbox(fresh_adapter(self.model, segment.method, params, key))
-            for segment in self.segments
+            name: nn.meta.unbox(fresh_adapter(self.model, method, params, keys[name]))
+            for name, method, *_ in self.segments
         }
         scales = {}
         if self.config.compute.dtype == "float16":
@@ -204,32 +216,20 @@ class Program:
             donate_argnums=0,
         )
 
-    @functools.cached_property
-    def _eval_step(self) -> Any:
-        methods = {segment.name: segment.method for segment in self.segments}
-
-        def function(name: str | None, adapters: Any, params: Any, batch: Batch) -> Any:
-            segments = ()
-            if name is not None:
-                segments = (Segment(name, methods[name], 0, batch.tokens.shape[0]),)
-            return step.eval_step(self.model.clone(segments=segments), adapters, params, batch)
-
-        replicated = NamedSharding(self.mesh, PartitionSpec())
-        return jax.jit(_with_rules(function), static_argnums=0, out_shardings=replicated)
-
 
 def build_program(
     config: RunConfig,
     model_config: ModelConfig,
-    total_steps: int,
+    total_steps: int | Mapping[str, int],
     devices: Sequence[Any] | None = None,
 ) -> Program:
     """Everything compiled or compilable of a run, from shapes alone.
 
     Args:
-      config: the run's configuration.
+      config: the run's configuration; all of its adapters train.
       model_config: the base model's architecture.
-      total_steps: optimiser steps of the whole run, which the schedules need.
+      total_steps: optimiser steps of the whole run, which the schedules need; of all adapters, or
+        by adapter.
       devices: for the mesh; all of all processes by default.
 
     Raises:
@@ -237,18 +237,27 @@ def build_program(
       ConfigError: a batch does not divide over the mesh.
     """
     mesh = make_mesh(config.mesh, devices)
+    for name, adapter in config.adapters.items():
+        with located(f"config.adapters.{name}.method"):
+            adapter.method.check_model(model_config)
+    _check_rows(config, mesh.shape["data"] * mesh.shape["fsdp"])
+    if isinstance(total_steps, int):
+        total_steps = dict.fromkeys(config.adapters, total_steps)
+    return _program(config, model_config, total_steps, mesh)
+
+
+def _program(
+    config: RunConfig,
+    model_config: ModelConfig,
+    total_steps: Mapping[str, int],
+    mesh: Mesh,
+    evaluate: Callable[..., Any] | None = None,
+) -> Program:
     methods = {name: adapter.method for name, adapter in config.adapters.items()}
     rows = {name: adapter.batch_size for name, adapter in config.adapters.items()}
-    for name, method in methods.items():
-        with located(f"config.adapters.{name}.method"):
-            method.check_model(model_config)
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    _check_rows(config, shards)
-    segments = segments_of(methods, rows, shards)
+    segments = segments_of(methods, rows, mesh.shape["data"] * mesh.shape["fsdp"])
     model = LlamaForCausalLM(model_config, config.compute, param_dtype=config.base.param_dtype)
-    optimizer = build_optimizer(
-        {name: adapter.optimizer for name, adapter in config.adapters.items()}, total_steps
-    )
+    optimizers = {name: adapter.optimizer for name, adapter in config.adapters.items()}
     boxed = jax.eval_shape(functools.partial(_init, model), jax.random.key(0))[PARAMS]
     abstract_params = nn.meta.unbox(boxed)
     boxed_adapters = {
@@ -265,14 +274,35 @@ def build_program(
         abstract_params=abstract_params,
         param_shardings=shardings_of(boxed, mesh),
         model=model,
-        optimizer=optimizer,
+        optimizer=build_optimizer(optimizers, total_steps),
         total_steps=total_steps,
+        evaluate=_evaluation(model, methods, mesh) if evaluate is None else evaluate,
     )
     empty: Any = None
     draft = partial(abstract_state=empty, state_shardings=empty)
-    abstract_state = jax.eval_shape(draft._fresh_state, jax.random.key(0), abstract_params)
-    state_shardings = _like_adapters(abstract_state, shardings_of(boxed_adapters, mesh), mesh)
-    return partial(abstract_state=abstract_state, state_shardings=state_shardings)
+    abstract_state = jax.eval_shape(draft._fresh_state, _keys(config), abstract_params)
+    shardings = state_shardings(abstract_state, shardings_of(boxed_adapters, mesh), mesh)
+    return partial(abstract_state=abstract_state, state_shardings=shardings)
+
+
+def _evaluation(
+    model: LlamaForCausalLM, methods: Mapping[str, AdapterMethod], mesh: Mesh
+) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    """The jitted evaluation step, for rows of the adapter named by its first argument."""
+
+    def function(name: str | None, adapters: Any, params: Any, batch: Batch) -> Any:
+        segments = ()
+        if name is not None:
+            segments = (Segment(name, methods[name], 0, batch.tokens.shape[0]),)
+        return step.eval_step(model.clone(segments=segments), adapters, params, batch)
+
+    replicated = NamedSharding(mesh, PartitionSpec())
+    return jax.jit(_with_rules(function), static_argnums=0, out_shardings=replicated)
+
+
+def _keys(config: RunConfig) -> dict[str, jax.Array]:
+    """What each adapter's initialisation draws from."""
+    return {name: jax.random.key(config.seed(name)) for name in config.adapters}
 
 
 def _init(model: LlamaForCausalLM, key: jax.Array) -> Any:
@@ -288,36 +318,6 @@ def _with_rules(function: Any) -> Any:
             return function(*args)
 
     return wrapped
-
-
-def _like_adapters(abstract_state: TrainState, adapter_shardings: Any, mesh: Mesh) -> TrainState:
-    """Shardings for a training state: an optimiser's moment lies where its parameter does.
-
-    A leaf whose path ends in an adapter's path, and whose shape is the same, is laid out like it;
-    everything else (counters, factored moments) is on every device.
-    """
-    by_path = {
-        _path(path): sharding
-        for path, sharding in jax.tree_util.tree_leaves_with_path(adapter_shardings)
-    }
-    shapes = {
-        _path(path): leaf.shape
-        for path, leaf in jax.tree_util.tree_leaves_with_path(abstract_state.adapters)
-    }
-    replicated = NamedSharding(mesh, PartitionSpec())
-
-    def sharding(path: Any, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
-        where = _path(path)
-        for own, candidate in by_path.items():
-            if where.endswith("/" + own) and leaf.shape == shapes[own]:
-                return candidate
-        return replicated
-
-    return jax.tree_util.tree_map_with_path(sharding, abstract_state)
-
-
-def _path(path: Any) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def _check_rows(config: RunConfig, shards: int) -> None:

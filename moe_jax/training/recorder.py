@@ -16,8 +16,11 @@ from moe_jax.training.progress import ProgressBar
 
 _NOT_SHOWN = (
     *("loss", "grad_norm", "learning_rate", "target_tokens", "loss_scale"),  # in words of their own
-    *("busiest_expert", "router_entropy", "router_z", "importance_cv"),  # in metrics.jsonl only
+    *("busiest_expert", "mean_entropy", "router_z", "importance_cv"),  # in metrics.jsonl only
 )
+
+_NAMED_ON_BAR = 3
+"""So many adapters have their own numbers on the progress bar; of more, only the mean fits."""
 
 
 class Recorder:
@@ -30,7 +33,7 @@ class Recorder:
     def __init__(
         self,
         program: Program,
-        total_steps: int,
+        steps: Mapping[str, int],
         writers: Sequence[Writer],
         window: Window,
         say: Callable[[str], None],
@@ -39,23 +42,30 @@ class Recorder:
         """Starts the clock.
 
         Args:
-          program: the run's compiled computations.
-          total_steps: of the whole run.
+          program: the compiled computations of the run's present phase.
+          steps: how many each adapter of the run makes; a line is written where one ends.
           writers: where lines of metrics go.
           window: the steps since the last line; not empty where a run resumes between two lines.
           say: prints a line for people.
           bar: shows where the run stands, between two lines.
         """
         self.window = window
-        self._program = program
         self._training = program.config.training
-        self._total_steps = total_steps
+        self._ends = frozenset(steps.values())
+        self._total_steps = max(steps.values())
+        self._several = len(steps) > 1
         self._writers = writers
         self._say = say
         self._bar = bar
         self._pending = PendingMetrics()
         self._start = time.perf_counter()
         self._speed = _Speed()
+        self.follow(program)
+
+    def follow(self, program: Program) -> None:
+        """Takes the steps of `program` from now on; those before must have been drained."""
+        self._program = program
+        self._names = [segment.name for segment in program.segments]
         program.learning_rates(0)  # evaluates the schedules now, while the device is idle
 
     def push(self, step: int, metrics: Mapping[str, jax.Array], tokens: int) -> None:
@@ -99,7 +109,7 @@ class Recorder:
     def _note(self, step: int, metrics: dict[str, float]) -> None:
         self.window.add(metrics)
         self._show(step, metrics)
-        for name, *_ in self._program.segments:
+        for name in self._names:
             skipped = int(metrics[f"{name}/skipped_in_a_row"])
             if skipped >= self._training.max_skipped_steps:
                 raise TrainingError(
@@ -107,22 +117,27 @@ class Recorder:
                     f"finite; try a lower config.adapters.{name}.optimizer.learning_rate, a "
                     "clip_norm, or compute.dtype 'bfloat16' or 'float32'"
                 )
-        if step % self._training.log_every == 0 or step == self._total_steps:
+        if step % self._training.log_every == 0 or step in self._ends:
             self._close_window(step)
 
     def _show(self, step: int, metrics: dict[str, Any]) -> None:
         rates = self._program.learning_rates(step - 1)
         values = {}
-        for name, *_ in self._program.segments:
-            label = f"{name} " if len(self._program.segments) > 1 else ""
-            values[f"{label}loss"] = f"{metrics[f'{name}/loss']:.4f}"
-            values[f"{label}lr"] = f"{rates[name]:.1e}"
+        if len(self._names) > _NAMED_ON_BAR:
+            losses = [metrics[f"{name}/loss"] for name in self._names]
+            mean = math.fsum(losses) / len(losses)
+            values = {"adapters": len(losses), "mean loss": f"{mean:.4f}"}
+        else:
+            for name in self._names:
+                label = f"{name} " if self._several else ""
+                values[f"{label}loss"] = f"{metrics[f'{name}/loss']:.4f}"
+                values[f"{label}lr"] = f"{rates[name]:.1e}"
         speed = self._speed.latest.get("tokens_per_second")
         self._bar.update(step, values if speed is None else {**values, "tokens/s": f"{speed:,.0f}"})
 
     def _close_window(self, step: int) -> None:
         line: dict[str, Any] = self.window.close()
-        skipped = {n: int(line[f"{n}/skipped_total"]) for n, *_ in self._program.segments}
+        skipped = {name: int(line[f"{name}/skipped_total"]) for name in self._names}
         for name, count in skipped.items():
             # The schedule advances with the steps that were applied.
             rates = self._program.learning_rates(step - 1 - count)
@@ -130,7 +145,8 @@ class Recorder:
         elapsed = round(time.perf_counter() - self._start, 3)
         times = {"elapsed_seconds": elapsed, **self._speed.measure()}
         self._write(step, line, times)
-        self._say(self._sentence(step, line, times))
+        for text in self._sentences(step, line, times):
+            self._say(text)
 
     def _write(self, step: int, line: Mapping[str, Any], times: Mapping[str, float]) -> None:
         values = {
@@ -139,31 +155,37 @@ class Recorder:
         for writer in self._writers:
             writer.write(step, {**values, TIME: dict(times)})
 
-    def _sentence(self, step: int, line: Mapping[str, Any], times: Mapping[str, float]) -> str:
+    def _sentences(
+        self, step: int, line: Mapping[str, Any], times: Mapping[str, float]
+    ) -> list[str]:
+        """One adapter's line with all in it; of several, one about the step and one of each."""
         width = len(str(self._total_steps))
-        parts = [f"step {step:{width}d}/{self._total_steps}"]
-        for name, *_ in self._program.segments:
-            prefix = f"{name}/"
-            own = {k.removeprefix(prefix): v for k, v in line.items() if k.startswith(prefix)}
-            if len(self._program.segments) > 1:
-                parts.append(f"[{name}]")
-            parts.append(f"loss {_number(own['loss'], '.4f')}")
-            parts += [
-                f"{key} {_number(value, '.3g')}"
-                for key, value in own.items()
-                if key not in _NOT_SHOWN and not key.startswith("skipped")
-                if not isinstance(value, list)
-            ]
-            parts.append(f"grad {_number(own['grad_norm'], '.3g')}")
-            parts.append(f"lr {own['learning_rate']:.2e}")
-            if own["skipped_total"]:
-                parts.append(f"skipped {own['skipped_total']:.0f}")
-        parts.append(f"padding {line['padding_share']:.0%}")
+        start = [f"step {step:{width}d}/{self._total_steps}"]
+        end = [f"padding {line['padding_share']:.0%}"]
         if "tokens_per_second" in times:
             left = round((self._total_steps - step) * times["seconds_per_step"])
-            parts.append(f"{times['tokens_per_second']:,.0f} tokens/s")
-            parts.append(f"left {datetime.timedelta(seconds=left)}")
-        return "  ".join(parts)
+            end.append(f"{times['tokens_per_second']:,.0f} tokens/s")
+            end.append(f"left {datetime.timedelta(seconds=left)}")
+        if not self._several:
+            return ["  ".join([*start, *self._parts(self._names[0], line), *end])]
+        adapters = ["  ".join([f"  [{name}]", *self._parts(name, line)]) for name in self._names]
+        return ["  ".join([*start, *end]), *adapters]
+
+    def _parts(self, name: str, line: Mapping[str, Any]) -> list[str]:
+        """What is said of one adapter."""
+        own = {k.removeprefix(f"{name}/"): v for k, v in line.items() if k.startswith(f"{name}/")}
+        parts = [f"loss {_number(own['loss'], '.4f')}"]
+        parts += [
+            f"{key} {_number(value, '.3g')}"
+            for key, value in own.items()
+            if key not in _NOT_SHOWN and not key.startswith("skipped")
+            if not isinstance(value, list)
+        ]
+        parts.append(f"grad {_number(own['grad_norm'], '.3g')}")
+        parts.append(f"lr {own['learning_rate']:.2e}")
+        if own["skipped_total"]:
+            parts.append(f"skipped {own['skipped_total']:.0f}")
+        return parts
 
 
 class _Speed:

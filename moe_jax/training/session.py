@@ -2,8 +2,8 @@
 
 import math
 import statistics
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,11 +13,13 @@ from moe_jax.checkpoints.store import TrainingStore
 from moe_jax.config.run import RunConfig
 from moe_jax.training.inputs import Inputs
 from moe_jax.training.interrupts import Interrupts
+from moe_jax.training.phases import Phase, phase_after, phases_of
 from moe_jax.training.program import Program
 from moe_jax.training.recorder import Recorder
 from moe_jax.training.rows import join_rows
-from moe_jax.training.state import TrainState
+from moe_jax.training.state import TrainState, carried_over
 from moe_jax.training.validation import validation_losses
+from moe_jax.training.workdir import WorkDir
 
 
 @dataclass
@@ -42,59 +44,92 @@ class Session:
     Attributes:
       config: the run's configuration.
       inputs: base, data and length.
-      program: the compiled computations.
       params: the frozen base.
       store: the training states.
       recorder: takes the metrics.
       interrupts: says when to stop early.
       progress: where the run stands; changed in place.
-      best: the folder of each adapter as it was at its lowest validation loss.
+      work: gets the final adapters, and each as it was at its lowest validation loss.
+      say: takes the lines for people.
     """
 
     config: RunConfig
     inputs: Inputs
-    program: Program
     params: Any
     store: TrainingStore
     recorder: Recorder
     interrupts: Interrupts
     progress: Progress
-    best: Path
+    work: WorkDir
+    say: Callable[[str], None]
 
-    def run(self, state: TrainState) -> TrainState:
-        """Steps until the end, or until interrupted; the state that it returns is saved."""
-        progress, total = self.progress, self.inputs.total_steps
-        iterators = [self.inputs.train[name].iterator for name in self.config.adapters]
+    def run(self, program: Program, state: TrainState) -> None:
+        """Steps until the end, or until interrupted; then all is saved.
+
+        Args:
+          program: of the phase that `state` belongs to.
+          state: where training stands; do not use it again.
+        """
+        phases, progress = phases_of(self.inputs.steps), self.progress
+        phase = phase_after(phases, progress.step)
+        if progress.step == 0:  # untrained adapters are the base as it is: what to compare with
+            self._measure(program, state, phase.adapters)
+        while True:
+            state, stopped = self._steps(phase, program, state)
+            if progress.step == phase.stop:
+                self.store.wait()  # if the disk is full, the state is what to hear of first
+                for name in phase.ending:
+                    self._finish(name, state)
+            if stopped or phase == phases[-1]:
+                break
+            phase = phases[phases.index(phase) + 1]
+            program.compiled.clear()  # whoever holds the program still
+            program = program.narrowed(phase.adapters)
+            state = carried_over(state, program.abstract_state)
+            self.recorder.follow(program)
+        self.store.wait()
+
+    def _steps(self, phase: Phase, program: Program, state: TrainState) -> tuple[TrainState, bool]:
+        """The steps of a phase that are left, and whether it was interrupted, which saves.
+
+        What is saved after its last step still holds the adapters that end with it.
+        """
+        progress, total, stop = self.progress, self.inputs.total_steps, False
+        iterators = [self.inputs.train[name].iterator for name in phase.adapters]
         lengths: set[int] = set()
-        if progress.step == 0:
-            self._measure(state)  # an untrained adapter is the base as it is: what to compare with
-        while progress.step < total:
+        while progress.step < phase.stop and not stop:
             rows = join_rows([next(iterator) for iterator in iterators])
-            batch = self.program.put_train_batch(rows)
+            batch = program.put_train_batch(rows)
             length, tokens = rows.tokens.shape[1], int((rows.segment_ids > 0).sum())
             if length in lengths:
-                state, metrics = self.program.train_step(state, self.params, batch)
+                state, metrics = program.train_step(state, self.params, batch)
             else:  # compiles first, which is no measure of speed
                 lengths.add(length)
                 tokens = 0
                 with self.recorder.paused():
-                    state, metrics = self.program.train_step(state, self.params, batch)
+                    state, metrics = program.train_step(state, self.params, batch)
             progress.step += 1
             self.recorder.push(progress.step, metrics, tokens)
             self.recorder.collect()
 
-            last = progress.step == total
             stop = self.interrupts.requested(progress.step)
-            if last or self._due(self.config.training.eval_every):
-                self._measure(state)
-            if last or stop or self.store.due(progress.step):
-                self._save(state)
-            if stop:
-                break
-        self.store.wait()
-        return state
+            if self._due(self.config.training.eval_every):
+                self._measure(program, state, phase.adapters)
+            elif progress.step == phase.stop:
+                self._measure(program, state, phase.ending)
+            if progress.step == total or stop or self.store.due(progress.step):
+                self._save(phase, state)
+        self.recorder.drain()
+        return state, stop
 
-    def saved_adapter(self, name: str, state: TrainState) -> SavedAdapter:
+    def _finish(self, name: str, state: TrainState) -> None:
+        """Writes the final folder of an adapter at once: it survives whatever comes later."""
+        folder = self.work.adapters / name
+        with self.recorder.paused():
+            save_adapter(folder, self._saved_adapter(name, state))
+        self.say(f"adapter {name!r} finished at step {self.progress.step}; it is in {folder}")
+
+    def _saved_adapter(self, name: str, state: TrainState) -> SavedAdapter:
         """Adapter `name` with all that its folder is to say about it."""
         method = self.config.adapters[name].method
         inputs, step = self.inputs, self.progress.step
@@ -103,27 +138,27 @@ class Session:
     def _due(self, every: int) -> bool:
         return every > 0 and self.progress.step % every == 0
 
-    def _measure(self, state: TrainState) -> None:
-        """Measures the validation losses, and keeps each adapter where it is better than before."""
-        if not any(self.inputs.validation.values()):
+    def _measure(self, program: Program, state: TrainState, names: Collection[str]) -> None:
+        """Measures validation losses, and keeps each adapter where it is better than before."""
+        measured = {name: self.inputs.validation[name] for name in names}
+        if not any(measured.values()):
             return
         progress = self.progress
         self.recorder.drain()
         with self.recorder.paused():
-            progress.validation = validation_losses(
-                self.program, state.adapters, self.params, self.inputs.validation
-            )
-        self.recorder.validation(progress.step, progress.validation)
+            losses = validation_losses(program, state.adapters, self.params, measured)
+        progress.validation |= losses
+        self.recorder.validation(progress.step, losses)
         if not self.config.training.eval_every or progress.step == 0:
             return  # measured at the end only, where the final adapter is the best; or untrained
-        for name, sets in self.inputs.validation.items():
-            losses = [progress.validation[f"{name}/{each}"] for each in sets]
-            if losses and statistics.fmean(losses) < progress.best.get(name, math.inf):
-                progress.best[name] = statistics.fmean(losses)
+        for name, sets in measured.items():
+            own = [losses[f"{name}/{each}"] for each in sets]
+            if own and statistics.fmean(own) < progress.best.get(name, math.inf):
+                progress.best[name] = statistics.fmean(own)
                 with self.recorder.paused():
-                    save_adapter(self.best / name, self.saved_adapter(name, state))
+                    save_adapter(self.work.best / name, self._saved_adapter(name, state))
 
-    def _save(self, state: TrainState) -> None:
+    def _save(self, phase: Phase, state: TrainState) -> None:
         self.recorder.drain()
         data, progress = self.inputs.train, self.progress
         with self.recorder.paused():
@@ -131,11 +166,11 @@ class Session:
                 progress.step,
                 adapters=state.adapters,
                 optimizer=_without_adapters(state),
-                data={name: each.iterator.get_state() for name, each in data.items()},
+                data={name: data[name].iterator.get_state() for name in phase.adapters},
                 metadata={
                     "base": self.inputs.base._asdict(),
                     "data": {name: self.inputs.data_fingerprint(name) for name in data},
-                    "total_steps": self.inputs.total_steps,
+                    "steps": self.inputs.steps,
                     "window": self.recorder.window.steps,
                     "validation": progress.validation,
                     "best": progress.best,
@@ -146,6 +181,12 @@ class Session:
 def restore(store: TrainingStore, program: Program, step: int, inputs: Inputs) -> TrainState:
     """The state that was saved after `step`, on this run's mesh; also moves the data there.
 
+    Args:
+      store: the training states.
+      program: of the adapters that trained in that step.
+      step: which state.
+      inputs: whose data is moved.
+
     Raises:
       CheckpointError: it is damaged, or not that of such a program.
     """
@@ -155,8 +196,8 @@ def restore(store: TrainingStore, program: Program, step: int, inputs: Inputs) -
         program.state_shardings,
     )
     saved = store.restore(step, target.adapters, _without_adapters(target))
-    for name, data in inputs.train.items():
-        data.iterator.set_state(saved.data[name])
+    for name, state in saved.data.items():
+        inputs.train[name].iterator.set_state(state)
     return TrainState(adapters=saved.adapters, **saved.optimizer)
 
 

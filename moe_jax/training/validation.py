@@ -26,7 +26,7 @@ def validation_losses(
 
     Args:
       program: the compiled computations.
-      adapters: `{adapter name: tree}`.
+      adapters: `{adapter name: tree}`; may hold others too.
       params: the frozen base.
       data: the validation sets of each adapter, as NumPy batches.
 

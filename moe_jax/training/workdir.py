@@ -26,6 +26,7 @@ MAY_CHANGE = (
     "training.log_every",
     "training.eval_every",
     "training.max_skipped_steps",
+    "training.max_batch_rows",
     "base.path",  # the base is known by its content
     "base.revision",
     "base.hf_config*",
@@ -37,9 +38,6 @@ MAY_CHANGE = (
 """Fields that a resumed run may give another value: none of them changes what is learned, beyond
 the rounding that another mesh, kernel or recomputation brings."""
 
-LENGTH = ("training.steps", "training.epochs")
-"""May change too where no schedule depends on the number of steps."""
-
 
 class WorkDir:
     """A run's folder, locked while entered so that no second run writes to it."""
@@ -48,6 +46,7 @@ class WorkDir:
         self.folder = folder.expanduser().absolute()
         self.checkpoints = self.folder / "checkpoints"
         self.adapters = self.folder / "adapters"
+        self.best = self.folder / "best"
         self._lock: int | None = None
 
     def __enter__(self) -> Self:
@@ -119,7 +118,7 @@ def require_same_run(
     Raises:
       ConfigError: names the fields that differ, with both values.
     """
-    allowed = MAY_CHANGE + (LENGTH if length_may_change(config) else ())
+    allowed = MAY_CHANGE + changeable_lengths(config)
     before, now = flat_fields(former), flat_fields(settings)
     missing = object()
     changed = [
@@ -140,10 +139,35 @@ def require_same_run(
         )
 
 
-def length_may_change(config: RunConfig) -> bool:
-    """Whether the learning rate of a step is the same however many steps there are."""
-    schedules = [adapter.optimizer.schedule for adapter in config.adapters.values()]
-    return all(s.kind == "constant" and s.warmup_ratio is None for s in schedules)
+def changeable_lengths(config: RunConfig) -> tuple[str, ...]:
+    """The fields of lengths that may change too, as the learning rate of a step stays the same.
+
+    That is so where it does not depend on the number of steps: with a constant schedule.
+    """
+    groups: dict[str, bool] = {}
+    for name, adapter in config.adapters.items():
+        schedule = adapter.optimizer.schedule
+        free = schedule.kind == "constant" and schedule.warmup_ratio is None
+        group, _ = config.length_group(name)
+        for each in {group, f"adapters.{name}"}:
+            groups[each] = groups.get(each, True) and free
+    return tuple(
+        f"{group}.{field}"
+        for group, free in groups.items()
+        for field in ("steps", "epochs")
+        if free
+    )
+
+
+def lengths(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of nested settings that say how long adapters train."""
+    groups = {"training": settings.get("training", {})}
+    groups |= {f"adapters.{name}": own for name, own in settings.get("adapters", {}).items()}
+    return {
+        f"{group}.{field}": fields.get(field)
+        for group, fields in groups.items()
+        for field in ("steps", "epochs")
+    }
 
 
 def flat_fields(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

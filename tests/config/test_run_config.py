@@ -230,14 +230,16 @@ def test_cudnn_attention_needs_half_precision():
     assert ComputeConfig(dtype="float16", attention="cudnn").attention == "cudnn"
 
 
-@pytest.mark.parametrize("name", ["", "_a", "-a", "a.b", "a b", "a/b", "é", "a\n"])
+@pytest.mark.parametrize("name", ["", "_a", "-a", ".a", "a.", "a b", "a/b", "é", "a\n"])
 def test_adapter_names_that_are_no_names(name):
     raw = {**RAW, "adapters": {name: RAW["adapters"]["default"]}}
     with pytest.raises(ConfigError, match="an adapter's name holds letters, digits"):
         parse_run_config(raw, METHODS)
 
 
-@pytest.mark.parametrize("name", ["a", "0", "layers", "q_proj", "adapter_x", "My-adapter_2"])
+@pytest.mark.parametrize(
+    "name", ["a", "0", "layers", "q_proj", "adapter_x", "My-adapter_2", "a-rank=4+8-x=0.1"]
+)
 def test_adapter_names(name):
     raw = {**RAW, "adapters": {name: RAW["adapters"]["default"]}}
     assert list(parse_run_config(raw, METHODS).adapters) == [name]

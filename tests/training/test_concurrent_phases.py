@@ -1,0 +1,222 @@
+"""Where an adapter ends, the others go on without it: phases, the state, compilations."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+import tiny_program
+from tiny_run import Run, final_adapter, read_config, write_inputs
+from tolerances import GRADIENT_ROUNDING
+
+from moe_jax.checkpoints.leaves import named_leaves
+from moe_jax.errors import ConfigError
+from moe_jax.sharding.mesh import make_mesh
+from moe_jax.training import inputs as inputs_module
+from moe_jax.training import program as program_module
+from moe_jax.training.loop import train
+from moe_jax.training.phases import phase_after, phases_of
+from moe_jax.training.state import carried_over
+
+MODEL = tiny_program.model_config(
+    num_layers=1, hidden_size=16, intermediate_size=24, num_heads=2, num_kv_heads=2
+)
+METHODS = {"a": tiny_program.LORA, "b": tiny_program.MIXLORA}
+ADAMW = {"learning_rate": 1e-2}
+
+
+def test_phases_by_hand():
+    phases = phases_of({"a": 40, "b": 60, "c": 40, "d": 90})
+    assert phases == (
+        (0, 40, ("a", "b", "c", "d"), ("a", "c")),
+        (40, 60, ("b", "d"), ("b",)),
+        (60, 90, ("d",), ("d",)),
+    )
+    # The state after step 40 still holds the adapters that ended with it.
+    found = {step: phase_after(phases, step).stop for step in (0, 1, 40, 41, 60, 61, 90)}
+    assert found == {0: 40, 1: 40, 40: 40, 41: 60, 60: 60, 61: 90, 90: 90}
+    assert phases_of({"a": 5}) == ((0, 5, ("a",), ("a",)),)
+
+
+@pytest.fixture
+def both():
+    return tiny_program.program(METHODS, rows=2, optimizer=ADAMW, config=MODEL)
+
+
+def test_the_state_goes_on_by_path(both):
+    """Every leaf of the smaller state is the larger one's, and what is left over is freed."""
+    state = both.init_state(tiny_program.random_params(both))
+    rng = np.random.default_rng(0)
+    numbers = jax.tree.map(
+        lambda leaf: (10 * rng.random(leaf.shape)).astype(leaf.dtype), both.abstract_state
+    )
+    state = jax.device_put(numbers, both.state_shardings)
+    before = {path: np.array(leaf) for path, leaf in named_leaves(state).items()}
+    leaves = named_leaves(state)
+    narrow = both.narrowed(["b"])
+
+    carried = carried_over(state, narrow.abstract_state)
+
+    assert jax.tree.structure(carried) == jax.tree.structure(narrow.abstract_state)
+    after = named_leaves(carried)
+    assert {path for path in before if "/a/" not in path and "adapter a" not in path} == set(after)
+    for path, leaf in after.items():
+        np.testing.assert_array_equal(leaf, before[path], strict=True, err_msg=path)
+        assert leaf.sharding == named_leaves(narrow.state_shardings)[path]
+    freed = [path for path, leaf in leaves.items() if leaf.is_deleted()]
+    assert sorted(freed) == sorted(set(before) - set(after))
+    # The moments, counters and weights of 'a', and nothing of the base.
+    assert {path.split("/")[0] for path in freed} == {"adapters", "opt_state"}
+
+
+def test_a_state_that_lacks_a_leaf_is_refused(both):
+    narrow = both.narrowed(["b"])
+    state = narrow.init_state(tiny_program.random_params(narrow))
+    with pytest.raises(ValueError, match="the state has no adapters/a/"):
+        carried_over(state, both.abstract_state)
+
+
+def test_schedules_stay_those_of_the_whole_run(both):
+    steps = {"a": 4, "b": 8}
+    program = program_module.build_program(both.config, MODEL, steps, devices=jax.devices()[:1])
+    narrow = program.narrowed(["b"])
+    for done in (0, 3, 4):
+        # Linear, from the peak of 0.01 to zero at each adapter's own last step.
+        expected = {name: 1e-2 * (1 - done / count) for name, count in steps.items()}
+        assert program.learning_rates(done) == pytest.approx(expected, rel=1e-6)
+        assert narrow.learning_rates(done) == pytest.approx({"b": expected["b"]}, rel=1e-6)
+
+
+def test_an_adapter_begins_by_its_own_seed(both):
+    params = tiny_program.random_params(both)
+
+    def fresh(**seeds):
+        adapters = {
+            name: dataclasses.replace(
+                adapter, seed=seeds.get(name), method=both.config.adapters["a"].method
+            )
+            for name, adapter in both.config.adapters.items()
+        }
+        config = dataclasses.replace(both.config, adapters=adapters)
+        program = program_module.build_program(config, MODEL, 1, devices=jax.devices()[:1])
+        state = program.init_state(params)
+        return {name: np.asarray(jax.tree.leaves(tree)[0]) for name, tree in state.adapters.items()}
+
+    shared, own = fresh(), fresh(b=7)
+    assert (shared["a"] == shared["b"]).all()
+    assert (own["a"] == shared["a"]).all()
+    assert (own["b"] != shared["b"]).any()
+
+
+TWO = """
+
+def get_config():
+    adapters = dict(
+        short=adapter("train", name="lora"),
+        long=adapter("other", name="mixlora", num_experts=4, router=dict(name="top_k", top_k=2)),
+    )
+    for each in adapters.values():
+        each["method"] |= dict(dropout=0.0, target_modules=("q_proj", "up_proj"))
+        each["data"]["validation"] = {}
+        # Rounding stays rounding, which Adam would divide by.
+        each["optimizer"] = dict(name="sgd", learning_rate=0.1)
+    adapters["short"]["steps"] = 2
+    adapters["long"] |= dict(batch_size=4, steps=4)
+    return dict(
+        base=dict(path=str(HERE / "base"), param_dtype="float32"),
+        compute=dict(dtype="float32"),
+        adapters=adapters,
+        training=dict(seed=3),
+    )
+"""
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    config = write_inputs(tmp_path_factory.mktemp("inputs"))
+    config.write_text(config.read_text() + TWO)
+    return config
+
+
+@pytest.fixture(scope="module")
+def on_one_device(inputs, tmp_path_factory):
+    """A run, what it said, and which training steps were lowered for it."""
+    workdir = tmp_path_factory.mktemp("runs") / "one"
+    said, lowered = [], []
+    lower = program_module.Program.lower_train_step
+
+    def counted(self, row_length):
+        lowered.append((tuple(segment.name for segment in self.segments), row_length))
+        return lower(self, row_length)
+
+    def one_device(config, devices=None):
+        return make_mesh(config, jax.devices()[:1])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(program_module.Program, "lower_train_step", counted)
+        for module in (program_module, inputs_module):
+            patch.setattr(module, "make_mesh", one_device)
+        train(read_config(inputs), workdir, said.append)
+    return workdir, said, lowered
+
+
+def test_one_compilation_a_program_and_row_length(on_one_device):
+    _, said, lowered = on_one_device
+    assert len(lowered) == len(set(lowered))
+    assert {names for names, _ in lowered} == {("short", "long"), ("long",)}
+    assert {length for _, length in lowered} == {16, 24}
+    finished = [line.split(";")[0] for line in said if "finished" in line]
+    assert finished == [
+        "adapter 'short' finished at step 2",
+        "adapter 'long' finished at step 4",
+    ]
+
+
+def test_what_is_said_of_phases(on_one_device):
+    _, said, _ = on_one_device
+    table = [line.split() for line in said]
+    (short,) = [line for line in said if line.startswith("adapter      'short'")]
+    assert short.endswith("2 steps of 8 rows")
+    at = next(i for i, words in enumerate(table) if words[0] == "steps")
+    assert said[at].split(maxsplit=1)[1] == ("1 to 2 of 12 rows, up to 288 tokens each: 2 adapters")
+    assert said[at + 1].strip() == "3 to 4 of 4 rows, up to 96 tokens each: 1 adapter"
+
+
+def test_a_mesh_changes_nothing(on_one_device, inputs, tmp_path):
+    """The shards of the state of the adapter that goes on stay where they are."""
+    overrides = {f"adapters__{name}__data__buckets": "()" for name in ("short", "long")}
+    run = Run(inputs, tmp_path / "mesh", devices=4, overrides={**overrides, "mesh__fsdp": 2})
+    assert run.join() == 0, run.log.read_text()
+    assert "4 x cpu (data 2, fsdp 2, tensor 1)" in run.log.read_text()
+    for name in ("short", "long"):
+        actual = final_adapter(run.workdir, name)
+        for path, leaf in final_adapter(on_one_device[0], name).items():
+            np.testing.assert_allclose(actual[path], leaf, **GRADIENT_ROUNDING, err_msg=path)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (
+            {"training__max_batch_rows": 11},
+            "config.training.max_batch_rows: the adapters take 12 rows of a step, more than 11",
+        ),
+        ({"training__max_batch_rows": 0}, "config.training.max_batch_rows: must be positive"),
+        (
+            {"adapters__long__epochs": 1.0},
+            "config.adapters.long.steps: give either steps or epochs, or neither for",
+        ),
+        ({"adapters__long__steps": 0}, "config.adapters.long.steps: must be positive"),
+        ({"adapters__long__seed": -1}, "config.adapters.long.seed: must not be negative"),
+        ({"adapters__long__steps": None}, "config.training.steps: give either steps or epochs"),
+    ],
+)
+def test_refusals(inputs, overrides, words):
+    with pytest.raises(ConfigError) as error:
+        read_config(inputs, **overrides)
+    assert str(error.value).startswith(words)
+
+
+def test_as_many_rows_as_there_may_be(inputs):
+    config = read_config(inputs, training__max_batch_rows=12)
+    assert config.training.max_batch_rows == 12

@@ -1,0 +1,172 @@
+"""A run whose adapters end at different steps resumes at any of them as if it had never stopped."""
+
+import json
+import shutil
+import signal
+
+import numpy as np
+import pytest
+from tiny_run import Run, final_adapter, metric_lines, write_inputs
+
+from moe_jax.checkpoints.store import latest_step
+
+# With dropout and jitter, which draw anew each step. Adapter 'short' ends in the middle of a window
+# of metrics.
+TWO = """
+
+def get_config():
+    router = dict(name="top_k", top_k=2, jitter_noise=0.1)
+    adapters = dict(
+        short=adapter("train", name="lora"),
+        long=adapter("other", name="mixlora", num_experts=4, router=router),
+    )
+    for each in adapters.values():
+        each["data"]["buckets"] = ()
+    adapters["short"]["steps"] = 6
+    adapters["long"]["batch_size"] = 4
+    return dict(
+        base=dict(path=str(HERE / "base"), param_dtype="float32"),
+        compute=dict(dtype="float32"),
+        adapters=adapters,
+        training=dict(steps=9, log_every=4, eval_every=4, seed=3),
+        checkpoints=dict(every=1, keep=100),
+    )
+"""
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    config = write_inputs(tmp_path_factory.mktemp("inputs"))
+    config.write_text(config.read_text() + TWO)
+    return config
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(inputs, tmp_path_factory):
+    run = Run(inputs, tmp_path_factory.mktemp("uninterrupted") / "run")
+    assert run.join() == 0, run.log.read_text()
+    return run.workdir
+
+
+def after(uninterrupted, workdir, step):
+    """A copy of the run as it was right after the state of `step` was saved."""
+    shutil.copytree(uninterrupted, workdir)
+    for saved in (workdir / "checkpoints").iterdir():
+        if int(saved.name) > step:
+            shutil.rmtree(saved)
+    shutil.rmtree(workdir / "adapters" / "long")
+    if step <= 6:  # the adapter's own folder is written after the state of its last step
+        shutil.rmtree(workdir / "adapters" / "short")
+    return workdir
+
+
+def assert_same_outcome(workdir, other):
+    for folder in ("adapters", "best"):
+        for name in ("short", "long"):
+            expected, actual = (
+                final_adapter(other, name, folder),
+                final_adapter(workdir, name, folder),
+            )
+            assert expected.keys() == actual.keys()
+            for path, leaf in expected.items():
+                np.testing.assert_array_equal(actual[path], leaf, err_msg=path, strict=True)
+    assert metric_lines(workdir) == metric_lines(other)
+
+
+def test_lines_and_states_by_hand(uninterrupted):
+    lines = metric_lines(uninterrupted)
+    rows = [
+        (
+            line["step"],
+            sorted({k.split("/")[0] for k in line if k.endswith("/loss")}),
+            sorted(k.split("/")[1] for k in line if k.startswith("validation/")),
+        )
+        for line in lines
+    ]
+    both = ["long", "short"]
+    assert rows == [
+        (0, ["validation"], both),
+        (4, both, []),
+        (4, ["validation"], both),
+        (6, both, []),  # a window closes where an adapter ends
+        (6, ["validation"], ["short"]),
+        (8, ["long"], []),
+        (8, ["validation"], ["long"]),
+        (9, ["long"], []),
+        (9, ["validation"], ["long"]),
+    ]
+    for step, names in ((6, {"short", "long"}), (7, {"long"})):
+        folder = uninterrupted / "checkpoints" / str(step)
+        metadata = json.loads((folder / "metadata" / "metadata").read_text())
+        assert {path.split("/")[0] for path in metadata["checksums"]["adapters"]} == names
+        assert json.loads((folder / "data" / "metadata").read_text()).keys() == names
+    for name, step in (("short", 6), ("long", 9)):
+        described = json.loads((uninterrupted / "adapters" / name / "adapter.json").read_text())
+        assert described["step"] == step
+
+
+@pytest.mark.parametrize("step", [5, 6, 7])
+def test_resumed_around_the_change(inputs, uninterrupted, tmp_path, step):
+    workdir = after(uninterrupted, tmp_path / "run", step)
+    short = workdir / "adapters" / "short" / "adapter.json"
+    written = short.stat().st_mtime_ns if step > 6 else None
+    run = Run(inputs, workdir)
+    assert run.join() == 0, run.log.read_text()
+    said = run.log.read_text()
+    assert f"resumed at step {step}" in said
+    assert ("'short': lora, finished at step 6" in said) == (step > 6)
+    assert_same_outcome(workdir, uninterrupted)
+    if written is not None:
+        assert short.stat().st_mtime_ns == written
+
+
+def test_killed_between_a_final_folder_and_the_next_state(inputs, uninterrupted, tmp_path):
+    workdir = tmp_path / "run"
+    run = Run(inputs, workdir, overrides={"checkpoints__every": 5})
+    run.wait_until("adapter 'short' finished at step 6")
+    run.process.kill()
+    assert run.join() == -signal.SIGKILL
+    assert latest_step(workdir / "checkpoints") == 5, "killed later than this is about"
+    left = final_adapter(workdir, "short")
+    assert not (workdir / "adapters" / "long").exists()
+    # What was finished is whole already, and is the same when its last step is made again.
+    for path, leaf in final_adapter(uninterrupted, "short").items():
+        np.testing.assert_array_equal(left[path], leaf, err_msg=path)
+    run = Run(inputs, workdir, overrides={"checkpoints__every": 5})
+    assert run.join() == 0, run.log.read_text()
+    assert "resumed at step 5" in run.log.read_text()
+    assert_same_outcome(workdir, uninterrupted)
+
+
+@pytest.mark.parametrize(
+    ("step", "overrides", "words"),
+    [
+        (
+            7,
+            {"adapters__short__steps": 8},
+            "config.adapters.short.steps: 8 steps for 'short', but it finished at step 6",
+        ),
+        (7, {"training__steps": 6}, "config.training.steps: 6 steps, but "),
+        (6, {"adapters__short__steps": 5}, "config.adapters.short.steps: 5 steps, but "),
+    ],
+)
+def test_ends_that_a_state_does_not_fit(inputs, uninterrupted, tmp_path, step, overrides, words):
+    workdir = after(uninterrupted, tmp_path / "run", step)
+    # As if it had been so from the start: with a schedule that the number of steps does not change.
+    settings = json.loads((workdir / "config.json").read_text())
+    for adapter in settings["adapters"].values():
+        adapter["optimizer"]["schedule"] |= {"kind": "constant"}
+    (workdir / "config.json").write_text(json.dumps(settings))
+    constant = {
+        f"adapters__{name}__optimizer__schedule__kind": "constant" for name in settings["adapters"]
+    }
+    run = Run(inputs, workdir, overrides={**constant, **overrides})
+    assert run.join() == 2, run.log.read_text()
+    assert f"error: {words}" in run.log.read_text()
+
+
+def test_other_ends_where_a_schedule_depends_on_them(inputs, uninterrupted, tmp_path):
+    workdir = after(uninterrupted, tmp_path / "run", 5)
+    run = Run(inputs, workdir, overrides={"adapters__short__steps": 7})
+    assert run.join() == 2
+    assert "config.adapters.short.steps was 6, is 7" in run.log.read_text()
