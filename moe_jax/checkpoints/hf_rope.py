@@ -103,11 +103,11 @@ def rope_of_section(
         family's.
     """
     at = f"{fields.where}: {name}"
-    rope_type = _rope_type(section, at, rules)
     known = {field for names in _FIELDS.values() for field in names} | _NOTES
     for field in section:
         if field not in known:
             raise CheckpointError(f"{at}.{field}: unknown field; {suggest(field, known)}")
+    rope_type = _rope_type(section, at, rules)
     values = {
         field: parse(kind, section[field], f"{at}.{field}")
         for field, kind in _FIELDS[rope_type].items()
