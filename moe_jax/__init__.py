@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from moe_jax.library import (
         AdaptedModel,
         Base,
+        export_adapter,
+        import_adapter,
         load_adapter,
         load_base,
         parse_config,
@@ -31,6 +33,8 @@ __all__ = [
     "LoraConfig",
     "MixLoraConfig",
     "UserError",
+    "export_adapter",
+    "import_adapter",
     "load_adapter",
     "load_base",
     "parse_config",

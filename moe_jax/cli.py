@@ -1,37 +1,17 @@
-"""The `moe-jax` command. A subcommand is a function that adds its parser to `COMMANDS`."""
+"""The `moe-jax` command."""
 
 import argparse
-import math
 from collections.abc import Callable
-from pathlib import Path
 
-from moe_jax.checkpoints.adapter_files import read_description
+from moe_jax.commands import Run, export_adapter, import_adapter, show
 from moe_jax.errors import UserError, report
 from moe_jax.version import __version__
 
-Run = Callable[[argparse.Namespace], None]
-
-
-def _add_show(parser: argparse.ArgumentParser) -> Run:
-    """Say what an adapter's folder holds: method, size, and the base it belongs to."""
-    parser.add_argument("folder", type=Path, help="an adapter, as in WORKDIR/adapters/NAME")
-
-    def run(arguments: argparse.Namespace) -> None:
-        description = read_description(arguments.folder)
-        size = sum(math.prod(spec.shape) for spec in description.leaves.values())
-        print(f"method   {description.method['name']}")
-        for field, value in description.method.items():
-            if field != "name":
-                print(f"         {field} = {value}")
-        print(f"size     {size:,} parameters in {len(description.leaves)} leaves")
-        print(f"trained  {description.step} steps, moe_jax {description.package_version}")
-        print(f"base     {description.base.path}")
-        print(f"         fingerprint {description.base.fingerprint[:16]}")
-
-    return run
-
-
-COMMANDS: dict[str, Callable[[argparse.ArgumentParser], Run]] = {"show": _add_show}
+COMMANDS: dict[str, Callable[[argparse.ArgumentParser], Run]] = {
+    "show": show.add,
+    "export": export_adapter.add,
+    "import": import_adapter.add,
+}
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -19,7 +19,9 @@ from moe_jax.checkpoints import adapter_files
 from moe_jax.checkpoints.adapter_files import SavedAdapter
 from moe_jax.checkpoints.base import load_base as load_params
 from moe_jax.checkpoints.fingerprint import BaseIdentity, base_fingerprint
+from moe_jax.checkpoints.formats import exchange
 from moe_jax.checkpoints.hf_config import read_model_config
+from moe_jax.checkpoints.new_folder import require_unused
 from moe_jax.checkpoints.resolve import resolve_checkpoint
 from moe_jax.config.model import ComputeConfig, FloatType, ModelConfig
 from moe_jax.config.parse import located, suggest
@@ -168,6 +170,51 @@ class AdaptedModel:
 def load_adapter(folder: str | Path) -> SavedAdapter:
     """Reads an adapter's folder; see `adapter_files.load_adapter`."""
     return adapter_files.load_adapter(Path(folder))
+
+
+def export_adapter(
+    adapter: SavedAdapter | str | Path,
+    to: str,
+    output: str | Path,
+    *,
+    dtype: FloatType = "float32",
+    base: str | None = None,
+) -> list[str]:
+    """Writes an adapter, or the one in a folder, for another tool; see `exchange.export_adapter`.
+
+    Args:
+      adapter: the adapter or its folder.
+      to: the format: `mixlora` or `peft`.
+      output: a folder that does not exist yet, or is empty.
+      dtype: the type of the tensors that are written.
+      base: the base as the other tool will find it; by default the path it was trained with.
+
+    Returns:
+      What the format leaves out or states in another way, one sentence each.
+    """
+    saved = adapter if isinstance(adapter, SavedAdapter) else load_adapter(adapter)
+    return exchange.export_adapter(saved, to, Path(output), dtype=dtype, base=base)
+
+
+def import_adapter(
+    source: str | Path, base: Base | str | Path, output: str | Path | None = None
+) -> SavedAdapter:
+    """Reads a folder of PEFT or MoE-PEFT; see `exchange.import_adapter`.
+
+    Args:
+      source: the folder.
+      base: the base it was trained on, or its folder or hub id.
+      output: where it is also written in our own format; does not exist yet, or is empty.
+    """
+    if output is not None:
+        require_unused(Path(output))
+    if isinstance(base, Base):
+        adapter = exchange.import_adapter(Path(source), base.folder)._replace(base=base.identity)
+    else:
+        adapter = exchange.import_adapter(Path(source), base)
+    if output is not None:
+        adapter_files.save_adapter(Path(output), adapter)
+    return adapter
 
 
 def parse_config(config: Any) -> RunConfig:

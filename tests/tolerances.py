@@ -15,3 +15,6 @@ GRADIENT_ROUNDING = {"rtol": 1e-4, "atol": 1e-6}
 
 # A float64 oracle against float64 code.
 FLOAT64_ROUNDING = {"rtol": 1e-10, "atol": 1e-12}
+
+# Absolute, on logits: the weights of an adapter rounded to bfloat16, and all else in float32.
+BFLOAT16_TENSORS = 1e-2

@@ -1,0 +1,88 @@
+"""Adapters out to other tools, and in from them."""
+
+from pathlib import Path
+from typing import Any, get_args
+
+from moe_jax.checkpoints.adapter_files import SavedAdapter
+from moe_jax.checkpoints.fingerprint import BaseIdentity, base_fingerprint
+from moe_jax.checkpoints.formats import FORMATS
+from moe_jax.checkpoints.formats.adapter_folder import CONFIG, read_adapter_folder
+from moe_jax.checkpoints.formats.format import AdapterFormat, ExportOptions, Format
+from moe_jax.checkpoints.hf_config import read_model_config
+from moe_jax.checkpoints.new_folder import new_folder
+from moe_jax.checkpoints.resolve import resolve_checkpoint
+from moe_jax.config.model import FloatType
+from moe_jax.config.parse import suggest
+from moe_jax.errors import CheckpointError
+
+
+def export_adapter(
+    adapter: SavedAdapter,
+    to: str,
+    output: Path,
+    *,
+    dtype: FloatType = "float32",
+    base: str | None = None,
+) -> list[str]:
+    """Writes an adapter in the format of another tool.
+
+    Args:
+      adapter: from `load_adapter`.
+      to: the format, a key of `FORMATS`.
+      output: a folder that does not exist yet, or is empty; it appears complete or not at all.
+      dtype: the type of the tensors that are written.
+      base: the base's folder or hub id as the receiving tool will know it; by default the path that
+        it had in training.
+
+    Returns:
+      What the format leaves out or states in another way, one sentence each.
+
+    Raises:
+      CheckpointError: the format is unknown or cannot express the adapter; `output` is not empty;
+        the disk is too small, full or not writable.
+    """
+    if to not in FORMATS:
+        raise CheckpointError(f"unknown format {to!r}; {suggest(to, FORMATS)}")
+    if dtype not in get_args(FloatType):
+        raise CheckpointError(f"unknown dtype {dtype!r}; {suggest(dtype, get_args(FloatType))}")
+    chosen: Format = FORMATS[to]()
+    options = ExportOptions(base=adapter.base.path if base is None else base, dtype=dtype)
+    export = chosen.prepare(adapter, options)
+    with new_folder(output, export.num_bytes) as folder:
+        export.write(folder)
+    return export.notes
+
+
+def import_adapter(source: Path, base: str | Path) -> SavedAdapter:
+    """Reads an adapter that another tool wrote, for a base of ours.
+
+    Args:
+      source: a folder with `adapter_config.json` and `adapter_model.safetensors` or `.bin`.
+      base: the base's folder or hub id, whose weights are not loaded.
+
+    Returns:
+      The adapter, its step 0.
+
+    Raises:
+      CheckpointError: the adapter is damaged, of an unknown kind, not of this base, or asks for
+        what is not supported.
+    """
+    found = read_adapter_folder(source)
+    folder = resolve_checkpoint(base)
+    model = read_model_config(folder)
+    method, tree = _reader(found.config, source).read(found, model, str(base))
+    return SavedAdapter(method, tree, model, BaseIdentity(str(base), base_fingerprint(folder)), 0)
+
+
+def _reader(config: dict[str, Any], source: Path) -> AdapterFormat:
+    """The format whose adapters have the `peft_type` that `config` states."""
+    kinds = {}
+    for cls in FORMATS.values():
+        if issubclass(cls, AdapterFormat):
+            kinds |= dict.fromkeys(cls.reads, cls)
+    kind = config.get("peft_type")
+    if kind not in kinds:
+        raise CheckpointError(
+            f"{source / CONFIG}: peft_type: {kind!r} is not supported; {suggest(str(kind), kinds)}"
+        )
+    return kinds[kind]()

@@ -1,0 +1,179 @@
+"""`moe-jax evaluate`."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from moe_jax.commands import Run
+from moe_jax.config.parse import parse
+from moe_jax.config.run import MeshConfig
+from moe_jax.errors import ConfigError
+from moe_jax.evaluation.selection import named_task, own_task, task_names
+
+EPILOG = """\
+tasks:
+  {tasks}
+
+  Rows come from the hub, or with --data FOLDER from FOLDER/TASK/: .jsonl, .json or .parquet files
+  with the columns of the hub's data set, named after their split (test.jsonl, validation.jsonl).
+
+your own task:
+  --own-task quiz.txt quiz.jsonl, where quiz.txt says how a row of quiz.jsonl is asked, for example
+
+      Question: {{question}}
+      {{options}}
+      Answer:
+
+  Each row then has a text `question`, a list `choices` and an `answer`: the text, the letter or
+  the index from 0 of the right choice. Other columns can be named the same way; the sections
+  `--- choices ---` and `--- answer ---` after the prompt say where these two are to be found.
+
+measures:
+  label_acc   the prompt lists the options; which label (A, B, true, ...) is likeliest next
+  acc         it does not; which option's words are likeliest after it
+  acc_norm    the same, the log-likelihood divided by the option's number of characters
+
+what it leaves in the output folder:
+  results.json, results.md             accuracies, counts, standard errors
+  predictions/MODEL/TASK.PROTOCOL.jsonl  what the model said to each question; the same command
+                                         again goes on from here
+
+example:
+  moe-jax evaluate --base models/llama --adapter runs/mine/adapters/default --with-base \\
+      --tasks arc_easy,boolq --limit 200 --output runs/mine/evaluation
+"""
+
+
+def add(parser: argparse.ArgumentParser) -> Run:
+    """Measure how well a base, or adapters on it, answer the questions of tasks."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = EPILOG.format(tasks=", ".join(task_names()))
+    parser.add_argument(
+        "--base", required=True, help="folder in the Hugging Face format, or hub id"
+    )
+    parser.add_argument("--revision", help="of a hub id")
+    parser.add_argument("--tasks", default="", metavar="A,B,...", help="names, listed below")
+    parser.add_argument(
+        "--own-task",
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("TEMPLATE", "DATA"),
+        help="a task of your own, see below; may be given several times",
+    )
+    parser.add_argument(
+        "--adapter",
+        action="append",
+        default=[],
+        metavar="[NAME=]DIR",
+        help="an adapter's folder, called by the folder's name; may be given several times",
+    )
+    parser.add_argument(
+        "--with-base", action="store_true", help="evaluate the base without an adapter too"
+    )
+    parser.add_argument("--data", metavar="FOLDER", help="read the tasks from here, not the hub")
+    parser.add_argument("--split", help="another split than the task's own")
+    parser.add_argument("--limit", type=int, metavar="N", help="only the first N rows of each task")
+    parser.add_argument(
+        "--shots", type=int, metavar="N", help="answered examples before each question (mmlu: 5)"
+    )
+    parser.add_argument(
+        "--protocols",
+        default="labels,choices",
+        metavar="A,B",
+        help="labels gives label_acc, choices gives acc and acc_norm (default: both)",
+    )
+    parser.add_argument("--output", metavar="DIR", help="folder for the results; resumes from it")
+    parser.add_argument(
+        "--batch-size",
+        type=int,
+        default=16,
+        metavar="N",
+        help="sequences at once; the logits need N x length x vocabulary x 4 bytes (default: 16)",
+    )
+    parser.add_argument(
+        "--buckets",
+        default="",
+        metavar="N,N,...",
+        help="lengths to pad to, one compilation each (default: 32, 64, ... up to the context)",
+    )
+    parser.add_argument(
+        "--dtype",
+        default="float32",
+        choices=("float32", "bfloat16", "float16"),
+        help="of weights and computation (default: float32)",
+    )
+    parser.add_argument(
+        "--mesh",
+        metavar="AXIS=N,...",
+        help="devices along data, fsdp and tensor, -1 for the rest (default: one device)",
+    )
+    parser.add_argument(
+        "--truncate",
+        action="store_true",
+        help="cut the start off prompts longer than the base's context; they are refused otherwise",
+    )
+    return _run
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    from moe_jax.evaluation.run import evaluate  # with libraries that other commands do not need
+
+    split, limit, shots = arguments.split, arguments.limit, arguments.shots
+    tasks = [
+        named_task(name, data=arguments.data, split=split, limit=limit, shots=shots)
+        for name in _listed(arguments.tasks)
+    ]
+    for template, data in arguments.own_task:
+        tasks.append(own_task(template, data, split=split, limit=limit, shots=shots))
+    if not tasks:
+        raise ConfigError("--tasks: none is given; --help lists them")
+    evaluation = evaluate(
+        arguments.base,
+        tasks,
+        _adapters(arguments.adapter),
+        with_base=arguments.with_base,
+        protocols=_listed(arguments.protocols),
+        output=arguments.output,
+        revision=arguments.revision,
+        dtype=arguments.dtype,
+        batch_size=arguments.batch_size,
+        buckets=[_number(text, "--buckets") for text in _listed(arguments.buckets)],
+        truncate=arguments.truncate,
+        mesh=None if arguments.mesh is None else _mesh(arguments.mesh),
+        say=lambda line: print(line, file=sys.stderr, flush=True),
+    )
+    print(evaluation.to_markdown())
+
+
+def _listed(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _number(text: str, flag: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise ConfigError(f"{flag}: expected whole numbers, got {text!r}") from None
+
+
+def _adapters(given: list[str]) -> dict[str, str]:
+    adapters: dict[str, str] = {}
+    for text in given:
+        name, equals, folder = text.partition("=")
+        if not equals:
+            name, folder = Path(text).expanduser().resolve().name, text
+        if name in adapters:
+            raise ConfigError(
+                f"--adapter {text}: another one is called {name!r}; give names with NAME=DIR"
+            )
+        adapters[name] = folder
+    return adapters
+
+
+def _mesh(text: str) -> MeshConfig:
+    sizes = {"data": 1}
+    for part in _listed(text):
+        axis, _, size = part.partition("=")
+        sizes[axis] = _number(size, f"--mesh {axis}")
+    return parse(MeshConfig, sizes, "--mesh")

@@ -1,0 +1,53 @@
+"""`moe-jax export`."""
+
+import argparse
+from pathlib import Path
+from typing import get_args
+
+from moe_jax import library
+from moe_jax.checkpoints.formats import FORMATS
+from moe_jax.commands import Run
+from moe_jax.config.model import FloatType
+
+
+def add(parser: argparse.ArgumentParser) -> Run:
+    """Write an adapter in the format of another tool."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    formats = [f"  {name:9} {cls.summary}" for name, cls in FORMATS.items()]
+    parser.epilog = "\n".join(["formats:", *formats])
+    parser.add_argument(
+        "--adapter", type=Path, required=True, metavar="DIR", help="as in WORKDIR/adapters/NAME"
+    )
+    parser.add_argument("--to", required=True, choices=tuple(FORMATS), help="see below")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="a folder that does not exist yet, or is empty",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=get_args(FloatType),
+        default="float32",
+        help="the type of the tensors that are written (default: %(default)s, what was trained)",
+    )
+    parser.add_argument(
+        "--base",
+        metavar="DIR_OR_ID",
+        help="the base as the other tool will find it (default: the path that it was trained with)",
+    )
+    return _run
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    notes = library.export_adapter(
+        arguments.adapter,
+        arguments.to,
+        arguments.output,
+        dtype=arguments.dtype,
+        base=arguments.base,
+    )
+    for note in notes:
+        print(f"note: {note}")
+    print(f"wrote {arguments.output} ({arguments.to}, {arguments.dtype})")
