@@ -17,8 +17,12 @@ The gradient of m needs the frozen product, which LoRA does not keep for the bac
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from moe_jax.adapters.leaf import adapter_leaf
+
+DORA_NORMS = "dora_norms"
+"""The name of the norms for rematerialisation policies."""
 
 
 def column_norms(
@@ -93,7 +97,8 @@ def dora_gains(
     Returns:
       [out] or [E, out].
     """
-    norms = column_norms(kernel, lora_a, lora_b, scale)
+    # Named so that rematerialisation keeps them: their thin product would cost more than they hold.
+    norms = checkpoint_name(column_norms(kernel, lora_a, lora_b, scale), DORA_NORMS)
     start = lambda *_: norms  # B is zero then
     return adapter_leaf(module, "magnitude", start, norms.shape, axes) / norms
 

@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from moe_jax.adapters.dora import DORA_NORMS
 from moe_jax.adapters.segments import Segment
 from moe_jax.config.model import ComputeConfig, ModelConfig
 from moe_jax.config.parse import located
@@ -20,9 +21,13 @@ from moe_jax.layers.soft_cap import soft_cap
 from moe_jax.models.decoder import DecoderLayer, LayerSettings, TokenContext
 from moe_jax.sharding.axes import LAYERS
 
+_POLICIES = jax.checkpoint_policies
+_ALWAYS_KEPT = _POLICIES.save_only_these_names(DORA_NORMS)
 REMAT_POLICIES: dict[str, Callable[..., Any]] = {
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": _POLICIES.save_from_both_policies(
+        _POLICIES.dots_with_no_batch_dims_saveable, _ALWAYS_KEPT
+    ),
+    "full": _ALWAYS_KEPT,
 }
 """What is kept for the backward pass; see `ComputeConfig.remat`."""
 
