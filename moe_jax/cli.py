@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Callable
 
-from moe_jax.commands import Run, export_adapter, import_adapter, show
+from moe_jax.commands import Run, evaluate, export_adapter, import_adapter, show
 from moe_jax.errors import UserError, report
 from moe_jax.version import __version__
 
@@ -11,6 +11,7 @@ COMMANDS: dict[str, Callable[[argparse.ArgumentParser], Run]] = {
     "show": show.add,
     "export": export_adapter.add,
     "import": import_adapter.add,
+    "evaluate": evaluate.add,
 }
 
 

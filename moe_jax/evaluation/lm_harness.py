@@ -1,0 +1,174 @@
+"""Our model behind the interface of lm-evaluation-harness, so that any of its tasks runs.
+
+Needs the extra `lm-eval`. From Python:
+
+    import lm_eval
+    from moe_jax.evaluation.lm_harness import HarnessModel
+
+    model = HarnessModel("models/llama", adapter="runs/mine/adapters/default")
+    lm_eval.simple_evaluate(model=model, tasks=["arc_easy"])
+"""
+
+from pathlib import Path
+from typing import Any
+
+from moe_jax.checkpoints.adapter_files import SavedAdapter
+from moe_jax.config.model import FloatType
+from moe_jax.config.run import MeshConfig
+from moe_jax.data.tokenizer import encode, end_of_text, leading_tokens, load_tokenizer
+from moe_jax.errors import ConfigError, DataError
+from moe_jax.evaluation.items import Item, default_buckets
+from moe_jax.evaluation.loading import (
+    BaseInMemory,
+    build_model,
+    load_adapters,
+    load_params,
+    open_base,
+)
+from moe_jax.evaluation.protocols import encode_pairs
+from moe_jax.evaluation.scorer import Score, Scorer
+from moe_jax.sharding.mesh import make_mesh
+
+try:
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.api.registry import register_model
+    from lm_eval.utils import get_rolling_token_windows
+except ImportError as error:
+    raise ConfigError(
+        "lm-evaluation-harness is not installed; pip install 'moe-jax[lm-eval]'"
+    ) from error
+
+
+@register_model("moe_jax")
+class HarnessModel(TemplateLM):
+    """A base, or an adapter on it, for `lm_eval.simple_evaluate`. Generation is not there yet.
+
+    Attributes:
+      tokenizer: the base's own.
+      max_length: tokens of its context.
+    """
+
+    def __init__(
+        self,
+        base: str | Path | BaseInMemory,
+        adapter: str | Path | SavedAdapter | None = None,
+        *,
+        revision: str | None = None,
+        dtype: FloatType = "float32",
+        batch_size: int = 16,
+        truncate: bool = False,
+        mesh: MeshConfig | None = None,
+    ):
+        """Loads both.
+
+        Args:
+          base, revision, dtype, batch_size, mesh: see `run.evaluate`.
+          adapter: a folder, or what `moe_jax.load_adapter` returned; None is the base as it is.
+          truncate: cuts tokens off the start of a request that is longer than the base's context,
+            instead of refusing it.
+        """
+        super().__init__()
+        files = open_base(base, revision)
+        model = build_model(files, dtype)
+        devices = None if mesh is None else make_mesh(mesh)
+        named = {} if adapter is None else {"adapter": adapter}
+        loaded = load_adapters(named, files, model, devices)
+        self.tokenizer: Any = load_tokenizer(files.folder)
+        self.max_length = files.config.max_position_embeddings
+        self._adapter = loaded[0].adapter if loaded else None
+        self._lead = leading_tokens(self.tokenizer)
+        self._truncate = truncate
+        self._scorer = Scorer(
+            model,
+            load_params(files, model, devices),
+            batch_size=int(batch_size),
+            buckets=default_buckets(self.max_length),
+            mesh=devices,
+        )
+
+    @property
+    def eot_token_id(self) -> int:
+        return end_of_text(self.tokenizer)
+
+    @property
+    def prefix_token_id(self) -> int:
+        first = self.tokenizer.bos_token_id
+        return self.eot_token_id if first is None else first
+
+    @property
+    def tokenizer_name(self) -> str:
+        return str(self.tokenizer.name_or_path).replace("/", "__")
+
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
+    ) -> list[int]:
+        del kwargs
+        ids = encode(self.tokenizer, [string])[0]
+        is_led = ids[: len(self._lead)] == self._lead
+        return ids if add_special_tokens is False or is_led else [*self._lead, *ids]
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        # Blanks belong to what follows them, as the harness has it; the rest is as in training.
+        stripped = context.rstrip()
+        pair = (stripped, context[len(stripped) :] + continuation)
+        before, after = encode_pairs(self.tokenizer, [pair])[0]
+        return before or [self.prefix_token_id], after
+
+    def _loglikelihood_tokens(
+        self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **kwargs: Any
+    ) -> list[tuple[float, bool]]:
+        del kwargs
+        items = [
+            self._fitted(Item.continuation(context, continuation), texts)
+            for texts, context, continuation in requests
+        ]
+        answers = [(score.values[0], score.is_greedy) for score in self._scores(items)]
+        for (texts, *_), answer in zip(requests, answers, strict=True):
+            self.cache_hook.add_partial("loglikelihood", texts, answer)
+        return answers
+
+    def loglikelihood_rolling(self, requests: list, disable_tqdm: bool = False) -> list[float]:
+        del disable_tqdm
+        items, owners = [], []
+        for number, request in enumerate(requests):
+            ids = encode(self.tokenizer, [request.args[0]])[0]
+            windows = get_rolling_token_windows(
+                ids, self.prefix_token_id, max_seq_len=self.max_length, context_len=1
+            )
+            for tokens, targets in windows:
+                items.append(Item(tuple(tokens), tuple(targets), ()))
+                owners.append(number)
+        sums = [0.0] * len(requests)
+        for number, score in zip(owners, self._scores(items), strict=True):
+            sums[number] += score.values[0]
+        for request, total in zip(requests, sums, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        return sums
+
+    def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
+        del requests, disable_tqdm
+        raise ConfigError(
+            "this task generates text, which the model cannot do yet behind this interface; take "
+            "tasks that score given texts (output_type multiple_choice or loglikelihood)"
+        )
+
+    def _scores(self, items: list[Item]) -> list[Score]:
+        found: dict[int, Score] = {}
+        groups = [(item,) for item in items]
+        for batch in self._scorer.scores(groups, self._adapter, [False] * len(items)):
+            found |= {index: score for index, _, score in batch}
+        return [found[index] for index in range(len(items))]
+
+    def _fitted(self, item: Item, texts: tuple[str, str]) -> Item:
+        if len(item.tokens) <= self.max_length:
+            return item
+        problem = f"a request of {len(item.tokens)} tokens ({texts[0][:40]!r}...)"
+        if not self._truncate:
+            raise DataError(
+                f"{problem} is longer than the base's context of {self.max_length}; take fewer "
+                "shots, or truncate=True to cut its start off"
+            )
+        try:
+            return item.shortened(self.max_length, len(self._lead))
+        except ValueError:
+            raise DataError(f"{problem}: the text to score alone is too long") from None

@@ -1,0 +1,182 @@
+"""From questions to token ids: the two ways in which a model's answer is read off.
+
+`labels`: the prompt lists the options, and the answer is the label (`A`, `true`) that the model
+finds likeliest next. Where each label is one token, this compares the logits of these tokens at the
+prompt's last position, as the reference does (MoE-PEFT, `evaluator.py`). What all labels begin with
+(a token of a space) counts as the prompt's end; labels of several tokens are compared by the
+likelihood of the whole label, which for one token is the same.
+
+`choices`: the prompt does not list the options, and the answer is the option whose words are
+likeliest after it. `acc` goes by the sum of their tokens' log-probabilities, `acc_norm` by that sum
+divided by the number of characters (arXiv:2005.14165, section 2.4, divides by tokens; characters,
+as in lm-evaluation-harness, compare between tokenizers).
+
+Texts become ids as they do in training: see `moe_jax.data.tokenise`.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from moe_jax.data.examples import Example, Piece
+from moe_jax.data.tokenise import encode_examples
+from moe_jax.data.tokenizer import encode, leading_tokens
+from moe_jax.errors import DataError
+from moe_jax.evaluation.items import Item
+from moe_jax.evaluation.task import Question
+
+Measures = dict[str, int]
+"""By the name of a measure, the index of the choice that it picks."""
+
+
+class Prepared(NamedTuple):
+    """A question as token ids.
+
+    Attributes:
+      question: as text.
+      items: what the model has to score; their scores one after the other are the choices'.
+    """
+
+    question: Question
+    items: tuple[Item, ...]
+
+
+class Protocol(NamedTuple):
+    """A way of asking.
+
+    Attributes:
+      prepare: from `(task name, questions, tokenizer)` to the prepared questions; none at all where
+        the task cannot be asked that way.
+      measures: the names of what is measured.
+      pick: from a question and its choices' scores to what each measure picks.
+    """
+
+    prepare: Callable[[str, Sequence[Question], PreTrainedTokenizerBase], list[Prepared]]
+    measures: tuple[str, ...]
+    pick: Callable[[Question, Sequence[float]], Measures]
+
+
+def prepare_labels(
+    task: str, questions: Sequence[Question], tokenizer: PreTrainedTokenizerBase
+) -> list[Prepared]:
+    """See `Protocol`.
+
+    Raises:
+      DataError: the tokenizer does not tell the labels apart.
+    """
+    if not all(question.labels for question in questions):
+        return []
+    prompts = [question.preface + question.prompt for question in questions]
+    lead = leading_tokens(tokenizer)
+    encoded = encode(tokenizer, prompts)
+    # What labels become depends on the end of the prompt only: its last line.
+    known: dict[tuple[str, tuple[str, ...]], list[list[int]]] = {}
+    prepared = []
+    for question, prompt, ids in zip(questions, prompts, encoded, strict=True):
+        key = (prompt.rsplit("\n", 1)[-1], question.labels)
+        if key not in known:
+            known[key] = _label_ids(task, prompt, question.labels, tokenizer)
+        tokens = [*lead, *ids]
+        prepared.append(Prepared(question, _label_items(tokens, known[key])))
+    return prepared
+
+
+def _label_items(prompt: list[int], labels: list[list[int]]) -> tuple[Item, ...]:
+    shared = _shared_prefix(labels)
+    rest = [label[shared:] for label in labels]
+    if all(len(ids) == 1 for ids in rest):
+        return (Item.next_token([*prompt, *labels[0][:shared]], [ids[0] for ids in rest]),)
+    context = [*prompt, *labels[0][:shared]]
+    return tuple(Item.continuation(context, ids) for ids in rest)
+
+
+def _label_ids(
+    task: str, prompt: str, labels: Sequence[str], tokenizer: PreTrainedTokenizerBase
+) -> list[list[int]]:
+    pairs = encode_pairs(tokenizer, [(prompt, f" {label}") for label in labels])
+    ids = [continuation for _, continuation in pairs]
+    name = tokenizer.name_or_path or "the tokenizer"
+    for index, (label, own) in enumerate(zip(labels, ids, strict=True)):
+        if not own or tokenizer.unk_token_id in own:
+            raise DataError(
+                f"task {task!r}: {name} has no tokens for the label {label!r}; take another base, "
+                "or the protocol 'choices' alone"
+            )
+        for other, ids_other in zip(labels[:index], ids[:index], strict=True):
+            shorter = min(len(own), len(ids_other))
+            if own[:shorter] == ids_other[:shorter]:
+                raise DataError(
+                    f"task {task!r}: {name} does not tell the labels {other!r} and {label!r} "
+                    f"apart: their tokens are {tokenizer.convert_ids_to_tokens(ids_other)} and "
+                    f"{tokenizer.convert_ids_to_tokens(own)}; take another base, or the protocol "
+                    "'choices' alone"
+                )
+    return ids
+
+
+def _shared_prefix(sequences: Sequence[Sequence[int]]) -> int:
+    """How many ids all sequences begin with."""
+    for place, ids in enumerate(zip(*sequences, strict=False)):
+        if len(set(ids)) > 1:
+            return place
+    return min(map(len, sequences))
+
+
+def prepare_choices(
+    task: str, questions: Sequence[Question], tokenizer: PreTrainedTokenizerBase
+) -> list[Prepared]:
+    """See `Protocol`.
+
+    Raises:
+      DataError: a choice has no token.
+    """
+    pairs = iter(
+        encode_pairs(tokenizer, [choice for question in questions for choice in question.choices])
+    )
+    prepared = []
+    for question in questions:
+        items = []
+        for choice in question.choices:
+            context, continuation = next(pairs)
+            if not context or not continuation:
+                part = "no token of the choice" if context else "no token before the choice"
+                raise DataError(f"task {task!r}: {question.where}: {part} {choice.continuation!r}")
+            items.append(Item.continuation(context, continuation))
+        prepared.append(Prepared(question, tuple(items)))
+    return prepared
+
+
+def encode_pairs(
+    tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, str]]
+) -> list[tuple[list[int], list[int]]]:
+    """Ids of each context, with what leads a text, and of what continues it."""
+    examples = [
+        Example((Piece(context, False), Piece(text, True)), leads=True, ends=False)
+        for context, text in pairs
+    ]
+    encoded = encode_examples(examples, tokenizer, train_on_prompt=False)
+    return [
+        (ids[: -sum(mask)], ids[-sum(mask) :]) if any(mask) else (ids, []) for ids, mask in encoded
+    ]
+
+
+def _pick_label(question: Question, scores: Sequence[float]) -> Measures:
+    del question
+    return {"label_acc": int(np.argmax(scores))}
+
+
+def _pick_choice(question: Question, scores: Sequence[float]) -> Measures:
+    characters = [len(choice.continuation.strip()) for choice in question.choices]
+    return {
+        "acc": int(np.argmax(scores)),
+        "acc_norm": int(np.argmax(np.asarray(scores) / characters)),
+    }
+
+
+PROTOCOLS: Mapping[str, Protocol] = {
+    "labels": Protocol(prepare_labels, ("label_acc",), _pick_label),
+    "choices": Protocol(prepare_choices, ("acc", "acc_norm"), _pick_choice),
+}
+"""By the name that the user gives."""

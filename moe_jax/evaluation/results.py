@@ -1,0 +1,218 @@
+"""Counts, accuracies and their errors, as data and as tables."""
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from moe_jax.checkpoints.disk import disk_errors
+from moe_jax.version import __version__
+
+MEANINGS = {
+    "label_acc": "the label that the model finds likeliest after a prompt that lists the options",
+    "acc": "the option whose words the model finds likeliest after the question",
+    "acc_norm": "the same, log-likelihoods divided by the options' number of characters",
+}
+"""What each measure calls the model's answer."""
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """So many right answers.
+
+    Attributes:
+      correct: how many.
+      questions: out of how many; at least one.
+    """
+
+    correct: int
+    questions: int
+
+    @property
+    def value(self) -> float:
+        """The share of right answers."""
+        return self.correct / self.questions
+
+    @property
+    def standard_error(self) -> float:
+        """Of a binomial share: the square root of p (1 - p) / n."""
+        return math.sqrt(self.value * (1.0 - self.value) / self.questions)
+
+    def to_plain(self) -> dict[str, Any]:
+        """Counts and what follows from them."""
+        return {
+            "correct": self.correct,
+            "questions": self.questions,
+            "accuracy": self.value,
+            "standard_error": self.standard_error,
+        }
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One model on one task, asked one way.
+
+    Attributes:
+      model: what the user calls it.
+      task: its name.
+      protocol: how it was asked.
+      accuracies: by measure.
+      subjects: by measure and part of the task, if it has parts.
+      examples: what the model said about each question, in the order of the data.
+    """
+
+    model: str
+    task: str
+    protocol: str
+    accuracies: Mapping[str, Accuracy]
+    subjects: Mapping[str, Mapping[str, Accuracy]]
+    examples: Sequence[Mapping[str, Any]]
+
+
+def outcome(
+    model: str, task: str, protocol: str, measures: Sequence[str], examples: Sequence[Mapping]
+) -> Outcome:
+    """Counts the right answers.
+
+    Args:
+      model, task, protocol, measures: see `Outcome`.
+      examples: each with `answer`, `picked` (by measure) and `subject`.
+    """
+    by_subject: dict[str, list[Mapping]] = {}
+    for example in examples:
+        by_subject.setdefault(example["subject"], []).append(example)
+    subjects = {}
+    if set(by_subject) != {""}:
+        subjects = {
+            measure: {name: _accuracy(measure, own) for name, own in sorted(by_subject.items())}
+            for measure in measures
+        }
+    accuracies = {measure: _accuracy(measure, examples) for measure in measures}
+    return Outcome(model, task, protocol, accuracies, subjects, examples)
+
+
+def _accuracy(measure: str, examples: Sequence[Mapping]) -> Accuracy:
+    correct = sum(example["picked"][measure] == example["answer"] for example in examples)
+    return Accuracy(correct, len(examples))
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What came of an evaluation.
+
+    Attributes:
+      settings: what was evaluated and how; plain JSON values.
+      outcomes: for each model, task and protocol.
+    """
+
+    settings: Mapping[str, Any]
+    outcomes: Sequence[Outcome]
+    models: Sequence[str] = field(init=False)
+    tasks: Sequence[str] = field(init=False)
+
+    def __post_init__(self):
+        object.__setattr__(self, "models", list(dict.fromkeys(o.model for o in self.outcomes)))
+        object.__setattr__(self, "tasks", list(dict.fromkeys(o.task for o in self.outcomes)))
+
+    def accuracy(self, model: str, task: str, measure: str) -> Accuracy | None:
+        """One cell of the table; None where the task is not measured that way."""
+        for one in self.outcomes:
+            if (one.model, one.task) == (model, task) and measure in one.accuracies:
+                return one.accuracies[measure]
+        return None
+
+    def average(self, model: str, measure: str) -> tuple[float, float] | None:
+        """The mean over all tasks, each counting the same, and its standard error.
+
+        None where a task is not measured that way.
+        """
+        cells = [self.accuracy(model, task, measure) for task in self.tasks]
+        known = [cell for cell in cells if cell is not None]
+        if len(known) < len(cells):
+            return None
+        variance = sum(cell.standard_error**2 for cell in known)
+        return sum(cell.value for cell in known) / len(known), math.sqrt(variance) / len(known)
+
+    def measures(self) -> list[str]:
+        """All that was measured, in the order of `MEANINGS`."""
+        found = {measure for one in self.outcomes for measure in one.accuracies}
+        return [*(m for m in MEANINGS if m in found), *sorted(found - set(MEANINGS))]
+
+    def to_plain(self) -> dict[str, Any]:
+        """Everything but the examples, as plain JSON values."""
+        averages = []
+        for model in self.models:
+            for measure in self.measures():
+                mean = self.average(model, measure)
+                if mean is not None:
+                    averages.append(
+                        {
+                            "model": model,
+                            "measure": measure,
+                            "accuracy": mean[0],
+                            "standard_error": mean[1],
+                        }
+                    )
+        return {
+            "moe_jax": __version__,
+            **self.settings,
+            "results": [_outcome_to_plain(one) for one in self.outcomes],
+            "averages": averages,
+        }
+
+    def to_markdown(self) -> str:
+        """A table for each measure: tasks as columns, models as rows."""
+        tables = [self._table(measure) for measure in self.measures()]
+        return "\n".join(["Accuracy in percent, ± one standard error.\n", *tables])
+
+    def save(self, folder: Path) -> None:
+        """Writes `results.json` and `results.md`."""
+        texts = {
+            "results.json": json.dumps(self.to_plain(), indent=2, ensure_ascii=False) + "\n",
+            "results.md": self.to_markdown(),
+        }
+        for name, text in texts.items():
+            with disk_errors(folder / name):
+                beside = folder / f"{name}.tmp"
+                beside.write_text(text, encoding="utf-8")
+                os.replace(beside, folder / name)
+
+    def _table(self, measure: str) -> str:
+        counts = {}
+        for one in self.outcomes:
+            for accuracy in one.accuracies.values():
+                counts[one.task] = accuracy.questions
+        header = ["model", *self.tasks, "average"]
+        rows = [["questions", *(str(counts[task]) for task in self.tasks), ""]]
+        for model in self.models:
+            cells = []
+            for task in self.tasks:
+                accuracy = self.accuracy(model, task, measure)
+                both = None if accuracy is None else (accuracy.value, accuracy.standard_error)
+                cells.append(_percent(both))
+            rows.append([model, *cells, _percent(self.average(model, measure))])
+        ruler = ["---", *["---:"] * (len(header) - 1)]
+        lines = [f"| {' | '.join(cells)} |" for cells in (header, ruler, *rows)]
+        meaning = f": {MEANINGS[measure]}" if measure in MEANINGS else ""
+        return "\n".join([f"**{measure}**{meaning}.\n", *lines, ""])
+
+
+def _percent(value_and_error: tuple[float, float] | None) -> str:
+    if value_and_error is None:
+        return "-"
+    value, error = value_and_error
+    return f"{100 * value:.1f} ± {100 * error:.1f}"
+
+
+def _outcome_to_plain(one: Outcome) -> dict[str, Any]:
+    measures = {}
+    for measure, accuracy in one.accuracies.items():
+        measures[measure] = accuracy.to_plain()
+        if measure in one.subjects:
+            measures[measure]["subjects"] = {
+                name: part.to_plain() for name, part in one.subjects[measure].items()
+            }
+    return {"model": one.model, "task": one.task, "protocol": one.protocol, "measures": measures}

@@ -1,0 +1,140 @@
+"""What a task is: a data set whose rows become questions with a few choices each."""
+
+import abc
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import ClassVar, NamedTuple
+
+from moe_jax.config.parse import require
+from moe_jax.config.registry import Registry
+from moe_jax.errors import DataError
+from moe_jax.evaluation.rows import Row
+from moe_jax.evaluation.sources import HubData, read_hub, read_local
+
+TASKS = Registry("task")
+
+BETWEEN_SHOTS = "\n\n"
+
+
+class Choice(NamedTuple):
+    """One possible answer as a stretch of text.
+
+    Attributes:
+      context: what stands before it.
+      continuation: the text whose likelihood is measured, with the blank in front of it.
+    """
+
+    context: str
+    continuation: str
+
+
+class Question(NamedTuple):
+    """A row as text, for both ways of answering; see `protocols`.
+
+    Attributes:
+      where: the place of the row, for messages.
+      preface: what stands once before the prompt and its shots.
+      prompt: the question with its options, up to the place where a label follows.
+      labels: what may follow there, one for each choice, without the blank in front of it; empty
+        where the task has no labels.
+      choices: what the options say, each after its own context.
+      answer: the index of the right one.
+      subject: the part of the task that it belongs to, if the task has parts.
+    """
+
+    where: str
+    preface: str
+    prompt: str
+    labels: tuple[str, ...]
+    choices: tuple[Choice, ...]
+    answer: int
+    subject: str = ""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Task(abc.ABC):
+    """A data set and how its rows are asked. Members are registered in `TASKS`.
+
+    Attributes:
+      path: a local file or folder with the rows; None takes them from the hub.
+      split: None takes the one by which models are compared.
+      limit: only so many of the first rows; None takes all.
+      shots: answered examples in front of each question.
+    """
+
+    registry: ClassVar[Registry] = TASKS
+    hub: ClassVar[HubData]
+
+    path: str | None = None
+    split: str | None = None
+    limit: int | None = None
+    shots: int = 0
+
+    def __post_init__(self):
+        require(self.path != "", "path", "is empty; name a file or a folder")
+        require(self.limit is None or self.limit > 0, "limit", "must be positive")
+        require(self.shots >= 0, "shots", "must not be negative")
+
+    @property
+    def name(self) -> str:
+        """What results call it."""
+        return self.registry.name_of(self)
+
+    @abc.abstractmethod
+    def question(self, row: Row) -> Question:
+        """A row as text, without shots.
+
+        Raises:
+          DataError: the row does not fit the task's schema.
+        """
+
+    def questions(self) -> list[Question]:
+        """All questions, with the shots in front of them.
+
+        Raises:
+          DataError: the data cannot be read, a row does not fit, or the shots are too few.
+        """
+        split = self.split or self.hub.split
+        if self.shots and split == self.hub.shots_split:
+            raise DataError(
+                f"task {self.name!r}: shots are taken from the split {split!r}, which is the one "
+                "to evaluate; set shots to 0 or take another split"
+            )
+        questions = [self.question(row) for row in self._read(split, self.limit)]
+        if not self.shots:
+            return questions
+        shots: dict[str, list[Question]] = {question.subject: [] for question in questions}
+        for row in self._read(self.hub.shots_split, None):
+            shot = self.question(row)
+            if len(shots.get(shot.subject, ())) < self.shots:
+                shots.setdefault(shot.subject, []).append(shot)
+        for question in questions:
+            found = len(shots[question.subject])
+            if found < self.shots:
+                about = f" about {question.subject}" if question.subject else ""
+                raise DataError(
+                    f"task {self.name!r}: {self.shots} shots asked for, but the split "
+                    f"{self.hub.shots_split!r} has {found}{about}; set shots to at most that"
+                )
+        return [with_shots(question, shots[question.subject]) for question in questions]
+
+    def _read(self, split: str, limit: int | None) -> list[Row]:
+        if self.path is None:
+            return read_hub(self.hub, split, limit)
+        return read_local(Path(self.path), self.hub.config, split, limit)
+
+
+def with_shots(question: Question, shots: Sequence[Question]) -> Question:
+    """`question` after examples that are answered in the way in which it is asked."""
+    labelled, told = [], []
+    for shot in shots:
+        if shot.labels:
+            labelled.append(f"{shot.prompt} {shot.labels[shot.answer]}{BETWEEN_SHOTS}")
+        right = shot.choices[shot.answer]
+        told.append(f"{right.context}{right.continuation}{BETWEEN_SHOTS}")
+    before = "".join(told)
+    return question._replace(
+        prompt="".join(labelled) + question.prompt,
+        choices=tuple(Choice(before + c.context, c.continuation) for c in question.choices),
+    )

@@ -1,0 +1,35 @@
+"""ARC: science questions from schools (arXiv:1803.05457)."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from moe_jax.evaluation.options import labelled_choices, lettered_question
+from moe_jax.evaluation.rows import Row
+from moe_jax.evaluation.sources import HubData
+from moe_jax.evaluation.task import TASKS, Question, Task
+
+PREFACE = "Choose the option that answers the science question.\n\n"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Arc(Task):
+    def question(self, row: Row) -> Question:
+        texts, answer = labelled_choices(row)
+        stem = f"Question: {row.text('question')}"
+        return lettered_question(row, preface=PREFACE, stem=stem, texts=texts, answer=answer)
+
+
+@TASKS.register("arc_easy")
+@dataclass(frozen=True, kw_only=True)
+class ArcEasy(_Arc):
+    """The easy ones; 2,376 test questions of three to five options."""
+
+    hub: ClassVar[HubData] = HubData("allenai/ai2_arc", "ARC-Easy", "test", "train")
+
+
+@TASKS.register("arc_challenge")
+@dataclass(frozen=True, kw_only=True)
+class ArcChallenge(_Arc):
+    """Those that looking words up does not answer; 1,172 test questions."""
+
+    hub: ClassVar[HubData] = HubData("allenai/ai2_arc", "ARC-Challenge", "test", "train")

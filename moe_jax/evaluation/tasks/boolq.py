@@ -1,0 +1,29 @@
+"""BoolQ: questions that people asked a search engine, true or false (arXiv:1905.10044).
+
+Asked without the passage that the data set has for each question, as in the reference.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from moe_jax.evaluation.rows import Row
+from moe_jax.evaluation.sources import HubData
+from moe_jax.evaluation.task import TASKS, Choice, Question, Task
+
+PREFACE = "Say whether the answer to the question is true or false.\n\n"
+LABELS = ("true", "false")
+WORDS = ("yes", "no")
+
+
+@TASKS.register("boolq")
+@dataclass(frozen=True, kw_only=True)
+class BoolQ(Task):
+    """3,270 validation questions; the test split's answers are not public."""
+
+    hub: ClassVar[HubData] = HubData("google/boolq", None, "validation", "train")
+
+    def question(self, row: Row) -> Question:
+        prompt = f"Question: {row.text('question').rstrip('?')}?\nAnswer:"
+        choices = tuple(Choice(prompt, f" {word}") for word in WORDS)
+        answer = 0 if row.flag("answer") else 1
+        return Question(row.where, PREFACE, prompt, LABELS, choices, answer)

@@ -1,0 +1,24 @@
+"""CommonsenseQA: questions about everyday concepts (arXiv:1811.00937)."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from moe_jax.evaluation.options import labelled_choices, lettered_question
+from moe_jax.evaluation.rows import Row
+from moe_jax.evaluation.sources import HubData
+from moe_jax.evaluation.task import TASKS, Question, Task
+
+PREFACE = "Use common sense to choose the option that answers the question.\n\n"
+
+
+@TASKS.register("csqa")
+@dataclass(frozen=True, kw_only=True)
+class CommonsenseQA(Task):
+    """1,221 validation questions of five options; the test split's answers are not public."""
+
+    hub: ClassVar[HubData] = HubData("tau/commonsense_qa", None, "validation", "train")
+
+    def question(self, row: Row) -> Question:
+        texts, answer = labelled_choices(row)
+        stem = f"Question: {row.text('question')}"
+        return lettered_question(row, preface=PREFACE, stem=stem, texts=texts, answer=answer)

@@ -1,0 +1,36 @@
+"""MMLU: exam questions from 57 subjects (arXiv:2009.03300)."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from moe_jax.evaluation.options import lettered_question
+from moe_jax.evaluation.rows import Row
+from moe_jax.evaluation.sources import HubData
+from moe_jax.evaluation.task import TASKS, Question, Task
+
+PREFACE = "Choose the right option for each question about {subject}.\n\n"
+LABELS = ("0", "1", "2", "3")
+
+
+@TASKS.register("mmlu")
+@dataclass(frozen=True, kw_only=True)
+class Mmlu(Task):
+    """14,042 test questions of four options, after five of the same subject with their answers.
+
+    The accuracy is that over all questions; results have each subject's too.
+    """
+
+    hub: ClassVar[HubData] = HubData("cais/mmlu", "all", "test", "dev")
+
+    shots: int = 5
+
+    def question(self, row: Row) -> Question:
+        subject = row.text("subject").replace("_", " ")
+        return lettered_question(
+            row,
+            preface=PREFACE.format(subject=subject),
+            stem=f"Question: {row.text('question')}",
+            texts=row.texts("choices", len(LABELS)),
+            answer=row.position("answer", LABELS),
+            subject=subject,
+        )

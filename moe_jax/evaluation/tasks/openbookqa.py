@@ -1,0 +1,32 @@
+"""OpenBookQA: elementary science, to be reasoned from a fact (arXiv:1809.02789)."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from moe_jax.evaluation.options import labelled_choices, lettered_question
+from moe_jax.evaluation.rows import Row
+from moe_jax.evaluation.sources import HubData
+from moe_jax.evaluation.task import TASKS, Choice, Question, Task
+
+PREFACE = "Choose the option that answers the question or completes the sentence.\n\n"
+
+
+@TASKS.register("openbookqa")
+@dataclass(frozen=True, kw_only=True)
+class OpenBookQA(Task):
+    """500 test questions of four options, asked without the fact."""
+
+    hub: ClassVar[HubData] = HubData("allenai/openbookqa", "main", "test", "train")
+
+    def question(self, row: Row) -> Question:
+        texts, answer = labelled_choices(row)
+        stem = row.text("question_stem")
+        return lettered_question(
+            row,
+            preface=PREFACE,
+            stem=f"Question: {stem}",
+            texts=texts,
+            answer=answer,
+            # Most stems are the first half of a sentence.
+            choices=tuple(Choice(stem, f" {text}") for text in texts),
+        )

@@ -1,0 +1,33 @@
+"""PIQA: which of two ways works in the physical world (arXiv:1911.11641)."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from moe_jax.evaluation.options import lettered_question
+from moe_jax.evaluation.rows import Row
+from moe_jax.evaluation.sources import HubData
+from moe_jax.evaluation.task import TASKS, Choice, Question, Task
+
+PREFACE = "Choose the solution that reaches the goal.\n\n"
+LABELS = ("0", "1")
+
+
+@TASKS.register("piqa")
+@dataclass(frozen=True, kw_only=True)
+class Piqa(Task):
+    """1,838 validation goals; the test split's answers are not public."""
+
+    # The authors' own `ybisk/piqa` is a script, which `datasets` no longer runs.
+    hub: ClassVar[HubData] = HubData("baber/piqa", None, "validation", "train")
+
+    def question(self, row: Row) -> Question:
+        stem = f"Goal: {row.text('goal')}"
+        solutions = (row.text("sol1"), row.text("sol2"))
+        return lettered_question(
+            row,
+            preface=PREFACE,
+            stem=stem,
+            texts=solutions,
+            answer=row.position("label", LABELS),
+            choices=tuple(Choice(f"{stem}\nSolution:", f" {text}") for text in solutions),
+        )

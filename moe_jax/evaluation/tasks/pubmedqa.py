@@ -1,0 +1,32 @@
+"""PubMedQA: questions on the abstracts of medical papers (arXiv:1909.06146)."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from moe_jax.evaluation.rows import Row
+from moe_jax.evaluation.sources import HubData
+from moe_jax.evaluation.task import TASKS, Choice, Question, Task
+
+PREFACE = "Answer the medical question by the abstract: yes, no or maybe.\n\n"
+LABELS = ("yes", "no", "maybe")
+
+
+@TASKS.register("pubmedqa")
+@dataclass(frozen=True, kw_only=True)
+class PubMedQA(Task):
+    """The 1,000 questions that experts answered, asked with the abstract but its conclusion.
+
+    They are one split, which the hub calls train; there are no others to take shots from.
+    """
+
+    hub: ClassVar[HubData] = HubData("qiaojin/PubMedQA", "pqa_labeled", "train", "train")
+
+    def question(self, row: Row) -> Question:
+        context = row.group("context")
+        parts = context.texts("contexts")
+        names = context.texts("labels", len(parts))
+        abstract = "\n".join(f"{name}: {part}" for name, part in zip(names, parts, strict=True))
+        prompt = f"{abstract}\n\nQuestion: {row.text('question')}\nAnswer:"
+        choices = tuple(Choice(prompt, f" {label}") for label in LABELS)
+        answer = row.position("final_decision", LABELS)
+        return Question(row.where, PREFACE, prompt, LABELS, choices, answer)

@@ -1,0 +1,30 @@
+"""Social IQa: what people feel, want and do next (arXiv:1904.09728)."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from moe_jax.evaluation.options import lettered_question
+from moe_jax.evaluation.rows import Row
+from moe_jax.evaluation.sources import HubData
+from moe_jax.evaluation.task import TASKS, Question, Task
+
+PREFACE = "Choose the option that answers the question about the situation.\n\n"
+LABELS = ("1", "2", "3")
+
+
+@TASKS.register("siqa")
+@dataclass(frozen=True, kw_only=True)
+class SocialIQA(Task):
+    """1,954 validation questions of three options."""
+
+    # The authors' own `allenai/social_i_qa` is a script, which `datasets` no longer runs.
+    hub: ClassVar[HubData] = HubData("lighteval/siqa", None, "validation", "train")
+
+    def question(self, row: Row) -> Question:
+        return lettered_question(
+            row,
+            preface=PREFACE,
+            stem=f"Situation: {row.text('context')}\nQuestion: {row.text('question')}",
+            texts=tuple(row.text(f"answer{letter}") for letter in "ABC"),
+            answer=row.position("label", LABELS),
+        )

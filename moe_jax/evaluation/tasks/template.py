@@ -1,0 +1,213 @@
+"""A user's own task: a file of rows, and a text file that says how they are asked.
+
+The text file has up to three sections:
+
+    Read the passage and answer.
+
+    {passage}
+
+    Question: {question}
+    {options}
+    Answer:
+    --- choices ---
+    {first}
+    {second}
+    --- answer ---
+    {solution}
+
+The first is the prompt. `{passage}` stands for the row's column of that name; a brace that is meant
+as such is written twice. A line `{options}` lists the choices under letters, which then are the
+labels; for scoring the choices by likelihood the prompt is taken without that line.
+
+The second has one choice a line. A line that is a single column whose value is a list stands for
+all its items. Left out, it is `{choices}`. Choices without any column, such as yes and no, are the
+labels of a prompt that has no line `{options}`.
+
+The third gives the right choice: its text, its letter, or, as a number in the data, its index from
+0. Left out, it is `{answer}`. The line breaks at the end of a section do not belong to it.
+"""
+
+import functools
+import re
+import string
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+from moe_jax.config.parse import require
+from moe_jax.errors import DataError
+from moe_jax.evaluation.options import LETTERS, lettered
+from moe_jax.evaluation.rows import Row, kind
+from moe_jax.evaluation.sources import HubData
+from moe_jax.evaluation.task import TASKS, Choice, Question, Task
+
+SECTIONS = ("choices", "answer")
+OPTIONS_LINE = "{options}"
+
+
+class Template(NamedTuple):
+    """A parsed template file.
+
+    Attributes:
+      prompt: the text up to the place where the answer follows.
+      choices: one template each, or one that names a column with a list.
+      answer: what gives the right choice.
+    """
+
+    prompt: str
+    choices: tuple[str, ...]
+    answer: str
+
+
+@TASKS.register("template")
+@dataclass(frozen=True, kw_only=True)
+class TemplateTask(Task):
+    """Rows from `path`, asked as the file `template` says; named after that file.
+
+    Attributes:
+      template: the text file; see this module.
+      shots_split: the split of a folder that shots are taken from.
+    """
+
+    template: str
+    shots_split: str = "train"
+    hub: ClassVar[HubData]  # an own task has no other home than `path`
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(bool(self.path), "path", "a task from a template needs a local file or folder")
+        object.__setattr__(self, "hub", HubData("", None, "test", self.shots_split))
+        if self.shots and Path(str(self.path)).is_file():
+            require(False, "shots", "needs a folder with a file for each split, not a single file")
+
+    @property
+    def name(self) -> str:
+        return Path(self.template).stem
+
+    @functools.cached_property
+    def parsed(self) -> Template:
+        """The template file; raises `DataError` if it cannot be used."""
+        return load_template(Path(self.template).expanduser())
+
+    def question(self, row: Row) -> Question:
+        template = self.parsed
+        texts = _choices(template.choices, row)
+        lines = template.prompt.split("\n")
+        plain = _fill("\n".join(line for line in lines if line != OPTIONS_LINE), row)
+        choices = tuple(Choice(plain, f" {text}") for text in texts)
+        labels: tuple[str, ...] = ()
+        prompt = plain
+        if OPTIONS_LINE in lines:
+            labels = LETTERS[: len(texts)]
+            filled = {"options": lettered(texts)}
+            prompt = _fill(template.prompt, row, filled)
+        elif not any(_columns(choice) for choice in template.choices):
+            labels = texts
+        answer = _answer(template.answer, row, texts)
+        return Question(row.where, "", prompt, labels, choices, answer)
+
+
+def load_template(path: Path) -> Template:
+    """Reads and checks a template file.
+
+    Raises:
+      DataError: it cannot be read, or a section or placeholder is not as it should be.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such task template") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read as text ({error})") from None
+    prompt, *rest = re.split(r"^--- *(\w+) *---[ \t]*$", text, flags=re.MULTILINE)
+    sections = dict(zip(rest[::2], rest[1::2], strict=True))
+    for name in rest[::2]:
+        if name not in SECTIONS or rest[::2].count(name) > 1:
+            problem = "comes twice" if name in SECTIONS else "is unknown"
+            raise DataError(f"{path}: the section {name!r} {problem}; known: {', '.join(SECTIONS)}")
+    choices = [line.strip() for line in sections.get("choices", "{choices}").strip().split("\n")]
+    template = Template(prompt.rstrip(), tuple(choices), sections.get("answer", "{answer}").strip())
+    if not template.prompt or "" in choices or not template.answer:
+        raise DataError(f"{path}: a section, or a line of the choices, is empty")
+    try:
+        for line in (template.prompt, *choices, template.answer):
+            _columns(line)
+    except ValueError as error:
+        raise DataError(f"{path}: {error}; write a brace that is meant as such twice") from None
+    lines = template.prompt.split("\n")
+    if lines.count(OPTIONS_LINE) != template.prompt.count(OPTIONS_LINE) or (
+        lines.count(OPTIONS_LINE) > 1
+    ):
+        raise DataError(f"{path}: {OPTIONS_LINE} must be a line by itself, and stand there once")
+    return template
+
+
+def _columns(template: str) -> list[str]:
+    """The placeholders of a template; raises ValueError where it does not parse."""
+    names = []
+    for _, name, spec, conversion in string.Formatter().parse(template):
+        if name is None:
+            continue
+        if not name.strip() or name != name.strip() or spec or conversion:
+            raise ValueError(f"a placeholder is {{column}} and nothing else, not {{{name}...}}")
+        names.append(name)
+    return names
+
+
+def _fill(template: str, row: Row, extra: Mapping[str, str] | None = None) -> str:
+    filled = []
+    for literal, name, _, _ in string.Formatter().parse(template):
+        filled.append(literal)
+        if name is not None:
+            known = extra is not None and name in extra
+            filled.append(extra[name] if extra is not None and known else _text(row, name))
+    return "".join(filled)
+
+
+def _text(row: Row, column: str) -> str:
+    value = row.value(column)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return str(value) if is_number else row.text(column)
+
+
+def _choices(templates: tuple[str, ...], row: Row) -> tuple[str, ...]:
+    texts: list[str] = []
+    for template in templates:
+        value = _lone_value(template, row)
+        if isinstance(value, list):
+            texts += row.texts(template[1:-1])
+        else:
+            texts.append(_fill(template, row))
+    if len(texts) < 2 or len(texts) > len(LETTERS):
+        raise DataError(f"{row.where}: {len(texts)} choices, but it takes 2 to {len(LETTERS)}")
+    return tuple(texts)
+
+
+def _answer(template: str, row: Row, texts: tuple[str, ...]) -> int:
+    value = _lone_value(template, row)
+    if type(value) is int:
+        if 0 <= value < len(texts):
+            return value
+        raise DataError(
+            f"{row.where}: the answer is {value}, not an index from 0 to {len(texts) - 1}"
+        )
+    if isinstance(value, bool):
+        text = str(value).lower()
+    else:
+        text = _fill(template, row)
+    if texts.count(text) == 1:
+        return texts.index(text)
+    letters = LETTERS[: len(texts)]
+    if text in letters and text not in texts:
+        return letters.index(text)
+    raise DataError(
+        f"{row.where}: the answer is {kind(text)}; it must be the text of one choice "
+        f"({', '.join(texts)}), its letter, or its index from 0 as a number"
+    )
+
+
+def _lone_value(template: str, row: Row) -> Any:
+    """The value of the column that is all of a template; None where it is more than that."""
+    names = _columns(template)
+    return row.value(names[0]) if names and template == f"{{{names[0]}}}" else None

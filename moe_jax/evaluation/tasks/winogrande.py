@@ -1,0 +1,45 @@
+"""WinoGrande: which of two fills the blank in a sentence (arXiv:1907.10641)."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from moe_jax.errors import DataError
+from moe_jax.evaluation.options import lettered_question
+from moe_jax.evaluation.rows import Row
+from moe_jax.evaluation.sources import HubData
+from moe_jax.evaluation.task import TASKS, Choice, Question, Task
+
+PREFACE = "Choose the option that fills the blank, written as _, in the sentence.\n\n"
+LABELS = ("1", "2")
+BLANK = "_"
+
+
+@TASKS.register("winogrande")
+@dataclass(frozen=True, kw_only=True)
+class WinoGrande(Task):
+    """1,267 validation sentences, the same in all its configurations.
+
+    By likelihood the options are compared through what follows the blank once each is filled in
+    (partial scoring, arXiv:1806.02847, section 3): how likely a name is by itself says nothing.
+    """
+
+    hub: ClassVar[HubData] = HubData(
+        "allenai/winogrande", "winogrande_debiased", "validation", "train"
+    )
+
+    def question(self, row: Row) -> Question:
+        sentence = row.text("sentence")
+        options = (row.text("option1"), row.text("option2"))
+        before, blank, after = sentence.partition(BLANK)
+        if not blank or not after.strip():
+            raise DataError(
+                f"{row.where}: column 'sentence' must have a blank ({BLANK}) with text after it"
+            )
+        return lettered_question(
+            row,
+            preface=PREFACE,
+            stem=f"Sentence: {sentence}",
+            texts=options,
+            answer=row.position("answer", LABELS),
+            choices=tuple(Choice(before + option, after) for option in options),
+        )

@@ -1,0 +1,146 @@
+"""What becomes of labels and choices under tokenizers of different kinds, by hand."""
+
+import pytest
+import tokenizers
+from tokenizers import models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from moe_jax.errors import DataError
+from moe_jax.evaluation.items import Item, batched, default_buckets, item_batch
+from moe_jax.evaluation.protocols import PROTOCOLS
+from moe_jax.evaluation.task import Choice, Question, with_shots
+
+
+def words(*vocabulary: str, split: str = "word") -> PreTrainedTokenizerFast:
+    """One id a word (or a character, `_` for a blank), from 3 on; `<s>` is 1 and leads."""
+    ids = {word: i for i, word in enumerate(["<unk>", "<s>", "</s>", *vocabulary])}
+    backend = tokenizers.Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
+    if split == "word":
+        backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    else:
+        backend.normalizer = tokenizers.normalizers.Replace(" ", "_")
+        backend.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex("."), "isolated")
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+
+
+def question(prompt: str, labels: tuple[str, ...]) -> Question:
+    choices = tuple(Choice(prompt, f" {label}") for label in labels)
+    return Question("rows: line 1", "", prompt, labels, choices, 0)
+
+
+def label_items(tokenizer, *labels, prompt="q"):
+    ((_, items),) = PROTOCOLS["labels"].prepare("mine", [question(prompt, labels)], tokenizer)
+    return items
+
+
+def test_labels_of_one_token_are_compared_at_the_end_of_the_prompt():
+    #          3    4    5
+    items = label_items(words("q", "A", "B"), "A", "B")
+    assert items == (Item(tokens=(1, 3), targets=(), candidates=(4, 5)),)
+
+
+def test_what_all_labels_begin_with_ends_the_prompt():
+    #                          3    4    5    6
+    items = label_items(words("q", "_", "A", "B", split="characters"), "A", "B")
+    assert items == (Item(tokens=(1, 3, 4), targets=(), candidates=(5, 6)),)
+
+
+def test_labels_of_several_tokens_are_compared_as_a_whole():
+    #                        3    4    5    6    7    8
+    tokenizer = words("q", "_", "n", "o", "y", "e", split="characters")
+    no, yes = label_items(tokenizer, "no", "ye")
+    assert no == Item(tokens=(1, 3, 4, 5), targets=(5, 6), candidates=())
+    assert yes == Item(tokens=(1, 3, 4, 7), targets=(7, 8), candidates=())
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "labels", "message"),
+    [
+        ("q_may", ("ma", "may"), r"'mine': .* does not tell the labels 'ma' and 'may' apart"),
+        ("q_A", ("A", "B"), "'mine': .* has no tokens for the label 'B'; .* 'choices' alone"),
+    ],
+)
+def test_labels_that_cannot_be_told_apart(vocabulary, labels, message):
+    tokenizer = words(*vocabulary, split="characters")
+    tokenizer.name_or_path = "models/mine"
+    with pytest.raises(DataError, match=message) as error:
+        label_items(tokenizer, *labels)
+    assert "models/mine" in str(error.value)
+
+
+def test_choices_are_scored_token_by_token():
+    #                 3    4    5    6
+    tokenizer = words("q", "red", "dark", "blue")
+    asked = [question("q q", ("red", "dark blue"))]
+    ((_, items),) = PROTOCOLS["choices"].prepare("mine", asked, tokenizer)
+    assert items == (
+        Item(tokens=(1, 3, 3), targets=(4,), candidates=()),
+        Item(tokens=(1, 3, 3, 5), targets=(5, 6), candidates=()),
+    )
+
+
+def test_a_task_without_labels_is_asked_by_choices_only():
+    tokenizer = words("q", "red", "blue")
+    asked = [question("q", ("red", "blue"))._replace(labels=())]
+    assert PROTOCOLS["labels"].prepare("mine", asked, tokenizer) == []
+    assert len(PROTOCOLS["choices"].prepare("mine", asked, tokenizer)) == 1
+
+
+def test_a_choice_without_tokens_is_refused():
+    asked = [question("q", ("red", "\N{ZERO WIDTH SPACE}"))]
+    tokenizer = words("q", "red")
+    tokenizer.backend_tokenizer.normalizer = tokenizers.normalizers.Replace("\u200b", "")
+    with pytest.raises(DataError, match="'mine': rows: line 1: no token of the choice"):
+        PROTOCOLS["choices"].prepare("mine", asked, tokenizer)
+
+
+def test_what_the_measures_pick():
+    asked = question("q", ("red", "dark blue"))
+    assert PROTOCOLS["labels"].pick(asked, [-2.0, -1.0]) == {"label_acc": 1}
+    # 3 and 9 characters: -2 / 3 = -0.67 and -3 / 9 = -0.33.
+    assert PROTOCOLS["choices"].pick(asked, [-2.0, -3.0]) == {"acc": 0, "acc_norm": 1}
+
+
+def test_shots_are_answered_in_the_way_of_the_question():
+    shot = Question("", "P: ", "a?", ("A", "B"), (Choice("c", " x"), Choice("d", " y")), 1)
+    asked = Question("", "P: ", "b?", ("A", "B"), (Choice("e", " x"), Choice("f", " y")), 0)
+    found = with_shots(asked, [shot, shot])
+    assert found.preface + found.prompt == "P: a? B\n\na? B\n\nb?"
+    assert found.choices == (Choice("d y\n\nd y\n\ne", " x"), Choice("d y\n\nd y\n\nf", " y"))
+
+
+def test_batches_hold_items_of_like_length():
+    def group(*lengths):
+        return [Item((7,) * length, (), (1,)) for length in lengths]
+
+    groups = [group(3, 2), group(9), group(1, 5, 4)]
+    assert batched(groups, 4) == [[(1, 0), (2, 0), (2, 1), (2, 2)], [(0, 0), (0, 1)]]
+    assert default_buckets(100) == (32, 64, 100)
+    assert default_buckets(32) == (32,)
+
+
+def test_a_batch():
+    items = [Item((5, 6, 7), (7, 8), ()), Item((5,), (), (3, 4))]
+    batch = item_batch(items, rows=3, length=4, candidates=2)
+    assert batch.tokens.tolist() == [[5, 6, 7, 0], [5, 0, 0, 0], [0, 0, 0, 0]]
+    assert batch.is_token.sum(axis=1).tolist() == [3, 1, 0]
+    # After 6 comes 7, after 7 comes 8.
+    assert (batch.targets * batch.is_target).tolist() == [[0, 7, 8, 0], [0] * 4, [0] * 4]
+    assert batch.last.tolist() == [2, 0, 0]
+    assert batch.candidates.tolist() == [[0, 0], [3, 4], [0, 0]]
+
+
+def test_cutting_leaves_what_leads_and_what_is_scored():
+    item = Item.continuation([1, 2, 3, 4], [5, 6])
+    assert item.tokens == (1, 2, 3, 4, 5)
+    assert item.shortened(5, lead=1) == item
+    assert item.shortened(4, lead=1).tokens == (1, 3, 4, 5)
+    assert item.shortened(3, lead=1).tokens == (1, 4, 5)
+    # 4 is what 5 is predicted from.
+    with pytest.raises(ValueError, match="too long"):
+        item.shortened(2, lead=1)

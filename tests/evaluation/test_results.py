@@ -1,0 +1,97 @@
+"""Accuracies, errors and tables, by hand."""
+
+import json
+
+import pytest
+
+from moe_jax.evaluation.results import Accuracy, Evaluation, outcome
+
+
+def examples(right: int, wrong: int, measure: str, subject: str = "") -> list[dict]:
+    return [
+        {"answer": 1, "picked": {measure: int(index < right)}, "subject": subject}
+        for index in range(right + wrong)
+    ]
+
+
+@pytest.fixture
+def evaluation():
+    """Two models on two tasks, one of which has no labels."""
+    outcomes = []
+    for model, easy, hard in (("base", 8, 1), ("mine", 9, 2)):
+        # Of 16 and of 4 questions.
+        for task, right, count in (("easy", easy, 16), ("hard", hard, 4)):
+            own = examples(right, count - right, "acc")
+            outcomes.append(outcome(model, task, "choices", ("acc",), own))
+        labelled = examples(4, 12, "label_acc")
+        outcomes.append(outcome(model, "easy", "labels", ("label_acc",), labelled))
+    return Evaluation({"base": {"path": "x"}}, outcomes)
+
+
+def test_accuracy_and_its_error():
+    accuracy = Accuracy(correct=8, questions=16)
+    assert accuracy.value == 0.5
+    assert accuracy.standard_error == 0.125  # sqrt(0.5 * 0.5 / 16)
+    assert Accuracy(3, 3).standard_error == 0.0
+
+
+def test_the_average_counts_every_task_the_same(evaluation):
+    # 8 / 16 and 1 / 4, with errors 0.125 and sqrt(0.25 * 0.75 / 4) = 0.21651.
+    value, error = evaluation.average("base", "acc")
+    assert value == 0.375
+    assert error == pytest.approx((0.125**2 + 0.21651**2) ** 0.5 / 2, abs=1e-5)
+    assert evaluation.average("base", "label_acc") is None
+
+
+def test_the_table(evaluation):
+    # 9 / 16 = 0.5625, error sqrt(0.5625 * 0.4375 / 16) = 0.1240; 2 / 4, error 0.25;
+    # their mean 0.53125, error sqrt(0.1240^2 + 0.25^2) / 2 = 0.1395.
+    # base: mean 0.375, error sqrt(0.125^2 + 0.2165^2) / 2 = 0.125. 4 / 16: error 0.1083.
+    assert evaluation.to_markdown() == (
+        "Accuracy in percent, ± one standard error.\n"
+        "\n"
+        "**label_acc**: the label that the model finds likeliest after a prompt that lists the "
+        "options.\n"
+        "\n"
+        "| model | easy | hard | average |\n"
+        "| --- | ---: | ---: | ---: |\n"
+        "| questions | 16 | 4 |  |\n"
+        "| base | 25.0 ± 10.8 | - | - |\n"
+        "| mine | 25.0 ± 10.8 | - | - |\n"
+        "\n"
+        "**acc**: the option whose words the model finds likeliest after the question.\n"
+        "\n"
+        "| model | easy | hard | average |\n"
+        "| --- | ---: | ---: | ---: |\n"
+        "| questions | 16 | 4 |  |\n"
+        "| base | 50.0 ± 12.5 | 25.0 ± 21.7 | 37.5 ± 12.5 |\n"
+        "| mine | 56.2 ± 12.4 | 50.0 ± 25.0 | 53.1 ± 14.0 |\n"
+    )
+
+
+def test_what_is_saved(evaluation, tmp_path):
+    evaluation.save(tmp_path)
+    assert (tmp_path / "results.md").read_text() == evaluation.to_markdown()
+    saved = json.loads((tmp_path / "results.json").read_text())
+    assert saved["base"] == {"path": "x"}
+    assert saved["results"][0] == {
+        "model": "base",
+        "task": "easy",
+        "protocol": "choices",
+        "measures": {
+            "acc": {"correct": 8, "questions": 16, "accuracy": 0.5, "standard_error": 0.125}
+        },
+    }
+    assert [(a["model"], a["measure"]) for a in saved["averages"]] == [
+        ("base", "acc"),
+        ("mine", "acc"),
+    ]
+
+
+def test_parts_of_a_task():
+    both = examples(1, 1, "acc", "maths") + examples(1, 0, "acc", "art")
+    found = outcome("base", "exam", "choices", ("acc",), both)
+    assert found.accuracies["acc"] == Accuracy(2, 3)
+    assert found.subjects == {"acc": {"art": Accuracy(1, 1), "maths": Accuracy(1, 2)}}
+    (result,) = Evaluation({}, [found]).to_plain()["results"]
+    assert result["measures"]["acc"]["subjects"]["maths"]["correct"] == 1

@@ -1,0 +1,314 @@
+"""Whole evaluations: resumed, refused, sharded, cut."""
+
+import json
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import torch
+from evaluation.conftest import METHOD, write_rows
+from hf_models import save_tiny_llama
+from tolerances import FLOAT32_LOGITS, ROUNDING
+
+import moe_jax
+from moe_jax.config.run import MeshConfig
+from moe_jax.demo.tokenizer import save_tokenizer, train_tokenizer
+from moe_jax.errors import UserError
+from moe_jax.evaluation import run
+from moe_jax.evaluation.run import evaluate
+from moe_jax.evaluation.scorer import Scorer
+from moe_jax.evaluation.selection import named_task
+
+BUCKETS = (48, 96)
+QUESTIONS = 12
+
+
+@pytest.fixture(scope="module")
+def arc(tmp_path_factory):
+    """A folder with questions of different lengths for `arc_easy`."""
+    rows = [
+        {
+            "question": "Why? " + "Because. " * (index % 5),
+            "choices": {"text": ["red", "a blue one", "x" * (1 + index)], "label": list("ABC")},
+            "answerKey": "ABC"[index % 3],
+        }
+        for index in range(QUESTIONS)
+    ]
+    folder = tmp_path_factory.mktemp("arc")
+    write_rows(folder / "arc_easy" / "test.jsonl", rows)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(setting, arc, tmp_path_factory):
+    """An evaluation that nothing disturbed, and its folder."""
+    folder = tmp_path_factory.mktemp("whole")
+    return _evaluate(setting, arc, folder), folder
+
+
+def _evaluate(setting, arc, output, **fields):
+    fields = {"batch_size": 2, "buckets": BUCKETS, **fields}
+    return evaluate(setting.base, ["arc_easy"], data=arc, output=output, **fields)
+
+
+def _files(folder: Path) -> dict[str, bytes]:
+    return {
+        str(file.relative_to(folder)): file.read_bytes()
+        for file in folder.rglob("*")
+        if file.is_file()
+    }
+
+
+def _count_batches(monkeypatch, stop_after=None):
+    """Counts the batches that are computed; stops the evaluation after so many."""
+    start, counted = Scorer._start, []
+
+    def counting(self, items, adapter):
+        if stop_after is not None and len(counted) == stop_after:
+            raise KeyboardInterrupt
+        counted.append(len(items))
+        return start(self, items, adapter)
+
+    monkeypatch.setattr(Scorer, "_start", counting)
+    return counted
+
+
+def test_what_was_answered_is_not_asked_again(setting, arc, whole, tmp_path, monkeypatch):
+    # 12 questions: 6 batches of 2 labels, then 36 choices in 18 batches.
+    with monkeypatch.context() as patch:
+        _count_batches(patch, stop_after=16)
+        with pytest.raises(KeyboardInterrupt):
+            _evaluate(setting, arc, tmp_path)
+    labels, choices = (
+        tmp_path / "predictions" / "base" / f"arc_easy.{protocol}.jsonl"
+        for protocol in ("labels", "choices")
+    )
+    assert len(labels.read_text().splitlines()) == 1 + QUESTIONS
+    # 10 batches of choices were begun, of which 2 were not read yet: 16 choices, 5 questions.
+    assert len(choices.read_text().splitlines()) == 1 + 5
+    with choices.open("a") as stream:
+        stream.write('{"question": 11, "answer')  # as a kill leaves it
+
+    with monkeypatch.context() as patch:
+        counted = _count_batches(patch)
+        _evaluate(setting, arc, tmp_path)
+    # Of the 16th choice's question the other two are in the next batch, so that the batch with the
+    # 15th and 16th is computed again, with the 10 after it.
+    assert len(counted) == 11
+    assert _files(tmp_path) == _files(whole[1])
+
+    with monkeypatch.context() as patch:
+        counted = _count_batches(patch)
+        patch.setattr(run, "load_params", None)
+        again = _evaluate(setting, arc, tmp_path)
+    assert counted == []
+    assert again.to_plain() == whole[0].to_plain()
+
+
+def _hang_after(base, data, output, batches):
+    finish, done = Scorer._finish, []
+
+    def hanging(self, *arguments):
+        if len(done) == batches:
+            time.sleep(600)
+        done.append(None)
+        return finish(self, *arguments)
+
+    Scorer._finish = hanging
+    os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
+    evaluate(base, ["arc_easy"], data=data, output=output, batch_size=2, buckets=BUCKETS)
+
+
+def test_a_killed_process_changes_nothing(setting, arc, whole, tmp_path):
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["moe_jax.evaluation.run"])
+    process = context.Process(target=_hang_after, args=(setting.base, arc, tmp_path, 4))
+    process.start()
+    journal = tmp_path / "predictions" / "base" / "arc_easy.labels.jsonl"
+    deadline = time.monotonic() + 180
+    while not journal.exists() or len(journal.read_text().splitlines()) < 1 + 8:
+        assert process.is_alive() and time.monotonic() < deadline
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    assert not (tmp_path / "results.json").exists()
+    _evaluate(setting, arc, tmp_path)
+    assert _files(tmp_path) == _files(whole[1])
+
+
+def test_answers_of_something_else_are_not_taken(setting, arc, whole, tmp_path):
+    _, folder = whole
+    before = _files(folder)
+    with pytest.raises(UserError, match=r"arc_easy.labels.jsonl: .* another questions .*delete"):
+        _evaluate(setting, arc, folder, limit=3)
+    with pytest.raises(UserError, match="with another dtype;"):
+        _evaluate(setting, arc, folder, dtype="bfloat16")
+    for seed in (1, 2):
+        loaded = moe_jax.load_base(setting.base)
+        model = moe_jax.AdaptedModel(loaded, {"a": METHOD}, seed=seed)
+        model.save("a", tmp_path / f"adapter{seed}")
+    one = {"protocols": ["labels"], "limit": 2}
+    _evaluate(setting, arc, tmp_path / "out", adapters={"a": tmp_path / "adapter1"}, **one)
+    with pytest.raises(UserError, match="with another adapter;"):
+        _evaluate(setting, arc, tmp_path / "out", adapters={"a": tmp_path / "adapter2"}, **one)
+    journal = tmp_path / "out" / "predictions" / "a" / "arc_easy.labels.jsonl"
+    journal.write_text("nonsense\n")
+    with pytest.raises(UserError, match=r"arc_easy.labels.jsonl: is damaged"):
+        _evaluate(setting, arc, tmp_path / "out", adapters={"a": tmp_path / "adapter1"}, **one)
+    assert _files(folder) == before
+
+
+def test_batches_and_padding_change_nothing(setting, arc, whole, monkeypatch):
+    made = []
+    init = Scorer.__init__
+
+    def remembering(self, *arguments, **fields):
+        init(self, *arguments, **fields)
+        made.append(self)
+
+    monkeypatch.setattr(Scorer, "__init__", remembering)
+    other = _evaluate(setting, arc, None, batch_size=5, buckets=(32, 64, 128))
+    for one, two in zip(whole[0].outcomes, other.outcomes, strict=True):
+        _assert_same_answers(one, two)
+    (scorer,) = made
+    assert scorer.compilations() == 3  # one a bucket, for both protocols
+
+
+def test_a_mesh_changes_nothing(setting, arc, whole):
+    mesh = MeshConfig(data=2, fsdp=2, tensor=2)
+    adapters = {"tuned": setting.adapter}
+    fields = {"adapters": adapters, "protocols": ["choices"], "buckets": ()}
+    alone = _evaluate(setting, arc, None, batch_size=8, **fields)
+    spread = _evaluate(setting, arc, None, batch_size=6, mesh=mesh, **fields)
+    _assert_same_answers(alone.outcomes[0], spread.outcomes[0])
+    assert alone.outcomes[0].examples[0]["scores"] != whole[0].outcomes[1].examples[0]["scores"]
+
+
+def _assert_same_answers(one, two):
+    for left, right in zip(one.examples, two.examples, strict=True):
+        np.testing.assert_allclose(left["scores"], right["scores"], **ROUNDING)
+        assert {**left, "scores": None} == {**right, "scores": None}
+
+
+def test_from_memory_as_from_folders(setting, arc, whole):
+    base = moe_jax.load_base(setting.base)
+    adapter = moe_jax.load_adapter(setting.adapter)
+    found = evaluate(
+        base,
+        ["arc_easy"],
+        {"tuned": adapter},
+        with_base=True,
+        data=arc,
+        batch_size=2,
+        buckets=BUCKETS,
+    )
+    assert found.models == ["base", "tuned"]
+    assert [o.examples for o in found.outcomes[:2]] == [o.examples for o in whole[0].outcomes]
+    folders = _evaluate(setting, arc, None, adapters={"tuned": setting.adapter})
+    assert folders.models == ["tuned"]
+    assert [o.examples for o in folders.outcomes] == [o.examples for o in found.outcomes[2:]]
+
+
+def test_cutting_the_start_off(setting, arc, tmp_path):
+    tokenizer = setting.tokenizer
+    # Its own context is shorter than some of the prompts.
+    plain = save_tiny_llama(
+        tmp_path, vocab_size=len(tokenizer), max_position_embeddings=64, num_hidden_layers=1
+    )
+    save_tokenizer(tokenizer, tmp_path)
+    fields = {"data": arc, "protocols": ["labels"]}
+    with pytest.raises(UserError, match=r"arc_easy.*test.jsonl: line \d+: \d+ tokens .* has 64;"):
+        evaluate(tmp_path, ["arc_easy"], **fields)
+    found = evaluate(tmp_path, ["arc_easy"], truncate=True, **fields)
+    letters = [tokenizer(f"Answer: {letter}").input_ids[-1] for letter in "ABC"]
+    questions = named_task("arc_easy", data=arc).questions()
+    cut = 0
+    for question, said in zip(questions, found.outcomes[0].examples, strict=True):
+        ids = tokenizer(question.preface + question.prompt).input_ids
+        cut += len(ids) > 64
+        if len(ids) > 64:
+            ids = ids[:1] + ids[-63:]
+        with torch.no_grad():
+            logits = torch.log_softmax(plain(torch.tensor([ids])).logits[0, -1], dim=-1)
+        np.testing.assert_allclose(said["scores"], logits[letters], rtol=0, atol=FLOAT32_LOGITS)
+    assert 0 < cut < QUESTIONS
+    assert found.to_plain()["tasks"][0]["cut"] == {"labels": cut}
+
+
+@pytest.fixture
+def no_weights(monkeypatch):
+    """Everything below must be found before the weights are read."""
+    monkeypatch.setattr(run, "load_params", None)
+
+
+@pytest.mark.usefixtures("no_weights")
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"tasks": ["arc_esy"]}, "task 'arc_esy': .* did you mean 'arc_easy'?"),
+        ({"tasks": []}, "tasks: none is given"),
+        ({"tasks": ["arc_easy", "arc_easy"]}, "task 'arc_easy': is given twice"),
+        ({"tasks": ["boolq"]}, "boolq: no such folder for the task; known: arc_easy"),
+        ({"split": "tset"}, r"arc_easy: .* the split 'tset'; known: test.jsonl"),
+        ({"shots": 1}, "arc_easy: no file is named after the split 'train'"),
+        ({"split": "train", "shots": 1}, "shots are taken from the split 'train'"),
+        ({"shots": -1}, "task 'arc_easy'.shots: must not be negative"),
+        ({"limit": 0}, "task 'arc_easy'.limit: must be positive"),
+        ({"protocols": ["label"]}, "protocols: .* 'label'; did you mean 'labels'?"),
+        ({"protocols": []}, "protocols: give each once"),
+        ({"batch_size": 0}, "batch_size: must be positive"),
+        ({"buckets": (64, 32)}, "buckets: must be positive and ascend"),
+        ({"adapters": {"base": "x"}}, "adapter 'base': its name"),
+        ({"adapters": {"a/b": "x"}}, "adapter 'a/b': its name"),
+        ({"adapters": {"a": "x"}}, "x: no adapter here"),
+        ({"data": None}, r"allenai/ai2_arc: the split 'test' .* local folder \(--data\)"),
+    ],
+)
+def test_bad_input(setting, arc, fields, message):
+    fields = {"tasks": ["arc_easy"], "data": arc, **fields}
+    with pytest.raises(UserError, match=message):
+        evaluate(setting.base, **fields)
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_what_does_not_belong_together(setting, arc, tmp_path):
+    vocab = len(setting.tokenizer)
+    save_tiny_llama(tmp_path / "other", seed=1, vocab_size=vocab, max_position_embeddings=512)
+    save_tokenizer(setting.tokenizer, tmp_path / "other")
+    with pytest.raises(UserError, match=r"adapter 'tuned': was trained on the base .*base"):
+        evaluate(tmp_path / "other", ["arc_easy"], {"tuned": setting.adapter}, data=arc)
+    save_tiny_llama(tmp_path / "small", vocab_size=96)
+    save_tokenizer(train_tokenizer(["a"], 258), tmp_path / "small")
+    with pytest.raises(UserError, match=r"gives the id \d+, but the base has .* 0 to 95"):
+        evaluate(tmp_path / "small", ["arc_easy"], data=arc)
+
+
+def test_scores_that_are_no_numbers_are_refused(setting, arc):
+    base = moe_jax.load_base(setting.base)
+    params = jax.tree.map(lambda leaf: leaf * np.float32(np.inf), base.params)
+    broken = moe_jax.Base(base.folder, base.identity, base.config, params)
+    with pytest.raises(UserError, match=r"test.jsonl: line \d+ are not finite"):
+        evaluate(broken, ["arc_easy"], data=arc, protocols=["labels"])
+
+
+def test_two_evaluations_do_not_write_to_one_folder(setting, arc, tmp_path):
+    with run.locked(tmp_path), pytest.raises(UserError, match="another evaluation is writing"):
+        _evaluate(setting, arc, tmp_path)
+
+
+def test_the_saved_results(whole):
+    evaluation, folder = whole
+    saved = json.loads((folder / "results.json").read_text())
+    assert saved == json.loads(json.dumps(evaluation.to_plain()))
+    assert saved["tasks"][0]["questions"] == QUESTIONS
+    assert (folder / "results.md").read_text() == evaluation.to_markdown()
+    lines = (folder / "predictions" / "base" / "arc_easy.choices.jsonl").read_text().splitlines()
+    examples = [json.loads(line) for line in lines[1:]]
+    assert [example["question"] for example in examples] == list(range(QUESTIONS))
+    correct = sum(example["picked"]["acc"] == example["answer"] for example in examples)
+    assert saved["results"][1]["measures"]["acc"]["correct"] == correct

@@ -1,0 +1,108 @@
+"""Every task, both protocols, with and without an adapter, against a plain script.
+
+The texts that the plain script scores are written out by hand in `families`.
+"""
+
+import numpy as np
+import pytest
+from evaluation.families import FAMILIES
+from evaluation.plain import choice_scores, label_logits, label_scores, per_character
+from tolerances import FLOAT32_LOGITS
+
+from moe_jax.evaluation.run import evaluate
+from moe_jax.evaluation.selection import make_task, task_names
+from moe_jax.evaluation.tasks import TASKS
+
+
+@pytest.fixture(scope="module")
+def evaluation(setting):
+    tasks = [
+        make_task(TASKS[name], name, path=str(setting.data / name), **family.fields)
+        for name, family in FAMILIES.items()
+    ]
+    return evaluate(
+        setting.base, tasks, {"tuned": setting.adapter}, with_base=True, buckets=(96, 256)
+    )
+
+
+def test_every_task_is_here():
+    assert set(FAMILIES) == set(task_names())
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_texts_and_answers(setting, name):
+    """Prompts word by word; the plain script below takes them from the same place."""
+    family = FAMILIES[name]
+    task = make_task(TASKS[name], name, path=str(setting.data / name), **family.fields)
+    found = [
+        (q.preface + q.prompt, list(q.labels), [tuple(c) for c in q.choices], q.answer)
+        for q in task.questions()
+    ]
+    assert found == family.expected
+
+
+@pytest.mark.parametrize("model", ["base", "tuned"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_scores_answers_and_accuracies(setting, evaluation, name, model):
+    plain = setting.plain if model == "base" else setting.plain_adapted
+    tokenizer = setting.tokenizer
+    outcomes = {o.protocol: o for o in evaluation.outcomes if (o.model, o.task) == (model, name)}
+    assert set(outcomes) == {"labels", "choices"}
+    picked = {"label_acc": [], "acc": [], "acc_norm": []}
+    answers = []
+    for index, (prompt, labels, choices, answer) in enumerate(FAMILIES[name].expected):
+        answers.append(answer)
+        by_label = label_scores(plain, tokenizer, prompt, labels)
+        said = outcomes["labels"].examples[index]
+        # What all labels begin with is not scored, so that scores may lack what it costs.
+        relative = np.array(said["scores"]) - said["scores"][0]
+        np.testing.assert_allclose(relative, by_label - by_label[0], rtol=0, atol=FLOAT32_LOGITS)
+        if labels[0] == "A":  # one token each, which is when the reference's way is defined
+            as_reference = label_logits(plain, tokenizer, prompt, labels)
+            assert said["picked"]["label_acc"] == as_reference.argmax()
+        picked["label_acc"].append(by_label.argmax())
+
+        by_choice = choice_scores(plain, tokenizer, choices)
+        said = outcomes["choices"].examples[index]
+        np.testing.assert_allclose(
+            per_character(np.array(said["scores"]), choices),
+            per_character(by_choice, choices),
+            rtol=0,
+            atol=FLOAT32_LOGITS,
+        )
+        picked["acc"].append(by_choice.argmax())
+        picked["acc_norm"].append(per_character(by_choice, choices).argmax())
+        assert said["answer"] == answer
+    for measure, expected in picked.items():
+        outcome = outcomes["labels" if measure == "label_acc" else "choices"]
+        assert [example["picked"][measure] for example in outcome.examples] == expected
+        accuracy = outcome.accuracies[measure]
+        assert accuracy.questions == len(answers)
+        assert accuracy.correct == sum(p == a for p, a in zip(expected, answers, strict=True))
+
+
+def test_the_adapter_and_the_measures_make_a_difference(evaluation):
+    def picks(model, measure):
+        return [
+            example["picked"][measure]
+            for o in evaluation.outcomes
+            if o.model == model and measure in o.accuracies
+            for example in o.examples
+        ]
+
+    assert picks("base", "acc") != picks("tuned", "acc")
+    assert picks("base", "label_acc") != picks("tuned", "label_acc")
+    assert picks("base", "acc") != picks("base", "acc_norm")
+
+
+def test_subjects_are_counted_by_themselves(evaluation):
+    (outcome,) = (
+        o
+        for o in evaluation.outcomes
+        if (o.model, o.task, o.protocol) == ("base", "mmlu", "choices")
+    )
+    parts = outcome.subjects["acc"]
+    assert {name: part.questions for name, part in parts.items()} == {"easy maths": 1, "history": 1}
+    assert sum(part.correct for part in parts.values()) == outcome.accuracies["acc"].correct
+    others = [o for o in evaluation.outcomes if o.task != "mmlu"]
+    assert not any(o.subjects for o in others)
