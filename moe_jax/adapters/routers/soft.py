@@ -12,8 +12,8 @@ from moe_jax.adapters.router import ROUTERS, Router, Routing
 class SoftRouter(Router):
     """All experts, weighted by the router's probabilities.
 
-    Dense mixture of experts (Jacobs et al., 1991, eq. 2). The weights sum to one, so that an
-    untrained adapter leaves the base as it is. An expert's load is its weight.
+    The mixture of experts of Jacobs et al. (1991), all of them at work. The weights sum to one, so
+    that an untrained adapter leaves the base as it is. An expert's load is its weight.
 
     It costs E hidden activations a token, against k of top-k, but no more matrix products than one
     pair of rank E R does.

@@ -14,10 +14,10 @@ from moe_jax.config.parse import require
 class TopPRouter(Router):
     """The most probable experts, in order, until their probabilities add up to more than `top_p`.
 
-    Dynamic routing (arXiv:2403.07652, eqs. 3 and 4): with probabilities v_1 >= v_2 >= ..., the
-    expert of rank j serves the token if v_1 + ... + v_(j-1) <= top_p. So the expert that crosses
-    `top_p` is included, the first always is, and one that lands on `top_p` does not cross it. Ties
-    go to the expert of the lower index.
+    Dynamic routing (arXiv:2403.07652): the smallest set whose probabilities exceed `top_p`. That
+    is, with probabilities v_1 >= v_2 >= ..., the expert of rank j serves the token if
+    v_1 + ... + v_(j-1) <= top_p: the expert that crosses `top_p` is included, the first always is,
+    and one that lands on `top_p` does not cross it. Ties go to the expert of the lower index.
 
     Attributes:
       top_p: in (0, 1]; 1 keeps all experts.
