@@ -10,8 +10,12 @@ import numpy as np
 class LengthGroupedBatches(grain.MapDataset[np.ndarray]):
     """Cuts a stream of row numbers into batches whose rows have like length.
 
-    Within a window of batches the rows are sorted by length, cut into batches, and the batches are
-    shuffled. No row is lost or repeated, only moved within its window. A window lies within one
+    Within a window of batches the rows are sorted by length and cut into batches, which then take
+    the places that their ranks say: every place in the stream has a fixed pseudo-random number, and
+    the place with the k-th smallest number of its window gets the batch of the k-th shortest rows.
+    So the order is random, and streams of the same seed have short rows at the same places and long
+    ones at the same places, however many rows each has: side by side and padded to the longest they
+    waste little. No row is lost or repeated, only moved within its window. A window lies within one
     epoch, so that no row comes again before all others have come; only a batch with the end of one
     epoch and the start of the next has rows of both.
 
@@ -37,7 +41,7 @@ class LengthGroupedBatches(grain.MapDataset[np.ndarray]):
           batch_size: rows per batch.
           sort_window: batches per window, at most.
           epoch_rows: rows of the stream after which it starts over.
-          seed: of the order of the batches within a window.
+          seed: of the places' numbers.
         """
         super().__init__(rows)
         self._rows = rows
@@ -45,7 +49,7 @@ class LengthGroupedBatches(grain.MapDataset[np.ndarray]):
         self._batch_size = batch_size
         self._sort_window = sort_window
         self._epoch_rows = epoch_rows
-        self._window_seed = seed
+        self._seed = seed
         self._plan = functools.lru_cache(maxsize=8)(self._plan_window)
 
     def __len__(self) -> int:
@@ -79,4 +83,20 @@ class LengthGroupedBatches(grain.MapDataset[np.ndarray]):
         if stop - first > 1:
             rows = rows[np.argsort(self._lengths[rows], kind="stable")]
         batches = rows.reshape(stop - first, self._batch_size)
-        return np.random.default_rng([self._window_seed, first]).permutation(batches)
+        return batches[np.argsort(np.argsort(place_numbers(self._seed, first, stop)))]
+
+
+_BLOCK = 1024
+"""Places whose numbers are drawn at once."""
+
+
+def place_numbers(seed: int, first: int, stop: int) -> np.ndarray:
+    """The pseudo-random numbers in [0, 1) of the places `first` to `stop` in the stream.
+
+    Each is a function of the seed and of its place alone.
+    """
+    start = first // _BLOCK
+    blocks = [
+        np.random.default_rng([seed, b]).random(_BLOCK) for b in range(start, stop // _BLOCK + 1)
+    ]
+    return np.concatenate(blocks)[first - start * _BLOCK : stop - start * _BLOCK]

@@ -92,6 +92,8 @@ def load_train_data(
     batch_size: int,
     seed: int,
     field: str = "data",
+    *,
+    place_seed: int | None = None,
 ) -> TrainData:
     """Reads, tokenises and mixes `config.train`.
 
@@ -103,8 +105,10 @@ def load_train_data(
       config: what to read and how to batch it.
       tokenizer: of the base model.
       batch_size: rows per batch.
-      seed: of the order of rows and batches.
+      seed: of the order of rows.
       field: where `config` stands in the run's configuration, for messages.
+      place_seed: of where batches of short and of long rows come, see `LengthGroupedBatches`; the
+        same for all adapters that share a batch. None is `seed`.
 
     Raises:
       DataError: a source cannot be used; the message names its field, file, row and column.
@@ -118,7 +122,7 @@ def load_train_data(
         batch_size=batch_size,
         sort_window=config.sort_window,
         epoch_rows=_epoch_rows(sources, weights),
-        seed=seed,
+        seed=seed if place_seed is None else place_seed,
     )
 
     def collate(rows: np.ndarray) -> Batch:

@@ -76,7 +76,12 @@ def read_inputs(config: RunConfig, say: Callable[[str], None]) -> Inputs:
     for name, adapter in config.adapters.items():
         field = f"config.adapters.{name}.data"
         train_data[name] = load_train_data(
-            adapter.data, tokenizer, adapter.batch_size, config.seed(name), field
+            adapter.data,
+            tokenizer,
+            adapter.batch_size,
+            config.seed(name),
+            field,
+            place_seed=config.training.seed,
         )
         say(f"data of adapter {name!r}:")
         say(train_data[name].report)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from moe_jax.data.grouping import LengthGroupedBatches
+from moe_jax.data.grouping import LengthGroupedBatches, place_numbers
 from moe_jax.data.shuffle import ShuffledRange
 
 
@@ -85,3 +85,51 @@ def test_rows_of_one_length_keep_their_shuffled_order_within_a_window():
     stream, batches, _ = grouped(12, 3, 4, lengths=np.full(12, 5))
     expected = sorted(tuple(stream[i * 3 + j] for j in range(3)) for i in range(4))
     assert sorted(tuple(batches[i]) for i in range(4)) == expected
+
+
+def test_the_rank_of_a_place_picks_the_batch():
+    _, batches, lengths = grouped(60, 3, 5, seed=4)
+    for first in range(0, 60, 5):
+        assert batches.window(first) == (first, first + 5)
+        # The place of the smallest number has the shortest rows, that of the next one the next.
+        by_number = np.argsort(place_numbers(4, first, first + 5))
+        rows = np.concatenate([lengths[batches[first + int(place)]] for place in by_number])
+        assert rows.tolist() == sorted(rows)
+
+
+def test_numbers_of_places_do_not_depend_on_how_many_are_asked_for():
+    numbers = place_numbers(7, 0, 5000)
+    assert len(np.unique(numbers)) == 5000
+    assert numbers.min() >= 0 and numbers.max() < 1 and abs(numbers.mean() - 0.5) < 0.02
+    for first, stop in ((0, 1), (1023, 1024), (1020, 1030), (1024, 3073), (4999, 5000)):
+        np.testing.assert_array_equal(place_numbers(7, first, stop), numbers[first:stop])
+    assert (place_numbers(8, 0, 100) != numbers[:100]).all()
+
+
+def long_tailed(num_rows, batch_size, row_seed, place_seed):
+    """A stream of an adapter, and its rows' lengths: a median of 120, a tenth above 330."""
+    drawn = np.random.default_rng(row_seed).lognormal(np.log(120), 0.8, num_rows)
+    lengths = np.clip(drawn.astype(int) + 8, 1, 1024)
+    rows = ShuffledRange(0, num_rows, [row_seed])
+    return LengthGroupedBatches(rows, lengths, batch_size, 32, num_rows, place_seed), lengths
+
+
+def joint_padding(streams, steps=400):
+    """Share of padding where each step's batches are side by side, padded to the longest row."""
+    tokens = padded = 0
+    for index in range(steps):
+        rows = np.concatenate([lengths[batches[index]] for batches, lengths in streams])
+        tokens += rows.sum()
+        padded += rows.max() * len(rows)
+    return 1 - tokens / padded
+
+
+def test_rows_of_several_adapters_are_of_like_length():
+    sizes = ((20_000, 16), (7_000, 8), (3_000, 8))
+    apart = [long_tailed(*size, seed, place_seed=seed) for seed, size in enumerate(sizes)]
+    together = [long_tailed(*size, seed, place_seed=0) for seed, size in enumerate(sizes)]
+    alone = max(joint_padding([stream]) for stream in together)
+    assert alone < 0.13
+    # Each adapter shuffling for itself wastes nearly half of a step.
+    assert joint_padding(apart) > 0.4
+    assert joint_padding(together) < 0.2
