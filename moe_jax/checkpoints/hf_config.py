@@ -26,6 +26,8 @@ _NEUTRAL: dict[str, Any] = {
     "use_qk_norm": False,
     "qk_layernorm": False,
     "no_rope_layers": None,
+    "rope_interleaved": False,
+    "lm_head_bias": False,
     "attention_multiplier": None,
     "embedding_multiplier": 1,
     "residual_multiplier": 1,
