@@ -161,7 +161,7 @@ def _adapters(given: list[str]) -> dict[str, str]:
     adapters: dict[str, str] = {}
     for text in given:
         name, equals, folder = text.partition("=")
-        if not equals:
+        if not equals or "/" in name:
             name, folder = Path(text).expanduser().resolve().name, text
         if name in adapters:
             raise ConfigError(

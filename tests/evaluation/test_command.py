@@ -1,0 +1,76 @@
+"""`moe-jax evaluate`: what it prints, leaves, and refuses."""
+
+import json
+import re
+
+import pytest
+from evaluation.conftest import write_rows
+from evaluation.families import ARC_ROWS
+
+from moe_jax.cli import main
+from moe_jax.evaluation.selection import task_names
+
+
+def test_everything_at_once(setting, tmp_path, capsys):
+    (tmp_path / "quiz.txt").write_text("{question}\n{options}\nAnswer:\n")
+    row = {"question": "Who?", "choices": ["Ann", "Bob"], "answer": "Bob"}
+    data = write_rows(tmp_path / "quiz.jsonl", [row])
+    command = ["evaluate", "--base", str(setting.base), "--data", str(setting.data)]
+    command += ["--tasks", "arc_challenge,boolq", "--own-task", str(tmp_path / "quiz.txt"), data]
+    command += ["--adapter", str(setting.adapter), "--adapter", f"again={setting.adapter}"]
+    command += ["--with-base", "--limit", "1", "--buckets", "96", "--batch-size", "4"]
+    command += ["--output", str(tmp_path / "out")]
+
+    assert main(command) == 0
+    captured = capsys.readouterr()
+    assert "base: arc_challenge, labels: 1 questions\n" in captured.err
+    printed = captured.out.strip()
+    assert printed == (tmp_path / "out" / "results.md").read_text().strip()
+    saved = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [model["name"] for model in saved["models"]] == ["base", "tuned", "again"]
+    assert [task["name"] for task in saved["tasks"]] == ["arc_challenge", "boolq", "quiz"]
+    assert [task["questions"] for task in saved["tasks"]] == [1, 1, 1]
+    results = {(r["model"], r["task"], r["protocol"]): r["measures"] for r in saved["results"]}
+    assert len(results) == 3 * 3 * 2
+    # The same adapter under two names.
+    for task in ("arc_challenge", "boolq", "quiz"):
+        assert results["tuned", task, "choices"] == results["again", task, "choices"]
+
+    assert main(command) == 0
+    assert ", labels: 1 questions, 1 answered before\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "error: --tasks: none is given"),
+        (["--tasks", "arc"], "error: task 'arc': there is none of that name; "),
+        (["--tasks", "boolq", "--protocols", "x"], "error: protocols: there is none called 'x'"),
+        (["--tasks", "boolq", "--buckets", "x"], "error: --buckets: expected whole numbers"),
+        (["--tasks", "boolq", "--mesh", "dat=2"], "error: --mesh.dat: unknown field; did you "),
+        (["--tasks", "boolq", "--mesh", "data"], "error: --mesh data: expected whole numbers"),
+        (["--tasks", "boolq", "--mesh", "data=99"], "error: .* data=99 .* needs 99 devices"),
+        (["--tasks", "boolq", "--adapter", "a/x", "--adapter", "b/x"], "another one is called 'x'"),
+    ],
+)
+def test_one_line_says_what_is_wrong(setting, capsys, arguments, message):
+    common = ["evaluate", "--base", str(setting.base), "--data", str(setting.data)]
+    assert main([*common, *arguments]) == 2
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1
+    assert re.search(message, error)
+
+
+def test_the_row_at_fault_is_named(setting, tmp_path, capsys):
+    write_rows(tmp_path / "arc_easy" / "test.jsonl", [*ARC_ROWS, {"question": "?"}])
+    command = ["evaluate", "--base", str(setting.base), "--data", str(tmp_path)]
+    assert main([*command, "--tasks", "arc_easy"]) == 2
+    assert "test.jsonl: line 4: no column 'choices'" in capsys.readouterr().err
+
+
+def test_help_lists_the_tasks(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["evaluate", "--help"])
+    shown = capsys.readouterr().out
+    assert ", ".join(task_names()) in shown
+    assert "{question}\n" in shown
