@@ -49,6 +49,8 @@ def causal_attention(
       [B, S, H, Q] in the type of `query`.
     """
     factor = query.shape[-1] ** -0.5 if scale is None else scale
+    if isinstance(window, int) and window >= query.shape[1]:
+        window = None
     if implementation == "xla":
         return _einsum_attention(query, key, value, mask, factor, window, softcap)
     if softcap is not None:
