@@ -71,8 +71,8 @@ def read_torch_file(file: Path) -> dict[str, np.ndarray]:
         raise CheckpointError(f"{file}: {error}; {_SAFER}") from None
     except zipfile.BadZipFile:
         raise CheckpointError(
-            f"{file}: is no file that PyTorch 1.6 or later wrote, or it is truncated; get it "
-            f"again, or as adapter_model.safetensors"
+            f"{file}: is no file that PyTorch 1.6 or later wrote, or it is truncated or damaged; "
+            f"get it again, or as adapter_model.safetensors"
         ) from None
     # What a damaged archive or pickle leads to, from zipfile, pickletools and the stack here.
     except (

@@ -214,8 +214,9 @@ def require_tensors(
     for name, shape in expected.items():
         if tensors[name].shape != shape:
             raise CheckpointError(
-                f"{file}: {name}: has shape {list(tensors[name].shape)}, but on {base} it should "
-                f"have {list(shape)}; give the base that the adapter was trained on"
+                f"{file}: {name}: has shape {list(tensors[name].shape)}, but by "
+                f"{source.config_file.name} it should have {list(shape)} on {base}; give the base "
+                f"that the adapter was trained on"
             )
         if not np.all(np.isfinite(tensors[name])):
             raise CheckpointError(f"{file}: {name}: has values that are not finite")

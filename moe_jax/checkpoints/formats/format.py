@@ -41,6 +41,11 @@ def cannot(format_name: str, feature: str, advice: str) -> CheckpointError:
     return CheckpointError(f"the {format_name} format cannot express {feature}; {advice}")
 
 
+def field_names(cls: Any) -> tuple[str, ...]:
+    """The fields of a dataclass, to be named as known."""
+    return tuple(field.name for field in dataclasses.fields(cls))
+
+
 def require_known(config: Any, known: Collection[str], where: str, format_name: str) -> None:
     """Refuses fields of a method or router that a format knows nothing of.
 

@@ -26,7 +26,13 @@ from moe_jax.checkpoints.formats.adapter_folder import (
     AdapterFolder,
     Fields,
 )
-from moe_jax.checkpoints.formats.format import FORMATS, AdapterFormat, cannot, require_known
+from moe_jax.checkpoints.formats.format import (
+    FORMATS,
+    AdapterFormat,
+    cannot,
+    field_names,
+    require_known,
+)
 from moe_jax.checkpoints.formats.mixlora_reading import read_method
 from moe_jax.config.model import ModelConfig
 
@@ -34,7 +40,7 @@ _FORMAT = "mixlora"
 
 # The fields that this file writes, refuses, or leaves out because they matter for training only.
 _KNOWN = (
-    *LowRankConfig.__dataclass_fields__,
+    *field_names(LowRankConfig),
     "target_modules",
     "num_experts",
     "router",
@@ -185,7 +191,7 @@ def _require_router(router: Router, **needed: Any) -> None:
                 f"MoE-PEFT's router does what {value!r} does; train with that",
             )
     known = _KNOWN_OF_ROUTERS[type(router)]
-    require_known(router, (*known, *Router.__dataclass_fields__), "router.", _FORMAT)
+    require_known(router, (*known, *field_names(Router)), "router.", _FORMAT)
 
 
 def _losses(method: MixLoraConfig | MolaConfig, *, z_loss: bool) -> dict[str, Any]:

@@ -18,7 +18,13 @@ from moe_jax.checkpoints.formats.adapter_folder import (
     read_dropout,
     read_targets,
 )
-from moe_jax.checkpoints.formats.format import FORMATS, AdapterFormat, cannot, require_known
+from moe_jax.checkpoints.formats.format import (
+    FORMATS,
+    AdapterFormat,
+    cannot,
+    field_names,
+    require_known,
+)
 from moe_jax.config.model import ModelConfig
 
 # What `init_lora_weights` may have been: ways to draw A and B that leave the base as it is. Others
@@ -57,7 +63,7 @@ class PeftFormat(AdapterFormat):
             name = METHODS.name_of(method)
             advice = "PEFT has no experts behind routers; export with --to mixlora"
             raise cannot("peft", f"method {name!r}", advice)
-        known = (*LowRankConfig.__dataclass_fields__, "target_modules")
+        known = (*field_names(LowRankConfig), "target_modules")
         require_known(method, known, "", "peft")
         alpha = method.alpha
         config = {

@@ -1,0 +1,83 @@
+"""Out to a format and back: every leaf is the same bits, and the method the same."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from foreign_adapters import (
+    ATTENTION,
+    FFN,
+    LORA,
+    LORAMOE,
+    MIXLORA,
+    MOLA,
+    SWITCH,
+    TOP_P,
+    random_adapter,
+    require_same_bits,
+)
+
+import moe_jax
+from moe_jax.checkpoints.leaves import named_leaves
+
+BALANCE = {"load_balance": {"coefficient": 0.02, "scope": "pooled"}}
+BOTH = {**BALANCE, "router_z": {"coefficient": 0.003, "scope": "pooled"}}
+
+
+@pytest.mark.parametrize(
+    ("to", "method"),
+    [
+        ("peft", LORA),
+        ("peft", {**LORA, "rslora": True, "alpha": 2.5, "dropout": 0.1, "init": "gaussian"}),
+        ("peft", {**LORA, "dora": True, "target_modules": ["o_proj", "down_proj"]}),
+        ("mixlora", {**LORA, "rslora": True, "init": "gaussian"}),
+        ("mixlora", MIXLORA),
+        ("mixlora", {**MIXLORA, "target_modules": FFN, "losses": BALANCE}),
+        ("mixlora", {**MIXLORA, "target_modules": ["v_proj", "down_proj"], "rslora": True}),
+        (
+            "mixlora",
+            {**MIXLORA, "expert_lora": {"rank": 2, "alpha": 3.0, "rslora": True}, "alpha": 16.0},
+        ),
+        ("mixlora", {**MIXLORA, "router": TOP_P, "init": "gaussian"}),
+        ("mixlora", {**MIXLORA, "router": SWITCH, "losses": BOTH}),
+        ("mixlora", LORAMOE),
+        ("mixlora", {**LORAMOE, "target_modules": FFN[:1] + ATTENTION[:1]}),
+        ("mixlora", MOLA),
+        ("mixlora", {**MOLA, "target_modules": ATTENTION, "rslora": True, "losses": BALANCE}),
+    ],
+)
+def test_every_leaf_is_the_same_bits(tiny, tmp_path, to, method):
+    adapter = random_adapter(method, tiny.base.config, str(tiny.folder))
+    moe_jax.export_adapter(adapter, to, tmp_path / "out")
+    again = moe_jax.import_adapter(tmp_path / "out", tiny.base)
+    assert again.method == adapter.method
+    assert again.model == tiny.base.config
+    assert again.base == tiny.base.identity
+    require_same_bits(again, adapter)
+
+
+@pytest.mark.parametrize("to", ["peft", "mixlora"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_other_types_round_each_number_once(tiny, tmp_path, to, dtype):
+    adapter = random_adapter(LORA, tiny.base.config)
+    moe_jax.export_adapter(adapter, to, tmp_path / "out", dtype=dtype)
+    again = moe_jax.import_adapter(tmp_path / "out", tiny.base)
+    rounded = jax.tree.map(lambda leaf: leaf.astype(dtype).astype(jnp.float32), adapter.tree)
+    require_same_bits(again, adapter._replace(tree=rounded))
+    for path, leaf in named_leaves(adapter.tree).items():
+        assert not np.array_equal(named_leaves(again.tree)[path], leaf)
+
+
+def test_what_matters_for_training_only_is_said_to_be_left_out(tiny, tmp_path):
+    router = {"name": "top_k", "top_k": 2, "jitter_noise": 0.1}
+    losses = {"load_balance": {"coefficient": 0.1}, "router_entropy": {"coefficient": 0.1}}
+    method = {**MIXLORA, "router": router, "losses": losses, "ffn_dropout": 0.1, "dropout": 0.1}
+    method["expert_lora"] = {"alpha": 4.0}
+    adapter = random_adapter(method, tiny.base.config)
+    left_out, package = moe_jax.export_adapter(adapter, "mixlora", tmp_path / "out")
+    assert left_out.removeprefix("left out, as it matters for further training only: ") == (
+        "ffn_dropout, dropout, router.jitter_noise, losses.load_balance.scope, "
+        "losses.router_entropy"
+    )
+    assert package == "expert_lora is read by MoE-PEFT; the mixlora package 0.2.3 ignores it"
+    require_same_bits(moe_jax.import_adapter(tmp_path / "out", tiny.base), adapter)
