@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import get_args
 
-from moe_jax import library
+import moe_jax
 from moe_jax.checkpoints.formats import FORMATS
 from moe_jax.commands import Run
 from moe_jax.config.model import FloatType
@@ -41,7 +41,7 @@ def add(parser: argparse.ArgumentParser) -> Run:
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    notes = library.export_adapter(
+    notes = moe_jax.export_adapter(
         arguments.adapter,
         arguments.to,
         arguments.output,

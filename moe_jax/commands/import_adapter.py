@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from moe_jax import library
+import moe_jax
 from moe_jax.commands import Run
 
 
@@ -39,5 +39,5 @@ def add(parser: argparse.ArgumentParser) -> Run:
 
 def _run(arguments: argparse.Namespace) -> None:
     output = arguments.output / arguments.name if arguments.name else arguments.output
-    adapter = library.import_adapter(arguments.source, arguments.base, output)
+    adapter = moe_jax.import_adapter(arguments.source, arguments.base, output)
     print(f"wrote {output} ({type(adapter.method).registry.name_of(adapter.method)})")

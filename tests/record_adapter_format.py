@@ -1,0 +1,139 @@
+"""Records what the adapters' own format looks like, for `checkpoints/test_adapter_format.py`.
+
+Whoever changes the format raises `FORMAT_VERSION` in `moe_jax/checkpoints/adapter_files.py` and
+records the new one:
+
+    python tests/record_adapter_format.py
+
+It writes `tests/data/adapter_format/<version>/`: `layout.json`, and one small adapter as that
+version saves it. A version that was released is never recorded again.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax.adapters import METHODS
+from moe_jax.checkpoints.adapter_files import FORMAT_VERSION, SavedAdapter, save_adapter
+from moe_jax.checkpoints.expected_leaves import expected_leaves
+from moe_jax.checkpoints.fingerprint import BaseIdentity
+from moe_jax.checkpoints.leaves import LeafSpec, nested
+from moe_jax.config.model import ModelConfig, RopeConfig
+from moe_jax.config.parse import parse_member
+from moe_jax.config.registry import to_plain
+
+ROOT = Path(__file__).resolve().parent / "data" / "adapter_format"
+
+MODEL = ModelConfig(
+    vocab_size=10,
+    hidden_size=8,
+    intermediate_size=12,
+    num_layers=2,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=4,
+    hidden_act="silu",
+    max_position_embeddings=16,
+    rms_norm_eps=1e-5,
+    rope=RopeConfig(rope_type="default", rope_theta=10000.0),
+    attention_bias=False,
+    mlp_bias=False,
+    tie_word_embeddings=True,
+)
+BASE = BaseIdentity("some/base", "0" * 64)
+STEP = 30
+
+_PAIR = {
+    "rank": 2,
+    "alpha": 4.0,
+    "target_modules": ["q_proj", "k_proj", "gate_proj", "up_proj", "down_proj"],
+}
+_LOSSES = {"load_balance": {"coefficient": 0.01}, "router_z": {"coefficient": 0.001}}
+METHOD_CONFIGS = {
+    "lora": {"name": "lora", **_PAIR},
+    "dora": {"name": "lora", **_PAIR, "dora": True},
+    "mixlora": {
+        "name": "mixlora",
+        **_PAIR,
+        "num_experts": 3,
+        "router": {"name": "top_k", "top_k": 2},
+        "expert_lora": {"rank": 3},
+        "losses": _LOSSES,
+    },
+    "mixdora": {"name": "mixlora", **_PAIR, "num_experts": 3, "dora": True},
+    "top_p": {
+        "name": "mixlora",
+        **_PAIR,
+        "num_experts": 3,
+        "router": {"name": "top_p", "top_p": 0.8},
+    },
+    "switch": {
+        "name": "mixlora",
+        **_PAIR,
+        "num_experts": 3,
+        "router": {"name": "switch", "capacity": 4},
+    },
+    "loramoe": {"name": "loramoe", **_PAIR, "num_experts": 3},
+    "mola": {"name": "mola", **_PAIR, "num_experts": [2, 3], "losses": _LOSSES},
+}
+STORED = "mixlora"
+"""The one that is recorded with its weights."""
+
+
+def made_adapter(name: str) -> SavedAdapter:
+    """An adapter whose weights follow from their place."""
+    method = parse_member(METHODS, METHOD_CONFIGS[name], "method")
+
+    def values(spec: LeafSpec) -> jax.Array:
+        count = jnp.arange(jnp.prod(jnp.array(spec.shape)), dtype=spec.dtype)
+        return count.reshape(spec.shape) / 16 - 1
+
+    leaves = {path: values(spec) for path, spec in expected_leaves(MODEL, method).items()}
+    return SavedAdapter(method, nested(leaves), MODEL, BASE, STEP)
+
+
+def layout(folder: Path) -> dict[str, Any]:
+    """What this release writes; of `folder`, which holds the stored adapter."""
+    description = json.loads((folder / "adapter.json").read_text())
+    methods = {}
+    for name, config in METHOD_CONFIGS.items():
+        method = parse_member(METHODS, config, name)
+        leaves = {p: [list(s.shape), s.dtype] for p, s in expected_leaves(MODEL, method).items()}
+        methods[name] = {"method": to_plain(method), "leaves": leaves}
+    return {
+        "files": sorted(path.name for path in folder.iterdir()),
+        "description": {field: kind(value) for field, value in description.items()},
+        "base": description["base"],
+        "model": description["model"],
+        "methods": methods,
+    }
+
+
+def kind(value: Any) -> Any:
+    """The type of a JSON value; of a group, that of its values if it is the same."""
+    if isinstance(value, dict):
+        kinds = {json.dumps(kind(item)) for item in value.values()}
+        return {"*": json.loads(kinds.pop())} if len(kinds) == 1 else "dict"
+    if isinstance(value, list):
+        return [kind(value[0]), "..."] if len({type(v) for v in value}) == 1 else ["mixed"]
+    return type(value).__name__
+
+
+def record() -> None:
+    """Writes the folder of `FORMAT_VERSION`."""
+    target = ROOT / str(FORMAT_VERSION)
+    if target.exists():
+        sys.exit(f"{target} is recorded already; raise FORMAT_VERSION if the format has changed")
+    save_adapter(target / STORED, made_adapter(STORED))
+    for note in target.rglob("commit_success.txt"):
+        note.write_text("")  # names a folder of this machine, and nobody reads it
+    text = json.dumps(layout(target / STORED), indent=1)
+    (target / "layout.json").write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    record()

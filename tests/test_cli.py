@@ -1,0 +1,85 @@
+"""`moe-jax` as a command: export, import, and one line for what is wrong."""
+
+import subprocess
+import sys
+
+import pytest
+from foreign_adapters import LORA, MIXLORA, random_adapter, require_same_bits
+from hf_models import save_tiny_llama
+
+import moe_jax
+from moe_jax.checkpoints.adapter_files import save_adapter
+from moe_jax.checkpoints.hf_config import read_model_config
+from moe_jax.cli import main
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A base, and two adapters of it in our own format; not to be changed."""
+    folder = tmp_path_factory.mktemp("cli")
+    save_tiny_llama(folder / "base")
+    model = read_model_config(folder / "base")
+    for name, method in (("lora", LORA), ("mixlora", {**MIXLORA, "dropout": 0.1})):
+        adapter = random_adapter(method, model, str(folder / "base"))
+        save_adapter(folder / name, adapter)
+    return folder
+
+
+def test_out_and_in_again(folder, tmp_path, capsys):
+    out, back = tmp_path / "out", tmp_path / "adapters"
+    arguments = ["--adapter", folder / "mixlora", "--to", "mixlora", "--output", out]
+    assert main(["export", *map(str, arguments), "--base", str(folder / "base")]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "note: left out, as it matters for further training only: dropout",
+        f"wrote {out} (mixlora, float32)",
+    ]
+    arguments = ["--from", out, "--base", folder / "base", "--output", back, "--name", "mine"]
+    assert main(["import", *map(str, arguments)]) == 0
+    assert capsys.readouterr().out == f"wrote {back / 'mine'} (mixlora)\n"
+    imported = moe_jax.load_adapter(back / "mine")
+    require_same_bits(imported, moe_jax.load_adapter(folder / "mixlora"))
+    assert imported.base == moe_jax.load_base(folder / "base").identity
+    assert imported.step == 0
+    assert main(["show", str(back / "mine")]) == 0
+    assert "num_experts = 4" in capsys.readouterr().out
+
+
+def test_errors_are_one_line(folder, tmp_path, capsys):
+    for arguments, words in (
+        (["export", "--adapter", folder / "mixlora", "--to", "peft"], "cannot express method"),
+        (["export", "--adapter", tmp_path, "--to", "peft"], "no adapter here, adapter.json is"),
+        (["import", "--from", tmp_path, "--base", folder / "base"], "adapter_config.json is miss"),
+    ):
+        assert main([*map(str, arguments), "--output", str(tmp_path / "out")]) == 2
+        captured = capsys.readouterr()
+        assert captured.err.startswith("error: ")
+        assert words in captured.err
+        assert len(captured.err.splitlines()) == 1
+        assert captured.out == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("export", ["--adapter", "--to {", "mixlora ", "peft ", "--dtype", "--base", "is empty"]),
+        ("import", ["--from", "--base", "--output", "--name", "no code in it is run"]),
+    ],
+)
+def test_help_is_enough(capsys, command, words):
+    with pytest.raises(SystemExit) as ended:
+        main([command, "--help"])
+    assert ended.value.code == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert all(word in shown for word in words), shown
+
+
+def test_as_a_process(folder, tmp_path):
+    code = "import sys; from moe_jax.cli import main; sys.exit(main())"
+    arguments = ["export", "--adapter", folder / "mixlora", "--to", "peft", "--output", tmp_path]
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == 2
+    assert ended.stderr.startswith("error: the peft format cannot express method 'mixlora'; ")
+    assert len(ended.stderr.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
