@@ -128,21 +128,26 @@ def _run(arguments: argparse.Namespace) -> None:
         tasks.append(own_task(template, data, split=split, limit=limit, shots=shots))
     if not tasks:
         raise ConfigError("--tasks: none is given; --help lists them")
-    evaluation = evaluate(
-        arguments.base,
-        tasks,
-        _adapters(arguments.adapter),
-        with_base=arguments.with_base,
-        protocols=_listed(arguments.protocols),
-        output=arguments.output,
-        revision=arguments.revision,
-        dtype=arguments.dtype,
-        batch_size=arguments.batch_size,
-        buckets=[_number(text, "--buckets") for text in _listed(arguments.buckets)],
-        truncate=arguments.truncate,
-        mesh=None if arguments.mesh is None else _mesh(arguments.mesh),
-        say=lambda line: print(line, file=sys.stderr, flush=True),
-    )
+    try:
+        evaluation = evaluate(
+            arguments.base,
+            tasks,
+            _adapters(arguments.adapter),
+            with_base=arguments.with_base,
+            protocols=_listed(arguments.protocols),
+            output=arguments.output,
+            revision=arguments.revision,
+            dtype=arguments.dtype,
+            batch_size=arguments.batch_size,
+            buckets=[_number(text, "--buckets") for text in _listed(arguments.buckets)],
+            truncate=arguments.truncate,
+            mesh=None if arguments.mesh is None else _mesh(arguments.mesh),
+            say=lambda line: print(line, file=sys.stderr, flush=True),
+        )
+    except KeyboardInterrupt:
+        kept = "the same command goes on from here" if arguments.output else "nothing is kept"
+        print(f"stopped; {kept}", file=sys.stderr)
+        sys.exit(130)
     print(evaluation.to_markdown())
 
 

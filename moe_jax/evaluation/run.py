@@ -41,7 +41,7 @@ BASE = "base"
 
 def evaluate(
     base: str | Path | BaseInMemory,
-    tasks: Sequence[str | Task],
+    tasks: str | Sequence[str | Task],
     adapters: Mapping[str, str | Path | SavedAdapter] | None = None,
     *,
     with_base: bool = False,
@@ -49,7 +49,7 @@ def evaluate(
     split: str | None = None,
     limit: int | None = None,
     shots: int | None = None,
-    protocols: Sequence[str] = tuple(PROTOCOLS),
+    protocols: str | Sequence[str] = tuple(PROTOCOLS),
     output: str | Path | None = None,
     revision: str | None = None,
     dtype: FloatType = "float32",
@@ -87,6 +87,8 @@ def evaluate(
       UserError: what is wrong, in one line.
     """
     adapters = adapters or {}
+    tasks = [tasks] if isinstance(tasks, str) else tasks
+    protocols = [protocols] if isinstance(protocols, str) else protocols
     _check(tasks, protocols, batch_size, buckets, adapters)
     made = [
         named_task(task, data=data, split=split, limit=limit, shots=shots)

@@ -96,6 +96,13 @@ class Task(abc.ABC):
           DataError: the data cannot be read, a row does not fit, or the shots are too few.
         """
         split = self.split or self.hub.split
+        if self.path is not None and Path(self.path).expanduser().is_file():
+            for field in ("split", "shots"):
+                if getattr(self, field):
+                    raise DataError(
+                        f"task {self.name!r}: {self.path} is a single file, which has no splits; "
+                        f"leave {field} out, or give a folder with a file for each split"
+                    )
         if self.shots and split == self.hub.shots_split:
             raise DataError(
                 f"task {self.name!r}: shots are taken from the split {split!r}, which is the one "

@@ -8,6 +8,7 @@ from evaluation.conftest import write_rows
 from evaluation.families import ARC_ROWS
 
 from moe_jax.cli import main
+from moe_jax.evaluation.scorer import Scorer
 from moe_jax.evaluation.selection import task_names
 
 
@@ -59,6 +60,22 @@ def test_one_line_says_what_is_wrong(setting, capsys, arguments, message):
     error = capsys.readouterr().err
     assert len(error.splitlines()) == 1
     assert re.search(message, error)
+
+
+@pytest.mark.parametrize(
+    ("output", "kept"),
+    [([], "nothing is kept"), (["--output", "out"], "the same command goes on from here")],
+)
+def test_an_interrupt_says_what_is_kept(setting, monkeypatch, tmp_path, capsys, output, kept):
+    def interrupted(*_arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Scorer, "scores", interrupted)
+    common = ["evaluate", "--base", str(setting.base), "--data", str(setting.data)]
+    with pytest.raises(SystemExit, match="130"):
+        main([*common, "--tasks", "boolq", *output])
+    assert f"stopped; {kept}\n" in capsys.readouterr().err
 
 
 def test_the_row_at_fault_is_named(setting, tmp_path, capsys):

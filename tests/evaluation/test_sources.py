@@ -7,7 +7,8 @@ import pytest
 from evaluation.conftest import write_rows
 from evaluation.families import ARC_ROWS, FAMILIES
 
-from moe_jax.errors import DataError
+from moe_jax.config.parse import parse
+from moe_jax.errors import ConfigError, DataError
 from moe_jax.evaluation.options import lettered_question
 from moe_jax.evaluation.rows import Row
 from moe_jax.evaluation.selection import make_task, named_task, task_names
@@ -110,6 +111,15 @@ def test_rows_as_the_hubs_library_gives_them(tmp_path):
     assert found == local
     with pytest.raises(DataError, match="the split 'dev' of this hub data set cannot be read"):
         read_hub(hub, "dev", None)
+
+
+def test_a_configuration_picks_a_task_by_name(tmp_path):
+    given = {"name": "arc_easy", "path": str(tmp_path), "limit": 3}
+    task = parse(Task, given, "config.task")
+    assert type(task) is TASKS["arc_easy"]
+    assert (task.name, task.limit) == ("arc_easy", 3)
+    with pytest.raises(ConfigError, match=r"config\.task\.limit: must be positive"):
+        parse(Task, {**given, "limit": 0}, "config.task")
 
 
 def test_a_task_from_outside_the_package(tmp_path):

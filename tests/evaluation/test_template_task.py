@@ -86,8 +86,9 @@ def test_shots_come_from_a_folder(make, tmp_path):
     )
     with pytest.raises(UserError, match="2 shots asked for, but the split 'train' has 1;"):
         own_task(tmp_path / "quiz.txt", tmp_path / "folder", shots=2).questions()
-    with pytest.raises(UserError, match="shots: needs a folder"):
-        make(PLAIN, ROWS, shots=1)
+    for field in ({"shots": 1}, {"split": "test"}):
+        with pytest.raises(UserError, match=r"quiz.jsonl is a single file, which has no splits"):
+            make(PLAIN, ROWS, **field).questions()
 
 
 @pytest.mark.parametrize(

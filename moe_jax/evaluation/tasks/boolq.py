@@ -23,7 +23,7 @@ class BoolQ(Task):
     hub: ClassVar[HubData] = HubData("google/boolq", None, "validation", "train")
 
     def question(self, row: Row) -> Question:
-        prompt = f"Question: {row.text('question').rstrip('?')}?\nAnswer:"
+        prompt = f"Question: {row.text('question').rstrip('? ')}?\nAnswer:"
         choices = tuple(Choice(prompt, f" {word}") for word in WORDS)
         answer = 0 if row.flag("answer") else 1
         return Question(row.where, PREFACE, prompt, LABELS, choices, answer)

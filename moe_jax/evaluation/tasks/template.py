@@ -78,8 +78,6 @@ class TemplateTask(Task):
         super().__post_init__()
         require(bool(self.path), "path", "a task from a template needs a local file or folder")
         object.__setattr__(self, "hub", HubData("", None, "test", self.shots_split))
-        if self.shots and Path(str(self.path)).is_file():
-            require(False, "shots", "needs a folder with a file for each split, not a single file")
 
     @property
     def name(self) -> str:
