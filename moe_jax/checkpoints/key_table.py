@@ -50,7 +50,7 @@ def _axis_sizes(config: ModelConfig) -> dict[str, int]:
         "F": config.intermediate_size,
         "Q": config.num_heads * config.head_dim,
         "K": config.num_kv_heads * config.head_dim,
-        "N": config.head_dim,
+        "W": config.head_dim,
     }
 
 

@@ -7,4 +7,5 @@ The letters of every shape in this library:
     H query heads         K key/value heads        Q head width
     L decoder layers      E experts                R LoRA rank
     C chosen-expert slots (the k of top-k)         M micro-batches
+    N rotated channels of a head
 """

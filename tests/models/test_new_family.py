@@ -38,8 +38,8 @@ NAMES = {
 NORMS = {
     "norm_1": ("input_layernorm", "D"),
     "norm_2": ("post_attention_layernorm", "D"),
-    "attention.q_norm": ("self_attn/q_norm", "N"),
-    "attention.k_norm": ("self_attn/k_norm", "N"),
+    "attention.q_norm": ("self_attn/q_norm", "W"),
+    "attention.k_norm": ("self_attn/k_norm", "W"),
 }
 BLOCK = "decoder.{layer}."
 WEIGHTS = (

@@ -38,7 +38,7 @@ class WeightRule:
       path: the leaf's path in the parameter tree.
       axes: the leaf's axes, without the layer axis in front, one letter each: V vocabulary, D model
         width, F FFN width, Q query channels (heads x head_dim), K key and value channels (kv heads
-        x head_dim), N channels of one head.
+        x head_dim), W channels of one head.
       transposed: the tensor is stored `[out, in]` and the leaf is `[in, out]`.
       fused: where the tensor holds several leaves one after the other along its first axis, the
         letters of their sizes.
@@ -109,7 +109,7 @@ HEAD = (
     ),
 )
 PRE_NORMS = (norm("input_layernorm"), norm("post_attention_layernorm"))
-QK_NORMS = (norm("self_attn.q_norm", axes="N"), norm("self_attn.k_norm", axes="N"))
+QK_NORMS = (norm("self_attn.q_norm", axes="W"), norm("self_attn.k_norm", axes="W"))
 
 _QKV = {"self_attn.q_proj": "DQ", "self_attn.k_proj": "DK", "self_attn.v_proj": "DK"}
 _OUTPUT, _GATE = ("self_attn.o_proj", "QD"), {"mlp.gate_proj": "DF", "mlp.up_proj": "DF"}
