@@ -4,6 +4,7 @@ import dataclasses
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -162,15 +163,23 @@ class MixLoraMLP(nn.Module):
                 product = _adapt(pairs[target], routing, slot, product, codes[target])
             return product if bias is None else product + bias
 
-        def contribution(slot: int, keys: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
-            """A slot's hidden activation, and its codes for the down projection; both weighted."""
+        def contribution(slot: int, keys: jax.Array | None) -> tuple[jax.Array, Any]:
+            """A slot's weighted hidden activation, and its codes for the down projection.
+
+            The codes are [B, S, R] where slot c is expert c, and otherwise weighted, [B, S, E, R],
+            at the expert's place.
+            """
             ffn_key, key = (None, None) if keys is None else keys
             gate = adapted(slot, "gate_proj", ffn.gate.product, ffn.gate_bias)
             hidden = ffn.activation(gate) * adapted(slot, "up_proj", ffn.up.product, ffn.up_bias)
             hidden, weight = ffn_dropout(hidden, rng=ffn_key), weights[..., slot, None]
             if down is None:
                 return weight * hidden, None
-            return weight * hidden, _codes(down, routing, slot, dropout(hidden, rng=key), weight)
+            x = dropout(hidden, rng=key)
+            if routing.dispatch is None:
+                return weight * hidden, down.expert_codes(x, slot)
+            select = weight * routing.dispatch[..., slot, :].astype(weight.dtype)
+            return weight * hidden, down.codes(x) * select[..., None]
 
         if routing.dispatch is None:
             # Under the scan over layers XLA cannot merge the recomputation with the forward pass.
@@ -179,7 +188,11 @@ class MixLoraMLP(nn.Module):
         hidden, down_codes = zip(*(contribution(*slot) for slot in enumerate(keys)), strict=True)
         if down is None:
             hidden, finish = _sum(hidden), lambda product: product
-        elif down.gains is None:
+            return _around_experts(method.router, x, ffn, context, routing, hidden, finish)
+        if routing.dispatch is None:
+            # Out here, as the weights' gradient needs the codes: inside they would be made twice.
+            down_codes = [weights[..., c, None] * codes for c, codes in enumerate(down_codes)]
+        if down.gains is None:
             hidden, finish = _down_once(routing, down, hidden, down_codes)
         else:
             hidden, finish = _down_per_slot(ffn, routing, down, hidden, down_codes)
@@ -211,17 +224,6 @@ def _adapt(
     if routing.dispatch is None:
         return pairs.adapt_expert(product, codes, slot)
     return pairs.adapt(product, codes, routing.dispatch[..., slot, :])
-
-
-def _codes(pairs: Pairs, routing: Routing, slot: int, x: jax.Array, weight: jax.Array) -> jax.Array:
-    """The codes of the expert in `slot`, times `weight` [B, S, 1].
-
-    [B, S, R] where slot c is expert c, otherwise at the expert's place in [B, S, E, R].
-    """
-    if routing.dispatch is None:
-        return weight * pairs.expert_codes(x, slot)
-    select = weight * routing.dispatch[..., slot, :].astype(weight.dtype)
-    return pairs.codes(x) * select[..., None]
 
 
 def _sum(terms: Sequence[jax.Array]) -> jax.Array:

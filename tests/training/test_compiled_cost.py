@@ -1,119 +1,20 @@
 """What a step costs, read from the compiled program: counted by XLA, so free of noise."""
 
-import dataclasses
 import importlib.util
 import re
 import types
 from pathlib import Path
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
 import tiny_program
 
 from moe_jax.adapters import METHODS
-from moe_jax.adapters.lora import Lora, LoraConfig
-from moe_jax.adapters.mixlora import MixLoraConfig
-from moe_jax.adapters.routers import TopKRouter
-from moe_jax.adapters.segments import segments_of
-from moe_jax.adapters.targets import ATTENTION_MODULES
 from moe_jax.checkpoints.hf_config import model_config_from_hf
-from moe_jax.config.model import ComputeConfig
 from moe_jax.config.run import parse_run_config
-from moe_jax.models.decoder import DecoderLayer, LayerSettings, TokenContext
 from moe_jax.training.plan import describe_plan, memory_plan
 from moe_jax.training.program import build_program
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class EqualSizeLora(LoraConfig):
-    """Plain LoRA with as many trainable weights as E experts of rank R: rank E * R on the FFN."""
-
-    ffn_rank: int
-
-    def projection_adapter(self, target, axes):
-        rank = self.rank if target in ATTENTION_MODULES else self.ffn_rank
-        return Lora(dataclasses.replace(self.low_rank, rank=rank), axes)
-
-
-def _layer_step(width, ffn_width, heads, rank, experts, rows, length, which):
-    """Forward and backward of one layer, to the adapters and to the layer's input, compiled."""
-    config = tiny_program.model_config(
-        hidden_size=width,
-        intermediate_size=ffn_width,
-        num_heads=heads,
-        num_kv_heads=heads,
-        head_dim=width // heads,
-    )
-    common = {"rank": rank, "alpha": 16.0, "target_modules": tiny_program.ALL_TARGETS}
-    methods = {
-        "none": {},
-        "lora": {"a": EqualSizeLora(**common, ffn_rank=experts * rank)},
-        "mixlora": {"a": MixLoraConfig(**common, num_experts=experts, router=TopKRouter(top_k=2))},
-    }[which]
-    segments = segments_of(methods, dict.fromkeys(methods, rows))
-    compute, dtype = ComputeConfig(dtype="float32"), jnp.dtype("float32")
-    layer = DecoderLayer(LayerSettings(config, compute, dtype, segments, deterministic=True))
-
-    def context(table, mask):
-        return TokenContext(table, table, None, mask, expert_groups=None)
-
-    x = jax.ShapeDtypeStruct((rows, length, width), jnp.float32)
-    table = jax.ShapeDtypeStruct((rows, length, width // heads), jnp.float32)
-    mask = jax.ShapeDtypeStruct((rows, length), jnp.bool)
-
-    def init(key, x, table, mask):
-        keys = {"params": key, "adapters": key}
-        return nn.meta.unbox(layer.init(keys, x, context(table, mask), jnp.int32(0)))
-
-    variables = jax.eval_shape(init, jax.random.key(0), x, table, mask)
-
-    def step(adapters, params, x, table, mask, cotangent):
-        def loss(adapters, x):
-            (y, _), sown = layer.apply(
-                {"params": params, "adapters": adapters},
-                x,
-                context(table, mask),
-                jnp.int32(0),
-                mutable=["router"],
-            )
-            return jnp.sum(y * cotangent) + sum(jnp.sum(leaf) for leaf in jax.tree.leaves(sown))
-
-        return jax.grad(loss, argnums=(0, 1))(adapters, x)
-
-    adapters = variables.get("adapters", {})
-    trainable = sum(leaf.size for leaf in jax.tree.leaves(adapters))
-    compiled = jax.jit(step).lower(adapters, variables["params"], x, table, mask, x).compile()
-    return compiled.cost_analysis()["flops"], trainable
-
-
-@pytest.mark.parametrize(
-    ("shape", "of_lora", "of_frozen"),
-    [
-        (
-            dict(width=512, ffn_width=1376, heads=8, rank=8, experts=8, rows=8, length=128),
-            1.12,
-            1.35,
-        ),
-        (
-            dict(width=4096, ffn_width=11008, heads=32, rank=16, experts=8, rows=1, length=512),
-            1.04,
-            1.09,
-        ),
-    ],
-    ids=["D512", "7B"],
-)
-def test_mixlora_costs_what_lora_costs(shape, of_lora, of_frozen):
-    frozen, none = _layer_step(**shape, which="none")
-    lora, lora_size = _layer_step(**shape, which="lora")
-    mixlora, mixlora_size = _layer_step(**shape, which="mixlora")
-    # The router is all that MixLoRA trains besides: D * E weights.
-    assert none == 0
-    assert mixlora_size - lora_size == shape["width"] * shape["experts"]
-    assert mixlora / lora <= of_lora
-    assert mixlora / frozen <= of_frozen
-
 
 # Widths that occur in no adapter, so that a product of a frozen kernel's shape is recognised.
 _CONFIG = {"hidden_size": 48, "intermediate_size": 112, "num_heads": 5, "num_kv_heads": 5}

@@ -1,0 +1,305 @@
+"""What one decoder layer costs with each adapter method: counted by XLA, so free of noise.
+
+    python benchmarks/layer_cost.py --output benchmarks/layer_cost.md
+
+One layer forward and backward, to the adapter and to the layer's input, is compiled without any
+weights, and its operations are read from the compiled program. Each method stands beside plain
+LoRA of as many trainable weights, and beside what its own algebra needs: the matrix products that
+have to be there, see `algebra`. `tests/training/test_layer_cost.py` holds the written table true.
+
+Needs jax and flax only.
+"""
+
+import argparse
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from moe_jax.adapters.lora import Lora, LoraConfig
+from moe_jax.adapters.loramoe import LoraMoeConfig
+from moe_jax.adapters.method import AdapterMethod
+from moe_jax.adapters.mixlora import MixLoraConfig
+from moe_jax.adapters.mola import MolaConfig
+from moe_jax.adapters.routers import SoftRouter, SwitchRouter, TopKRouter, TopPRouter
+from moe_jax.adapters.segments import segments_of
+from moe_jax.adapters.targets import ATTENTION_MODULES, TARGET_MODULES
+from moe_jax.config.model import ComputeConfig, ModelConfig, RopeConfig
+from moe_jax.models.decoder import DecoderLayer, LayerSettings, TokenContext
+
+
+class Shape(NamedTuple):
+    """Of a layer, its batch and its adapters."""
+
+    width: int
+    ffn_width: int
+    heads: int
+    rank: int
+    experts: int
+    rows: int
+    length: int
+    top_k: int = 2
+
+
+SHAPES = {
+    "D 512": Shape(width=512, ffn_width=1376, heads=8, rank=8, experts=8, rows=8, length=128),
+    "7B": Shape(width=4096, ffn_width=11008, heads=32, rank=16, experts=8, rows=4, length=512),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EqualSizeLora(LoraConfig):
+    """Plain LoRA with as many trainable weights as E experts of rank R: rank E * R there."""
+
+    ffn_rank: int
+
+    def projection_adapter(self, target: str, axes: tuple[str, str]) -> nn.Module | None:
+        rank = self.rank if target in ATTENTION_MODULES else self.ffn_rank
+        return Lora(dataclasses.replace(self.low_rank, rank=rank), axes)
+
+
+def _common(shape: Shape) -> dict[str, Any]:
+    return {"rank": shape.rank, "alpha": 16.0, "target_modules": TARGET_MODULES}
+
+
+def _mixlora(shape: Shape, **fields: Any) -> MixLoraConfig:
+    return MixLoraConfig(**_common(shape), num_experts=shape.experts, **fields)
+
+
+def _lora(shape: Shape, attention_experts: int, **fields: Any) -> EqualSizeLora:
+    common = _common(shape) | {"rank": attention_experts * shape.rank}
+    return EqualSizeLora(**common, ffn_rank=shape.experts * shape.rank, **fields)
+
+
+METHODS: dict[str, Callable[[Shape], AdapterMethod]] = {
+    "LoRA": lambda s: _lora(s, 1),
+    "DoRA": lambda s: _lora(s, 1, dora=True),
+    "MixLoRA, top-k": lambda s: _mixlora(s, router=TopKRouter(top_k=s.top_k)),
+    "MixLoRA, top-p": lambda s: _mixlora(s, router=TopPRouter(top_p=0.8)),
+    "MixLoRA, switch": lambda s: _mixlora(s, router=SwitchRouter(capacity_factor=1.25)),
+    "MixLoRA, soft": lambda s: _mixlora(s, router=SoftRouter()),
+    "MixDoRA, top-k": lambda s: _mixlora(s, router=TopKRouter(top_k=s.top_k), dora=True),
+    "MixDoRA, top-p": lambda s: _mixlora(s, router=TopPRouter(top_p=0.8), dora=True),
+    "LoRAMoE": lambda s: LoraMoeConfig(**_common(s), num_experts=s.experts),
+    "MoLA": lambda s: MolaConfig(**_common(s), num_experts=(s.experts,)),
+}
+
+
+AT_ALL_SHAPES = ("LoRA", "MixLoRA, top-k", "MixLoRA, top-p", "MixDoRA, top-k", "LoRAMoE")
+"""The methods that are compiled at the large shape too; the others would add nothing new."""
+
+
+def peer_of(name: str, shape: Shape) -> AdapterMethod:
+    """Plain LoRA of as many trainable weights, but for routers and magnitudes."""
+    return _lora(shape, shape.experts if name == "MoLA" else 1)
+
+
+class LayerCost(NamedTuple):
+    """Of one layer, forward and backward.
+
+    Attributes:
+      flops: operations of the compiled program.
+      temporary: bytes that it holds besides arguments and results.
+      trainable: weights of the adapter.
+    """
+
+    flops: float
+    temporary: int
+    trainable: int
+
+
+def layer_cost(method: AdapterMethod | None, shape: Shape) -> LayerCost:
+    """Compiles one layer with `method` on it, or frozen alone."""
+    config = ModelConfig(
+        vocab_size=64,
+        hidden_size=shape.width,
+        intermediate_size=shape.ffn_width,
+        num_layers=1,
+        num_heads=shape.heads,
+        num_kv_heads=shape.heads,
+        head_dim=shape.width // shape.heads,
+        hidden_act="silu",
+        max_position_embeddings=4096,
+        rms_norm_eps=1e-5,
+        rope=RopeConfig(rope_type="default", rope_theta=10000.0),
+        attention_bias=False,
+        mlp_bias=False,
+        tie_word_embeddings=False,
+    )
+    segments = () if method is None else segments_of({"a": method}, {"a": shape.rows})
+    compute, dtype = ComputeConfig(dtype="float32"), jnp.dtype("float32")
+    layer = DecoderLayer(LayerSettings(config, compute, dtype, segments, deterministic=True))
+    tokens = (shape.rows, shape.length)
+    x = jax.ShapeDtypeStruct((*tokens, shape.width), jnp.float32)
+    table = jax.ShapeDtypeStruct((*tokens, config.head_dim), jnp.float32)
+    mask = jax.ShapeDtypeStruct(tokens, jnp.bool)
+    index = jax.ShapeDtypeStruct((), jnp.int32)
+
+    def inputs(table: jax.Array, mask: jax.Array, index: jax.Array) -> tuple[Any, ...]:
+        return TokenContext(table, table, None, mask, None), index
+
+    def init(key: jax.Array, x: jax.Array, *rest: jax.Array) -> Any:
+        variables = layer.init({"params": key, "adapters": key}, x, *inputs(*rest))
+        return nn.meta.unbox(variables)
+
+    variables = jax.eval_shape(init, jax.random.key(0), x, table, mask, index)
+
+    def step(adapters: Any, params: Any, x: jax.Array, cotangent: jax.Array, *rest: Any) -> Any:
+        def loss(adapters: Any, x: jax.Array) -> jax.Array:
+            def through(x: jax.Array, _: None) -> tuple[jax.Array, Any]:
+                variables = {"params": params, "adapters": adapters}
+                (y, _), sown = layer.apply(variables, x, *inputs(*rest), mutable=["router"])
+                return y, sown
+
+            # In a loop, as in the model; of a loop XLA counts the body once. A layer by itself
+            # would have what is computed again merged with what was computed before.
+            y, sown = jax.lax.scan(through, x, length=2)
+            return jnp.sum(y * cotangent) + sum(jnp.sum(leaf) for leaf in jax.tree.leaves(sown))
+
+        # With the value: a gradient alone does not need the last product.
+        return jax.value_and_grad(loss, argnums=(0, 1))(adapters, x)
+
+    adapters = variables.get("adapters", {})
+    lowered = jax.jit(step).lower(adapters, variables["params"], x, x, table, mask, index)
+    compiled = lowered.compile()
+    analysis: Any = compiled.memory_analysis()
+    costs: Any = compiled.cost_analysis()
+    return LayerCost(
+        flops=costs["flops"],
+        temporary=analysis.temp_size_in_bytes,
+        trainable=sum(leaf.size for leaf in jax.tree.leaves(adapters)),
+    )
+
+
+def algebra(name: str, shape: Shape) -> float:
+    """Operations of the matrix products that a method cannot do without, 2 per multiply-add.
+
+    A product with a frozen weight runs twice, forward and for the gradient of its input; one with
+    a trained weight three times, since that has a gradient too. With D, F the widths, G = E R the
+    rank of all experts together, C slots and T tokens, per token:
+
+        frozen      2 (4 D D + 3 D F) and 6 S D of attention
+        pair (r)    3 r (in + out), for each projection
+        MixLoRA     gate and up: 3 G (D + C F); down: 3 G (C F + D); the router: 3 D E.
+                    Slots beyond the first repeat what depends on the slot: the products with B of
+                    gate and up and with A of down.
+        any number  of experts (top-p, soft): slot c is expert c, its products are with its own pair
+                    alone, C F becomes F, and what is left is LoRA of rank G and the router; and
+                    2 G F to compute the hidden activations again instead of keeping E of them
+        DoRA        per step and not per token, forward only: the norms' thin product, r D F for
+                    each projection, and terms of rank size. Experts also have gains to apply:
+                    2 C E out for each projection with one-hot slots.
+        MixDoRA     besides: gains scale each expert's output of the down projection, so that W_down
+                    runs once a slot, 2 (C - 1) D F more, and B of down likewise. With top-p, C = E.
+        per         LoRAMoE and MoLA: pairs of rank G and a router on every projection's own input,
+        projection  3 in E.
+    """
+    width, ffn_width, rank, experts = shape.width, shape.ffn_width, shape.rank, shape.experts
+    tokens, joint = shape.rows * shape.length, shape.experts * shape.rank
+    attention, ffn = [(width, width)] * 4, [(width, ffn_width)] * 2 + [(ffn_width, width)]
+    per_token = 2.0 * sum(i * o for i, o in attention + ffn) + 6.0 * shape.length * width
+    per_step = 0.0
+
+    def pairs(rank: int, projections: list[tuple[int, int]]) -> float:
+        return sum(3.0 * rank * (i + o) for i, o in projections)
+
+    def norms(rank: int, projections: list[tuple[int, int]], each: int) -> float:
+        # The cross term, A'A, and (A'A) B, for ranks of `each` by themselves.
+        return sum(rank * (i * o + each * (i + o)) for i, o in projections)
+
+    if name in ("LoRA", "DoRA"):
+        per_token += pairs(rank, attention) + pairs(joint, ffn)
+        if name == "DoRA":
+            per_step += norms(rank, attention, rank) + norms(joint, ffn, joint)
+    elif name in ("LoRAMoE", "MoLA"):
+        mixed = ffn if name == "LoRAMoE" else attention + ffn
+        per_token += pairs(joint, mixed) + sum(3.0 * i * experts for i, _ in mixed)
+        per_token += pairs(rank, attention) if name == "LoRAMoE" else 0.0
+    else:
+        dora, router = name.startswith("MixDoRA"), name.partition(", ")[2]
+        slots = {"top-k": shape.top_k, "switch": 1}.get(router, experts)
+        one_hot = router in ("top-k", "switch")
+        repeats = slots if one_hot else 1
+        per_token += pairs(rank, attention) + 3.0 * width * experts
+        per_token += 3.0 * joint * (2 * width + 3 * repeats * ffn_width + width)
+        per_token += 0.0 if one_hot else 2.0 * joint * ffn_width
+        if dora:
+            per_step += norms(rank, attention, rank) + norms(joint, ffn, rank)
+            per_token += 2.0 * (slots - 1) * width * ffn_width
+            if one_hot:
+                per_token += 3.0 * (slots - 1) * joint * width
+                per_token += 2.0 * slots * experts * (2 * ffn_width + width)
+    return 2.0 * (tokens * per_token + per_step)
+
+
+def table_rows() -> list[dict[str, Any]]:
+    """The figures of all methods at all shapes."""
+    rows = []
+    for label, shape in SHAPES.items():
+        frozen = layer_cost(None, shape).flops
+        peers: dict[AdapterMethod, LayerCost] = {}
+        for name, make in METHODS.items():
+            if label != "D 512" and name not in AT_ALL_SHAPES:
+                continue
+            like = peer_of(name, shape)
+            if like not in peers:
+                peers[like] = layer_cost(like, shape)
+            cost = peers[like] if name == "LoRA" else layer_cost(make(shape), shape)
+            peer = peers[like]
+            rows.append(
+                {
+                    "shape": label,
+                    "method": name,
+                    "trainable": cost.trainable / peer.trainable,
+                    "of_lora": cost.flops / peer.flops,
+                    "of_frozen": cost.flops / frozen,
+                    "of_algebra": cost.flops / algebra(name, shape),
+                }
+            )
+    return rows
+
+
+COLUMNS = ("trainable", "of_lora", "of_frozen", "of_algebra")
+HEADER = "| shape | method | weights / LoRA's | FLOPs / LoRA's | / frozen | / algebra |"
+
+
+def as_markdown(rows: list[dict[str, Any]]) -> str:
+    """The table, as it is written to a file."""
+    shapes = [
+        f"- {label}: {', '.join(f'{k} {v}' for k, v in shape._asdict().items())}"
+        for label, shape in SHAPES.items()
+    ]
+    lines = [
+        "# Compiled operations of one layer, forward and backward",
+        "",
+        "`python benchmarks/layer_cost.py --output benchmarks/layer_cost.md` wrote this, and a",
+        "test holds it true. LoRA has as many trainable weights; `algebra` in that file says what",
+        "each method's matrix products need. float32, as XLA counts them for a CPU:",
+        "",
+        *shapes,
+        "",
+        HEADER,
+        "| --- | --- | ---: | ---: | ---: | ---: |",
+    ]
+    for row in rows:
+        figures = " | ".join(f"{row[column]:.3f}" for column in COLUMNS)
+        lines.append(f"| {row['shape']} | {row['method']} | {figures} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
+    parser.add_argument("--output", type=Path, help="also write the table here")
+    args = parser.parse_args()
+    text = as_markdown(table_rows())
+    print(text)
+    if args.output:
+        args.output.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
