@@ -13,6 +13,7 @@ from typing import Any
 
 from moe_jax.config.parse import ROOT, suggest
 from moe_jax.config.run import RunConfig
+from moe_jax.config.sweep import SWEEP, SweepConfig
 from moe_jax.errors import ConfigError
 
 _OVERRIDE = re.compile(rf"--?{ROOT}\.([^=]+)(?:=(.*))?", re.DOTALL)
@@ -23,7 +24,8 @@ def load_config_file(path: str) -> dict[str, Any]:
     """What `get_config()` of a Python file returns, as nested dicts.
 
     Raises:
-      ConfigError: no such file, no `get_config` in it, or it fails; names the line.
+      ConfigError: no such file, no `get_config` in it, a key twice in one dict, or it fails; names
+        the line.
     """
     file = Path(path).expanduser()
     if not file.is_file():
@@ -33,6 +35,7 @@ def load_config_file(path: str) -> dict[str, Any]:
     if spec is None or spec.loader is None:
         raise ConfigError(f"--config: {path} is not a Python file; its name must end in .py")
     module = importlib.util.module_from_spec(spec)
+    _require_distinct_keys(file, path)
     try:
         spec.loader.exec_module(module)
         if not hasattr(module, "get_config"):
@@ -101,8 +104,10 @@ def apply_overrides(config: dict[str, Any], overrides: Mapping[str, str]) -> Non
 
 def _type_of(path: str) -> Any:
     """The type of a field of `RunConfig`; `Any` where it has none, or a method decides it."""
-    hint: Any = RunConfig
-    for name in path.split("."):
+    group, *parts = path.split(".")
+    roots = {**typing.get_type_hints(RunConfig), SWEEP: SweepConfig}
+    hint: Any = roots.get(group, Any)
+    for name in parts:
         if dataclasses.is_dataclass(hint):
             hint = typing.get_type_hints(hint).get(name, Any)
         else:
@@ -127,6 +132,31 @@ def _literal(text: str) -> Any:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):
         return text
+
+
+def _require_distinct_keys(file: Path, path: str) -> None:
+    """Refuses a dict that is written with a key twice: Python would keep the last without a word.
+
+    Of two adapters of one name, the first would be lost.
+    """
+    try:
+        tree = ast.parse(file.read_bytes())
+    except (OSError, SyntaxError, ValueError):
+        return  # what is wrong is said when the file is run
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Dict):
+            continue
+        lines: dict[Any, int] = {}
+        for key in node.keys:
+            if not isinstance(key, ast.Constant):
+                continue
+            constant = (type(key.value), key.value)
+            if constant in lines:
+                raise ConfigError(
+                    f"--config: {path} line {key.lineno}: the key {key.value!r} stands twice in "
+                    f"one dict, first in line {lines[constant]}; rename or remove one"
+                )
+            lines[constant] = key.lineno
 
 
 def _copied(group: Mapping[str, Any]) -> dict[str, Any]:

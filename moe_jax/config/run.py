@@ -12,6 +12,7 @@ from moe_jax.config.model import ComputeConfig, FloatType
 from moe_jax.config.optimizer import OptimizerConfig
 from moe_jax.config.parse import ROOT, parse, parse_member, require, within
 from moe_jax.config.registry import Registry, to_plain
+from moe_jax.config.sweep import expand_sweep
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,6 +236,8 @@ def _require_length(group: AdapterConfig | TrainingConfig, instead: str) -> None
 def parse_run_config(raw: Mapping[str, Any], methods: Registry) -> RunConfig:
     """Builds a `RunConfig` from what a config file's `get_config()` returned.
 
+    A group `sweep` is expanded into adapters first; see `expand_sweep`.
+
     Args:
       raw: nested mappings; an `ml_collections.ConfigDict` is given as `.to_dict()`.
       methods: the adapter methods (`adapters.METHODS`).
@@ -242,7 +245,7 @@ def parse_run_config(raw: Mapping[str, Any], methods: Registry) -> RunConfig:
     Raises:
       ConfigError: with the path of the offending field.
     """
-    raw = {**raw}
+    raw = {**expand_sweep(raw, AdapterConfig, methods)}
     adapters = raw.get("adapters")
     if isinstance(adapters, Mapping):
         raw["adapters"] = {

@@ -5,7 +5,7 @@ import json
 import math
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 
 import grain
 import numpy as np
@@ -94,6 +94,7 @@ def load_train_data(
     field: str = "data",
     *,
     place_seed: int | None = None,
+    known: dict[str, TokenisedSource] | None = None,
 ) -> TrainData:
     """Reads, tokenises and mixes `config.train`.
 
@@ -109,11 +110,12 @@ def load_train_data(
       field: where `config` stands in the run's configuration, for messages.
       place_seed: of where batches of short and of long rows come, see `LengthGroupedBatches`; the
         same for all adapters that share a batch. None is `seed`.
+      known: data sets that were tokenised before, which are taken from here; new ones are added.
 
     Raises:
       DataError: a source cannot be used; the message names its field, file, row and column.
     """
-    sources = _tokenise("train", config.train, config, tokenizer, field)
+    sources = _tokenise("train", config.train, config, tokenizer, field, known)
     weights = [source.weight for source in config.train.values()]
     store = _RowStore(sources)
     batches = LengthGroupedBatches(
@@ -154,14 +156,22 @@ def load_train_data(
 
 
 def load_validation_data(
-    config: DataConfig, tokenizer: PreTrainedTokenizerBase, batch_size: int, field: str = "data"
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    batch_size: int,
+    field: str = "data",
+    *,
+    known: dict[str, TokenisedSource] | None = None,
 ) -> dict[str, ValidationData]:
     """Reads and tokenises each data set of `config.validation`; weights are not looked at.
+
+    Args:
+      config, tokenizer, batch_size, field, known: see `load_train_data`.
 
     Raises:
       DataError: a source cannot be used; the message names its field, file, row and column.
     """
-    sources = _tokenise("validation", config.validation, config, tokenizer, field)
+    sources = _tokenise("validation", config.validation, config, tokenizer, field, known)
     return {s.name: ValidationData(s, batch_size, config.lengths) for s in sources}
 
 
@@ -171,12 +181,17 @@ def _tokenise(
     config: DataConfig,
     tokenizer: PreTrainedTokenizerBase,
     field: str,
+    known: dict[str, TokenisedSource] | None,
 ) -> list[TokenisedSource]:
-    tokenised = []
+    tokenised = {} if known is None else known
+    keys = []
     for name, source in sources.items():
+        decides = asdict(replace(source, weight=1.0)), config.max_length, config.train_on_prompt
+        keys.append(json.dumps([name, *decides, config.cache_dir]))
         with named(f"{field}.{split}.{name}"):
-            tokenised.append(tokenise_source(name, source, config, tokenizer))
-    return tokenised
+            if keys[-1] not in tokenised:
+                tokenised[keys[-1]] = tokenise_source(name, source, config, tokenizer)
+    return [tokenised[key] for key in keys]
 
 
 class _RowStore:

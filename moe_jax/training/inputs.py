@@ -21,6 +21,7 @@ from moe_jax.data.pipeline import (
     load_train_data,
     load_validation_data,
 )
+from moe_jax.data.tokenise import TokenisedSource
 from moe_jax.data.tokenizer import load_tokenizer
 from moe_jax.errors import CheckpointError, ConfigError, DataError, named
 from moe_jax.sharding.mesh import make_mesh
@@ -73,6 +74,8 @@ def read_inputs(config: RunConfig, say: Callable[[str], None]) -> Inputs:
 
     tokenizer = load_tokenizer(base_folder)
     train_data, validation = {}, {}
+    tokenised: dict[str, TokenisedSource] = {}
+    reports: dict[str, list[str]] = {}
     for name, adapter in config.adapters.items():
         field = f"config.adapters.{name}.data"
         train_data[name] = load_train_data(
@@ -82,17 +85,26 @@ def read_inputs(config: RunConfig, say: Callable[[str], None]) -> Inputs:
             config.seed(name),
             field,
             place_seed=config.training.seed,
+            known=tokenised,
         )
-        say(f"data of adapter {name!r}:")
-        say(train_data[name].report)
         micro_rows = adapter.batch_size // config.training.micro_batches
-        validation[name] = load_validation_data(adapter.data, tokenizer, micro_rows, field)
-        for validation_data in validation[name].values():
-            say(validation_data.report)
+        validation[name] = load_validation_data(
+            adapter.data, tokenizer, micro_rows, field, known=tokenised
+        )
+        report = "\n".join(
+            [train_data[name].report, *(data.report for data in validation[name].values())]
+        )
+        if report not in reports:
+            say(f"data of adapter {name!r}:")
+            say(report)
+        reports.setdefault(report, []).append(repr(name))
         largest = {f"{field}.train.{s}": id_ for s, id_ in train_data[name].largest_tokens.items()}
         for source, validation_data in validation[name].items():
             largest[f"{field}.validation.{source}"] = validation_data.largest_token
         _require_embeddings(largest, tokenizer, model.vocab_size)
+    for first, *others in reports.values():
+        if others:
+            say(f"data as of adapter {first}: {', '.join(others)}")
     steps = _steps(config, {name: data.num_rows for name, data in train_data.items()})
     _require_warmup_to_end(config, steps)
     return Inputs(base_folder, base, model, train_data, validation, steps)

@@ -20,6 +20,13 @@ from moe_jax.training.plots import draw_run
 from moe_jax.training.program import build_program
 from moe_jax.training.progress import ProgressBar, say
 from moe_jax.training.recorder import Recorder
+from moe_jax.training.results import (
+    TABLE_FILES,
+    AdapterReport,
+    adapter_reports,
+    table_lines,
+    write_table,
+)
 from moe_jax.training.session import Progress, Session, restore
 from moe_jax.training.summary import start_up_table
 from moe_jax.training.workdir import WorkDir, is_main_process, lengths, require_same_run
@@ -34,6 +41,7 @@ class TrainResult:
       total_steps: those that the configuration asks for, of the adapter with the most.
       adapters: the final folder of each adapter that has finished.
       validation: the last measured losses, by `adapter/set`.
+      reports: how each adapter came out, the one with the lowest loss first.
       interrupted_by: the signal that stopped the run before its end, after saving.
       did_nothing: the run had already ended before.
     """
@@ -42,6 +50,7 @@ class TrainResult:
     total_steps: int
     adapters: dict[str, Path]
     validation: dict[str, float] = dataclasses.field(default_factory=dict)
+    reports: dict[str, AdapterReport] = dataclasses.field(default_factory=dict)
     interrupted_by: signal.Signals | None = None
     did_nothing: bool = False
 
@@ -56,7 +65,8 @@ def train(config: RunConfig, workdir: Path, say: Callable[[str], None] = say) ->
       config: the whole configuration.
       workdir: gets `config.json`, `metrics.jsonl`, `checkpoints/`, at each adapter's end
         `adapters/NAME`, and with `eval_every` also `best/NAME`, the adapter at its lowest mean
-        validation loss.
+        validation loss. Of several adapters, at the end also a table: `adapters.json` and
+        `adapters.md`.
       say: takes the lines for people; only called in the main process.
 
     Raises:
@@ -73,10 +83,11 @@ def train(config: RunConfig, workdir: Path, say: Callable[[str], None] = say) ->
             metadata = read_metadata(work.checkpoints, resume_step)
             if _ended(work, settings, resume_step, metadata):
                 say(f"already finished at step {resume_step}; nothing to do")
-                folders = {name: work.adapters / name for name in config.adapters}
-                return TrainResult(
-                    resume_step, resume_step, folders, metadata["validation"], did_nothing=True
-                )
+                progress = Progress(resume_step, metadata["validation"], metadata["best"])
+                result = _result(work, metadata["steps"], progress)
+                if not (work.folder / TABLE_FILES[-1]).exists():  # killed before it was written
+                    _tabulate(work, result, say)
+                return dataclasses.replace(result, did_nothing=True)
 
         inputs = read_inputs(config, say)
         if resume_step is not None:
@@ -131,16 +142,30 @@ def train(config: RunConfig, workdir: Path, say: Callable[[str], None] = say) ->
                 store.wait()
                 raise TrainingError(f"{error}; {store.kept()}") from None
 
-            ended = [name for name, count in inputs.steps.items() if count <= progress.step]
-            folders = {name: work.adapters / name for name in ended}
-            result = TrainResult(progress.step, inputs.total_steps, folders, progress.validation)
+            result = _result(work, inputs.steps, progress)
             if progress.step < inputs.total_steps:
                 say(f"saved at step {progress.step}; run the same command to resume")
                 return dataclasses.replace(result, interrupted_by=interrupts.received)
+            _tabulate(work, result, say)
             if is_main_process():
                 for file in draw_run(work.folder / METRICS_FILE, work.folder):
                     say(f"drew {file}")
             return result
+
+
+def _result(work: WorkDir, steps: Mapping[str, int], progress: Progress) -> TrainResult:
+    reports = adapter_reports(steps, progress, work.adapters, work.folder / METRICS_FILE)
+    folders = {name: work.adapters / name for name in steps if reports[name].folder is not None}
+    return TrainResult(progress.step, max(steps.values()), folders, progress.validation, reports)
+
+
+def _tabulate(work: WorkDir, result: TrainResult, say: Callable[[str], None]) -> None:
+    """Shows several adapters side by side, and leaves the table in the work directory."""
+    reports = list(result.reports.values())
+    if len(reports) > 1 and is_main_process():
+        for line in table_lines(reports):
+            say(line)
+        write_table(work.folder, reports)
 
 
 def _require_same_settings(work: WorkDir, config: RunConfig, settings: dict[str, Any]) -> None:

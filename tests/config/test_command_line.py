@@ -39,6 +39,30 @@ def test_a_file_that_will_not_do(tmp_path, text, words):
     assert "\n" not in str(error.value)
 
 
+def test_a_key_twice_in_one_dict(tmp_path):
+    # Python keeps the last of them, so that the first of two adapters of one name would be lost.
+    text = """
+def get_config():
+    return {
+        "adapters": {
+            "mine": {"batch_size": 1},
+            "other": {"batch_size": 1},
+            "mine": {"batch_size": 2},
+        },
+    }
+"""
+    with pytest.raises(ConfigError) as error:
+        load_config_file(write(tmp_path, text))
+    assert "config.py line 7: the key 'mine' stands twice in one dict, first in line 5" in str(
+        error.value
+    )
+    with pytest.raises(ConfigError, match="line 1: the key 1 stands twice"):
+        load_config_file(write(tmp_path, "X = {1: 2, 1: 3}\n"))
+    # Equal keys of different dicts, and keys that are only looked up, are no mistake.
+    fine = "X = 'a'\n\ndef get_config():\n    return {'a': {'a': 1}, 'b': {'a': 1, X + 'b': 2}}\n"
+    assert load_config_file(write(tmp_path, fine)) == {"a": {"a": 1}, "b": {"a": 1, "ab": 2}}
+
+
 def test_no_such_file(tmp_path):
     (tmp_path / "tiny_mixlora.py").write_text("")
     with pytest.raises(ConfigError, match=r"no such file: .*; did you mean 'tiny_mixlora\.py'\?"):

@@ -6,13 +6,12 @@ import jax
 import numpy as np
 import pytest
 import tiny_program
+from one_device import one_device
 from tiny_run import Run, final_adapter, read_config, write_inputs
 from tolerances import GRADIENT_ROUNDING
 
 from moe_jax.checkpoints.leaves import named_leaves
 from moe_jax.errors import ConfigError
-from moe_jax.sharding.mesh import make_mesh
-from moe_jax.training import inputs as inputs_module
 from moe_jax.training import program as program_module
 from moe_jax.training.loop import train
 from moe_jax.training.phases import phase_after, phases_of
@@ -117,7 +116,7 @@ def get_config():
     )
     for each in adapters.values():
         each["method"] |= dict(dropout=0.0, target_modules=("q_proj", "up_proj"))
-        each["data"]["validation"] = {}
+        each["data"] |= dict(validation={}, sort_window=6)
         # Rounding stays rounding, which Adam would divide by.
         each["optimizer"] = dict(name="sgd", learning_rate=0.1)
     adapters["short"]["steps"] = 2
@@ -149,13 +148,8 @@ def on_one_device(inputs, tmp_path_factory):
         lowered.append((tuple(segment.name for segment in self.segments), row_length))
         return lower(self, row_length)
 
-    def one_device(config, devices=None):
-        return make_mesh(config, jax.devices()[:1])
-
-    with pytest.MonkeyPatch.context() as patch:
+    with one_device() as patch:
         patch.setattr(program_module.Program, "lower_train_step", counted)
-        for module in (program_module, inputs_module):
-            patch.setattr(module, "make_mesh", one_device)
         train(read_config(inputs), workdir, said.append)
     return workdir, said, lowered
 

@@ -1,0 +1,204 @@
+"""A sweep: one adapter's description times a grid of values, each combination an adapter."""
+
+import copy
+import dataclasses
+import itertools
+import math
+import re
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from moe_jax.config.parse import ROOT, parse, suggest
+from moe_jax.config.registry import NAME, Registry, family_of, to_plain
+from moe_jax.errors import ConfigError
+
+SWEEP = "sweep"
+"""The group of a configuration that asks for one."""
+
+MOST = 64
+"""Adapters that a sweep may make: more are more likely a slip than meant."""
+
+_GRID = f"{ROOT}.{SWEEP}.grid"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepConfig:
+    """Takes the place of one adapter's description; see `expand_sweep`.
+
+    Attributes:
+      grid: the values of any fields of the adapter, `{"optimizer.learning_rate": (1e-4, 3e-4)}` or,
+        the same, `{"optimizer": {"learning_rate": (1e-4, 3e-4)}}`.
+      adapter: the adapter that is described; None is the only one there is.
+    """
+
+    grid: dict[str, Any]
+    adapter: str | None = None
+
+
+def expand_sweep(
+    raw: Mapping[str, Any], adapter_type: type, methods: Registry
+) -> Mapping[str, Any]:
+    """The configuration with an adapter for each combination of the grid's values.
+
+    They stand where the adapter of the description stood, which is removed, and are named after it
+    and their values: `default-learning_rate=0.0001-rank=4`.
+
+    Args:
+      raw: nested mappings, as `parse_run_config` takes them; one without a sweep comes back.
+      adapter_type: the dataclass of an adapter's description.
+      methods: the adapter methods.
+
+    Raises:
+      ConfigError: an unknown field or adapter, a field without values, too many combinations, or
+        two of the same name.
+    """
+    raw = {**raw}
+    swept, adapters = raw.pop(SWEEP, None), raw.get("adapters")
+    if swept is None or not isinstance(adapters, Mapping):
+        return raw
+    sweep: SweepConfig = parse(SweepConfig, swept, f"{ROOT}.{SWEEP}")
+    template = _template(sweep, adapters)
+    description = to_plain(adapters[template])
+    if not isinstance(description, Mapping):
+        return raw  # `parse` says what is wrong with it
+    grid = dict(_fields(sweep.grid))
+    if not grid:
+        raise ConfigError(f"{_GRID}: names no field; give one with its values, or leave the sweep")
+    for field, values in grid.items():
+        _require_field(field, description, adapter_type, methods)
+        if not isinstance(values, list | tuple):
+            raise ConfigError(f"{_GRID}.{field}: expected a tuple of values, got {values!r}")
+        if not values:
+            raise ConfigError(f"{_GRID}.{field}: names no value")
+    sizes = [len(values) for values in grid.values()]
+    if math.prod(sizes) > MOST:
+        product = " x ".join(map(str, sizes))
+        raise ConfigError(
+            f"{_GRID}: {product} = {math.prod(sizes)} adapters, more than {MOST}; leave values out"
+        )
+    members = _members(template, description, grid)
+    raw["adapters"] = {}
+    for name, adapter in adapters.items():
+        new = members if name == template else [(name, adapter)]
+        for member, fields in new:
+            if member in raw["adapters"] or (name == template and member in adapters):
+                raise ConfigError(
+                    f"{_GRID}: makes the adapter {member!r}, which there is already; leave out "
+                    "values that are the same, or rename that adapter"
+                )
+            raw["adapters"][member] = fields
+    return raw
+
+
+def _template(sweep: SweepConfig, adapters: Mapping[str, Any]) -> str:
+    name = sweep.adapter
+    if name is None and len(adapters) == 1:
+        return next(iter(adapters))
+    if name is None or name not in adapters:
+        what = "is not given" if name is None else f"unknown adapter {name!r}"
+        hint = suggest(name or "", map(str, adapters))
+        raise ConfigError(f"{ROOT}.{SWEEP}.adapter: {what}; {hint}")
+    return name
+
+
+def _fields(grid: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The dotted fields of a grid with their values; a later one of the same name wins."""
+    for name, values in grid.items():
+        if isinstance(values, Mapping):
+            yield from _fields(values, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", values
+
+
+def _require_field(field: str, description: Any, adapter_type: type, methods: Registry) -> None:
+    """Refuses a dotted field that such an adapter does not have."""
+    hint: Any = adapter_type
+    node = description
+    for part in field.split("."):
+        hint = _without_none(hint)
+        registry = hint if isinstance(hint, Registry) else family_of(hint)
+        if registry is not None:
+            name = node.get(NAME)
+            if not isinstance(name, str) or name not in registry:
+                return  # whatever is wrong there is found when it is parsed
+            hint = registry[name]
+        if dataclasses.is_dataclass(hint):
+            hints = {f.name: typing.get_type_hints(hint)[f.name] for f in dataclasses.fields(hint)}
+            if hint is adapter_type:
+                hints["method"] = methods
+            if registry is not None:
+                hints[NAME] = str
+            if part not in hints:
+                near = suggest(part, hints)
+                raise ConfigError(f"{_GRID}.{field}: unknown field {part!r}; {near}")
+            hint, named = hints[part], {}
+        elif typing.get_origin(hint) is dict:
+            # The key stands for a name that is left out, see `parse`.
+            hint, named = typing.get_args(hint)[1], {NAME: part}
+        elif hint is Any:
+            return
+        else:
+            raise ConfigError(f"{_GRID}.{field}: {part!r} would be a field of a single value")
+        node = node.get(part) if isinstance(node, Mapping) else None
+        node = {**named, **(node if isinstance(node, Mapping) else {})}
+
+
+def _without_none(hint: Any) -> Any:
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        (hint,) = [choice for choice in typing.get_args(hint) if choice is not type(None)]
+    return hint
+
+
+def _members(
+    template: str, description: Mapping[str, Any], grid: Mapping[str, Any]
+) -> list[tuple[str, dict[str, Any]]]:
+    """Name and description of each combination, the last field's values changing first."""
+    keys, members = _short_names(list(grid)), []
+    for values in itertools.product(*grid.values()):
+        fields = dict(copy.deepcopy(description))
+        name = template
+        for field, value in zip(grid, values, strict=True):
+            plain = to_plain(value)
+            _set(fields, field, plain)
+            name += f"-{keys[field]}={_label(plain, field)}"
+        members.append((name, fields))
+    return members
+
+
+def _set(fields: dict[str, Any], field: str, value: Any) -> None:
+    *groups, last = field.split(".")
+    for part in groups:
+        if fields.get(part) is None:
+            fields[part] = {}
+        fields = fields[part]
+        if not isinstance(fields, dict):
+            raise ConfigError(f"{_GRID}.{field}: {part!r} is a single value here")
+    fields[last] = copy.deepcopy(value)
+
+
+def _short_names(fields: list[str]) -> dict[str, str]:
+    """Each field by as many of its last parts as tell it from the others."""
+    names = {}
+    for field in fields:
+        parts, count = field.split("."), 1
+        while sum(other.split(".")[-count:] == parts[-count:] for other in fields) > 1:
+            count += 1
+        names[field] = ".".join(parts[-count:])
+    return names
+
+
+def _label(value: Any, field: str) -> str:
+    """A value as a part of a name, which is that of a folder."""
+    if isinstance(value, Mapping):
+        if not isinstance(value.get(NAME), str):
+            raise ConfigError(
+                f"{_GRID}.{field}: a value is a group of fields without a name that could tell "
+                f"it apart; give it {NAME!r}, or sweep over its fields"
+            )
+        return _label(value[NAME], field)
+    if isinstance(value, list | tuple):
+        return "+".join(_label(item, field) for item in value) or "none"
+    return re.sub(r"[^A-Za-z0-9_.+-]", "_", str(value))
