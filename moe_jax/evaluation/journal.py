@@ -19,11 +19,11 @@ from moe_jax.errors import CheckpointError, ConfigError
 Record = dict[str, Any]
 
 _MEANINGS = {
-    "format": "release",
-    "base": "base",
-    "adapter": "adapter",
-    "items": "questions (their data, prompts, shots, limit or tokenizer)",
-    "dtype": "dtype",
+    "format": "another format",
+    "base": "another base",
+    "adapter": "another adapter",
+    "items": "other questions (their data, prompts, shots, limit or tokenizer)",
+    "dtype": "another dtype",
 }
 """The fields of a journal's first line that must agree, and what they stand for."""
 
@@ -112,8 +112,8 @@ class Journal:
         if differing or not fits:
             what = ", ".join(_MEANINGS[key] for key in differing) or _MEANINGS["items"]
             raise ConfigError(
-                f"{file}: holds the answers of an evaluation with another {what}; give another "
-                "output folder, or delete this file"
+                f"{file}: holds the answers of an evaluation with {what}; give another output "
+                "folder, or delete this file"
             )
         self._whole_bytes = len(whole)
         return records

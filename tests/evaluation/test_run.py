@@ -144,7 +144,7 @@ def test_a_killed_process_changes_nothing(setting, arc, whole, tmp_path):
 def test_answers_of_something_else_are_not_taken(setting, arc, whole, tmp_path):
     _, folder = whole
     before = _files(folder)
-    with pytest.raises(UserError, match=r"arc_easy.labels.jsonl: .* another questions .*delete"):
+    with pytest.raises(UserError, match=r"arc_easy.labels.jsonl: .* other questions .*delete"):
         _evaluate(setting, arc, folder, limit=3)
     with pytest.raises(UserError, match="with another dtype;"):
         _evaluate(setting, arc, folder, dtype="bfloat16")
