@@ -16,6 +16,7 @@ from hf_models import save_tiny_llama
 from tolerances import FLOAT32_LOGITS, ROUNDING
 
 import moe_jax
+from moe_jax.adapters.routers import SwitchRouter
 from moe_jax.config.run import MeshConfig
 from moe_jax.demo.tokenizer import save_tokenizer, train_tokenizer
 from moe_jax.errors import UserError
@@ -193,6 +194,28 @@ def _assert_same_answers(one, two):
     for left, right in zip(one.examples, two.examples, strict=True):
         np.testing.assert_allclose(left["scores"], right["scores"], **ROUNDING)
         assert {**left, "scores": None} == {**right, "scores": None}
+
+
+def test_padding_takes_no_place_with_an_expert(setting, arc, tmp_path):
+    """Experts with a capacity, in padded batches, against one question after the other."""
+    base = moe_jax.load_base(setting.base)
+    router = SwitchRouter(capacity_factor=1.0, init_std=1.0)
+    method = moe_jax.MixLoraConfig(
+        rank=4, alpha=8.0, target_modules=("up_proj",), num_experts=4, router=router
+    )
+    model = moe_jax.AdaptedModel(base, {"routed": method})
+    model.adapters["routed"] = jax.tree.map(lambda leaf: leaf + 0.1, model.adapters["routed"])
+    model.save("routed", tmp_path / "routed")
+    fields = {"data": arc, "protocols": "labels", "limit": 3, "batch_size": 4, "buckets": (96,)}
+    found = evaluate(base, "arc_easy", {"routed": tmp_path / "routed"}, **fields)
+    letters = [setting.tokenizer(f"Answer: {letter}").input_ids[-1] for letter in "ABC"]
+    questions = named_task("arc_easy", data=arc, limit=3).questions()
+    for question, said in zip(questions, found.outcomes[0].examples, strict=True):
+        ids = setting.tokenizer(question.preface + question.prompt).input_ids
+        expected = jax.nn.log_softmax(model([ids], "routed")[0, -1])[np.array(letters)]
+        np.testing.assert_allclose(said["scores"], expected, **ROUNDING)
+    plain = evaluate(base, "arc_easy", **fields)
+    assert plain.outcomes[0].examples[0]["scores"] != found.outcomes[0].examples[0]["scores"]
 
 
 def test_from_memory_as_from_folders(setting, arc, whole):
