@@ -25,6 +25,11 @@ def module_name(adapter: str) -> str:
     return _PREFIX + adapter
 
 
+def expert_name(adapter: str, index: int | str) -> str:
+    """What an expert is called wherever people or other programs read of it."""
+    return f"moe.{adapter}.experts.{index}"
+
+
 def by_adapter(collection: Mapping[str, Any]) -> dict[str, Any]:
     """From a Linen collection to `{adapter: tree}`; leaves are passed through."""
     result: dict[str, dict[tuple[str, ...], Any]] = {}

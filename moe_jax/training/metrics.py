@@ -12,9 +12,11 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
+from moe_jax.adapters.sites import expert_name
 from moe_jax.checkpoints.disk import disk_errors
 from moe_jax.config.run import LoggingConfig
 from moe_jax.errors import ConfigError
+from moe_jax.training.routing import row_places
 
 METRICS_FILE = "metrics.jsonl"
 TIME = "time"
@@ -72,7 +74,8 @@ class Window:
         """One value per metric over the window, which is empty afterwards.
 
         Counts of tokens are summed, loss scale and counters are those of the last step, and all
-        else is the mean over the steps where it is finite (None if it never is).
+        else is the mean over the steps where it is finite (None, or NaN within a list, if it never
+        is).
         """
         names = dict.fromkeys(name for step in self.steps for name in step)
         summary = {}
@@ -84,10 +87,19 @@ class Window:
             elif kind in _SUM:
                 summary[name] = sum(values)
             else:
-                finite = [value for value in values if np.isfinite(value).all()]
-                summary[name] = np.mean(finite, axis=0).tolist() if finite else None
+                summary[name] = _finite_mean(np.array(values, np.float64))
         self.steps = []
         return summary
+
+
+def _finite_mean(values: np.ndarray) -> Any:
+    """The mean over the first axis of what is finite, number by number."""
+    finite = np.isfinite(values)
+    count = finite.sum(axis=0)
+    mean = np.where(finite, values, 0.0).sum(axis=0) / np.maximum(count, 1)
+    if values.ndim == 1:
+        return mean.item() if count else None
+    return np.where(count > 0, mean, np.nan).tolist()
 
 
 class Writer(Protocol):
@@ -211,13 +223,30 @@ class WeightsAndBiases:
 
 
 def _flat(line: Mapping[str, Any]) -> dict[str, float]:
-    times = {f"{TIME}/{name}": value for name, value in line.get(TIME, {}).items()}
-    values = {name: value for name, value in line.items() if name != TIME}
-    scalars = {}
-    for name, value in {**values, **times}.items():
-        if value is not None:
-            for index, number in np.ndenumerate(value):
-                scalars["/".join([name, *map(str, index)])] = float(number)
+    """The numbers of a line, each under a name of its own.
+
+    Rows of routers are named by site and layer, columns by the expert:
+    `moe.ADAPTER.experts.0/load/mlp/moe/3` in layer 3, `ADAPTER/layer_entropy/mlp/moe/3`.
+    """
+    scalars: dict[str, float] = {}
+    for name, value in line.items():
+        adapter, _, kind = name.rpartition("/")
+        if name == TIME:
+            scalars |= {f"{TIME}/{k}": float(v) for k, v in value.items()}
+        elif kind == "sites" or value is None:
+            continue
+        elif not isinstance(value, list):
+            scalars[name] = float(value)
+        else:
+            places = row_places(line[f"{adapter}/sites"], len(value))
+            for row, (site, layer) in zip(value, places, strict=True):
+                place = f"{site}/{layer}"
+                if kind == "expert_load":
+                    experts = [expert_name(adapter, index) for index in range(len(row))]
+                    named = {f"{e}/load/{place}": v for e, v in zip(experts, row, strict=True)}
+                else:
+                    named = {f"{name}/{place}": row}
+                scalars |= {k: float(v) for k, v in named.items() if v is not None}
     return scalars
 
 

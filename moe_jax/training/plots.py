@@ -1,11 +1,18 @@
 """Pictures of a run: how the losses went, and how the tokens spread over the experts."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+
+from moe_jax.adapters.sites import expert_name
+from moe_jax.training.routing import row_places
+
+_READABLE_ROWS = 40
+"""Rows of an expert map up to which they are drawn large."""
 
 
 def loss_curves(metrics: Path) -> Figure:
@@ -50,29 +57,43 @@ def draw_run(metrics: Path, folder: Path) -> list[Path]:
             adapter, _, kind = name.rpartition("/")
             if kind == "expert_load" and value is not None:
                 title = f"Expert load of {adapter!r} in training, up to step {line['step']}"
-                figures[f"experts_{adapter}.png"] = expert_map(np.asarray(value), title)
+                load = np.array(value, np.float64)  # None becomes NaN
+                figure = expert_map(load, title, adapter, line[f"{adapter}/sites"])
+                figures[f"experts_{adapter}.png"] = figure
     for name, figure in figures.items():
         figure.savefig(folder / name)
     return [folder / name for name in figures]
 
 
-def expert_map(relative: np.ndarray, title: str) -> Figure:
+def expert_map(relative: np.ndarray, title: str, adapter: str, sites: Sequence[str]) -> Figure:
     """A heat map of experts' loads.
 
     Args:
-      relative: float [L, E], the load of expert E in layer L as a multiple of an equal share.
+      relative: float [sites * L, E], the load of each expert as a multiple of an equal share; NaN,
+        which stays blank, where there is no such expert.
       title: whose load it is.
+      adapter: whose experts they are.
+      sites: where the routers sit, each with its L layers.
     """
-    layers, experts = relative.shape
-    size = (2.5 + 0.7 * experts, 1.5 + 0.4 * layers)
-    figure = Figure(figsize=size, layout="constrained")
+    rows, experts = relative.shape
+    dense = rows > _READABLE_ROWS
+    figure = Figure(
+        figsize=(3.5 + 0.7 * experts, 1.5 + (0.2 if dense else 0.4) * rows), layout="constrained"
+    )
     axes = figure.subplots()
-    # White is an equal share, so that colour alone tells too much from too little.
+    # White is an equal share, so that colour alone tells too much from too little; grey is nothing.
+    axes.set_facecolor("0.8")
     image = axes.imshow(relative, cmap="RdBu_r", vmin=0.0, vmax=2.0, aspect="auto")
-    for layer, expert in np.ndindex(layers, experts):
-        axes.text(expert, layer, f"{relative[layer, expert]:.2f}", ha="center", va="center")
-    axes.set(xlabel="expert", ylabel="layer", title=title)
+    size = "xx-small" if dense else "medium"
+    for row, expert in np.argwhere(~np.isnan(relative)):
+        text = f"{relative[row, expert]:.2f}"
+        axes.text(expert, row, text, ha="center", va="center", fontsize=size)
+    labels, name = [str(layer) for _, layer in row_places(sites, rows)], "layer"
+    if len(sites) > 1:
+        labels = [f"{site} {layer}" for site, layer in row_places(sites, rows)]
+        name = "router and layer"
+    axes.set(xlabel=expert_name(adapter, "INDEX"), ylabel=name, title=title)
     axes.set_xticks(range(experts))
-    axes.set_yticks(range(layers))
+    axes.set_yticks(range(rows), labels, fontsize=size)
     figure.colorbar(image, label="load / equal share", extend="max")
     return figure

@@ -29,6 +29,14 @@ from moe_jax.training.loss_scale import initial_loss_scale
 from moe_jax.training.optimizer import build_optimizer, learning_rate_schedule
 from moe_jax.training.state import TrainState, state_shardings
 
+BATCH_TYPES = Batch(
+    tokens=jnp.int32,
+    loss_mask=jnp.bool,
+    segment_ids=jnp.int32,
+    positions=jnp.int32,
+    expert_groups=jnp.int32,
+)
+
 
 @dataclass(frozen=True)
 class Program:
@@ -146,16 +154,27 @@ class Program:
         micro = self.config.training.micro_batches
         rows = sum(segment.rows for segment in self.segments)
         shape = (micro, rows // micro, row_length)
-        types = Batch(
-            tokens=jnp.int32,
-            loss_mask=jnp.bool,
-            segment_ids=jnp.int32,
-            positions=jnp.int32,
-            expert_groups=jnp.int32,
-        )
-        batch = Batch(*(jax.ShapeDtypeStruct(shape, dtype) for dtype in types))
+        batch = Batch(*(jax.ShapeDtypeStruct(shape, dtype) for dtype in BATCH_TYPES))
         with self._mesh_context():
             return self._train_step.lower(self.abstract_state, self.abstract_params, batch)
+
+    @functools.cached_property
+    def sites(self) -> dict[str, list[str]]:
+        """Where each adapter that routes has its routers, in the order of its metrics' rows."""
+        found: dict[str, list[str]] = {}
+
+        def trace(params: Any, adapters: Any, batch: Batch) -> None:
+            model = self.model.clone(segments=self._micro_segments)
+            _, statistics = step.forward(model, params, adapters, batch, dropout_key=None)
+            found.update({name: list(sites) for name, sites in statistics.items()})
+
+        rows = sum(segment.rows for segment in self._micro_segments)
+        batch = Batch(*(jax.ShapeDtypeStruct((rows, 2), dtype) for dtype in BATCH_TYPES))
+        with self._mesh_context():
+            jax.eval_shape(
+                _with_rules(trace), self.abstract_params, self.abstract_state.adapters, batch
+            )
+        return found
 
     def _put(self, batch: Batch, spec: PartitionSpec) -> Batch:
         segment_ids = np.asarray(batch.segment_ids)
@@ -200,12 +219,16 @@ class Program:
         )
 
     @functools.cached_property
-    def _train_step(self) -> Any:
+    def _micro_segments(self) -> tuple[Segment, ...]:
+        """Which rows of a micro-batch belong to which adapter."""
         micro = self.config.training.micro_batches
         methods = {segment.name: segment.method for segment in self.segments}
         rows = {segment.name: segment.rows // micro for segment in self.segments}
-        segments = segments_of(methods, rows, self.segments[0].shards)
-        model = self.model.clone(segments=segments)
+        return segments_of(methods, rows, self.segments[0].shards)
+
+    @functools.cached_property
+    def _train_step(self) -> Any:
+        model = self.model.clone(segments=self._micro_segments)
         seed = self.config.training.seed
         function = functools.partial(step.train_step, model, self.optimizer, seed)
         batch_sharding = NamedSharding(self.mesh, PartitionSpec(None, *BATCH_SPEC))

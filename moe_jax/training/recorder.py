@@ -142,6 +142,8 @@ class Recorder:
             # The schedule advances with the steps that were applied.
             rates = self._program.learning_rates(step - 1 - count)
             line[f"{name}/learning_rate"] = rates[name]
+            if name in self._program.sites:  # whose rows, each with all layers, the metrics have
+                line[f"{name}/sites"] = self._program.sites[name]
         elapsed = round(time.perf_counter() - self._start, 3)
         times = {"elapsed_seconds": elapsed, **self._speed.measure()}
         self._write(step, line, times)
@@ -149,9 +151,7 @@ class Recorder:
             self._say(text)
 
     def _write(self, step: int, line: Mapping[str, Any], times: Mapping[str, float]) -> None:
-        values = {
-            k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()
-        }
+        values = {name: _finite(value) for name, value in line.items()}
         for writer in self._writers:
             writer.write(step, {**values, TIME: dict(times)})
 
@@ -221,6 +221,13 @@ class _Speed:
 
     def _restart(self) -> None:
         self._mark, self._steps, self._tokens = time.perf_counter(), 0, 0
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no numbers that are not finite; also within lists, they become None."""
+    if isinstance(value, list):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _number(value: float | None, form: str) -> str:

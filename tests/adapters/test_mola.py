@@ -90,7 +90,7 @@ def test_experts_that_a_layer_does_not_have_are_zero_and_stay_so():
     load = np.asarray(metrics["a/expert_load"])
     assert load.shape == (8, 4)
     for row, count in zip(load, [2, 2, 4, 4] * 2, strict=True):
-        np.testing.assert_allclose(row, [1.0] * count + [0.0] * (4 - count), rtol=1e-6)
+        np.testing.assert_allclose(row, [1.0] * count + [np.nan] * (4 - count), rtol=1e-6)
     assert float(metrics["a/dead_experts"]) == 0
     assert (np.asarray(metrics["a/layer_entropy"]) <= 1 + 1e-6).all()
 

@@ -6,6 +6,7 @@ import sys
 import types
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
@@ -43,6 +44,39 @@ def test_window_by_hand():
         "bad": None,
     }
     assert window.steps == []
+
+
+def test_window_of_lists_by_hand():
+    nan, inf = float("nan"), float("inf")
+    window = Window([{"a/expert_load": [[1.0, nan], [3.0, 1.0]]}])
+    window.add({"a/expert_load": [[2.0, nan], [inf, 2.0]]})
+    # Number by number, the mean of what is finite.
+    np.testing.assert_array_equal(window.close()["a/expert_load"], [[1.5, nan], [3.0, 1.5]])
+
+
+def test_experts_are_named(tmp_path):
+    line = {
+        "a-b/expert_load": [[0.5, 1.5], [1.0, None], [2.0, 0.0], [0.0, 2.0]],
+        "a-b/layer_entropy": [0.1, 0.2, 0.3, 0.4],
+        "a-b/sites": ["mlp/moe", "self_attn/q_proj"],
+    }
+    with contextlib.ExitStack() as opened:
+        for writer in open_writers(tmp_path, LoggingConfig(tensorboard=True), {}, 0, opened):
+            writer.write(10, line)
+    written = {name: round(value, 5) for name, _, value in events(tmp_path / "tensorboard")}
+    assert written == {
+        "moe.a-b.experts.0/load/mlp/moe/0": 0.5,
+        "moe.a-b.experts.1/load/mlp/moe/0": 1.5,
+        "moe.a-b.experts.0/load/mlp/moe/1": 1.0,  # layer 1 has no second expert there
+        "moe.a-b.experts.0/load/self_attn/q_proj/0": 2.0,
+        "moe.a-b.experts.1/load/self_attn/q_proj/0": 0.0,
+        "moe.a-b.experts.0/load/self_attn/q_proj/1": 0.0,
+        "moe.a-b.experts.1/load/self_attn/q_proj/1": 2.0,
+        "a-b/layer_entropy/mlp/moe/0": 0.1,
+        "a-b/layer_entropy/mlp/moe/1": 0.2,
+        "a-b/layer_entropy/self_attn/q_proj/0": 0.3,
+        "a-b/layer_entropy/self_attn/q_proj/1": 0.4,
+    }
 
 
 def test_lines_of_later_steps_are_cut_off(tmp_path):

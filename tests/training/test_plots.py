@@ -1,4 +1,5 @@
 import json
+import math
 
 import numpy as np
 
@@ -25,19 +26,41 @@ def test_each_loss_is_a_line(tmp_path):
 
 def test_map_shows_load_relative_to_an_equal_share(tmp_path):
     load = np.array([[1.0, 1, 1, 1], [4, 0, 0, 0], [2, 2, 0, 0]])
-    figure = expert_map(load, "a title")
-    np.testing.assert_array_equal(figure.axes[0].images[0].get_array(), load)
-    texts = [text.get_text() for text in figure.axes[0].texts]
+    figure = expert_map(load, "a title", "x", ["mlp/moe"])
+    axes = figure.axes[0]
+    np.testing.assert_array_equal(axes.images[0].get_array(), load)
+    texts = [text.get_text() for text in axes.texts]
     assert texts[4:6] == ["4.00", "0.00"]
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["0", "1", "2"]
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("moe.x.experts.INDEX", "layer")
     figure.savefig(tmp_path / "map.png")
     assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_map_of_several_routers_a_layer():
+    nan = math.nan
+    load = np.array([[1.0, 1, nan], [1, 1, 1], [2, 0, nan], [0, 1, 2]])
+    axes = expert_map(load, "a title", "x", ["mlp/up_proj", "self_attn/q_proj"]).axes[0]
+    assert [text.get_text() for text in axes.get_yticklabels()] == [
+        "mlp/up_proj 0",
+        "mlp/up_proj 1",
+        "self_attn/q_proj 0",
+        "self_attn/q_proj 1",
+    ]
+    # Experts that a layer does not have stay blank.
+    written = {text.get_position(): text.get_text() for text in axes.texts}
+    assert len(written) == 10
+    assert (2, 0) not in written and (2, 2) not in written
+    assert (written[0, 2], written[2, 3]) == ("2.00", "2.00")
+
+
 def test_a_run_is_drawn_from_its_last_line(tmp_path):
+    sites = {"x/sites": ["mlp/moe"]}
     lines = [
-        {"step": 10, "x/loss": 2.0, "x/expert_load": [[2.0, 0.0]], "y/loss": 1.0},
-        {"step": 20, "x/loss": 1.0, "x/expert_load": [[1.5, 0.5]], "y/loss": 0.5},
+        {"step": 10, "x/loss": 2.0, "x/expert_load": [[2.0, 0.0]], **sites, "y/loss": 1.0},
+        {"step": 20, "x/loss": 1.0, "x/expert_load": [[1.5, None]], **sites, "y/loss": 0.5},
         {"step": 20, "validation/x/held_out/loss": 3.0},
+        {"step": 30, "y/loss": 0.5},  # 'x' has finished
     ]
     file = tmp_path / "metrics.jsonl"
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -5,9 +5,10 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tiny_program
 
 from moe_jax.adapters.statistics import RouterStatistics
-from moe_jax.training.routing import routing_summary
+from moe_jax.training.routing import routing_summary, row_places
 
 
 def _layer(tokens, load, entropy=0.0, present=(1, 1, 1, 1), routed=1, overflow=None):
@@ -47,7 +48,8 @@ def test_one_site_by_hand():
 def test_sites_and_layers_follow_each_other_and_only_routed_ones_count():
     two_layers = jax.tree.map(lambda *fields: jnp.concatenate(fields), UNEVEN, FROZEN)
     summary = routing_summary({"mlp/up_proj": two_layers, "mlp/down_proj": TWO})
-    load = [[1, 1, 0, 2], [0, 0, 0, 0], [1, 1, 0, 0]]
+    nan = math.nan  # where there is no expert, or none that is routed to
+    load = [[1, 1, 0, 2], [nan, nan, nan, nan], [1, 1, nan, nan]]
     np.testing.assert_allclose(summary["expert_load"], load, rtol=1e-6)
     np.testing.assert_allclose(summary["layer_entropy"], [0.5, 0.0, 0.5], rtol=1e-6)
     np.testing.assert_allclose(summary["mean_entropy"], 0.5, rtol=1e-6)
@@ -66,3 +68,41 @@ def test_a_batch_of_padding_is_reported_as_nothing():
     summary = routing_summary({"mlp/moe": FROZEN._replace(routed=jnp.ones(1))})
     assert all(np.isfinite(value).all() for value in summary.values())
     assert float(summary["mean_entropy"]) == float(summary["busiest_expert"]) == 0.0
+
+
+def test_rows_are_all_layers_of_one_site_after_the_other():
+    places = [("a", 0), ("a", 1), ("a", 2), ("b", 0), ("b", 1), ("b", 2)]
+    assert row_places(["a", "b"], 6) == places
+
+
+MOLA = {
+    "name": "mola",
+    "rank": 2,
+    "alpha": 4.0,
+    "target_modules": ("v_proj", "q_proj", "up_proj"),
+    "num_experts": (3,),
+}
+
+
+def test_a_program_knows_what_the_rows_are():
+    """The rows of the compiled step's metrics are those of the sites that it says."""
+    methods = {"x": MOLA, "y": tiny_program.LORA, "z": tiny_program.MIXLORA}
+    program = tiny_program.program(methods, rows=2, config=tiny_program.model_config(num_layers=2))
+    assert {name: sorted(sites) for name, sites in program.sites.items()} == {
+        "x": ["mlp/up_proj", "self_attn/q_proj", "self_attn/v_proj"],
+        "z": ["mlp/moe"],
+    }
+    places = row_places(program.sites["x"], 6)
+    params = tiny_program.random_params(program)
+    batch = program.put_train_batch(tiny_program.random_batch(6))
+    for site, layer in (places[1], places[4]):
+        state = program.init_state(params).replace(adapters=tiny_program.random_adapters(program))
+        block, projection = site.split("/")
+        router = state.adapters["x"]["layers"][block][projection]["router"]
+        router["kernel"] = router["kernel"].at[layer].set(0.0)
+        _, metrics = program.train_step(state, params, batch)
+        # Where all logits are equal, all tokens go to the first two of the three experts.
+        all_alike = [np.allclose(row, [1.5, 1.5, 0.0]) for row in metrics["x/expert_load"]]
+        assert [place for place, alike in zip(places, all_alike, strict=True) if alike] == [
+            (site, layer)
+        ]
