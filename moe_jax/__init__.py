@@ -11,9 +11,13 @@ from moe_jax.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from moe_jax.adapters.lora import LoraConfig
+    from moe_jax.adapters.loramoe import LoraMoeConfig
     from moe_jax.adapters.mixlora import ExpertLoraConfig, MixLoraConfig
+    from moe_jax.adapters.mola import MolaConfig
+    from moe_jax.adapters.routers import SoftRouter, SwitchRouter, TopKRouter, TopPRouter
     from moe_jax.adapters.targets import TARGET_MODULES
     from moe_jax.errors import UserError
+    from moe_jax.evaluation.run import evaluate
     from moe_jax.library import (
         AdaptedModel,
         Base,
@@ -31,8 +35,15 @@ __all__ = [
     "Base",
     "ExpertLoraConfig",
     "LoraConfig",
+    "LoraMoeConfig",
     "MixLoraConfig",
+    "MolaConfig",
+    "SoftRouter",
+    "SwitchRouter",
+    "TopKRouter",
+    "TopPRouter",
     "UserError",
+    "evaluate",
     "export_adapter",
     "import_adapter",
     "load_adapter",
@@ -46,6 +57,12 @@ _HOMES = {
     "ExpertLoraConfig": "moe_jax.adapters.mixlora",
     "MixLoraConfig": "moe_jax.adapters.mixlora",
     "LoraConfig": "moe_jax.adapters.lora",
+    "LoraMoeConfig": "moe_jax.adapters.loramoe",
+    "MolaConfig": "moe_jax.adapters.mola",
+    **dict.fromkeys(
+        ("SoftRouter", "SwitchRouter", "TopKRouter", "TopPRouter"), "moe_jax.adapters.routers"
+    ),
+    "evaluate": "moe_jax.evaluation.run",
     "UserError": "moe_jax.errors",
 }
 
