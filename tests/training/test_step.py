@@ -10,9 +10,11 @@ import pytest
 import tiny_program
 from tolerances import GRADIENT_ROUNDING, ROUNDING
 
+from moe_jax.adapters.segments import Segment
 from moe_jax.data.batch import Batch
 from moe_jax.training.loss_scale import initial_loss_scale
 from moe_jax.training.optimizer import finite_check_state
+from moe_jax.training.step import eval_step
 
 # No width equals another's, or a product of the adapters' ranks, so that shapes tell leaves apart.
 MODEL = tiny_program.model_config(
@@ -173,8 +175,11 @@ def test_the_base_has_no_gradient(both, batches):
     assert not shapes & _products(both.lower_train_step(16))
 
     # Where the base is differentiated, these products are there.
+    own = Segment("y", both.config.adapters["y"].method, 0, 2 * ROWS)
+    model = both.model.clone(segments=(own,))
+
     def loss(params, adapters, batch):
-        return both._eval_step("y", {"y": adapters["y"]}, params, batch)[0]
+        return eval_step(model, {"y": adapters["y"]}, params, batch)[0]
 
     with jax.set_mesh(both.mesh):
         differentiated = jax.jit(jax.grad(loss)).lower(
