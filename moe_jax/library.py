@@ -20,12 +20,15 @@ from moe_jax.checkpoints.adapter_files import SavedAdapter
 from moe_jax.checkpoints.base import load_base as load_params
 from moe_jax.checkpoints.fingerprint import BaseIdentity, base_fingerprint
 from moe_jax.checkpoints.formats import exchange
+from moe_jax.checkpoints.formats.format import Weighting
 from moe_jax.checkpoints.hf_config import read_model_config
 from moe_jax.checkpoints.new_folder import require_unused
 from moe_jax.checkpoints.resolve import resolve_checkpoint
 from moe_jax.config.model import ComputeConfig, FloatType, ModelConfig
 from moe_jax.config.parse import located, suggest
 from moe_jax.config.run import RunConfig, parse_run_config
+from moe_jax.data.measuring_rows import measuring_rows
+from moe_jax.data.tokenizer import load_tokenizer
 from moe_jax.errors import CheckpointError, ConfigError, DataError
 from moe_jax.layers.collections import ADAPTERS, PARAMS
 from moe_jax.models.causal_lm import LlamaForCausalLM
@@ -179,21 +182,43 @@ def export_adapter(
     *,
     dtype: FloatType = "float32",
     base: str | None = None,
+    weights: Weighting | None = None,
+    data: str | Path | None = None,
 ) -> list[str]:
     """Writes an adapter, or the one in a folder, for another tool; see `exchange.export_adapter`.
 
     Args:
       adapter: the adapter or its folder.
-      to: the format: `mixlora` or `peft`.
+      to: the format: `mixlora` or `peft` for the adapter alone; `mixtral` or `llama` for a whole
+        model.
       output: a folder that does not exist yet, or is empty.
       dtype: the type of the tensors that are written.
-      base: the base as the other tool will find it; by default the path it was trained with.
+      base: the base as the other tool will find it, and where that of a whole model is read; by
+        default the path it was trained with.
+      weights: how `llama` merges experts: `average`, the default, or by their `utilisation`.
+      data: a file of text, on which `llama` measures utilisation and what merging changes; see
+        `measuring_rows`. It is needed where there are experts.
 
     Returns:
-      What the format leaves out or states in another way, one sentence each.
+      What the format leaves out or states in another way, and what was measured, one sentence each.
     """
     saved = adapter if isinstance(adapter, SavedAdapter) else load_adapter(adapter)
-    return exchange.export_adapter(saved, to, Path(output), dtype=dtype, base=base)
+    tokens = None
+    if data is not None:
+        require_unused(Path(output))
+        folder = resolve_checkpoint(saved.base.path if base is None else base)
+        length = min(512, saved.model.max_position_embeddings)
+        tokens = measuring_rows(Path(data), load_tokenizer(folder), length=length)
+    return exchange.export_adapter(
+        saved,
+        to,
+        Path(output),
+        dtype=dtype,
+        base=base,
+        weights=weights,
+        tokens=tokens,
+        data_name="" if data is None else Path(data).name,
+    )
 
 
 def import_adapter(

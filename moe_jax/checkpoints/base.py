@@ -62,7 +62,7 @@ def load_base(
     """
     target = jnp.dtype(dtype)
     with open_shards(Path(folder)) as shards:
-        leaves = _checked_leaves(shards, config)
+        leaves = checked_leaves(shards, config)
         if shardings is None:
             device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
             places = {leaf.path: device for leaf in leaves}
@@ -75,8 +75,12 @@ def load_base(
     return _tree({leaf.path: arrays[leaf.path] for leaf in leaves})
 
 
-def _checked_leaves(shards: Shards, config: ModelConfig) -> list[Leaf]:
-    """The leaves to load, once every tensor is known to be there, in its shape, and wanted."""
+def checked_leaves(shards: Shards, config: ModelConfig) -> list[Leaf]:
+    """The leaves to load, once every tensor is known to be there, in its shape, and wanted.
+
+    Raises:
+      CheckpointError: see `load_base`.
+    """
     leaves = base_leaves(config)
     present = dict(shards.tensors)
     embedding, head = key_of(EMBEDDING_PATH, config), key_of(HEAD_PATH, config)
@@ -151,6 +155,21 @@ def _load_leaf(
     array = jax.make_array_from_callback(leaf.shape, sharding, read_part, dtype=dtype)
     # Transfers run behind Python's back; without waiting, several host copies pile up.
     return jax.block_until_ready(array)
+
+
+def read_leaf(leaf: Leaf, shards: Shards, dtype: np.dtype, layer: int | None = None) -> np.ndarray:
+    """A whole leaf, or one layer of a stacked one, in memory of this process.
+
+    Args:
+      leaf: from `checked_leaves`.
+      shards: what that was given.
+      dtype: of the result.
+      layer: from 0; None where the leaf is not stacked, or all layers are wanted.
+    """
+    ranges = tuple((0, size) for size in leaf.shape)
+    if layer is None:
+        return _read_part(leaf, shards, dtype, ranges)
+    return _read_part(leaf, shards, dtype, ((layer, layer + 1), *ranges[1:]))[0]
 
 
 def _read_part(

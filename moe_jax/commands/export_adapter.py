@@ -6,6 +6,7 @@ from typing import get_args
 
 import moe_jax
 from moe_jax.checkpoints.formats import FORMATS
+from moe_jax.checkpoints.formats.format import Weighting
 from moe_jax.commands import Run
 from moe_jax.config.model import FloatType
 
@@ -35,7 +36,21 @@ def add(parser: argparse.ArgumentParser) -> Run:
     parser.add_argument(
         "--base",
         metavar="DIR_OR_ID",
-        help="the base as the other tool will find it (default: the path that it was trained with)",
+        help="the base as the other tool will find it, and where that of a whole model is read "
+        "(default: the path that it was trained with)",
+    )
+    parser.add_argument(
+        "--weights",
+        choices=get_args(Weighting),
+        help="llama: how experts become one, all alike or by their share of the tokens of --data "
+        "(default: average)",
+    )
+    parser.add_argument(
+        "--data",
+        type=Path,
+        metavar="FILE",
+        help="llama: text on which the KL divergence from the exact model is measured, a .txt or "
+        "rows with a column `text`; needed for experts",
     )
     return _run
 
@@ -47,6 +62,8 @@ def _run(arguments: argparse.Namespace) -> None:
         arguments.output,
         dtype=arguments.dtype,
         base=arguments.base,
+        weights=arguments.weights,
+        data=arguments.data,
     )
     for note in notes:
         print(f"note: {note}")

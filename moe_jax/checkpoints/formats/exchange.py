@@ -3,11 +3,18 @@
 from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
+
 from moe_jax.checkpoints.adapter_files import SavedAdapter
 from moe_jax.checkpoints.fingerprint import BaseIdentity, base_fingerprint
 from moe_jax.checkpoints.formats import FORMATS
 from moe_jax.checkpoints.formats.adapter_folder import CONFIG, read_adapter_folder
-from moe_jax.checkpoints.formats.format import AdapterFormat, ExportOptions, Format
+from moe_jax.checkpoints.formats.format import (
+    AdapterFormat,
+    ExportOptions,
+    Format,
+    Weighting,
+)
 from moe_jax.checkpoints.hf_config import read_model_config
 from moe_jax.checkpoints.new_folder import new_folder
 from moe_jax.checkpoints.resolve import resolve_checkpoint
@@ -23,6 +30,9 @@ def export_adapter(
     *,
     dtype: FloatType = "float32",
     base: str | None = None,
+    weights: Weighting | None = None,
+    tokens: np.ndarray | None = None,
+    data_name: str = "",
 ) -> list[str]:
     """Writes an adapter in the format of another tool.
 
@@ -32,10 +42,13 @@ def export_adapter(
       output: a folder that does not exist yet, or is empty; it appears complete or not at all.
       dtype: the type of the tensors that are written.
       base: the base's folder or hub id as the receiving tool will know it; by default the path that
-        it had in training.
+        it had in training. A format that writes a whole model reads the base there.
+      weights: how a format that merges experts weights them; "average" by default.
+      tokens: int [N, S], rows that such a format measures on what merging changes.
+      data_name: what they are called in messages.
 
     Returns:
-      What the format leaves out or states in another way, one sentence each.
+      What the format leaves out or states in another way, and what was measured, one sentence each.
 
     Raises:
       CheckpointError: the format is unknown or cannot express the adapter; `output` is not empty;
@@ -46,7 +59,17 @@ def export_adapter(
     if dtype not in get_args(FloatType):
         raise CheckpointError(f"unknown dtype {dtype!r}; {suggest(dtype, get_args(FloatType))}")
     chosen: Format = FORMATS[to]()
-    options = ExportOptions(base=adapter.base.path if base is None else base, dtype=dtype)
+    if weights is not None and weights not in get_args(Weighting):
+        raise CheckpointError(
+            f"unknown weights {weights!r}; {suggest(weights, get_args(Weighting))}"
+        )
+    for name, value in (("weights", weights), ("data", tokens)):
+        if value is not None and not chosen.measures:
+            raise CheckpointError(
+                f"{name}: the {to} format merges no experts and measures nothing; leave it out"
+            )
+    known_base = adapter.base.path if base is None else base
+    options = ExportOptions(known_base, dtype, weights, tokens, data_name)
     export = chosen.prepare(adapter, options)
     with new_folder(output, export.num_bytes) as folder:
         export.write(folder)

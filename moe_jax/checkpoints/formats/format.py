@@ -9,7 +9,7 @@ import abc
 import dataclasses
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -67,16 +67,27 @@ def require_known(config: Any, known: Collection[str], where: str, format_name: 
             raise cannot(format_name, f"{where}{field.name} {value!r}", "train without it")
 
 
+Weighting = Literal["average", "utilisation"]
+"""How experts become one: all alike, or each by its share of the tokens."""
+
+
 class ExportOptions(NamedTuple):
     """What is asked of an export.
 
     Attributes:
-      base: the base's folder or hub id, as the receiving tool will know it.
+      base: the base's folder or hub id, as the receiving tool will know it; where a whole model is
+        written, it is read from there.
       dtype: the type of the tensors that are written.
+      weights: how experts are merged where they are; None leaves it to the format.
+      tokens: int [N, S], what a merged model is measured on; None where nothing is measured.
+      data_name: what the tokens are called in messages.
     """
 
     base: str
     dtype: FloatType
+    weights: Weighting | None = None
+    tokens: np.ndarray | None = None
+    data_name: str = ""
 
 
 class Export(NamedTuple):
@@ -98,9 +109,11 @@ class Format(abc.ABC):
 
     Attributes:
       summary: what it is, for `--help`.
+      measures: whether it has a use for `ExportOptions.weights` and `tokens`.
     """
 
     summary: ClassVar[str]
+    measures: ClassVar[bool] = False
 
     @abc.abstractmethod
     def prepare(self, adapter: SavedAdapter, options: ExportOptions) -> Export:

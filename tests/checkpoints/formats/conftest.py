@@ -1,4 +1,4 @@
-"""One tiny base for all tests of formats."""
+"""Tiny bases that the tests of formats share."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -6,8 +6,13 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
+from foreign_adapters import MIXLORA
 from hf_models import save_tiny_llama
-from transformers import LlamaForCausalLM
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from whole_models import adapter_of, saved_base
 
 import moe_jax
 from moe_jax.checkpoints.adapter_files import SavedAdapter
@@ -36,6 +41,22 @@ class Tiny(NamedTuple):
         return np.asarray(moe_jax.AdaptedModel(self.base, {"x": adapter})(self.tokens, "x"))
 
 
+class Mixture(NamedTuple):
+    """A base with a tokenizer, and what is needed to merge experts on it.
+
+    Attributes:
+      base: the base.
+      adapter: a MixLoRA on it.
+      text: a file.
+      rows: its tokens, as they are measured on, [2, 64].
+    """
+
+    base: moe_jax.Base
+    adapter: SavedAdapter
+    text: Path
+    rows: np.ndarray
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory) -> Tiny:
     folder = tmp_path_factory.mktemp("tiny") / "base"
@@ -44,3 +65,20 @@ def tiny(tmp_path_factory) -> Tiny:
     with torch.no_grad():
         logits = reference(torch.tensor(tokens)).logits.numpy()
     return Tiny(folder, reference, moe_jax.load_base(folder), tokens, logits)
+
+
+@pytest.fixture(scope="session")
+def mixture(tmp_path_factory) -> Mixture:
+    """Such a mixture."""
+    folder = tmp_path_factory.mktemp("mixture")
+    base = saved_base(folder / "base", "llama")
+    words = WordLevel({f"w{n}": n for n in range(64)}, unk_token="w0")
+    tokenizer = Tokenizer(words)
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder / "base")
+    tokens = np.random.default_rng(1).integers(0, 64, 150)
+    # Two texts; 64 tokens are a row of this base, and the last 22 fill none.
+    texts = [" ".join(f"w{n}" for n in part) for part in (tokens[:100], tokens[100:])]
+    (folder / "text.txt").write_text("\n\n".join(texts))
+    rows = tokens[:128].reshape(2, 64)
+    return Mixture(base, adapter_of(base, MIXLORA), folder / "text.txt", rows)
