@@ -184,9 +184,9 @@ class Run:
             assert time.monotonic() < deadline, self.log.read_text()
             time.sleep(0.005)
 
-    def join(self) -> int:
+    def join(self, seconds: float = 180) -> int:
         """The exit status, negative for the signal that ended it."""
-        self.process.join(180)
+        self.process.join(seconds)
         assert self.process.exitcode is not None, self.log.read_text()
         return self.process.exitcode
 
