@@ -1,7 +1,7 @@
 """Pictures of a run: how the losses went, and how the tokens spread over the experts."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,29 +15,67 @@ _READABLE_ROWS = 40
 """Rows of an expert map up to which they are drawn large."""
 
 
+Series = dict[str, list[tuple[int, float]]]
+"""Losses by name, each a list of steps and values."""
+
+
 def loss_curves(metrics: Path) -> Figure:
-    """The training and validation losses over the steps, from a run's `metrics.jsonl`."""
-    series: dict[str, list[tuple[int, float]]] = {}
-    for text in metrics.read_text(encoding="utf-8").splitlines():
-        line: dict[str, Any] = json.loads(text)
+    """The training and validation losses over the steps, from a run's `metrics.jsonl`.
+
+    Of one adapter, each loss is a line. Of several, each adapter has a colour, its training loss a
+    solid line and the mean of its validation losses a dashed one.
+    """
+    training, validation = Series(), dict[str, Series]()
+    for line in _lines(metrics):
         for name, value in line.items():
-            if name.endswith("/loss") and value is not None:
-                series.setdefault(name.removesuffix("/loss"), []).append((line["step"], value))
-    figure = Figure(figsize=(8, 5), layout="constrained")
+            if not name.endswith("/loss") or value is None:
+                continue
+            point, parts = (line["step"], value), name.split("/")
+            if parts[0] == "validation":
+                adapter, data_set = parts[1], "/".join(parts[2:-1])
+                validation.setdefault(adapter, {}).setdefault(data_set, []).append(point)
+            else:
+                training.setdefault("/".join(parts[:-1]), []).append(point)
+    several = len(training) > 1
+    figure = Figure(figsize=(11 if several else 8, max(5, 0.25 * len(training))))
+    figure.set_layout_engine("constrained")
     axes = figure.subplots()
-    for name, points in series.items():
-        measured = name.startswith("validation/")
-        marker, linestyle = ("o", "--") if measured else (None, "-")
-        label = name if measured else f"training/{name}"
-        steps, losses = zip(*points, strict=True)
-        axes.plot(steps, losses, label=label, marker=marker, linestyle=linestyle)
-    axes.set(xlabel="step", ylabel="loss (nats per target token)", title="Loss")
+    for number, (adapter, points) in enumerate(training.items()):
+        colour = f"C{number % 10}"
+        sets = validation.get(adapter, {})
+        label = adapter if several else f"training/{adapter}"
+        axes.plot(*zip(*points, strict=True), label=label, color=colour if several else None)
+        if several:
+            mean = _mean(sets)
+            if mean:
+                axes.plot(*zip(*mean, strict=True), color=colour, marker="o", linestyle="--")
+            continue
+        for data_set, measured in sets.items():
+            label = f"validation/{adapter}/{data_set}"
+            axes.plot(*zip(*measured, strict=True), label=label, marker="o", linestyle="--")
+    title = "Loss in training (solid), and its mean in validation (dashed)" if several else "Loss"
+    axes.set(xlabel="step", ylabel="loss (nats per target token)", title=title)
     # The untrained base is often ten times worse than what follows and would flatten it.
     axes.set_yscale("log")
     axes.grid(alpha=0.3)
-    if series:
+    if several:
+        figure.legend(fontsize="small", loc="outside right upper")
+    elif training:
         axes.legend(fontsize="small")
     return figure
+
+
+def _mean(sets: Series) -> list[tuple[int, float]]:
+    """The mean over data sets that were measured at the same steps."""
+    return [
+        (points[0][0], sum(value for _, value in points) / len(points))
+        for points in zip(*sets.values(), strict=True)
+    ]
+
+
+def _lines(metrics: Path) -> Iterator[dict[str, Any]]:
+    for text in metrics.read_text(encoding="utf-8").splitlines():
+        yield json.loads(text)
 
 
 def draw_run(metrics: Path, folder: Path) -> list[Path]:
@@ -50,16 +88,18 @@ def draw_run(metrics: Path, folder: Path) -> list[Path]:
     Returns:
       The files that were written.
     """
-    figures = {"loss.png": loss_curves(metrics)}
-    for text in metrics.read_text(encoding="utf-8").splitlines():
-        line: dict[str, Any] = json.loads(text)
+    last: dict[str, dict[str, Any]] = {}
+    for line in _lines(metrics):
         for name, value in line.items():
             adapter, _, kind = name.rpartition("/")
             if kind == "expert_load" and value is not None:
-                title = f"Expert load of {adapter!r} in training, up to step {line['step']}"
-                load = np.array(value, np.float64)  # None becomes NaN
-                figure = expert_map(load, title, adapter, line[f"{adapter}/sites"])
-                figures[f"experts_{adapter}.png"] = figure
+                last[adapter] = line
+    figures = {"loss.png": loss_curves(metrics)}
+    for adapter, line in last.items():
+        load = np.array(line[f"{adapter}/expert_load"], np.float64)  # None becomes NaN
+        title = f"Expert load of {adapter!r} in training, up to step {line['step']}"
+        sites = line[f"{adapter}/sites"]
+        figures[f"experts_{adapter}.png"] = expert_map(load, title, adapter, sites)
     for name, figure in figures.items():
         figure.savefig(folder / name)
     return [folder / name for name in figures]

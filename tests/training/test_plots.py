@@ -24,6 +24,23 @@ def test_each_loss_is_a_line(tmp_path):
     }
 
 
+def test_several_adapters_have_a_colour_each(tmp_path):
+    lines = [
+        {"step": 10, "x/loss": 2.0, "y/loss": 4.0},
+        {"step": 10, "validation/x/a/loss": 3.0, "validation/x/b/loss": 5.0},
+        {"step": 20, "x/loss": 1.0, "y/loss": 3.0},
+    ]
+    file = tmp_path / "metrics.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    figure = loss_curves(file)
+    x, x_mean, y = figure.axes[0].lines
+    assert x.get_xydata().tolist() == [[10, 2.0], [20, 1.0]]
+    assert x_mean.get_xydata().tolist() == [[10, 4.0]]
+    assert y.get_xydata().tolist() == [[10, 4.0], [20, 3.0]]
+    assert x.get_color() == x_mean.get_color() != y.get_color()
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["x", "y"]
+
+
 def test_map_shows_load_relative_to_an_equal_share(tmp_path):
     load = np.array([[1.0, 1, 1, 1], [4, 0, 0, 0], [2, 2, 0, 0]])
     figure = expert_map(load, "a title", "x", ["mlp/moe"])
