@@ -16,6 +16,7 @@ def get_config():
         lora=adapter("train", name="lora"),
         mixlora=adapter("other", name="mixlora", num_experts=4, router=top_k(2), losses=losses),
         small=adapter("held_out", name="mixlora", num_experts=3, router=top_k(1), losses=losses),
+        mola=adapter("other", name="mola", num_experts=(2, 3), router=top_k(2), losses=losses),
     )
     for each in adapters.values():
         each["method"]["dropout"] = 0.0
@@ -24,13 +25,18 @@ def get_config():
     adapters["mixlora"] |= dict(batch_size=4, steps=3, seed=11)
     adapters["mixlora"]["data"]["max_length"] = 16
     adapters["mixlora"]["optimizer"] = dict(
-        name="sgd", learning_rate=0.5, momentum=0.9, schedule=dict(kind="constant")
+        name="sgd", learning_rate=1.0, momentum=0.9, schedule=dict(kind="constant")
     )
     adapters["small"] |= dict(batch_size=3, epochs=1.5, seed=5)
     adapters["small"]["data"]["max_length"] = 20
     adapters["small"]["method"]["rank"] = 2
     adapters["small"]["optimizer"] = dict(
         learning_rate=1e-2, eps=1e-3, clip_norm=0.5, schedule=dict(kind="linear", warmup_ratio=0.5)
+    )
+    adapters["mola"] |= dict(batch_size=2, steps=4, seed=7)
+    adapters["mola"]["data"]["max_length"] = 18
+    adapters["mola"]["optimizer"] = dict(
+        name="sgd", learning_rate=1.0, schedule=dict(kind="cosine", warmup_steps=1)
     )
     return dict(
         base=dict(path=str(HERE / "base"), param_dtype="float32"),
@@ -39,8 +45,8 @@ def get_config():
         training=dict(steps=5, log_every=1, eval_every=2, seed=3, max_batch_rows=15),
     )
 """
-STEPS = {"lora": 5, "mixlora": 3, "small": 6}  # 1.5 times 11 rows in batches of 3
-ROWS = {"lora": 8, "mixlora": 4, "small": 3}
+STEPS = {"lora": 5, "mixlora": 3, "small": 6, "mola": 4}  # small: 1.5 times 11 rows by threes
+PAIRS = [("lora", "mixlora"), ("small", "mixlora"), ("mola", "lora")]
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +70,7 @@ def trained(inputs, tmp_path_factory):
     return train
 
 
-@pytest.mark.parametrize("pair", [("lora", "mixlora"), ("small", "mixlora")], ids="+".join)
+@pytest.mark.parametrize("pair", PAIRS, ids="+".join)
 def test_together_as_alone(trained, pair):
     together = trained(*pair)
     theirs = {line["step"]: line for line in metric_lines(together.workdir) if "tokens" in line}
@@ -74,7 +80,8 @@ def test_together_as_alone(trained, pair):
         assert expected.keys() == actual.keys()
         for path, leaf in expected.items():
             np.testing.assert_allclose(actual[path], leaf, **ROUNDING, err_msg=f"{name}: {path}")
-            assert np.abs(leaf).max() > 1e-3, "an adapter that was not trained shows nothing"
+            # B began at zero, and what became of it is far above the tolerance.
+            assert np.abs(leaf).max() > 100 * ROUNDING["atol"], f"{name}: {path}"
         lines = [line for line in metric_lines(alone.workdir) if "tokens" in line]
         assert [line["step"] for line in lines] == list(range(1, STEPS[name] + 1))
         for line in lines:
