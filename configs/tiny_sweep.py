@@ -1,4 +1,4 @@
-"""A sweep on the demo's tiny Llama: MixLoRA at three learning rates and two ranks, trained together.
+"""A sweep on the demo's tiny Llama: MixLoRA at three learning rates and two ranks, all at once.
 
     python -m moe_jax.demo --only-data --output demo_output
     python train.py --config configs/tiny_sweep.py --workdir demo_output/sweep
