@@ -11,7 +11,10 @@ from foreign_adapters import LORA, LORAMOE, MIXLORA, SWITCH, TOP_P, random_adapt
 from whole_models import adapter_of
 
 import moe_jax
-from moe_jax.checkpoints.formats import sharded_writer
+from moe_jax.adapters import METHODS
+from moe_jax.adapters.routers import TopKRouter
+from moe_jax.checkpoints.formats import dense, mixtral, sharded_writer
+from moe_jax.checkpoints.formats.format import field_names
 
 
 def refusal(*arguments, **keywords):
@@ -90,3 +93,11 @@ def test_nothing_half_written_is_left(tiny, mixture, tmp_path, monkeypatch, to, 
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=100_000))
     assert "MB and the disk has 0.1 MB; free some space" in refusal(adapter, to, out)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_field_added_later_is_not_dropped_in_silence():
+    """Every field is in the formats' lists, or must have its default."""
+    assert set(field_names(METHODS["mixlora"])) == set(mixtral._KNOWN)
+    assert set(field_names(METHODS["mixlora"])) == set(dense._KNOWN_OF_MIXLORA)
+    assert set(field_names(METHODS["lora"])) == set(dense._KNOWN_OF_LORA)
+    assert set(field_names(TopKRouter)) == set(mixtral._KNOWN_OF_ROUTER)

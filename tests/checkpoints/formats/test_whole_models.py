@@ -1,6 +1,7 @@
 """A base and its adapter as one model, which transformers loads and computes as we compute both."""
 
 import json
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -178,3 +179,17 @@ def test_the_card_says_what_it_is(tmp_path):
         assert words in card
     assert "KL" not in card
     assert "base_model:" not in card  # which would have to be on the hub
+
+
+def test_memory_holds_a_few_matrices(tmp_path):
+    sizes = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 2}
+    base = saved_base(tmp_path / "base", "llama", **sizes)
+    adapter = adapter_of(base, {**MIXLORA, "num_experts": 8})
+    matrix = 4 * 128 * 512
+    tracemalloc.start()
+    moe_jax.export_adapter(adapter, "mixtral", tmp_path / "out")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    # A layer is 24 matrices and attention; besides matrices there are files, traces and headers.
+    assert (tmp_path / "out" / "model.safetensors").stat().st_size > 48 * matrix
+    assert peak < 8 * matrix

@@ -1,0 +1,149 @@
+"""Peak host memory and time of exporting a MixLoRA as a Mixtral.
+
+    python benchmarks/exporting.py --output exporting.json
+
+Writes a random Llama of about --megabytes in several shards, then exports a random adapter of 8
+experts on it in a fresh process, which is sampled as in `benchmarks/loading.py`: what belongs to
+files is left out. The baseline is the same process with everything imported and the adapter in
+memory. An export should stay below 1.5 times what it writes of one layer, plus the base.
+
+Linux only. Exit status 1 if the peak is above that.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+from loading import MEBIBYTE, SAMPLING_SECONDS, anonymous_bytes, write_checkpoint  # noqa: E402
+
+EXPERTS = 8
+RANK = 8
+FACTOR = 1.5
+
+
+def export(base: Path, output: Path, dtype: str, dora: bool) -> None:
+    """The measured process: gets ready, says so, waits for a line, exports, reports, waits."""
+    import jax
+    import numpy as np
+
+    import moe_jax
+    from moe_jax.adapters import METHODS
+    from moe_jax.checkpoints.adapter_files import SavedAdapter
+    from moe_jax.checkpoints.expected_leaves import expected_leaves
+    from moe_jax.checkpoints.fingerprint import BaseIdentity, base_fingerprint
+    from moe_jax.checkpoints.hf_config import read_model_config
+    from moe_jax.checkpoints.leaves import nested
+    from moe_jax.config.model import FloatType
+    from moe_jax.config.parse import parse, parse_member
+
+    model = read_model_config(base)
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    fields = {"rank": RANK, "alpha": 16.0, "target_modules": targets, "dora": dora}
+    method = parse_member(METHODS, {"name": "mixlora", "num_experts": EXPERTS, **fields}, "method")
+    rng = np.random.default_rng(0)
+    leaves = {
+        path: jax.device_put(rng.standard_normal(spec.shape, np.float32))
+        for path, spec in expected_leaves(model, method).items()
+    }
+    identity = BaseIdentity(str(base), base_fingerprint(base))
+    adapter = SavedAdapter(method, nested(leaves), model, identity, 0)
+    print("ready", flush=True)
+    sys.stdin.readline()
+    start = time.perf_counter()
+    moe_jax.export_adapter(adapter, "mixtral", output, dtype=parse(FloatType, dtype, "dtype"))
+    print(json.dumps({"seconds": time.perf_counter() - start}), flush=True)
+    sys.stdin.readline()
+
+
+def sizes(output: Path, base: Path) -> dict[str, int]:
+    """Bytes of one layer of the export, of all of it, and of the base."""
+    from moe_jax.checkpoints.shards import open_shards
+
+    item = {"F32": 4, "F16": 2, "BF16": 2}
+    found = {"layer_bytes": 0, "output_bytes": 0, "base_bytes": 0}
+    for folder, whole in ((output, "output_bytes"), (base, "base_bytes")):
+        with open_shards(folder) as shards:
+            for name, info in shards.tensors.items():
+                size = item[info.dtype]
+                for length in info.shape:
+                    size *= length
+                found[whole] += size
+                if folder is output and name.startswith("model.layers.0."):
+                    found["layer_bytes"] += size
+    return found
+
+
+def measure(base: Path, output: Path, dtype: str, dora: bool) -> dict:
+    """Exports in a process of its own and reports time and memory in bytes."""
+    command = [sys.executable, __file__, "--export", str(base), str(output), dtype, str(int(dora))]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    with subprocess.Popen(
+        command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdin is not None and process.stdout is not None
+        assert process.stdout.readline() == "ready\n", "the exporting process failed; see above"
+        idle = peak = anonymous_bytes(process.pid)
+        os.set_blocking(process.stdout.fileno(), False)
+        process.stdin.write("go\n")
+        process.stdin.flush()
+        report = ""
+        while not report and process.poll() is None:
+            peak = max(peak, anonymous_bytes(process.pid))
+            report = process.stdout.readline()
+            time.sleep(SAMPLING_SECONDS)
+        process.stdin.write("done\n")
+        process.stdin.flush()
+    found = sizes(output, base)
+    limit = FACTOR * found["layer_bytes"] + found["base_bytes"]
+    return {
+        "dtype": dtype,
+        "dora": dora,
+        **json.loads(report),
+        **found,
+        "peak_above_idle_bytes": peak - idle,
+        "limit_bytes": int(limit),
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Peak host memory of exporting a Mixtral.")
+    parser.add_argument("--megabytes", type=int, default=1024, help="size of the base")
+    parser.add_argument("--shards", type=int, default=5, help="files that it is split into")
+    parser.add_argument("--output", type=Path, help="JSON file for the results")
+    parser.add_argument("--export", nargs=4, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.export:
+        base, output, dtype, dora = args.export
+        export(Path(base), Path(output), dtype, bool(int(dora)))
+        return 0
+
+    results = []
+    print("tensors   DoRA   base MiB  layer MiB  output MiB  peak above idle MiB  limit  seconds")
+    with tempfile.TemporaryDirectory() as scratch:
+        for dtype, dora in (("float32", False), ("bfloat16", True)):
+            base, output = Path(scratch) / f"base-{dtype}", Path(scratch) / f"out-{dtype}"
+            write_checkpoint(base, args.megabytes, dtype, args.shards)
+            result = measure(base, output, dtype, dora)
+            results.append(result)
+            mib = {name: value / MEBIBYTE for name, value in result.items() if "bytes" in name}
+            print(
+                f"{dtype:8}  {dora!s:5}  {mib['base_bytes']:8.1f}  {mib['layer_bytes']:9.1f}"
+                f"  {mib['output_bytes']:10.1f}  {mib['peak_above_idle_bytes']:19.1f}"
+                f"  {mib['limit_bytes']:5.0f}  {result['seconds']:7.2f}",
+                flush=True,
+            )
+    if args.output:
+        args.output.write_text(json.dumps(results, indent=2))
+    return int(any(r["peak_above_idle_bytes"] > r["limit_bytes"] for r in results))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
