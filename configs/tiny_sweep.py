@@ -6,13 +6,15 @@
 Six adapters share one base and one step; the table at the end says which did best.
 """
 
+from typing import Any
+
 import ml_collections
 
 from configs import tiny_mixlora
 
 
 def get_config() -> ml_collections.ConfigDict:
-    config = tiny_mixlora.get_config()
+    config: Any = tiny_mixlora.get_config()
     config.sweep = {
         "adapter": "default",
         "grid": {"optimizer": {"learning_rate": (3e-4, 1e-3, 3e-3)}, "method": {"rank": (4, 8)}},

@@ -67,7 +67,10 @@ def program(
     total_steps: int = 10,
 ) -> Program:
     """A program with `rows` rows for each adapter of `methods`; on one device by default."""
-    data = {"train": {"unused": {"path": "unused", "schema": "text"}}, "max_length": 16}
+    source = {"path": "unused", "schema": "text"}
+    # Two groups of data, as LoRAMoE's balance wants them.
+    train = {"unused": source, "of_group_1": {**source, "expert_group": 1}}
+    data = {"train": train, "max_length": 16}
     raw = {
         "base": {"path": "unused", "param_dtype": "float32"},
         "compute": {"dtype": "float32", **(compute or {})},

@@ -6,6 +6,7 @@ one, derive it from `RouterLoss` and decorate it with `@ROUTER_LOSSES.register("
 """
 
 import abc
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -69,9 +70,27 @@ class RouterLoss(abc.ABC):
         return jnp.sum(losses * routed) / jnp.maximum(jnp.sum(routed), 1.0)
 
 
+TAKEN = frozenset(
+    """
+    loss grad_norm learning_rate loss_scale skipped_in_a_row skipped_total target_tokens tokens
+    expert_load layer_entropy mean_entropy busiest_expert dead_experts layer_overflow overflow sites
+    """.split()
+)
+"""What else is reported of an adapter, so that no loss can have the name."""
+
+
 def check_losses(losses: Mapping[str, RouterLoss], num_experts: int) -> None:
-    """Refuses, with `require`, losses in the field `losses` that so many experts do not go with."""
+    """Refuses, with `require`, losses in the field `losses` that so many experts do not go with.
+
+    Also names that other metrics of an adapter have, or that would be taken apart.
+    """
     for name, loss in losses.items():
+        require(
+            name not in TAKEN and re.fullmatch(r"\w+", name) is not None,
+            f"losses.{name}",
+            "is the name of another metric, or holds more than letters, digits and '_'; give the "
+            "loss another one, and its kind in the field 'name'",
+        )
         with within(f"losses.{name}"):
             loss.check(num_experts)
 

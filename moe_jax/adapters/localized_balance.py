@@ -67,6 +67,14 @@ class LocalizedBalance(RouterLoss):
                 f"{source.expert_group}, but localized_balance divides the experts into "
                 f"{self.num_groups} groups, numbered from 0",
             )
+        given = {source.expert_group for source in data.train.values()}
+        missing = min(set(range(self.num_groups)) - given, default=None)
+        require(
+            missing is None,
+            "train",
+            f"no data set has expert_group {missing}, but localized_balance divides the experts "
+            f"into {self.num_groups} groups; set expert_group, or leave the loss out",
+        )
 
     def of_layer(self, statistics: RouterStatistics) -> jax.Array:
         sequences = statistics.sequences

@@ -8,6 +8,7 @@ cannot lose anything: `int` to `float`, `list` to `tuple`.
 import contextlib
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping
@@ -104,6 +105,8 @@ def parse_member(registry: Registry, value: Any, path: str) -> Any:
 def _parse_scalar(hint: Any, value: Any, path: str) -> Any:
     if hint is Any:
         return value
+    if hint is float and isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{path}: expected a finite number, got {value!r}")
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):

@@ -213,6 +213,11 @@ class RunConfig:
                 "an adapter's name holds letters, digits, '_', '-', '+', '=' and inner '.' only, "
                 "and begins with a letter or digit",
             )
+            require(
+                name not in ("validation", "time"),
+                where,
+                "is the name of a group of metrics; give the adapter another one",
+            )
             require(len(name) <= 128, where, "an adapter's name has at most 128 characters")
             other = folded.setdefault(name.casefold(), name)
             require(

@@ -64,7 +64,11 @@ def expand_sweep(
     description = to_plain(adapters[template])
     if not isinstance(description, Mapping):
         return raw  # `parse` says what is wrong with it
-    grid = dict(_fields(sweep.grid))
+    grid = dict[str, Any]()
+    for field, values in _fields(sweep.grid):
+        if field in grid:
+            raise ConfigError(f"{_GRID}.{field}: is given twice; join the two")
+        grid[field] = values
     if not grid:
         raise ConfigError(f"{_GRID}: names no field; give one with its values, or leave the sweep")
     for field, values in grid.items():
@@ -105,7 +109,7 @@ def _template(sweep: SweepConfig, adapters: Mapping[str, Any]) -> str:
 
 
 def _fields(grid: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The dotted fields of a grid with their values; a later one of the same name wins."""
+    """The dotted fields of a grid with their values."""
     for name, values in grid.items():
         if isinstance(values, Mapping):
             yield from _fields(values, f"{prefix}{name}.")

@@ -12,6 +12,7 @@ from moe_jax.adapters.method import Finish
 from moe_jax.adapters.projection import AdaptedLinear
 from moe_jax.adapters.segments import Segment, take_rows, update_rows
 from moe_jax.adapters.sites import MOE, module_name
+from moe_jax.adapters.targets import MLP_MODULES
 from moe_jax.config.model import ComputeConfig, ModelConfig
 from moe_jax.layers.activation import ACTIVATIONS
 from moe_jax.layers.attention import attention_mask, causal_attention
@@ -134,6 +135,11 @@ class MoeSite(nn.Module):
             adapter = segment.method.mlp_adapter()
             if adapter is None:
                 continue
+            if any(segment.method.projection_adapter(t, (EMBED, MLP)) for t in MLP_MODULES):
+                raise ValueError(
+                    f"adapter {segment.name!r}: its method adapts the FFN both as a whole and "
+                    "projection by projection; only one of the two has an effect"
+                )
             own = ffn._replace(
                 gate=ffn.gate._replace(product=take_rows(segment, ffn.gate.product)),
                 up=ffn.up._replace(product=take_rows(segment, ffn.up.product)),

@@ -25,6 +25,7 @@ from moe_jax.data.tokenise import TokenisedSource
 from moe_jax.data.tokenizer import load_tokenizer
 from moe_jax.errors import CheckpointError, ConfigError, DataError, named
 from moe_jax.sharding.mesh import make_mesh
+from moe_jax.training.fit import require_divisible_rows, require_fitting_methods
 
 
 @dataclass(frozen=True)
@@ -66,11 +67,12 @@ def read_inputs(config: RunConfig, say: Callable[[str], None]) -> Inputs:
         base_folder = resolve_checkpoint(config.base.path, config.base.revision)
     model = read_model_config(base_folder)
     require_stated_architecture(config, model, base_folder)
+    require_fitting_methods(config, model)
     _warn_of_positions(config, model, say)
     base = BaseIdentity(config.base.path, base_fingerprint(base_folder))
     if all(adapter.data.num_workers == 0 for adapter in config.adapters.values()):
         # Not where processes are forked to tokenise: they would inherit locks of JAX's threads.
-        make_mesh(config.mesh)
+        require_divisible_rows(config, make_mesh(config.mesh))
 
     tokenizer = load_tokenizer(base_folder)
     train_data, validation = {}, {}

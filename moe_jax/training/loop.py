@@ -182,7 +182,7 @@ def _ended(work: WorkDir, settings: dict[str, Any], step: int, metadata: Mapping
     """Whether the run reached its last step and left all its adapters."""
     steps: dict[str, int] = metadata["steps"]
     return (
-        lengths(work.former_settings() or {}) == lengths(settings)
+        metadata["lengths"] == lengths(settings)
         and step == max(steps.values())
         and all(work.exported_step(name) == count for name, count in steps.items())
     )

@@ -15,16 +15,15 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from moe_jax.adapters.method import AdapterMethod
 from moe_jax.adapters.segments import Segment, segments_of
 from moe_jax.config.model import ModelConfig
-from moe_jax.config.parse import located
 from moe_jax.config.run import RunConfig
 from moe_jax.data.batch import Batch
-from moe_jax.errors import ConfigError
 from moe_jax.layers.collections import ADAPTERS, PARAMS
 from moe_jax.models.causal_lm import LlamaForCausalLM
 from moe_jax.models.fresh import fresh_adapter
 from moe_jax.sharding.mesh import make_mesh
 from moe_jax.sharding.rules import BATCH_SPEC, RULES, shardings_of
 from moe_jax.training import step
+from moe_jax.training.fit import require_divisible_rows, require_fitting_methods
 from moe_jax.training.loss_scale import initial_loss_scale
 from moe_jax.training.optimizer import build_optimizer, learning_rate_schedule
 from moe_jax.training.state import TrainState, state_shardings
@@ -260,10 +259,8 @@ def build_program(
       ConfigError: a batch does not divide over the mesh.
     """
     mesh = make_mesh(config.mesh, devices)
-    for name, adapter in config.adapters.items():
-        with located(f"config.adapters.{name}.method"):
-            adapter.method.check_model(model_config)
-    _check_rows(config, mesh.shape["data"] * mesh.shape["fsdp"])
+    require_fitting_methods(config, model_config)
+    require_divisible_rows(config, mesh)
     if isinstance(total_steps, int):
         total_steps = dict.fromkeys(config.adapters, total_steps)
     return _program(config, model_config, total_steps, mesh)
@@ -341,14 +338,3 @@ def _with_rules(function: Any) -> Any:
             return function(*args)
 
     return wrapped
-
-
-def _check_rows(config: RunConfig, shards: int) -> None:
-    micro = config.training.micro_batches
-    for name, adapter in config.adapters.items():
-        if adapter.batch_size // micro % shards:
-            raise ConfigError(
-                f"config.adapters.{name}.batch_size: a micro-batch of "
-                f"{adapter.batch_size // micro} rows does not divide over {shards} devices "
-                f"(mesh data x fsdp); make it a multiple of {shards * micro}"
-            )

@@ -10,6 +10,7 @@ import jax
 
 from moe_jax.checkpoints.adapter_files import SavedAdapter, save_adapter
 from moe_jax.checkpoints.store import TrainingStore
+from moe_jax.config.registry import to_plain
 from moe_jax.config.run import RunConfig
 from moe_jax.training.inputs import Inputs
 from moe_jax.training.interrupts import Interrupts
@@ -19,7 +20,7 @@ from moe_jax.training.recorder import Recorder
 from moe_jax.training.rows import join_rows
 from moe_jax.training.state import TrainState, carried_over
 from moe_jax.training.validation import validation_losses
-from moe_jax.training.workdir import WorkDir
+from moe_jax.training.workdir import WorkDir, lengths
 
 
 @dataclass
@@ -171,6 +172,7 @@ class Session:
                     "base": self.inputs.base._asdict(),
                     "data": {name: self.inputs.data_fingerprint(name) for name in data},
                     "steps": self.inputs.steps,
+                    "lengths": lengths(to_plain(self.config)),
                     "window": self.recorder.window.steps,
                     "validation": progress.validation,
                     "best": progress.best,

@@ -289,6 +289,11 @@ def test_data_of_a_group_that_there_is_not_is_refused():
         parse_run_config(raw, METHODS)
     sources["tasks"]["expert_group"] = 1
     assert parse_run_config(raw, METHODS).adapters["x"].data.train["tasks"].expert_group == 1
+    sources["tasks"]["expert_group"] = 0
+    with pytest.raises(
+        ConfigError, match=r"adapters\.x\.data\.train: no data set has expert_group 1"
+    ):
+        parse_run_config(raw, METHODS)
     # Who has no such loss does not read it.
     adapter["method"] = tiny_program.LORA
     sources["tasks"]["expert_group"] = 7

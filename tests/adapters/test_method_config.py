@@ -150,3 +150,11 @@ def test_untargeted_sites_have_no_leaves():
     assert set(tree["self_attn"]) == {"v_proj"}
     assert set(tree["mlp"]) == {"moe"}
     assert set(tree["mlp"]["moe"]) == {"router", "down_proj"}
+
+
+@pytest.mark.parametrize("label", ["loss", "grad_norm", "tokens", "mean_entropy", "a/b"])
+def test_a_loss_cannot_have_the_name_of_another_metric(label):
+    losses = {label: {"name": "load_balance", "coefficient": 0.1}}
+    with pytest.raises(ConfigError) as error:
+        parse(MixLoraConfig, {**MIXLORA, "losses": losses})
+    assert str(error.value).startswith(f"config.losses.{label}: is the name of another metric")

@@ -179,3 +179,9 @@ def test_a_check_that_a_dataclass_makes_of_its_part_names_the_part():
 )
 def test_suggest(name, known, hint):
     assert suggest(name, known) == hint
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+def test_numbers_must_be_finite(value):
+    with pytest.raises(ConfigError, match=r"^config\.limit: expected a finite number, got"):
+        parse(Outer, {**MINIMAL, "limit": value})

@@ -138,7 +138,7 @@ REFUSED = {
     f"{ADAPTER}.optimizer.name": [("adam", "did you mean 'adamw'?")],
     f"{ADAPTER}.optimizer.learning_rate": [
         (0.0, "must be positive"),
-        (float("nan"), "must be positive"),
+        (float("nan"), "expected a finite number"),
         ("1e-3", "expected float, got str"),
     ],
     f"{ADAPTER}.optimizer.weight_decay": [(-0.1, "must not be negative")],
@@ -228,6 +228,13 @@ def test_cudnn_attention_needs_half_precision():
     with pytest.raises(ConfigError, match=r"compute\.attention: 'cudnn' needs compute\.dtype"):
         parse_run_config(_raw("compute", {"dtype": "float32", "attention": "cudnn"}), METHODS)
     assert ComputeConfig(dtype="float16", attention="cudnn").attention == "cudnn"
+
+
+@pytest.mark.parametrize("name", ["validation", "time"])
+def test_adapter_names_that_are_taken(name):
+    raw = {**RAW, "adapters": {name: RAW["adapters"]["default"]}}
+    with pytest.raises(ConfigError, match=f"adapters.{name}: is the name of a group of metrics"):
+        parse_run_config(raw, METHODS)
 
 
 @pytest.mark.parametrize("name", ["", "_a", "-a", ".a", "a.", "a b", "a/b", "é", "a\n"])

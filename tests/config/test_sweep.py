@@ -189,6 +189,13 @@ def test_grids_that_will_not_do():
     assert refusal(unknown).startswith("config.sweep.gird: unknown field; did you mean 'grid'?")
 
 
+def test_a_field_given_twice():
+    twice = {"batch_size": (1, 2), "optimizer.learning_rate": (0.1,), "optimizer": {}}
+    twice["optimizer"]["learning_rate"] = (0.2,)
+    error = refusal(raw(twice))
+    assert error.startswith("config.sweep.grid.optimizer.learning_rate: is given twice")
+
+
 def test_names_that_collide():
     twice = refusal(raw({"seed": (1, 2, 1)}))
     assert twice.startswith("config.sweep.grid: makes the adapter 'default-seed=1', which there is")

@@ -21,18 +21,22 @@ ROUTERS = {
     "switch": dict(name="switch", capacity_factor=1.25, overflow="frozen"),
     "soft": dict(name="soft"),
 }
+LOSSES = dict(load_balance=dict(coefficient=0.01), router_z=dict(coefficient=0.001))
 METHODS = {
     "lora": dict(name="lora"),
+    "lora_plus": dict(name="lora"),  # see the configuration below
     "rslora": dict(name="lora", rslora=True),
     "dora": dict(name="lora", dora=True),
     **{
-        f"mixlora-{router}": dict(name="mixlora", num_experts=4, router=fields)
+        f"mixlora-{router}": dict(name="mixlora", num_experts=4, router=fields, losses=LOSSES)
         for router, fields in ROUTERS.items()
     },
     **{
         f"mixdora-{router}": dict(name="mixlora", num_experts=4, router=fields, dora=True)
         for router, fields in ROUTERS.items()
     },
+    "loramoe-dora": dict(name="loramoe", num_experts=4, dora=True),
+    "mola-dora": dict(name="mola", num_experts=(2, 4), dora=True),
     # Routers with a capacity do not go with these two.
     **{
         f"loramoe-{router}": dict(name="loramoe", num_experts=4, router=ROUTERS[router])
@@ -59,7 +63,7 @@ def get_config():
         adapter_config["batch_size"] = 4
         adapter_config["optimizer"]["learning_rate"] = 2e-2  # there are few steps
         adapter_config["data"]["buckets"] = ()
-    config["adapters"]["lora"]["optimizer"]["lora_plus_ratio"] = 4.0
+    config["adapters"]["lora_plus"]["optimizer"]["lora_plus_ratio"] = 4.0
     config["training"] = dict(steps={STEPS}, log_every=4)
     config["checkpoints"] = dict(every=100, keep=1)
     return config
@@ -112,7 +116,7 @@ def run(tmp_path_factory):
     config, workdir = folder / "config.py", folder / "run"
     config.write_text(f"import sys\nsys.path.insert(0, {str(folder)!r})\n{CONFIG}")
     trained = tiny_run.Run(config, workdir)
-    # Seventeen adapters in one program take a while to compile.
+    # So many adapters in one program take a while to compile.
     assert trained.join(600) == 0, trained.log.read_text()
     reported = {}
     for line in tiny_run.metric_lines(workdir):

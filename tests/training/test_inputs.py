@@ -41,6 +41,19 @@ def test_data_errors_name_the_field(inputs, field, value, words):
     assert error.startswith("config.adapters.default.data." + words.format(inputs.parent))
 
 
+def test_what_does_not_fit_is_refused_before_any_data_is_read(inputs):
+    gone = {f"{DATA}__train__words__path": "gone.jsonl"}
+    rows = {"mesh__data": 8, "adapters__default__batch_size": 4}
+    assert refusal(inputs, **rows, **gone).startswith("config.adapters.default.batch_size: ")
+    # The base has two layers.
+    text = inputs.read_text()
+    mola = text.replace('name="mixlora",', 'name="mola",').replace("experts=4", "experts=(2, 3, 4)")
+    config = inputs.with_name("mola.py")
+    config.write_text(mola)
+    error = refusal(config, **gone)
+    assert error.startswith("config.adapters.default.method.num_experts: the model's 2 layers")
+
+
 def test_an_unknown_prompt_template_names_the_field(inputs):
     schema = {f"{DATA}__train__words__schema": "instruction"}
     error = refusal(inputs, DataError, **schema, **{f"{DATA}__train__words__prompt": "instructon"})

@@ -92,6 +92,16 @@ def test_more_steps_where_the_schedule_allows(inputs, workdir):
     assert "is at step 12; ask for more" in refusal(inputs, workdir, training__steps=10)
 
 
+def test_more_steps_after_a_kill_before_the_first_of_them_was_saved(inputs, workdir):
+    # The new length is on record by then, but no training state goes with it yet.
+    settings = json.loads((workdir / "config.json").read_text())
+    settings["training"]["steps"] = 12
+    (workdir / "config.json").write_text(json.dumps(settings))
+    status, said = outcome(inputs, workdir, training__steps=12)
+    assert status == 0, said
+    assert json.loads((workdir / "adapters/default/adapter.json").read_text())["step"] == 12
+
+
 def test_more_steps_where_the_schedule_does_not(inputs, workdir):
     error = refusal(
         inputs,
