@@ -21,13 +21,13 @@ import jax
 import numpy as np
 
 from moe_jax.adapters import METHODS
+from moe_jax.adapters.targets import TARGET_MODULES
 from moe_jax.config.model import ModelConfig, RopeConfig
 from moe_jax.config.run import parse_run_config
 from moe_jax.data.batch import Batch
 from moe_jax.training.program import Program, build_program
 
 MEBIBYTE = 2**20
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 KINDS: dict[str, dict[str, Any]] = {
     "lora": {"name": "lora"},
     "mixlora": {"name": "mixlora", "num_experts": 8, "router": {"name": "top_k", "top_k": 2}},
@@ -62,7 +62,7 @@ def model_config(size: str) -> ModelConfig:
 
 def program_of(kind: str, adapters: int, args: argparse.Namespace) -> Program:
     """The training program of so many adapters of one kind."""
-    method = {**KINDS[kind], "rank": args.rank, "alpha": 16.0, "target_modules": TARGETS}
+    method = {**KINDS[kind], "rank": args.rank, "alpha": 16.0, "target_modules": TARGET_MODULES}
     data = {"train": {"none": {"path": "none", "schema": "text"}}, "max_length": args.length}
     adapter = {
         "method": method,
@@ -124,7 +124,7 @@ def memory_of(program: Program, length: int) -> float:
 def measure(kind: str, counts: list[int], args: argparse.Namespace) -> list[dict[str, Any]]:
     alone = program_of(kind, 1, args)
     params = random_base(alone)
-    base = sum(leaf.nbytes for leaf in jax.tree.leaves(params)) / MEBIBYTE
+    memory_alone = memory_of(alone, args.length)
     step_alone = step_of(alone, params, args.length)
     step_alone()
     results = []
@@ -152,7 +152,8 @@ def measure(kind: str, counts: list[int], args: argparse.Namespace) -> list[dict
                 "highest": max(ratios),
                 "seconds_per_step": statistics.median(seconds),
                 "memory_mib": memory,
-                "above_base_mib_per_adapter": (memory - base) / count,
+                # What each adapter beyond the first adds.
+                "mib_per_adapter": (memory - memory_alone) / (count - 1) if count > 1 else None,
             }
         )
     return results
@@ -184,9 +185,10 @@ def main() -> None:
         for row in measure(kind, counts, args):
             figures.append(row)
             spread = f"{row['speedup']:.2f} ({row['lowest']:.2f} to {row['highest']:.2f})"
+            each = row["mib_per_adapter"]
             print(
                 f"{kind:8} {row['adapters']:8}  {spread:28}  {row['seconds_per_step']:7.3f} s  "
-                f"{row['memory_mib']:6.0f} MiB  {row['above_base_mib_per_adapter']:6.1f} MiB"
+                f"{row['memory_mib']:6.0f} MiB  {'' if each is None else f'{each:6.1f} MiB'}"
             )
     if args.output:
         settings = {name: str(value) for name, value in vars(args).items()}

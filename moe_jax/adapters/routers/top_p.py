@@ -25,7 +25,7 @@ class TopPRouter(Router):
         serve a token, below 1 fewer.
       renormalise: divides the weights by their sum, so that an untrained adapter leaves the base as
         it is. Without, they are the probabilities themselves, and what the experts that were not
-        chosen would have got is missing from the FFN's output.
+        chosen would have got is missing from a MixLoRA's FFN output, but not elsewhere.
     """
 
     top_p: float
