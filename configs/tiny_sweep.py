@@ -21,6 +21,8 @@ def get_config() -> ml_collections.ConfigDict:
     }
     # Six batches of 32 rows a step would take six times as long; small ones still tell them apart.
     config.adapters.default.batch_size = 8
+    # As a share of the steps, so that it goes with any number of them.
+    config.adapters.default.optimizer.schedule = {"kind": "cosine", "warmup_ratio": 0.05}
     config.training.steps = 200
     config.training.eval_every = 100
     return config

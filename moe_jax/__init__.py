@@ -71,3 +71,7 @@ def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'moe_jax' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES.get(name, "moe_jax.library")), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

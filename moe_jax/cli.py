@@ -1,6 +1,7 @@
 """The `moe-jax` command."""
 
 import argparse
+import sys
 from collections.abc import Callable
 
 from moe_jax.commands import Run, evaluate, export_adapter, import_adapter, show
@@ -32,3 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         return report(error)
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -68,6 +68,8 @@ def read_inputs(config: RunConfig, say: Callable[[str], None]) -> Inputs:
     model = read_model_config(base_folder)
     require_stated_architecture(config, model, base_folder)
     require_fitting_methods(config, model)
+    lengths = {name: config.length_group(name)[1].steps for name in config.adapters}
+    _require_warmup_to_end(config, {name: n for name, n in lengths.items() if n is not None})
     _warn_of_positions(config, model, say)
     base = BaseIdentity(config.base.path, base_fingerprint(base_folder))
     if all(adapter.data.num_workers == 0 for adapter in config.adapters.values()):
@@ -182,13 +184,12 @@ def _require_embeddings(
 
 
 def _require_warmup_to_end(config: RunConfig, steps: Mapping[str, int]) -> None:
-    for name, adapter in config.adapters.items():
-        warmup = adapter.optimizer.schedule.warmup_steps or 0
-        if warmup >= steps[name]:
-            whose = "the run's" if len(steps) == 1 else "the adapter's"
+    for name, count in steps.items():
+        warmup = config.adapters[name].optimizer.schedule.warmup_steps or 0
+        if warmup >= count:
             raise ConfigError(
-                f"config.adapters.{name}.optimizer.schedule.warmup_steps: {warmup} of {whose} "
-                f"{steps[name]} steps, so that it would never reach its learning rate; give fewer"
+                f"config.adapters.{name}.optimizer.schedule.warmup_steps: {warmup} steps of "
+                f"warm-up, but {name!r} trains for {count}; give fewer, or a warmup_ratio"
             )
 
 

@@ -111,7 +111,9 @@ class Recorder:
         self._show(step, metrics)
         for name in self._names:
             skipped = int(metrics[f"{name}/skipped_in_a_row"])
-            if skipped >= self._training.max_skipped_steps:
+            at_end = step == self._program.total_steps[name]
+            # A run shorter than that must not end as if it had trained.
+            if skipped >= self._training.max_skipped_steps or (at_end and skipped == step):
                 raise TrainingError(
                     f"adapter {name!r}: the last {skipped} gradients, up to step {step}, were not "
                     f"finite; try a lower config.adapters.{name}.optimizer.learning_rate, a "
