@@ -115,7 +115,7 @@ def test_rows_longer_than_the_base_saw(tmp_path, rope, is_warned):
 def test_a_warm_up_that_never_ends(inputs):
     steps = "adapters__default__optimizer__schedule__warmup_steps"
     error = refusal(inputs, training__steps=5, **{steps: 5})
-    assert error.startswith("config.adapters.default.optimizer.schedule.warmup_steps: 5 of the")
+    assert error.startswith("config.adapters.default.optimizer.schedule.warmup_steps: 5 steps of")
     assert "5 steps" in error
     read_inputs(read_config(inputs, training__steps=5, **{steps: 4}), lambda _: None)
     in_epochs = {"training__steps": None, "training__epochs": 1}  # 100 rows in batches of 8
