@@ -1,7 +1,7 @@
 """A run's compiled functions and where their arrays live; needs neither weights nor data."""
 
 import functools
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +12,6 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from moe_jax.adapters.method import AdapterMethod
 from moe_jax.adapters.segments import Segment, segments_of
 from moe_jax.config.model import ModelConfig
 from moe_jax.config.run import RunConfig
@@ -21,8 +20,9 @@ from moe_jax.layers.collections import ADAPTERS, PARAMS
 from moe_jax.models.causal_lm import LlamaForCausalLM
 from moe_jax.models.fresh import fresh_adapter
 from moe_jax.sharding.mesh import make_mesh
-from moe_jax.sharding.rules import BATCH_SPEC, RULES, shardings_of
+from moe_jax.sharding.rules import BATCH_SPEC, shardings_of
 from moe_jax.training import step
+from moe_jax.training.evaluate import Evaluate, make_evaluate, twins, with_rules
 from moe_jax.training.fit import require_divisible_rows, require_fitting_methods
 from moe_jax.training.loss_scale import initial_loss_scale
 from moe_jax.training.optimizer import build_optimizer, learning_rate_schedule
@@ -66,7 +66,7 @@ class Program:
     model: LlamaForCausalLM
     optimizer: optax.GradientTransformation
     total_steps: Mapping[str, int]
-    evaluate: Callable[..., tuple[jax.Array, jax.Array]]
+    evaluate: Evaluate
     compiled: dict[int, jax.stages.Compiled] = field(default_factory=dict)
 
     def init_state(self, params: Any) -> TrainState:
@@ -119,8 +119,7 @@ class Program:
           batch: what `put_eval_batch` returned.
         """
         with self._mesh_context():
-            own = {} if name is None else {name: adapters[name]}
-            return self.evaluate(name, own, params, batch)
+            return self.evaluate(name, adapters, params, batch)
 
     def put_train_batch(self, batch: Batch) -> Batch:
         """A batch of NumPy arrays [B, S], cut into micro-batches, as global arrays [M, b, S].
@@ -171,7 +170,7 @@ class Program:
         batch = Batch(*(jax.ShapeDtypeStruct((rows, 2), dtype) for dtype in BATCH_TYPES))
         with self._mesh_context():
             jax.eval_shape(
-                _with_rules(trace), self.abstract_params, self.abstract_state.adapters, batch
+                with_rules(trace), self.abstract_params, self.abstract_state.adapters, batch
             )
         return found
 
@@ -202,9 +201,14 @@ class Program:
         return rates
 
     def _fresh_state(self, keys: Mapping[str, jax.Array], params: Any) -> TrainState:
-        adapters = {
-            name: nn.meta.unbox(fresh_adapter(self.model, method, params, keys[name]))
+        twin_of = twins({segment.name: segment.method for segment in self.segments})
+        fresh = {
+            name: jax.jit(functools.partial(fresh_adapter, self.model, method))
             for name, method, *_ in self.segments
+        }
+        # Of equal methods, the model is traced for one of them only.
+        adapters = {
+            name: nn.meta.unbox(fresh[twin](params, keys[name])) for name, twin in twin_of.items()
         }
         scales = {}
         if self.config.compute.dtype == "float16":
@@ -232,7 +236,7 @@ class Program:
         function = functools.partial(step.train_step, model, self.optimizer, seed)
         batch_sharding = NamedSharding(self.mesh, PartitionSpec(None, *BATCH_SPEC))
         return jax.jit(
-            _with_rules(function),
+            with_rules(function),
             in_shardings=(self.state_shardings, self.param_shardings, batch_sharding),
             out_shardings=(self.state_shardings, NamedSharding(self.mesh, PartitionSpec())),
             donate_argnums=0,
@@ -271,7 +275,7 @@ def _program(
     model_config: ModelConfig,
     total_steps: Mapping[str, int],
     mesh: Mesh,
-    evaluate: Callable[..., Any] | None = None,
+    evaluate: Evaluate | None = None,
 ) -> Program:
     methods = {name: adapter.method for name, adapter in config.adapters.items()}
     rows = {name: adapter.batch_size for name, adapter in config.adapters.items()}
@@ -280,12 +284,15 @@ def _program(
     optimizers = {name: adapter.optimizer for name, adapter in config.adapters.items()}
     boxed = jax.eval_shape(functools.partial(_init, model), jax.random.key(0))[PARAMS]
     abstract_params = nn.meta.unbox(boxed)
-    boxed_adapters = {
+    shapes = {
         name: jax.eval_shape(
-            functools.partial(fresh_adapter, model, method), abstract_params, jax.random.key(0)
+            functools.partial(fresh_adapter, model, methods[name]),
+            abstract_params,
+            jax.random.key(0),
         )
-        for name, method in methods.items()
+        for name in set(twins(methods).values())
     }
+    boxed_adapters = {name: shapes[twin] for name, twin in twins(methods).items()}
     partial = functools.partial(
         Program,
         config=config,
@@ -296,28 +303,13 @@ def _program(
         model=model,
         optimizer=build_optimizer(optimizers, total_steps),
         total_steps=total_steps,
-        evaluate=_evaluation(model, methods, mesh) if evaluate is None else evaluate,
+        evaluate=make_evaluate(model, methods, mesh) if evaluate is None else evaluate,
     )
     empty: Any = None
     draft = partial(abstract_state=empty, state_shardings=empty)
     abstract_state = jax.eval_shape(draft._fresh_state, _keys(config), abstract_params)
     shardings = state_shardings(abstract_state, shardings_of(boxed_adapters, mesh), mesh)
     return partial(abstract_state=abstract_state, state_shardings=shardings)
-
-
-def _evaluation(
-    model: LlamaForCausalLM, methods: Mapping[str, AdapterMethod], mesh: Mesh
-) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    """The jitted evaluation step, for rows of the adapter named by its first argument."""
-
-    def function(name: str | None, adapters: Any, params: Any, batch: Batch) -> Any:
-        segments = ()
-        if name is not None:
-            segments = (Segment(name, methods[name], 0, batch.tokens.shape[0]),)
-        return step.eval_step(model.clone(segments=segments), adapters, params, batch)
-
-    replicated = NamedSharding(mesh, PartitionSpec())
-    return jax.jit(_with_rules(function), static_argnums=0, out_shardings=replicated)
 
 
 def _keys(config: RunConfig) -> dict[str, jax.Array]:
@@ -328,13 +320,3 @@ def _keys(config: RunConfig) -> dict[str, jax.Array]:
 def _init(model: LlamaForCausalLM, key: jax.Array) -> Any:
     """Fresh variables of the base, boxed with their logical axes."""
     return model.init(key, jnp.zeros((1, 2), jnp.int32))
-
-
-def _with_rules(function: Any) -> Any:
-    """`function`, traced under the rules that map logical axes to the mesh."""
-
-    def wrapped(*args: Any) -> Any:
-        with nn.logical_axis_rules(RULES):
-            return function(*args)
-
-    return wrapped

@@ -13,6 +13,7 @@ from tolerances import GRADIENT_ROUNDING
 from moe_jax.checkpoints.leaves import named_leaves
 from moe_jax.errors import ConfigError
 from moe_jax.training import program as program_module
+from moe_jax.training import step
 from moe_jax.training.loop import train
 from moe_jax.training.phases import phase_after, phases_of
 from moe_jax.training.state import carried_over
@@ -73,6 +74,28 @@ def test_a_state_that_lacks_a_leaf_is_refused(both):
     state = narrow.init_state(tiny_program.random_params(narrow))
     with pytest.raises(ValueError, match="the state has no adapters/a/"):
         carried_over(state, both.abstract_state)
+
+
+def test_adapters_of_equal_methods_are_evaluated_by_one_compilation(monkeypatch):
+    methods = {"a": tiny_program.LORA, "b": tiny_program.MIXLORA, "c": dict(tiny_program.LORA)}
+    program = tiny_program.program(methods, rows=2, config=MODEL)
+    params, adapters = tiny_program.random_params(program), tiny_program.random_adapters(program)
+    traced, eval_step = [], step.eval_step
+
+    def counted(model, *arguments):
+        traced.append([segment.name for segment in model.segments])
+        return eval_step(model, *arguments)
+
+    monkeypatch.setattr(step, "eval_step", counted)
+    batch = program.put_eval_batch(tiny_program.random_batch(2))
+    losses = {name: program.eval_step(name, adapters, params, batch)[0] for name in methods}
+    assert traced == [["a"], ["b"]]
+    # Each with its own weights all the same, also where fewer adapters go on.
+    assert losses["a"] != losses["c"]
+    swapped = {**adapters, "a": adapters["c"]}
+    assert program.eval_step("a", swapped, params, batch)[0] == losses["c"]
+    assert program.narrowed(["c"]).eval_step("c", adapters, params, batch)[0] == losses["c"]
+    assert len(traced) == 2
 
 
 def test_schedules_stay_those_of_the_whole_run(both):
