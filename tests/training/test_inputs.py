@@ -116,10 +116,10 @@ def test_a_warm_up_that_never_ends(inputs):
     steps = "adapters__default__optimizer__schedule__warmup_steps"
     error = refusal(inputs, training__steps=5, **{steps: 5})
     assert error.startswith("config.adapters.default.optimizer.schedule.warmup_steps: 5 steps of")
-    assert "5 steps" in error
+    assert "trains for 5" in error
     read_inputs(read_config(inputs, training__steps=5, **{steps: 4}), lambda _: None)
     in_epochs = {"training__steps": None, "training__epochs": 1}  # 100 rows in batches of 8
-    assert "13 of the run's 13 steps" in refusal(inputs, **in_epochs, **{steps: 13})
+    assert "trains for 13; give fewer" in refusal(inputs, **in_epochs, **{steps: 13})
 
 
 def test_processes_are_not_forked_beside_jax(inputs):
