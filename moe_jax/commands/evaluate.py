@@ -8,7 +8,7 @@ from moe_jax.commands import Run
 from moe_jax.config.parse import parse
 from moe_jax.config.run import MeshConfig
 from moe_jax.errors import ConfigError
-from moe_jax.evaluation.selection import named_task, own_task, task_names
+from moe_jax.tasks.selection import named_task, own_task, task_names
 
 EPILOG = """\
 tasks:

@@ -9,7 +9,7 @@ from moe_jax.data.tokenizer import leading_tokens
 from moe_jax.errors import ConfigError, DataError
 from moe_jax.evaluation.items import Item
 from moe_jax.evaluation.protocols import PROTOCOLS, Prepared
-from moe_jax.evaluation.task import Question
+from moe_jax.tasks.task import Question
 
 
 class Limits(NamedTuple):

@@ -25,7 +25,7 @@ from moe_jax.data.tokenise import encode_examples
 from moe_jax.data.tokenizer import encode, leading_tokens
 from moe_jax.errors import DataError
 from moe_jax.evaluation.items import Item
-from moe_jax.evaluation.task import Question
+from moe_jax.tasks.task import Question
 
 Measures = dict[str, int]
 """By the name of a measure, the index of the choice that it picks."""

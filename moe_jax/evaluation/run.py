@@ -31,9 +31,9 @@ from moe_jax.evaluation.loading import (
 from moe_jax.evaluation.protocols import PROTOCOLS
 from moe_jax.evaluation.results import Evaluation, Outcome, outcome
 from moe_jax.evaluation.scorer import Scorer
-from moe_jax.evaluation.selection import named_task, require_distinct
-from moe_jax.evaluation.task import Question, Task
 from moe_jax.sharding.mesh import make_mesh
+from moe_jax.tasks.selection import named_task, require_distinct
+from moe_jax.tasks.task import Question, Task
 
 BASE = "base"
 """What results call the base without an adapter."""

@@ -9,7 +9,7 @@ from evaluation.families import ARC_ROWS
 
 from moe_jax.cli import main
 from moe_jax.evaluation.scorer import Scorer
-from moe_jax.evaluation.selection import task_names
+from moe_jax.tasks.selection import task_names
 
 
 def test_everything_at_once(setting, tmp_path, capsys):

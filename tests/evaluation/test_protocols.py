@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerFast
 from moe_jax.errors import DataError
 from moe_jax.evaluation.items import Item, batched, default_buckets, item_batch
 from moe_jax.evaluation.protocols import PROTOCOLS
-from moe_jax.evaluation.task import Choice, Question, with_shots
+from moe_jax.tasks.task import Choice, Question, with_shots
 
 
 def words(*vocabulary: str, split: str = "word") -> PreTrainedTokenizerFast:

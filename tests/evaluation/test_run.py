@@ -23,7 +23,7 @@ from moe_jax.errors import UserError
 from moe_jax.evaluation import run
 from moe_jax.evaluation.run import evaluate
 from moe_jax.evaluation.scorer import Scorer
-from moe_jax.evaluation.selection import named_task
+from moe_jax.tasks.selection import named_task
 
 BUCKETS = (48, 96)
 QUESTIONS = 12

@@ -6,7 +6,7 @@ from evaluation.plain import choice_scores, label_logits
 
 from moe_jax.errors import UserError
 from moe_jax.evaluation.run import evaluate
-from moe_jax.evaluation.selection import own_task
+from moe_jax.tasks.selection import own_task
 
 PLAIN = "Question: {question}\n{options}\nAnswer:\n"
 ROWS = [

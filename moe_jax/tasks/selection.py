@@ -6,9 +6,9 @@ from typing import Any
 
 from moe_jax.config.parse import located, suggest
 from moe_jax.errors import ConfigError, DataError
-from moe_jax.evaluation.task import Task
-from moe_jax.evaluation.tasks import TASKS
-from moe_jax.evaluation.tasks.template import TemplateTask
+from moe_jax.tasks.families import TASKS
+from moe_jax.tasks.families.template import TemplateTask
+from moe_jax.tasks.task import Task
 
 
 def task_names() -> list[str]:

@@ -4,10 +4,10 @@ import re
 from dataclasses import dataclass
 from typing import ClassVar
 
-from moe_jax.evaluation.options import lettered_question
-from moe_jax.evaluation.rows import Row
-from moe_jax.evaluation.sources import HubData
-from moe_jax.evaluation.task import TASKS, Choice, Question, Task
+from moe_jax.tasks.options import lettered_question
+from moe_jax.tasks.rows import Row
+from moe_jax.tasks.sources import HubData
+from moe_jax.tasks.task import TASKS, Choice, Question, Task
 
 PREFACE = "Choose the ending that the text goes on with.\n\n"
 LABELS = ("0", "1", "2", "3")

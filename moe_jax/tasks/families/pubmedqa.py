@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from moe_jax.evaluation.rows import Row
-from moe_jax.evaluation.sources import HubData
-from moe_jax.evaluation.task import TASKS, Choice, Question, Task
+from moe_jax.tasks.rows import Row
+from moe_jax.tasks.sources import HubData
+from moe_jax.tasks.task import TASKS, Choice, Question, Task
 
 PREFACE = "Answer the medical question by the abstract: yes, no or maybe.\n\n"
 LABELS = ("yes", "no", "maybe")

@@ -9,8 +9,8 @@ from typing import ClassVar, NamedTuple
 from moe_jax.config.parse import require
 from moe_jax.config.registry import Registry
 from moe_jax.errors import DataError
-from moe_jax.evaluation.rows import Row
-from moe_jax.evaluation.sources import HubData, read_hub, read_local
+from moe_jax.tasks.rows import Row
+from moe_jax.tasks.sources import HubData, read_hub, read_local
 
 TASKS = Registry("task")
 

@@ -4,8 +4,8 @@ import string
 from collections.abc import Sequence
 
 from moe_jax.errors import DataError
-from moe_jax.evaluation.rows import Row
-from moe_jax.evaluation.task import Choice, Question
+from moe_jax.tasks.rows import Row
+from moe_jax.tasks.task import Choice, Question
 
 LETTERS = tuple(string.ascii_uppercase)
 

@@ -37,10 +37,10 @@ from typing import Any, ClassVar, NamedTuple
 
 from moe_jax.config.parse import require
 from moe_jax.errors import DataError
-from moe_jax.evaluation.options import LETTERS, lettered
-from moe_jax.evaluation.rows import Row, kind
-from moe_jax.evaluation.sources import HubData
-from moe_jax.evaluation.task import TASKS, Choice, Question, Task
+from moe_jax.tasks.options import LETTERS, lettered
+from moe_jax.tasks.rows import Row, kind
+from moe_jax.tasks.sources import HubData
+from moe_jax.tasks.task import TASKS, Choice, Question, Task
 
 SECTIONS = ("choices", "answer")
 OPTIONS_LINE = "{options}"

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from moe_jax.config.parse import suggest
 from moe_jax.errors import DataError
-from moe_jax.evaluation.rows import Row
+from moe_jax.tasks.rows import Row
 
 KINDS = (".json", ".jsonl", ".parquet")
 

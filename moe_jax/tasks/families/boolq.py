@@ -6,9 +6,9 @@ Asked without the passage that the data set has for each question, as in the ref
 from dataclasses import dataclass
 from typing import ClassVar
 
-from moe_jax.evaluation.rows import Row
-from moe_jax.evaluation.sources import HubData
-from moe_jax.evaluation.task import TASKS, Choice, Question, Task
+from moe_jax.tasks.rows import Row
+from moe_jax.tasks.sources import HubData
+from moe_jax.tasks.task import TASKS, Choice, Question, Task
 
 PREFACE = "Say whether the answer to the question is true or false.\n\n"
 LABELS = ("true", "false")
