@@ -13,18 +13,18 @@ from pathlib import Path
 from typing import Any
 
 from moe_jax.checkpoints.adapter_files import SavedAdapter
-from moe_jax.config.model import FloatType
-from moe_jax.config.run import MeshConfig
-from moe_jax.data.tokenizer import encode, end_of_text, leading_tokens, load_tokenizer
-from moe_jax.errors import ConfigError, DataError
-from moe_jax.evaluation.items import Item, default_buckets
-from moe_jax.evaluation.loading import (
+from moe_jax.checkpoints.loading import (
     BaseInMemory,
     build_model,
     load_adapters,
     load_params,
     open_base,
 )
+from moe_jax.config.model import FloatType
+from moe_jax.config.run import MeshConfig
+from moe_jax.data.tokenizer import encode, end_of_text, leading_tokens, load_tokenizer
+from moe_jax.errors import ConfigError, DataError
+from moe_jax.evaluation.items import Item, default_buckets
 from moe_jax.evaluation.protocols import encode_pairs
 from moe_jax.evaluation.scorer import Score, Scorer
 from moe_jax.sharding.mesh import make_mesh

@@ -10,6 +10,15 @@ from typing import Any
 from tqdm import tqdm
 
 from moe_jax.checkpoints.adapter_files import SavedAdapter
+from moe_jax.checkpoints.loading import (
+    BaseFiles,
+    BaseInMemory,
+    NamedAdapter,
+    build_model,
+    load_adapters,
+    load_params,
+    open_base,
+)
 from moe_jax.config.model import FloatType
 from moe_jax.config.parse import suggest
 from moe_jax.config.registry import to_plain
@@ -19,15 +28,6 @@ from moe_jax.errors import ConfigError
 from moe_jax.evaluation.asking import Asked, Limits, ask
 from moe_jax.evaluation.items import default_buckets, items_digest
 from moe_jax.evaluation.journal import Journal, Record, locked
-from moe_jax.evaluation.loading import (
-    BaseFiles,
-    BaseInMemory,
-    NamedAdapter,
-    build_model,
-    load_adapters,
-    load_params,
-    open_base,
-)
 from moe_jax.evaluation.protocols import PROTOCOLS
 from moe_jax.evaluation.results import Evaluation, Outcome, outcome
 from moe_jax.evaluation.scorer import Scorer

@@ -12,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 from moe_jax.adapters.method import AdapterMethod
 from moe_jax.adapters.segments import Segment
 from moe_jax.adapters.sites import to_collection
+from moe_jax.checkpoints.loading import Adapter
 from moe_jax.evaluation.items import Item, ItemBatch, batched, bucket, item_batch
 from moe_jax.layers.collections import ADAPTERS, PARAMS
 from moe_jax.models.causal_lm import LlamaForCausalLM
@@ -22,13 +23,6 @@ _AHEAD = 2
 
 _NAME = "evaluated"
 """What every adapter is called in the compiled function, so that equal methods share it."""
-
-
-class Adapter(NamedTuple):
-    """An adapter to evaluate."""
-
-    method: AdapterMethod
-    tree: Any
 
 
 class Score(NamedTuple):

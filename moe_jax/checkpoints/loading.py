@@ -1,4 +1,4 @@
-"""The base and the adapters to evaluate, checked before and loaded after the data is."""
+"""A base and adapters to compute with: checked before, and loaded after, what they are to read."""
 
 import functools
 import hashlib
@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from moe_jax.adapters.method import AdapterMethod
 from moe_jax.checkpoints.adapter_files import SavedAdapter, load_adapter
 from moe_jax.checkpoints.base import load_base
 from moe_jax.checkpoints.fingerprint import BaseIdentity, base_fingerprint
@@ -22,7 +23,6 @@ from moe_jax.config.model import ComputeConfig, FloatType, ModelConfig
 from moe_jax.config.parse import located
 from moe_jax.config.registry import to_plain
 from moe_jax.errors import CheckpointError
-from moe_jax.evaluation.scorer import Adapter
 from moe_jax.layers.collections import PARAMS
 from moe_jax.models.causal_lm import LlamaForCausalLM
 from moe_jax.models.fresh import fresh_adapter
@@ -58,6 +58,13 @@ class BaseFiles(NamedTuple):
     params: Any
 
 
+class Adapter(NamedTuple):
+    """An adapter to compute with."""
+
+    method: AdapterMethod
+    tree: Any
+
+
 class NamedAdapter(NamedTuple):
     """An adapter, and what results say of it.
 
@@ -75,7 +82,7 @@ class NamedAdapter(NamedTuple):
 
     @property
     def adapter(self) -> Adapter:
-        """What the scorer takes."""
+        """What computing takes."""
         return Adapter(self.saved.method, self.saved.tree)
 
 
