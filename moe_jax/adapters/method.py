@@ -17,10 +17,12 @@ import jax
 from moe_jax.adapters.aux_losses import RouterLoss
 from moe_jax.adapters.low_rank import LowRankConfig
 from moe_jax.adapters.targets import TARGET_MODULES
+from moe_jax.config.classification import ClassificationConfig
 from moe_jax.config.data import DataConfig
 from moe_jax.config.model import ModelConfig
 from moe_jax.config.parse import require, suggest
 from moe_jax.config.registry import Registry
+from moe_jax.errors import ConfigError
 
 METHODS = Registry("method")
 """The methods by the name that `method.name` in a configuration gives."""
@@ -35,11 +37,14 @@ class AdapterMethod(LowRankConfig, abc.ABC):
 
     Attributes:
       target_modules: the projections that are adapted.
+      classification: what a score head, trained with the adapter, tells apart; None leaves the
+        base's own head, which predicts the next token.
     """
 
     registry: ClassVar[Registry] = METHODS
 
     target_modules: tuple[str, ...]
+    classification: ClassificationConfig | None = None
 
     def __post_init__(self):
         super().__post_init__()
@@ -102,3 +107,22 @@ class AdapterMethod(LowRankConfig, abc.ABC):
         its bias, of that product [b, S, D].
         """
         return None
+
+
+def require_language_model(method: AdapterMethod, adapter: str, what: str) -> None:
+    """Refuses a classification adapter where the next token is asked for.
+
+    Args:
+      method: of the adapter.
+      adapter: its name or folder, for the message.
+      what: cannot be done with it, for example `generate text`.
+
+    Raises:
+      ConfigError: the adapter has a score head.
+    """
+    if method.classification is not None:
+        raise ConfigError(
+            f"adapter {adapter!r}: is a classifier ({method.classification.describe()}), whose "
+            f"score head takes the place of the language model's, and cannot {what}; give an "
+            "adapter that was trained without method.classification"
+        )
