@@ -20,6 +20,7 @@ from moe_jax.adapters.router import Router, RouterLogits, Routing
 from moe_jax.adapters.routers.top_k import TopKRouter
 from moe_jax.adapters.statistics import router_statistics, sow_statistics
 from moe_jax.adapters.targets import ATTENTION_MODULES, MLP_MODULES
+from moe_jax.adapters.token_routing import sow_routing
 from moe_jax.config.model import ModelConfig
 from moe_jax.config.parse import require, within
 from moe_jax.sharding.axes import EMBED, MLP
@@ -214,6 +215,7 @@ class MixLoraMLP(nn.Module):
             routing, context.token_mask, routed=routed, expert_groups=context.expert_groups
         )
         sow_statistics(self, statistics)
+        sow_routing(self, routing, context.token_mask, routed=routed)
         return routing
 
 

@@ -20,6 +20,7 @@ from moe_jax.adapters.low_rank import LowRankConfig
 from moe_jax.adapters.method import AdapterMethod
 from moe_jax.adapters.router import ROUTERS, Router, RouterLogits
 from moe_jax.adapters.statistics import router_statistics, sow_statistics
+from moe_jax.adapters.token_routing import sow_routing
 from moe_jax.config.model import ModelConfig
 from moe_jax.config.parse import require, within
 
@@ -111,6 +112,7 @@ class ProjectionMixture(nn.Module):
             expert_groups=context.expert_groups,
         )
         sow_statistics(self, statistics)
+        sow_routing(self, routing, context.token_mask, routed=routed, present=present)
 
         experts = ExpertPairs(self.low_rank, num_experts, self.axes)
         nn.share_scope(self, experts)  # their leaves are this module's, as a single pair's would be

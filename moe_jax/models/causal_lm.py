@@ -12,7 +12,7 @@ from moe_jax.adapters.segments import Segment
 from moe_jax.config.model import ComputeConfig, ModelConfig
 from moe_jax.config.parse import located
 from moe_jax.layers.attention import positions_from_segments
-from moe_jax.layers.collections import ADAPTERS, PARAMS, ROUTER
+from moe_jax.layers.collections import ADAPTERS, PARAMS, ROUTER, ROUTING
 from moe_jax.layers.embedding import TokenEmbedding
 from moe_jax.layers.head import LanguageModelHead, logits
 from moe_jax.layers.norm import RMSNorm
@@ -42,8 +42,8 @@ class LlamaForCausalLM(nn.Module):
       segments: which rows of a batch belong to which adapter; none is the base model.
       param_dtype: in which type `init` makes the base parameters.
 
-    Collections: `params` (frozen), `adapters` (trainable), `router` (sown; ask for it with
-    `mutable=["router"]`). Random streams while training: `dropout`.
+    Collections: `params` (frozen), `adapters` (trainable), `router` and `routing` (sown; ask for
+    them with `mutable=["router"]`). Random streams while training: `dropout`.
     """
 
     config: ModelConfig
@@ -139,7 +139,7 @@ class LlamaForCausalLM(nn.Module):
         in_axes: Any = (nn.broadcast, 0)
         return nn.scan(
             layer,
-            variable_axes={PARAMS: 0, ADAPTERS: 0, ROUTER: 0},
+            variable_axes={PARAMS: 0, ADAPTERS: 0, ROUTER: 0, ROUTING: 0},
             split_rngs={PARAMS: True, ADAPTERS: True, "dropout": True},
             in_axes=in_axes,
             length=self.config.num_layers,
