@@ -1,4 +1,4 @@
-"""Every token's routing: the numbers, what they cost, and that they are never missing in silence."""
+"""Every token's routing: its numbers, what it costs, and that it is never missing in silence."""
 
 import flax.linen as nn
 import jax
