@@ -70,6 +70,16 @@ def take_rows(segment: Segment, array: jax.Array) -> jax.Array:
     return sharded[:, segment.start : segment.stop].reshape(segment.rows, *array.shape[1:])
 
 
+def take_rows_of(segments: Sequence[Segment], array: jax.Array) -> jax.Array:
+    """The rows of several segments of `array` [B, ...], as a batch of those adapters has them."""
+    parts = [
+        take_rows(segment, array).reshape(segment.shards, -1, *array.shape[1:])
+        for segment in segments
+    ]
+    joined = parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
+    return joined.reshape(-1, *array.shape[1:])
+
+
 def update_rows(
     segments: Sequence[Segment],
     array: jax.Array,

@@ -16,7 +16,10 @@ from moe_jax.adapters.targets import TARGET_MODULES
 MOE = "moe"
 """The site, inside `mlp`, of adapters that replace the FFN as a whole."""
 
-SITES = frozenset({*TARGET_MODULES, MOE})
+SCORE = "score"
+"""The site, behind the last norm, of the score heads of adapters that classify."""
+
+SITES = frozenset({*TARGET_MODULES, MOE, SCORE})
 _PREFIX = "adapter_"
 
 

@@ -8,7 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.adapters.dora import DORA_NORMS
-from moe_jax.adapters.segments import Segment
+from moe_jax.adapters.score_head import Predictions, ScoreHeads, classifying
+from moe_jax.adapters.segments import Segment, take_rows_of
+from moe_jax.adapters.sites import SCORE
 from moe_jax.config.model import ComputeConfig, ModelConfig
 from moe_jax.config.parse import located
 from moe_jax.layers.attention import positions_from_segments
@@ -61,8 +63,8 @@ class LlamaForCausalLM(nn.Module):
         token_mask: jax.Array | None = None,
         expert_groups: jax.Array | None = None,
         deterministic: bool = True,
-    ) -> jax.Array:
-        """Logits for the next token.
+    ) -> jax.Array | Predictions:
+        """Logits for the next token; of classification adapters, scores.
 
         Args:
           tokens: int [B, S].
@@ -76,7 +78,7 @@ class LlamaForCausalLM(nn.Module):
           deterministic: no dropout and no jitter.
 
         Returns:
-          float32 [B, S, V].
+          float32 [B, S, V]; with segments of classification adapters, `Predictions`.
 
         Raises:
           ConfigError: `compute` cannot compute this architecture.
@@ -112,12 +114,21 @@ class LlamaForCausalLM(nn.Module):
             config.rms_norm_eps, dtype, param_dtype, config.norm_unit_offset, name="norm"
         )
         x = norm(x)
+        classifiers = classifying(self.segments)
+        scores = {}
+        if classifiers:
+            scores = ScoreHeads(self.segments, name=SCORE)(x, token_mask)
+            others = [segment for segment in self.segments if segment not in classifiers]
+            if not others:
+                return Predictions(None, scores)
+            x = take_rows_of(others, x)
         if config.tie_word_embeddings:
-            scores = logits(x, embed.embedding.T)
+            next_token = logits(x, embed.embedding.T)
         else:
-            scores = LanguageModelHead(config.vocab_size, param_dtype, name="lm_head")(x)
+            next_token = LanguageModelHead(config.vocab_size, param_dtype, name="lm_head")(x)
         cap = config.final_logit_softcapping
-        return scores if cap is None else soft_cap(scores, cap)
+        next_token = next_token if cap is None else soft_cap(next_token, cap)
+        return Predictions(next_token, scores) if classifiers else next_token
 
     def _rotary_tables(self, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The `cos` and `sin` of `TokenContext`."""

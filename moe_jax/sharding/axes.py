@@ -15,6 +15,7 @@ MLP = "mlp"
 EXPERTS = "experts"
 RANK = "rank"
 NORM = "norm"
+LABELS = "labels"
 
 BATCH = "activation_batch"
 LENGTH = "activation_length"

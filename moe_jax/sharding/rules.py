@@ -24,6 +24,7 @@ RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
     (axes.EXPERTS, None),
     (axes.RANK, "fsdp"),
     (axes.NORM, None),
+    (axes.LABELS, None),
 )
 """In order of priority; a mesh axis is used once per array.
 
