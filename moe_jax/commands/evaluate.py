@@ -2,11 +2,9 @@
 
 import argparse
 import sys
-from pathlib import Path
 
 from moe_jax.commands import Run
-from moe_jax.config.parse import parse
-from moe_jax.config.run import MeshConfig
+from moe_jax.commands.arguments import listed, mesh_config, named_folders, number
 from moe_jax.errors import ConfigError
 from moe_jax.tasks.selection import named_task, own_task, task_names
 
@@ -122,7 +120,7 @@ def _run(arguments: argparse.Namespace) -> None:
     split, limit, shots = arguments.split, arguments.limit, arguments.shots
     tasks = [
         named_task(name, data=arguments.data, split=split, limit=limit, shots=shots)
-        for name in _listed(arguments.tasks)
+        for name in listed(arguments.tasks)
     ]
     for template, data in arguments.own_task:
         tasks.append(own_task(template, data, split=split, limit=limit, shots=shots))
@@ -132,16 +130,16 @@ def _run(arguments: argparse.Namespace) -> None:
         evaluation = evaluate(
             arguments.base,
             tasks,
-            _adapters(arguments.adapter),
+            named_folders(arguments.adapter),
             with_base=arguments.with_base,
-            protocols=_listed(arguments.protocols),
+            protocols=listed(arguments.protocols),
             output=arguments.output,
             revision=arguments.revision,
             dtype=arguments.dtype,
             batch_size=arguments.batch_size,
-            buckets=[_number(text, "--buckets") for text in _listed(arguments.buckets)],
+            buckets=[number(text, "--buckets") for text in listed(arguments.buckets)],
             truncate=arguments.truncate,
-            mesh=None if arguments.mesh is None else _mesh(arguments.mesh),
+            mesh=mesh_config(arguments.mesh),
             say=lambda line: print(line, file=sys.stderr, flush=True),
         )
     except KeyboardInterrupt:
@@ -149,36 +147,3 @@ def _run(arguments: argparse.Namespace) -> None:
         print(f"stopped; {kept}", file=sys.stderr)
         sys.exit(130)
     print(evaluation.to_markdown())
-
-
-def _listed(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
-
-
-def _number(text: str, flag: str) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        raise ConfigError(f"{flag}: expected whole numbers, got {text!r}") from None
-
-
-def _adapters(given: list[str]) -> dict[str, str]:
-    adapters: dict[str, str] = {}
-    for text in given:
-        name, equals, folder = text.partition("=")
-        if not equals or "/" in name:
-            name, folder = Path(text).expanduser().resolve().name, text
-        if name in adapters:
-            raise ConfigError(
-                f"--adapter {text}: another one is called {name!r}; give names with NAME=DIR"
-            )
-        adapters[name] = folder
-    return adapters
-
-
-def _mesh(text: str) -> MeshConfig:
-    sizes = {"data": 1}
-    for part in _listed(text):
-        axis, _, size = part.partition("=")
-        sizes[axis] = _number(size, f"--mesh {axis}")
-    return parse(MeshConfig, sizes, "--mesh")

@@ -1,0 +1,58 @@
+"""What several commands read from the command line in the same way."""
+
+from pathlib import Path
+
+from moe_jax.config.parse import parse
+from moe_jax.config.run import MeshConfig
+from moe_jax.errors import ConfigError
+
+
+def listed(text: str) -> list[str]:
+    """The parts of `A,B,...`, without blanks and empty ones."""
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def number(text: str, flag: str) -> int:
+    """A whole number.
+
+    Raises:
+      ConfigError: it is none; names `flag`.
+    """
+    try:
+        return int(text)
+    except ValueError:
+        raise ConfigError(f"{flag}: expected whole numbers, got {text!r}") from None
+
+
+def named_folders(given: list[str]) -> dict[str, str]:
+    """Adapters as `--adapter [NAME=]DIR` gives them, by name; without one by the folder's.
+
+    Raises:
+      ConfigError: two have the same name.
+    """
+    adapters: dict[str, str] = {}
+    for text in given:
+        name, equals, folder = text.partition("=")
+        if not equals or "/" in name:
+            name, folder = Path(text).expanduser().resolve().name, text
+        if name in adapters:
+            raise ConfigError(
+                f"--adapter {text}: another one is called {name!r}; give names with NAME=DIR"
+            )
+        adapters[name] = folder
+    return adapters
+
+
+def mesh_config(text: str | None) -> MeshConfig | None:
+    """A mesh as `--mesh AXIS=N,...` gives it; None, one device, where the flag is not given.
+
+    Raises:
+      ConfigError: an unknown axis, or a size that is no number.
+    """
+    if text is None:
+        return None
+    sizes = {"data": 1}
+    for part in listed(text):
+        axis, _, size = part.partition("=")
+        sizes[axis] = number(size, f"--mesh {axis}")
+    return parse(MeshConfig, sizes, "--mesh")
