@@ -44,6 +44,7 @@ class TrainData:
         rows, and `ORDER` of how they are mixed and batched. By content: it is the same wherever
         the files lie and whichever libraries read them.
       largest_tokens: the largest token id of each data set.
+      source_rows: rows of each data set that are trained on.
     """
 
     iterator: grain.DatasetIterator[Batch]
@@ -52,6 +53,7 @@ class TrainData:
     report: str
     fingerprint: dict[str, str]
     largest_tokens: dict[str, int]
+    source_rows: dict[str, int]
 
 
 class ValidationData:
@@ -152,6 +154,7 @@ def load_train_data(
             ORDER: _order_digest(batches, weights, config, batch_size, seed),
         },
         largest_tokens={source.name: source.largest_token for source in sources},
+        source_rows={source.name: len(source.lengths) for source in sources},
     )
 
 
