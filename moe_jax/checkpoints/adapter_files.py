@@ -1,9 +1,14 @@
-"""A trained adapter as a folder of its own: its weights, and `adapter.json` to explain them."""
+"""A trained adapter as a folder of its own: its weights, and `adapter.json` to explain them.
+
+How it was trained may lie beside them, see `training_record`.
+"""
 
 import dataclasses
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +21,12 @@ from moe_jax.checkpoints.disk import disk_errors, require_space
 from moe_jax.checkpoints.fingerprint import BaseIdentity
 from moe_jax.checkpoints.leaves import LeafSpec, checksums, leaf_specs, nested
 from moe_jax.checkpoints.store import require_finite, restore_tree
+from moe_jax.checkpoints.training_record import (
+    TrainingRecord,
+    read_pictures,
+    read_record,
+    write_record,
+)
 from moe_jax.config.model import ModelConfig
 from moe_jax.config.parse import parse, parse_member
 from moe_jax.config.registry import to_plain
@@ -60,6 +71,8 @@ class SavedAdapter(NamedTuple):
       model: the architecture it was trained on.
       base: the checkpoint it was trained on.
       step: how many optimiser steps it was trained for.
+      training: how it was trained; None if that is not on record.
+      pictures: of its training, files of `PICTURES` by name.
     """
 
     method: Any
@@ -67,6 +80,8 @@ class SavedAdapter(NamedTuple):
     model: ModelConfig
     base: BaseIdentity
     step: int
+    training: TrainingRecord | None = None
+    pictures: Mapping[str, bytes] = MappingProxyType({})
 
 
 def save_adapter(folder: Path, adapter: SavedAdapter) -> None:
@@ -98,6 +113,7 @@ def save_adapter(folder: Path, adapter: SavedAdapter) -> None:
                 shutil.rmtree(incomplete, ignore_errors=True)
                 incomplete.mkdir(parents=True)
                 (incomplete / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
+                write_record(incomplete, adapter.training, adapter.pictures)
             multihost_utils.sync_global_devices(f"save_adapter {folder.name}")
             with ocp.StandardCheckpointer() as checkpointer:
                 checkpointer.save(incomplete / _WEIGHTS, adapter.tree)
@@ -142,7 +158,15 @@ def load_adapter(folder: Path, shardings: Any = None) -> SavedAdapter:
     tree = restore_tree(
         folder.absolute() / _WEIGHTS, target, description.checksums, "copy the folder again"
     )
-    return SavedAdapter(method, tree, model, description.base, description.step)
+    return SavedAdapter(
+        method,
+        tree,
+        model,
+        description.base,
+        description.step,
+        read_record(folder),
+        read_pictures(folder),
+    )
 
 
 def read_description(folder: Path) -> Description:
@@ -204,6 +228,19 @@ def _leaf_specs(leaves: dict[str, Any], file: Path) -> dict[str, LeafSpec]:
                 f"{file}: leaves: {path!r} is {value!r}, expected a shape and a type; {_CHANGED}"
             ) from None
     return specs
+
+
+def add_pictures(folder: Path, pictures: Mapping[str, bytes]) -> None:
+    """Puts pictures beside the weights of an adapter that was saved before.
+
+    Raises:
+      CheckpointError: the disk is full or not writable.
+    """
+    with disk_errors(folder):
+        for name, picture in pictures.items():
+            beside = folder / f".{name}.tmp"
+            beside.write_bytes(picture)
+            beside.replace(folder / name)
 
 
 def _replace(folder: Path, complete: Path) -> None:

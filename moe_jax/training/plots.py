@@ -1,7 +1,8 @@
 """Pictures of a run: how the losses went, and how the tokens spread over the experts."""
 
+import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,12 @@ def loss_curves(metrics: Path) -> Figure:
     Of one adapter, each loss is a line. Of several, each adapter has a colour, its training loss a
     solid line and the mean of its validation losses a dashed one.
     """
+    return _loss_curves(_lines(metrics))
+
+
+def _loss_curves(lines: Iterable[dict[str, Any]]) -> Figure:
     training, validation = Series(), dict[str, Series]()
-    for line in _lines(metrics):
+    for line in lines:
         for name, value in line.items():
             if not name.endswith("/loss") or value is None:
                 continue
@@ -88,21 +93,51 @@ def draw_run(metrics: Path, folder: Path) -> list[Path]:
     Returns:
       The files that were written.
     """
+    figures = {"loss.png": loss_curves(metrics)}
+    for adapter, figure in _expert_maps(_lines(metrics)).items():
+        figures[f"experts_{adapter}.png"] = figure
+    for name, figure in figures.items():
+        figure.savefig(folder / name)
+    return [folder / name for name in figures]
+
+
+def adapter_pictures(metrics: Path, adapter: str) -> dict[str, bytes]:
+    """The pictures of one adapter of a run, PNG by file name: `loss.png`, and `experts.png`.
+
+    Args:
+      metrics: the run's `metrics.jsonl`.
+      adapter: its name; `experts.png` is there if it routes.
+    """
+    own = (f"{adapter}/", f"validation/{adapter}/")
+    lines = [
+        {k: v for k, v in line.items() if k == "step" or k.startswith(own)}
+        for line in _lines(metrics)
+    ]
+    figures = {"loss.png": _loss_curves(lines)}
+    for figure in _expert_maps(lines).values():  # one at most
+        figures["experts.png"] = figure
+    pictures = {}
+    for name, figure in figures.items():
+        stream = io.BytesIO()
+        figure.savefig(stream, format="png")
+        pictures[name] = stream.getvalue()
+    return pictures
+
+
+def _expert_maps(lines: Iterable[dict[str, Any]]) -> dict[str, Figure]:
+    """The map of each adapter that routes, by name, of the last line that has its loads."""
     last: dict[str, dict[str, Any]] = {}
-    for line in _lines(metrics):
+    for line in lines:
         for name, value in line.items():
             adapter, _, kind = name.rpartition("/")
             if kind == "expert_load" and value is not None:
                 last[adapter] = line
-    figures = {"loss.png": loss_curves(metrics)}
+    figures = {}
     for adapter, line in last.items():
         load = np.array(line[f"{adapter}/expert_load"], np.float64)  # None becomes NaN
         title = f"Expert load of {adapter!r} in training, up to step {line['step']}"
-        sites = line[f"{adapter}/sites"]
-        figures[f"experts_{adapter}.png"] = expert_map(load, title, adapter, sites)
-    for name, figure in figures.items():
-        figure.savefig(folder / name)
-    return [folder / name for name in figures]
+        figures[adapter] = expert_map(load, title, adapter, line[f"{adapter}/sites"])
+    return figures
 
 
 def expert_map(relative: np.ndarray, title: str, adapter: str, sites: Sequence[str]) -> Figure:

@@ -8,19 +8,22 @@ from typing import Any
 
 import jax
 
-from moe_jax.checkpoints.adapter_files import SavedAdapter, save_adapter
+from moe_jax.checkpoints.adapter_files import SavedAdapter, add_pictures, save_adapter
 from moe_jax.checkpoints.store import TrainingStore
 from moe_jax.config.registry import to_plain
 from moe_jax.config.run import RunConfig
 from moe_jax.training.inputs import Inputs
 from moe_jax.training.interrupts import Interrupts
+from moe_jax.training.metrics import METRICS_FILE
 from moe_jax.training.phases import Phase, phase_after, phases_of
+from moe_jax.training.plots import adapter_pictures
 from moe_jax.training.program import Program
+from moe_jax.training.record import training_record
 from moe_jax.training.recorder import Recorder
 from moe_jax.training.rows import join_rows
 from moe_jax.training.state import TrainState, carried_over
 from moe_jax.training.validation import validation_losses
-from moe_jax.training.workdir import WorkDir, lengths
+from moe_jax.training.workdir import WorkDir, is_main_process, lengths
 
 
 @dataclass
@@ -125,16 +128,32 @@ class Session:
 
     def _finish(self, name: str, state: TrainState) -> None:
         """Writes the final folder of an adapter at once: it survives whatever comes later."""
-        folder = self.work.adapters / name
+        folder, best = self.work.adapters / name, self.work.best / name
         with self.recorder.paused():
-            save_adapter(folder, self._saved_adapter(name, state))
+            pictures: dict[str, bytes] = {}
+            if is_main_process():
+                pictures = adapter_pictures(self.work.folder / METRICS_FILE, name)
+                # Before the final folder, without which the run counts as not finished.
+                if name in self.progress.best:
+                    add_pictures(best, pictures)
+            save_adapter(folder, self._saved_adapter(name, state)._replace(pictures=pictures))
         self.say(f"adapter {name!r} finished at step {self.progress.step}; it is in {folder}")
 
     def _saved_adapter(self, name: str, state: TrainState) -> SavedAdapter:
         """Adapter `name` with all that its folder is to say about it."""
         method = self.config.adapters[name].method
-        inputs, step = self.inputs, self.progress.step
-        return SavedAdapter(method, state.adapters[name], inputs.model, inputs.base, step)
+        inputs, progress = self.inputs, self.progress
+        record = training_record(
+            self.config,
+            inputs,
+            name,
+            step=progress.step,
+            validation=progress.validation,
+            best=progress.best.get(name),
+            metrics=self.work.folder / METRICS_FILE,
+        )
+        tree, step = state.adapters[name], progress.step
+        return SavedAdapter(method, tree, inputs.model, inputs.base, step, record)
 
     def _due(self, every: int) -> bool:
         return every > 0 and self.progress.step % every == 0
