@@ -5,7 +5,7 @@ from typing import Literal
 
 from moe_jax.config.parse import require
 
-Schema = Literal["instruction", "completion", "chat", "text"]
+Schema = Literal["instruction", "completion", "chat", "text", "task"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,12 +14,19 @@ class SourceConfig:
 
     Attributes:
       path: a `.json`, `.jsonl`, `.parquet` or `.txt` file, a folder of such files, or the id of a
-        hub data set.
+        hub data set. With `task` the file or folder of its rows, if not those of `tasks_folder` or
+        of the hub.
       name: the hub data set's configuration, where it has several.
       split: which split of a hub data set or of a folder with one file per split.
       revision: the hub data set's revision.
       schema: what a row holds. `instruction`: instruction, input, output. `completion`: prompt,
-        completion. `chat`: messages, a list of `{role, content}`. `text`: text.
+        completion. `chat`: messages, a list of `{role, content}`. `text`: text. `task`: what the
+        task says; where `task` is given, it is left out.
+      task: the task whose questions these are, as `moe-jax evaluate --tasks` names it: the prompt
+        is the one that evaluation asks with.
+      answer: what follows a task's prompt. `label`: the label of the right option, after the prompt
+        that lists them, as the protocol `labels` asks. `choice`: the option's own words, as the
+        protocol `choices` asks.
       columns: the row's own name for a field of the schema, where it differs.
       prompt: the prompt template for `instruction` rows, a file in `moe_jax/data/prompts/` without
         its ending, or the path of a template file.
@@ -28,8 +35,10 @@ class SourceConfig:
         `localized_balance` reads it.
     """
 
-    path: str
-    schema: Schema
+    path: str = ""
+    schema: Schema = "task"
+    task: str | None = None
+    answer: Literal["label", "choice"] = "label"
     name: str | None = None
     split: str = "train"
     revision: str | None = None
@@ -39,9 +48,32 @@ class SourceConfig:
     expert_group: int = 0
 
     def __post_init__(self):
-        require(self.path != "", "path", "is empty; name a file, a folder or a hub data set")
+        is_task = self.task is not None
+        require(
+            is_task or self.path != "",
+            "path",
+            "is empty; name a file, a folder or a hub data set, or give a task",
+        )
+        require(
+            is_task or self.schema != "task",
+            "schema",
+            "is not given; say what a row holds, or name a task",
+        )
+        require(
+            not is_task or self.schema == "task",
+            "schema",
+            "a task says itself what its rows hold; leave schema out",
+        )
+        require(
+            not is_task or not self.columns, "columns", "a task knows its columns; leave it out"
+        )
         require(self.weight > 0, "weight", "must be positive")
         require(self.expert_group >= 0, "expert_group", "must not be negative")
+
+    @property
+    def title(self) -> str:
+        """What messages call it."""
+        return self.path or f"task {self.task!r}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from moe_jax.config.data import DataConfig
+from moe_jax.config.evaluation import EvaluationConfig
 from moe_jax.config.model import ComputeConfig, FloatType
+from moe_jax.config.only import only_named
 from moe_jax.config.optimizer import OptimizerConfig
 from moe_jax.config.parse import ROOT, parse, parse_member, require, within
 from moe_jax.config.registry import Registry, to_plain
@@ -67,6 +69,7 @@ class AdapterConfig:
         adapters begin together, and one that ends earlier leaves the batch.
       epochs: passes over its training rows.
       seed: of its initialisation and of the order of its rows; None is `training.seed`.
+      evaluation: the tasks that it is measured on; None measures on none.
     """
 
     method: Any
@@ -76,6 +79,7 @@ class AdapterConfig:
     steps: int | None = None
     epochs: float | None = None
     seed: int | None = None
+    evaluation: EvaluationConfig | None = None
 
     def __post_init__(self):
         require(self.batch_size > 0, "batch_size", "must be positive")
@@ -151,7 +155,12 @@ class LoggingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """Everything `train.py` needs to know."""
+    """Everything `train.py` needs to know.
+
+    Attributes:
+      tasks_folder: a folder that has a folder of rows for each task, as `moe-jax evaluate --data`
+        takes it; None takes them from the hub.
+    """
 
     base: BaseConfig
     compute: ComputeConfig
@@ -160,6 +169,7 @@ class RunConfig:
     mesh: MeshConfig = MeshConfig()
     checkpoints: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    tasks_folder: str | None = None
 
     def __post_init__(self):
         require(bool(self.adapters), "adapters", "names no adapter")
@@ -214,7 +224,7 @@ class RunConfig:
                 "and begins with a letter or digit",
             )
             require(
-                name not in ("validation", "time"),
+                name not in ("validation", "evaluation", "time"),
                 where,
                 "is the name of a group of metrics; give the adapter another one",
             )
@@ -241,7 +251,8 @@ def _require_length(group: AdapterConfig | TrainingConfig, instead: str) -> None
 def parse_run_config(raw: Mapping[str, Any], methods: Registry) -> RunConfig:
     """Builds a `RunConfig` from what a config file's `get_config()` returned.
 
-    A group `sweep` is expanded into adapters first; see `expand_sweep`.
+    Of the adapters, `only` keeps those that it names; None keeps all. A group `sweep` is then
+    expanded into adapters; see `expand_sweep`.
 
     Args:
       raw: nested mappings; an `ml_collections.ConfigDict` is given as `.to_dict()`.
@@ -250,7 +261,7 @@ def parse_run_config(raw: Mapping[str, Any], methods: Registry) -> RunConfig:
     Raises:
       ConfigError: with the path of the offending field.
     """
-    raw = {**expand_sweep(raw, AdapterConfig, methods)}
+    raw = {**expand_sweep(only_named(raw), AdapterConfig, methods)}
     adapters = raw.get("adapters")
     if isinstance(adapters, Mapping):
         raw["adapters"] = {

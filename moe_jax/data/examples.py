@@ -56,7 +56,7 @@ def make_examples(
             Example(tuple(Piece(*piece) for piece in pieces), leads=False, ends=ends)
             for pieces, ends in conversations
         ]
-    if schema == "completion":
+    if schema in ("completion", "task"):
         prompt, completion = row["prompt"], row["completion"]
     else:
         assert template is not None

@@ -17,6 +17,7 @@ from moe_jax.data.batch import Batch
 from moe_jax.data.collate import Row, pad_rows, padded_length
 from moe_jax.data.grouping import LengthGroupedBatches
 from moe_jax.data.shuffle import ShuffledRange
+from moe_jax.data.sources import ReadSource, read_source
 from moe_jax.data.tokenise import TokenisedSource, flat_values, tokenise_source
 from moe_jax.errors import named
 
@@ -97,6 +98,7 @@ def load_train_data(
     *,
     place_seed: int | None = None,
     known: dict[str, TokenisedSource] | None = None,
+    read: ReadSource = read_source,
 ) -> TrainData:
     """Reads, tokenises and mixes `config.train`.
 
@@ -113,11 +115,12 @@ def load_train_data(
       place_seed: of where batches of short and of long rows come, see `LengthGroupedBatches`; the
         same for all adapters that share a batch. None is `seed`.
       known: data sets that were tokenised before, which are taken from here; new ones are added.
+      read: reads the rows of a data set.
 
     Raises:
       DataError: a source cannot be used; the message names its field, file, row and column.
     """
-    sources = _tokenise("train", config.train, config, tokenizer, field, known)
+    sources = _tokenise("train", config.train, config, tokenizer, field, known, read)
     weights = [source.weight for source in config.train.values()]
     store = _RowStore(sources)
     batches = LengthGroupedBatches(
@@ -165,16 +168,17 @@ def load_validation_data(
     field: str = "data",
     *,
     known: dict[str, TokenisedSource] | None = None,
+    read: ReadSource = read_source,
 ) -> dict[str, ValidationData]:
     """Reads and tokenises each data set of `config.validation`; weights are not looked at.
 
     Args:
-      config, tokenizer, batch_size, field, known: see `load_train_data`.
+      config, tokenizer, batch_size, field, known, read: see `load_train_data`.
 
     Raises:
       DataError: a source cannot be used; the message names its field, file, row and column.
     """
-    sources = _tokenise("validation", config.validation, config, tokenizer, field, known)
+    sources = _tokenise("validation", config.validation, config, tokenizer, field, known, read)
     return {s.name: ValidationData(s, batch_size, config.lengths) for s in sources}
 
 
@@ -185,6 +189,7 @@ def _tokenise(
     tokenizer: PreTrainedTokenizerBase,
     field: str,
     known: dict[str, TokenisedSource] | None,
+    read: ReadSource,
 ) -> list[TokenisedSource]:
     tokenised = {} if known is None else known
     keys = []
@@ -193,7 +198,7 @@ def _tokenise(
         keys.append(json.dumps([name, *decides, config.cache_dir]))
         with named(f"{field}.{split}.{name}"):
             if keys[-1] not in tokenised:
-                tokenised[keys[-1]] = tokenise_source(name, source, config, tokenizer)
+                tokenised[keys[-1]] = tokenise_source(name, source, config, tokenizer, read)
     return [tokenised[key] for key in keys]
 
 

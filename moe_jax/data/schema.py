@@ -17,6 +17,7 @@ FIELDS: dict[Schema, tuple[str, ...]] = {
     "completion": ("prompt", "completion"),
     "chat": ("messages",),
     "text": ("text",),
+    "task": ("prompt", "completion"),
 }
 # A row without it is a task that needs no material, unless `columns` says where it stands.
 OPTIONAL = "input"

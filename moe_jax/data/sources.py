@@ -9,7 +9,7 @@ import contextlib
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,6 +39,10 @@ class RowTable(NamedTuple):
     digest: str
 
 
+ReadSource = Callable[[SourceConfig, str | None], RowTable]
+"""See `read_source`, which knows no tasks; `moe_jax.tasks.training_rows` has one that does."""
+
+
 def read_source(source: SourceConfig, cache_dir: str | None) -> RowTable:
     """All rows of a source's split, checked against its schema.
 
@@ -49,13 +53,15 @@ def read_source(source: SourceConfig, cache_dir: str | None) -> RowTable:
     Raises:
       DataError: nothing is there, it cannot be read, a row does not fit, or no row is left.
     """
+    if source.task is not None:
+        raise ValueError(f"{source.title}: tasks are read by moe_jax.tasks.training_rows")
     column_names(source)
     path = Path(source.path).expanduser()
     if path.exists():
         split, _, _ = source.split.partition("[")
         files = _files(path, split)
         table = _read_files(files, source, cache_dir)
-        table = _cut(table, source, split)
+        table = cut(table, source, split)
     elif _looks_local(source.path):
         raise DataError(f"{source.path}: no such file or folder")
     else:
@@ -175,8 +181,12 @@ def _check_hub_row(row: Any, index: int, source: SourceConfig) -> dict[str, str]
     return {**check_row(dict(row), source, where), "where": where}
 
 
-def _cut(table: RowTable, source: SourceConfig, split: str) -> RowTable:
-    """The part of a local table that a split like `train[:90%]` asks for."""
+def cut(table: RowTable, source: SourceConfig, split: str) -> RowTable:
+    """The part of a whole split's table that a split like `train[:90%]` asks for.
+
+    Raises:
+      DataError: there is no such part.
+    """
     if source.split == split:
         return table
     try:
@@ -184,7 +194,7 @@ def _cut(table: RowTable, source: SourceConfig, split: str) -> RowTable:
         parts = instruction.to_absolute({split: len(table.rows)})
     except (ValueError, AssertionError) as error:
         raise DataError(
-            f"{source.path}: cannot take the split {source.split!r} of {len(table.rows)} rows "
+            f"{source.title}: cannot take the split {source.split!r} of {len(table.rows)} rows "
             f"({first_line(error)})"
         ) from None
     kept = [row for part in parts for row in range(part.from_ or 0, part.to or 0)]

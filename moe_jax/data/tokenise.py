@@ -28,7 +28,7 @@ from moe_jax.config.data import DataConfig, SourceConfig
 from moe_jax.data.chat import require_chat_template
 from moe_jax.data.examples import Example, make_examples
 from moe_jax.data.prompt_template import PromptTemplate, load_prompt_template
-from moe_jax.data.sources import cache_errors, digest, quiet, read_source
+from moe_jax.data.sources import ReadSource, cache_errors, digest, quiet, read_source
 from moe_jax.data.tokenizer import encode, end_of_text, leading_tokens, tokenizer_digest
 from moe_jax.errors import DataError
 
@@ -73,9 +73,20 @@ class TokenisedSource:
 
 
 def tokenise_source(
-    name: str, source: SourceConfig, config: DataConfig, tokenizer: PreTrainedTokenizerBase
+    name: str,
+    source: SourceConfig,
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    read: ReadSource = read_source,
 ) -> TokenisedSource:
     """Reads, checks and tokenises a data set, or takes it from the cache.
+
+    Args:
+      name: what the configuration calls it.
+      source: what to read.
+      config: how long its rows may be, and where tables are cached.
+      tokenizer: of the base.
+      read: reads the rows.
 
     Raises:
       DataError: the data set, its prompt template or the tokenizer cannot be used, or no row has a
@@ -85,7 +96,7 @@ def tokenise_source(
     template = load_prompt_template(source.prompt) if source.schema == "instruction" else None
     if source.schema == "chat":
         require_chat_template(tokenizer, source.path)
-    rows, rows_digest = read_source(source, config.cache_dir)
+    rows, rows_digest = read(source, config.cache_dir)
     table_digest = digest(
         rows_digest,
         tokenizer_digest(tokenizer),
@@ -119,7 +130,7 @@ def tokenise_source(
     dropped = np.flatnonzero(facts["length"] == 0)
     if not len(kept):
         raise DataError(
-            f"{source.path}: no row has a target within max_length={config.max_length} tokens; "
+            f"{source.title}: no row has a target within max_length={config.max_length} tokens; "
             "raise it or shorten the prompts"
         )
     first = rows[int(facts["row"][dropped[0]])]["where"] if len(dropped) else None

@@ -68,7 +68,7 @@ def prepare_labels(
     """
     if not all(question.labels for question in questions):
         return []
-    prompts = [question.preface + question.prompt for question in questions]
+    prompts = [question.whole_prompt for question in questions]
     lead = leading_tokens(tokenizer)
     encoded = encode(tokenizer, prompts)
     # What labels become depends on the end of the prompt only: its last line.
@@ -77,7 +77,7 @@ def prepare_labels(
     for question, prompt, ids in zip(questions, prompts, encoded, strict=True):
         key = (prompt.rsplit("\n", 1)[-1], question.labels)
         if key not in known:
-            known[key] = _label_ids(task, prompt, question.labels, tokenizer)
+            known[key] = _label_ids(task, question, tokenizer)
         tokens = [*lead, *ids]
         prepared.append(Prepared(question, _label_items(tokens, known[key])))
     return prepared
@@ -93,9 +93,10 @@ def _label_items(prompt: list[int], labels: list[list[int]]) -> tuple[Item, ...]
 
 
 def _label_ids(
-    task: str, prompt: str, labels: Sequence[str], tokenizer: PreTrainedTokenizerBase
+    task: str, question: Question, tokenizer: PreTrainedTokenizerBase
 ) -> list[list[int]]:
-    pairs = encode_pairs(tokenizer, [(prompt, f" {label}") for label in labels])
+    labels, prompt = question.labels, question.whole_prompt
+    pairs = encode_pairs(tokenizer, [(prompt, text) for text in question.label_texts])
     ids = [continuation for _, continuation in pairs]
     name = tokenizer.name_or_path or "the tokenizer"
     for index, (label, own) in enumerate(zip(labels, ids, strict=True)):

@@ -51,6 +51,16 @@ class Question(NamedTuple):
     answer: int
     subject: str = ""
 
+    @property
+    def whole_prompt(self) -> str:
+        """What stands before a label."""
+        return self.preface + self.prompt
+
+    @property
+    def label_texts(self) -> tuple[str, ...]:
+        """What follows `whole_prompt` for each choice: the label with the blank in front of it."""
+        return tuple(f" {label}" for label in self.labels)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Task(abc.ABC):

@@ -1,5 +1,6 @@
 """What a run reads before the weights: base, data, and how long that makes the run."""
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ from moe_jax.data.tokenise import TokenisedSource
 from moe_jax.data.tokenizer import load_tokenizer
 from moe_jax.errors import CheckpointError, ConfigError, DataError, named
 from moe_jax.sharding.mesh import make_mesh
+from moe_jax.tasks.selection import named_task
+from moe_jax.tasks.training_rows import read_source_or_task, source_task
 from moe_jax.training.fit import require_divisible_rows, require_fitting_methods
 
 
@@ -63,6 +66,7 @@ class Inputs:
 def read_inputs(config: RunConfig, say: Callable[[str], None]) -> Inputs:
     """Everything but the weights; what is quick to check comes first."""
     _require_no_fork_beside_jax(config)
+    _require_tasks(config)
     with named("config.base.path"):
         base_folder = resolve_checkpoint(config.base.path, config.base.revision)
     model = read_model_config(base_folder)
@@ -79,6 +83,7 @@ def read_inputs(config: RunConfig, say: Callable[[str], None]) -> Inputs:
     tokenizer = load_tokenizer(base_folder)
     train_data, validation = {}, {}
     tokenised: dict[str, TokenisedSource] = {}
+    read = functools.partial(read_source_or_task, folder=config.tasks_folder)
     reports: dict[str, list[str]] = {}
     for name, adapter in config.adapters.items():
         field = f"config.adapters.{name}.data"
@@ -90,10 +95,11 @@ def read_inputs(config: RunConfig, say: Callable[[str], None]) -> Inputs:
             field,
             place_seed=config.training.seed,
             known=tokenised,
+            read=read,
         )
         micro_rows = adapter.batch_size // config.training.micro_batches
         validation[name] = load_validation_data(
-            adapter.data, tokenizer, micro_rows, field, known=tokenised
+            adapter.data, tokenizer, micro_rows, field, known=tokenised, read=read
         )
         report = "\n".join(
             [train_data[name].report, *(data.report for data in validation[name].values())]
@@ -141,6 +147,19 @@ def _require_no_fork_beside_jax(config: RunConfig) -> None:
                 "cannot be forked once JAX has started its threads (by --distributed, or by "
                 "computing before training); set 0, with which a fast tokenizer uses all cores"
             )
+
+
+def _require_tasks(config: RunConfig) -> None:
+    """Refuses tasks that there are not, before anything is read."""
+    for name, adapter in config.adapters.items():
+        for split in ("train", "validation"):
+            for source, fields in getattr(adapter.data, split).items():
+                if fields.task is not None:
+                    with named(f"config.adapters.{name}.data.{split}.{source}"):
+                        source_task(fields, config.tasks_folder)
+        for task in () if adapter.evaluation is None else adapter.evaluation.tasks:
+            with named(f"config.adapters.{name}.evaluation.tasks"):
+                named_task(task, data=config.tasks_folder)
 
 
 def devices_in_use() -> bool:

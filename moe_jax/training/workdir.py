@@ -32,6 +32,8 @@ MAY_CHANGE = (
     "base.hf_config*",
     "adapters.*.data.*.*.path",  # so are the data sets
     "adapters.*.data.*.*.revision",
+    "tasks_folder",
+    "adapters.*.evaluation*",
     "adapters.*.data.num_workers",
     "adapters.*.data.cache_dir",
 )

@@ -25,6 +25,9 @@ labels of a prompt that has no line `{options}`.
 
 The third gives the right choice: its text, its letter, or, as a number in the data, its index from
 0. Left out, it is `{answer}`. The line breaks at the end of a section do not belong to it.
+
+A file called `template.txt` in a folder with the rows, named after their split (`train.jsonl`,
+`test.jsonl`), makes a task of that folder, which is then called by the folder's name.
 """
 
 import functools
@@ -44,6 +47,7 @@ from moe_jax.tasks.task import TASKS, Choice, Question, Task
 
 SECTIONS = ("choices", "answer")
 OPTIONS_LINE = "{options}"
+TEMPLATE_FILE = "template.txt"
 
 
 class Template(NamedTuple):
@@ -63,7 +67,9 @@ class Template(NamedTuple):
 @TASKS.register("template")
 @dataclass(frozen=True, kw_only=True)
 class TemplateTask(Task):
-    """Rows from `path`, asked as the file `template` says; named after that file.
+    """Rows from `path`, asked as the file `template` says.
+
+    Named after that file, or after its folder where it is called `template.txt`.
 
     Attributes:
       template: the text file; see this module.
@@ -81,7 +87,8 @@ class TemplateTask(Task):
 
     @property
     def name(self) -> str:
-        return Path(self.template).stem
+        file = Path(self.template).expanduser().absolute()
+        return file.parent.name if file.name == TEMPLATE_FILE else file.stem
 
     @functools.cached_property
     def parsed(self) -> Template:

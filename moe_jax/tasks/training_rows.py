@@ -1,0 +1,73 @@
+"""A task's questions as rows to train on, in the words that evaluation asks them with."""
+
+from pathlib import Path
+from typing import Literal
+
+import datasets
+
+from moe_jax.config.data import SourceConfig
+from moe_jax.data.sources import RowTable, cut, digest, read_source
+from moe_jax.errors import DataError
+from moe_jax.tasks.selection import named_task
+from moe_jax.tasks.task import Question, Task
+
+
+def read_source_or_task(
+    source: SourceConfig, cache_dir: str | None, *, folder: str | None
+) -> RowTable:
+    """As `read_source`, which see, also for sources that name a task.
+
+    Args:
+      source: what to read.
+      cache_dir: for what is no task.
+      folder: has a folder with the rows of each task; None takes them from the hub.
+
+    Raises:
+      ConfigError: there is no such task.
+      DataError: its rows cannot be read, do not fit, or have no such answer.
+    """
+    if source.task is None:
+        return read_source(source, cache_dir)
+    split, _, _ = source.split.partition("[")
+    rows = task_rows(source_task(source, folder), source.answer)
+    table = RowTable(datasets.Dataset.from_list(rows), digest(rows))
+    return cut(table, source, split)
+
+
+def source_task(source: SourceConfig, folder: str | None) -> Task:
+    """The task that a source names, with the split to train on.
+
+    Raises:
+      ConfigError: there is no such task.
+      DataError: `folder` has no folder for it.
+    """
+    assert source.task is not None
+    split: str | None = source.split.partition("[")[0]
+    if source.path and split == "train" and Path(source.path).expanduser().is_file():
+        split = None  # the rows of a single file have no split
+    return named_task(source.task, data=folder, path=source.path or None, split=split, shots=0)
+
+
+def task_rows(task: Task, answer: Literal["label", "choice"]) -> list[dict[str, str]]:
+    """Each question's prompt and completion, and the place that it comes from.
+
+    Args:
+      task: whose rows have answers.
+      answer: see `SourceConfig.answer`.
+
+    Raises:
+      DataError: the data cannot be read, a row does not fit, or the task has no labels.
+    """
+    rows = []
+    for question in task.questions():
+        prompt, completion = _texts(task.name, question, answer)
+        rows.append({"prompt": prompt, "completion": completion, "where": question.where})
+    return rows
+
+
+def _texts(task: str, question: Question, answer: str) -> tuple[str, str]:
+    if answer == "choice":
+        return question.choices[question.answer]
+    if not question.labels:
+        raise DataError(f"task {task!r}: has no labels to learn; set answer to 'choice'")
+    return question.whole_prompt, question.label_texts[question.answer]

@@ -1,0 +1,119 @@
+"""Training on a task's questions: the same ids as those that evaluation scores."""
+
+import functools
+
+import pytest
+from evaluation.conftest import write_rows
+from evaluation.families import FAMILIES
+
+from moe_jax.config.data import DataConfig, SourceConfig
+from moe_jax.data.tokenise import tokenise_source
+from moe_jax.data.tokenizer import load_tokenizer
+from moe_jax.errors import UserError
+from moe_jax.evaluation.protocols import PROTOCOLS
+from moe_jax.tasks.selection import named_task
+from moe_jax.tasks.training_rows import read_source_or_task, task_rows
+
+TEMPLATE = "Which is a {kind}?\n{options}\nAnswer:"
+OWN = [
+    {"kind": "colour", "choices": ["dog", "red"], "answer": 1},
+    {"kind": "fruit", "choices": ["plum", "sea"], "answer": "A"},
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer("moe_jax/demo/base")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tasks")
+    for task, family in FAMILIES.items():
+        for name, rows in family.files.items():
+            write_rows(folder / task / name, rows)
+    for split in ("train", "test"):
+        write_rows(folder / "kinds" / f"{split}.jsonl", OWN)
+    (folder / "kinds" / "template.txt").write_text(TEMPLATE)
+    return folder
+
+
+def _tokenised(source, folder, tokenizer):
+    """Ids and loss mask of each row."""
+    read = functools.partial(read_source_or_task, folder=folder)
+    config = DataConfig(train={"questions": source}, max_length=512)
+    tokenised = tokenise_source("questions", source, config, tokenizer, read)
+    table = tokenised.table.with_format(None)
+    return list(zip(table["tokens"], table["loss_mask"], strict=True))
+
+
+@pytest.mark.parametrize("answer", ["label", "choice"])
+@pytest.mark.parametrize("task", [*FAMILIES, "kinds"])
+def test_training_reads_what_evaluation_scores(task, answer, folder, tokenizer):
+    questions = named_task(task, data=folder, shots=0).questions()
+    split = named_task(task).hub.split if task in FAMILIES else "test"
+    source = SourceConfig(task=task, split=split, answer=answer)
+    rows = _tokenised(source, folder, tokenizer)
+    scored = PROTOCOLS[f"{answer}s"].prepare(task, questions, tokenizer)
+    assert len(rows) == len(scored) == len(questions)
+    for (tokens, mask), (question, items) in zip(rows, scored, strict=True):
+        # One item with a candidate for each label, or one item for each choice.
+        item = items[question.answer if len(items) > 1 else 0]
+        last = item.candidates[question.answer] if item.candidates else item.targets[-1]
+        assert tokens == [*item.tokens, last, tokenizer.eos_token_id]
+        label, choice = f" {question.labels[question.answer]}", question.choices[question.answer]
+        completion = label if answer == "label" else choice.continuation
+        learnt = [token for token, is_target in zip(tokens, mask, strict=True) if is_target]
+        assert tokenizer.decode(learnt[:-1]).strip() == completion.strip()
+        assert mask[-len(learnt) :] == [True] * len(learnt)
+
+
+# What stands by hand for mmlu has shots, which training does not.
+@pytest.mark.parametrize("task", sorted(set(FAMILIES) - {"mmlu"}))
+def test_training_says_the_words_that_stand_here_by_hand(task, folder):
+    made = named_task(task, data=folder, shots=0)
+    labels, choices = task_rows(made, "label"), task_rows(made, "choice")
+    for row, told, expected in zip(labels, choices, FAMILIES[task].expected, strict=True):
+        prompt, known, options, right = expected
+        assert (row["prompt"], row["completion"]) == (prompt, f" {known[right]}")
+        assert (told["prompt"], told["completion"]) == options[right]
+
+
+def test_a_part_of_a_split_and_a_single_file(folder, tokenizer):
+    whole = _tokenised(SourceConfig(task="kinds"), folder, tokenizer)
+    half = _tokenised(SourceConfig(task="kinds", split="train[:50%]"), folder, tokenizer)
+    assert half == whole[:1] != whole
+    one = SourceConfig(task="kinds", path=str(folder / "kinds" / "test.jsonl"))
+    assert _tokenised(one, folder, tokenizer) == whole
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"task": "arc_esy"},
+            "task 'arc_esy': there is none of that name; did you mean 'arc_easy'",
+        ),
+        ({"task": "kins"}, "did you mean 'kinds'"),
+        ({"task": "kinds", "split": "dev"}, "kinds: no file is named after the split 'dev'"),
+        ({"task": "kinds", "split": "train[:x]"}, r"task 'kinds': cannot take the split"),
+        ({"task": "boolq"}, r"boolq.train.jsonl: line 1: .*'answer' must be true or false"),
+        (
+            {"task": "unlabelled"},
+            "task 'unlabelled': has no labels to learn; set answer to 'choice'",
+        ),
+        ({"task": "kinds", "path": "/nowhere"}, "/nowhere: no such file or folder"),
+    ],
+)
+def test_bad_sources(fields, message, folder, tokenizer):
+    write_rows(folder / "unlabelled" / "train.jsonl", OWN)
+    (folder / "unlabelled" / "template.txt").write_text("Which is a {kind}?\nAnswer:")
+    with pytest.raises(UserError, match=message):
+        _tokenised(SourceConfig(**fields), folder, tokenizer)
+
+
+def test_a_folder_may_not_take_the_name_of_a_task(folder, tmp_path):
+    (tmp_path / "boolq").mkdir()
+    (tmp_path / "boolq" / "template.txt").write_text(TEMPLATE)
+    with pytest.raises(UserError, match=r"boolq.template.txt: describes a task called 'boolq'"):
+        named_task("boolq", data=tmp_path)
