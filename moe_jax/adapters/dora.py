@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from moe_jax.adapters.leaf import adapter_leaf
+from moe_jax.layers.kv_cache import cached, remember
 
 DORA_NORMS = "dora_norms"
 """The name of the norms for rematerialisation policies."""
@@ -84,7 +85,8 @@ def dora_gains(
 ) -> jax.Array:
     """`m / ||W + s A B||`, float32, of one pair or of each expert's; ones at the start.
 
-    Makes the leaf `magnitude` of `module`: the lengths of W's own columns, to start with.
+    Makes the leaf `magnitude` of `module`: the lengths of W's own columns, to start with. While
+    decoding, the gains are those that the call that filled the cache has computed.
 
     Args:
       module: the module that owns the pairs.
@@ -97,10 +99,15 @@ def dora_gains(
     Returns:
       [out] or [E, out].
     """
+    known = cached(module, "gains")
+    if known is not None:
+        return known
     # Named so that rematerialisation keeps them: their thin product would cost more than they hold.
     norms = checkpoint_name(column_norms(kernel, lora_a, lora_b, scale), DORA_NORMS)
     start = lambda *_: norms  # B is zero then
-    return adapter_leaf(module, "magnitude", start, norms.shape, axes) / norms
+    gains = adapter_leaf(module, "magnitude", start, norms.shape, axes) / norms
+    remember(module, "gains", gains)
+    return gains
 
 
 def apply_gains(product: jax.Array, gains: jax.Array) -> jax.Array:

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.adapters.aux_losses import RouterLoss, check_losses
+from moe_jax.adapters.expert_counts import route_and_count
 from moe_jax.adapters.experts import ExpertPairs
 from moe_jax.adapters.frozen import AdapterContext, FrozenFFN
 from moe_jax.adapters.lora import Lora
@@ -209,7 +210,8 @@ class MixLoraMLP(nn.Module):
     def _route(self, x: jax.Array, context: AdapterContext, deterministic: bool) -> Routing:
         router = self.method.router
         module = RouterLogits(router, self.method.num_experts, EMBED, name="router")
-        routing = router.route(module(x, deterministic=deterministic), context.token_mask)
+        logits = module(x, deterministic=deterministic)
+        routing = route_and_count(self, router, logits, context.token_mask)
         routed = router.routes_layer(context.layer_index)
         statistics = router_statistics(
             routing, context.token_mask, routed=routed, expert_groups=context.expert_groups

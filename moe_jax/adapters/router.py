@@ -107,6 +107,19 @@ class Router(abc.ABC):
           token_mask: bool [B, S], false at padding, which must not take capacity from real tokens.
         """
 
+    def route_on(
+        self, router_logits: jax.Array, token_mask: jax.Array, earlier: jax.Array
+    ) -> Routing:
+        """The decision for tokens that follow others of the same rows, as in decoding.
+
+        Args:
+          router_logits: as in `route`.
+          token_mask: as in `route`.
+          earlier: int32 [B, E], how many of each row's tokens before chose each expert. Only
+            routers that limit load have a use for it.
+        """
+        return self.route(router_logits, token_mask)
+
 
 class RouterLogits(nn.Module):
     """A linear layer over the hidden state, in float32 whatever the model computes in.

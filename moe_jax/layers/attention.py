@@ -5,6 +5,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from moe_jax.layers.kv_cache import CachePlace
 from moe_jax.layers.soft_cap import soft_cap
 
 
@@ -104,6 +105,61 @@ def _einsum_attention(
     scores = jnp.where(allowed, scores, jnp.finfo(jnp.float32).min)
     probs = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
     attended = jnp.einsum("bkgst,btkq->bskgq", probs, value)
+    return attended.reshape(query.shape)
+
+
+def cached_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    cached_key: jax.Array,
+    cached_value: jax.Array,
+    place: CachePlace,
+    *,
+    scale: float,
+    window: int | jax.Array | None = None,
+    softcap: float | None = None,
+) -> jax.Array:
+    """The same for tokens that follow others, whose keys and values are in a cache.
+
+    Args:
+      query: [B, S, H, Q], of the new tokens.
+      key: [B, S, K, Q], of the new tokens.
+      value: [B, S, K, Q], of the new tokens.
+      cached_key: [B, K, M, Q]; slots from `place.slot` on are not read.
+      cached_value: [B, K, M, Q].
+      place: where the new tokens stand.
+      scale: factor of the scores.
+      window: as in `causal_attention`.
+      softcap: as in `causal_attention`.
+
+    Returns:
+      [B, S, H, Q] in the type of `query`.
+    """
+    batch, length, heads, width = query.shape
+    kv_heads, slots = cached_key.shape[1:3]
+    grouped = query.reshape(batch, length, kv_heads, heads // kv_heads, width)
+
+    def scores(equation: str, keys: jax.Array) -> jax.Array:
+        product = jnp.einsum(equation, grouped, keys, preferred_element_type=jnp.float32) * scale
+        return product if softcap is None else soft_cap(product, softcap)
+
+    slot = jnp.arange(slots)
+    before = (slot < place.slot) & (slot >= place.start[:, None])
+    before = before[:, None, None, None, :]  # [B, K, G, S, M], as the scores
+    among = jnp.tril(jnp.ones((length, length), bool))
+    if window is not None:
+        own = place.slot + jnp.arange(length)
+        before = before & (own[:, None] - slot[None, :] < window)
+        among = among & _within_window(length, window)
+    lowest = jnp.finfo(jnp.float32).min
+    both = [
+        jnp.where(before, scores("bskgq,bktq->bkgst", cached_key), lowest),
+        jnp.where(among, scores("bskgq,btkq->bkgst", key), lowest),
+    ]
+    probs = jax.nn.softmax(jnp.concatenate(both, axis=-1), axis=-1).astype(value.dtype)
+    attended = jnp.einsum("bkgst,bktq->bskgq", probs[..., :slots], cached_value)
+    attended = attended + jnp.einsum("bkgst,btkq->bskgq", probs[..., slots:], value)
     return attended.reshape(query.shape)
 
 

@@ -14,9 +14,17 @@ from moe_jax.adapters.sites import SCORE
 from moe_jax.config.model import ComputeConfig, ModelConfig
 from moe_jax.config.parse import located
 from moe_jax.layers.attention import positions_from_segments
-from moe_jax.layers.collections import ADAPTERS, PARAMS, ROUTER, ROUTING
+from moe_jax.layers.collections import (
+    ADAPTERS,
+    CACHE,
+    CACHE_UPDATES,
+    PARAMS,
+    ROUTER,
+    ROUTING,
+)
 from moe_jax.layers.embedding import TokenEmbedding
 from moe_jax.layers.head import LanguageModelHead, logits
+from moe_jax.layers.kv_cache import CachePlace
 from moe_jax.layers.norm import RMSNorm
 from moe_jax.layers.rope import rotary_tables
 from moe_jax.layers.soft_cap import soft_cap
@@ -33,6 +41,9 @@ REMAT_POLICIES: dict[str, Callable[..., Any]] = {
 }
 """What is kept for the backward pass; see `ComputeConfig.remat`."""
 
+_STACKED = (PARAMS, ADAPTERS, ROUTER, ROUTING, CACHE, CACHE_UPDATES)
+"""The collections with a leading axis of layers."""
+
 
 class LlamaForCausalLM(nn.Module):
     """A decoder of Llama's kind, whose layers are stacked along a leading axis, so that program
@@ -45,7 +56,8 @@ class LlamaForCausalLM(nn.Module):
       param_dtype: in which type `init` makes the base parameters.
 
     Collections: `params` (frozen), `adapters` (trainable), `router` and `routing` (sown; ask for
-    them with `mutable=["router"]`). Random streams while training: `dropout`.
+    them with `mutable=["router"]`), `cache` and `cache_updates` (decoding; see
+    `moe_jax.layers.kv_cache`). Random streams while training: `dropout`.
     """
 
     config: ModelConfig
@@ -63,6 +75,9 @@ class LlamaForCausalLM(nn.Module):
         token_mask: jax.Array | None = None,
         expert_groups: jax.Array | None = None,
         deterministic: bool = True,
+        cache_length: int | None = None,
+        place: CachePlace | None = None,
+        last_only: bool = False,
     ) -> jax.Array | Predictions:
         """Logits for the next token; of classification adapters, scores.
 
@@ -76,9 +91,13 @@ class LlamaForCausalLM(nn.Module):
             default where `segment_ids` is not 0.
           expert_groups: int [B, S], see `Batch`; only losses that know the kinds of data read it.
           deterministic: no dropout and no jitter.
+          cache_length: slots of the cache that this call fills; None fills none.
+          place: where these tokens stand behind those in the cache, which then must be among the
+            variables; give `positions` too. All tokens are real: `segment_ids` is not read.
+          last_only: computes the logits of the last position only.
 
         Returns:
-          float32 [B, S, V]; with segments of classification adapters, `Predictions`.
+          float32 [B, S, V], or [B, 1, V]; with segments of classification adapters, `Predictions`.
 
         Raises:
           ConfigError: `compute` cannot compute this architecture.
@@ -106,8 +125,10 @@ class LlamaForCausalLM(nn.Module):
         )
         x = embed(tokens)
         cos, sin = self._rotary_tables(positions)
-        context = TokenContext(cos, sin, segment_ids, token_mask, expert_groups)
-        settings = LayerSettings(config, self.compute, param_dtype, self.segments, deterministic)
+        context = TokenContext(cos, sin, segment_ids, token_mask, expert_groups, place)
+        settings = LayerSettings(
+            config, self.compute, param_dtype, self.segments, deterministic, cache_length
+        )
         layer_indices = jnp.arange(config.num_layers)
         x, _ = self._stack()(settings, name="layers")(x, context, layer_indices)
         norm = RMSNorm(
@@ -122,6 +143,7 @@ class LlamaForCausalLM(nn.Module):
             if not others:
                 return Predictions(None, scores)
             x = take_rows_of(others, x)
+        x = x[:, -1:] if last_only else x
         if config.tie_word_embeddings:
             next_token = logits(x, embed.embedding.T)
         else:
@@ -150,7 +172,7 @@ class LlamaForCausalLM(nn.Module):
         in_axes: Any = (nn.broadcast, 0)
         return nn.scan(
             layer,
-            variable_axes={PARAMS: 0, ADAPTERS: 0, ROUTER: 0, ROUTING: 0},
+            variable_axes=dict.fromkeys(_STACKED, 0),
             split_rngs={PARAMS: True, ADAPTERS: True, "dropout": True},
             in_axes=in_axes,
             length=self.config.num_layers,

@@ -15,7 +15,8 @@ from moe_jax.adapters.sites import MOE, module_name
 from moe_jax.adapters.targets import MLP_MODULES
 from moe_jax.config.model import ComputeConfig, ModelConfig
 from moe_jax.layers.activation import ACTIVATIONS
-from moe_jax.layers.attention import attention_mask, causal_attention
+from moe_jax.layers.attention import attention_mask, cached_attention, causal_attention
+from moe_jax.layers.kv_cache import CachePlace, extend_cache, fill_cache
 from moe_jax.layers.norm import RMSNorm
 from moe_jax.layers.rope import apply_rope
 from moe_jax.sharding.axes import (
@@ -39,6 +40,7 @@ class TokenContext(NamedTuple):
         padding on the left, for which causality is mask enough.
       token_mask: bool [B, S], false at padding.
       expert_groups: int32 [B, S] as in `Batch`, or None.
+      place: of these tokens behind others that are in a cache, or None.
     """
 
     cos: jax.Array
@@ -46,16 +48,21 @@ class TokenContext(NamedTuple):
     segment_ids: jax.Array | None
     token_mask: jax.Array
     expert_groups: jax.Array | None
+    place: CachePlace | None = None
 
 
 class LayerSettings(NamedTuple):
-    """What every layer is built from; static."""
+    """What every layer is built from; static.
+
+    `cache_length` is None unless the call fills a cache; see `moe_jax.layers.kv_cache`.
+    """
 
     config: ModelConfig
     compute: ComputeConfig
     param_dtype: jnp.dtype
     segments: tuple[Segment, ...]
     deterministic: bool
+    cache_length: int | None = None
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -98,20 +105,42 @@ class SelfAttention(nn.Module):
         cos, sin = _rotary_tables(config, context, layer_index)
         query = apply_rope(query, cos, sin, interleaved=config.rope.interleaved)
         key = apply_rope(key, cos, sin, interleaved=config.rope.interleaved)
-        mask = None if context.segment_ids is None else attention_mask(context.segment_ids)
-        attended = causal_attention(
-            query,
-            key,
-            value,
-            mask=mask,
-            implementation=self.settings.compute.attention,
-            scale=(config.query_pre_attn_scalar or width) ** -0.5,
-            window=_window(config, layer_index),
-            softcap=config.attn_logit_softcapping,
-        )
+        attended = self._attend(query, key, value, context, layer_index)
         attended = attended.reshape(*x.shape[:-1], heads * width)
         axes = (HEADS, EMBED)
         return project("o_proj", attended, config.hidden_size, axes, config.attention_bias)
+
+    def _attend(
+        self,
+        query: jax.Array,
+        key: jax.Array,
+        value: jax.Array,
+        context: TokenContext,
+        layer_index: jax.Array,
+    ) -> jax.Array:
+        config, cache_length = self.settings.config, self.settings.cache_length
+        scale = (config.query_pre_attn_scalar or config.head_dim) ** -0.5
+        window, softcap = _window(config, layer_index), config.attn_logit_softcapping
+        if context.place is not None:
+            before = extend_cache(self, key, value)
+            return cached_attention(
+                *(query, key, value, *before, context.place),
+                scale=scale,
+                window=window,
+                softcap=softcap,
+            )
+        if cache_length is not None:
+            fill_cache(self, key, value, cache_length)
+        return causal_attention(
+            query,
+            key,
+            value,
+            mask=None if context.segment_ids is None else attention_mask(context.segment_ids),
+            implementation=self.settings.compute.attention,
+            scale=scale,
+            window=window,
+            softcap=softcap,
+        )
 
 
 class MoeSite(nn.Module):

@@ -21,6 +21,8 @@ BATCH = "activation_batch"
 LENGTH = "activation_length"
 ACTIVATION_EMBED = "activation_embed"
 ACTIVATION_MLP = "activation_mlp"
+CACHE_KV_HEADS = "cache_kv_heads"
+HEAD_WIDTH = "head_width"
 
 HIDDEN_AXES = (BATCH, LENGTH, ACTIVATION_EMBED)
 MLP_HIDDEN_AXES = (BATCH, LENGTH, ACTIVATION_MLP)

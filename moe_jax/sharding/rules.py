@@ -15,6 +15,8 @@ RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
     (axes.LENGTH, None),
     (axes.ACTIVATION_EMBED, None),
     (axes.ACTIVATION_MLP, "tensor"),
+    (axes.CACHE_KV_HEADS, "tensor"),
+    (axes.HEAD_WIDTH, None),
     (axes.VOCAB, "tensor"),
     (axes.EMBED, "fsdp"),
     (axes.HEADS, "tensor"),

@@ -30,7 +30,10 @@ class SwitchRouter(Router):
       capacity: tokens that an expert serves in a sequence. Whether a token is served depends on
         the tokens before it alone.
       capacity_factor: instead, `ceil(capacity_factor * real tokens of the row / E)`, eq. 3 of the
-        paper for each sequence. Whether a token is served then also depends on how many follow.
+        paper for each sequence. Whether a token is served then also depends on how many follow. In
+        decoding nobody knows how many will: the prompt is decided on as a whole, and each token
+        after it as the last one so far, once and for all; so a pass over the finished text, which
+        has a larger capacity from the start, may serve tokens that decoding did not.
       overflow: what the FFN gives for a token that is not served. `residual`: zero, which leaves
         the token to the residual connection (the paper, transformers). `input`: the token's weight
         times the FFN's input (MoE-PEFT). `frozen`: the frozen FFN without an expert.
@@ -77,13 +80,22 @@ class SwitchRouter(Router):
         return None if self.sparse_step == 1 else layer_index % self.sparse_step == 1
 
     def route(self, router_logits: jax.Array, token_mask: jax.Array) -> Routing:
+        rows, experts = router_logits.shape[0], router_logits.shape[-1]
+        return self.route_on(router_logits, token_mask, jnp.zeros((rows, experts), jnp.int32))
+
+    def route_on(
+        self, router_logits: jax.Array, token_mask: jax.Array, earlier: jax.Array
+    ) -> Routing:
         experts = router_logits.shape[-1]
         probs = jax.nn.softmax(router_logits, axis=-1)
         chosen = jax.nn.one_hot(jnp.argmax(probs, axis=-1), experts, dtype=jnp.int32)
         # How many real tokens up to each one chose its expert.
         counts = jnp.cumsum(chosen * token_mask[..., None], axis=1, dtype=jnp.int32)
-        place = jnp.sum(counts * chosen, axis=-1)
-        served = (place <= self._capacities(token_mask, experts)).astype(probs.dtype)
+        place = jnp.sum((counts + earlier[:, None]) * chosen, axis=-1)
+        # Every token before chose one expert, so that these are all of them.
+        tokens = jnp.sum(token_mask, axis=1, keepdims=True, dtype=jnp.int32)
+        tokens = tokens + jnp.sum(earlier, axis=1, keepdims=True)
+        served = (place <= self._capacities(tokens, experts)).astype(probs.dtype)
 
         weight = jnp.max(probs, axis=-1)
         if self.weights == "straight_through":
@@ -105,14 +117,13 @@ class SwitchRouter(Router):
             overflow=overflow,
         )
 
-    def _capacities(self, token_mask: jax.Array, experts: int) -> jax.Array | int:
-        """The capacity of an expert in each row, int32 [B, 1]."""
+    def _capacities(self, tokens: jax.Array, experts: int) -> jax.Array | int:
+        """The capacity of an expert in rows of so many real tokens, int32 [B, 1]."""
         if self.capacity_factor is None:
             assert self.capacity is not None
             return self.capacity
         # In integers: a product that floats leave just above a whole number would be rounded up.
         factor = Fraction(str(self.capacity_factor)).limit_denominator(_LARGEST_DENOMINATOR)
         divisor = factor.denominator * experts
-        tokens = jnp.sum(token_mask, axis=1, keepdims=True, dtype=jnp.int32)
         capacities = (factor.numerator * tokens + divisor - 1) // divisor
         return jnp.maximum(capacities, 1)  # a factor that has no such fraction but zero
