@@ -102,6 +102,7 @@ def step_of(program: Program, params: Any, length: int) -> Callable[[], None]:
     fields = dict.fromkeys(Batch._fields, zeros)
     fields["tokens"] = np.random.default_rng(0).integers(0, 8192, zeros.shape).astype(np.int32)
     fields["loss_mask"] = np.ones_like(zeros, bool)
+    fields["labels"] = zeros.astype(np.float32)
     fields["segment_ids"] = np.ones_like(zeros)
     fields["positions"] = np.broadcast_to(np.arange(length, dtype=np.int32), zeros.shape)
     batch = program.put_train_batch(Batch(**fields))

@@ -256,7 +256,8 @@ def assert_equals_recorded_figures(name: str, method: AdapterMethod, coefficient
         real = case[f"{part}/mask"].astype(bool)
         ones = real.astype(np.int32)
         positions = np.where(real, np.arange(real.shape[1]), 0).astype(np.int32)
-        batch = Batch(case[f"{part}/tokens"], real, ones, positions, np.zeros_like(ones))
+        zeros = np.zeros_like(ones)
+        batch = Batch(case[f"{part}/tokens"], real, ones, positions, zeros, zeros)
         gradient, (logits, loss, aux_loss) = run(adapter, params, batch)
         expected = case[f"{part}/logits"]
         np.testing.assert_allclose(logits[real], expected[real], rtol=0, atol=FLOAT32_LOGITS)

@@ -125,6 +125,7 @@ def random_batch(rows: int, length: int = 16, vocab: int = 96, seed: int = 2) ->
         segment_ids=real.astype(np.int32),
         positions=np.where(real, index, 0).astype(np.int32),
         expert_groups=(groups * real).astype(np.int32),
+        labels=np.zeros(real.shape, np.float32),
     )
 
 

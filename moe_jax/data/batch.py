@@ -17,6 +17,8 @@ class Batch(NamedTuple):
       positions: int32, the token's place within its own sequence, from 0.
       expert_groups: int32, the group of experts that the token's sequence belongs to, the same
         for all of its tokens, and 0 at padding; see `SourceConfig.expert_group`.
+      labels: float32, 0 but at the last token of a row that is to be classified: there the index of
+        its class or its number stands, and `loss_mask` is true.
     """
 
     tokens: Any
@@ -24,3 +26,4 @@ class Batch(NamedTuple):
     segment_ids: Any
     positions: Any
     expert_groups: Any
+    labels: Any

@@ -18,11 +18,13 @@ class Row(NamedTuple):
       tokens: int32 token ids, [n].
       loss_mask: bool [n], as in `Batch`.
       expert_group: of the data set that it is from; see `SourceConfig.expert_group`.
+      label: of a row that is to be classified; see `Batch.labels`.
     """
 
     tokens: np.ndarray
     loss_mask: np.ndarray
     expert_group: int
+    label: float = 0.0
 
 
 def padded_length(longest: int, lengths: Sequence[int]) -> int:
@@ -46,12 +48,14 @@ def pad_rows(rows: Sequence[Row], batch_size: int, lengths: Sequence[int]) -> Ba
         segment_ids=np.zeros(shape, np.int32),
         positions=np.zeros(shape, np.int32),
         expert_groups=np.zeros(shape, np.int32),
+        labels=np.zeros(shape, np.float32),
     )
-    for number, (tokens, loss_mask, expert_group) in enumerate(rows):
+    for number, (tokens, loss_mask, expert_group, label) in enumerate(rows):
         length = len(tokens)
         batch.tokens[number, :length] = tokens
         batch.loss_mask[number, :length] = loss_mask
         batch.segment_ids[number, :length] = 1
         batch.positions[number, :length] = np.arange(length)
         batch.expert_groups[number, :length] = expert_group
+        batch.labels[number, length - 1] = label
     return batch

@@ -79,7 +79,8 @@ def _collate(rows: Sequence[Sequence[Sequence[int]]]) -> Batch:
             start += len(line)
     # A line's first token follows nothing.
     loss_mask = (segment_ids > 0) & (positions > 0)
-    return Batch(tokens, loss_mask, segment_ids, positions, np.zeros_like(tokens))
+    zeros = np.zeros_like(tokens)
+    return Batch(tokens, loss_mask, segment_ids, positions, zeros, zeros.astype(np.float32))
 
 
 def pretrain(folder: Path, *, steps: int, seed: int = 0, dtype: str = "bfloat16") -> float:

@@ -34,6 +34,7 @@ BATCH_TYPES = Batch(
     segment_ids=jnp.int32,
     positions=jnp.int32,
     expert_groups=jnp.int32,
+    labels=jnp.float32,
 )
 
 

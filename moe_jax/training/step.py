@@ -8,13 +8,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from moe_jax.adapters.score_head import Predictions
 from moe_jax.adapters.segments import Segment, take_rows
 from moe_jax.adapters.sites import to_collection
 from moe_jax.adapters.statistics import RouterStatistics, collect_statistics
 from moe_jax.data.batch import Batch
 from moe_jax.layers.collections import ADAPTERS, PARAMS, ROUTER
 from moe_jax.models.causal_lm import LlamaForCausalLM
-from moe_jax.training.loss import row_losses, target_count
+from moe_jax.training.loss import row_losses, segment_losses, target_counts
 from moe_jax.training.loss_scale import LossScale, updated
 from moe_jax.training.optimizer import finite_check_state
 from moe_jax.training.routing import routing_summary
@@ -29,8 +30,8 @@ def forward(
     adapters: Mapping[str, Any],
     batch: Batch,
     dropout_key: jax.Array | None,
-) -> tuple[jax.Array, dict[str, dict[str, RouterStatistics]]]:
-    """Logits, and the routing statistics of the adapters that route.
+) -> tuple[Any, dict[str, dict[str, RouterStatistics]]]:
+    """What the model computes, and the routing statistics of the adapters that route.
 
     Args:
       model: with segments that fit the rows of `batch`.
@@ -40,7 +41,7 @@ def forward(
       dropout_key: None computes deterministically.
     """
     variables = {PARAMS: params, ADAPTERS: to_collection(adapters)}
-    logits, sown = model.apply(
+    predictions, sown = model.apply(
         variables,
         batch.tokens,
         positions=batch.positions,
@@ -51,7 +52,7 @@ def forward(
         mutable=[ROUTER],
     )
     routed = any(segment.method.routes for segment in model.segments)
-    return logits, collect_statistics(sown) if routed else {}
+    return predictions, collect_statistics(sown) if routed else {}
 
 
 def train_step(
@@ -64,8 +65,9 @@ def train_step(
 ) -> tuple[TrainState, Metrics]:
     """One optimiser step over all micro-batches.
 
-    The loss of an adapter is its cross-entropy over all its target tokens of the whole batch, plus
-    its routers' losses averaged over the micro-batches. Losses of different adapters are added:
+    The loss of an adapter is its cross-entropy over all its target tokens of the whole batch, or
+    over its rows where it classifies (the squared error where it predicts a number), plus its
+    routers' losses averaged over the micro-batches. Losses of different adapters are added:
     they share no parameter, so neither sees the other.
 
     Args:
@@ -83,18 +85,20 @@ def train_step(
     micro_batches = batch.tokens.shape[0]
     step_key = jax.random.fold_in(jax.random.key(dropout_seed), state.step)
     targets = {
-        s.name: jnp.sum(target_count(jax.vmap(functools.partial(take_rows, s))(batch.loss_mask)))
+        s.name: jnp.sum(
+            target_counts(s, jax.vmap(functools.partial(take_rows, s))(batch.loss_mask))
+        )
         for s in model.segments
     }
 
     def objective(adapters: Any, micro: Batch, index: jax.Array) -> tuple[jax.Array, Metrics]:
         key = jax.random.fold_in(step_key, index)
-        logits, statistics = forward(model, params, adapters, micro, key)
-        losses, _ = row_losses(logits, micro)
+        predictions, statistics = forward(model, params, adapters, micro, key)
+        losses = segment_losses(model.segments, predictions, micro)
         total, metrics = jnp.float32(0.0), Metrics()
         for segment in model.segments:
             name = segment.name
-            share = jnp.sum(take_rows(segment, losses)) / jnp.maximum(targets[name], 1.0)
+            share = jnp.sum(losses[name][0]) / jnp.maximum(targets[name], 1.0)
             own, parts = _router_terms(segment, statistics.get(name, {}), micro_batches)
             own = own + share
             metrics |= {f"{name}/loss": share, **parts}
@@ -156,10 +160,26 @@ def apply_gradients(
 def eval_step(
     model: LlamaForCausalLM, adapters: Mapping[str, Any], params: Any, batch: Batch
 ) -> tuple[jax.Array, jax.Array]:
-    """Summed cross-entropy in nats and number of target tokens of a batch [B, S]; scalars."""
-    logits, _ = forward(model, params, adapters, batch, dropout_key=None)
-    losses, counts = row_losses(logits, batch)
+    """Summed loss and number of targets of a batch [B, S] of one adapter or of none; scalars.
+
+    The loss is the cross-entropy in nats, or the squared error of a number.
+    """
+    predictions, _ = forward(model, params, adapters, batch, dropout_key=None)
+    if model.segments:
+        ((losses, counts),) = segment_losses(model.segments, predictions, batch).values()
+    else:
+        losses, counts = row_losses(predictions, batch)
     return jnp.sum(losses), jnp.sum(counts)
+
+
+def score_step(
+    model: LlamaForCausalLM, adapters: Mapping[str, Any], params: Any, batch: Batch
+) -> jax.Array:
+    """The scores of a batch [B, S] of one classification adapter, float32 [B, N]."""
+    predictions, _ = forward(model, params, adapters, batch, dropout_key=None)
+    assert isinstance(predictions, Predictions)
+    (scores,) = predictions.scores.values()
+    return scores
 
 
 def _router_terms(

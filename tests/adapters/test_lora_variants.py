@@ -185,8 +185,9 @@ def test_a_recorded_trajectory_is_followed_to_its_weights():
     real = case["right/mask"].astype(bool)
     ones = real.astype(np.int32)
     positions = np.where(real, np.arange(24), 0).astype(np.int32)
+    zeros = np.zeros_like(ones)
     batch = program.put_train_batch(
-        Batch(case["right/tokens"], real, ones, positions, np.zeros_like(ones))
+        Batch(case["right/tokens"], real, ones, positions, zeros, zeros.astype(np.float32))
     )
     for loss in case["traj_loss"]:
         state, metrics = program.train_step(state, params, batch)

@@ -12,7 +12,7 @@ def test_smallest_length_that_holds_the_longest_row():
 def test_rows_are_padded_and_missing_rows_are_empty():
     rows = [
         Row(np.array([7, 8, 9]), np.array([False, True, True]), expert_group=2),
-        Row(np.array([5]), np.array([False]), expert_group=1),
+        Row(np.array([5]), np.array([False]), expert_group=1, label=1.5),
     ]
     batch = pad_rows(rows, 3, (4, 8))
     assert batch.tokens.tolist() == [[7, 8, 9, 0], [5, 0, 0, 0], [0, 0, 0, 0]]
@@ -20,4 +20,5 @@ def test_rows_are_padded_and_missing_rows_are_empty():
     assert batch.segment_ids.tolist() == [[1, 1, 1, 0], [1, 0, 0, 0], [0, 0, 0, 0]]
     assert batch.positions.tolist() == [[0, 1, 2, 0], [0, 0, 0, 0], [0, 0, 0, 0]]
     assert batch.expert_groups.tolist() == [[2, 2, 2, 0], [1, 0, 0, 0], [0, 0, 0, 0]]
-    assert [field.dtype for field in batch] == [np.int32, bool, np.int32, np.int32, np.int32]
+    assert batch.labels.tolist() == [[0, 0, 0, 0], [1.5, 0, 0, 0], [0, 0, 0, 0]]
+    assert [field.dtype for field in batch] == [np.int32, bool, *[np.int32] * 3, np.float32]

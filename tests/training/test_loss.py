@@ -31,7 +31,8 @@ def test_equals_pytorch_with_every_other_token_ignored():
 def _row(tokens, loss_mask):
     tokens, mask = np.array([tokens]), np.array([loss_mask], bool)
     positions = np.arange(tokens.size)[None]
-    return Batch(tokens, mask, np.ones_like(tokens), positions, np.zeros_like(tokens))
+    zeros = np.zeros_like(tokens)
+    return Batch(tokens, mask, np.ones_like(tokens), positions, zeros, zeros)
 
 
 def test_by_hand():

@@ -14,6 +14,7 @@ def batch(rows, length, fill):
         segment_ids=np.ones((rows, length), np.int32),
         positions=np.tile(np.arange(length, dtype=np.int32), (rows, 1)),
         expert_groups=np.full((rows, length), fill, np.int32),
+        labels=np.zeros((rows, length), np.float32),
     )
 
 
@@ -25,7 +26,7 @@ def test_rows_are_stacked_and_the_shorter_padded():
     np.testing.assert_array_equal(joined.loss_mask.sum(1), [3, 3, 5])
     np.testing.assert_array_equal(joined.segment_ids[:, 3:], [[0, 0], [0, 0], [1, 1]])
     np.testing.assert_array_equal(joined.expert_groups, joined.tokens)
-    assert [a.dtype for a in joined] == [np.int32, bool, np.int32, np.int32, np.int32]
+    assert [a.dtype for a in joined] == [np.int32, bool, *[np.int32] * 3, np.float32]
 
 
 def test_one_batch_stays_as_it_is():

@@ -276,7 +276,7 @@ def test_micro_batches_hold_rows_of_every_adapter():
     program = _program(METHODS, training={"micro_batches": 2})
     rows = np.arange(2 * ROWS)[:, None] * np.ones((1, 16), int)
     real = np.ones_like(rows)
-    batch = program.put_train_batch(Batch(rows, real.astype(bool), real, real, real))
+    batch = program.put_train_batch(Batch(rows, real.astype(bool), *[real] * 4))
     # Rows 0 to 3 are x's, 4 to 7 y's.
     np.testing.assert_array_equal(batch.tokens[:, :, 0], [[0, 1, 4, 5], [2, 3, 6, 7]])
 
@@ -287,7 +287,7 @@ def test_micro_batches_hold_rows_of_every_adapter():
 def test_rows_that_the_step_cannot_take_are_refused(segment_ids):
     program = _program({"y": LORA}, rows=1)
     ids = np.array(segment_ids, np.int32)
-    batch = Batch(ids, ids > 0, ids, ids, ids)
+    batch = Batch(ids, ids > 0, *[ids] * 4)
     for put in (program.put_train_batch, program.put_eval_batch):
         with pytest.raises(ValueError, match="one sequence, padded on the right only"):
             put(batch)
