@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Callable
 
-from moe_jax.commands import Run, evaluate, export_adapter, import_adapter, show
+from moe_jax.commands import Run, evaluate, export_adapter, import_adapter, show, surgery
 from moe_jax.errors import UserError, report
 from moe_jax.version import __version__
 
@@ -13,6 +13,7 @@ COMMANDS: dict[str, Callable[[argparse.ArgumentParser], Run]] = {
     "export": export_adapter.add,
     "import": import_adapter.add,
     "evaluate": evaluate.add,
+    "surgery": surgery.add,
 }
 
 

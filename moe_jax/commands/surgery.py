@@ -1,0 +1,318 @@
+"""`moe-jax surgery`."""
+
+import argparse
+import ast
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_args
+
+from moe_jax import surgery
+from moe_jax.adapters.router import ROUTERS
+from moe_jax.adapters.targets import TARGET_MODULES
+from moe_jax.commands import Run
+from moe_jax.surgery.grow import DEFAULT_NOISE
+from moe_jax.surgery.merge import Weighting
+from moe_jax.surgery.upcycle import UPCYCLED
+
+EPILOG = """\
+Each writes an adapter's folder and says, one line each, what is exact and what was measured. Train
+it on with `adapters.NAME.start_from` in a run's configuration.
+
+examples:
+  moe-jax surgery upcycle --adapter runs/lora/adapters/default --experts 8 --output upcycled
+  moe-jax surgery from-dense --base models/llama --dense models/tuned --rank 16 --output extracted
+  moe-jax surgery prune --adapter mixture --keep 4 --data text.txt --output pruned
+  moe-jax surgery grow --adapter mixture --add 2 --data text.txt --output grown
+  moe-jax surgery merge --adapter mixture --into 4 --data text.txt --output merged
+"""
+
+
+def add(parser: argparse.ArgumentParser) -> Run:
+    """Change an adapter: make experts of a LoRA, prune, grow or merge them, extract a LoRA."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = EPILOG
+    operations = parser.add_subparsers(required=True, metavar="OPERATION")
+    for name, add_operation in _OPERATIONS.items():
+        text = (add_operation.__doc__ or "").strip().splitlines()[0]
+        operation = operations.add_parser(name, help=text, description=add_operation.__doc__)
+        operation.formatter_class = argparse.RawDescriptionHelpFormatter
+        operation.set_defaults(operate=add_operation(operation))
+    return _run
+
+
+Operate = Callable[[argparse.Namespace], surgery.Outcome]
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    outcome = arguments.operate(arguments)
+    for note in outcome.notes:
+        print(note)
+    method = outcome.adapter.method
+    print(f"wrote {arguments.output} ({type(method).registry.name_of(method)})")
+
+
+def _upcycle(parser: argparse.ArgumentParser) -> Operate:
+    """Make experts of a LoRA, rsLoRA or DoRA; they all start as copies of it.
+
+    The output equals the LoRA's wherever the weights of a token's experts sum to one: with the
+    routers top_k, soft, top_p with renormalise or top_p=1, and with switch if
+    weights=straight_through, sparse_step=1 and no token is beyond its expert's capacity. Otherwise
+    --data is needed, and the change is measured on it.
+    """
+    _add_adapter(parser, "a LoRA")
+    parser.add_argument(
+        "--to", choices=UPCYCLED, default="mixlora", help="the method (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--experts",
+        type=_numbers,
+        required=True,
+        metavar="N[,N,...]",
+        help="how many; for mola also one number for each of equal groups of layers",
+    )
+    parser.add_argument(
+        "--router",
+        type=_router,
+        metavar="NAME[:FIELD=VALUE,...]",
+        help=f"one of {', '.join(ROUTERS)}, for example top_p:top_p=0.8 (default: the method's)",
+    )
+    _add_seed(parser, "the routers")
+    _add_data(parser, needed="where the result is not exact")
+    return lambda arguments: surgery.upcycle(
+        arguments.adapter,
+        arguments.to,
+        num_experts=arguments.experts,
+        router=arguments.router,
+        seed=arguments.seed,
+        data=arguments.data,
+        base=arguments.base,
+        output=arguments.output,
+    )
+
+
+def _from_dense(parser: argparse.ArgumentParser) -> Operate:
+    """Make a LoRA of what fine-tuning a whole model changed, by SVD of the differences.
+
+    It is exact where no difference has more than the rank. The relative error of each module is
+    printed, and with --data the KL divergence from the fine-tuned model.
+    """
+    parser.add_argument(
+        "--base", required=True, metavar="DIR_OR_ID", help="what the fine-tuning began from"
+    )
+    parser.add_argument(
+        "--dense", required=True, metavar="DIR_OR_ID", help="the fine-tuned checkpoint"
+    )
+    parser.add_argument("--rank", type=int, required=True, metavar="N", help="of the LoRA")
+    parser.add_argument(
+        "--alpha",
+        type=float,
+        metavar="X",
+        help="of the LoRA; matters for further training only (default: the rank)",
+    )
+    parser.add_argument(
+        "--targets",
+        type=_names,
+        default=TARGET_MODULES,
+        metavar="A,B,...",
+        help=f"projections (default: {','.join(TARGET_MODULES)})",
+    )
+    parser.add_argument(
+        "--leave-out",
+        action="store_true",
+        help="leave out what differs elsewhere, in norms or embeddings; refused otherwise",
+    )
+    _add_seed(parser, "directions that a difference leaves open")
+    _add_data(parser, needed="", base=False)
+    _add_output(parser)
+    return lambda arguments: surgery.from_dense(
+        arguments.base,
+        arguments.dense,
+        rank=arguments.rank,
+        alpha=arguments.alpha,
+        target_modules=arguments.targets,
+        leave_out=arguments.leave_out,
+        seed=arguments.seed,
+        data=arguments.data,
+        output=arguments.output,
+    )
+
+
+def _prune(parser: argparse.ArgumentParser) -> Operate:
+    """Keep the experts of each router that a text uses most.
+
+    With top_k, and with switch of weights=straight_through and a fixed capacity, the output on that
+    text stays the same where no token chose a dropped expert. Otherwise the change is measured.
+    """
+    _add_adapter(parser, "a MixLoRA, LoRAMoE or MoLA")
+    parser.add_argument(
+        "--keep", type=int, required=True, metavar="N", help="experts that each router keeps"
+    )
+    _add_data(parser, needed="always")
+    return lambda arguments: surgery.prune(
+        arguments.adapter,
+        arguments.keep,
+        data=arguments.data,
+        base=arguments.base,
+        output=arguments.output,
+    )
+
+
+def _grow(parser: argparse.ArgumentParser) -> Operate:
+    """Split experts into more, with a little noise.
+
+    Without noise, --times is exact with top_k (whose top_k grows with it), soft, top_p=1, and
+    switch of weights=straight_through and a fixed capacity; --add is exact with top_k=1 and that
+    kind of switch. Everything else changes the output, and the change is measured.
+    """
+    _add_adapter(parser, "a MixLoRA, LoRAMoE or MoLA")
+    how = parser.add_mutually_exclusive_group(required=True)
+    how.add_argument("--add", type=int, metavar="N", help="so many more experts for each router")
+    how.add_argument("--times", type=int, metavar="N", help="every expert becomes so many")
+    parser.add_argument(
+        "--split",
+        type=_numbers,
+        default=(),
+        metavar="N,N,...",
+        help="with --add: the experts that the new ones are split off from, counted from 0 "
+        "(default: those most used on --data)",
+    )
+    parser.add_argument(
+        "--noise",
+        type=float,
+        default=DEFAULT_NOISE,
+        metavar="X",
+        help="of the new experts' pairs and router columns, in shares of their own size "
+        "(default: %(default)s)",
+    )
+    _add_seed(parser, "the noise")
+    _add_data(parser, needed="where the result is not exact, and without --split")
+    return lambda arguments: surgery.grow(
+        arguments.adapter,
+        add=arguments.add,
+        times=arguments.times,
+        split=arguments.split,
+        noise=arguments.noise,
+        seed=arguments.seed,
+        data=arguments.data,
+        base=arguments.base,
+        output=arguments.output,
+    )
+
+
+def _merge(parser: argparse.ArgumentParser) -> Operate:
+    """Make groups of experts one: the mean of what they change, brought back to their rank.
+
+    It is exact only where all experts are equal, as after upcycle. The error of the rank and the
+    change of the output are measured. Into one, the result is a LoRA.
+    """
+    _add_adapter(parser, "a MixLoRA, LoRAMoE or MoLA, without DoRA")
+    how = parser.add_mutually_exclusive_group(required=True)
+    how.add_argument(
+        "--into", type=int, metavar="N", help="experts that each router keeps; the nearest merge"
+    )
+    how.add_argument(
+        "--groups",
+        type=_groups,
+        metavar="N,N;N,N;...",
+        help="which experts become one, counted from 0, the same in all layers",
+    )
+    parser.add_argument(
+        "--weights",
+        choices=get_args(Weighting),
+        default="average",
+        help="of the experts of a group: all alike, or by their load on --data "
+        "(default: %(default)s)",
+    )
+    _add_seed(parser, "directions that the means leave open")
+    _add_data(parser, needed="always")
+    return lambda arguments: surgery.merge(
+        arguments.adapter,
+        into=arguments.into,
+        groups=arguments.groups,
+        weights=arguments.weights,
+        data=arguments.data,
+        seed=arguments.seed,
+        base=arguments.base,
+        output=arguments.output,
+    )
+
+
+_OPERATIONS: dict[str, Callable[[argparse.ArgumentParser], Operate]] = {
+    "upcycle": _upcycle,
+    "from-dense": _from_dense,
+    "prune": _prune,
+    "grow": _grow,
+    "merge": _merge,
+}
+
+
+def _add_adapter(parser: argparse.ArgumentParser, kind: str) -> None:
+    parser.add_argument(
+        "--adapter",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help=f"{kind}, as in WORKDIR/adapters/NAME",
+    )
+    _add_output(parser)
+
+
+def _add_output(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--output",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="a folder that does not exist yet, or is empty",
+    )
+
+
+def _add_seed(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help=f"of {what} (default: 0)")
+
+
+def _add_data(parser: argparse.ArgumentParser, *, needed: str, base: bool = True) -> None:
+    when = f"; needed {needed}" if needed else ""
+    parser.add_argument(
+        "--data",
+        type=Path,
+        required=needed == "always",
+        metavar="FILE",
+        help=f"text to measure on, a .txt or rows with a column `text`{when}",
+    )
+    if base:
+        parser.add_argument(
+            "--base",
+            metavar="DIR_OR_ID",
+            help="where the base is read, to measure (default: the path that it was trained with)",
+        )
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected whole numbers, got {text!r}") from None
+
+
+def _groups(text: str) -> list[tuple[int, ...]]:
+    return [_numbers(group) for group in text.split(";")]
+
+
+def _router(text: str) -> dict[str, Any]:
+    """`top_p:top_p=0.8,temperature=2.0` as the fields of a configuration."""
+    name, _, rest = text.partition(":")
+    fields: dict[str, Any] = {"name": name}
+    for part in _names(rest):
+        field, equals, value = part.partition("=")
+        if not equals:
+            raise argparse.ArgumentTypeError(f"expected FIELD=VALUE, got {part!r}")
+        try:
+            fields[field] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            fields[field] = value
+    return fields
