@@ -78,7 +78,21 @@ class AdapterMethod(LowRankConfig, abc.ABC):
         return any(loss.by_sequence for loss in self.router_losses.values())
 
     def check_data(self, data: DataConfig) -> None:
-        """Refuses, with `require`, data sets that do not go with the losses."""
+        """Refuses, with `require`, data sets that do not go with the head or the losses."""
+        for split in ("train", "validation"):
+            for name, source in getattr(data, split).items():
+                classified = source.schema == "classification"
+                require(
+                    classified or self.classification is None or source.task is not None,
+                    f"{split}.{name}.schema",
+                    f"{source.schema!r}, but method.classification learns rows of the schema "
+                    "'classification' or of a GLUE task",
+                )
+                require(
+                    not classified or self.classification is not None,
+                    f"{split}.{name}.schema",
+                    "'classification' needs method.classification, which names the labels",
+                )
         for loss in self.router_losses.values():
             loss.check_data(data)
 

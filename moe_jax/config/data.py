@@ -5,7 +5,7 @@ from typing import Literal
 
 from moe_jax.config.parse import require
 
-Schema = Literal["instruction", "completion", "chat", "text", "task"]
+Schema = Literal["instruction", "completion", "chat", "text", "classification", "task"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,10 +20,13 @@ class SourceConfig:
       split: which split of a hub data set or of a folder with one file per split.
       revision: the hub data set's revision.
       schema: what a row holds. `instruction`: instruction, input, output. `completion`: prompt,
-        completion. `chat`: messages, a list of `{role, content}`. `text`: text. `task`: what the
-        task says; where `task` is given, it is left out.
+        completion. `chat`: messages, a list of `{role, content}`. `text`: text.
+        `classification`: text, text_pair (may be absent), label (the name or the index of a class,
+        or a number), for adapters with `method.classification`. `task`: what the task says; where
+        `task` is given, it is left out.
       task: the task whose questions these are, as `moe-jax evaluate --tasks` names it: the prompt
-        is the one that evaluation asks with.
+        is the one that evaluation asks with. An adapter with `method.classification` learns the
+        rows of a GLUE task as they are.
       answer: what follows a task's prompt. `label`: the label of the right option, after the prompt
         that lists them, as the protocol `labels` asks. `choice`: the option's own words, as the
         protocol `choices` asks.

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
+from moe_jax.config.classification import ClassificationConfig
 from moe_jax.config.data import DataConfig, SourceConfig
 from moe_jax.data.batch import Batch
 from moe_jax.data.collate import Row, pad_rows, padded_length
@@ -99,6 +100,7 @@ def load_train_data(
     place_seed: int | None = None,
     known: dict[str, TokenisedSource] | None = None,
     read: ReadSource = read_source,
+    classification: ClassificationConfig | None = None,
 ) -> TrainData:
     """Reads, tokenises and mixes `config.train`.
 
@@ -116,11 +118,13 @@ def load_train_data(
         same for all adapters that share a batch. None is `seed`.
       known: data sets that were tokenised before, which are taken from here; new ones are added.
       read: reads the rows of a data set.
+      classification: what the rows' labels are, where they are to be classified.
 
     Raises:
       DataError: a source cannot be used; the message names its field, file, row and column.
     """
-    sources = _tokenise("train", config.train, config, tokenizer, field, known, read)
+    more = field, known, read, classification
+    sources = _tokenise("train", config.train, config, tokenizer, *more)
     weights = [source.weight for source in config.train.values()]
     store = _RowStore(sources)
     batches = LengthGroupedBatches(
@@ -169,16 +173,18 @@ def load_validation_data(
     *,
     known: dict[str, TokenisedSource] | None = None,
     read: ReadSource = read_source,
+    classification: ClassificationConfig | None = None,
 ) -> dict[str, ValidationData]:
     """Reads and tokenises each data set of `config.validation`; weights are not looked at.
 
     Args:
-      config, tokenizer, batch_size, field, known, read: see `load_train_data`.
+      config, tokenizer, batch_size, field, known, read, classification: see `load_train_data`.
 
     Raises:
       DataError: a source cannot be used; the message names its field, file, row and column.
     """
-    sources = _tokenise("validation", config.validation, config, tokenizer, field, known, read)
+    more = field, known, read, classification
+    sources = _tokenise("validation", config.validation, config, tokenizer, *more)
     return {s.name: ValidationData(s, batch_size, config.lengths) for s in sources}
 
 
@@ -190,15 +196,19 @@ def _tokenise(
     field: str,
     known: dict[str, TokenisedSource] | None,
     read: ReadSource,
+    classification: ClassificationConfig | None,
 ) -> list[TokenisedSource]:
     tokenised = {} if known is None else known
     keys = []
     for name, source in sources.items():
         decides = asdict(replace(source, weight=1.0)), config.max_length, config.train_on_prompt
-        keys.append(json.dumps([name, *decides, config.cache_dir]))
+        labels = None if classification is None else classification.labels
+        keys.append(json.dumps([name, *decides, config.cache_dir, labels]))
         with named(f"{field}.{split}.{name}"):
             if keys[-1] not in tokenised:
-                tokenised[keys[-1]] = tokenise_source(name, source, config, tokenizer, read)
+                tokenised[keys[-1]] = tokenise_source(
+                    name, source, config, tokenizer, read, classification
+                )
     return [tokenised[key] for key in keys]
 
 
@@ -223,8 +233,9 @@ class _RowStore:
             source = self._sources[number]
             table = source.table[source.kept[rows[places] - self._starts[number]].tolist()]
             tokens, masks = _arrays(table["tokens"]), _arrays(table["loss_mask"])
-            for place, ids, loss_mask in zip(places, tokens, masks, strict=True):
-                out[place] = Row(ids, loss_mask, source.expert_group)
+            labels = table["label"].to_pylist()
+            for place, ids, mask, label in zip(places, tokens, masks, labels, strict=True):
+                out[place] = Row(ids, mask, source.expert_group, label)
         return [row for row in out if row is not None]
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from moe_jax.config.data import Schema, SourceConfig
 from moe_jax.config.parse import suggest
+from moe_jax.data.labels import check_label
 from moe_jax.errors import DataError
 
 FIELDS: dict[Schema, tuple[str, ...]] = {
@@ -17,10 +18,12 @@ FIELDS: dict[Schema, tuple[str, ...]] = {
     "completion": ("prompt", "completion"),
     "chat": ("messages",),
     "text": ("text",),
+    "classification": ("text", "text_pair", "label"),
     "task": ("prompt", "completion"),
 }
-# A row without it is a task that needs no material, unless `columns` says where it stands.
-OPTIONAL = "input"
+# A row without it is a task that needs no material, or a single text, unless `columns` says where
+# it stands.
+OPTIONAL = ("input", "text_pair")
 
 
 def column_names(source: SourceConfig) -> dict[str, str]:
@@ -54,7 +57,7 @@ def check_row(row: Any, source: SourceConfig, where: str) -> dict[str, str]:
         raise DataError(f"{where}: a row must be an object with named columns, got {_kind(row)}")
     checked = {}
     for field, column in column_names(source).items():
-        optional = field == OPTIONAL and field not in source.columns
+        optional = field in OPTIONAL and field not in source.columns
         if column not in row and not optional:
             raise DataError(
                 f"{where}: no column {column!r} (it has: {', '.join(map(str, row)) or 'none'}); "
@@ -63,7 +66,9 @@ def check_row(row: Any, source: SourceConfig, where: str) -> dict[str, str]:
         value = row.get(column)
         if field == "messages":
             checked[field] = json.dumps(_check_messages(value, f"{where}: column {column!r}"))
-        elif value is None and field == OPTIONAL:
+        elif field == "label":
+            checked[field] = check_label(value, f"{where}: column {column!r}")
+        elif value is None and field in OPTIONAL:
             checked[field] = ""
         else:
             checked[field] = _check_text(value, f"{where}: column {column!r}")

@@ -14,6 +14,7 @@ context, so that every token is a target exactly once.
 
 import functools
 import hashlib
+import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,9 +25,11 @@ import numpy as np
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
+from moe_jax.config.classification import ClassificationConfig
 from moe_jax.config.data import DataConfig, SourceConfig
 from moe_jax.data.chat import require_chat_template
 from moe_jax.data.examples import Example, make_examples
+from moe_jax.data.labels import encode_texts, label_number
 from moe_jax.data.prompt_template import PromptTemplate, load_prompt_template
 from moe_jax.data.sources import ReadSource, cache_errors, digest, quiet, read_source
 from moe_jax.data.tokenizer import encode, end_of_text, leading_tokens, tokenizer_digest
@@ -40,6 +43,7 @@ FEATURES = datasets.Features(
         "tokens": datasets.List(datasets.Value("int32")),
         "loss_mask": datasets.List(datasets.Value("bool")),
         "length": datasets.Value("int32"),
+        "label": datasets.Value("float32"),
         "truncated": datasets.Value("bool"),
         "row": datasets.Value("int64"),
     }
@@ -52,7 +56,7 @@ class TokenisedSource:
 
     Attributes:
       name: the name that the configuration gives it.
-      table: columns `tokens`, `loss_mask`, `length`, `truncated`, `row`; a dropped row is empty.
+      table: columns `tokens`, `loss_mask`, `label`; a dropped row is empty.
       kept: indices into `table` of the rows that have a target.
       lengths: tokens of each kept row.
       digest: of the ids, masks and lengths of the kept rows in their order, and of their group,
@@ -78,6 +82,7 @@ def tokenise_source(
     config: DataConfig,
     tokenizer: PreTrainedTokenizerBase,
     read: ReadSource = read_source,
+    classification: ClassificationConfig | None = None,
 ) -> TokenisedSource:
     """Reads, checks and tokenises a data set, or takes it from the cache.
 
@@ -87,6 +92,7 @@ def tokenise_source(
       config: how long its rows may be, and where tables are cached.
       tokenizer: of the base.
       read: reads the rows.
+      classification: what the rows' labels are, where they are to be classified.
 
     Raises:
       DataError: the data set, its prompt template or the tokenizer cannot be used, or no row has a
@@ -104,6 +110,7 @@ def tokenise_source(
         None if template is None else (template.with_input, template.without_input),
         config.max_length,
         config.train_on_prompt,
+        None if classification is None else classification.labels,
     )
     workers = min(config.num_workers, len(rows))
     show = len(rows) >= SHOW_PROGRESS_FROM and sys.stderr.isatty()
@@ -116,6 +123,13 @@ def tokenise_source(
                 tokenizer=tokenizer,
                 max_length=config.max_length,
                 train_on_prompt=config.train_on_prompt,
+            )
+            if classification is None
+            else functools.partial(
+                _tokenise_labelled,
+                classification=classification,
+                tokenizer=tokenizer,
+                max_length=config.max_length,
             ),
             with_indices=True,
             batched=True,
@@ -125,7 +139,7 @@ def tokenise_source(
             new_fingerprint=table_digest,
             desc=f"Tokenising {name}",
         )
-    facts = table.select_columns(["length", "truncated", "row"]).with_format("numpy")[:]
+    facts = table.select_columns(["length", "label", "truncated", "row"]).with_format("numpy")[:]
     kept = np.flatnonzero(facts["length"] > 0)
     dropped = np.flatnonzero(facts["length"] == 0)
     if not len(kept):
@@ -134,9 +148,11 @@ def tokenise_source(
             "raise it or shorten the prompts"
         )
     first = rows[int(facts["row"][dropped[0]])]["where"] if len(dropped) else None
-    table = table.select_columns(["tokens", "loss_mask"]).with_format("arrow")
+    table = table.select_columns(["tokens", "loss_mask", "label"]).with_format("arrow")
     lengths = facts["length"][kept]
     content, largest_token = _content(table, lengths, source.expert_group)
+    if classification is not None:
+        content = digest_of_labels(content, facts["label"][kept])
     return TokenisedSource(
         name=name,
         table=table,
@@ -164,6 +180,12 @@ def _content(table: datasets.Dataset, lengths: np.ndarray, expert_group: int) ->
     numbers = np.array([*lengths, expert_group], np.int64)
     parts = [tokens.digest(), masks.digest(), numbers.tobytes()]
     return hashlib.sha256(b"".join(parts)).hexdigest()[:32], largest
+
+
+def digest_of_labels(content: str, labels: np.ndarray) -> str:
+    """A digest of `content`, itself one, and of the labels."""
+    parts = [content.encode(), np.asarray(labels, np.float32).tobytes()]
+    return hashlib.sha256(b"".join(parts)).hexdigest()[:32]
 
 
 def flat_values(column: pa.ChunkedArray) -> np.ndarray:
@@ -219,9 +241,35 @@ def _tokenise_batch(
             out["tokens"].append(kept_tokens if has_target else [])
             out["loss_mask"].append(kept_mask if has_target else [])
             out["length"].append(len(kept_tokens) if has_target else 0)
+            out["label"].append(0.0)
             out["truncated"].append(source.schema != "text" and len(tokens) > max_length)
             out["row"].append(origin)
     return out
+
+
+def _tokenise_labelled(
+    batch: dict[str, list[str]],
+    indices: list[int],
+    *,
+    classification: ClassificationConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+) -> dict[str, list]:
+    texts = list(zip(batch["text"], batch["text_pair"], strict=True))
+    labels = [
+        label_number(json.loads(label), classification, f"{where}: the label")
+        for label, where in zip(batch["label"], batch["where"], strict=True)
+    ]
+    encoded = encode_texts(texts, tokenizer)
+    kept = [tokens[:max_length] for tokens in encoded]
+    return {
+        "tokens": kept,
+        "loss_mask": [[False] * (len(tokens) - 1) + [True] * bool(tokens) for tokens in kept],
+        "length": [len(tokens) for tokens in kept],
+        "label": labels,
+        "truncated": [len(tokens) > max_length for tokens in encoded],
+        "row": indices,
+    }
 
 
 def encode_examples(

@@ -99,13 +99,12 @@ class Task(abc.ABC):
           DataError: the row does not fit the task's schema.
         """
 
-    def questions(self) -> list[Question]:
-        """All questions, with the shots in front of them.
+    def rows(self) -> list[Row]:
+        """The rows that are evaluated.
 
         Raises:
-          DataError: the data cannot be read, a row does not fit, or the shots are too few.
+          DataError: the data cannot be read, or has no splits where one is asked for.
         """
-        split = self.split or self.hub.split
         if self.path is not None and Path(self.path).expanduser().is_file():
             for field in ("split", "shots"):
                 if getattr(self, field):
@@ -113,12 +112,21 @@ class Task(abc.ABC):
                         f"task {self.name!r}: {self.path} is a single file, which has no splits; "
                         f"leave {field} out, or give a folder with a file for each split"
                     )
+        return self._read(self.split or self.hub.split, self.limit)
+
+    def questions(self) -> list[Question]:
+        """All questions, with the shots in front of them.
+
+        Raises:
+          DataError: the data cannot be read, a row does not fit, or the shots are too few.
+        """
+        split = self.split or self.hub.split
         if self.shots and split == self.hub.shots_split:
             raise DataError(
                 f"task {self.name!r}: shots are taken from the split {split!r}, which is the one "
                 "to evaluate; set shots to 0 or take another split"
             )
-        questions = [self.question(row) for row in self._read(split, self.limit)]
+        questions = [self.question(row) for row in self.rows()]
         if not self.shots:
             return questions
         shots: dict[str, list[Question]] = {question.subject: [] for question in questions}

@@ -1,5 +1,6 @@
 """A task's questions as rows to train on, in the words that evaluation asks them with."""
 
+import json
 from pathlib import Path
 from typing import Literal
 
@@ -8,12 +9,13 @@ import datasets
 from moe_jax.config.data import SourceConfig
 from moe_jax.data.sources import RowTable, cut, digest, read_source
 from moe_jax.errors import DataError
+from moe_jax.tasks.classification import ClassificationTask
 from moe_jax.tasks.selection import named_task
-from moe_jax.tasks.task import Question, Task
+from moe_jax.tasks.task import TASKS, Question, Task
 
 
 def read_source_or_task(
-    source: SourceConfig, cache_dir: str | None, *, folder: str | None
+    source: SourceConfig, cache_dir: str | None, *, folder: str | None, classified: bool = False
 ) -> RowTable:
     """As `read_source`, which see, also for sources that name a task.
 
@@ -21,6 +23,7 @@ def read_source_or_task(
       source: what to read.
       cache_dir: for what is no task.
       folder: has a folder with the rows of each task; None takes them from the hub.
+      classified: whether rows are to be classified, instead of asked as questions.
 
     Raises:
       ConfigError: there is no such task.
@@ -29,7 +32,8 @@ def read_source_or_task(
     if source.task is None:
         return read_source(source, cache_dir)
     split, _, _ = source.split.partition("[")
-    rows = task_rows(source_task(source, folder), source.answer)
+    task = source_task(source, folder)
+    rows = labelled_rows(task) if classified else task_rows(task, source.answer)
     table = RowTable(datasets.Dataset.from_list(rows), digest(rows))
     return cut(table, source, split)
 
@@ -63,6 +67,26 @@ def task_rows(task: Task, answer: Literal["label", "choice"]) -> list[dict[str, 
         prompt, completion = _texts(task.name, question, answer)
         rows.append({"prompt": prompt, "completion": completion, "where": question.where})
     return rows
+
+
+def labelled_rows(task: Task) -> list[dict[str, str]]:
+    """The rows of a classification task in the schema `classification`, checked.
+
+    Raises:
+      DataError: it is no such task, its data cannot be read, or a row does not fit.
+    """
+    if not isinstance(task, ClassificationTask):
+        known = ", ".join(n for n, cls in TASKS.items() if issubclass(cls, ClassificationTask))
+        raise DataError(f"task {task.name!r}: has no rows to classify; those with them: {known}")
+    return [
+        {
+            "text": row.text,
+            "text_pair": row.text_pair,
+            "label": json.dumps(row.label),
+            "where": row.where,
+        }
+        for row in task.labelled_rows()
+    ]
 
 
 def _texts(task: str, question: Question, answer: str) -> tuple[str, str]:

@@ -83,10 +83,14 @@ def read_inputs(config: RunConfig, say: Callable[[str], None]) -> Inputs:
     tokenizer = load_tokenizer(base_folder)
     train_data, validation = {}, {}
     tokenised: dict[str, TokenisedSource] = {}
-    read = functools.partial(read_source_or_task, folder=config.tasks_folder)
     reports: dict[str, list[str]] = {}
     for name, adapter in config.adapters.items():
-        field = f"config.adapters.{name}.data"
+        field, classification = f"config.adapters.{name}.data", adapter.method.classification
+        read = functools.partial(
+            read_source_or_task,
+            folder=config.tasks_folder,
+            classified=classification is not None,
+        )
         train_data[name] = load_train_data(
             adapter.data,
             tokenizer,
@@ -96,10 +100,17 @@ def read_inputs(config: RunConfig, say: Callable[[str], None]) -> Inputs:
             place_seed=config.training.seed,
             known=tokenised,
             read=read,
+            classification=classification,
         )
         micro_rows = adapter.batch_size // config.training.micro_batches
         validation[name] = load_validation_data(
-            adapter.data, tokenizer, micro_rows, field, known=tokenised, read=read
+            adapter.data,
+            tokenizer,
+            micro_rows,
+            field,
+            known=tokenised,
+            read=read,
+            classification=classification,
         )
         report = "\n".join(
             [train_data[name].report, *(data.report for data in validation[name].values())]
