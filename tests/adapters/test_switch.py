@@ -55,6 +55,31 @@ def test_padding_takes_no_capacity_wherever_it_stands():
     np.testing.assert_array_equal(statistics.load_sum, [2 + 4, 2 + 1, 1, 0])
 
 
+def _token_by_token(prompt, **settings):
+    """Overflow where the first `prompt` tokens are routed together and the others one by one."""
+    router, earlier, found = SwitchRouter(**settings), jnp.zeros((2, 4), jnp.int32), []
+    for at in ([*range(prompt)], *([n] for n in range(prompt, 8))):
+        routing = router.route_on(LOGITS[:, at], jnp.ones((2, len(at)), bool), earlier)
+        earlier = earlier + jnp.sum(routing.load, axis=1).astype(jnp.int32)
+        found.append(routing.overflow)
+    return np.concatenate(found, axis=1)
+
+
+def test_tokens_after_others_find_the_capacity_those_left():
+    np.testing.assert_array_equal(_token_by_token(3, capacity=2), _route(capacity=2).overflow)
+
+
+def test_a_capacity_factor_counts_the_tokens_so_far():
+    # Of four experts, the four tokens of the prompt leave each a capacity of one, and each further
+    # token, from the fifth on, one of two. Row one: expert 0 serves the token at 0, and not those
+    # at 1, 3, 4 (its fourth) and 7; expert 1 serves 2 and 5; expert 2 serves 6. Row two: expert 1
+    # serves 0, not 1, 2 and 4; expert 0 serves 3 and 5, not 6 and 7.
+    served = [[1, 0, 1, 0, 0, 1, 1, 0], [1, 0, 0, 1, 0, 1, 0, 0]]
+    overflow = _token_by_token(4, capacity_factor=1.0)
+    np.testing.assert_array_equal(overflow, 1 - np.array(served))
+    assert (overflow != _route(capacity_factor=1.0).overflow).any()
+
+
 @pytest.mark.parametrize(
     ("factor", "tokens", "capacity"),
     [

@@ -7,7 +7,13 @@ import pytest
 import torch
 from tolerances import ROUNDING
 
-from moe_jax.layers.attention import attention_mask, causal_attention, positions_from_segments
+from moe_jax.layers.attention import (
+    attention_mask,
+    cached_attention,
+    causal_attention,
+    positions_from_segments,
+)
+from moe_jax.layers.kv_cache import CachePlace
 
 SEGMENTS = np.array(
     [
@@ -160,3 +166,22 @@ def test_positions_restart_with_every_sequence():
         ],
     )
     assert positions.dtype == jnp.int32
+
+
+@pytest.mark.parametrize(("window", "softcap"), [(None, None), (4, None), (7, 1.5)])
+def test_tokens_behind_a_cache_attend_as_in_one_row(window, softcap):
+    # Ten tokens: the first seven of them are in a cache of twelve slots, behind two of padding.
+    rng = np.random.default_rng(0)
+    query, key, value = (
+        jnp.asarray(rng.standard_normal((1, 10, heads, 4)), jnp.float32) for heads in (4, 2, 2)
+    )
+    options = {"scale": 0.7, "window": window, "softcap": softcap}
+    expected = causal_attention(query, key, value, mask=None, implementation="xla", **options)
+    rubbish = 100 * rng.standard_normal((1, 2, 12, 4)).astype(np.float32)
+    cached = [
+        jnp.asarray(rubbish).at[:, :, 2:9].set(jnp.swapaxes(array[:, :7], 1, 2))
+        for array in (key, value)
+    ]
+    place = CachePlace(jnp.int32(9), jnp.array([2]))
+    found = cached_attention(query[:, 7:], key[:, 7:], value[:, 7:], *cached, place, **options)
+    np.testing.assert_allclose(found, expected[:, 7:], **ROUNDING)
