@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
@@ -33,8 +34,8 @@ def add(parser: argparse.ArgumentParser) -> Run:
     parser.epilog = EPILOG
     operations = parser.add_subparsers(required=True, metavar="OPERATION")
     for name, add_operation in _OPERATIONS.items():
-        text = (add_operation.__doc__ or "").strip().splitlines()[0]
-        operation = operations.add_parser(name, help=text, description=add_operation.__doc__)
+        text = inspect.cleandoc(add_operation.__doc__ or "")
+        operation = operations.add_parser(name, help=text.splitlines()[0], description=text)
         operation.formatter_class = argparse.RawDescriptionHelpFormatter
         operation.set_defaults(operate=add_operation(operation))
     return _run

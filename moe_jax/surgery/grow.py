@@ -77,7 +77,8 @@ def grow(
     former = expert_method(saved)
     counts = expert_counts(former, saved.model.num_layers)
     _check(add, times, split, noise, int(counts.min()))
-    exact = noise == 0.0 and _is_exact(former.router, times)
+    fair = _is_exact(former.router, times)
+    exact = fair and noise == 0.0
     router = former.router
     if times is not None:
         if isinstance(router, TopKRouter):
@@ -107,7 +108,7 @@ def grow(
     for site, paths in sites_of(grown).items():
         _add_noise(grown, paths, is_new[site], noise, rng)
     result = changed_adapter(saved, method, grown)
-    notes = [_what(counts, add, times, router, sources), _statement(exact, noise)]
+    notes = [_what(counts, add, times, router, sources), _statement(fair, noise)]
     if noise == 0.0:
         notes.append("without noise training changes copies alike; give some before training on")
     change = None
@@ -207,9 +208,9 @@ def _what(
     return f"each router has {add} more experts, split off from {which}"
 
 
-def _statement(exact: bool, noise: float) -> str:
-    if exact:
-        return "exact, up to rounding: copies share what the expert that they are of had"
+def _statement(fair: bool, noise: float) -> str:
+    if not fair:
+        return "not exact: copies take slots or probability from other experts"
     if noise > 0.0:
-        return f"not exact: new experts differ from what they were split off from by noise {noise}"
-    return "not exact: copies take slots or probability from other experts"
+        return f"not exact: new experts differ by noise of {noise:g} from those they were split off"
+    return "exact, up to rounding: copies share what the expert that they are of had"

@@ -18,8 +18,6 @@ from moe_jax.checkpoints.leaves import leaf_specs, nested, require_same_leaves
 from moe_jax.checkpoints.new_folder import require_unused
 from moe_jax.config.model import ModelConfig
 from moe_jax.config.parse import located
-from moe_jax.data.measuring_rows import measuring_rows
-from moe_jax.data.tokenizer import load_tokenizer
 from moe_jax.errors import CheckpointError
 
 _LENGTH = 512
@@ -111,6 +109,9 @@ def read_text(
 
 def text_rows(file: Path, base: BaseFolder) -> Text:
     """The same for a base that is known to be the right one."""
+    from moe_jax.data.measuring_rows import measuring_rows  # with libraries that nothing else needs
+    from moe_jax.data.tokenizer import load_tokenizer
+
     length = min(_LENGTH, base.model.max_position_embeddings)
     return Text(file.name, base, measuring_rows(file, load_tokenizer(base.folder), length=length))
 
