@@ -15,7 +15,7 @@ TEST_STAMP := $(VENV)/.installed-test
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-demo: $(RUN_STAMP) ## pre-train a tiny Llama, train MixLoRA on it, show what it learned
+demo: $(RUN_STAMP) ## train MixLoRA on a tiny Llama, show what it learned, compare it with LoRA
 	$(BIN)/python -m moe_jax.demo --output demo_output
 
 # pytest comes last, so that its summary closes the output.

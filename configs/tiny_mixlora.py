@@ -35,11 +35,9 @@ def get_config() -> ml_collections.ConfigDict:
         "losses": {"load_balance": {"coefficient": 0.01}},
     }
     data = {
-        "train": {"tasks": _source("demo_output/data/train.jsonl")},
+        "train": {"tasks": source("demo_output/data/train.jsonl")},
         # One set a task, so that each has a loss of its own.
-        "validation": {
-            task: _source(f"demo_output/data/validation/{task}.jsonl") for task in TASKS
-        },
+        "validation": {task: source(f"demo_output/data/validation/{task}.jsonl") for task in TASKS},
         # All rows fit; a single length is a single compilation.
         "max_length": 24,
     }
@@ -58,5 +56,6 @@ def get_config() -> ml_collections.ConfigDict:
     return config
 
 
-def _source(path: str) -> dict[str, str]:
+def source(path: str) -> dict[str, str]:
+    """A data set of questions and answers in the file or folder `path`."""
     return {"path": path, "schema": "instruction", "prompt": "bare"}

@@ -1,42 +1,45 @@
-"""Trains MixLoRA on the demo's tiny Llama and shows what it learned; offline, on any machine.
+"""Trains MixLoRA on the demo's tiny Llama, shows what it learned, and compares it with LoRA.
 
-python -m moe_jax.demo --output demo_output
+Offline, on any machine:
+
+    python -m moe_jax.demo --output demo_output
 """
 
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from moe_jax.adapters import METHODS
-from moe_jax.adapters.segments import Segment
 from moe_jax.checkpoints.adapter_files import load_adapter
-from moe_jax.checkpoints.base import load_base
-from moe_jax.checkpoints.hf_config import read_model_config
 from moe_jax.config.command_line import load_config_file
 from moe_jax.config.run import RunConfig, parse_run_config
-from moe_jax.data.pipeline import load_validation_data
-from moe_jax.data.tokenizer import load_tokenizer
+from moe_jax.demo.comparison import examine
 from moe_jax.demo.corpus import write_corpus
-from moe_jax.demo.score import Score, score
+from moe_jax.demo.score import Examiner, Score
 from moe_jax.errors import UserError, report
-from moe_jax.models.causal_lm import LlamaForCausalLM
 from moe_jax.training.loop import train
 
 DATA_SEED = 0
 ADAPTER = "default"
+COMPARISON = "configs/tiny_comparison.py"
+DATA = Path("demo_output/data")
+"""Where the configurations say that the data lies."""
 
 
 def main(arguments: list[str]) -> int:
     """Parses flags, runs the demo and returns the exit status."""
     parser = argparse.ArgumentParser(
-        prog="python -m moe_jax.demo", description="Trains MixLoRA on a tiny Llama."
+        prog="python -m moe_jax.demo",
+        description="Trains MixLoRA on a tiny Llama, and compares it.",
     )
     parser.add_argument("--output", type=Path, required=True, help="folder for all that is written")
     parser.add_argument("--config", default="configs/tiny_mixlora.py", help="the run")
     parser.add_argument("--steps", type=int, help="instead of the config's config.training.steps")
+    parser.add_argument(
+        "--comparison-steps", type=int, help=f"instead of those of {COMPARISON}; 0 leaves it out"
+    )
     parser.add_argument("--only-data", action="store_true", help="write the data and stop")
     args = parser.parse_args(arguments)
     try:
@@ -48,10 +51,15 @@ def main(arguments: list[str]) -> int:
         result = train(config, args.output / "run")
         if result.interrupted_by is not None:
             return 128 + result.interrupted_by
-        before, after = compare(config, result.adapters[ADAPTER])
+        ask = Examiner(config, ADAPTER)
+        before, after = ask(None), ask(load_adapter(result.adapters[ADAPTER]))
+        print("\n".join(["", *score_table(before, after), "", *load_table(after), ""]))
+        if args.comparison_steps != 0:
+            status = compare(args.output, args.comparison_steps, ask)
+            if status:
+                return status
     except UserError as error:
         return report(error)
-    print("\n".join(["", *score_table(before, after), "", *load_table(after), ""]))
     pictures = sorted((args.output / "run").glob("*.png"))
     print(f"adapter   {result.adapters[ADAPTER]}")
     print(f"pictures  {', '.join(str(picture) for picture in pictures)}")
@@ -61,33 +69,30 @@ def main(arguments: list[str]) -> int:
 
 
 def read_config(file: str, data: Path, steps: int | None) -> RunConfig:
-    """The configuration in `file`, with its data sets taken from the folder `data`."""
+    """The configuration in `file`, with what it takes from `DATA` taken from the folder `data`."""
     raw = load_config_file(file)
-    splits = raw["adapters"][ADAPTER]["data"]
-    for source in splits["train"].values():
-        source["path"] = str(data / "train.jsonl")
-    for task, source in splits["validation"].items():
-        source["path"] = str(data / "validation" / f"{task}.jsonl")
+    for adapter in raw["adapters"].values():
+        for split in ("train", "validation"):
+            for source in adapter["data"][split].values():
+                if Path(source["path"]).is_relative_to(DATA):
+                    source["path"] = str(data / Path(source["path"]).relative_to(DATA))
     if steps is not None:
         raw["training"]["steps"] = steps
     return parse_run_config(raw, METHODS)
 
 
-def compare(config: RunConfig, folder: Path) -> tuple[dict[str, Score], dict[str, Score]]:
-    """Scores of the frozen base and of the saved adapter on each validation set."""
-    base = Path(config.base.path)
-    model_config = read_model_config(base)
-    params = load_base(base, model_config, config.base.param_dtype)
-    own = config.adapters[ADAPTER]
-    sets = load_validation_data(own.data, load_tokenizer(base), own.batch_size)
-    saved = load_adapter(folder)
-    frozen = LlamaForCausalLM(model_config, config.compute, param_dtype=config.base.param_dtype)
-    adapted = frozen.clone(segments=(Segment(ADAPTER, saved.method, 0, own.batch_size),))
-
-    def scores(model: LlamaForCausalLM, adapters: dict[str, Any]) -> dict[str, Score]:
-        return {task: score(model, params, adapters, batches) for task, batches in sets.items()}
-
-    return scores(frozen, {}), scores(adapted, {ADAPTER: saved.tree})
+def compare(output: Path, steps: int | None, ask: Examiner) -> int:
+    """Trains the adapters of `COMPARISON`, shows how they answer, and returns the exit status."""
+    config = read_config(COMPARISON, output / "data", steps)
+    print(f"Comparing with {COMPARISON}\n")
+    result = train(config, output / "comparison")
+    if result.interrupted_by is not None:
+        return 128 + result.interrupted_by
+    found = examine(config, result.adapters, ask)
+    file = output / "comparison.json"
+    found.write(file)
+    print("\n".join(["", *found.lines(), "", f"figures   {file}"]))
+    return 0
 
 
 def score_table(before: dict[str, Score], after: dict[str, Score]) -> list[str]:

@@ -1,3 +1,4 @@
+import json
 import os
 import re
 import subprocess
@@ -10,6 +11,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 ROOT = Path(__file__).parents[2]
 BASE = ROOT / "moe_jax" / "demo" / "base"
 ROW = re.compile(r"^(\w+) +(\d+) +(\d+)% +([\d.]+) +(\d+)% +([\d.]+)$", re.MULTILINE)
+COMPARED = re.compile(
+    r"^(\w+) +[\d.]+ ± [\d.]+ +[\d.]+ ± [\d.]+ +([+-][\d.]+) ± [\d.]+$", re.MULTILINE
+)
 
 
 def run_demo(*arguments, **environment):
@@ -35,7 +39,9 @@ def test_base_is_small_and_knows_its_facts():
 
 
 def test_demo_learns_to_answer(tmp_path):
-    process = run_demo("--output", tmp_path)
+    # The comparison takes minutes; here it is short, and its figures are another test's.
+    arguments = ("--output", tmp_path, "--comparison-steps", 4)
+    process = run_demo(*arguments)
     assert process.returncode == 0, process.stderr
     rows = {row[0]: [float(value) for value in row[1:]] for row in ROW.findall(process.stdout)}
     assert set(rows) == {"plural", "opposite", "colour", "sum", "reverse", "sort"}
@@ -47,10 +53,23 @@ def test_demo_learns_to_answer(tmp_path):
     assert (tmp_path / "run" / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "run" / "experts_default.png").read_bytes().startswith(b"\x89PNG")
 
-    again = run_demo("--output", tmp_path)
+    assert "with 215,040 and 214,912 trainable parameters" in process.stdout
+    compared = dict(COMPARED.findall(process.stdout.split("loss per answer token")[-1]))
+    assert set(compared) == {*rows, "all"}
+    written = json.loads((tmp_path / "comparison.json").read_text())
+    words = " ".join(process.stdout.split())
+    assert all(sentence in words for sentence in written["verdicts"])
+    for method in written["methods"]:
+        assert list(method["seeds"]) == ["0", "1", "2"]
+        losses = [scores["sum"]["loss"] for scores in method["seeds"].values()]
+        assert len(set(losses)) == 3
+        assert all(0 < loss < before["sum"][1] for loss in losses), losses
+
+    again = run_demo(*arguments)
     assert again.returncode == 0
-    assert "nothing to do" in again.stdout
+    assert again.stdout.count("nothing to do") == 2
     assert ROW.findall(again.stdout) == ROW.findall(process.stdout)
+    assert json.loads((tmp_path / "comparison.json").read_text()) == written
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from moe_jax.checkpoints.hf_config import read_model_config
 from moe_jax.config.model import ComputeConfig
 from moe_jax.data.batch import Batch
 from moe_jax.demo.checkpoint import write_checkpoint
-from moe_jax.demo.score import score
+from moe_jax.demo.score import Scorer
 from moe_jax.models.causal_lm import LlamaForCausalLM
 
 QUESTION, ANSWER = 5, 3
@@ -58,8 +58,8 @@ def test_counts_the_answers_that_greedy_decoding_writes(folder, rows):
     wrong = tokens.copy()
     wrong[[1, 4], [QUESTION, -1]] += 1  # one wrong token, first or last, is a wrong answer
     model, params = base(folder)
-    assert score(model, params, {}, [batch(tokens)]).exact == 1.0
-    result = score(model, params, {}, [batch(wrong[:4]), batch(wrong[4:], empty_rows=2)])
+    assert Scorer(model)(params, {}, [batch(tokens)]).exact == 1.0
+    result = Scorer(model)(params, {}, [batch(wrong[:4]), batch(wrong[4:], empty_rows=2)])
     assert result.questions == 6
     assert result.exact == pytest.approx(4 / 6)
     assert result.load is None
@@ -72,7 +72,7 @@ def test_loss_is_that_of_transformers(folder, rows):
     with torch.no_grad():
         expected = reference(torch.from_numpy(tokens).long(), labels=labels).loss.item()
     model, params = base(folder)
-    loss = score(model, params, {}, [batch(tokens, empty_rows=2)]).loss
+    loss = Scorer(model)(params, {}, [batch(tokens, empty_rows=2)]).loss
     assert loss == pytest.approx(expected, abs=FLOAT32_LOGITS)
 
 
@@ -85,7 +85,7 @@ def test_load_is_of_real_tokens(folder, rows):
     model = frozen.clone(segments=(Segment("a", method, 0, 6),))
     keys = dict.fromkeys(("params", "adapters"), jax.random.key(0))
     adapters = by_adapter(nn.meta.unbox(model.init(keys, tokens))["adapters"])
-    load = score(model, params, adapters, [batch(tokens)]).load
+    load = Scorer(model)(params, adapters, [batch(tokens)]).load
     # All experts are chosen by every token, so that each has a third of the slots.
     assert load is not None
     np.testing.assert_allclose(load, np.full((2, 3), 1 / 3), rtol=1e-6)
