@@ -57,8 +57,8 @@ def conversation_pieces(
     turns = []
     for number, message in enumerate(messages):
         if message["role"] == "assistant":
-            before = _render(messages[:number], tokenizer, where, answer_follows=True)
-            through = _render(messages[: number + 1], tokenizer, where)
+            before = render(messages[:number], tokenizer, where, answer_follows=True)
+            through = render(messages[: number + 1], tokenizer, where)
             if not through.startswith(before):
                 raise DataError(
                     f"{where}: message {number + 1}: the chat template's generation prompt is not "
@@ -92,12 +92,23 @@ def _end_of_turns(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
     return tuple({*added, *tokenizer.all_special_tokens} - {""})
 
 
-def _render(
+def render(
     messages: Sequence[dict[str, Any]],
     tokenizer: PreTrainedTokenizerBase,
     where: str,
     answer_follows: bool = False,
 ) -> str:
+    """A conversation as the model reads it, by the tokenizer's chat template.
+
+    Args:
+      messages: with role and content.
+      tokenizer: has a chat template.
+      where: for messages.
+      answer_follows: ends with what stands before the assistant's next answer.
+
+    Raises:
+      DataError: the template refuses the conversation.
+    """
     try:
         text = tokenizer.apply_chat_template(
             list(messages), tokenize=False, add_generation_prompt=answer_follows
@@ -106,3 +117,19 @@ def _render(
         raise DataError(f"{where}: the chat template refuses it ({first_line(error)})") from None
     assert isinstance(text, str)
     return text
+
+
+def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The token with which the chat template ends an assistant's turn; None if it writes none.
+
+    Raises:
+      DataError: the template refuses a short conversation.
+    """
+    conversation = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "answer"}]
+    after = render(conversation, tokenizer, "a conversation").rpartition("answer")[2].strip()
+    ends = [text for text in _end_of_turns(tokenizer) if after.startswith(text)]
+    if not ends:
+        return None
+    token = tokenizer.convert_tokens_to_ids(max(ends, key=len))
+    assert isinstance(token, int)
+    return token
