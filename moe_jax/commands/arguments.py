@@ -1,5 +1,6 @@
 """What several commands read from the command line in the same way."""
 
+import re
 from pathlib import Path
 
 from moe_jax.config.parse import parse
@@ -22,6 +23,14 @@ def number(text: str, flag: str) -> int:
         return int(text)
     except ValueError:
         raise ConfigError(f"{flag}: expected whole numbers, got {text!r}") from None
+
+
+def unescaped(text: str) -> str:
+    r"""A text with `\n`, `\t` and `\\` as the characters that they stand for."""
+    return re.sub(r"\\[nt\\]", lambda found: _ESCAPES[found[0][1]], text)
+
+
+_ESCAPES = {"n": "\n", "t": "\t", "\\": "\\"}
 
 
 def named_folders(given: list[str]) -> dict[str, str]:
