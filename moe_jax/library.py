@@ -22,8 +22,9 @@ from moe_jax.checkpoints.fingerprint import BaseIdentity, base_fingerprint
 from moe_jax.checkpoints.formats import exchange
 from moe_jax.checkpoints.formats.format import Weighting
 from moe_jax.checkpoints.hf_config import read_model_config
+from moe_jax.checkpoints.hub import HubTarget, push_folder, require_access
 from moe_jax.checkpoints.new_folder import require_unused
-from moe_jax.checkpoints.resolve import resolve_checkpoint
+from moe_jax.checkpoints.resolve import resolve_adapter, resolve_checkpoint
 from moe_jax.config.model import ComputeConfig, FloatType, ModelConfig
 from moe_jax.config.parse import located, suggest
 from moe_jax.config.run import RunConfig, parse_run_config
@@ -170,9 +171,14 @@ class AdaptedModel:
         )
 
 
-def load_adapter(folder: str | Path) -> SavedAdapter:
-    """Reads an adapter's folder; see `adapter_files.load_adapter`."""
-    return adapter_files.load_adapter(Path(folder))
+def load_adapter(folder: str | Path, *, revision: str | None = None) -> SavedAdapter:
+    """Reads an adapter's folder; see `adapter_files.load_adapter`.
+
+    Args:
+      folder: the folder, or a hub id `owner/name`.
+      revision: the hub revision.
+    """
+    return adapter_files.load_adapter(resolve_adapter(folder, revision))
 
 
 def export_adapter(
@@ -184,13 +190,17 @@ def export_adapter(
     base: str | None = None,
     weights: Weighting | None = None,
     data: str | Path | None = None,
+    push_to_hub: str | None = None,
+    private: bool = False,
+    revision: str | None = None,
+    commit_message: str | None = None,
 ) -> list[str]:
     """Writes an adapter, or the one in a folder, for another tool; see `exchange.export_adapter`.
 
     Args:
-      adapter: the adapter or its folder.
+      adapter: the adapter, or its folder or hub id.
       to: the format: `mixlora` or `peft` for the adapter alone; `mixtral` or `llama` for a whole
-        model.
+        model; `moe_jax`, our own, to give it away as it is.
       output: a folder that does not exist yet, or is empty.
       dtype: the type of the tensors that are written.
       base: the base as the other tool will find it, and where that of a whole model is read; by
@@ -198,10 +208,18 @@ def export_adapter(
       weights: how `llama` merges experts: `average`, the default, or by their `utilisation`.
       data: a file of text, on which `llama` measures utilisation and what merging changes; see
         `measuring_rows`. It is needed where there are experts.
+      push_to_hub: `OWNER/NAME`, a model on the hub that the complete `output` is uploaded to.
+        Whether that will be allowed is asked first, and `output` is kept in any case.
+      private, revision, commit_message: see `HubTarget`; with `push_to_hub` only.
 
     Returns:
-      What the format leaves out or states in another way, and what was measured, one sentence each.
+      What the format leaves out or states in another way, what was measured, and where it is on the
+      hub, one sentence each.
     """
+    target = _hub_target(push_to_hub, private, revision, commit_message)
+    if target is not None:
+        require_unused(Path(output))
+        require_access(target)
     saved = adapter if isinstance(adapter, SavedAdapter) else load_adapter(adapter)
     tokens = None
     if data is not None:
@@ -209,7 +227,7 @@ def export_adapter(
         folder = resolve_checkpoint(saved.base.path if base is None else base)
         length = min(512, saved.model.max_position_embeddings)
         tokens = measuring_rows(Path(data), load_tokenizer(folder), length=length)
-    return exchange.export_adapter(
+    notes = exchange.export_adapter(
         saved,
         to,
         Path(output),
@@ -218,7 +236,31 @@ def export_adapter(
         weights=weights,
         tokens=tokens,
         data_name="" if data is None else Path(data).name,
+        name=push_to_hub,
     )
+    if target is not None:
+        known_base = saved.base.path if base is None else base
+        if exchange.names_base(to) and Path(known_base).expanduser().exists():
+            notes.append(
+                f"it names the base by the folder {known_base}, which others do not have; state "
+                "its hub id with --base OWNER/NAME"
+            )
+        notes.append(f"pushed to {push_folder(Path(output), target)}")
+    return notes
+
+
+def _hub_target(
+    push_to_hub: str | None, private: bool, revision: str | None, commit_message: str | None
+) -> HubTarget | None:
+    if push_to_hub is not None:
+        return HubTarget(push_to_hub, private, revision, commit_message)
+    given = {"private": private, "revision": revision, "commit_message": commit_message}
+    for name, value in given.items():
+        if value:
+            raise CheckpointError(
+                f"{name}: nothing is pushed; leave it out, or say where with push_to_hub"
+            )
+    return None
 
 
 def import_adapter(
@@ -227,16 +269,17 @@ def import_adapter(
     """Reads a folder of PEFT or MoE-PEFT; see `exchange.import_adapter`.
 
     Args:
-      source: the folder.
+      source: the folder, or a hub id `owner/name`.
       base: the base it was trained on, or its folder or hub id.
       output: where it is also written in our own format; does not exist yet, or is empty.
     """
     if output is not None:
         require_unused(Path(output))
+    source = resolve_adapter(source)
     if isinstance(base, Base):
-        adapter = exchange.import_adapter(Path(source), base.folder)._replace(base=base.identity)
+        adapter = exchange.import_adapter(source, base.folder)._replace(base=base.identity)
     else:
-        adapter = exchange.import_adapter(Path(source), base)
+        adapter = exchange.import_adapter(source, base)
     if output is not None:
         adapter_files.save_adapter(Path(output), adapter)
     return adapter
@@ -256,4 +299,6 @@ def train(config: Any, workdir: str | Path) -> TrainResult:
       workdir: where everything is written; a run that was stopped goes on from there.
     """
     parsed = config if isinstance(config, RunConfig) else parse_config(config)
-    return loop.train(parsed, Path(workdir))
+    from moe_jax.evaluation.in_training import OnTasks  # with libraries that others do not need
+
+    return loop.train(parsed, Path(workdir), on_tasks=OnTasks())

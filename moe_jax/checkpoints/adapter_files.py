@@ -178,6 +178,10 @@ def read_description(folder: Path) -> Description:
     try:
         description = json.loads(file.read_text())
     except FileNotFoundError:
+        if (folder / "adapter_config.json").is_file():
+            raise CheckpointError(
+                f"{folder}: is an adapter of another tool; bring it in with `moe-jax import`"
+            ) from None
         raise CheckpointError(
             f"{folder}: no adapter here, {DESCRIPTION} is missing; a finished run leaves one in "
             "WORKDIR/adapters/NAME"

@@ -18,7 +18,7 @@ from moe_jax.checkpoints.base import load_base
 from moe_jax.checkpoints.fingerprint import BaseIdentity, base_fingerprint
 from moe_jax.checkpoints.hf_config import read_model_config
 from moe_jax.checkpoints.leaves import checksums
-from moe_jax.checkpoints.resolve import resolve_checkpoint
+from moe_jax.checkpoints.resolve import resolve_adapter, resolve_checkpoint
 from moe_jax.config.model import ComputeConfig, FloatType, ModelConfig
 from moe_jax.config.parse import located
 from moe_jax.config.registry import to_plain
@@ -133,7 +133,7 @@ def load_adapters(
     loaded = []
     for name, adapter in adapters.items():
         is_saved = isinstance(adapter, SavedAdapter)
-        saved = adapter if is_saved else load_adapter(Path(adapter).expanduser())
+        saved = adapter if is_saved else load_adapter(resolve_adapter(adapter))
         if saved.base.fingerprint != base.identity.fingerprint:
             raise CheckpointError(
                 f"adapter {name!r}: was trained on the base {saved.base.path}, and the weights in "

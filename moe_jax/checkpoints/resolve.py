@@ -1,4 +1,4 @@
-"""From what the user calls a base model to a local folder."""
+"""From what the user calls a base model, or an adapter, to a local folder."""
 
 import re
 from pathlib import Path
@@ -20,6 +20,18 @@ _WANTED = [
     "chat_template*",
 ]
 _UNWANTED = ["*/*"]
+
+# Of an adapter, in our own format or in that of PEFT.
+_WANTED_OF_ADAPTERS = [
+    "adapter.json",
+    "training.json",
+    "loss.png",
+    "experts.png",
+    "weights/*",
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "adapter_model.bin",
+]
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
@@ -49,10 +61,27 @@ def resolve_checkpoint(path: str | Path, revision: str | None = None) -> Path:
         raise CheckpointError(f"{path}: is a file; give the folder that holds config.json")
     if not _HUB_ID.fullmatch(str(path)):
         raise CheckpointError(f"{path}: no such folder; give a folder, or a hub id owner/name")
-    return _download(str(path), revision)
+    return _download(str(path), revision, _WANTED, _UNWANTED)
 
 
-def _download(repo_id: str, revision: str | None) -> Path:
+def resolve_adapter(path: str | Path, revision: str | None = None) -> Path:
+    """The local folder of an adapter; a hub id `owner/name` is downloaded, or found in the cache.
+
+    Args:
+      path: a folder, used as it is, or a hub id. A folder of that name wins. What looks like
+        neither is returned as the folder that it names, and whoever reads it says what is missing.
+      revision: branch, tag or commit of a hub id; None is its main branch.
+
+    Raises:
+      CheckpointError: as in `resolve_checkpoint`.
+    """
+    folder = Path(path).expanduser()
+    if folder.exists() or "/" not in str(path) or not _HUB_ID.fullmatch(str(path)):
+        return folder
+    return _download(str(path), revision, _WANTED_OF_ADAPTERS, [])
+
+
+def _download(repo_id: str, revision: str | None, wanted: list[str], unwanted: list[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -67,7 +96,7 @@ def _download(repo_id: str, revision: str | None) -> Path:
     try:
         return Path(
             snapshot_download(
-                repo_id, revision=revision, allow_patterns=_WANTED, ignore_patterns=_UNWANTED
+                repo_id, revision=revision, allow_patterns=wanted, ignore_patterns=unwanted
             )
         )
     except GatedRepoError:

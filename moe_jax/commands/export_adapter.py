@@ -12,12 +12,16 @@ from moe_jax.config.model import FloatType
 
 
 def add(parser: argparse.ArgumentParser) -> Run:
-    """Write an adapter in the format of another tool."""
+    """Write an adapter in the format of another tool, with a model card, and push it to the hub."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     formats = [f"  {name:9} {cls.summary}" for name, cls in FORMATS.items()]
-    parser.epilog = "\n".join(["formats:", *formats])
+    parser.epilog = "\n".join(["formats:", *formats, _EXAMPLES])
     parser.add_argument(
-        "--adapter", type=Path, required=True, metavar="DIR", help="as in WORKDIR/adapters/NAME"
+        "--adapter",
+        type=Path,
+        required=True,
+        metavar="DIR_OR_ID",
+        help="a folder, as in WORKDIR/adapters/NAME, or a hub id",
     )
     parser.add_argument("--to", required=True, choices=tuple(FORMATS), help="see below")
     parser.add_argument(
@@ -52,7 +56,34 @@ def add(parser: argparse.ArgumentParser) -> Run:
         help="llama: text on which the KL divergence from the exact model is measured, a .txt or "
         "rows with a column `text`; needed for experts",
     )
+    parser.add_argument(
+        "--push-to-hub",
+        metavar="OWNER/NAME",
+        help="upload the export there once it is complete; log in with `hf auth login` before",
+    )
+    parser.add_argument(
+        "--private",
+        action="store_true",
+        help="with --push-to-hub: make the repository for its owner alone",
+    )
+    parser.add_argument(
+        "--revision",
+        metavar="BRANCH",
+        help="with --push-to-hub: the branch, made if there is none (default: the main one)",
+    )
+    parser.add_argument(
+        "--commit-message", metavar="TEXT", help="with --push-to-hub: of the one commit"
+    )
     return _run
+
+
+_EXAMPLES = """
+examples:
+  moe-jax export --adapter runs/mine/adapters/default --to peft --output exported
+  moe-jax export --adapter runs/mine/adapters/default --to mixtral --dtype bfloat16 \\
+      --output merged --push-to-hub me/merged --private
+  moe-jax export --adapter runs/mine/adapters/default --to llama --weights utilisation \\
+      --data text.txt --output dense"""
 
 
 def _run(arguments: argparse.Namespace) -> None:
@@ -64,6 +95,10 @@ def _run(arguments: argparse.Namespace) -> None:
         base=arguments.base,
         weights=arguments.weights,
         data=arguments.data,
+        push_to_hub=arguments.push_to_hub,
+        private=arguments.private,
+        revision=arguments.revision,
+        commit_message=arguments.commit_message,
     )
     for note in notes:
         print(f"note: {note}")

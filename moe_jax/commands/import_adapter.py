@@ -14,9 +14,9 @@ def add(parser: argparse.ArgumentParser) -> Run:
         dest="source",
         type=Path,
         required=True,
-        metavar="DIR",
-        help="holds adapter_config.json and adapter_model.safetensors or adapter_model.bin; of a "
-        ".bin, only tensors are read, and no code in it is run",
+        metavar="DIR_OR_ID",
+        help="holds adapter_config.json and adapter_model.safetensors or adapter_model.bin, a "
+        "folder or a hub id; of a .bin, only tensors are read, and no code in it is run",
     )
     parser.add_argument(
         "--base",

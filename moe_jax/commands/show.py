@@ -5,17 +5,22 @@ import math
 from pathlib import Path
 
 from moe_jax.checkpoints.adapter_files import read_description
+from moe_jax.checkpoints.resolve import resolve_adapter
+from moe_jax.checkpoints.training_record import read_record
 from moe_jax.commands import Run
 
 
 def add(parser: argparse.ArgumentParser) -> Run:
-    """Say what an adapter's folder holds: method, size, and the base it belongs to."""
-    parser.add_argument("folder", type=Path, help="an adapter, as in WORKDIR/adapters/NAME")
+    """Say what an adapter's folder holds: method, size, training, and the base it belongs to."""
+    parser.add_argument(
+        "folder", type=Path, help="an adapter, as in WORKDIR/adapters/NAME, or a hub id"
+    )
     return _run
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    description = read_description(arguments.folder)
+    folder = resolve_adapter(arguments.folder)
+    description, record = read_description(folder), read_record(folder)
     size = sum(math.prod(spec.shape) for spec in description.leaves.values())
     print(f"method   {description.method['name']}")
     for field, value in description.method.items():
@@ -23,5 +28,17 @@ def _run(arguments: argparse.Namespace) -> None:
             print(f"         {field} = {value}")
     print(f"size     {size:,} parameters in {len(description.leaves)} leaves")
     print(f"trained  {description.step} steps, moe_jax {description.package_version}")
+    if record is not None:
+        optimizer = record.optimizer
+        rate = optimizer.get("learning_rate")
+        print(f"         {optimizer.get('name')}, learning rate {rate}, ", end="")
+        print(f"{record.batch_size} rows a step, seed {record.seed}")
+        for use, sets in (("train", record.train), ("validation", record.validation)):
+            for name, data in sets.items():
+                print(f"data     {use} {name}: {data.rows:,} rows of {data.path or data.task}")
+        losses = {"training": record.training_loss, **record.validation_losses}
+        known = [f"{name} {loss:.4f}" for name, loss in losses.items() if loss is not None]
+        if known:
+            print(f"loss     {', '.join(known)}")
     print(f"base     {description.base.path}")
     print(f"         fingerprint {description.base.fingerprint[:16]}")

@@ -15,12 +15,17 @@ from moe_jax.checkpoints.formats.format import (
     Format,
     Weighting,
 )
+from moe_jax.checkpoints.formats.model_card import CARD, model_card, pictures_of
+from moe_jax.checkpoints.formats.whole_model import ModelFormat
 from moe_jax.checkpoints.hf_config import read_model_config
 from moe_jax.checkpoints.new_folder import new_folder
 from moe_jax.checkpoints.resolve import resolve_checkpoint
 from moe_jax.config.model import FloatType
 from moe_jax.config.parse import suggest
 from moe_jax.errors import CheckpointError
+
+_FOR_THE_CARD = 2**16
+"""More bytes than a model card has."""
 
 
 def export_adapter(
@@ -33,8 +38,9 @@ def export_adapter(
     weights: Weighting | None = None,
     tokens: np.ndarray | None = None,
     data_name: str = "",
+    name: str | None = None,
 ) -> list[str]:
-    """Writes an adapter in the format of another tool.
+    """Writes an adapter in the format of another tool, with a model card.
 
     Args:
       adapter: from `load_adapter`.
@@ -46,6 +52,7 @@ def export_adapter(
       weights: how a format that merges experts weights them; "average" by default.
       tokens: int [N, S], rows that such a format measures on what merging changes.
       data_name: what they are called in messages.
+      name: where the receiving tool will find it, by default in `output`; for the model card.
 
     Returns:
       What the format leaves out or states in another way, and what was measured, one sentence each.
@@ -69,11 +76,22 @@ def export_adapter(
                 f"{name}: the {to} format merges no experts and measures nothing; leave it out"
             )
     known_base = adapter.base.path if base is None else base
-    options = ExportOptions(known_base, dtype, weights, tokens, data_name)
+    options = ExportOptions(known_base, dtype, weights, tokens, data_name, name or str(output))
     export = chosen.prepare(adapter, options)
-    with new_folder(output, export.num_bytes) as folder:
-        export.write(folder)
+    left_out, pictures = list(export.notes), pictures_of(adapter)
+    beside = _FOR_THE_CARD + sum(map(len, pictures.values()))
+    with new_folder(output, export.num_bytes + beside) as folder:
+        outcome = export.write(folder)
+        card = model_card(adapter, options, chosen, outcome, left_out)
+        (folder / CARD).write_text(card, encoding="utf-8")
+        for file, picture in pictures.items():
+            (folder / file).write_bytes(picture)
     return export.notes
+
+
+def names_base(to: str) -> bool:
+    """Whether an export in this format is of use only with a base that it names."""
+    return not issubclass(FORMATS[to], ModelFormat)
 
 
 def import_adapter(source: Path, base: str | Path) -> SavedAdapter:

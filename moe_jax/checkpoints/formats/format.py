@@ -19,6 +19,7 @@ from moe_jax.adapters.method import AdapterMethod
 from moe_jax.checkpoints.adapter_files import SavedAdapter
 from moe_jax.checkpoints.expected_leaves import expected_leaves
 from moe_jax.checkpoints.formats.adapter_folder import (
+    CONFIG,
     AdapterFolder,
     Fields,
     require_tensors,
@@ -81,6 +82,7 @@ class ExportOptions(NamedTuple):
       weights: how experts are merged where they are; None leaves it to the format.
       tokens: int [N, S], what a merged model is measured on; None where nothing is measured.
       data_name: what the tokens are called in messages.
+      name: where the receiving tool will find the export: its folder, or `OWNER/NAME` on the hub.
     """
 
     base: str
@@ -88,6 +90,23 @@ class ExportOptions(NamedTuple):
     weights: Weighting | None = None
     tokens: np.ndarray | None = None
     data_name: str = ""
+    name: str = "exported"
+
+
+class Outcome(NamedTuple):
+    """What came of an export.
+
+    Attributes:
+      product: what was written, in words.
+      whole: whether that is a model that needs no base beside it.
+      approximation: in what it departs from the adapter on its base; None if in nothing.
+      divergence: KL from the exact model, in nats per token; None if it was not measured.
+    """
+
+    product: str
+    whole: bool
+    approximation: str | None = None
+    divergence: float | None = None
 
 
 class Export(NamedTuple):
@@ -95,12 +114,12 @@ class Export(NamedTuple):
 
     Attributes:
       num_bytes: that it takes on the disk, at most.
-      write: fills the empty folder that it is given.
+      write: fills the empty folder that it is given; it may add notes.
       notes: what the format leaves out or states in another way, one sentence each, for the user.
     """
 
     num_bytes: int
-    write: Callable[[Path], None]
+    write: Callable[[Path], Outcome]
     notes: list[str]
 
 
@@ -110,10 +129,21 @@ class Format(abc.ABC):
     Attributes:
       summary: what it is, for `--help`.
       measures: whether it has a use for `ExportOptions.weights` and `tokens`.
+      library: what loads it, as the hub calls it; empty if the hub knows no name for that.
     """
 
     summary: ClassVar[str]
     measures: ClassVar[bool] = False
+    library: ClassVar[str] = ""
+
+    def loading(self, adapter: SavedAdapter, options: ExportOptions) -> str:
+        """A few lines of Python that load the export, for its model card; empty if there are none.
+
+        Args:
+          adapter: what was exported.
+          options: of the export.
+        """
+        return ""
 
     @abc.abstractmethod
     def prepare(self, adapter: SavedAdapter, options: ExportOptions) -> Export:
@@ -175,8 +205,9 @@ class AdapterFormat(Format):
                     f"{name}: has values too large for {options.dtype}; use another dtype"
                 )
 
-        def write(folder: Path) -> None:
+        def write(folder: Path) -> Outcome:
             write_adapter_folder(folder, config, tensors, self.weights_file)
+            return Outcome(f"`{CONFIG}` and `{self.weights_file}`", whole=False)
 
         # Names, shapes and the frame of the files take a few hundred bytes a tensor.
         size = sum(tensor.nbytes for tensor in tensors.values()) + 1024 * (len(tensors) + 16)

@@ -29,6 +29,7 @@ from moe_jax.checkpoints.formats.adapter_folder import (
 from moe_jax.checkpoints.formats.format import (
     FORMATS,
     AdapterFormat,
+    ExportOptions,
     cannot,
     field_names,
     require_known,
@@ -64,6 +65,22 @@ class MixLoraFormat(AdapterFormat):
     reads = ("MIXLORA", "LORAMOE", "MOLA")
     weights_file = TORCH_FILE
 
+    def loading(self, adapter: SavedAdapter, options: ExportOptions) -> str:
+        if _read_by_the_package(adapter):
+            return (
+                "from mixlora import MixLoraModelForCausalLM  # pip install mixlora\n\n"
+                f'model, _ = MixLoraModelForCausalLM.from_pretrained("{options.name}")\n'
+                "model.eval()"
+            )
+        return (
+            "import moe_peft  # MoE-PEFT, https://github.com/TUDB-Labs/MoE-PEFT\n"
+            "import torch\n\n"
+            "model = moe_peft.LLMModel.from_pretrained(\n"
+            f'    "{options.base}", device="cpu", load_dtype=torch.float32\n'
+            ")\n"
+            f'name = model.load_adapter("{options.name}")'
+        )
+
     def config_of(self, adapter: SavedAdapter, base: str) -> tuple[dict[str, Any], list[str]]:
         method, notes = adapter.method, _training_notes(adapter.method)
         require_known(method, _KNOWN, "", _FORMAT)
@@ -85,6 +102,19 @@ class MixLoraFormat(AdapterFormat):
         self, peft_type: str, fields: Fields, source: AdapterFolder, model: ModelConfig
     ) -> AdapterMethod:
         return read_method(peft_type, fields, model)
+
+
+def _read_by_the_package(adapter: SavedAdapter) -> bool:
+    """Whether the `mixlora` package computes the adapter too, and not MoE-PEFT alone."""
+    method = adapter.method
+    return (
+        isinstance(method, MixLoraConfig)
+        and isinstance(method.router, TopKRouter)
+        and (
+            method.expert_low_rank == method.low_rank
+            or not any(target in ATTENTION_MODULES for target in method.target_modules)
+        )
+    )
 
 
 def _pair(pairs: LowRankConfig) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from moe_jax.checkpoints.formats.adapter_folder import (
 from moe_jax.checkpoints.formats.format import (
     FORMATS,
     AdapterFormat,
+    ExportOptions,
     cannot,
     field_names,
     require_known,
@@ -56,6 +57,15 @@ class PeftFormat(AdapterFormat):
     summary = "LoRA, rsLoRA, DoRA for peft"
     reads = ("LORA",)
     weights_file = SAFETENSORS
+    library = "peft"
+
+    def loading(self, adapter: SavedAdapter, options: ExportOptions) -> str:
+        return (
+            "from peft import PeftModel\n"
+            "from transformers import AutoModelForCausalLM\n\n"
+            f'base = AutoModelForCausalLM.from_pretrained("{options.base}")\n'
+            f'model = PeftModel.from_pretrained(base, "{options.name}").eval()'
+        )
 
     def config_of(self, adapter: SavedAdapter, base: str) -> tuple[dict[str, Any], list[str]]:
         method = adapter.method

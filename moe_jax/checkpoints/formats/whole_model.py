@@ -11,9 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from moe_jax.checkpoints.adapter_files import SavedAdapter
-from moe_jax.checkpoints.formats.format import Export, ExportOptions, Format
+from moe_jax.checkpoints.formats.format import Export, ExportOptions, Format, Outcome
 from moe_jax.checkpoints.formats.merging import BaseFolder, Merger, find_base, open_merger
-from moe_jax.checkpoints.formats.model_card import CARD, Outcome, model_card
 from moe_jax.checkpoints.formats.sharded_writer import LazyTensor, weights_bytes, write_weights
 from moe_jax.checkpoints.key_table import TensorParts, tensor_parts
 from moe_jax.config.model import ModelConfig
@@ -73,6 +72,15 @@ class ModelFormat(Format):
     Memory holds a few copies of one matrix while it is written.
     """
 
+    library = "transformers"
+
+    def loading(self, adapter: SavedAdapter, options: ExportOptions) -> str:
+        return (
+            "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+            f'tokenizer = AutoTokenizer.from_pretrained("{options.name}")\n'
+            f'model = AutoModelForCausalLM.from_pretrained("{options.name}")'
+        )
+
     @abc.abstractmethod
     def check(self, adapter: SavedAdapter, options: ExportOptions) -> None:
         """Refuses what the format cannot express, before any file is read.
@@ -111,7 +119,7 @@ class ModelFormat(Format):
         copied = {f for pattern in _COPIED for f in base.folder.glob(pattern) if f.is_file()}
         notes: list[str] = []
 
-        def write(folder: Path) -> None:
+        def write(folder: Path) -> Outcome:
             (folder / _CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
             for file in sorted(copied):
                 shutil.copyfile(file, folder / file.name)
@@ -126,9 +134,8 @@ class ModelFormat(Format):
                 notes.append(
                     f"KL divergence from the exact model, measured: {divergence:.4g} nats per token"
                 )
-            outcome = Outcome(config["architectures"][0], plan.approximation, divergence)
-            card = model_card(adapter, options, outcome)
-            (folder / CARD).write_text(card, encoding="utf-8")
+            product = f"a `{config['architectures'][0]}`"
+            return Outcome(product, True, plan.approximation, divergence)
 
         size = weights_bytes([recipe.shape for recipe in plan.recipes], options.dtype)
         size += sum(file.stat().st_size for file in copied) + 2**16

@@ -1,0 +1,40 @@
+"""Our own format, as an export: with a model card, to be given away."""
+
+from pathlib import Path
+
+import jax
+
+from moe_jax.checkpoints.adapter_files import SavedAdapter, save_adapter
+from moe_jax.checkpoints.formats.format import FORMATS, Export, ExportOptions, Format, Outcome
+from moe_jax.errors import CheckpointError
+
+
+@FORMATS.register("moe_jax")
+class OwnFormat(Format):
+    """Every adapter, as `save_adapter` writes it; only the base's path may become another."""
+
+    summary = "every adapter in this library's own format, with a model card, for the hub"
+    library = "moe_jax"
+
+    def prepare(self, adapter: SavedAdapter, options: ExportOptions) -> Export:
+        if options.dtype != "float32":
+            raise CheckpointError(
+                "dtype: the moe_jax format keeps the weights as they are; leave it out"
+            )
+        known = adapter._replace(base=adapter.base._replace(path=options.base))
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(adapter.tree)) + 2**20
+
+        def write(folder: Path) -> Outcome:
+            save_adapter(folder, known)
+            return Outcome("`adapter.json` and `weights/`", whole=False)
+
+        return Export(size, write, [])
+
+    def loading(self, adapter: SavedAdapter, options: ExportOptions) -> str:
+        return (
+            "import moe_jax\n\n"
+            f'base = moe_jax.load_base("{options.base}")\n'
+            f'adapter = moe_jax.load_adapter("{options.name}")\n'
+            'model = moe_jax.AdaptedModel(base, {"it": adapter})\n'
+            'logits = model([[0, 1, 2]], "it")  # of token ids'
+        )
