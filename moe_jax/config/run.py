@@ -70,6 +70,8 @@ class AdapterConfig:
       epochs: passes over its training rows.
       seed: of its initialisation and of the order of its rows; None is `training.seed`.
       evaluation: the tasks that it is measured on; None measures on none.
+      start_from: a saved adapter's folder, whose weights training begins with; of the same base and
+        method, but for what only training reads, such as dropout and losses. None begins fresh.
     """
 
     method: Any
@@ -80,6 +82,7 @@ class AdapterConfig:
     epochs: float | None = None
     seed: int | None = None
     evaluation: EvaluationConfig | None = None
+    start_from: str | None = None
 
     def __post_init__(self):
         require(self.batch_size > 0, "batch_size", "must be positive")

@@ -29,6 +29,7 @@ from moe_jax.sharding.mesh import make_mesh
 from moe_jax.tasks.selection import named_task
 from moe_jax.tasks.training_rows import read_source_or_task, source_task
 from moe_jax.training.fit import require_divisible_rows, require_fitting_methods
+from moe_jax.training.start import require_starts
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,16 @@ class Inputs:
         return {**self.train[adapter].fingerprint, **measured}
 
 
-def read_inputs(config: RunConfig, say: Callable[[str], None]) -> Inputs:
-    """Everything but the weights; what is quick to check comes first."""
+def read_inputs(
+    config: RunConfig, say: Callable[[str], None], *, resumes: bool = False
+) -> Inputs:
+    """Everything but the weights; what is quick to check comes first.
+
+    Args:
+      config: the whole configuration.
+      say: takes the lines for people.
+      resumes: the run goes on from a state of its own, and `start_from` is not read again.
+    """
     _require_no_fork_beside_jax(config)
     _require_tasks(config)
     with named("config.base.path"):
@@ -76,6 +85,8 @@ def read_inputs(config: RunConfig, say: Callable[[str], None]) -> Inputs:
     _require_warmup_to_end(config, {name: n for name, n in lengths.items() if n is not None})
     _warn_of_positions(config, model, say)
     base = BaseIdentity(config.base.path, base_fingerprint(base_folder))
+    if not resumes:
+        require_starts(config, base)
     if all(adapter.data.num_workers == 0 for adapter in config.adapters.values()):
         # Not where processes are forked to tokenise: they would inherit locks of JAX's threads.
         require_divisible_rows(config, make_mesh(config.mesh))

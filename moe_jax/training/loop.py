@@ -28,6 +28,7 @@ from moe_jax.training.results import (
     write_table,
 )
 from moe_jax.training.session import Progress, Session, restore
+from moe_jax.training.start import load_starts
 from moe_jax.training.summary import start_up_table
 from moe_jax.training.workdir import WorkDir, is_main_process, lengths, require_same_run
 
@@ -89,7 +90,7 @@ def train(config: RunConfig, workdir: Path, say: Callable[[str], None] = say) ->
                     _tabulate(work, result, say)
                 return dataclasses.replace(result, did_nothing=True)
 
-        inputs = read_inputs(config, say)
+        inputs = read_inputs(config, say, resumes=resume_step is not None)
         if resume_step is not None:
             require_same_inputs(work.folder, metadata, config, inputs, resume_step)
         # The adapters whose steps are left, or ended with the state that was saved.
@@ -113,7 +114,7 @@ def train(config: RunConfig, workdir: Path, say: Callable[[str], None] = say) ->
         )
         with store, Interrupts() as interrupts:
             if resume_step is None:
-                state = program.init_state(params)
+                state = program.init_state(params, load_starts(program))
             else:
                 state = restore(store, program, resume_step, inputs)
                 say(f"resumed at step {resume_step}")

@@ -70,17 +70,18 @@ class Program:
     evaluate: Evaluate
     compiled: dict[int, jax.stages.Compiled] = field(default_factory=dict)
 
-    def init_state(self, params: Any) -> TrainState:
+    def init_state(self, params: Any, starts: Mapping[str, Any] | None = None) -> TrainState:
         """A fresh training state, made in place; the same, to rounding, on every mesh.
 
         An adapter depends on its method, its seed and the base, not on what is beside it.
 
         Args:
           params: the frozen base, some of which methods like DoRA start from.
+          starts: by name, the weights of adapters that do not begin fresh.
         """
         init = jax.jit(self._fresh_state, out_shardings=self.state_shardings)
         with self._mesh_context():
-            return init(_keys(self.config), params)
+            return init(_keys(self.config), params, dict(starts or {}))
 
     def narrowed(self, names: Collection[str]) -> "Program":
         """The program that trains these of the adapters alone, for the rest of the same run.
@@ -201,7 +202,9 @@ class Program:
             rates[name] = np.asarray(jax.vmap(schedule)(jnp.arange(total + 1)))
         return rates
 
-    def _fresh_state(self, keys: Mapping[str, jax.Array], params: Any) -> TrainState:
+    def _fresh_state(
+        self, keys: Mapping[str, jax.Array], params: Any, starts: Mapping[str, Any]
+    ) -> TrainState:
         twin_of = twins({segment.name: segment.method for segment in self.segments})
         fresh = {
             name: jax.jit(functools.partial(fresh_adapter, self.model, method))
@@ -209,7 +212,8 @@ class Program:
         }
         # Of equal methods, the model is traced for one of them only.
         adapters = {
-            name: nn.meta.unbox(fresh[twin](params, keys[name])) for name, twin in twin_of.items()
+            name: starts[name] if name in starts else nn.meta.unbox(fresh[twin](params, keys[name]))
+            for name, twin in twin_of.items()
         }
         scales = {}
         if self.config.compute.dtype == "float16":
@@ -308,7 +312,7 @@ def _program(
     )
     empty: Any = None
     draft = partial(abstract_state=empty, state_shardings=empty)
-    abstract_state = jax.eval_shape(draft._fresh_state, _keys(config), abstract_params)
+    abstract_state = jax.eval_shape(draft._fresh_state, _keys(config), abstract_params, {})
     shardings = state_shardings(abstract_state, shardings_of(boxed_adapters, mesh), mesh)
     return partial(abstract_state=abstract_state, state_shardings=shardings)
 

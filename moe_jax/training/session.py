@@ -169,9 +169,11 @@ class Session:
             losses = validation_losses(program, state.adapters, self.params, measured)
         progress.validation |= losses
         self.recorder.validation(progress.step, losses)
-        if not self.config.training.eval_every or progress.step == 0:
-            return  # measured at the end only, where the final adapter is the best; or untrained
+        if not self.config.training.eval_every:
+            return  # measured at the end only, where the final adapter is the best
         for name, sets in measured.items():
+            if progress.step == 0 and self.config.adapters[name].start_from is None:
+                continue  # untrained
             own = [losses[f"{name}/{each}"] for each in sets]
             if own and statistics.fmean(own) < progress.best.get(name, math.inf):
                 progress.best[name] = statistics.fmean(own)
