@@ -40,7 +40,10 @@ def twins(methods: Mapping[str, AdapterMethod]) -> dict[str, str]:
 
 
 def make_evaluate(
-    model: LlamaForCausalLM, methods: Mapping[str, AdapterMethod], mesh: Mesh
+    model: LlamaForCausalLM,
+    methods: Mapping[str, AdapterMethod],
+    mesh: Mesh,
+    of_rows: Callable[..., tuple[jax.Array, jax.Array]] = step.eval_step,
 ) -> Evaluate:
     """The jitted evaluation step, for rows of the adapter named by its first argument.
 
@@ -48,13 +51,14 @@ def make_evaluate(
       model: the language model, without segments.
       methods: by adapter.
       mesh: where it runs.
+      of_rows: what is computed, `step.eval_step` or `step.score_step`.
     """
 
     def function(name: str | None, adapters: Any, params: Any, batch: Batch) -> Any:
         segments = ()
         if name is not None:
             segments = (Segment(name, methods[name], 0, batch.tokens.shape[0]),)
-        return step.eval_step(model.clone(segments=segments), adapters, params, batch)
+        return of_rows(model.clone(segments=segments), adapters, params, batch)
 
     replicated = NamedSharding(mesh, PartitionSpec())
     jitted = jax.jit(with_rules(function), static_argnums=0, out_shardings=replicated)

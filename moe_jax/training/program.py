@@ -54,6 +54,7 @@ class Program:
       optimizer: the transform of `{"params": base, "adapters": {name: tree}}`.
       total_steps: optimiser steps of the whole run, by adapter.
       evaluate: the jitted evaluation step.
+      score: the same of classification adapters, row by row.
       compiled: the training steps compiled so far, by row length.
     """
 
@@ -68,6 +69,7 @@ class Program:
     optimizer: optax.GradientTransformation
     total_steps: Mapping[str, int]
     evaluate: Evaluate
+    score: Evaluate
     compiled: dict[int, jax.stages.Compiled] = field(default_factory=dict)
 
     def init_state(self, params: Any, starts: Mapping[str, Any] | None = None) -> TrainState:
@@ -89,7 +91,8 @@ class Program:
         Evaluation is not compiled a second time.
         """
         config = self.config.narrowed(names)
-        return _program(config, self.model.config, self.total_steps, self.mesh, self.evaluate)
+        functions = self.evaluate, self.score
+        return _program(config, self.model.config, self.total_steps, self.mesh, functions)
 
     def train_step(
         self, state: TrainState, params: Any, batch: Batch
@@ -122,6 +125,17 @@ class Program:
         """
         with self._mesh_context():
             return self.evaluate(name, adapters, params, batch)
+
+    def score_step(
+        self, name: str, adapters: Mapping[str, Any], params: Any, batch: Batch
+    ) -> tuple[jax.Array, jax.Array]:
+        """Each row's loss [B] and scores [B, N] by the classification adapter `name`.
+
+        Args:
+          name, adapters, params, batch: see `eval_step`.
+        """
+        with self._mesh_context():
+            return self.score(name, adapters, params, batch)
 
     def put_train_batch(self, batch: Batch) -> Batch:
         """A batch of NumPy arrays [B, S], cut into micro-batches, as global arrays [M, b, S].
@@ -280,7 +294,7 @@ def _program(
     model_config: ModelConfig,
     total_steps: Mapping[str, int],
     mesh: Mesh,
-    evaluate: Evaluate | None = None,
+    functions: tuple[Evaluate, Evaluate] | None = None,
 ) -> Program:
     methods = {name: adapter.method for name, adapter in config.adapters.items()}
     rows = {name: adapter.batch_size for name, adapter in config.adapters.items()}
@@ -298,6 +312,9 @@ def _program(
         for name in set(twins(methods).values())
     }
     boxed_adapters = {name: shapes[twin] for name, twin in twins(methods).items()}
+    if functions is None:
+        make = functools.partial(make_evaluate, model, methods, mesh)
+        functions = make(), make(step.score_step)
     partial = functools.partial(
         Program,
         config=config,
@@ -308,7 +325,8 @@ def _program(
         model=model,
         optimizer=build_optimizer(optimizers, total_steps),
         total_steps=total_steps,
-        evaluate=make_evaluate(model, methods, mesh) if evaluate is None else evaluate,
+        evaluate=functions[0],
+        score=functions[1],
     )
     empty: Any = None
     draft = partial(abstract_state=empty, state_shardings=empty)

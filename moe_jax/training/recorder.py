@@ -100,11 +100,26 @@ class Recorder:
         with self._speed.paused():
             yield
 
-    def validation(self, step: int, losses: Mapping[str, float]) -> None:
-        """Writes the validation losses, named `adapter/set`, measured after `step`."""
-        self._write(step, {f"validation/{name}/loss": loss for name, loss in losses.items()}, {})
+    def validation(
+        self,
+        step: int,
+        losses: Mapping[str, float],
+        metrics: Mapping[str, Mapping[str, float]] | None = None,
+    ) -> None:
+        """Writes what was measured after `step`.
+
+        Args:
+          step: how many steps were made.
+          losses: by `adapter/set`.
+          metrics: of classification adapters, by `adapter/set` and name.
+        """
+        line, metrics = dict[str, Any](), metrics or {}
         for name, loss in losses.items():
-            self._say(f"step {step}  validation {name}  loss {loss:.4f}")
+            own = {"loss": loss, **metrics.get(name, {})}
+            line |= {f"validation/{name}/{metric}": value for metric, value in own.items()}
+            values = "  ".join(f"{metric} {value:.4f}" for metric, value in own.items())
+            self._say(f"step {step}  validation {name}  {values}")
+        self._write(step, line, {})
 
     def _note(self, step: int, metrics: dict[str, float]) -> None:
         self.window.add(metrics)

@@ -22,7 +22,7 @@ from moe_jax.training.record import training_record
 from moe_jax.training.recorder import Recorder
 from moe_jax.training.rows import join_rows
 from moe_jax.training.state import TrainState, carried_over
-from moe_jax.training.validation import validation_losses
+from moe_jax.training.validation import validate
 from moe_jax.training.workdir import WorkDir, is_main_process, lengths
 
 
@@ -166,9 +166,9 @@ class Session:
         progress = self.progress
         self.recorder.drain()
         with self.recorder.paused():
-            losses = validation_losses(program, state.adapters, self.params, measured)
+            losses, metrics = validate(program, state.adapters, self.params, measured)
         progress.validation |= losses
-        self.recorder.validation(progress.step, losses)
+        self.recorder.validation(progress.step, losses, metrics)
         if not self.config.training.eval_every:
             return  # measured at the end only, where the final adapter is the best
         for name, sets in measured.items():

@@ -15,7 +15,7 @@ from moe_jax.adapters.statistics import RouterStatistics, collect_statistics
 from moe_jax.data.batch import Batch
 from moe_jax.layers.collections import ADAPTERS, PARAMS, ROUTER
 from moe_jax.models.causal_lm import LlamaForCausalLM
-from moe_jax.training.loss import row_losses, segment_losses, target_counts
+from moe_jax.training.loss import label_losses, row_losses, segment_losses, target_counts
 from moe_jax.training.loss_scale import LossScale, updated
 from moe_jax.training.optimizer import finite_check_state
 from moe_jax.training.routing import routing_summary
@@ -174,12 +174,17 @@ def eval_step(
 
 def score_step(
     model: LlamaForCausalLM, adapters: Mapping[str, Any], params: Any, batch: Batch
-) -> jax.Array:
-    """The scores of a batch [B, S] of one classification adapter, float32 [B, N]."""
+) -> tuple[jax.Array, jax.Array]:
+    """Loss and scores of each row of a batch [B, S] of one classification adapter.
+
+    Returns:
+      float32 [B], 0 for rows without a label, and float32 [B, N].
+    """
     predictions, _ = forward(model, params, adapters, batch, dropout_key=None)
     assert isinstance(predictions, Predictions)
     (scores,) = predictions.scores.values()
-    return scores
+    losses, _ = label_losses(scores, batch)
+    return losses, scores
 
 
 def _router_terms(
