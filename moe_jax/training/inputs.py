@@ -64,9 +64,7 @@ class Inputs:
         return {**self.train[adapter].fingerprint, **measured}
 
 
-def read_inputs(
-    config: RunConfig, say: Callable[[str], None], *, resumes: bool = False
-) -> Inputs:
+def read_inputs(config: RunConfig, say: Callable[[str], None], *, resumes: bool = False) -> Inputs:
     """Everything but the weights; what is quick to check comes first.
 
     Args:
