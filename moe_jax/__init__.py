@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from moe_jax.adapters.targets import TARGET_MODULES
     from moe_jax.errors import UserError
     from moe_jax.evaluation.run import evaluate
+    from moe_jax.inspection.base import describe_base
+    from moe_jax.inspection.routing import inspect_routing
     from moe_jax.library import (
         AdaptedModel,
         Base,
@@ -43,9 +45,11 @@ __all__ = [
     "TopKRouter",
     "TopPRouter",
     "UserError",
+    "describe_base",
     "evaluate",
     "export_adapter",
     "import_adapter",
+    "inspect_routing",
     "load_adapter",
     "load_base",
     "parse_config",
@@ -62,7 +66,9 @@ _HOMES = {
     **dict.fromkeys(
         ("SoftRouter", "SwitchRouter", "TopKRouter", "TopPRouter"), "moe_jax.adapters.routers"
     ),
+    "describe_base": "moe_jax.inspection.base",
     "evaluate": "moe_jax.evaluation.run",
+    "inspect_routing": "moe_jax.inspection.routing",
     "UserError": "moe_jax.errors",
 }
 

@@ -4,15 +4,26 @@ import argparse
 import sys
 from collections.abc import Callable
 
-from moe_jax.commands import Run, evaluate, export_adapter, import_adapter, show, surgery
+from moe_jax.commands import (
+    Run,
+    evaluate,
+    export_adapter,
+    generate,
+    import_adapter,
+    inspect,
+    show,
+    surgery,
+)
 from moe_jax.errors import UserError, report
 from moe_jax.version import __version__
 
 COMMANDS: dict[str, Callable[[argparse.ArgumentParser], Run]] = {
+    "generate": generate.add,
     "show": show.add,
     "export": export_adapter.add,
     "import": import_adapter.add,
     "evaluate": evaluate.add,
+    "inspect": inspect.add,
     "surgery": surgery.add,
 }
 

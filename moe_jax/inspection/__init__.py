@@ -1,0 +1,1 @@
+"""Looking inside: what the routers of an adapter do with texts, and what a base checkpoint is."""

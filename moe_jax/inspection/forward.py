@@ -1,0 +1,109 @@
+"""The model's side: where an adapter routes, and its routers' decisions for batches of rows."""
+
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moe_jax.adapters.method import AdapterMethod
+from moe_jax.adapters.segments import Segment
+from moe_jax.adapters.sites import to_collection
+from moe_jax.adapters.token_routing import TokenRouting, collect_routing
+from moe_jax.data.collate import PADDING_ID, padded_length
+from moe_jax.inspection.texts import TokenRow
+from moe_jax.layers.collections import ADAPTERS, PARAMS, ROUTING
+from moe_jax.models.causal_lm import LlamaForCausalLM
+
+_NAME = "inspected"
+_SHORTEST = 32
+"""Rows are padded to this length times a power of two, each of which is one compilation."""
+
+Batches = Iterator[tuple[list[int], TokenRouting, np.ndarray]]
+"""See `route_rows`."""
+
+_ORDER = (
+    *("mlp/moe", "mlp/gate_proj", "mlp/up_proj", "mlp/down_proj"),
+    *("self_attn/q_proj", "self_attn/k_proj", "self_attn/v_proj", "self_attn/o_proj"),
+)
+"""Sites, the first one of which is looked at unless told otherwise."""
+
+
+def routing_sites(model: LlamaForCausalLM, method: AdapterMethod, tree: Any) -> list[str]:
+    """Where an adapter routes; nothing is computed, and no weights of the base are needed.
+
+    Args:
+      model: without segments.
+      method: of the adapter.
+      tree: its weights.
+
+    Raises:
+      ValueError: the method routes, but does not sow what it does.
+    """
+    tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
+    made = jax.eval_shape(model.init, {PARAMS: jax.random.key(0)}, tokens)
+    mask = jax.ShapeDtypeStruct((1, 2), jnp.bool_)
+    traced = functools.partial(_route, model, method)
+    found = jax.eval_shape(traced, nn.meta.unbox(made)[PARAMS], tree, tokens, mask)
+    return sorted(found, key=lambda site: (_ORDER.index(site) if site in _ORDER else 99, site))
+
+
+def route_rows(
+    model: LlamaForCausalLM,
+    method: AdapterMethod,
+    site: str,
+    params: Any,
+    tree: Any,
+    rows: Sequence[TokenRow],
+    batch_size: int,
+) -> Batches:
+    """The routers' decisions at one site, the longest rows first.
+
+    Args:
+      model, method, tree: see `routing_sites`.
+      site: one of them.
+      params: the base.
+      rows: any number.
+      batch_size: rows at once.
+
+    Yields:
+      The places in `rows` of a batch's first rows (others are empty), the decisions [L, B, S, E] on
+      the host, and the mask bool [B, S] of tokens.
+    """
+    longest = max(len(row.tokens) for row in rows)
+    lengths = [_SHORTEST]
+    while lengths[-1] < longest:
+        lengths.append(2 * lengths[-1])
+    function = jax.jit(lambda *arrays: _route(model, method, *arrays)[site])
+    order = sorted(range(len(rows)), key=lambda place: -len(rows[place].tokens))
+    for start in range(0, len(order), batch_size):
+        places = order[start : start + batch_size]
+        shape = (batch_size, padded_length(len(rows[places[0]].tokens), lengths))
+        tokens, mask = np.full(shape, PADDING_ID, np.int32), np.zeros(shape, bool)
+        for number, place in enumerate(places):
+            length = len(rows[place].tokens)
+            tokens[number, :length] = rows[place].tokens
+            mask[number, :length] = True
+        yield places, jax.device_get(function(params, tree, tokens, mask)), mask
+
+
+def _route(
+    model: LlamaForCausalLM,
+    method: AdapterMethod,
+    params: Any,
+    tree: Any,
+    tokens: jax.Array,
+    token_mask: jax.Array,
+) -> dict[str, TokenRouting]:
+    """The decisions at every site, for rows [B, S] padded on the right."""
+    segment = Segment(_NAME, method, 0, tokens.shape[0])
+    _, sown = model.clone(segments=(segment,)).apply(
+        {PARAMS: params, ADAPTERS: to_collection({_NAME: tree})},
+        tokens,
+        token_mask=token_mask,
+        mutable=[ROUTING],
+    )
+    return collect_routing(sown)[_NAME]

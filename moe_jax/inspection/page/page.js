@@ -1,0 +1,418 @@
+"use strict";
+
+// ---- What is computed of the data; nothing here touches the page. ----
+
+const LIGHT = { page: [255, 255, 255], ink: [27, 29, 33] };
+const DARK = { page: [22, 24, 29], ink: [232, 234, 237] };
+// Of Okabe and Ito (2008): told apart with any kind of colour vision.
+const PALETTE = [
+  [230, 159, 0], [86, 180, 233], [0, 158, 115], [240, 228, 66],
+  [0, 114, 178], [213, 94, 0], [204, 121, 167], [153, 153, 153],
+];
+// Entropy, from decided to undecided: cividis, which also rises in lightness.
+const RAMP = [[0, 34, 78], [62, 73, 108], [122, 121, 120], [187, 173, 108], [254, 232, 56]];
+
+function unpack(base64) {
+  return Uint8Array.from(atob(base64), (letter) => letter.charCodeAt(0));
+}
+
+// Weights are bytes [L, T, E] of 255 for `scale`; entropies bytes [L, T] of 255 for a uniform
+// router's.
+function routing(data) {
+  const { layers, experts } = data;
+  const tokens = data.ids.length;
+  const weights = unpack(data.weights);
+  const entropies = unpack(data.entropy);
+  const weight = (layer, token, expert) =>
+    (weights[(layer * tokens + token) * experts + expert] / 255) * data.scale;
+  return {
+    layers,
+    experts,
+    tokens,
+    weight,
+    entropy: (layer, token) => entropies[layer * tokens + token] / 255,
+    isRouted: (layer) => data.present[layer].includes("1"),
+    isPresent: (layer, expert) => data.present[layer][expert] === "1",
+    // The expert of the largest weight; -1 where the token has none.
+    top(layer, token) {
+      let best = -1;
+      for (let expert = 0; expert < experts; expert++) {
+        const own = weight(layer, token, expert);
+        if (own > 0 && (best < 0 || own > weight(layer, token, best))) best = expert;
+      }
+      return best;
+    },
+  };
+}
+
+function mix(from, to, share) {
+  return from.map((value, channel) => Math.round(value + (to[channel] - value) * share));
+}
+
+function css([red, green, blue]) {
+  return `rgb(${red}, ${green}, ${blue})`;
+}
+
+function luminance(colour) {
+  const [red, green, blue] = colour.map((value) => {
+    const part = value / 255;
+    return part <= 0.04045 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4;
+  });
+  return 0.2126 * red + 0.7152 * green + 0.0722 * blue;
+}
+
+// Black or white, whichever is read better on a background.
+function ink(background) {
+  return luminance(background) > 0.18 ? "#000" : "#fff";
+}
+
+// Beyond the palette, colours of other hues and lightnesses; numbers then tell more.
+function expertColour(expert) {
+  if (expert < PALETTE.length) return PALETTE[expert];
+  const hue = ((expert * 137.508) % 360) / 60;
+  const [low, high] = [[70, 190], [130, 240], [40, 150]][expert % 3];
+  const part = high - (high - low) * Math.abs((hue % 2) - 1);
+  const wheel = [[high, part, low], [part, high, low], [low, high, part],
+    [low, part, high], [part, low, high], [high, low, part]];
+  return wheel[Math.floor(hue)].map(Math.round);
+}
+
+function entropyColour(share) {
+  const at = Math.min(Math.max(share, 0), 1) * (RAMP.length - 1);
+  const index = Math.min(Math.floor(at), RAMP.length - 2);
+  return mix(RAMP[index], RAMP[index + 1], at - index);
+}
+
+// The background of a token, and null where it has none.
+function tokenColour(found, layer, token, colouring, theme) {
+  if (!found.isRouted(layer)) return null;
+  if (colouring === "entropy") return entropyColour(found.entropy(layer, token));
+  const top = found.top(layer, token);
+  if (top < 0) return null;
+  const most = Math.min(found.weight(layer, token, top), 1);
+  return mix(theme.page, expertColour(top), 0.15 + 0.85 * most);
+}
+
+// Several experts side by side, each as wide as its weight: stops of a gradient.
+function mixtureStops(found, layer, token) {
+  const shares = [];
+  let total = 0;
+  for (let expert = 0; expert < found.experts; expert++) {
+    const weight = found.weight(layer, token, expert);
+    if (weight > 0) shares.push([expert, weight]);
+    total += weight;
+  }
+  let start = 0;
+  return shares.map(([expert, weight]) => {
+    const stop = start + (100 * weight) / total;
+    const text = `${css(expertColour(expert))} ${start.toFixed(1)}% ${stop.toFixed(1)}%`;
+    start = stop;
+    return text;
+  });
+}
+
+// A token's text in parts: as it is, or a mark that stands for what cannot be seen.
+function visible(piece) {
+  if (piece === "") return [{ mark: "\u2026" }]; // a part of the character that the next one ends
+  const marks = { " ": "\u00b7", "\t": "\u2192", "\n": "\u21b5", "\r": "\u240d" };
+  const parts = [];
+  for (const letter of piece) {
+    const code = letter.codePointAt(0);
+    const isHidden = code < 32 || code === 127 || code === 0xa0 || (code >= 0x200b && code <= 0x200f)
+      || (code >= 0x202a && code <= 0x202e) || (code >= 0x2066 && code <= 0x2069) || code === 0xfeff;
+    const mark = marks[letter] || (isHidden ? `<${code.toString(16)}>` : null);
+    if (mark !== null) {
+      parts.push({ mark, isBreak: letter === "\n" });
+    } else if (parts.length && parts[parts.length - 1].text !== undefined) {
+      parts[parts.length - 1].text += letter;
+    } else {
+      parts.push({ text: letter });
+    }
+  }
+  return parts;
+}
+
+// ---- The page. Texts only ever become text nodes, so that nothing in them is markup. ----
+
+function start(document, window) {
+  const data = JSON.parse(document.getElementById("data").textContent);
+  const found = routing(data);
+  const get = (id) => document.getElementById(id);
+  const state = { layer: 0, colouring: "expert", expert: null, token: null };
+  const spans = [];
+  const wanted = window.matchMedia ? window.matchMedia("(prefers-color-scheme: dark)") : null;
+
+  function make(tag, className, text) {
+    const element = document.createElement(tag);
+    if (className) element.className = className;
+    if (text !== undefined) element.textContent = text;
+    return element;
+  }
+
+  function isDark() {
+    const chosen = get("theme").value;
+    return chosen === "system" ? Boolean(wanted && wanted.matches) : chosen === "dark";
+  }
+
+  function swatch(colour) {
+    const box = make("span", "swatch");
+    box.style.backgroundColor = css(colour);
+    return box;
+  }
+
+  function writeText() {
+    data.rows.forEach((row) => {
+      const section = make("section");
+      section.append(make("h2", "", row.title));
+      const paragraph = make("div", "text");
+      for (let token = row.start; token < row.start + row.count; token++) {
+        const span = make("span", "t");
+        span.dataset.token = String(token);
+        span.tabIndex = token === 0 ? 0 : -1;
+        visible(data.pieces[token]).forEach((part) => {
+          if (part.text !== undefined) span.append(part.text);
+          else span.append(make("i", "mark", part.mark));
+        });
+        const number = make("sub");
+        const strip = make("span", "strip");
+        span.append(number, strip);
+        spans.push({ span, number, strip });
+        paragraph.append(span);
+        if (data.pieces[token].endsWith("\n")) paragraph.append(make("br"));
+      }
+      section.append(paragraph);
+      get("rows").append(section);
+    });
+  }
+
+  function paint() {
+    const { layer, colouring, expert } = state;
+    const theme = isDark() ? DARK : LIGHT;
+    document.documentElement.dataset.theme = isDark() ? "dark" : "light";
+    const withNumbers = get("numbers").checked;
+    spans.forEach(({ span, number }, token) => {
+      const colour = tokenColour(found, layer, token, colouring, theme);
+      const isNone = colour === null && found.isRouted(layer);
+      span.classList.toggle("none", isNone);
+      const dims = expert !== null && !(found.weight(layer, token, expert) > 0);
+      span.classList.toggle("dim", dims);
+      span.style.background = "";
+      span.style.color = "";
+      if (colour !== null) {
+        span.style.color = ink(colour);
+        if (colouring === "mixture") {
+          const stops = mixtureStops(found, layer, token);
+          span.style.background = `linear-gradient(to right, ${stops.join(", ")})`;
+          span.style.color = "#000";
+        } else {
+          span.style.background = css(colour);
+        }
+      }
+      const top = found.top(layer, token);
+      number.textContent = withNumbers && top >= 0 ? String(top) : "";
+    });
+    get("layer").value = String(layer);
+    get("shown").textContent = `${layer} of 0\u2013${found.layers - 1}`;
+    get("before").disabled = layer === 0;
+    get("after").disabled = layer === found.layers - 1;
+    writeLegend();
+    if (state.token !== null) showTip(state.token);
+  }
+
+  function paintStrips() {
+    const isOn = get("strips").checked;
+    const theme = isDark() ? DARK : LIGHT;
+    const height = Math.max(2, Math.min(5, Math.floor(96 / found.layers)));
+    const texts = document.querySelectorAll(".text");
+    texts.forEach((text) => text.classList.toggle("strips", isOn));
+    if (!isOn) return;
+    spans.forEach(({ strip }, token) => {
+      const stops = [];
+      for (let layer = 0; layer < found.layers; layer++) {
+        const colour = tokenColour(found, layer, token, state.colouring, theme) || theme.page;
+        stops.push(`${css(colour)} ${layer * height}px ${(layer + 1) * height}px`);
+      }
+      strip.style.height = `${found.layers * height}px`;
+      strip.style.background = `linear-gradient(to bottom, ${stops.join(", ")})`;
+    });
+  }
+
+  function writeLegend() {
+    const legend = get("legend");
+    legend.replaceChildren();
+    const { layer } = state;
+    if (!found.isRouted(layer)) {
+      legend.append(make("span", "hint", `Layer ${layer} has no router: its FFN is the base's.`));
+      return;
+    }
+    if (state.colouring === "entropy") {
+      const ramp = make("span", "ramp");
+      const stops = RAMP.map(css).join(", ");
+      ramp.style.background = `linear-gradient(to right, ${stops})`;
+      legend.append("entropy: 0, decided", ramp, "1, uniform");
+      legend.append(make("span", "hint", `mean of all tokens in this layer ${data.entropies[layer]}`));
+    }
+    for (let expert = 0; expert < found.experts; expert++) {
+      if (!found.isPresent(layer, expert)) continue;
+      const button = make("button");
+      button.type = "button";
+      button.dataset.expert = String(expert);
+      button.setAttribute("aria-pressed", String(state.expert === expert));
+      button.title = "load over an equal share, of all tokens; press to see only its tokens";
+      if (state.colouring !== "entropy") button.append(swatch(expertColour(expert)));
+      button.append(`expert ${expert} \u00d7${data.load[layer][expert].toFixed(2)}`);
+      legend.append(button);
+    }
+  }
+
+  function showTip(token) {
+    const { layer } = state;
+    const tip = get("tip");
+    state.token = token;
+    tip.replaceChildren();
+    const head = make("div");
+    const code = make("code");
+    visible(data.pieces[token]).forEach((part) => code.append(part.text || part.mark));
+    head.append(code, ` id ${data.ids[token]}, layer ${layer}`);
+    tip.append(head);
+    if (!found.isRouted(layer)) {
+      tip.append(make("div", "", "This layer has no router."));
+    } else {
+      if (found.top(layer, token) < 0) {
+        tip.append(make("div", "", "No expert had room for it."));
+      }
+      const table = make("table");
+      const order = Array.from({ length: found.experts }, (_, expert) => expert)
+        .filter((expert) => found.isPresent(layer, expert));
+      const shown = order.length <= 16
+        ? order
+        : order.filter((expert) => found.weight(layer, token, expert) > 0).slice(0, 16);
+      shown.forEach((expert) => {
+        const weight = found.weight(layer, token, expert);
+        const row = make("tr", weight > 0 ? "" : "zero");
+        const name = make("td");
+        name.append(swatch(expertColour(expert)), `expert ${expert}`);
+        const wide = make("td", "wide");
+        const bar = make("span", "bar");
+        bar.style.width = `${Math.round(100 * Math.min(weight, 1))}%`;
+        bar.style.background = css(expertColour(expert));
+        wide.append(bar);
+        row.append(name, wide, make("td", "number", weight.toFixed(2)));
+        table.append(row);
+      });
+      tip.append(table);
+      tip.append(make("div", "", `entropy ${found.entropy(layer, token).toFixed(2)} of a uniform router's`));
+    }
+    tip.append(make("div", "hint", `all layers, 0 to ${found.layers - 1}:`));
+    const cells = make("div", "cells");
+    const theme = isDark() ? DARK : LIGHT;
+    for (let other = 0; other < found.layers; other++) {
+      const cell = make("span", other === layer ? "now" : "");
+      const colour = tokenColour(found, other, token, state.colouring, theme);
+      if (colour !== null) cell.style.background = css(colour);
+      cells.append(cell);
+    }
+    tip.append(cells);
+    tip.hidden = false;
+    spans.forEach(({ span }, index) => span.classList.toggle("now", index === token));
+    place(tip, spans[token].span);
+  }
+
+  function place(tip, span) {
+    const box = span.getBoundingClientRect();
+    const [width, height] = [tip.offsetWidth, tip.offsetHeight];
+    const left = Math.min(Math.max(box.left, 8), window.innerWidth - width - 8);
+    const below = box.bottom + 8;
+    const top = below + height < window.innerHeight ? below : Math.max(8, box.top - height - 8);
+    tip.style.left = `${Math.max(left, 8)}px`;
+    tip.style.top = `${top}px`;
+  }
+
+  function hideTip() {
+    state.token = null;
+    get("tip").hidden = true;
+    spans.forEach(({ span }) => span.classList.remove("now"));
+  }
+
+  function setLayer(layer) {
+    state.layer = Math.min(Math.max(layer, 0), found.layers - 1);
+    paint();
+  }
+
+  function tokenOf(event) {
+    const span = event.target.closest ? event.target.closest(".t") : null;
+    return span ? Number(span.dataset.token) : null;
+  }
+
+  function focusToken(token) {
+    const next = Math.min(Math.max(token, 0), spans.length - 1);
+    spans.forEach(({ span }, index) => { span.tabIndex = index === next ? 0 : -1; });
+    spans[next].span.focus();
+    showTip(next);
+  }
+
+  function onKey(event) {
+    const token = tokenOf(event);
+    if (event.key === "Escape") hideTip();
+    if (token === null) return;
+    const moves = { ArrowLeft: -1, ArrowRight: 1 };
+    const climbs = { ArrowUp: -1, ArrowDown: 1 };
+    if (event.key in moves) focusToken(token + moves[event.key]);
+    else if (event.key in climbs) setLayer(state.layer + climbs[event.key]);
+    else return;
+    event.preventDefault();
+  }
+
+  function listen() {
+    const rows = get("rows");
+    rows.addEventListener("pointerover", (event) => {
+      const token = tokenOf(event);
+      if (token !== null) showTip(token);
+    });
+    rows.addEventListener("pointerleave", hideTip);
+    rows.addEventListener("focusin", (event) => {
+      const token = tokenOf(event);
+      if (token !== null) showTip(token);
+    });
+    rows.addEventListener("focusout", hideTip);
+    rows.addEventListener("click", (event) => {
+      const token = tokenOf(event);
+      if (token !== null) focusToken(token);
+    });
+    document.addEventListener("keydown", onKey);
+    get("layer").addEventListener("input", (event) => setLayer(Number(event.target.value)));
+    get("before").addEventListener("click", () => setLayer(state.layer - 1));
+    get("after").addEventListener("click", () => setLayer(state.layer + 1));
+    ["expert", "mixture", "entropy"].forEach((colouring) => {
+      get(`by-${colouring}`).addEventListener("change", () => {
+        state.colouring = colouring;
+        paint();
+        paintStrips();
+      });
+    });
+    get("numbers").addEventListener("change", paint);
+    get("strips").addEventListener("change", paintStrips);
+    const repaint = () => { paint(); paintStrips(); };
+    get("theme").addEventListener("change", repaint);
+    if (wanted && wanted.addEventListener) wanted.addEventListener("change", repaint);
+    get("legend").addEventListener("click", (event) => {
+      const button = event.target.closest("button");
+      if (!button) return;
+      const expert = Number(button.dataset.expert);
+      state.expert = state.expert === expert ? null : expert;
+      paint();
+      const again = get("legend").querySelector(`[data-expert="${expert}"]`);
+      if (again) again.focus(); // the legend was written anew
+    });
+  }
+
+  writeText();
+  listen();
+  paint();
+}
+
+if (typeof document !== "undefined") start(document, window);
+if (typeof module !== "undefined") {
+  module.exports = { unpack, routing, mix, ink, luminance, expertColour, entropyColour, tokenColour,
+    mixtureStops, visible, start };
+}

@@ -1,0 +1,118 @@
+"""The texts to look at, as tokens: rows as training would show them to the model."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from moe_jax.config.data import SourceConfig
+from moe_jax.data.chat import require_chat_template
+from moe_jax.data.examples import make_examples
+from moe_jax.data.prompt_template import load_prompt_template
+from moe_jax.data.sources import read_source
+from moe_jax.data.tokenise import encode_examples
+from moe_jax.data.tokenizer import encode_prompt
+from moe_jax.errors import DataError
+
+Texts = Mapping[str, SourceConfig | Sequence[str]]
+"""Data sets by a name of the user's choice: where their rows are read, or texts themselves."""
+
+
+class TokenRow(NamedTuple):
+    """One sequence to look at.
+
+    Attributes:
+      data: the name of its data set.
+      where: the place that it came from.
+      tokens: int32 [n].
+    """
+
+    data: str
+    where: str
+    tokens: np.ndarray
+
+
+class TokenRows(NamedTuple):
+    """All sequences to look at.
+
+    Attributes:
+      rows: data set by data set, in the order of their files.
+      report: one line for each data set on what became of its rows.
+    """
+
+    rows: list[TokenRow]
+    report: list[str]
+
+
+def read_texts(
+    data: Texts, tokenizer: PreTrainedTokenizerBase, *, limit: int, max_length: int
+) -> TokenRows:
+    """Reads and tokenises data sets.
+
+    A row is what training makes of it, prompt and completion and all. Raw text that is longer than
+    `max_length` is divided, and other rows lose their end; a text that is given as it is has its
+    tokenizer's leading tokens and no end-of-text token.
+
+    Args:
+      data: see `Texts`.
+      tokenizer: of the base.
+      limit: rows of each data set, the first ones.
+      max_length: tokens of a row.
+
+    Raises:
+      DataError: a data set cannot be read, a row does not fit its schema, or there is no token.
+    """
+    rows, report = [], []
+    for name, source in data.items():
+        if isinstance(source, SourceConfig):
+            encoded = _read_source(source, tokenizer, limit)
+            divide = source.schema == "text"
+        else:
+            texts = enumerate(source[:limit], 1)
+            encoded = [(f"text {n}", encode_prompt(tokenizer, text)) for n, text in texts]
+            divide = True
+        found, cut = _rows(name, encoded, max_length, divide)
+        if not found:
+            raise DataError(f"{name}: holds no text to look at")
+        rows += found
+        count = sum(len(row.tokens) for row in found)
+        lost = f", {cut} cut to {max_length} tokens" if cut else ""
+        report.append(f"{name}: {len(found)} rows, {count:,} tokens{lost}")
+    if not rows:
+        raise DataError("no text is given; name a data set or a text")
+    return TokenRows(rows, report)
+
+
+def _read_source(
+    source: SourceConfig, tokenizer: PreTrainedTokenizerBase, limit: int
+) -> list[tuple[str, list[int]]]:
+    if source.schema == "chat":
+        require_chat_template(tokenizer, source.path)
+    template = load_prompt_template(source.prompt) if source.schema == "instruction" else None
+    table = read_source(source, None).rows
+    found = []
+    for row in table.select(range(min(limit, len(table)))):
+        assert isinstance(row, dict)
+        examples = make_examples(row, source.schema, template, tokenizer)
+        where = f"{Path(row['where']).name}"
+        encoded = encode_examples(examples, tokenizer, train_on_prompt=False)
+        found += [(where, tokens) for tokens, _ in encoded]
+    return found
+
+
+def _rows(
+    data: str, encoded: Sequence[tuple[str, list[int]]], max_length: int, divide: bool
+) -> tuple[list[TokenRow], int]:
+    """Rows of at most `max_length` tokens, and how many lost their end."""
+    rows, cut = [], 0
+    for where, tokens in encoded:
+        longer = len(tokens) > max_length
+        starts = range(0, len(tokens), max_length) if divide else range(min(1, len(tokens)))
+        cut += longer and not divide
+        for start in starts:
+            place = f"{where}, from token {start}" if longer and divide else where
+            part = np.asarray(tokens[start : start + max_length], np.int32)
+            rows.append(TokenRow(data, place, part))
+    return rows, cut
