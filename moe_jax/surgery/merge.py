@@ -9,6 +9,7 @@ The result is exact where all experts of a router are equal, as after upcycling,
 one; otherwise it is not, and what changes is measured.
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -171,7 +172,8 @@ def _lora_of(method: ExpertMethod) -> LoraConfig:
             "experts have others than attention (expert_lora), so give 2 or more"
         )
     with located("the new lora"):
-        return LoraConfig(**vars(pairs), target_modules=method.target_modules)
+        common = {f.name: getattr(method, f.name) for f in dataclasses.fields(LoraConfig)}
+        return LoraConfig(**{**common, **vars(pairs)})
 
 
 def _as_lora(leaves: Leaves) -> Leaves:

@@ -5,6 +5,7 @@ routers are fresh. As long as the weights of a token's experts sum to one, what 
 the LoRA computes, whichever are chosen. Training then tells them apart.
 """
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from moe_jax.adapters.mola import MolaConfig
 from moe_jax.adapters.router import ROUTERS, Router
 from moe_jax.adapters.routers import SoftRouter, SwitchRouter, TopKRouter, TopPRouter
 from moe_jax.adapters.sites import MOE
-from moe_jax.adapters.targets import MLP_MODULES
+from moe_jax.adapters.targets import MLP_MODULES, TARGET_MODULES
 from moe_jax.checkpoints.adapter_files import SavedAdapter
 from moe_jax.config.model import ModelConfig
 from moe_jax.config.parse import parse_member, suggest
@@ -27,8 +28,6 @@ from moe_jax.surgery.outcome import Outcome, changed_adapter, finished, opened, 
 
 UPCYCLED = ("mixlora", "loramoe", "mola")
 """The methods that a LoRA can become."""
-
-_CARRIED = ("rank", "alpha", "dropout", "init", "rslora", "dora", "target_modules")
 
 
 def upcycle(
@@ -124,7 +123,7 @@ def _method(
             raise CheckpointError(f"num_experts: {to!r} has one number for all layers")
         (number,) = number
     fields: dict[str, Any] = {"name": to, "num_experts": number}
-    fields |= {name: getattr(lora, name) for name in _CARRIED}
+    fields |= {field.name: getattr(lora, field.name) for field in dataclasses.fields(lora)}
     if router is not None:
         fields["router"] = router
     return parse_member(METHODS, fields, f"the new {to}")
@@ -139,7 +138,8 @@ def _leaves(saved: SavedAdapter, method: ExpertMethod, seed: int) -> Leaves:
     leaves: Leaves = {}
     for path, leaf in leaves_of(saved).items():
         *parents, target, name = path.split("/")
-        if target not in MLP_MODULES and not isinstance(method, MolaConfig):
+        routed = TARGET_MODULES if isinstance(method, MolaConfig) else MLP_MODULES
+        if target not in routed:
             leaves[path] = leaf
             continue
         # MixLoRA has one router for the FFN, which sees what gate and up see.
