@@ -15,6 +15,11 @@ MEANINGS = {
     "label_acc": "the label that the model finds likeliest after a prompt that lists the options",
     "acc": "the option whose words the model finds likeliest after the question",
     "acc_norm": "the same, log-likelihoods divided by the options' number of characters",
+    "accuracy": "the class with the highest score of a score head",
+    "f1": "the harmonic mean of precision and recall of the second class",
+    "matthews": "Matthews' correlation of classes",
+    "pearson": "the linear correlation of numbers",
+    "spearman": "the correlation of their ranks",
 }
 """What each measure calls the model's answer."""
 
@@ -52,6 +57,29 @@ class Accuracy:
 
 
 @dataclass(frozen=True)
+class Metric:
+    """What is not a share of right answers.
+
+    Attributes:
+      value: up to 1.
+      standard_error: see `tasks.metrics`.
+      questions: over how many rows.
+    """
+
+    value: float
+    standard_error: float
+    questions: int
+
+    def to_plain(self) -> dict[str, Any]:
+        """The same as plain values."""
+        return {
+            "questions": self.questions,
+            "value": self.value,
+            "standard_error": self.standard_error,
+        }
+
+
+@dataclass(frozen=True)
 class Outcome:
     """One model on one task, asked one way.
 
@@ -59,7 +87,7 @@ class Outcome:
       model: what the user calls it.
       task: its name.
       protocol: how it was asked.
-      accuracies: by measure.
+      accuracies: by measure; a classification task has other metrics too.
       subjects: by measure and part of the task, if it has parts.
       examples: what the model said about each question, in the order of the data.
     """
@@ -67,7 +95,7 @@ class Outcome:
     model: str
     task: str
     protocol: str
-    accuracies: Mapping[str, Accuracy]
+    accuracies: Mapping[str, Accuracy | Metric]
     subjects: Mapping[str, Mapping[str, Accuracy]]
     examples: Sequence[Mapping[str, Any]]
 
@@ -117,7 +145,7 @@ class Evaluation:
         object.__setattr__(self, "models", list(dict.fromkeys(o.model for o in self.outcomes)))
         object.__setattr__(self, "tasks", list(dict.fromkeys(o.task for o in self.outcomes)))
 
-    def accuracy(self, model: str, task: str, measure: str) -> Accuracy | None:
+    def accuracy(self, model: str, task: str, measure: str) -> Accuracy | Metric | None:
         """One cell of the table; None where the task is not measured that way."""
         for one in self.outcomes:
             if (one.model, one.task) == (model, task) and measure in one.accuracies:
@@ -166,7 +194,7 @@ class Evaluation:
     def to_markdown(self) -> str:
         """A table for each measure: tasks as columns, models as rows."""
         tables = [self._table(measure) for measure in self.measures()]
-        return "\n".join(["Accuracy in percent, ± one standard error.\n", *tables])
+        return "\n".join(["In percent, ± one standard error.\n", *tables])
 
     def save(self, folder: Path) -> None:
         """Writes `results.json` and `results.md`."""

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
 from moe_jax.adapters.method import AdapterMethod
+from moe_jax.adapters.score_head import Predictions
 from moe_jax.adapters.segments import Segment
 from moe_jax.adapters.sites import to_collection
 from moe_jax.checkpoints.loading import Adapter
@@ -29,7 +30,8 @@ class Score(NamedTuple):
     """What the model says about an item.
 
     Attributes:
-      values: the log-probability of the targets, or of each candidate; nats.
+      values: the log-probability of the targets, or of each candidate, in nats; or a classifier's
+        scores.
       is_greedy: whether each target is the likeliest token at its place.
     """
 
@@ -143,18 +145,21 @@ def _score(
 
     Returns:
       The log-probability of its targets [B], of its candidates [B, K], and whether greedy decoding
-      gives its targets [B].
+      gives its targets [B]. The candidates of a classifier are indices of its labels, and theirs
+      are its scores; it has nothing else.
     """
     rows, length = batch.tokens.shape
     segments = () if method is None else (Segment(_NAME, method, 0, rows),)
     with nn.logical_axis_rules(RULES):
-        logits = model.clone(segments=segments).apply(
+        logits: Any = model.clone(segments=segments).apply(
             {PARAMS: params, ADAPTERS: to_collection(trees)},
             batch.tokens,
             positions=jnp.where(batch.is_token, jnp.arange(length), 0),
             token_mask=batch.is_token,
         )
-    assert isinstance(logits, jax.Array)
+    if isinstance(logits, Predictions):
+        scores = jnp.take_along_axis(logits.scores[_NAME], batch.candidates, axis=-1)
+        return jnp.zeros(rows), scores, jnp.zeros(rows, bool)
     total = jax.nn.logsumexp(logits, axis=-1)  # [B, S]
     chosen = jnp.take_along_axis(logits, batch.targets[..., None], axis=-1)[..., 0] - total
     sums = jnp.sum(jnp.where(batch.is_target, chosen, 0.0), axis=-1)

@@ -48,7 +48,7 @@ def test_the_table(evaluation):
     # their mean 0.53125, error sqrt(0.1240^2 + 0.25^2) / 2 = 0.1395.
     # base: mean 0.375, error sqrt(0.125^2 + 0.2165^2) / 2 = 0.125. 4 / 16: error 0.1083.
     assert evaluation.to_markdown() == (
-        "Accuracy in percent, ± one standard error.\n"
+        "In percent, ± one standard error.\n"
         "\n"
         "**label_acc**: the label that the model finds likeliest after a prompt that lists the "
         "options.\n"
