@@ -48,20 +48,42 @@ class Labelled(NamedTuple):
     tokens: list[list[int]]
     cut: int
 
+    @property
+    def num_scores(self) -> int:
+        """Outputs of a score head for it."""
+        return len(self.task.labels) or 1
 
-def pairs(
-    classifiers: Sequence[NamedAdapter], tasks: Sequence[Task], answered: bool
-) -> list[tuple[NamedAdapter, ClassificationTask]]:
-    """Which classifier is measured on which task: on those with its labels.
+
+def tasks_of_classifiers(
+    classifiers: Sequence[NamedAdapter],
+    tasks: Sequence[Task],
+    tokenizer: PreTrainedTokenizerBase,
+    limits: Limits,
+    *,
+    answered: bool,
+) -> list[tuple[NamedAdapter, Labelled]]:
+    """Each classifier with the rows of each task that has its labels.
 
     Args:
       classifiers: adapters with `method.classification`.
       tasks: all that are evaluated.
+      tokenizer: the base's own.
+      limits: the base's.
       answered: whether another model answers all tasks in words.
 
     Raises:
       ConfigError: a classifier has no task, a task no model, or a task has no labels.
+      DataError: the data cannot be used, or does not fit the base.
     """
+    matched = _matched(classifiers, tasks, answered)
+    rows = {task.name: task for _, task in matched}
+    read = {name: read_labelled(task, tokenizer, limits) for name, task in rows.items()}
+    return [(one, read[task.name]) for one, task in matched]
+
+
+def _matched(
+    classifiers: Sequence[NamedAdapter], tasks: Sequence[Task], answered: bool
+) -> list[tuple[NamedAdapter, ClassificationTask]]:
     found = []
     for one in classifiers:
         own = one.saved.method.classification
@@ -71,14 +93,14 @@ def pairs(
                 require_language_model(one.saved.method, one.name, what)
             elif _same_labels(own, task):
                 found.append((one, task))
-        if not any(one is matched for matched, _ in found):
+        if not any(one is other for other, _ in found):
             labels = "; ".join(f"{t.name} has {_labels(t)}" for t in tasks)
             raise ConfigError(
                 f"adapter {one.name!r}: classifies {own.describe()}, which no task asks for "
                 f"({labels}); give the task it was trained for"
             )
     for task in tasks:
-        if classifiers and not answered and not any(task is matched for _, matched in found):
+        if classifiers and not answered and not any(task is other for _, other in found):
             raise ConfigError(
                 f"task {task.name!r}: none of the adapters classifies {_labels(task)}; give one "
                 "that does, or leave the task out"
@@ -130,6 +152,16 @@ def open_labels_journal(
         "dtype": dtype,
     }
     return Journal(file, identity, len(labelled.rows))
+
+
+def labels_announcement(adapter: NamedAdapter, labelled: Labelled, journal: Journal) -> str:
+    """What is about to be classified, for people."""
+    line = f"{adapter.name}: {labelled.task.name}, {PROTOCOL}: {len(labelled.rows)} rows"
+    if journal.records:
+        line += f", {len(journal.records)} classified before"
+    if labelled.cut:
+        line += f", {labelled.cut} cut at their end to fit the context"
+    return line
 
 
 def classify(
