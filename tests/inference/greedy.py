@@ -1,0 +1,53 @@
+"""Continuations, ours and transformers'."""
+
+from collections.abc import Sequence
+
+import torch
+from transformers import PreTrainedModel
+
+from moe_jax.inference.generator import Generator, Request
+from moe_jax.inference.sampling import SamplingConfig
+
+NOWHERE = 10**6
+"""The id of no token, so that only their number ends continuations."""
+
+GREEDY = SamplingConfig()
+
+
+def continuations(
+    generator: Generator,
+    requests: Sequence[Request],
+    new_tokens: int,
+    *,
+    sampling: SamplingConfig = GREEDY,
+    eos_id: int = NOWHERE,
+    **options,
+) -> list[list[int]]:
+    """All new tokens of each request, in its place; a row that has ended stays so."""
+    rows = [[] for _ in requests]
+    ended = [False] * len(requests)
+    steps = generator.stream(
+        requests, sampling, max_new_tokens=new_tokens, eos_ids=(eos_id,), **options
+    )
+    for step in steps:
+        assert len(step) == len(requests)
+        for number, token in enumerate(step):
+            ended[number] = ended[number] or token is None
+            assert ended[number] == (token is None)
+            if token is not None:
+                rows[number].append(token)
+    return rows
+
+
+def transformers_continuation(
+    model: PreTrainedModel, prompt: Sequence[int], new_tokens: int
+) -> list[int]:
+    """What `generate` makes of a prompt by itself, greedily."""
+    found = model.generate(
+        torch.tensor([list(prompt)]),
+        do_sample=False,
+        max_new_tokens=new_tokens,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    return found[0, len(prompt) :].tolist()

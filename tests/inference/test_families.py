@@ -1,0 +1,84 @@
+"""Greedy continuations of every kind of family against transformers' `generate`, token by token."""
+
+import copy
+
+import jax
+import numpy as np
+import pytest
+from foreign_adapters import LORA
+from hf_models import merge_lora
+from inference.greedy import continuations, transformers_continuation
+from whole_models import adapter_of, tiny_model
+
+import moe_jax
+from moe_jax.config.model import ComputeConfig
+from moe_jax.inference.generator import Generator, Request
+
+WINDOW, NEW = 5, 14
+SEED = 5  # of models that do not fall into saying one token again and again
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    # Of the 8 channels of a head 6 are rotated: three pairs.
+    "short_factor": [1.0, 1.2, 1.5],
+    "long_factor": [1.5, 3.0, 6.0],
+    "partial_rotary_factor": 0.75,
+}
+GEMMA_3_ROPE = {
+    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1000000.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+}
+CAPS = {"attn_logit_softcapping": 1.5, "final_logit_softcapping": 2.5}
+# Small random models that reuse their embedding give back the token that they were given.
+UNTIED = {"head_dim": 8, "tie_word_embeddings": False}
+CASES = {
+    "mistral": ("mistral", {"sliding_window": WINDOW}),
+    "gemma2": ("gemma2", {**UNTIED, "sliding_window": WINDOW, **CAPS}),
+    "gemma3": (
+        "gemma3_text",
+        {
+            **UNTIED,
+            "sliding_window": WINDOW,
+            "sliding_window_pattern": 3,
+            "rope_parameters": GEMMA_3_ROPE,
+        },
+    ),
+    # Rows of up to 4 tokens would have the short factors.
+    "phi3_long": (
+        "phi3",
+        {
+            "original_max_position_embeddings": 4,
+            "rope_parameters": {**LONGROPE, "original_max_position_embeddings": 4},
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_rows_of_a_base_and_of_its_adapter_equal_transformers(case, tmp_path):
+    model_type, fields = CASES[case]
+    reference = tiny_model(model_type, SEED, **fields)
+    reference.save_pretrained(tmp_path)
+    base = moe_jax.load_base(tmp_path)
+    adapter = adapter_of(base, LORA)
+    merged = copy.deepcopy(reference)
+    merge_lora(merged, jax.tree.map(np.asarray, adapter.tree), adapter.method.scale)
+
+    prompts = [
+        tuple(np.random.default_rng(n).integers(1, 64, length).tolist())
+        for n, length in enumerate((5, 11, 7))
+    ]
+    generator = Generator(
+        base.config,
+        base.params,
+        {"x": (adapter.method, adapter.tree)},
+        compute=ComputeConfig(dtype="float32"),
+    )
+    requests = [Request(prompts[0], "x"), Request(prompts[1]), Request(prompts[2], "x")]
+    found = continuations(generator, requests, NEW)
+    models = (merged, reference, merged)
+    for own, model, prompt in zip(found, models, prompts, strict=True):
+        assert own == transformers_continuation(model, prompt, NEW)
+    # Not what the other model says, nor the same tokens over and over.
+    assert found[0] != transformers_continuation(reference, prompts[0], NEW)
+    assert all(len(set(own)) > 3 for own in found)
