@@ -191,11 +191,12 @@ def readable(size: int) -> str:
     return f"{size} B"
 
 
-def _place(module: str) -> tuple[int, str]:
-    """Attention before the FFN, as tokens pass; a router where its experts begin."""
-    names = [name for name in TARGET_MODULES if name in module.split("/")]
-    first = TARGET_MODULES.index("gate_proj")
-    return (TARGET_MODULES.index(names[0]) + 1 if names else first, module)
+def _place(module: str) -> tuple[float, str]:
+    """Attention before the FFN, as tokens pass; a router of a whole FFN in front of its experts."""
+    for place, name in enumerate(TARGET_MODULES):
+        if name in module.split("/"):
+            return place, module
+    return TARGET_MODULES.index("gate_proj") - 0.5, module
 
 
 def _module(path: str) -> str:

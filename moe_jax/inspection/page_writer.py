@@ -28,7 +28,7 @@ def routing_page(report: RoutingReport) -> str:
     """
     if not report.rows:
         raise ValueError("the report kept no tokens to show; see keep_tokens")
-    style, script = (_part(name) for name in ("page.css", "page.js"))
+    style, script = _part("page.css"), _part("colours.js") + _part("page.js")
     count = sum(len(row.tokens) for row in report.rows)
     total = report.total
     shown = f"All {count:,} tokens are shown."
