@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from moe_jax.adapters.targets import TARGET_MODULES
     from moe_jax.errors import UserError
     from moe_jax.evaluation.run import evaluate
+    from moe_jax.inference.calls import generate, generate_stream
     from moe_jax.inspection.base import describe_base
     from moe_jax.inspection.routing import inspect_routing
     from moe_jax.library import (
@@ -48,6 +49,8 @@ __all__ = [
     "describe_base",
     "evaluate",
     "export_adapter",
+    "generate",
+    "generate_stream",
     "import_adapter",
     "inspect_routing",
     "load_adapter",
@@ -68,6 +71,7 @@ _HOMES = {
     ),
     "describe_base": "moe_jax.inspection.base",
     "evaluate": "moe_jax.evaluation.run",
+    **dict.fromkeys(("generate", "generate_stream"), "moe_jax.inference.calls"),
     "inspect_routing": "moe_jax.inspection.routing",
     "UserError": "moe_jax.errors",
 }

@@ -1,6 +1,7 @@
 """The library in a few names: load a base, put adapters on it, compute, train, save, load."""
 
 import functools
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from moe_jax.checkpoints.formats import exchange
 from moe_jax.checkpoints.formats.format import Weighting
 from moe_jax.checkpoints.hf_config import read_model_config
 from moe_jax.checkpoints.hub import HubTarget, push_folder, require_access
+from moe_jax.checkpoints.loading import Adapter, BaseFiles
 from moe_jax.checkpoints.new_folder import require_unused
 from moe_jax.checkpoints.resolve import resolve_adapter, resolve_checkpoint
 from moe_jax.config.model import ComputeConfig, FloatType, ModelConfig
@@ -31,6 +33,7 @@ from moe_jax.config.run import RunConfig, parse_run_config
 from moe_jax.data.measuring_rows import measuring_rows
 from moe_jax.data.tokenizer import load_tokenizer
 from moe_jax.errors import CheckpointError, ConfigError, DataError
+from moe_jax.inference.session import Session
 from moe_jax.layers.collections import ADAPTERS, PARAMS
 from moe_jax.models.causal_lm import LlamaForCausalLM
 from moe_jax.models.fresh import fresh_adapter
@@ -53,6 +56,14 @@ class Base:
     identity: BaseIdentity
     config: ModelConfig
     params: Any
+
+    @functools.cached_property
+    def session(self) -> Session:
+        """What `generate` uses; computes in the type that the parameters are kept in."""
+        dtype = jax.tree.leaves(self.params)[0].dtype.name
+        return Session(
+            BaseFiles(self.folder, self.identity, self.config, self.params), {}, dtype=dtype
+        )
 
 
 def load_base(
@@ -122,6 +133,8 @@ class AdaptedModel:
             make = jax.jit(functools.partial(fresh_adapter, self._model, method))
             self.adapters[name] = nn.meta.unbox(make(base.params, jax.random.key(seed)))
         self._apply = jax.jit(self._logits, static_argnums=0)
+        self._compute_dtype: FloatType = compute_dtype
+        self._opened: tuple[Any, list[Any], Session] | None = None
 
     def __call__(
         self, tokens: Any, adapter: str | None = None, segment_ids: Any = None
@@ -147,6 +160,21 @@ class AdaptedModel:
         own = {} if adapter is None else {adapter: self._weights(adapter)}
         segments = None if segment_ids is None else jnp.asarray(segment_ids)
         return self._apply(adapter, self.base.params, own, jnp.asarray(tokens), segments)
+
+    @property
+    def session(self) -> Session:
+        """What `generate` uses; made anew only where an adapter's weights were replaced."""
+        leaves, structure = jax.tree.flatten(self.adapters)
+        if self._opened is not None:
+            known_structure, known, session = self._opened
+            if structure == known_structure and all(map(operator.is_, leaves, known)):
+                return session
+        base = self.base
+        files = BaseFiles(base.folder, base.identity, base.config, base.params)
+        adapters = {name: Adapter(self.methods[name], tree) for name, tree in self.adapters.items()}
+        session = Session(files, adapters, dtype=self._compute_dtype)
+        self._opened = (structure, leaves, session)
+        return session
 
     def save(self, adapter: str, folder: str | Path, step: int = 0) -> None:
         """Writes an adapter as a folder that `load_adapter` reads; see `save_adapter`."""
