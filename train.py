@@ -93,10 +93,12 @@ def set_up_jax() -> None:
 
 def run(config: RunConfig) -> int:
     """Trains, or goes on training."""
-    from moe_jax.training.loop import train  # after set_up_jax: its libraries look at devices
+    # After set_up_jax: their libraries look at devices.
+    from moe_jax.evaluation.in_training import OnTasks
+    from moe_jax.training.loop import train
 
     assert WORKDIR.value is not None
-    result = train(config, Path(WORKDIR.value))
+    result = train(config, Path(WORKDIR.value), on_tasks=OnTasks())
     return 0 if result.interrupted_by is None else 128 + result.interrupted_by
 
 

@@ -80,6 +80,12 @@ def ask(
     return asked
 
 
+def most_candidates(asked: Sequence[Asked]) -> int:
+    """Of an item, at most."""
+    counts = (len(item.candidates) for one in asked for items in one.groups for item in items)
+    return max(counts, default=1)
+
+
 def _check_vocabulary(
     prepared: Sequence[Prepared], tokenizer: PreTrainedTokenizerBase, vocab_size: int
 ) -> None:

@@ -100,6 +100,13 @@ def default_buckets(context: int) -> tuple[int, ...]:
     return (*lengths, context)
 
 
+def whole_buckets(buckets: Sequence[int], context: int) -> tuple[int, ...]:
+    """The `buckets` that the user gave, or else the default ones; the context is the last one."""
+    if not buckets:
+        return default_buckets(context)
+    return (*(length for length in buckets if length < context), context)
+
+
 def bucket(items: Sequence[Item], buckets: Sequence[int]) -> int:
     """The smallest of the ascending `buckets` that all items fit into."""
     return padded_length(max(len(item.tokens) for item in items), buckets)

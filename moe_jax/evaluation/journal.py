@@ -9,7 +9,7 @@ import contextlib
 import fcntl
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +37,21 @@ class Journal:
       records: what was answered so far, by the question's index.
     """
 
-    def __init__(self, file: Path | None, identity: Mapping[str, Any], questions: int):
+    def __init__(
+        self,
+        file: Path | None,
+        identity: Mapping[str, Any],
+        questions: int,
+        anew: Collection[str] = (),
+    ):
         """Opens a journal, or begins it; nothing is written before the first `add`.
 
         Args:
           file: ends in `.jsonl`; None keeps the answers in memory only.
           identity: what the answers belong to; plain JSON values.
           questions: how many there are.
+          anew: what the file may belong to another one of, and is then begun anew: `adapter`,
+            `items`, `dtype`.
 
         Raises:
           ConfigError: the file belongs to something else.
@@ -52,6 +60,7 @@ class Journal:
         self._file = file
         self._identity = {"format": FORMAT, **identity}
         self._questions = questions
+        self._anew = frozenset(anew)
         self._whole_bytes = 0
         self.records: dict[int, Record] = {} if file is None else self._read(file)
 
@@ -109,6 +118,8 @@ class Journal:
                 f"{file}: is damaged, or no file of an evaluation; delete it, or give another "
                 "output folder"
             ) from None
+        if differing and self._anew.issuperset(differing):
+            return {}
         if differing or not fits:
             what = ", ".join(_MEANINGS[key] for key in differing) or _MEANINGS["items"]
             raise ConfigError(

@@ -11,6 +11,8 @@ from typing import Any
 from moe_jax.checkpoints.disk import disk_errors
 from moe_jax.version import __version__
 
+RESULTS = "results.json"
+
 MEANINGS = {
     "label_acc": "the label that the model finds likeliest after a prompt that lists the options",
     "acc": "the option whose words the model finds likeliest after the question",
@@ -152,6 +154,15 @@ class Evaluation:
                 return one.accuracies[measure]
         return None
 
+    def shares(self, model: str) -> dict[str, Accuracy | Metric]:
+        """All accuracies of a model, by `task/measure`."""
+        return {
+            f"{one.task}/{measure}": accuracy
+            for one in self.outcomes
+            if one.model == model
+            for measure, accuracy in one.accuracies.items()
+        }
+
     def average(self, model: str, measure: str) -> tuple[float, float] | None:
         """The mean over all tasks, each counting the same, and its standard error.
 
@@ -197,10 +208,10 @@ class Evaluation:
         return "\n".join(["In percent, ± one standard error.\n", *tables])
 
     def save(self, folder: Path) -> None:
-        """Writes `results.json` and `results.md`."""
+        """Writes `results.md` and, as the last file of an evaluation, `results.json`."""
         texts = {
-            "results.json": json.dumps(self.to_plain(), indent=2, ensure_ascii=False) + "\n",
             "results.md": self.to_markdown(),
+            RESULTS: json.dumps(self.to_plain(), indent=2, ensure_ascii=False) + "\n",
         }
         for name, text in texts.items():
             with disk_errors(folder / name):

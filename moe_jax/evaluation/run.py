@@ -1,17 +1,13 @@
 """The evaluation of a base and its adapters on tasks, from their names to a table."""
 
 import contextlib
-import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from moe_jax.checkpoints.adapter_files import SavedAdapter
 from moe_jax.checkpoints.loading import (
-    BaseFiles,
     BaseInMemory,
     NamedAdapter,
     build_model,
@@ -21,22 +17,32 @@ from moe_jax.checkpoints.loading import (
 )
 from moe_jax.config.model import FloatType
 from moe_jax.config.parse import suggest
-from moe_jax.config.registry import to_plain
 from moe_jax.config.run import MeshConfig
 from moe_jax.data.tokenizer import load_tokenizer
 from moe_jax.errors import ConfigError
-from moe_jax.evaluation.asking import Asked, Limits, ask
-from moe_jax.evaluation.items import default_buckets, items_digest
-from moe_jax.evaluation.journal import Journal, Record, locked
+from moe_jax.evaluation.answering import (
+    BASE,
+    announcement,
+    answer,
+    name_of,
+    open_journal,
+    settings,
+)
+from moe_jax.evaluation.asking import Limits, ask, most_candidates
+from moe_jax.evaluation.classifying import (
+    classify,
+    labels_announcement,
+    open_labels_journal,
+    tasks_of_classifiers,
+)
+from moe_jax.evaluation.items import whole_buckets
+from moe_jax.evaluation.journal import locked
 from moe_jax.evaluation.protocols import PROTOCOLS
-from moe_jax.evaluation.results import Evaluation, Outcome, outcome
+from moe_jax.evaluation.results import Evaluation
 from moe_jax.evaluation.scorer import Scorer
 from moe_jax.sharding.mesh import make_mesh
 from moe_jax.tasks.selection import named_task, require_distinct
-from moe_jax.tasks.task import Question, Task
-
-BASE = "base"
-"""What results call the base without an adapter."""
+from moe_jax.tasks.task import Task
 
 
 def evaluate(
@@ -97,41 +103,53 @@ def evaluate(
         for task in tasks
     ]
     require_distinct(made)
-    questions = {task.name: task.questions() for task in made}
 
     files = open_base(base, revision)
     model = build_model(files, dtype)
     devices = None if mesh is None else make_mesh(mesh)
     loaded = load_adapters(adapters, files, model, devices)
-    models: list[NamedAdapter | None] = [None, *loaded] if with_base or not loaded else [*loaded]
+    classifiers = [one for one in loaded if one.saved.method.classification is not None]
+    models: list[NamedAdapter | None] = [one for one in loaded if one not in classifiers]
+    models = [None, *models] if with_base or not loaded else models
+    questions = {task.name: task.questions() for task in made if models}
 
     context = files.config.max_position_embeddings
     limits = Limits(files.config.vocab_size, context, truncate)
-    asked = ask(questions, protocols, load_tokenizer(files.folder), limits)
+    tokenizer = load_tokenizer(files.folder)
+    asked = ask(questions, protocols, tokenizer, limits)
+    to_classify = tasks_of_classifiers(classifiers, made, tokenizer, limits, answered=bool(models))
     folder = None if output is None else Path(output).expanduser()
     with locked(folder) if folder is not None else contextlib.nullcontext():
         runs = [
-            (one, asking, _journal(folder, files, one, asking, dtype))
+            (one, asking, open_journal(folder, files, one, asking, dtype))
             for one in models
             for asking in asked
         ]
+        classifying = [
+            (one, rows, open_labels_journal(folder, files, one, rows, dtype))
+            for one, rows in to_classify
+        ]
         scorer = None
-        if not all(journal.is_complete for *_, journal in runs):
+        if not all(journal.is_complete for *_, journal in (*runs, *classifying)):
             scorer = Scorer(
                 model,
                 load_params(files, model, devices),
                 batch_size=batch_size,
-                buckets=_buckets(buckets, context),
-                candidates=max(
-                    len(i.candidates) for a in asked for items in a.groups for i in items
-                ),
+                buckets=whole_buckets(buckets, context),
+                candidates=max([most_candidates(asked), *(r.num_scores for _, r in to_classify)]),
                 mesh=devices,
             )
         outcomes = []
         for one, asking, journal in runs:
-            say(_announcement(one, asking, journal))
-            outcomes.append(_answer(scorer, one, asking, journal))
-        evaluation = Evaluation(_settings(files, models, made, questions, asked, dtype), outcomes)
+            name, adapter = name_of(one), None if one is None else one.adapter
+            say(announcement(name, asking, journal))
+            outcomes.append(answer(scorer, name, adapter, asking, journal))
+        for one, rows, journal in classifying:
+            say(labels_announcement(one, rows, journal))
+            outcomes.append(classify(scorer, one, rows, journal))
+        read = {rows.task.name: rows.rows for _, rows in to_classify} | questions
+        said = settings(files, [*models, *classifiers], made, read, asked, dtype)
+        evaluation = Evaluation(said, outcomes)
         if folder is not None:
             evaluation.save(folder)
     return evaluation
@@ -163,133 +181,3 @@ def _check(
                 f"adapter {name!r}: its name must hold letters, digits, '_', '-' and '.' only, and "
                 f"not be {BASE!r}; give it another with NAME=DIR"
             )
-
-
-def _buckets(buckets: Sequence[int], context: int) -> tuple[int, ...]:
-    if not buckets:
-        return default_buckets(context)
-    return (*(length for length in buckets if length < context), context)
-
-
-def _journal(
-    folder: Path | None,
-    base: BaseFiles,
-    adapter: NamedAdapter | None,
-    asking: Asked,
-    dtype: FloatType,
-) -> Journal:
-    name = BASE if adapter is None else adapter.name
-    file = None
-    if folder is not None:
-        file = folder / "predictions" / name / f"{asking.task}.{asking.protocol}.jsonl"
-    answers = [question.answer for question, _ in asking.prepared]
-    identity = {
-        "base": base.identity.fingerprint,
-        "adapter": None if adapter is None else adapter.digest,
-        "items": items_digest(asking.groups, answers),
-        "dtype": dtype,
-    }
-    return Journal(file, identity, len(asking.prepared))
-
-
-def _announcement(adapter: NamedAdapter | None, asking: Asked, journal: Journal) -> str:
-    name = BASE if adapter is None else adapter.name
-    line = f"{name}: {asking.task}, {asking.protocol}: {len(asking.prepared)} questions"
-    if journal.records:
-        line += f", {len(journal.records)} answered before"
-    if asking.cut:
-        line += f", {asking.cut} cut at their start to fit the context"
-    return line
-
-
-def _answer(
-    scorer: Scorer | None, adapter: NamedAdapter | None, asking: Asked, journal: Journal
-) -> Outcome:
-    """Has all questions answered that the journal does not know the answers of."""
-    groups = asking.groups
-    protocol = PROTOCOLS[asking.protocol]
-    name = BASE if adapter is None else adapter.name
-    known = [index in journal.records for index in range(len(groups))]
-    partial: dict[int, dict[int, tuple[float, ...]]] = {}
-    own = None if adapter is None else adapter.adapter
-    batches = () if scorer is None or all(known) else scorer.scores(groups, own, known)
-    bar = tqdm(
-        total=len(groups),
-        initial=sum(known),
-        desc=f"{name} {asking.task} {asking.protocol}",
-        unit="question",
-        leave=False,
-        disable=None,  # shown on a terminal only
-    )
-    with bar:
-        for batch in batches:
-            done = []
-            for index, place, score in batch:
-                if known[index]:
-                    continue  # it only shared the batch
-                partial.setdefault(index, {})[place] = score.values
-                if len(partial[index]) == len(groups[index]):
-                    parts = partial.pop(index)
-                    scores = [value for place in sorted(parts) for value in parts[place]]
-                    question = asking.prepared[index].question
-                    picked = protocol.pick(question, _finite(scores, question, name))
-                    done.append(_record(index, question, scores, picked))
-            journal.add(done)
-            bar.update(len(done))
-    return outcome(name, asking.task, asking.protocol, protocol.measures, journal.finish())
-
-
-def _finite(scores: list[float], question: Question, model: str) -> list[float]:
-    if not all(map(math.isfinite, scores)):
-        raise ConfigError(
-            f"{model}: the scores of {question.where} are not finite; take another dtype "
-            "(bfloat16 or float32), or look at the checkpoint's weights"
-        )
-    return scores
-
-
-def _record(index: int, question: Question, scores: list[float], picked: dict[str, int]) -> Record:
-    return {
-        "question": index,
-        "where": question.where,
-        "subject": question.subject,
-        "answer": question.answer,
-        "picked": picked,
-        "scores": scores,
-    }
-
-
-def _settings(
-    base: BaseFiles,
-    models: Sequence[NamedAdapter | None],
-    tasks: Sequence[Task],
-    questions: Mapping[str, Sequence[Question]],
-    asked: Sequence[Asked],
-    dtype: FloatType,
-) -> dict[str, Any]:
-    """What was evaluated and how, as plain JSON values."""
-    return {
-        "base": base.identity._asdict(),
-        "dtype": dtype,
-        "models": [
-            {"name": BASE, "adapter": None}
-            if one is None
-            else {
-                "name": one.name,
-                "adapter": one.origin,
-                "digest": one.digest,
-                "method": to_plain(one.saved.method),
-                "step": one.saved.step,
-            }
-            for one in models
-        ],
-        "tasks": [
-            {
-                **to_plain(task),
-                "name": task.name,
-                "questions": len(questions[task.name]),
-                "cut": {a.protocol: a.cut for a in asked if a.task == task.name},
-            }
-            for task in tasks
-        ],
-    }

@@ -45,6 +45,10 @@ class Interrupts:
             self.received = signal.SIGTERM
         return self.received is not None
 
+    def noted(self) -> bool:
+        """Whether a signal came to this process."""
+        return self.received is not None
+
     def _note(self, number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
         if self.received is not None:

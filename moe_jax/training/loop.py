@@ -15,6 +15,14 @@ from moe_jax.errors import ConfigError, TrainingError
 from moe_jax.training.inputs import read_inputs, require_same_inputs
 from moe_jax.training.interrupts import Interrupts
 from moe_jax.training.metrics import METRICS_FILE, Window, open_writers, require_writers
+from moe_jax.training.on_tasks import (
+    FOLDER,
+    EvaluationOfTasks,
+    Evaluator,
+    Stopped,
+    Table,
+    asks_for_tasks,
+)
 from moe_jax.training.phases import phase_after, phases_of
 from moe_jax.training.plots import draw_run
 from moe_jax.training.program import build_program
@@ -45,6 +53,8 @@ class TrainResult:
       reports: how each adapter came out, the one with the lowest loss first.
       interrupted_by: the signal that stopped the run before its end, after saving.
       did_nothing: the run had already ended before.
+      evaluation: what came of the tasks at the end; None without any, before that, and where this
+        call did nothing.
     """
 
     step: int
@@ -54,9 +64,15 @@ class TrainResult:
     reports: dict[str, AdapterReport] = dataclasses.field(default_factory=dict)
     interrupted_by: signal.Signals | None = None
     did_nothing: bool = False
+    evaluation: Table | None = None
 
 
-def train(config: RunConfig, workdir: Path, say: Callable[[str], None] = say) -> TrainResult:
+def train(
+    config: RunConfig,
+    workdir: Path,
+    say: Callable[[str], None] = say,
+    on_tasks: EvaluationOfTasks | None = None,
+) -> TrainResult:
     """Trains the adapters of `config`; resumes if `workdir` holds training states of the same run.
 
     A resumed run ends with the same adapters, bit for bit, as one that was never interrupted, on
@@ -67,14 +83,17 @@ def train(config: RunConfig, workdir: Path, say: Callable[[str], None] = say) ->
       workdir: gets `config.json`, `metrics.jsonl`, `checkpoints/`, at each adapter's end
         `adapters/NAME`, and with `eval_every` also `best/NAME`, the adapter at its lowest mean
         validation loss. Of several adapters, at the end also a table: `adapters.json` and
-        `adapters.md`.
+        `adapters.md`. What came of tasks is in `evaluation/`.
       say: takes the lines for people; only called in the main process.
+      on_tasks: measures adapters on tasks; `moe_jax.evaluation.in_training.OnTasks`.
 
     Raises:
       UserError: the configuration, the base, the data, the devices or the disk will not do.
     """
     say = say if is_main_process() else lambda _: None
     require_writers(config.logging)
+    if asks_for_tasks(config) and on_tasks is None:
+        raise ValueError("an adapter is to be measured on tasks, but on_tasks is not given")
     settings = json.loads(to_json(config))
     with WorkDir(workdir) as work, contextlib.ExitStack() as opened:
         resume_step = latest_step(work.checkpoints)
@@ -82,7 +101,8 @@ def train(config: RunConfig, workdir: Path, say: Callable[[str], None] = say) ->
         if resume_step is not None:
             _require_same_settings(work, config, settings)
             metadata = read_metadata(work.checkpoints, resume_step)
-            if _ended(work, settings, resume_step, metadata):
+            ended = _ended(work, settings, resume_step, metadata)
+            if ended and _evaluated(on_tasks, config, metadata["steps"], work):
                 say(f"already finished at step {resume_step}; nothing to do")
                 progress = Progress(resume_step, metadata["validation"], metadata["best"])
                 result = _result(work, metadata["steps"], progress)
@@ -96,6 +116,9 @@ def train(config: RunConfig, workdir: Path, say: Callable[[str], None] = say) ->
         # The adapters whose steps are left, or ended with the state that was saved.
         phase = phase_after(phases_of(inputs.steps), resume_step or 0)
         program = build_program(config.narrowed(phase.adapters), inputs.model, inputs.steps)
+        evaluator = None
+        if on_tasks is not None and asks_for_tasks(config):
+            evaluator = on_tasks.prepare(config, inputs, program)
         for label, text in start_up_table(config, inputs, program):
             say(f"{label:<12} {text}")
 
@@ -135,6 +158,7 @@ def train(config: RunConfig, workdir: Path, say: Callable[[str], None] = say) ->
                 progress=progress,
                 work=work,
                 say=say,
+                evaluator=evaluator,
             )
             try:
                 with bar:
@@ -151,13 +175,42 @@ def train(config: RunConfig, workdir: Path, say: Callable[[str], None] = say) ->
             if is_main_process():
                 for file in draw_run(work.folder / METRICS_FILE, work.folder):
                     say(f"drew {file}")
-            return result
+            if evaluator is None:
+                return result
+            try:
+                table = _evaluate(evaluator, session, result)
+            except Stopped:
+                say("stopped while evaluating; run the same command to go on")
+                return dataclasses.replace(result, interrupted_by=interrupts.received)
+            return dataclasses.replace(result, evaluation=table)
 
 
 def _result(work: WorkDir, steps: Mapping[str, int], progress: Progress) -> TrainResult:
     reports = adapter_reports(steps, progress, work.adapters, work.folder / METRICS_FILE)
     folders = {name: work.adapters / name for name in steps if reports[name].folder is not None}
     return TrainResult(progress.step, max(steps.values()), folders, progress.validation, reports)
+
+
+def _evaluate(evaluator: Evaluator, session: Session, result: TrainResult) -> Table:
+    """Measures all adapters on their tasks, shows the table and leaves it in the work directory."""
+    folder, say = session.work.folder / FOLDER, session.say
+    table = evaluator.finish(result.adapters, session.params, folder, say, session.interrupts.noted)
+    for name, adapter in session.config.adapters.items():
+        if adapter.evaluation is not None:
+            session.recorder.evaluation(result.step, name, table.shares(name))
+    table.save(folder)
+    say(table.to_markdown())
+    say(f"the answers to all questions are in {folder}")
+    return table
+
+
+def _evaluated(
+    on_tasks: EvaluationOfTasks | None, config: RunConfig, steps: Mapping[str, int], work: WorkDir
+) -> bool:
+    """Whether nothing is left to be measured on tasks."""
+    if on_tasks is None or not asks_for_tasks(config):
+        return True
+    return on_tasks.is_done(config, steps, work.folder / FOLDER)
 
 
 def _tabulate(work: WorkDir, result: TrainResult, say: Callable[[str], None]) -> None:

@@ -11,6 +11,7 @@ import jax
 
 from moe_jax.errors import TrainingError
 from moe_jax.training.metrics import TIME, PendingMetrics, Window, Writer
+from moe_jax.training.on_tasks import Shares, sentences
 from moe_jax.training.program import Program
 from moe_jax.training.progress import ProgressBar
 
@@ -120,6 +121,13 @@ class Recorder:
             values = "  ".join(f"{metric} {value:.4f}" for metric, value in own.items())
             self._say(f"step {step}  validation {name}  {values}")
         self._write(step, line, {})
+
+    def evaluation(self, step: int, name: str, shares: Shares) -> None:
+        """Writes the shares of right answers of adapter `name`, measured after `step`."""
+        values = {f"evaluation/{name}/{key}": share.value for key, share in shares.items()}
+        self._write(step, values, {})
+        for text in sentences(step, name, shares):
+            self._say(text)
 
     def _note(self, step: int, metrics: dict[str, float]) -> None:
         self.window.add(metrics)

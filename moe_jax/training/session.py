@@ -15,6 +15,7 @@ from moe_jax.config.run import RunConfig
 from moe_jax.training.inputs import Inputs
 from moe_jax.training.interrupts import Interrupts
 from moe_jax.training.metrics import METRICS_FILE
+from moe_jax.training.on_tasks import Evaluator, Stopped
 from moe_jax.training.phases import Phase, phase_after, phases_of
 from moe_jax.training.plots import adapter_pictures
 from moe_jax.training.program import Program
@@ -55,6 +56,7 @@ class Session:
       progress: where the run stands; changed in place.
       work: gets the final adapters, and each as it was at its lowest validation loss.
       say: takes the lines for people.
+      evaluator: asks the adapters the questions of their tasks; None where they have none.
     """
 
     config: RunConfig
@@ -66,6 +68,7 @@ class Session:
     progress: Progress
     work: WorkDir
     say: Callable[[str], None]
+    evaluator: Evaluator | None = None
 
     def run(self, program: Program, state: TrainState) -> None:
         """Steps until the end, or until interrupted; then all is saved.
@@ -78,12 +81,15 @@ class Session:
         phase = phase_after(phases, progress.step)
         if progress.step == 0:  # untrained adapters are the base as it is: what to compare with
             self._measure(program, state, phase.adapters)
+            self._ask_between(state, phase.adapters)
         while True:
             state, stopped = self._steps(phase, program, state)
             if progress.step == phase.stop:
                 self.store.wait()  # if the disk is full, the state is what to hear of first
                 for name in phase.ending:
-                    self._finish(name, state)
+                    # A run that was killed in its last evaluation has left them already.
+                    if self.work.exported_step(name) != progress.step:
+                        self._finish(name, state)
             if stopped or phase == phases[-1]:
                 break
             phase = phases[phases.index(phase) + 1]
@@ -121,6 +127,7 @@ class Session:
                 self._measure(program, state, phase.adapters)
             elif progress.step == phase.stop:
                 self._measure(program, state, phase.ending)
+            self._ask_between(state, phase.adapters)
             if progress.step == total or stop or self.store.due(progress.step):
                 self._save(phase, state)
         self.recorder.drain()
@@ -179,6 +186,24 @@ class Session:
                 progress.best[name] = statistics.fmean(own)
                 with self.recorder.paused():
                     save_adapter(self.work.best / name, self._saved_adapter(name, state))
+
+    def _ask_between(self, state: TrainState, names: Collection[str]) -> None:
+        """Asks the adapters that it is time for; those that end are asked when all have."""
+        progress = self.progress
+        for name in names:
+            own = self.config.adapters[name].evaluation
+            is_due = own is not None and self._due(own.every)
+            if self.evaluator is None or not is_due or progress.step == self.inputs.steps[name]:
+                continue
+            self.recorder.drain()
+            try:
+                with self.recorder.paused():
+                    shares = self.evaluator.measure(
+                        name, state.adapters[name], self.params, self.interrupts.noted
+                    )
+            except Stopped:  # the steps so far are saved soon; half a measurement is none
+                return
+            self.recorder.evaluation(progress.step, name, shares)
 
     def _save(self, phase: Phase, state: TrainState) -> None:
         self.recorder.drain()

@@ -1,0 +1,184 @@
+"""Has a model answer the questions of a task, and writes each answer down at once."""
+
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from moe_jax.checkpoints.loading import Adapter, BaseFiles, NamedAdapter
+from moe_jax.config.registry import to_plain
+from moe_jax.errors import ConfigError
+from moe_jax.evaluation.asking import Asked
+from moe_jax.evaluation.items import items_digest
+from moe_jax.evaluation.journal import Journal, Record
+from moe_jax.evaluation.protocols import PROTOCOLS
+from moe_jax.evaluation.results import Outcome, outcome
+from moe_jax.evaluation.scorer import Scorer
+from moe_jax.tasks.task import Question, Task
+from moe_jax.training.on_tasks import Stopped
+
+BASE = "base"
+"""What results call the base without an adapter."""
+
+
+def name_of(adapter: NamedAdapter | None) -> str:
+    """What results call an adapter, or the base without one."""
+    return BASE if adapter is None else adapter.name
+
+
+def open_journal(
+    folder: Path | None,
+    base: BaseFiles,
+    adapter: NamedAdapter | None,
+    asked: Asked,
+    dtype: str,
+    anew: Collection[str] = (),
+) -> Journal:
+    """What a model has answered so far.
+
+    Args:
+      folder: of the results; None keeps the answers in memory only.
+      base: the base.
+      adapter: on it, if there is one.
+      asked: the questions.
+      dtype: in which all is computed.
+      anew: see `Journal`.
+
+    Raises:
+      ConfigError: the answers in the folder belong to something else.
+      CheckpointError: they are damaged, or cannot be read.
+    """
+    file = None
+    if folder is not None:
+        file = folder / "predictions" / name_of(adapter) / f"{asked.task}.{asked.protocol}.jsonl"
+    answers = [question.answer for question, _ in asked.prepared]
+    identity = {
+        "base": base.identity.fingerprint,
+        "adapter": None if adapter is None else adapter.digest,
+        "items": items_digest(asked.groups, answers),
+        "dtype": dtype,
+    }
+    return Journal(file, identity, len(asked.prepared), anew)
+
+
+def announcement(name: str, asked: Asked, journal: Journal) -> str:
+    """What is about to be asked, for people."""
+    line = f"{name}: {asked.task}, {asked.protocol}: {len(asked.prepared)} questions"
+    if journal.records:
+        line += f", {len(journal.records)} answered before"
+    if asked.cut:
+        line += f", {asked.cut} cut at their start to fit the context"
+    return line
+
+
+def answer(
+    scorer: Scorer | None,
+    name: str,
+    adapter: Adapter | None,
+    asked: Asked,
+    journal: Journal,
+    stop: Callable[[], bool] = lambda: False,
+) -> Outcome:
+    """Has all questions answered that the journal does not know the answers of.
+
+    Args:
+      scorer: None where it knows all.
+      name: what results call the model.
+      adapter: None is the base as it is.
+      asked: the questions.
+      journal: gets the answers.
+      stop: asked after each batch.
+
+    Raises:
+      Stopped: `stop` said so, and questions are left; the journal has the answers so far.
+      ConfigError: a score is not finite.
+    """
+    groups = asked.groups
+    protocol = PROTOCOLS[asked.protocol]
+    known = [index in journal.records for index in range(len(groups))]
+    partial: dict[int, dict[int, tuple[float, ...]]] = {}
+    batches = () if scorer is None or all(known) else scorer.scores(groups, adapter, known)
+    bar = tqdm(
+        total=len(groups),
+        initial=sum(known),
+        desc=f"{name} {asked.task} {asked.protocol}",
+        unit="question",
+        leave=False,
+        disable=None,  # shown on a terminal only
+    )
+    with bar:
+        for batch in batches:
+            done = []
+            for index, place, score in batch:
+                if known[index]:
+                    continue  # it only shared the batch
+                partial.setdefault(index, {})[place] = score.values
+                if len(partial[index]) == len(groups[index]):
+                    parts = partial.pop(index)
+                    scores = [value for place in sorted(parts) for value in parts[place]]
+                    question = asked.prepared[index].question
+                    picked = protocol.pick(question, _finite(scores, question, name))
+                    done.append(_record(index, question, scores, picked))
+            journal.add(done)
+            bar.update(len(done))
+            if stop() and not journal.is_complete:
+                raise Stopped
+    return outcome(name, asked.task, asked.protocol, protocol.measures, journal.finish())
+
+
+def _finite(scores: list[float], question: Question, model: str) -> list[float]:
+    if not all(map(math.isfinite, scores)):
+        raise ConfigError(
+            f"{model}: the scores of {question.where} are not finite; take another dtype "
+            "(bfloat16 or float32), or look at the checkpoint's weights"
+        )
+    return scores
+
+
+def _record(index: int, question: Question, scores: list[float], picked: dict[str, int]) -> Record:
+    return {
+        "question": index,
+        "where": question.where,
+        "subject": question.subject,
+        "answer": question.answer,
+        "picked": picked,
+        "scores": scores,
+    }
+
+
+def settings(
+    base: BaseFiles,
+    models: Sequence[NamedAdapter | None],
+    tasks: Sequence[Task],
+    questions: Mapping[str, Sequence[Any]],
+    asked: Sequence[Asked],
+    dtype: str,
+) -> dict[str, Any]:
+    """What was evaluated and how, as plain JSON values."""
+    return {
+        "base": base.identity._asdict(),
+        "dtype": dtype,
+        "models": [
+            {"name": BASE, "adapter": None}
+            if one is None
+            else {
+                "name": one.name,
+                "adapter": one.origin,
+                "digest": one.digest,
+                "method": to_plain(one.saved.method),
+                "step": one.saved.step,
+            }
+            for one in models
+        ],
+        "tasks": [
+            {
+                **to_plain(task),
+                "name": task.name,
+                "questions": len(questions[task.name]),
+                "cut": {a.protocol: a.cut for a in asked if a.task == task.name},
+            }
+            for task in tasks
+        ],
+    }
