@@ -14,6 +14,7 @@ from moe_jax.checkpoints.formats.format import (
     ExportOptions,
     Format,
     Weighting,
+    cannot,
 )
 from moe_jax.checkpoints.formats.model_card import CARD, model_card, pictures_of
 from moe_jax.checkpoints.formats.whole_model import ModelFormat
@@ -75,6 +76,9 @@ def export_adapter(
             raise CheckpointError(
                 f"{name}: the {to} format merges no experts and measures nothing; leave it out"
             )
+    if adapter.method.classification is not None and not chosen.classifies:
+        labels = adapter.method.classification.describe()
+        raise cannot(to, f"a classifier ({labels})", "only peft takes one, of the method lora")
     known_base = adapter.base.path if base is None else base
     options = ExportOptions(known_base, dtype, weights, tokens, data_name, name or str(output))
     export = chosen.prepare(adapter, options)

@@ -129,11 +129,13 @@ class Format(abc.ABC):
     Attributes:
       summary: what it is, for `--help`.
       measures: whether it has a use for `ExportOptions.weights` and `tokens`.
+      classifies: whether it expresses a score head.
       library: what loads it, as the hub calls it; empty if the hub knows no name for that.
     """
 
     summary: ClassVar[str]
     measures: ClassVar[bool] = False
+    classifies: ClassVar[bool] = False
     library: ClassVar[str] = ""
 
     def loading(self, adapter: SavedAdapter, options: ExportOptions) -> str:

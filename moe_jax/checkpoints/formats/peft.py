@@ -57,13 +57,17 @@ class PeftFormat(AdapterFormat):
     summary = "LoRA, rsLoRA, DoRA for peft"
     reads = ("LORA",)
     weights_file = SAFETENSORS
+    classifies = True
     library = "peft"
 
     def loading(self, adapter: SavedAdapter, options: ExportOptions) -> str:
+        classification = adapter.method.classification
+        kind = "CausalLM" if classification is None else "SequenceClassification"
+        labels = "" if classification is None else f", num_labels={classification.num_scores}"
         return (
             "from peft import PeftModel\n"
-            "from transformers import AutoModelForCausalLM\n\n"
-            f'base = AutoModelForCausalLM.from_pretrained("{options.base}")\n'
+            f"from transformers import AutoModelFor{kind}\n\n"
+            f'base = AutoModelFor{kind}.from_pretrained("{options.base}"{labels})\n'
             f'model = PeftModel.from_pretrained(base, "{options.name}").eval()'
         )
 
@@ -73,7 +77,7 @@ class PeftFormat(AdapterFormat):
             name = METHODS.name_of(method)
             advice = "PEFT has no experts behind routers; export with --to mixlora"
             raise cannot("peft", f"method {name!r}", advice)
-        known = (*field_names(LowRankConfig), "target_modules")
+        known = (*field_names(LowRankConfig), "target_modules", "classification")
         require_known(method, known, "", "peft")
         alpha = method.alpha
         config = {
@@ -91,7 +95,15 @@ class PeftFormat(AdapterFormat):
             "bias": "none",
             "fan_in_fan_out": False,
         }
-        return config, []
+        notes = []
+        if method.classification is not None:
+            config |= {"task_type": "SEQ_CLS", "modules_to_save": ["score"]}
+            count, labels = method.classification.num_scores, method.classification.describe()
+            notes.append(
+                f"peft keeps no names of labels: load the base with num_labels={count} ({labels}), "
+                "and set its pad_token_id, by which transformers finds the last token"
+            )
+        return config, notes
 
     def method_of(
         self, peft_type: str, fields: Fields, source: AdapterFolder, model: ModelConfig

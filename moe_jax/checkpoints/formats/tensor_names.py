@@ -6,9 +6,11 @@ They store one matrix `[out, in]` for each layer and expert, for example
     mixlora.layers.0.mlp.gate_proj.experts.0.lora_B.weight                  an expert's pair
     mixlora.layers.0.mlp.moe_gate.weight                                    one router for the FFN
     mola.layers.0.self_attn.q_proj.moe_gate.weight                          one for each projection
+    base_model.model.score.weight                                           a score head
 
 Ours are `[in, out]`, with layers and experts stacked: `lora_A` `[L, in, R]` or `[L, in, E, R]`,
-`lora_B` `[L, R, out]` or `[L, E, R, out]`, `router/kernel` `[L, in, E]`, `magnitude` `[L, out]`.
+`lora_B` `[L, R, out]` or `[L, E, R, out]`, `router/kernel` `[L, in, E]`, `magnitude` `[L, out]`,
+`score/kernel` `[in, out]`.
 """
 
 from collections.abc import Iterable, Mapping
@@ -16,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from moe_jax.adapters.sites import MOE
+from moe_jax.adapters.sites import MOE, SCORE
 from moe_jax.checkpoints.leaves import LeafSpec
 
 PREFIXES = {
@@ -56,10 +58,15 @@ def tensor_parts(leaves: Mapping[str, LeafSpec], peft_type: str) -> list[TensorP
     Raises:
       ValueError: the format has no name for a leaf, which its caller should have refused.
     """
-    num_layers = max(spec.shape[0] for spec in leaves.values())
-    parts = []
+    stacked = {path: spec for path, spec in leaves.items() if not path.startswith(f"{SCORE}/")}
+    num_layers = max(spec.shape[0] for spec in stacked.values())
+    parts = [
+        TensorPart("base_model.model.score.weight", path, (), spec.shape[::-1])
+        for path, spec in leaves.items()
+        if path not in stacked
+    ]
     for layer in range(num_layers):
-        for path, spec in leaves.items():
+        for path, spec in stacked.items():
             root, block, *rest = path.split("/")
             # The site of experts that share a router is no module of its own there.
             names = [PREFIXES[peft_type], root, str(layer), block, *(p for p in rest if p != MOE)]
