@@ -79,8 +79,8 @@ class Comparison:
         points = [100 * value for value in self.differences("exact")[ALL]]
         loss = self.differences("loss")[ALL]
         return [
-            verdict(*names, "Answered exactly right", "percentage points", points),
-            verdict(*names, "Loss", "nats per token", loss),
+            verdict(*names, "Answered exactly right", "percentage points", 1, points),
+            verdict(*names, "Loss", "nats per token", 3, loss),
         ]
 
     def lines(self) -> list[str]:

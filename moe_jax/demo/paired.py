@@ -43,7 +43,9 @@ def chance(differences: Sequence[float]) -> float:
     return float(betainc(freedom / 2, 0.5, freedom / (freedom + t * t)))
 
 
-def verdict(first: str, second: str, what: str, unit: str, differences: Sequence[float]) -> str:
+def verdict(
+    first: str, second: str, what: str, unit: str, digits: int, differences: Sequence[float]
+) -> str:
     """A sentence about the differences `first` less `second` of pairs of an equal seed.
 
     Args:
@@ -51,6 +53,7 @@ def verdict(first: str, second: str, what: str, unit: str, differences: Sequence
       second: what the other is called.
       what: was measured.
       unit: of the differences.
+      digits: after the point.
       differences: one for each seed.
     """
     mean, deviation = spread(differences)
@@ -61,6 +64,6 @@ def verdict(first: str, second: str, what: str, unit: str, differences: Sequence
         else "no difference beyond the spread over seeds"
     )
     return (
-        f"{what}: {first} less {second} is {mean:+.3g} {unit}, standard error {error:.2g} "
-        f"({len(differences)} pairs, t-test p = {p:.2g}): {found}."
+        f"{what}: {first} less {second} is {mean:+.{digits}f} {unit}, "
+        f"standard error {error:.{digits}f} ({len(differences)} pairs, t-test p = {p:.2g}): {found}."
     )

@@ -84,14 +84,14 @@ def test_chance_without_spread():
 
 def test_verdict_follows_the_figures():
     # Mean 1, deviation 1: standard error 0.58, t = 1.73 with 2 degrees of freedom.
-    said = verdict("A", "B", "Loss", "nats", [0.0, 1.0, 2.0])
+    said = verdict("A", "B", "Loss", "nats", 2, [0.0, 1.0, 2.0])
     assert said == (
-        "Loss: A less B is +1 nats, standard error 0.58 (3 pairs, t-test p = 0.23): "
+        "Loss: A less B is +1.00 nats, standard error 0.58 (3 pairs, t-test p = 0.23): "
         "no difference beyond the spread over seeds."
     )
     # t = 17.3: p = 0.0033.
-    said = verdict("A", "B", "Loss", "nats", [-0.9, -1.0, -1.1])
-    assert "is -1 nats" in said and "p = 0.0033" in said
+    said = verdict("A", "B", "Loss", "nats", 1, [-0.9, -1.0, -1.1])
+    assert "is -1.0 nats" in said and "p = 0.0033" in said
     assert ": a difference beyond the spread over seeds" in said
 
 
