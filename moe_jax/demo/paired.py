@@ -63,7 +63,8 @@ def verdict(
         if p < SIGNIFICANT
         else "no difference beyond the spread over seeds"
     )
+    tested = f"{len(differences)} pairs, t-test p = {p:.2g}"
     return (
         f"{what}: {first} less {second} is {mean:+.{digits}f} {unit}, "
-        f"standard error {error:.{digits}f} ({len(differences)} pairs, t-test p = {p:.2g}): {found}."
+        f"standard error {error:.{digits}f} ({tested}): {found}."
     )
