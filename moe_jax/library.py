@@ -14,6 +14,7 @@ import numpy as np
 
 from moe_jax.adapters import METHODS
 from moe_jax.adapters.method import AdapterMethod
+from moe_jax.adapters.score_head import Predictions
 from moe_jax.adapters.segments import Segment
 from moe_jax.adapters.sites import to_collection
 from moe_jax.checkpoints import adapter_files
@@ -139,7 +140,7 @@ class AdaptedModel:
     def __call__(
         self, tokens: Any, adapter: str | None = None, segment_ids: Any = None
     ) -> jax.Array:
-        """Logits for the next token, float32 [B, S, V].
+        """Logits for the next token, float32 [B, S, V]; of a classifier, scores float32 [B, N].
 
         Args:
           tokens: int [B, S].
@@ -194,9 +195,13 @@ class AdaptedModel:
         rows = tokens.shape[0]
         segments = () if name is None else (Segment(name, self.methods[name], 0, rows),)
         variables = {PARAMS: params, ADAPTERS: to_collection(adapters)}
-        return self._model.clone(segments=segments).apply(
+        computed = self._model.clone(segments=segments).apply(
             variables, tokens, segment_ids=segment_ids
         )
+        if not isinstance(computed, Predictions):
+            return computed
+        (scores,) = computed.scores.values()
+        return scores
 
 
 def load_adapter(folder: str | Path, *, revision: str | None = None) -> SavedAdapter:

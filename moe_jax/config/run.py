@@ -90,6 +90,11 @@ class AdapterConfig:
         require(self.seed is None or self.seed >= 0, "seed", "must not be negative")
         with within("data"):
             self.method.check_data(self.data)
+        require(
+            self.evaluation is None or self.method.classification is None,
+            "evaluation",
+            "a classifier answers no questions; name its task's validation rows in data.validation",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
