@@ -18,6 +18,7 @@ from moe_jax.config.run import RunConfig, parse_run_config
 from moe_jax.demo.comparison import examine
 from moe_jax.demo.corpus import write_corpus
 from moe_jax.demo.score import Examiner, Score
+from moe_jax.demo.tasks import write_tasks
 from moe_jax.errors import UserError, report
 from moe_jax.training.loop import train
 
@@ -44,6 +45,7 @@ def main(arguments: list[str]) -> int:
     args = parser.parse_args(arguments)
     try:
         write_corpus(args.output / "data", DATA_SEED)
+        write_tasks(args.output / "data" / "tasks", DATA_SEED)
         if args.only_data:
             return 0
         config = read_config(args.config, args.output / "data", args.steps)

@@ -25,6 +25,7 @@ def test_parses_and_opens_with_its_command(name):
     # 3 learning rates times 2 ranks; 2 methods times 3 seeds; 2 methods times 3 rates times 2 seeds.
     # The README's commands name the one adapter of the others.
     several = {"tiny_sweep": 6, "tiny_comparison": 6, "tiny_comparison_rates": 12}
+    several |= {"tiny_multitask": 1, "llama7b_mixlora_multitask": 1}
     assert list(adapters) == ["default"] or len(adapters) == several[name]
     text = (Path(__file__).parents[2] / "configs" / f"{name}.py").read_text()
     assert f"python train.py --config configs/{name}.py" in text
