@@ -33,7 +33,7 @@ format: $(TEST_STAMP) ## rewrite the code in the house format, with the fixes th
 	$(BIN)/ruff check --fix
 
 clean: ## remove caches and what the demo wrote; .venv stays
-	rm -rf demo_output build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf demo_output notebooks/output build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache
 	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 # pip is the last thing that `venv` writes: a folder without it is half made, and is made again.

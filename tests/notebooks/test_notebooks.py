@@ -1,0 +1,161 @@
+"""The notebooks run from start to end, each in its own kernel, and are stored as they should be."""
+
+import base64
+import json
+import os
+import re
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
+NAMES = ("quick_start", "routing_tour")
+SECONDS = 600
+"""That one cell may take, on the slowest machine."""
+
+# Read in the notebook's own kernel, after its last cell.
+ASK = {
+    "quick_start": """
+import json
+losses = {}
+for line in (OUTPUT / "run" / "metrics.jsonl").read_text().splitlines():
+    for key, value in json.loads(line).items():
+        if key.startswith("validation/"):
+            losses.setdefault(key, []).append(value)
+print(json.dumps({
+    "losses": losses,
+    "right": right,
+    "questions": len(held_out),
+    "lengths": [min(lengths), max(lengths)],
+    "folders": [sorted(path.name for path in folder.iterdir())],
+}))
+""",
+    "routing_tour": """
+import json
+print(json.dumps({
+    "parameters": {name: parameter_count(a.tree) for name, a in adapters.items()},
+    "losses": {n: {t: s.loss for t, s in each.items()} for n, each in scores.items()},
+    "validation": result.validation,
+    "load": report.total.load.tolist(),
+    "bits": [before.specialisation.tolist(), report.specialisation.tolist()],
+    "rise": rise.tolist(),
+    "page": len(page),
+}))
+""",
+}
+
+
+def read(name):
+    return nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4)
+
+
+def run(name, folder, steps):
+    """The executed notebook, and what `ASK` printed."""
+    notebook = read(name)
+    (place,) = [
+        n for n, c in enumerate(notebook.cells) if "parameters" in c.metadata.get("tags", [])
+    ]
+    given = nbformat.v4.new_code_cell(f"STEPS = {steps}")
+    notebook.cells.insert(place + 1, given)
+    notebook.cells.append(nbformat.v4.new_code_cell(ASK[name]))
+    # A user's machine: one device, and XLA's own choice of optimisations.
+    environment = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    client = NotebookClient(
+        notebook,
+        timeout=SECONDS,
+        kernel_name="python3",
+        resources={"metadata": {"path": str(folder)}},
+    )
+    client.execute(env=environment)
+    return notebook, json.loads(notebook.cells[-1].outputs[0].text)
+
+
+@pytest.fixture(autouse=True)
+def nobodys_jupyter(tmp_path_factory, monkeypatch):
+    """The kernel of this environment, and nothing that a user set up for theirs."""
+    monkeypatch.setenv("JUPYTER_PREFER_ENV_PATH", "1")
+    monkeypatch.setenv("JUPYTER_CONFIG_DIR", str(tmp_path_factory.mktemp("jupyter")))
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path_factory.mktemp("ipython")))
+
+
+def outputs(notebook, kind):
+    return [
+        output.data[kind]
+        for cell in notebook.cells
+        for output in cell.get("outputs", [])
+        if kind in output.get("data", {})
+    ]
+
+
+def pictures(notebook):
+    found = [base64.b64decode(text) for text in outputs(notebook, "image/png")]
+    assert all(picture.startswith(b"\x89PNG") for picture in found)
+    return found
+
+
+def test_quick_start_learns(tmp_path):
+    notebook, found = run("quick_start", tmp_path, steps=50)
+    assert len(found["losses"]) == 6
+    # Each is measured at step 0, and a base that has read no question is far off.
+    assert all(values[-1] < values[0] / 3 for values in found["losses"].values()), found["losses"]
+    assert found["questions"] == 120
+    assert found["right"]["base"] == [0.0] * 6
+    assert max(found["right"]["mixlora"]) > 0
+    assert found["lengths"][1] <= 24
+    assert "adapter.json" in found["folders"][0]
+    assert len(pictures(notebook)) == 3  # lengths, losses, right answers
+    tables = outputs(notebook, "text/html")
+    assert len(tables) == 2
+    assert "Write the plural." in tables[0]
+    assert [path.name for path in tmp_path.iterdir()] == ["output"]
+
+
+def test_routing_tour_looks_at_what_was_trained(tmp_path):
+    notebook, found = run("routing_tour", tmp_path, steps=40)
+    assert found["parameters"] == {"lora": 214_912, "mixlora": 215_040}
+    for name, losses in found["losses"].items():
+        assert losses == {
+            task: pytest.approx(found["validation"][f"{name}/{task}"], rel=1e-4) for task in losses
+        }
+    # Loads are multiples of an equal share: four experts' add up to 4 in each of four layers.
+    assert [sum(layer) for layer in found["load"]] == pytest.approx([4.0] * 4)
+    untrained, trained = found["bits"]
+    assert untrained != trained
+    assert all(0 <= bits <= 2.6 for bits in untrained + trained)
+    # Some expert is worth something to some task, and not all of them the same.
+    assert max(map(max, found["rise"])) > 0.01
+    assert len({round(value, 3) for expert in found["rise"] for value in expert}) > 6
+    # Losses, bars, load, load by task, yardstick, co-activation, entropy, ablation.
+    assert len(pictures(notebook)) == 8
+    (frame,) = [text for text in outputs(notebook, "text/html") if "<iframe" in text]
+    assert len(frame) > found["page"] > 20_000
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_is_stored_clean(name):
+    notebook = read(name)
+    nbformat.validate(notebook)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            assert cell.outputs == [] and cell.execution_count is None, "clear all outputs"
+    # Nothing of the machine it was last opened on.
+    assert notebook.metadata == {
+        "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+        "language_info": {"name": "python"},
+    }
+    text = (NOTEBOOKS / f"{name}.ipynb").read_text(encoding="utf-8")
+    assert text == json.dumps(json.loads(text), indent=1, ensure_ascii=False) + "\n"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_links_lead_somewhere(name):
+    for cell in read(name).cells:
+        if cell.cell_type == "markdown":
+            for target in re.findall(r"\]\(([^)]+)\)", cell.source):
+                assert (NOTEBOOKS / target).exists(), target
+
+
+def test_every_notebook_is_run():
+    assert sorted(path.stem for path in NOTEBOOKS.glob("*.ipynb")) == sorted(NAMES)
