@@ -64,7 +64,7 @@ def require_access(target: HubTarget) -> None:
 
 
 def push_folder(folder: Path, target: HubTarget) -> str:
-    """Uploads all of a folder in one commit, and returns where it can be seen.
+    """Uploads all of a folder, and returns where it can be seen.
 
     Files of the same name are replaced, others stay.
 

@@ -72,7 +72,7 @@ def add(parser: argparse.ArgumentParser) -> Run:
         help="with --push-to-hub: the branch, made if there is none (default: the main one)",
     )
     parser.add_argument(
-        "--commit-message", metavar="TEXT", help="with --push-to-hub: of the one commit"
+        "--commit-message", metavar="TEXT", help="with --push-to-hub: of the upload"
     )
     return _run
 

@@ -39,7 +39,7 @@ def export_adapter(
     weights: Weighting | None = None,
     tokens: np.ndarray | None = None,
     data_name: str = "",
-    name: str | None = None,
+    known_as: str | None = None,
 ) -> list[str]:
     """Writes an adapter in the format of another tool, with a model card.
 
@@ -53,7 +53,7 @@ def export_adapter(
       weights: how a format that merges experts weights them; "average" by default.
       tokens: int [N, S], rows that such a format measures on what merging changes.
       data_name: what they are called in messages.
-      name: where the receiving tool will find it, by default in `output`; for the model card.
+      known_as: where the receiving tool will find it, by default in `output`; for the model card.
 
     Returns:
       What the format leaves out or states in another way, and what was measured, one sentence each.
@@ -78,9 +78,12 @@ def export_adapter(
             )
     if adapter.method.classification is not None and not chosen.classifies:
         labels = adapter.method.classification.describe()
-        raise cannot(to, f"a classifier ({labels})", "only peft takes one, of the method lora")
+        raise cannot(
+            to, f"a classifier ({labels})", "peft takes those of the method lora, and moe_jax all"
+        )
     known_base = adapter.base.path if base is None else base
-    options = ExportOptions(known_base, dtype, weights, tokens, data_name, name or str(output))
+    place = str(output) if known_as is None else known_as
+    options = ExportOptions(known_base, dtype, weights, tokens, data_name, place)
     export = chosen.prepare(adapter, options)
     left_out, pictures = list(export.notes), pictures_of(adapter)
     beside = _FOR_THE_CARD + sum(map(len, pictures.values()))

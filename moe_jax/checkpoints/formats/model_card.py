@@ -84,7 +84,8 @@ def _header(
     fields: dict[str, Any] = {}
     if written_by.library:
         fields["library_name"] = written_by.library
-    fields["pipeline_tag"] = "text-generation"
+    classifies = adapter.method.classification is not None
+    fields["pipeline_tag"] = "text-classification" if classifies else "text-generation"
     if not Path(options.base).expanduser().exists():  # the hub knows no folders of ours
         fields["base_model"] = options.base
         fields["base_model_relation"] = "finetune" if outcome.whole else "adapter"

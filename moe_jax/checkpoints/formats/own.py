@@ -15,6 +15,7 @@ class OwnFormat(Format):
 
     summary = "every adapter in this library's own format, with a model card, for the hub"
     library = "moe_jax"
+    classifies = True
 
     def prepare(self, adapter: SavedAdapter, options: ExportOptions) -> Export:
         if options.dtype != "float32":
