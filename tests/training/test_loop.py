@@ -81,6 +81,28 @@ def test_what_a_run_leaves(finished, inputs):
     assert all(np.any(leaf) for leaf in final_adapter(workdir).values())
 
 
+def test_how_it_was_trained_is_on_record(finished, inputs):
+    lines = metric_lines(finished.workdir)
+    losses = [line["default/loss"] for line in lines if "default/loss" in line]
+    held_out = [v for line in lines for k, v in line.items() if k.startswith("validation/")]
+    for folder in ("adapters", "best"):
+        saved = load_adapter(finished.workdir / folder / "default")
+        record = saved.training
+        assert record.step == record.total_steps == 30
+        assert record.method["num_experts"] == 4
+        assert record.optimizer["schedule"]["warmup_steps"] == 2
+        assert (record.batch_size, record.max_length, record.seed) == (8, 24, 3)
+        (words,) = record.train.values()
+        assert (words.path, words.rows) == (str(inputs.parent / "train.jsonl"), 100)
+        assert not words.on_hub
+        assert record.validation["held_out"].rows == 11
+        assert record.training_loss == losses[-1]
+        assert record.validation_losses == {"held_out": held_out[-1]}
+        assert record.best_loss == min(held_out[1:])
+        assert list(saved.pictures) == ["loss.png", "experts.png"]
+        assert all(picture.startswith(b"\x89PNG") for picture in saved.pictures.values())
+
+
 def test_it_learns(finished):
     lines = metric_lines(finished.workdir)
     losses = [line["default/loss"] for line in lines if "default/loss" in line]

@@ -42,6 +42,9 @@ def assert_same_outcome(workdir, other):
         assert expected.keys() == actual.keys()
         for path, leaf in expected.items():
             np.testing.assert_array_equal(actual[path], leaf, err_msg=path, strict=True)
+        for name in ("training.json", "loss.png", "experts.png"):
+            former, resumed = (root / folder / "default" / name for root in (other, workdir))
+            assert resumed.read_bytes() == former.read_bytes(), name
     assert metric_lines(workdir) == metric_lines(other)
 
 

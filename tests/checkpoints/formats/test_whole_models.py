@@ -169,7 +169,7 @@ def test_the_card_says_what_it_is(tmp_path):
     moe_jax.export_adapter(adapter, "mixtral", tmp_path / "out", dtype="bfloat16")
     card = (tmp_path / "out" / "README.md").read_text()
     for words in (
-        "A `MixtralForCausalLM` in bfloat16",
+        "This is a `MixtralForCausalLM` in bfloat16",
         "trained on it for 7 steps. It computes what the adapter computes on its base",
         f"`{tmp_path / 'base'}`, fingerprint `{base.identity.fingerprint}`",
         "| router.top_k | `2` |",

@@ -1,0 +1,99 @@
+"""What an export's model card says; its header is read as the hub's client reads it."""
+
+import dataclasses
+
+import pytest
+from foreign_adapters import LORA, LORAMOE, MIXLORA, TOP_P
+from huggingface_hub import ModelCard, metadata_load
+from training_record import PICTURES, made_record
+from whole_models import adapter_of
+
+import moe_jax
+from moe_jax.config.registry import to_plain
+
+METRICS = """| Loss | Nats per target token |
+| --- | --- |
+| training | `1.2500` |
+| validation: held_out | `1.5000` |"""
+
+
+def trained(mixture, method):
+    """An adapter with a record of its training, and pictures."""
+    adapter = adapter_of(mixture.base, method)
+    record = dataclasses.replace(made_record(), method=to_plain(adapter.method))
+    return adapter._replace(training=record, pictures=PICTURES)
+
+
+@pytest.mark.parametrize(
+    ("to", "method", "library", "code"),
+    [
+        ("peft", LORA, "peft", 'PeftModel.from_pretrained(base, "{out}")'),
+        ("mixlora", MIXLORA, None, 'MixLoraModelForCausalLM.from_pretrained("{out}")'),
+        ("mixlora", LORAMOE, None, 'name = model.load_adapter("{out}")'),
+        ("mixtral", MIXLORA, "transformers", 'AutoModelForCausalLM.from_pretrained("{out}")'),
+        ("llama", LORA, "transformers", 'AutoModelForCausalLM.from_pretrained("{out}")'),
+        ("moe_jax", MIXLORA, "moe_jax", 'moe_jax.load_adapter("{out}")'),
+    ],
+)
+def test_every_format_has_a_card(mixture, tmp_path, to, method, library, code):
+    out = tmp_path / "out"
+    moe_jax.export_adapter(trained(mixture, method), to, out)
+    header, text = metadata_load(out / "README.md"), (out / "README.md").read_text()
+    assert header.get("library_name") == library
+    assert header["pipeline_tag"] == "text-generation"
+    assert header["datasets"] == ["owner/rows"]
+    assert header["tags"] == ["moe_jax", method["name"]]
+    assert "base_model" not in header  # a folder of ours, which the hub does not know
+    for words in (
+        code.format(out=out),
+        f"`{mixture.base.folder}`, fingerprint `{mixture.base.identity.fingerprint}`",
+        "kept in bfloat16 during training",
+        "| rank | `4` |",
+        "| batch_size | `8` |",
+        "| optimizer.schedule.kind | `cosine` |",
+        "| training | `words` | `words.jsonl` |  | `train` | `completion` | `2.0` | `100` |",
+        "| training | `more` | `owner/rows` | `v1` | `train` | `text` | `1.0` | `20` |",
+        METRICS,
+        "The lowest mean validation loss up to then was 1.4000.",
+        "- States of training, so that none can be resumed from here.",
+    ):
+        assert words in text, words
+    assert "/home/someone" not in text
+    compile(text.split("```python\n")[1].split("```")[0], "the lines that load it", "exec")
+    for name, picture in PICTURES.items():
+        assert f"]({name})" in text
+        assert (out / name).read_bytes() == picture
+
+
+def test_a_hub_base_is_linked(mixture, tmp_path):
+    adapter = trained(mixture, {**MIXLORA, "router": TOP_P, "dropout": 0.1})
+    moe_jax.export_adapter(adapter, "mixlora", tmp_path / "out", base="some/base")
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert card.data.base_model == "some/base"
+    assert card.data.to_dict()["base_model_relation"] == "adapter"
+    assert "# A mixlora adapter of base\n" in card.text
+    assert "- Left out, as it matters for further training only: dropout.\n" in card.text
+
+
+def test_what_is_not_known_is_said(mixture, tmp_path):
+    adapter = adapter_of(mixture.base, LORA)._replace(step=0)
+    moe_jax.export_adapter(adapter, "peft", tmp_path / "out")
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert "from a base and an adapter that came from another tool." in text
+    assert "is not on record: neither its data, nor its settings, nor its losses." in text
+    assert "## Metrics" not in text
+    assert "## Pictures" not in text
+    assert "datasets" not in metadata_load(tmp_path / "out" / "README.md")
+
+
+def test_an_adapter_that_was_changed_after_training(mixture, tmp_path):
+    """As surgery does: the settings are its own, the picture of other experts is left out."""
+    before = trained(mixture, {**MIXLORA, "num_experts": 2})
+    adapter = trained(mixture, MIXLORA)._replace(training=before.training)
+    moe_jax.export_adapter(adapter, "mixlora", tmp_path / "out")
+    text = (tmp_path / "out" / "README.md").read_text()
+    ours, theirs = text.split("The adapter was changed after training.")
+    assert "| num_experts | `4` |" in ours
+    assert "| num_experts | `2` |" in theirs
+    assert (tmp_path / "out" / "loss.png").exists()
+    assert not (tmp_path / "out" / "experts.png").exists()

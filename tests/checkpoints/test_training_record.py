@@ -1,0 +1,83 @@
+"""The record of training beside an adapter's weights: its format, and what is said of a bad one."""
+
+import json
+
+import pytest
+from record_adapter_format import ROOT, STORED, made_adapter
+from training_record import PICTURES, made_record
+
+from moe_jax.checkpoints.adapter_files import load_adapter, save_adapter
+from moe_jax.checkpoints.training_record import RECORD_VERSION
+from moe_jax.cli import main
+from moe_jax.errors import CheckpointError
+
+RECORDED = ROOT / f"training_record_{RECORD_VERSION}.json"
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("written") / STORED
+    save_adapter(folder, made_adapter(STORED)._replace(training=made_record(), pictures=PICTURES))
+    return folder
+
+
+@pytest.fixture
+def folder(written, tmp_path):
+    """A copy, to be changed."""
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    (copy / "weights").symlink_to(written / "weights")
+    for name in ("adapter.json", "training.json", *PICTURES):
+        (copy / name).write_bytes((written / name).read_bytes())
+    return copy
+
+
+def test_the_format_is_what_was_recorded(written):
+    """If this fails, raise `RECORD_VERSION` and record the new text; keep reading the former."""
+    assert (written / "training.json").read_text() == RECORDED.read_text()
+    files = sorted(path.name for path in written.iterdir())
+    assert files == ["adapter.json", "experts.png", "loss.png", "training.json", "weights"]
+
+
+def test_it_is_read_again(written):
+    found = load_adapter(written)
+    assert found.training == made_record()
+    assert found.pictures == PICTURES
+
+
+def test_an_adapter_without_it_is_read(folder):
+    for name in ("training.json", *PICTURES):
+        (folder / name).unlink()
+    found = load_adapter(folder)
+    assert found.training is None
+    assert found.pictures == {}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"record_version": 2}, "record version 2, this release reads 1"),
+        ({"batch_size": "8"}, "batch_size: expected "),
+        ({"learned": True}, "learned: unknown field"),
+        ({"train": {"words": {"path": "x"}}}, "train.words"),
+        (None, "cannot be read"),
+    ],
+)
+def test_a_bad_one_is_refused(folder, change, words):
+    file = folder / "training.json"
+    text = "{" if change is None else json.dumps({**json.loads(file.read_text()), **change})
+    file.write_text(text)
+    with pytest.raises(CheckpointError) as error:
+        load_adapter(folder)
+    assert str(error.value).startswith(str(file))
+    assert words in str(error.value)
+    assert str(error.value).endswith("delete the file to use the adapter without it")
+
+
+def test_show_has_the_main_of_it(written, capsys):
+    assert main(["show", str(written)]) == 0
+    shown = capsys.readouterr().out
+    assert "         adamw, learning rate 0.001, 8 rows a step, seed 3\n" in shown
+    assert "data     train words: 100 rows of /home/someone/data/words.jsonl\n" in shown
+    assert "data     validation held_out: 11 rows of boolq\n" in shown
+    assert "loss     training 1.2500, held_out 1.5000\n" in shown
