@@ -171,6 +171,7 @@ def _config(model: ModelConfig, method: MixLoraConfig) -> dict[str, Any]:
         **fields,
         "attention_bias": model.attention_bias,
         "use_sliding_window": model.sliding_window is not None,
+        "max_window_layers": 0,  # where layers begin to slide, for transformers before version 5
         "moe_intermediate_size": model.intermediate_size,
         "num_experts": method.num_experts,
         "norm_topk_prob": True,

@@ -65,6 +65,12 @@ def theirs(folder, cls=AutoModelForCausalLM):
             {**MIXLORA, "expert_lora": {"dora": True}},
             Qwen3MoeForCausalLM,
         ),
+        (
+            "qwen3",
+            {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 0},
+            {**MIXLORA, **TOP_1_OF_3, "target_modules": ["gate_proj"]},
+            Qwen3MoeForCausalLM,
+        ),
     ],
 )
 def test_a_mixlora_is_a_mixture_of_experts(tmp_path, model_type, overrides, method, cls):
