@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from moe_jax.version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from moe_jax import surgery
     from moe_jax.adapters.lora import LoraConfig
     from moe_jax.adapters.loramoe import LoraMoeConfig
     from moe_jax.adapters.mixlora import ExpertLoraConfig, MixLoraConfig
@@ -56,6 +57,7 @@ __all__ = [
     "load_adapter",
     "load_base",
     "parse_config",
+    "surgery",
     "train",
 ]
 
@@ -80,6 +82,8 @@ _HOMES = {
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'moe_jax' has no attribute {name!r}")
+    if name == "surgery":  # a module, whose functions are its operations
+        return importlib.import_module("moe_jax.surgery")
     return getattr(importlib.import_module(_HOMES.get(name, "moe_jax.library")), name)
 
 
