@@ -102,9 +102,13 @@ def inspect_routing(
     sites = routing_sites(model, method, tree)
     site = _choose(site, sites, name)
 
-    length = min(MAX_LENGTH, files.config.max_position_embeddings)
+    length, longest = max_length or MAX_LENGTH, files.config.max_position_embeddings
+    if max_length is not None and max_length > longest:
+        raise ConfigError(
+            f"max_length: {max_length} tokens, but the base was trained on {longest} positions"
+        )
     tokenizer = load_tokenizer(files.folder)
-    texts = read_texts(sources, tokenizer, limit=limit, max_length=max_length or length)
+    texts = read_texts(sources, tokenizer, limit=limit, max_length=min(length, longest))
     _check_tokens(texts.rows, files.config)
     params = load_params(files, model, None)
     batches = route_rows(model, method, site, params, tree, texts.rows, batch_size)

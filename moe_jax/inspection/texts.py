@@ -70,7 +70,10 @@ def read_texts(
             encoded = _read_source(source, tokenizer, limit)
             divide = source.schema == "text"
         else:
-            texts = enumerate(source[:limit], 1)
+            texts = list(enumerate(source[:limit], 1))
+            for number, text in texts:
+                if not text.strip():
+                    raise DataError(f"{name}: text {number} is empty")
             encoded = [(f"text {n}", encode_prompt(tokenizer, text)) for n, text in texts]
             divide = True
         found, cut = _rows(name, encoded, max_length, divide)

@@ -79,7 +79,7 @@ function start(document, window) {
       number.textContent = withNumbers && top >= 0 ? String(top) : "";
     });
     get("layer").value = String(layer);
-    get("shown").textContent = `${layer} of 0\u2013${found.layers - 1}`;
+    get("shown").textContent = `${layer} of 0 to ${found.layers - 1}`;
     get("before").disabled = layer === 0;
     get("after").disabled = layer === found.layers - 1;
     writeLegend();

@@ -1,0 +1,74 @@
+"""An adapter on the demo's base whose routers are at random and whose experts change nothing yet,
+so that transformers' plain model shows each router's input.
+"""
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import moe_jax
+from moe_jax.checkpoints.adapter_files import SavedAdapter, save_adapter
+from moe_jax.checkpoints.expected_leaves import expected_leaves
+from moe_jax.checkpoints.fingerprint import BaseIdentity, base_fingerprint
+from moe_jax.checkpoints.hf_config import read_model_config
+from moe_jax.checkpoints.leaves import nested
+from moe_jax.inspection.report import RoutingReport
+
+BASE = Path(moe_jax.__file__).parent / "demo" / "base"
+METHODS = {
+    "mixlora": moe_jax.MixLoraConfig(
+        rank=2,
+        alpha=4.0,
+        num_experts=4,
+        target_modules=("gate_proj", "up_proj", "down_proj"),
+    ),
+    "mola": moe_jax.MolaConfig(
+        rank=2, alpha=4.0, num_experts=(2, 4), target_modules=("q_proj", "down_proj")
+    ),
+    "lora": moe_jax.LoraConfig(rank=2, alpha=4.0, target_modules=("q_proj",)),
+}
+TEXTS = [
+    "the red cat sees a dog .\nthe dog <script>window.owned = 1</script> runs .",
+    "a small bird\tsings </script><!-- and sleeps \u2028 .",
+]
+ROWS = [{"prompt": f"count {n} :", "completion": " one two" * n} for n in range(1, 5)]
+
+
+class Setting(NamedTuple):
+    """`folder` has the MixLoRA, `saved` all of `METHODS`, `rows` is a file of completions."""
+
+    folder: Path
+    saved: dict[str, SavedAdapter]
+    rows: Path
+    report: RoutingReport
+
+
+@pytest.fixture(scope="session")
+def setting(tmp_path_factory) -> Setting:
+    folder = tmp_path_factory.mktemp("inspection")
+    model, rng = read_model_config(BASE), np.random.default_rng(0)
+    identity = BaseIdentity(str(BASE), base_fingerprint(BASE))
+
+    def leaf(path, spec):
+        std = 0.0 if "lora_B" in path else 0.5
+        return std * rng.standard_normal(spec.shape, np.float32)
+
+    saved = {}
+    for name, method in METHODS.items():
+        leaves = {path: leaf(path, spec) for path, spec in expected_leaves(model, method).items()}
+        saved[name] = SavedAdapter(
+            method, jax.tree.map(jnp.asarray, nested(leaves)), model, identity, step=0
+        )
+    save_adapter(folder / "mixlora", saved["mixlora"])
+    rows = folder / "rows.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    completions = {"path": str(rows), "schema": "completion"}
+    report = moe_jax.inspect_routing(
+        saved["mixlora"], {"words": TEXTS, "counts": completions}, BASE, batch_size=4
+    )
+    return Setting(folder / "mixlora", saved, rows, report)

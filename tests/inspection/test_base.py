@@ -1,0 +1,96 @@
+"""What a checkpoint is said to be, against transformers and arithmetic."""
+
+import json
+
+import pytest
+from hf_models import save_tiny_llama
+from inspection.conftest import BASE
+
+import moe_jax
+from moe_jax.cli import main
+
+
+def test_counts_and_sizes_are_those_of_the_files(tmp_path):
+    model = save_tiny_llama(tmp_path / "base")
+    described = moe_jax.describe_base(tmp_path / "base")
+    assert described.parameters == sum(p.numel() for p in model.parameters())
+    by_module = {}
+    for name, parameter in model.named_parameters():
+        parts = [
+            part
+            for part in name.split(".")[:-1]
+            if part not in ("model", "layers") and not part.isdigit()
+        ]
+        by_module["/".join(parts)] = by_module.get("/".join(parts), 0) + parameter.numel()
+    assert described.modules == by_module
+    assert described.stored == {"F32": 4 * described.parameters}
+    file = tmp_path / "base" / "model.safetensors"
+    assert described.files == {file.name: file.stat().st_size}
+    assert described.architecture == "LlamaForCausalLM"
+
+
+def test_the_weights_are_not_loaded(monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError
+
+    for name in ("load_base", "_load_leaf", "read_leaf"):
+        monkeypatch.setattr(f"moe_jax.checkpoints.base.{name}", refuse)
+    assert moe_jax.describe_base(BASE).parameters > 0
+
+
+def test_an_adapter_on_it_by_hand(capsys):
+    config = json.loads((BASE / "config.json").read_text())
+    layers, width, wide = (
+        config[key] for key in ("num_hidden_layers", "hidden_size", "intermediate_size")
+    )
+    options = ["--method", "mixlora", "--rank", "4", "--num-experts", "2"]
+    options += ["--target-modules", "o_proj,down_proj"]
+    assert main(["inspect", "--base", str(BASE), *options]) == 0
+    out = capsys.readouterr().out
+    heads = config["num_attention_heads"] * config["head_dim"]
+    attention = layers * 4 * (heads + width)
+    experts = layers * 2 * 4 * (wide + width)
+    router = layers * 2 * width
+    assert f"{attention + experts + router:,} parameters (" in out
+    assert f"on o_proj, down_proj of {layers} layers" in out
+    for module, count in (
+        ("self_attn/o_proj", attention),
+        ("mlp/moe/router", router),
+        ("mlp/moe/down_proj", experts),
+    ):
+        (line,) = [line for line in out[out.index("adapter") :].splitlines() if module in line]
+        assert line.split()[1] == f"{count:,}"
+    assert "llama (LlamaForCausalLM)" in out and f"{layers}, width {width}" in out
+
+
+def test_the_adapters_of_a_configuration(capsys):
+    assert main(["inspect", "--base", str(BASE), "--config", "configs/tiny_mixlora.py"]) == 0
+    assert "adapter    default: mixlora" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "--base to see what a checkpoint is"),
+        (["--base", "/nowhere"], "/nowhere: no such folder"),
+        (["--base", "{}", "--method", "mixlor"], "unknown method 'mixlor'; did you mean 'mixlora'"),
+        (["--base", "{}", "--method", "lora", "--num-experts", "4"], "lora has no experts"),
+        (["--base", "{}", "--method", "mixlora", "--num-experts", "1"], "num_experts: must be"),
+        (["--base", "{}", "--method", "mola", "--num-experts", "2,4,8"], "into 3 equal groups"),
+        (["--base", "{}", "--rank", "4"], "--rank: goes with --method"),
+        (["--base", "{}", "--data", "a.txt"], "--data: goes with --adapter"),
+    ],
+)
+def test_errors_are_one_line(capsys, arguments, words):
+    assert main(["inspect", *(text.replace("{}", str(BASE)) for text in arguments)]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ") and words in captured.err, captured.err
+    assert len(captured.err.splitlines()) == 1
+
+
+def test_a_damaged_checkpoint_is_refused_as_when_loading_it(tmp_path):
+    save_tiny_llama(tmp_path / "base")
+    file = tmp_path / "base" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(moe_jax.UserError, match="truncated or damaged"):
+        moe_jax.describe_base(tmp_path / "base")
