@@ -26,6 +26,8 @@ your own task:
   the index from 0 of the right choice. Other columns can be named the same way; the sections
   `--- choices ---` and `--- answer ---` after the prompt say where these two are to be found.
 
+  Kept as template.txt in FOLDER/quiz/ beside test.jsonl, it is --tasks quiz --data FOLDER.
+
 measures:
   label_acc   the prompt lists the options; which label (A, B, true, ...) is likeliest next
   acc         it does not; which option's words are likeliest after it
