@@ -70,14 +70,20 @@ def program(
     source = {"path": "unused", "schema": "text"}
     # Two groups of data, as LoRAMoE's balance wants them.
     train = {"unused": source, "of_group_1": {**source, "expert_group": 1}}
-    data = {"train": train, "max_length": 16}
+    labelled = {name: {**each, "schema": "classification"} for name, each in train.items()}
+    data = {"max_length": 16}
     raw = {
         "base": {"path": "unused", "param_dtype": "float32"},
         "compute": {"dtype": "float32", **(compute or {})},
         "mesh": mesh or {"data": 1},
         "training": {"steps": total_steps, **(training or {})},
         "adapters": {
-            name: {"method": method, "data": data, "optimizer": optimizer, "batch_size": rows}
+            name: {
+                "method": method,
+                "data": {"train": labelled if "classification" in method else train, **data},
+                "optimizer": optimizer,
+                "batch_size": rows,
+            }
             for name, method in methods.items()
         },
     }
