@@ -88,7 +88,7 @@ def grow(
         method = with_num_experts(former, lambda number: number + (add or 0))
     needed = "" if exact else "the result is not exact, and what changes has to be measured"
     if add is not None and not split:
-        needed = "which experts to split is measured; give them with --split, or a file of text"
+        needed = "without --split, which experts to split has to be measured"
     text = read_text(saved, data, base, needed)
     measuring = None if text is None else text.measuring(saved)
 

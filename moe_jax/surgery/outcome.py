@@ -21,6 +21,7 @@ from moe_jax.config.parse import located
 from moe_jax.errors import CheckpointError
 
 _LENGTH = 512
+_ROUNDING = 1e-7
 
 
 class Outcome(NamedTuple):
@@ -63,10 +64,12 @@ class Text(NamedTuple):
 
     def describe(self, change: Change, original: str) -> str:
         """A change in words."""
+        is_rounding = abs(change.divergence) < _ROUNDING  # of either sign
+        divergence = f"below {_ROUNDING:.0e}" if is_rounding else f"{change.divergence:.3g}"
         return (
             f"measured on {self.rows.size:,} tokens of {self.name}: KL divergence from {original} "
-            f"{change.divergence:.3g} nats per token; logits differ by {change.largest:.3g} at "
-            f"most, {change.mean_square**0.5:.3g} in root mean square"
+            f"{divergence} nats per token; logits differ by {change.largest:.3g} at most, "
+            f"{change.mean_square**0.5:.3g} in root mean square"
         )
 
 

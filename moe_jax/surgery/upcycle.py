@@ -21,7 +21,7 @@ from moe_jax.adapters.sites import MOE
 from moe_jax.adapters.targets import MLP_MODULES, TARGET_MODULES
 from moe_jax.checkpoints.adapter_files import SavedAdapter
 from moe_jax.config.model import ModelConfig
-from moe_jax.config.parse import parse_member, suggest
+from moe_jax.config.parse import located, parse_member, suggest
 from moe_jax.errors import CheckpointError
 from moe_jax.surgery.experts import ROUTER, ExpertMethod, Leaves, expert_counts, leaves_of
 from moe_jax.surgery.outcome import Outcome, changed_adapter, finished, opened, read_text
@@ -63,7 +63,8 @@ def upcycle(
     """
     saved = opened(adapter, output)
     method = _method(saved.method, to, num_experts, router)
-    method.check_model(saved.model)
+    with located(f"the new {to}"):
+        method.check_model(saved.model)
     doubt = why_not_exact(method, saved.model)
     needed = f"{doubt}, and what that changes has to be measured" if doubt else ""
     text = read_text(saved, data, base, needed)
