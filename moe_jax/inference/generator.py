@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from moe_jax.adapters.method import AdapterMethod, require_language_model
 from moe_jax.adapters.segments import Segment
-from moe_jax.config.model import ComputeConfig, ModelConfig
+from moe_jax.config.model import ComputeConfig, FloatType, ModelConfig
 from moe_jax.config.parse import located
 from moe_jax.data.collate import PADDING_ID, padded_length
 from moe_jax.errors import CheckpointError
@@ -57,7 +57,15 @@ class Generator:
 
     Prompts are padded on the left to the length of a bucket. Reading them is compiled once for each
     bucket and division of the rows over adapters, and the loop over new tokens once for each length
-    of the cache besides; what adapters are called and what they weigh does not matter.
+    of the cache and division; what adapters are called and what they weigh does not matter.
+
+    Attributes:
+      model: the base's architecture.
+      params: the base's weights.
+      adapters: each adapter's weights.
+      mesh: where they are; None is one device.
+      context: tokens of a prompt and its continuation together, at most.
+      buckets: lengths that prompts are padded to.
     """
 
     def __init__(
@@ -100,10 +108,11 @@ class Generator:
             else check_buckets(buckets, self.context)
         )
         self.mesh = mesh
+        self.model = model
+        self.params = params
+        self.adapters = {name: tree for name, (_, tree) in adapters.items()}
         self._model = LlamaForCausalLM(model, replace(compute, remat="none"))
-        self._params = params
         self._methods = {name: method for name, (method, _) in adapters.items()}
-        self._trees = {name: tree for name, (_, tree) in adapters.items()}
         self._functions: list[tuple[Any, Callable[..., Any]]] = []
 
     def stream(
@@ -139,11 +148,21 @@ class Generator:
         prompts = [request.tokens for request in requests]
         names = [request.adapter for request in requests]
         check_requests(
-            self._model.config, self._methods, prompts, names, max_new_tokens, seed, self.context
+            self.model, self._methods, prompts, names, max_new_tokens, seed, self.context
         )
         if not requests:
             return iter(())
         return self._stream(requests, sampling, max_new_tokens, tuple(eos_ids), seed, stop)
+
+    @property
+    def dtype(self) -> FloatType:
+        """In which type is computed and remembered."""
+        return self._model.compute.dtype
+
+    def cache_length(self, prompt: int, new_tokens: int) -> int:
+        """Slots of the cache for prompts of so many tokens at most and so many new ones."""
+        slots = padded_length(prompt, self.buckets) + new_tokens
+        return -(-slots // _CACHE_STEP) * _CACHE_STEP
 
     def compilations(self) -> int:
         """How many programs were compiled so far."""
@@ -194,7 +213,7 @@ class Generator:
         ended: Sequence[bool],
     ) -> Iterator[np.ndarray]:
         """The next token of each row [B], at most `max_new_tokens` times; `ended` may change."""
-        adapters = {segment: self._trees[name] for segment, name in rows.adapters.items()}
+        adapters = {segment: self.adapters[name] for segment, name in rows.adapters.items()}
         state, drawing = self._start(
             requests, rows, adapters, sampling, max_new_tokens, eos_ids, seed
         )
@@ -208,7 +227,7 @@ class Generator:
             begin = time.perf_counter()
             now = np.int32(min(steps, left))
             with self._context():
-                state, tokens, count = decode(self._params, adapters, state, drawing, eos, now)
+                state, tokens, count = decode(self.params, adapters, state, drawing, eos, now)
             yield from np.asarray(tokens)[: int(count)]
             left -= int(count)
             seconds = time.perf_counter() - begin
@@ -234,7 +253,7 @@ class Generator:
         prompts = np.full((len(batch), width), PADDING_ID, np.int32)
         seen = np.zeros((len(batch), 1), bool)
         if sampling.repetition_penalty != 1:
-            seen = np.zeros((len(batch), self._model.config.vocab_size), bool)
+            seen = np.zeros((len(batch), self.model.vocab_size), bool)
         for row, (tokens, *_) in enumerate(batch):
             prompts[row, width - len(tokens) :] = tokens
             if sampling.repetition_penalty != 1:
@@ -251,11 +270,11 @@ class Generator:
             ),
         )
         done = np.array([number is None for number in rows.requests])
-        cache_length = -(-(width + max_new_tokens) // _CACHE_STEP) * _CACHE_STEP
-        read = self._function(decoding.read_prompts, rows.segments, cache_length)
+        slots = self.cache_length(width, max_new_tokens)
+        read = self._function(decoding.read_prompts, rows.segments, slots)
         first = self._function(decoding.first_tokens, None, sampling)
         with self._context():
-            logits, cache = read(self._params, adapters, self._put(prompts), drawing.start)
+            logits, cache = read(self.params, adapters, self._put(prompts), drawing.start)
             state = first(
                 logits,
                 cache,
@@ -307,6 +326,6 @@ class Generator:
     def _rules(self) -> tuple[tuple[str, Any], ...]:
         """Heads of the cache stay whole where the devices do not divide them."""
         parts = 1 if self.mesh is None else self.mesh.shape["tensor"]
-        if self._model.config.num_kv_heads % parts == 0:
+        if self.model.num_kv_heads % parts == 0:
             return RULES
         return ((axes.CACHE_KV_HEADS, None), *RULES)
