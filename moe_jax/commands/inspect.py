@@ -56,7 +56,10 @@ def add(parser: argparse.ArgumentParser) -> Run:
     parser.add_argument("--revision", help="of a hub id")
     seen = parser.add_argument_group("what an adapter's routers do")
     seen.add_argument(
-        "--adapter", type=Path, metavar="DIR", help="its folder, as in WORKDIR/adapters/NAME"
+        "--adapter",
+        type=Path,
+        metavar="DIR_OR_ID",
+        help="its folder, as in WORKDIR/adapters/NAME, or a hub id",
     )
     seen.add_argument(
         "--data",

@@ -8,6 +8,7 @@ from moe_jax.checkpoints.adapter_files import read_description
 from moe_jax.checkpoints.resolve import resolve_adapter
 from moe_jax.checkpoints.training_record import read_record
 from moe_jax.commands import Run
+from moe_jax.inspection.base import leaf_modules, module_lines
 
 
 def add(parser: argparse.ArgumentParser) -> Run:
@@ -27,6 +28,8 @@ def _run(arguments: argparse.Namespace) -> None:
         if field != "name":
             print(f"         {field} = {value}")
     print(f"size     {size:,} parameters in {len(description.leaves)} leaves")
+    for line in module_lines(leaf_modules(description.leaves)):
+        print(f"       {line}")
     print(f"trained  {description.step} steps, moe_jax {description.package_version}")
     if record is not None:
         optimizer = record.optimizer

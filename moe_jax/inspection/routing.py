@@ -17,6 +17,7 @@ from moe_jax.checkpoints.loading import (
     load_params,
     open_base,
 )
+from moe_jax.checkpoints.resolve import resolve_adapter
 from moe_jax.config.data import Schema, SourceConfig
 from moe_jax.config.model import FloatType, ModelConfig
 from moe_jax.config.parse import parse, suggest
@@ -55,7 +56,7 @@ def inspect_routing(
     Every token of a row counts, those of the prompt too; padding never does.
 
     Args:
-      adapter: its folder, or the adapter.
+      adapter: its folder, its hub id, or the adapter.
       data: data sets by name: a path or hub id, a `SourceConfig` or its fields, or a list of texts.
       base: its folder, its hub id, or itself in memory; None is the path it was trained with.
       revision: of a hub id.
@@ -85,7 +86,7 @@ def inspect_routing(
         name: _source(name, value, {"schema": schema, "prompt": prompt, "columns": columns or {}})
         for name, value in data.items()
     }
-    saved = adapter if isinstance(adapter, SavedAdapter) else load_adapter(Path(adapter))
+    saved = adapter if isinstance(adapter, SavedAdapter) else load_adapter(resolve_adapter(adapter))
     method_name = METHODS.name_of(saved.method)
     name = method_name if isinstance(adapter, SavedAdapter) else Path(adapter).resolve().name
     if not saved.method.routes:
