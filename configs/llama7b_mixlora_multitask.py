@@ -4,16 +4,16 @@
         --config.base.path=/path/to/Llama-2-7b-hf
 
 The run ends with a table of accuracies, counts and standard errors, also in
-`runs/multitask/evaluation` as JSON and Markdown, with what was said to each question. The same command
-goes on where it was stopped, in the evaluation too.
+`runs/multitask/evaluation` as JSON and Markdown, with what was said to each question. The same
+command goes on where it was stopped, in the evaluation too.
 
-One override adds LoRA with as many trainable parameters: it trains beside MixLoRA in the same step, on
-the same rows, and is a row of the same table:
+One override adds LoRA with as many trainable parameters: it trains beside MixLoRA in the same step,
+on the same rows, and is a row of the same table:
 
     --config.only=None
 
-`--config.only=lora` trains it alone. Tasks come from the hub; `--config.tasks_folder=FOLDER` takes their
-rows from `FOLDER/TASK/` instead, files with the hub's columns named after their split.
+`--config.only=lora` trains it alone. Tasks come from the hub; `--config.tasks_folder=FOLDER` takes
+their rows from `FOLDER/TASK/` instead, files with the hub's columns named after their split.
 
 Everything but the data, the evaluation and the second method is `llama7b_mixlora.py`'s.
 """
@@ -45,8 +45,8 @@ def get_config() -> ConfigDict:
     mixlora.data.train = ConfigDict(
         {
             # The right option's label (A, true, ...) after the prompt that evaluation asks with.
-            # Shares go by the square root of the sizes: by the sizes themselves, half the rows would
-            # be PIQA's; equal ones would repeat ARC's challenges fourteen times as often as those.
+            # Shares go by the square root of the sizes: by the sizes themselves, half the rows
+            # would be PIQA's; equal ones would repeat ARC's challenges fourteen times as often.
             task: {"task": task, "answer": "label", "weight": round(math.sqrt(rows / 1000), 2)}
             for task, rows in TRAINING_ROWS.items()
         }

@@ -3,8 +3,9 @@
     python -m moe_jax.demo --only-data --output demo_output
     python train.py --config configs/tiny_multitask.py --workdir demo_output/multitask
 
-The table at the end is also in `demo_output/multitask/evaluation`. LoRA of as many trainable parameters
-trains beside it, in the same step, with `--config.only=None`, and alone with `--config.only=lora`.
+The table at the end is also in `demo_output/multitask/evaluation`. LoRA of as many trainable
+parameters trains beside it, in the same step, with `--config.only=None`, and alone with
+`--config.only=lora`.
 """
 
 import copy

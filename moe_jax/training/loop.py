@@ -97,7 +97,7 @@ def train(
     settings = json.loads(to_json(config))
     with WorkDir(workdir) as work, contextlib.ExitStack() as opened:
         resume_step = latest_step(work.checkpoints)
-        metadata = {}
+        metadata, ended = {}, False
         if resume_step is not None:
             _require_same_settings(work, config, settings)
             metadata = read_metadata(work.checkpoints, resume_step)
@@ -119,8 +119,11 @@ def train(
         evaluator = None
         if on_tasks is not None and asks_for_tasks(config):
             evaluator = on_tasks.prepare(config, inputs, program)
-        for label, text in start_up_table(config, inputs, program):
-            say(f"{label:<12} {text}")
+        if ended:  # of which the table would compile a step that nobody makes
+            say(f"training has ended at step {resume_step}; what is left is to evaluate")
+        else:
+            for label, text in start_up_table(config, inputs, program):
+                say(f"{label:<12} {text}")
 
         writers = []
         if is_main_process():  # before the long work: a service may refuse

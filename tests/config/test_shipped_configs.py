@@ -22,7 +22,7 @@ def _config(name: str) -> RunConfig:
 @pytest.mark.parametrize("name", NAMES)
 def test_parses_and_opens_with_its_command(name):
     adapters = _config(name).adapters
-    # 3 learning rates times 2 ranks; 2 methods times 3 seeds; 2 methods times 3 rates times 2 seeds.
+    # 3 learning rates times 2 ranks; 2 methods times 3 seeds; 2 methods, 3 rates, 2 seeds.
     # The README's commands name the one adapter of the others.
     several = {"tiny_sweep": 6, "tiny_comparison": 6, "tiny_comparison_rates": 12}
     several |= {"tiny_multitask": 1, "llama7b_mixlora_multitask": 1}

@@ -1,0 +1,215 @@
+"""Tasks as part of a training run: measured between steps and at the end, on the run's own mesh."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from tiny_run import metric_lines, xla_flags
+from tolerances import ROUNDING
+
+from moe_jax.adapters import METHODS
+from moe_jax.config.run import parse_run_config
+from moe_jax.demo.tasks import write_tasks
+from moe_jax.errors import UserError
+from moe_jax.evaluation.in_training import OnTasks
+from moe_jax.evaluation.scorer import Scorer
+from moe_jax.sharding.mesh import make_mesh
+from moe_jax.training import inputs, loop, program
+
+TASKS = ("colour", "opposite")
+STEPS, EVERY, FEW, LIMIT = 4, 2, 5, 12
+MODELS = ("base", "lora", "mixlora")
+DEVICES = jax.devices()[:2]
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tasks")
+    write_tasks(folder, seed=0)
+    return folder
+
+
+def _config(tasks, evaluation=None, **fields):
+    """`configs/tiny_multitask.py` cut short, with LoRA beside it."""
+    from configs import tiny_multitask
+
+    raw = tiny_multitask.get_config().to_dict()
+    raw |= {"only": None, "tasks_folder": str(tasks), **fields}
+    raw["training"] = {"steps": STEPS, "log_every": 2}
+    raw["mesh"] = {"data": 1, "fsdp": 2}
+    for adapter in raw["adapters"].values():
+        adapter["batch_size"] = 4
+        adapter["optimizer"] = {"learning_rate": 1e-2, "schedule": {"kind": "constant"}}
+        adapter["data"]["train"] = {task: adapter["data"]["train"][task] for task in TASKS}
+        own = {"tasks": TASKS, "every": EVERY, "limit": LIMIT, "limit_between": FEW}
+        adapter["evaluation"] |= own | {"batch_size": 8} | (evaluation or {})
+    return parse_run_config(raw, METHODS)
+
+
+def _train(config, workdir, lines=None):
+    """Trains on a mesh of two devices."""
+    say = (lambda line: None) if lines is None else lines.append
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (inputs, program):
+            patch.setattr(module, "make_mesh", lambda mesh, _=None: make_mesh(mesh, DEVICES))
+        return loop.train(config, workdir, say, OnTasks())
+
+
+@pytest.fixture(scope="module")
+def run(tasks, tmp_path_factory):
+    """A whole run: its folder, its result, what it said, and how often scorers were compiled."""
+    workdir, lines, scorers = tmp_path_factory.mktemp("run"), [], []
+    init = Scorer.__init__
+
+    def remembering(self, *arguments, **fields):
+        init(self, *arguments, **fields)
+        scorers.append(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Scorer, "__init__", remembering)
+        result = _train(_config(tasks), workdir, lines)
+    return workdir, result, lines, [scorer.compilations() for scorer in scorers]
+
+
+def _predictions(folder: Path) -> dict[str, list[dict]]:
+    """What was said to each question, by model and task."""
+    found = {}
+    for file in sorted((folder / "predictions").rglob("*.jsonl")):
+        lines = [json.loads(line) for line in file.read_text().splitlines()]
+        found[f"{file.parent.name}/{file.name.split('.')[0]}"] = lines[1:]
+    return found
+
+
+def test_a_fresh_process_finds_what_training_reported(run, tasks, tmp_path):
+    workdir, result, *_ = run
+    command = [sys.executable, "-m", "moe_jax.cli", "evaluate", "--base", "moe_jax/demo/base"]
+    command += ["--with-base", "--tasks", ",".join(TASKS), "--data", tasks, "--limit", LIMIT]
+    command += ["--adapter", workdir / "adapters" / "mixlora", "--protocols", "choices"]
+    command += ["--buckets", "32", "--output", tmp_path]
+    environment = {**os.environ, "XLA_FLAGS": xla_flags(devices=1)}
+    subprocess.run([str(part) for part in command], check=True, env=environment)
+
+    reported = json.loads((workdir / "evaluation" / "results.json").read_text())
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert found["results"] == [one for one in reported["results"] if one["model"] != "lora"]
+    assert found["averages"] == [one for one in reported["averages"] if one["model"] != "lora"]
+    assert [model["name"] for model in reported["models"]] == list(MODELS)
+
+    before, after = _predictions(workdir / "evaluation"), _predictions(tmp_path)
+    assert before.keys() == {f"{model}/{task}" for model in MODELS for task in TASKS}
+    for name, examples in after.items():
+        assert len(examples) == LIMIT
+        for one, two in zip(examples, before[name], strict=True):
+            np.testing.assert_allclose(one["scores"], two["scores"], **ROUNDING)
+            assert {**one, "scores": None} == {**two, "scores": None}
+    # The three models say different things.
+    for one, other in (("base", "lora"), ("lora", "mixlora")):
+        assert not np.allclose(
+            before[f"{one}/colour"][0]["scores"], before[f"{other}/colour"][0]["scores"], **ROUNDING
+        )
+    share = sum(e["picked"]["acc"] == e["answer"] for e in before["mixlora/colour"]) / LIMIT
+    assert result.evaluation.shares("mixlora")["colour/acc"].value == share
+
+
+def test_what_is_recorded(run):
+    workdir, _, lines, compilations = run
+    measured = {}
+    for line in metric_lines(workdir):
+        for name, value in line.items():
+            if name.startswith("evaluation/") and name.endswith("/acc"):
+                measured[line["step"], name.removeprefix("evaluation/")] = value
+    names = [f"{model}/{task}/acc" for model in ("lora", "mixlora") for task in TASKS]
+    assert measured.keys() == {(step, name) for step in (0, 2, 4) for name in names}
+    said = _predictions(workdir / "evaluation")
+    for name in names:
+        model, task, _ = name.split("/")
+        right = {
+            m: [e["picked"]["acc"] == e["answer"] for e in said[f"{m}/{task}"]] for m in MODELS
+        }
+        # An untrained adapter is the base as it is; between the start and the end fewer are asked.
+        assert measured[0, name] == np.mean(right["base"][:FEW])
+        assert measured[4, name] == np.mean(right[model])
+    shown = [line for line in lines if line.startswith("step 2  evaluation mixlora/colour  ")]
+    assert len(shown) == 1
+    assert f"acc {100 * measured[2, 'mixlora/colour/acc']:.1f} ± " in shown[0]
+    # The base, LoRA and MixLoRA; never again after the first time.
+    assert compilations == [3]
+
+
+def test_the_table(run):
+    workdir, result, lines, _ = run
+    table = (workdir / "evaluation" / "results.md").read_text()
+    assert table == result.evaluation.to_markdown()
+    assert table in lines
+    rows = [line.split(" | ")[0].lstrip("| ") for line in table.splitlines() if line[:1] == "|"]
+    assert rows == 2 * ["model", "---", "questions", *MODELS]
+    assert f"| questions | {LIMIT} | {LIMIT} |  |" in table
+    saved = json.loads((workdir / "evaluation" / "results.json").read_text())
+    assert saved["evaluation"]["mixlora"]["tasks"] == list(TASKS)
+    colour = saved["results"][0]["measures"]["acc"]
+    p = colour["correct"] / LIMIT
+    assert colour["standard_error"] == pytest.approx((p * (1 - p) / LIMIT) ** 0.5)
+
+
+def test_a_run_stopped_in_its_last_evaluation_goes_on(run, tasks, tmp_path, monkeypatch):
+    workdir, *_ = run
+    again = tmp_path / "run"
+    shutil.copytree(workdir, again)
+    config = _config(tasks)
+    assert _train(config, again).did_nothing
+    shutil.rmtree(again / "evaluation")
+    adapters = {file: file.stat().st_mtime_ns for file in (again / "adapters").rglob("*")}
+
+    start, asked = Scorer._start, []
+
+    def interrupted(self, items, adapter):
+        asked.append(len(items))
+        if len(asked) == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+        return start(self, items, adapter)
+
+    monkeypatch.setattr(Scorer, "_start", interrupted)
+    lines = []
+    result = _train(config, again, lines)
+    assert (result.interrupted_by, result.evaluation) == (signal.SIGINT, None)
+    assert lines[-1] == "stopped while evaluating; run the same command to go on"
+    assert not (again / "evaluation" / "results.json").exists()
+    stopped_after = len(asked)
+    result = _train(config, again)
+    assert result.evaluation is not None
+    # Nothing is trained, and little asked, twice.
+    assert {file: file.stat().st_mtime_ns for file in (again / "adapters").rglob("*")} == adapters
+    assert _predictions(again / "evaluation") == _predictions(workdir / "evaluation")
+    # 12 questions of 4 choices in batches of 8: 6 batches, of 2 tasks and 3 models.
+    assert stopped_after < 6 * 2 * 3 <= len(asked) < 6 * 2 * 3 + 4
+    assert _train(config, again).did_nothing
+
+
+@pytest.mark.parametrize(
+    ("evaluation", "fields", "message"),
+    [
+        ({"tasks": ("color",)}, {}, "config.adapters.lora.evaluation.tasks: .*mean 'colour'"),
+        ({"tasks": ()}, {}, "config.adapters.lora.evaluation.tasks: names none"),
+        ({"tasks": ("sum", "sum")}, {}, "evaluation.tasks: names sum more than once"),
+        ({"protocols": ("label",)}, {}, r"evaluation.protocols\[0\]: .*mean 'labels'"),
+        ({"protocols": ("labels",)}, {}, "evaluation: task 'colour': has no labels; take"),
+        ({"split": "dev"}, {}, "evaluation: .*colour: no file is named after the split 'dev'"),
+        ({"tasks": ("boolq",)}, {}, "evaluation.tasks: .*boolq: no such folder for the task"),
+        ({"every": -1}, {}, "evaluation.every: must not be negative"),
+        ({}, {"tasks_folder": "/nowhere"}, "data.train.colour: task 'colour': there is none"),
+    ],
+)
+def test_what_will_not_do_is_said_before_the_weights_are_read(
+    evaluation, fields, message, tasks, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(loop, "load_base", None)
+    with pytest.raises(UserError, match=message):
+        _train(_config(tasks, evaluation, **fields), tmp_path / "run")
+    assert not (tmp_path / "run" / "config.json").exists()
