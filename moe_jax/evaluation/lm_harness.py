@@ -12,6 +12,8 @@ Needs the extra `lm-eval`. From Python:
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from moe_jax.checkpoints.adapter_files import SavedAdapter
 from moe_jax.checkpoints.loading import (
     BaseInMemory,
@@ -24,9 +26,12 @@ from moe_jax.config.model import FloatType
 from moe_jax.config.run import MeshConfig
 from moe_jax.data.tokenizer import encode, end_of_text, leading_tokens, load_tokenizer
 from moe_jax.errors import ConfigError, DataError
+from moe_jax.evaluation.harness_requests import grouped
 from moe_jax.evaluation.items import Item, default_buckets
 from moe_jax.evaluation.protocols import encode_pairs
 from moe_jax.evaluation.scorer import Score, Scorer
+from moe_jax.inference.prompts import Prompt
+from moe_jax.inference.session import Session
 from moe_jax.sharding.mesh import make_mesh
 
 try:
@@ -41,7 +46,7 @@ except ImportError as error:
 
 @register_model("moe_jax")
 class HarnessModel(TemplateLM):
-    """A base, or an adapter on it, for `lm_eval.simple_evaluate`. Generation is not there yet.
+    """A base, or an adapter on it, for `lm_eval.simple_evaluate`.
 
     Attributes:
       tokenizer: the base's own.
@@ -76,12 +81,22 @@ class HarnessModel(TemplateLM):
         self.tokenizer: Any = load_tokenizer(files.folder)
         self.max_length = files.config.max_position_embeddings
         self._adapter = loaded[0].adapter if loaded else None
+        self._adapter_name = loaded[0].name if loaded else None
         self._lead = leading_tokens(self.tokenizer)
         self._truncate = truncate
+        self._batch_size = int(batch_size)
+        self._is_chat = False
+        params = load_params(files, model, devices)
+        self._session = Session(
+            files._replace(params=params),
+            {one.name: one.adapter for one in loaded},
+            dtype=dtype,
+            mesh=devices,
+        )
         self._scorer = Scorer(
             model,
-            load_params(files, model, devices),
-            batch_size=int(batch_size),
+            params,
+            batch_size=self._batch_size,
             buckets=default_buckets(self.max_length),
             mesh=devices,
         )
@@ -146,11 +161,51 @@ class HarnessModel(TemplateLM):
         return sums
 
     def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
-        del requests, disable_tqdm
-        raise ConfigError(
-            "this task generates text, which the model cannot do yet behind this interface; take "
-            "tasks that score given texts (output_type multiple_choice or loglikelihood)"
+        asked = [request.args for request in requests]
+        groups = list(grouped(asked).items())
+        prompts = {}
+        for config, places in groups:
+            for place in places:
+                prompts[place] = self._prompt(asked[place][0], config.max_new_tokens)
+        bar = tqdm(total=len(requests), disable=disable_tqdm, desc="generate_until", unit="text")
+        texts = [""] * len(requests)
+        with bar:
+            for config, places in groups:
+                generator = self._session.text_generator(is_chat=self._is_chat, alone=True)
+                own = [prompts[place] for place in places]
+                for answers in generator.answers(own, config, self._batch_size):
+                    for answer in answers:
+                        place = places[answer.prompt]
+                        texts[place] = answer.text
+                        self.cache_hook.add_partial("generate_until", asked[place], answer.text)
+                    bar.update(len(answers))
+        return texts
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        self._is_chat = True
+        return self.tokenizer.apply_chat_template(
+            chat_history,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
         )
+
+    def _prompt(self, context: str, max_new_tokens: int) -> Prompt:
+        tokens = self.tok_encode(context) or [self.prefix_token_id]
+        room = self.max_length - max_new_tokens
+        where = f"a request of {len(tokens)} tokens ({context[:40]!r}...)"
+        if len(tokens) > room:
+            if not self._truncate or room <= len(self._lead):
+                raise DataError(
+                    f"{where} and {max_new_tokens} new ones are more than the base's context of "
+                    f"{self.max_length}; take fewer shots or new tokens, or truncate=True to cut "
+                    "its start off"
+                )
+            lead = len(self._lead)
+            tokens = [*tokens[:lead], *tokens[len(tokens) - room + lead :]]
+        return Prompt(tuple(tokens), self._adapter_name, where)
 
     def _scores(self, items: list[Item]) -> list[Score]:
         found: dict[int, Score] = {}

@@ -102,18 +102,19 @@ class Session:
             adapters=self.adapters,
         )
 
-    def text_generator(self, *, is_chat: bool) -> TextGenerator:
+    def text_generator(self, *, is_chat: bool, alone: bool = False) -> TextGenerator:
         """Answers prompts; with the same compiled programs each time it is asked for.
 
         Args:
           is_chat: whether the token with which the chat template ends a turn ends an answer too.
+          alone: see `TextGenerator`.
 
         Raises:
           CheckpointError: a file or tensor of the base is missing or damaged.
         """
         ends = {end_of_turn(self._tokenizer)} if is_chat else set()
         ids = frozenset(token for token in ends if token is not None)
-        return TextGenerator(self._loaded(), self._tokenizer, self._end_ids | ids)
+        return TextGenerator(self._loaded(), self._tokenizer, self._end_ids | ids, alone=alone)
 
     def _loaded(self) -> Generator:
         if self._generator is None:

@@ -101,6 +101,8 @@ class TextGenerator:
         generator: decoding.Generator,
         tokenizer: PreTrainedTokenizerBase,
         end_ids: frozenset[int],
+        *,
+        alone: bool = False,
     ):
         """Joins the two.
 
@@ -108,10 +110,13 @@ class TextGenerator:
           generator: continues token ids.
           tokenizer: the base's own.
           end_ids: tokens that end an answer; see `end_tokens`.
+          alone: whether an answer is decoded by itself, as other tools do: SentencePiece tokenizers
+            then drop the blank it begins with, and half a character at its end becomes U+FFFD.
         """
         self._generator = generator
         self._tokenizer = tokenizer
         self._end_ids = end_ids
+        self._alone = alone
         self._special = {
             token.content: token_id
             for token_id, token in tokenizer.added_tokens_decoder.items()
@@ -173,8 +178,8 @@ class TextGenerator:
         stops = [text for text in config.stop if text not in self._special]
         end_ids = self._end_ids | {self._special[t] for t in config.stop if t in self._special}
         rows = [
-            _Row(Detokeniser(self._tokenizer, request.tokens), StopStrings(stops), end_ids)
-            for request in requests
+            _Row(Detokeniser(self._tokenizer, before), StopStrings(stops), end_ids, self._alone)
+            for before in (() if self._alone else request.tokens for request in requests)
         ]
         written: list[list[int]] = [[] for _ in requests]
         steps = self._generator.stream(
@@ -193,17 +198,24 @@ class TextGenerator:
                     continue
                 written[row].append(token)
                 rows[row].read(written[row])
-                pieces.append(rows[row].take(len(written[row]) == config.max_new_tokens))
+                pieces.append(rows[row].take(is_last=len(written[row]) == config.max_new_tokens))
             yield pieces
 
 
 class _Row:
     """The text of one answer while it is written."""
 
-    def __init__(self, detokeniser: Detokeniser, stops: StopStrings, end_ids: frozenset[int]):
+    def __init__(
+        self,
+        detokeniser: Detokeniser,
+        stops: StopStrings,
+        end_ids: frozenset[int],
+        keeps_halves: bool,
+    ):
         self._detokeniser = detokeniser
         self._stops = stops
         self._end_ids = end_ids
+        self._keeps_halves = keeps_halves
         self._read = 0
         self._text = ""
         self._is_ended = False
@@ -221,10 +233,11 @@ class _Row:
                 self._text += self._stops.push(self._detokeniser.push(token))
         return self._stops.found is not None
 
-    def take(self, is_last: bool) -> Piece:
+    def take(self, *, is_last: bool) -> Piece:
         """The text that came since it was taken before; all of it where the answer ends."""
         if self._stops.found is None and (self._is_ended or is_last):
-            rest = self._detokeniser.finish(is_cut=not self._is_ended)
+            is_cut = not self._is_ended and not self._keeps_halves
+            rest = self._detokeniser.finish(is_cut=is_cut)
             self._text += self._stops.push(rest) + self._stops.finish()
         text, self._text = self._text, ""
         if self._is_ended or self._stops.found is not None:

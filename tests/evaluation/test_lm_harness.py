@@ -1,6 +1,7 @@
 """lm-evaluation-harness runs its own tasks on our model as on transformers'."""
 
 import importlib
+import json
 import sys
 from types import SimpleNamespace
 
@@ -14,7 +15,9 @@ from lm_eval.tasks import TaskManager
 from tolerances import FLOAT32_LOGITS
 
 from moe_jax.errors import UserError
+from moe_jax.evaluation.harness_requests import grouped
 from moe_jax.evaluation.lm_harness import HarnessModel
+from moe_jax.inference.text import Answer
 
 TASK = """
 task: local_quiz
@@ -49,7 +52,7 @@ def models(request, setting):
     """Ours, and transformers' with the same weights."""
     adapter = None if request.param == "base" else setting.adapter
     plain = setting.plain if adapter is None else setting.plain_adapted
-    ours = HarnessModel(setting.base, adapter, batch_size=4)
+    ours = HarnessModel(setting.base, adapter, batch_size=5)
     return ours, HFLM(pretrained=plain, tokenizer=setting.tokenizer, batch_size=1)
 
 
@@ -112,11 +115,118 @@ def test_a_text_longer_than_the_context(models, setting):
 
 def test_what_it_refuses(models):
     ours, _ = models
-    with pytest.raises(UserError, match="this task generates text"):
-        ours.generate_until(requests(("a", {})))
     long = "very " * 600
     with pytest.raises(UserError, match="longer than the base's context of 512"):
         ours.loglikelihood(requests((long, "b")))
+
+
+GENERATING = """
+task: local_words
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    validation: {data}
+validation_split: validation
+output_type: generate_until
+doc_to_text: "Question: {{{{question}}}}\\nAnswer:"
+doc_to_target: "{{{{choices[answer]}}}}"
+generation_kwargs:
+  until: {until}
+  max_gen_toks: 12
+  do_sample: false
+  temperature: 0.0
+metric_list:
+  - metric: exact_match
+    aggregation: mean
+    higher_is_better: true
+metadata:
+  version: 1
+"""
+
+
+def generated(model, folder, until):
+    data = write_rows(folder / "rows.jsonl", ROWS)
+    (folder / "words.yaml").write_text(GENERATING.format(data=data, until=json.dumps(until)))
+    manager = TaskManager(include_path=str(folder), include_defaults=False)
+    found = lm_eval.simple_evaluate(
+        model=model, tasks=["local_words"], task_manager=manager, bootstrap_iters=0
+    )
+    return [sample["resps"][0][0] for sample in found["samples"]["local_words"]]
+
+
+def test_a_local_task_that_generates(models, tmp_path):
+    ours, theirs = models
+    whole = generated(theirs, tmp_path, ["never said"])
+    assert generated(ours, tmp_path, ["never said"]) == whole
+    # A stop string that begins inside a token and ends in another one.
+    stops = sorted({text[4:8] for text in whole})
+    cut = generated(theirs, tmp_path, stops)
+    assert generated(ours, tmp_path, stops) == cut
+    assert all(len(short) < len(long) for short, long in zip(cut, whole, strict=True))
+
+
+class Echo:
+    """A text generator whose answers say what was asked for; the last prompt is answered first."""
+
+    def answers(self, prompts, config, batch_size):
+        assert batch_size == 5
+        for place, prompt in reversed([*enumerate(prompts)]):
+            text = f"{len(prompt.tokens)} {config.max_new_tokens} {config.sampling.temperature}"
+            yield [Answer(place, 0, text, 1, "stop")]
+
+
+def test_generation_is_asked_for_in_several_ways_at_once(models, monkeypatch):
+    ours, _ = models
+    monkeypatch.setattr(ours._session, "text_generator", lambda **_: Echo())
+    ways = [
+        {"until": ["zzz"], "max_gen_toks": 4},
+        {"until": "zzz", "max_new_tokens": 9, "do_sample": True, "temperature": 1.5, "top_k": 0},
+        {"until": ["zzz", ""], "max_tokens": 4, "do_sample": False, "temperature": 0.7},
+        {"do_sample": True},
+    ]
+    asked = [("a", ways[0]), ("a", ways[1]), ("a" * 40, ways[2]), ("a", ways[3]), ("", ways[1])]
+    a, many = (len(ours.tok_encode(text)) for text in ("a", "a" * 40))
+    assert ours.generate_until(requests(*asked), disable_tqdm=True) == [
+        f"{a} 4 0.0",
+        f"{a} 9 1.5",
+        f"{many} 4 0.0",
+        f"{a} 256 1.0",
+        "1 9 1.5",  # nothing but the token that texts begin with
+    ]
+    # The first and the third are asked for in the same way, so they share batches.
+    assert list(grouped(asked).values()) == [[0, 2], [1, 4], [3]]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_beams": 4}, r"generation_kwargs.num_beams: unknown; known: "),
+        ({"max_gen_toks": 0}, "generation_kwargs.max_new_tokens: must be a positive number"),
+        ({"do_sample": True, "top_p": 2}, "generation_kwargs.top_p: must be above 0"),
+        ({"max_gen_toks": 600}, "a request of .* 600 new ones are more than the base's context"),
+    ],
+)
+def test_requests_to_generate_that_it_refuses(models, arguments, message):
+    ours, _ = models
+    with pytest.raises(UserError, match=message):
+        ours.generate_until(requests(("a", arguments)), disable_tqdm=True)
+
+
+def test_a_long_prompt_loses_its_start(setting):
+    model = HarnessModel(setting.base, batch_size=1, truncate=True)
+    long = "very " * 600
+    tokens = model._prompt(long, 500).tokens
+    whole = setting.tokenizer(long).input_ids
+    assert list(tokens) == [whole[0], *whole[-11:]]
+
+
+def test_a_chat_template_is_applied(setting):
+    model = HarnessModel(setting.base, batch_size=1)
+    history = [{"role": "user", "content": "Where?"}]
+    text = model.apply_chat_template(history)
+    assert text == "<s>user: Where?\nassistant: "
+    expected = setting.tokenizer.apply_chat_template(history, add_generation_prompt=True)
+    assert model.tok_encode(text) == list(expected["input_ids"])
 
 
 def test_a_long_request_loses_its_start(setting):
