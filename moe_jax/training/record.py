@@ -81,7 +81,7 @@ def _data_set(source: SourceConfig, rows: int) -> DataSet:
         path=source.path,
         on_hub=not Path(source.path).expanduser().exists(),  # it was read, so it is somewhere
         schema=source.schema,
-        task=getattr(source, "task", None),
+        task=source.task,
         split=source.split,
         revision=source.revision,
         weight=source.weight,

@@ -101,7 +101,7 @@ def _header(
 def _introduction(adapter: SavedAdapter, options: ExportOptions, outcome: Outcome) -> str:
     trained = f"was trained on it for {adapter.step} steps"
     if adapter.training is None and adapter.step == 0:
-        trained = "came from another tool"
+        trained = "has no steps of training on record"
     origin = (
         f"This is {outcome.product} in {options.dtype}, written by moe_jax {__version__} from a "
         f"base and an adapter that {trained}."

@@ -79,7 +79,7 @@ def test_what_is_not_known_is_said(mixture, tmp_path):
     adapter = adapter_of(mixture.base, LORA)._replace(step=0)
     moe_jax.export_adapter(adapter, "peft", tmp_path / "out")
     text = (tmp_path / "out" / "README.md").read_text()
-    assert "from a base and an adapter that came from another tool." in text
+    assert "from a base and an adapter that has no steps of training on record." in text
     assert "is not on record: neither its data, nor its settings, nor its losses." in text
     assert "## Metrics" not in text
     assert "## Pictures" not in text
