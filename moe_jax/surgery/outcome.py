@@ -141,8 +141,12 @@ def new_adapter(
 def changed_adapter(
     former: SavedAdapter, method: AdapterMethod, leaves: Mapping[str, np.ndarray]
 ) -> SavedAdapter:
-    """The same for one that takes another's place, on the same base and after as many steps."""
-    return new_adapter(method, leaves, former.model, former.base, former.step)
+    """The same for one that takes another's place, on the same base and after as many steps.
+
+    How that one was trained stays on record, with the method that it had.
+    """
+    adapter = new_adapter(method, leaves, former.model, former.base, former.step)
+    return adapter._replace(training=former.training, pictures=former.pictures)
 
 
 def finished(outcome: Outcome, output: str | Path | None) -> Outcome:
