@@ -6,6 +6,8 @@ import sys
 from moe_jax.commands import Run
 from moe_jax.commands.arguments import listed, mesh_config, named_folders, number
 from moe_jax.errors import ConfigError
+from moe_jax.tasks.classification import ClassificationTask
+from moe_jax.tasks.families import TASKS
 from moe_jax.tasks.selection import named_task, own_task, task_names
 
 EPILOG = """\
@@ -14,6 +16,11 @@ tasks:
 
   Rows come from the hub, or with --data FOLDER from FOLDER/TASK/: .jsonl, .json or .parquet files
   with the columns of the hub's data set, named after their split (test.jsonl, validation.jsonl).
+
+classifiers:
+  An adapter trained with method.classification is measured on the tasks with its labels, those of
+  GLUE: {classified}. Its score head
+  answers; other adapters and the base are asked the same rows in words (stsb cannot be).
 
 your own task:
   --own-task quiz.txt quiz.jsonl, where quiz.txt says how a row of quiz.jsonl is asked, for example
@@ -32,6 +39,8 @@ measures:
   label_acc   the prompt lists the options; which label (A, B, true, ...) is likeliest next
   acc         it does not; which option's words are likeliest after it
   acc_norm    the same, the log-likelihood divided by the option's number of characters
+  accuracy, f1, matthews, pearson, spearman
+              of a classifier's labels or numbers, as GLUE measures each task
 
 what it leaves in the output folder:
   results.json, results.md             accuracies, counts, standard errors
@@ -47,7 +56,8 @@ example:
 def add(parser: argparse.ArgumentParser) -> Run:
     """Measure how well a base, or adapters on it, answer the questions of tasks."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.epilog = EPILOG.format(tasks=", ".join(task_names()))
+    classified = ", ".join(n for n in task_names() if issubclass(TASKS[n], ClassificationTask))
+    parser.epilog = EPILOG.format(tasks=", ".join(task_names()), classified=classified)
     parser.add_argument(
         "--base", required=True, help="folder in the Hugging Face format, or hub id"
     )
