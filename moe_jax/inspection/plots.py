@@ -31,6 +31,8 @@ def load_map(report: RoutingReport) -> Figure:
     axes = figure.subplots()
     size = "medium" if layers <= 16 else "small"
     image = _heat(axes, load, size=size)
+    for layer in np.flatnonzero(~report.total.routed):
+        axes.text((experts - 1) / 2, layer, "no router", ha="center", va="center", fontsize=size)
     axes.set_title(f"Expert load of {report.adapter!r}\nat {report.site}, {_tokens(report)}")
     axes.set_xlabel(expert_name(report.adapter, "INDEX"))
     axes.set_ylabel("layer")
@@ -141,7 +143,7 @@ def load_by_data(report: RoutingReport) -> Figure:
     count, layers, experts = loads.shape
     columns = min(layers, 4)
     rows = math.ceil(layers / columns)
-    width, height = max(2.2, 0.34 * experts + 0.5), 0.62 + max(0.28 * count, 0.7)
+    width, height = max(2.2, 0.34 * experts + 0.5), 0.62 + max(0.28 * count, 1.1)
     longest = max(map(len, names))
     figure = _figure(max(2.6 + width * columns + 0.08 * longest, 7.0), 3.6 + height * rows)
     grid = GridSpec(rows + 1, columns, figure=figure, height_ratios=[2.0, *[height] * rows])
