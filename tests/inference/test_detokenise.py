@@ -1,0 +1,74 @@
+"""Text while it is written: what decoding it at the end gives, and never half a character."""
+
+import numpy as np
+import pytest
+from inference.tokenizers_to_try import byte_level, sentence_piece
+
+from moe_jax.data.tokenizer import encode, encode_prompt
+from moe_jax.inference.detokenise import Detokeniser
+
+TEXTS = [
+    "an ant",
+    "a  b   c",
+    " a",
+    "\u20ac5 \u4f60\u597d, \U0001f600\U0001f468\u200d\U0001f469!",
+    "na\u00efve\n\nx",
+]
+
+
+@pytest.fixture(scope="module", params=[byte_level, sentence_piece])
+def tokenizer(request):
+    return request.param()
+
+
+def pieces(detokeniser, ids, *, is_cut=False):
+    return [*(detokeniser.push(token) for token in ids), detokeniser.finish(is_cut=is_cut)]
+
+
+@pytest.mark.parametrize("after", TEXTS)
+@pytest.mark.parametrize("before", ["ab", "\u20ac", "x "])
+def test_the_pieces_make_up_the_text_that_follows_the_prompt(tokenizer, before, after):
+    prompt, known = encode_prompt(tokenizer, before), encode(tokenizer, [before])[0]
+    whole = encode(tokenizer, [before + after])[0]
+    ids = whole[len(known) :]
+    if whole[: len(known)] != known:  # the two fuse, so what follows is encoded by itself
+        ids = encode(tokenizer, [after])[0]
+        after = tokenizer.decode([*known, *ids]).removeprefix(before)
+    found = pieces(Detokeniser(tokenizer, prompt), ids)
+    assert "".join(found) == after
+    assert not any("\ufffd" in piece for piece in found)
+    assert sum(map(bool, found)) > 1 or len(after) < 3  # it is a stream
+    # By itself, without a prompt, SentencePiece has no blank to begin with.
+    assert "".join(pieces(Detokeniser(tokenizer, ()), ids)) == tokenizer.decode(ids)
+
+
+def test_a_character_of_several_tokens_comes_at_once(tokenizer):
+    smile = encode(tokenizer, ["\U0001f600"])[0][-4:]  # its four bytes
+    assert pieces(Detokeniser(tokenizer, encode(tokenizer, ["a"])[0]), smile) == [
+        *("", "", "", "\U0001f600", "")
+    ]
+
+
+def test_half_a_character_is_left_out_where_an_answer_is_cut(tokenizer):
+    half = encode(tokenizer, ["an\u20ac"])[0][:-1]
+    assert "".join(pieces(Detokeniser(tokenizer, ()), half, is_cut=True)) == "an"
+    ended = "".join(pieces(Detokeniser(tokenizer, ()), half))
+    assert ended == tokenizer.decode(half) and set(ended[2:]) == {"\ufffd"}
+
+
+def test_special_tokens_have_no_text(tokenizer):
+    ids = encode(tokenizer, ["an"])[0]
+    with_end = [*ids, tokenizer.eos_token_id, *encode(tokenizer, ["b"])[0]]
+    assert "</s>" not in "".join(pieces(Detokeniser(tokenizer, ids), with_end))
+
+
+def test_any_tokens_at_all(tokenizer):
+    """Random ones, most of them no text: nothing is lost or said twice."""
+    rng = np.random.default_rng(0)
+    pieces_known = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    letters = [i for i, piece in enumerate(pieces_known) if piece.isalpha()]
+    for _ in range(50):
+        # A letter between two others, so that a run of bytes is never decoded anew with later ones.
+        ids = [t for i in rng.integers(3, len(tokenizer), 6) for t in (rng.choice(letters), i)]
+        found = "".join(pieces(Detokeniser(tokenizer, ()), [*map(int, ids)]))
+        assert found == tokenizer.decode([*map(int, ids)])
