@@ -68,7 +68,7 @@ def theirs(folder, cls=AutoModelForCausalLM):
         (
             "qwen3",
             {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 0},
-            {**MIXLORA, **TOP_1_OF_3, "target_modules": ["gate_proj"]},
+            {**MIXLORA, **TOP_1_OF_3},
             Qwen3MoeForCausalLM,
         ),
     ],
