@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 
-from moe_jax.adapters.method import require_language_model
 from moe_jax.checkpoints.loading import Adapter, BaseFiles, NamedAdapter, load_adapters
 from moe_jax.config.evaluation import EvaluationConfig
 from moe_jax.config.registry import to_plain
@@ -96,8 +95,6 @@ class TaskEvaluator:
             field = f"config.adapters.{name}"
             if name == BASE:
                 raise ConfigError(f"{field}: results call the base so; give it another name")
-            method = config.adapters[name].method
-            require_language_model(method, name, f"answer questions ({field}.evaluation)")
             with named(f"{field}.evaluation"):
                 self._read(own)
                 if own not in self._asked:

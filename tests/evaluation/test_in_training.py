@@ -6,7 +6,9 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -15,6 +17,7 @@ from tiny_run import metric_lines, xla_flags
 from tolerances import ROUNDING
 
 from moe_jax.adapters import METHODS
+from moe_jax.checkpoints.hf_config import read_model_config
 from moe_jax.config.run import parse_run_config
 from moe_jax.demo.tasks import write_tasks
 from moe_jax.errors import UserError
@@ -213,3 +216,22 @@ def test_what_will_not_do_is_said_before_the_weights_are_read(
     with pytest.raises(UserError, match=message):
         _train(_config(tasks, evaluation, **fields), tmp_path / "run")
     assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_adapters_that_a_table_cannot_hold(tasks):
+    config = _config(tasks)
+    lora, mixlora = config.adapters["lora"], config.adapters["mixlora"]
+    assert lora.evaluation is not None
+    other = replace(lora, evaluation=replace(lora.evaluation, limit=LIMIT + 1))
+    for adapters, message in (
+        ({"lora": other, "mixlora": mixlora}, "mixlora.evaluation: other adapters are asked other"),
+        ({"base": lora}, "config.adapters.base: results call the base so"),
+    ):
+        inputs = SimpleNamespace(
+            base_folder=Path("moe_jax/demo/base"),
+            base=None,
+            model=read_model_config(Path("moe_jax/demo/base")),
+        )
+        program = SimpleNamespace(model=None, mesh=None)
+        with pytest.raises(UserError, match=message):
+            OnTasks().prepare(replace(config, adapters=adapters), inputs, program)
