@@ -1,0 +1,117 @@
+"""Prompts as training shows them: leading tokens, templates, conversations; and what is refused."""
+
+import pytest
+from inference.tokenizers_to_try import byte_level, sentence_piece
+
+from moe_jax.data.chat import end_of_turn
+from moe_jax.errors import UserError
+from moe_jax.inference.prompts import Prompt, PromptEncoder, PromptFormat, check_prompts
+
+CHAT = byte_level()  # <s> is 0, </s> is 1, and there is a chat template
+
+
+def test_a_plain_prompt_begins_as_the_tokenizer_begins_texts():
+    found = PromptEncoder(CHAT, PromptFormat()).text("Who?", "here")
+    assert list(found) == CHAT("Who?").input_ids
+    plain = sentence_piece()  # adds nothing by itself
+    assert list(PromptEncoder(plain, PromptFormat()).text("a b", "here")) == plain("a b").input_ids
+
+
+def test_an_instruction_goes_into_the_template():
+    encoder = PromptEncoder(CHAT, PromptFormat(template="question"))
+    assert list(encoder.text("Who?", "x")) == CHAT("Question: Who?\nAnswer:\n").input_ids
+    expected = CHAT("Context: Ann.\nQuestion: Who?\nAnswer:\n").input_ids
+    assert list(encoder.text("Who?", "x", "Ann.")) == expected
+
+
+@pytest.mark.parametrize("system", [None, "Be brief."])
+def test_a_conversation_is_what_transformers_makes_of_it(system):
+    encoder = PromptEncoder(CHAT, PromptFormat(chat=True, system=system))
+    begin = [] if system is None else [{"role": "system", "content": system}]
+    messages = [
+        {"role": "user", "content": "Who?"},
+        {"role": "assistant", "content": "Ann"},
+        {"role": "user", "content": "Why?"},
+    ]
+    expected = CHAT.apply_chat_template(begin + messages, add_generation_prompt=True)
+    assert list(encoder.conversation(messages, "x")) == list(expected["input_ids"])
+    one = CHAT.apply_chat_template(begin + messages[:1], add_generation_prompt=True)
+    assert list(encoder.text("Who?", "x")) == list(one["input_ids"])
+    # One that has a system message of its own keeps it.
+    own = [{"role": "system", "content": "Own."}, *messages]
+    expected = CHAT.apply_chat_template(own, add_generation_prompt=True)
+    assert list(encoder.conversation(own, "x")) == list(expected["input_ids"])
+
+
+def test_the_token_that_ends_a_turn():
+    assert end_of_turn(CHAT) == CHAT.eos_token_id
+    tokenizer = byte_level()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im|>", "<|im|>end"]})
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'] + m['content'] + '<|im|>end\\n' }}{% endfor %}"
+    )
+    assert end_of_turn(tokenizer) == tokenizer.convert_tokens_to_ids("<|im|>end")
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
+    assert end_of_turn(tokenizer) is None
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"chat": True, "template": "bare"}, "template: .* give it or chat, not both"),
+        ({"system": "x"}, "system: .* give chat too"),
+    ],
+)
+def test_formats_that_contradict_themselves(fields, message):
+    with pytest.raises(UserError, match=message):
+        PromptFormat(**fields)
+
+
+def test_without_a_chat_template():
+    with pytest.raises(UserError, match=r"chat: the tokenizer .* has no chat template; add"):
+        PromptEncoder(sentence_piece(), PromptFormat(chat=True))
+    encoder = PromptEncoder(sentence_piece(), PromptFormat())
+    with pytest.raises(UserError, match=r"line 3: the tokenizer .* has no chat template"):
+        encoder.conversation([{"role": "user", "content": "a"}], "line 3")
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ("hello", "must be a list of messages, got 'hello'"),
+        ([], "must be a list of messages"),
+        ([{"role": "user"}], "message 1: must have the texts 'role' and 'content'"),
+        (["hi"], "message 1: must have the texts"),
+        ([{"role": "assistant", "content": "a"}], "ends with the assistant"),
+    ],
+)
+def test_what_is_no_conversation(messages, message):
+    with pytest.raises(UserError, match=message):
+        PromptEncoder(CHAT, PromptFormat(chat=True)).conversation(messages, "x")
+
+
+@pytest.mark.parametrize("text", ["", " \n"])
+def test_an_empty_prompt(text):
+    with pytest.raises(UserError, match="prompt 2: is empty"):
+        PromptEncoder(CHAT, PromptFormat(chat=True)).text(text, "prompt 2")
+
+
+def test_an_input_needs_a_template():
+    with pytest.raises(UserError, match="prompt 2: has an input, which only a prompt template"):
+        PromptEncoder(CHAT, PromptFormat()).text("a", "prompt 2", "material")
+
+
+@pytest.mark.parametrize(
+    ("tokens", "adapter", "message"),
+    [
+        ([1] * 20, None, "x: has 20 tokens, but the base's context holds 20, and the answer"),
+        ([1] * 16, None, "x: has 16 tokens, and with 5 new ones .* 20; .* at most 4 new tokens"),
+        ([1, 9], None, "x: holds the token id 9, but the base has embeddings for 0 to 8"),
+        ([1], "mne", "x: adapter 'mne': none of that name is loaded; did you mean 'mine'"),
+    ],
+)
+def test_prompts_that_cannot_be_answered(tokens, adapter, message):
+    limits = dict(max_new_tokens=5, context=20, vocab_size=9, adapters=["mine"])
+    check_prompts([Prompt((1,) * 15, "mine", "fits")], **limits)
+    with pytest.raises(UserError, match=message):
+        check_prompts([Prompt(tuple(tokens), adapter, "x")], **limits)
