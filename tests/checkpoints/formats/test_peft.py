@@ -7,6 +7,7 @@ import torch
 from foreign_adapters import LORA, peft_logits, random_adapter
 from hf_models import tiny_llama
 from tolerances import BFLOAT16_TENSORS, FLOAT32_LOGITS
+from transformers import LlamaForSequenceClassification
 
 import moe_jax
 
@@ -26,6 +27,22 @@ def test_equal_logits(tiny, tmp_path, method):
     assert np.abs(expected - tiny.logits).max() > 1.0
     found = peft_logits(tiny.reference, tmp_path / "out", tiny.tokens)
     np.testing.assert_allclose(found, expected, rtol=0, atol=FLOAT32_LOGITS)
+
+
+@pytest.mark.parametrize("labels", [3, 1])
+def test_a_classifier_is_one_in_peft(tiny, tmp_path, labels):
+    head = {"labels": ["a", "b", "c"]} if labels > 1 else {"regression": True}
+    method = {**LORA, "classification": head}
+    adapter = random_adapter(method, tiny.base.config, str(tiny.folder))
+    notes = moe_jax.export_adapter(adapter, "peft", tmp_path / "out")
+    assert f"num_labels={labels} (" in notes[0]
+    base = LlamaForSequenceClassification.from_pretrained(
+        tiny.folder, num_labels=labels, pad_token_id=None
+    )
+    found = peft_logits(base, tmp_path / "out", tiny.tokens[:1])
+    expected = tiny.with_adapter(adapter)
+    assert expected.shape == (2, labels) and np.abs(expected).max() > 0.5
+    np.testing.assert_allclose(found, expected[:1], rtol=0, atol=FLOAT32_LOGITS)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
