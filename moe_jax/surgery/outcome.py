@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.adapters.method import METHODS, AdapterMethod
+from moe_jax.adapters.method import METHODS, AdapterMethod, require_language_model
 from moe_jax.checkpoints.adapter_files import SavedAdapter, load_adapter, save_adapter
 from moe_jax.checkpoints.expected_leaves import expected_leaves
 from moe_jax.checkpoints.fingerprint import BaseIdentity
@@ -100,12 +100,14 @@ def read_text(
 
     Raises:
       CheckpointError: it is needed and not given; the base is missing or another one.
+      ConfigError: the adapter is a classifier, which gives no logits of text.
       DataError: the file cannot be read.
     """
     if data is None:
         if needed:
             raise CheckpointError(f"data: {needed}; give a file of text with --data")
         return None
+    require_language_model(adapter.method, "given", "be measured on text")
     found = find_base(adapter, str(adapter.base.path if base is None else base))
     return text_rows(Path(data), found)
 
