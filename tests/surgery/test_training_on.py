@@ -1,0 +1,120 @@
+"""A run that begins from a saved adapter: at its loss, exactly resumable, and refused early."""
+
+import dataclasses
+import json
+import shutil
+
+import pytest
+from foreign_adapters import random_adapter
+from tiny_run import Run, final_adapter, metric_lines, read_config, write_inputs
+
+import moe_jax
+from moe_jax import surgery
+from moe_jax.checkpoints.adapter_files import save_adapter
+from moe_jax.demo.checkpoint import write_checkpoint
+from moe_jax.training.inputs import read_inputs
+
+LORA = "adapters__lora__"
+UP = "adapters__up__"
+
+BASE = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "head_dim": 8,
+    "num_hidden_layers": 2,
+    "vocab_size": 300,
+}
+
+CONFIG = """
+
+_one = get_config
+
+
+def get_config():
+    config = _one()
+    up = config["adapters"].pop("default")
+    up["method"]["num_experts"] = 3
+    up["method"]["losses"] = {}
+    lora = adapter("train", name="lora")
+    fresh = adapter("train", name="lora")
+    for one in (up, lora, fresh):
+        one["data"]["buckets"] = ()
+        one["optimizer"]["schedule"] = dict(kind="constant")
+    up["start_from"], lora["start_from"] = str(HERE / "up"), str(HERE / "trained")
+    config["adapters"] = dict(lora=lora, up=up, fresh=fresh)
+    config["training"].update(steps=6, eval_every=3, log_every=3)
+    config["checkpoints"]["every"] = 3
+    return config
+"""
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """A configuration with a LoRA that goes on, a MixLoRA made of it, and a fresh one."""
+    config = write_inputs(tmp_path_factory.mktemp("inputs"))
+    config.write_text(config.read_text() + CONFIG)
+    base = moe_jax.load_base(config.parent / "base")
+    method = read_config(config).adapters["lora"].method
+    fields = {**dataclasses.asdict(method), "name": "lora"}
+    lora = random_adapter(fields, base.config, spread=0.1)._replace(base=base.identity)
+    save_adapter(config.parent / "trained", lora)
+    surgery.upcycle(lora, num_experts=3, output=config.parent / "up")
+    return config
+
+
+def test_begins_at_its_loss_and_resumes_exactly(inputs, tmp_path):
+    whole = Run(inputs, tmp_path / "whole")
+    assert whole.join() == 0, whole.log.read_text()
+    losses = [line for line in metric_lines(whole.workdir) if "validation/up/held_out/loss" in line]
+    loss = lambda name: [line[f"validation/{name}/held_out/loss"] for line in losses]
+    assert loss("up")[0] == pytest.approx(loss("lora")[0], rel=1e-5)
+    assert abs(loss("fresh")[0] - loss("lora")[0]) > 1e-3
+    assert loss("up")[-1] < loss("up")[0] - 0.01
+    # The best of an adapter that does not begin fresh may be what it began from.
+    best = json.loads((whole.workdir / "adapters.json").read_text())
+    for line in best:
+        first = line["adapter"] == "fresh"
+        assert line["best_loss"] == pytest.approx(min(loss(line["adapter"])[first:]))
+
+    half = Run(inputs, tmp_path / "half", overrides={"training__steps": 3})
+    assert half.join() == 0, half.log.read_text()
+    moved = shutil.move(inputs.parent / "up", tmp_path / "moved")  # it is not needed any more
+    resumed = Run(inputs, tmp_path / "half")
+    status = resumed.join()
+    shutil.move(moved, inputs.parent / "up")
+    assert status == 0, resumed.log.read_text()
+    for name in ("lora", "up", "fresh"):
+        expected = final_adapter(whole.workdir, name)
+        for path, leaf in final_adapter(tmp_path / "half", name).items():
+            assert (leaf == expected[path]).all(), path
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ({UP + "start_from": "nowhere"}, "nowhere: no adapter here, adapter.json"),
+        ({UP + "method__rank": 8}, "up has method.rank 4, and the configuration 8; give the"),
+        ({UP + "method__router__top_k": 1}, "up has method.router.top_k 2, and the configurat"),
+        ({LORA + "method__name": "loramoe", LORA + "method__num_experts": 2}, "has method.name 'l"),
+        ({"base__path": "OTHER"}, "trained was trained on the base .* differ from it; give"),
+    ],
+)
+def test_refused_before_the_data_is_read(inputs, tmp_path, overrides, words):
+    if "base__path" in overrides:
+        write_checkpoint(tmp_path / "base", **{**BASE, "seed": 1})
+        overrides = {"base__path": str(tmp_path / "base")}
+    missing = {f"{each}data__train__words__path": "no_data.jsonl" for each in (LORA, UP)}
+    with pytest.raises(moe_jax.UserError, match=rf"^config\.adapters\.\w+\.start_from: .*{words}"):
+        read_inputs(read_config(inputs, **missing, **overrides), lambda line: None)
+
+
+def test_only_what_training_reads_may_differ(inputs):
+    """Dropout, losses and jitter; it is the data that is missed then."""
+    changes = {
+        UP + "method__dropout": 0.3,
+        UP + "method__losses__router_z__coefficient": 0.1,
+        UP + "method__router__jitter_noise": 0.2,
+        LORA + "data__train__words__path": "no_data.jsonl",
+    }
+    with pytest.raises(moe_jax.UserError, match=r"no_data\.jsonl"):
+        read_inputs(read_config(inputs, **changes), lambda line: None)
