@@ -42,6 +42,10 @@ class DataSet:
     weight: float
     rows: int
 
+    def renamed(self) -> "DataSet":
+        """The same with the last name of a file or folder only."""
+        return dataclasses.replace(self, path=Path(self.path).name)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainingRecord:
@@ -86,6 +90,19 @@ class TrainingRecord:
     training_loss: float | None
     validation_losses: dict[str, float | None]
     best_loss: float | None
+
+    def to_give_away(self, base: str) -> "TrainingRecord":
+        """The same without the places where files and folders lie, which concern nobody else.
+
+        Args:
+          base: what the base is called instead.
+        """
+        named = [
+            {name: each if each.on_hub else each.renamed() for name, each in sets.items()}
+            for sets in (self.train, self.validation)
+        ]
+        own = {**self.base, "path": base}
+        return dataclasses.replace(self, base=own, train=named[0], validation=named[1])
 
 
 def write_record(

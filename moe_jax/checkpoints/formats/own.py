@@ -11,7 +11,10 @@ from moe_jax.errors import CheckpointError
 
 @FORMATS.register("moe_jax")
 class OwnFormat(Format):
-    """Every adapter, as `save_adapter` writes it; only the base's path may become another."""
+    """Every adapter, as `save_adapter` writes it, without the places where its data lay.
+
+    The base's path may become another.
+    """
 
     summary = "every adapter in this library's own format, with a model card, for the hub"
     library = "moe_jax"
@@ -22,7 +25,11 @@ class OwnFormat(Format):
             raise CheckpointError(
                 "dtype: the moe_jax format keeps the weights as they are; leave it out"
             )
-        known = adapter._replace(base=adapter.base._replace(path=options.base))
+        record = adapter.training
+        known = adapter._replace(
+            base=adapter.base._replace(path=options.base),
+            training=None if record is None else record.to_give_away(options.base),
+        )
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(adapter.tree)) + 2**20
 
         def write(folder: Path) -> Outcome:

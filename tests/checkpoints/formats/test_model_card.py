@@ -75,6 +75,15 @@ def test_a_hub_base_is_linked(mixture, tmp_path):
     assert "- Left out, as it matters for further training only: dropout.\n" in card.text
 
 
+def test_our_own_format_is_given_away_without_places(mixture, tmp_path):
+    moe_jax.export_adapter(trained(mixture, LORA), "moe_jax", tmp_path / "out", base="some/base")
+    found = moe_jax.load_adapter(tmp_path / "out")
+    assert found.base.path == found.training.base["path"] == "some/base"
+    paths = {name: data.path for name, data in found.training.train.items()}
+    assert paths == {"words": "words.jsonl", "more": "owner/rows"}
+    assert "/home/someone" not in (tmp_path / "out" / "training.json").read_text()
+
+
 def test_what_is_not_known_is_said(mixture, tmp_path):
     adapter = adapter_of(mixture.base, LORA)._replace(step=0)
     moe_jax.export_adapter(adapter, "peft", tmp_path / "out")
