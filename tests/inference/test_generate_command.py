@@ -1,5 +1,6 @@
 """`moe-jax generate` on answers that are known: what it prints, writes and refuses."""
 
+import dataclasses
 import json
 import re
 import signal
@@ -10,17 +11,21 @@ from inference.tokenizers_to_try import DEMO_BASE, byte_level
 
 import moe_jax
 from moe_jax.cli import main
+from moe_jax.config.classification import ClassificationConfig
 from moe_jax.inference import session as sessions
 
 TOKENIZER = byte_level()
 LORA = moe_jax.LoraConfig(rank=2, alpha=4.0, target_modules=("q_proj",))
+CLASSES = ClassificationConfig(labels=("no", "yes"))
 
 
 @pytest.fixture(scope="module")
 def adapters(tmp_path_factory):
-    """Two adapters of the demo's base, one whose base was moved, and one of another base."""
+    """Two adapters of the demo's base, a classifier, and two whose base is not there."""
     folder = tmp_path_factory.mktemp("adapters")
-    model = moe_jax.AdaptedModel(moe_jax.load_base(DEMO_BASE), {"one": LORA})
+    methods = {"one": LORA, "judge": dataclasses.replace(LORA, classification=CLASSES)}
+    model = moe_jax.AdaptedModel(moe_jax.load_base(DEMO_BASE), methods)
+    model.save("judge", folder / "judge")
     for name in ("one", "two"):
         model.save("one", folder / name)
     description = json.loads((folder / "one" / "adapter.json").read_text())
@@ -255,6 +260,7 @@ def test_one_line_says_what_is_wrong(scripted, capsys, arguments, message):
         ("moved", "--base: the one that adapter 'moved' remembers: /gone: no such folder"),
         ("other", "adapter 'other': was trained on the base .*, and the weights in .* differ"),
         ("missing", "missing: no adapter here"),
+        ("judge", "adapter 'judge': is a classifier .* cannot generate text"),
     ],
 )
 def test_adapters_that_do_not_fit(scripted, adapters, capsys, name, message):
