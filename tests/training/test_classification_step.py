@@ -63,19 +63,21 @@ def batches():
     }
 
 
-def one_step(names, base, batches, adapters, micro_batches=1):
+def one_step(names, base, batches, adapters, micro_batches=1, mesh=None):
     """The gradients and metrics of one step with these adapters; SGD takes just them away."""
     program = tiny_program.program(
         {name: METHODS[name] for name in names},
         rows=ROWS,
         config=base[2],
+        mesh=mesh,
         training={"micro_batches": micro_batches},
     )
+    params = jax.device_put(base[3], program.param_shardings)
     chosen = {name: adapters[name] for name in names}
     state = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), program.abstract_state)
     state = jax.device_put(state.replace(adapters=chosen), program.state_shardings)
     batch = program.put_train_batch(join_rows([batches[name] for name in names]))
-    new, metrics = program.train_step(state, base[3], batch)
+    new, metrics = program.train_step(state, params, batch)
     found = jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), chosen, dict(new.adapters))
     return found, {name: float(np.asarray(m)) for name, m in metrics.items() if np.ndim(m) == 0}
 
@@ -168,6 +170,15 @@ def test_beside_others_and_in_micro_batches_each_learns_as_alone(
     for metric in ("loss", "grad_norm", "target_tokens"):
         expected = metrics[f"{name}/{metric}"]
         np.testing.assert_allclose(own[f"{name}/{metric}"], expected, rtol=1e-5)
+
+
+def test_shared_by_devices_all_learn_the_same(base, batches, adapters, together):
+    """Where rows of each adapter lie in several shards of a batch."""
+    mesh = {"data": 2, "fsdp": 2, "tensor": 2}
+    found, metrics = one_step(METHODS, base, batches, adapters, mesh=mesh)
+    assert_equal(found, together[0])
+    for name in METHODS:
+        np.testing.assert_allclose(metrics[f"{name}/loss"], together[1][f"{name}/loss"], **ROUNDING)
 
 
 def assert_equal(ours, theirs):
