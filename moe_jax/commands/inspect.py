@@ -19,6 +19,10 @@ from moe_jax.config.model import FloatType
 from moe_jax.config.parse import parse_member
 from moe_jax.config.run import parse_run_config
 from moe_jax.errors import ConfigError
+from moe_jax.tasks.selection import named_task
+
+_NOT_TEXT = ("task", "classification")
+"""Schemas whose rows are no text by themselves; tasks have a flag of their own."""
 
 EPILOG = """\
 what an adapter's routers do:
@@ -69,13 +73,22 @@ def add(parser: argparse.ArgumentParser) -> Run:
         help="a file, folder or hub id to read rows from; may be given several times",
     )
     seen.add_argument(
+        "--tasks",
+        default="",
+        metavar="A,B,...",
+        help="tasks as in moe-jax evaluate, their questions with the right label after them",
+    )
+    seen.add_argument(
+        "--tasks-folder", metavar="FOLDER", help="has a folder for each task; otherwise the hub"
+    )
+    seen.add_argument(
         "--text", action="append", default=[], help="a text itself; may be given several times"
     )
     seen.add_argument("--output", type=Path, metavar="DIR", help="a folder that is new, or empty")
     seen.add_argument("--site", metavar="SITE", help="which routers of a layer, see below")
     seen.add_argument(
         "--schema",
-        choices=[schema for schema in get_args(Schema) if schema != "task"],
+        choices=[schema for schema in get_args(Schema) if schema not in _NOT_TEXT],
         default="text",
         help="what a row of --data holds, as in training (default: %(default)s)",
     )
@@ -156,15 +169,21 @@ def _run(arguments: argparse.Namespace) -> None:
 
 
 def _refuse_without_adapter(arguments: argparse.Namespace) -> None:
-    for flag in ("data", "text", "output", "site"):
-        if getattr(arguments, flag):
+    for flag in ("data", "tasks", "tasks-folder", "text", "output", "site"):
+        if getattr(arguments, flag.replace("-", "_")):
             raise ConfigError(f"--{flag}: goes with --adapter, which is not given")
 
 
 def _show_routing(arguments: argparse.Namespace) -> None:
     if arguments.output is None:
         raise ConfigError("--output: is not given; name a folder for the pictures and tables")
+    if arguments.page_tokens < 0:
+        raise ConfigError(f"--page-tokens: must not be negative, got {arguments.page_tokens}")
     data: dict[str, Any] = _data(arguments.data)
+    for name in listed(arguments.tasks):
+        if name in data:
+            raise ConfigError(f"--tasks: {name!r} is also the name of a --data; give NAME=FILE")
+        data[name] = named_task(name, data=arguments.tasks_folder, limit=arguments.limit)
     if arguments.text:
         if "text" in data:
             raise ConfigError("--data: the name 'text' is that of --text; give NAME=FILE")

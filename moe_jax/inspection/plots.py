@@ -31,7 +31,7 @@ def load_map(report: RoutingReport) -> Figure:
     axes = figure.subplots()
     size = "medium" if layers <= 16 else "small"
     image = _heat(axes, load, size=size)
-    for layer in np.flatnonzero(~report.total.routed):
+    for layer in np.flatnonzero(~report.total.routed).tolist():
         axes.text((experts - 1) / 2, layer, "no router", ha="center", va="center", fontsize=size)
     axes.set_title(f"Expert load of {report.adapter!r}\nat {report.site}, {_tokens(report)}")
     axes.set_xlabel(expert_name(report.adapter, "INDEX"))

@@ -28,6 +28,7 @@ from moe_jax.inspection.pieces import token_pieces
 from moe_jax.inspection.report import RoutedRow, RoutingReport
 from moe_jax.inspection.tally import Tally, merged, tally_tokens
 from moe_jax.inspection.texts import TokenRow, read_texts
+from moe_jax.tasks.task import Task
 
 KEEP_TOKENS = 2000
 """Of how many tokens the routing of each by itself is kept, unless told otherwise."""
@@ -57,7 +58,8 @@ def inspect_routing(
 
     Args:
       adapter: its folder, its hub id, or the adapter.
-      data: data sets by name: a path or hub id, a `SourceConfig` or its fields, or a list of texts.
+      data: data sets by name: a path or hub id, a `SourceConfig` or its fields, a `Task`, or a list
+        of texts.
       base: its folder, its hub id, or itself in memory; None is the path it was trained with.
       revision: of a hub id.
       site: which of several routers of a layer, for example `mlp/down_proj` or `down_proj`. None is
@@ -146,8 +148,10 @@ def _open_base(
         ) from None
 
 
-def _source(name: str, value: Any, fields: Mapping[str, Any]) -> SourceConfig | Sequence[str]:
-    if isinstance(value, SourceConfig):
+def _source(
+    name: str, value: Any, fields: Mapping[str, Any]
+) -> SourceConfig | Task | Sequence[str]:
+    if isinstance(value, SourceConfig | Task):
         return value
     if isinstance(value, str | Path):
         return parse(SourceConfig, {"path": str(value), **fields}, f"data.{name}")

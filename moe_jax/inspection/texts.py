@@ -1,23 +1,26 @@
 """The texts to look at, as tokens: rows as training would show them to the model."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from moe_jax.config.data import SourceConfig
+from moe_jax.config.data import Schema, SourceConfig
 from moe_jax.data.chat import require_chat_template
 from moe_jax.data.examples import make_examples
-from moe_jax.data.prompt_template import load_prompt_template
+from moe_jax.data.prompt_template import PromptTemplate, load_prompt_template
 from moe_jax.data.sources import read_source
 from moe_jax.data.tokenise import encode_examples
 from moe_jax.data.tokenizer import encode_prompt
 from moe_jax.errors import DataError
+from moe_jax.tasks.task import Task
+from moe_jax.tasks.training_rows import task_rows
 
-Texts = Mapping[str, SourceConfig | Sequence[str]]
-"""Data sets by a name of the user's choice: where their rows are read, or texts themselves."""
+Texts = Mapping[str, SourceConfig | Task | Sequence[str]]
+"""Data sets by a name of the user's choice: where their rows are read, a task, whose questions are
+followed by the right label, or texts themselves."""
 
 
 class TokenRow(NamedTuple):
@@ -69,6 +72,9 @@ def read_texts(
         if isinstance(source, SourceConfig):
             encoded = _read_source(source, tokenizer, limit)
             divide = source.schema == "text"
+        elif isinstance(source, Task):
+            rows_of_task = task_rows(source, "label")[:limit]
+            encoded, divide = _encode(rows_of_task, "completion", None, tokenizer), False
         else:
             texts = list(enumerate(source[:limit], 1))
             for number, text in texts:
@@ -91,17 +97,36 @@ def read_texts(
 def _read_source(
     source: SourceConfig, tokenizer: PreTrainedTokenizerBase, limit: int
 ) -> list[tuple[str, list[int]]]:
+    if source.schema in ("task", "classification"):
+        raise DataError(
+            f"{source.title}: rows of the schema {source.schema!r} are no text by themselves; give "
+            "another schema, or a task itself"
+        )
     if source.schema == "chat":
         require_chat_template(tokenizer, source.path)
     template = load_prompt_template(source.prompt) if source.schema == "instruction" else None
-    table = read_source(source, None).rows
+    try:
+        table = read_source(source, None).rows
+    except DataError as error:
+        if source.schema == "text" and "no column" in str(error):
+            raise DataError(f"{error}; of rows of another kind give the schema") from None
+        raise
+    rows: Any = table.select(range(min(limit, len(table))))
+    return _encode(rows, source.schema, template, tokenizer)
+
+
+def _encode(
+    rows: Iterable[dict[str, str]],
+    schema: Schema,
+    template: PromptTemplate | None,
+    tokenizer: PreTrainedTokenizerBase,
+) -> list[tuple[str, list[int]]]:
+    """Place and tokens of each row."""
     found = []
-    for row in table.select(range(min(limit, len(table)))):
-        assert isinstance(row, dict)
-        examples = make_examples(row, source.schema, template, tokenizer)
-        where = f"{Path(row['where']).name}"
+    for row in rows:
+        examples = make_examples(row, schema, template, tokenizer)
         encoded = encode_examples(examples, tokenizer, train_on_prompt=False)
-        found += [(where, tokens) for tokens, _ in encoded]
+        found += [(Path(row["where"]).name, tokens) for tokens, _ in encoded]
     return found
 
 
