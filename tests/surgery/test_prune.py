@@ -9,12 +9,13 @@ from tolerances import FLOAT64_ROUNDING
 from moe_jax import surgery
 from moe_jax.checkpoints.leaves import named_leaves, nested
 
+BY_DEPTH = {**MOLA, "num_experts": [2, 4, 3], "target_modules": ["q_proj", "up_proj"]}
 ROUTER = "layers/mlp/moe/router/kernel"
 
 
 @pytest.mark.parametrize(
     ("method", "keep", "counts"),
-    [(MIXLORA, 2, (4, 4, 4)), ({**MOLA, "num_experts": [2, 4, 3]}, 3, (2, 4, 3))],
+    [(MIXLORA, 2, (4, 4, 4)), (BY_DEPTH, 3, (2, 4, 3))],
 )
 def test_keeps_the_most_used(world, method, keep, counts):
     adapter = world.adapter(method)
