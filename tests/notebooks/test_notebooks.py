@@ -97,7 +97,7 @@ def pictures(notebook):
 
 
 def test_quick_start_learns(tmp_path):
-    notebook, found = run("quick_start", tmp_path, steps=50)
+    notebook, found = run("quick_start", tmp_path, steps=40)
     assert len(found["losses"]) == 6
     # Each is measured at step 0, and a base that has read no question is far off.
     assert all(values[-1] < values[0] / 3 for values in found["losses"].values()), found["losses"]
@@ -114,7 +114,7 @@ def test_quick_start_learns(tmp_path):
 
 
 def test_routing_tour_looks_at_what_was_trained(tmp_path):
-    notebook, found = run("routing_tour", tmp_path, steps=40)
+    notebook, found = run("routing_tour", tmp_path, steps=24)
     assert found["parameters"] == {"lora": 214_912, "mixlora": 215_040}
     for name, losses in found["losses"].items():
         assert losses == {
