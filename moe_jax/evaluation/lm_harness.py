@@ -14,6 +14,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from moe_jax.adapters.method import require_language_model
 from moe_jax.checkpoints.adapter_files import SavedAdapter
 from moe_jax.checkpoints.loading import (
     BaseInMemory,
@@ -78,6 +79,8 @@ class HarnessModel(TemplateLM):
         devices = None if mesh is None else make_mesh(mesh)
         named = {} if adapter is None else {"adapter": adapter}
         loaded = load_adapters(named, files, model, devices)
+        for one in loaded:
+            require_language_model(one.saved.method, str(adapter), "score texts")
         self.tokenizer: Any = load_tokenizer(files.folder)
         self.max_length = files.config.max_position_embeddings
         self._adapter = loaded[0].adapter if loaded else None

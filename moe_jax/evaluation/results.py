@@ -228,8 +228,10 @@ class Evaluation:
         rows = [["questions", *(str(counts[task]) for task in self.tasks), ""]]
         for model in self.models:
             cells = []
-            for task in self.tasks:
-                accuracy = self.accuracy(model, task, measure)
+            measured = [self.accuracy(model, task, measure) for task in self.tasks]
+            if not any(measured):  # a classifier where others are asked, or the other way round
+                continue
+            for accuracy in measured:
                 both = None if accuracy is None else (accuracy.value, accuracy.standard_error)
                 cells.append(_percent(both))
             rows.append([model, *cells, _percent(self.average(model, measure))])
