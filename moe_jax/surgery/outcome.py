@@ -82,6 +82,8 @@ def opened(adapter: SavedAdapter | str | Path, output: str | Path | None) -> Sav
     if output is not None:
         require_unused(Path(output))
     saved = adapter if isinstance(adapter, SavedAdapter) else load_adapter(Path(adapter))
+    name = saved.base.path if isinstance(adapter, SavedAdapter) else str(adapter)
+    require_language_model(saved.method, name, "be changed by surgery, which measures text")
     expected = expected_leaves(saved.model, saved.method)
     require_same_leaves(leaf_specs(saved.tree), expected, "its weights")
     return saved

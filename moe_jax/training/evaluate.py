@@ -43,7 +43,8 @@ def make_evaluate(
     model: LlamaForCausalLM,
     methods: Mapping[str, AdapterMethod],
     mesh: Mesh,
-    of_rows: Callable[..., tuple[jax.Array, jax.Array]] = step.eval_step,
+    *,
+    by_row: bool = False,
 ) -> Evaluate:
     """The jitted evaluation step, for rows of the adapter named by its first argument.
 
@@ -51,14 +52,15 @@ def make_evaluate(
       model: the language model, without segments.
       methods: by adapter.
       mesh: where it runs.
-      of_rows: what is computed, `step.eval_step` or `step.score_step`.
+      by_row: `step.score_step`, of classification adapters, instead of `step.eval_step`.
     """
 
     def function(name: str | None, adapters: Any, params: Any, batch: Batch) -> Any:
         segments = ()
         if name is not None:
             segments = (Segment(name, methods[name], 0, batch.tokens.shape[0]),)
-        return of_rows(model.clone(segments=segments), adapters, params, batch)
+        compute = step.score_step if by_row else step.eval_step
+        return compute(model.clone(segments=segments), adapters, params, batch)
 
     replicated = NamedSharding(mesh, PartitionSpec())
     jitted = jax.jit(with_rules(function), static_argnums=0, out_shardings=replicated)

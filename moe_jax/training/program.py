@@ -314,7 +314,7 @@ def _program(
     boxed_adapters = {name: shapes[twin] for name, twin in twins(methods).items()}
     if functions is None:
         make = functools.partial(make_evaluate, model, methods, mesh)
-        functions = make(), make(step.score_step)
+        functions = make(), make(by_row=True)
     partial = functools.partial(
         Program,
         config=config,

@@ -43,6 +43,7 @@ _FORMAT = "mixlora"
 _KNOWN = (
     *field_names(LowRankConfig),
     "target_modules",
+    "classification",  # refused before: see `Format.classifies`
     "num_experts",
     "router",
     "expert_lora",
