@@ -4,10 +4,9 @@ import argparse
 import contextlib
 import sys
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 
 from moe_jax.checkpoints.adapter_files import read_description
-from moe_jax.checkpoints.resolve import resolve_checkpoint
+from moe_jax.checkpoints.resolve import resolve_adapter, resolve_checkpoint
 from moe_jax.commands.answers import BASE, Shown, Wanted, Written, check_output
 from moe_jax.commands.arguments import mesh_config, named_folders, unescaped
 from moe_jax.commands.interactive import Talk
@@ -147,7 +146,7 @@ def _base(arguments: argparse.Namespace, adapters: Mapping[str, str]) -> str:
     if not adapters:
         raise ConfigError("--base: give a folder or hub id; without --adapter there is none to use")
     remembered = {
-        name: read_description(Path(folder).expanduser()).base for name, folder in adapters.items()
+        name: read_description(resolve_adapter(folder)).base for name, folder in adapters.items()
     }
     (first, base), *others = remembered.items()
     for name, other in others:

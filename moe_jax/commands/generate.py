@@ -48,8 +48,8 @@ def add(parser: argparse.ArgumentParser) -> Run:
         "--adapter",
         action="append",
         default=[],
-        metavar="[NAME=]DIR",
-        help="an adapter's folder, called by the folder's name; may be given several times",
+        metavar="[NAME=]DIR_OR_ID",
+        help="an adapter's folder or hub id, called by its last name; may be given several times",
     )
     parser.add_argument(
         "--with-base", action="store_true", help="let the base without an adapter answer too"

@@ -252,8 +252,8 @@ def _add_adapter(parser: argparse.ArgumentParser, kind: str) -> None:
         "--adapter",
         type=Path,
         required=True,
-        metavar="DIR",
-        help=f"{kind}, as in WORKDIR/adapters/NAME",
+        metavar="DIR_OR_ID",
+        help=f"{kind}: its folder, as in WORKDIR/adapters/NAME, or a hub id",
     )
     _add_output(parser)
 

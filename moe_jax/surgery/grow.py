@@ -57,7 +57,7 @@ def grow(
     """Splits experts; give either `add` or `times`.
 
     Args:
-      adapter: a MixLoRA, LoRAMoE or MoLA, or its folder.
+      adapter: a MixLoRA, LoRAMoE or MoLA, or its folder or hub id.
       add: so many new experts for each router, behind the others.
       times: every expert becomes so many, next to each other; `top_k` becomes so many times larger.
       split: with `add`, the experts that new ones are split off from, one for each; by default

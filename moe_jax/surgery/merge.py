@@ -63,7 +63,7 @@ def merge(
     Into one, a mixture becomes a LoRA.
 
     Args:
-      adapter: a MixLoRA, LoRAMoE or MoLA, or its folder; without DoRA.
+      adapter: a MixLoRA, LoRAMoE or MoLA, or its folder or hub id; without DoRA.
       into: how many experts each router keeps. The two nearest ones become one, and so on.
       groups: instead, which experts become one, the same in all layers: `[[0, 1], [2, 3]]`. Each
         expert stands in one group.

@@ -16,6 +16,7 @@ from moe_jax.checkpoints.formats.measuring import Change, Measuring
 from moe_jax.checkpoints.formats.merging import BaseFolder, find_base
 from moe_jax.checkpoints.leaves import leaf_specs, nested, require_same_leaves
 from moe_jax.checkpoints.new_folder import require_unused
+from moe_jax.checkpoints.resolve import resolve_adapter
 from moe_jax.config.model import ModelConfig
 from moe_jax.config.parse import located
 from moe_jax.errors import CheckpointError
@@ -81,7 +82,7 @@ def opened(adapter: SavedAdapter | str | Path, output: str | Path | None) -> Sav
     """
     if output is not None:
         require_unused(Path(output))
-    saved = adapter if isinstance(adapter, SavedAdapter) else load_adapter(Path(adapter))
+    saved = adapter if isinstance(adapter, SavedAdapter) else load_adapter(resolve_adapter(adapter))
     name = saved.base.path if isinstance(adapter, SavedAdapter) else str(adapter)
     require_language_model(saved.method, name, "be changed by surgery, which measures text")
     expected = expected_leaves(saved.model, saved.method)

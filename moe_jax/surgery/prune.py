@@ -37,7 +37,7 @@ def prune(
     """Keeps the experts of each router that had the most to carry.
 
     Args:
-      adapter: a MixLoRA, LoRAMoE or MoLA, or its folder.
+      adapter: a MixLoRA, LoRAMoE or MoLA, or its folder or hub id.
       keep: how many experts each router keeps; where MoLA's layers have fewer, all of them.
       data: a file of text, on which use and change are measured.
       base: the base's folder or hub id; by default the path that it was trained with.

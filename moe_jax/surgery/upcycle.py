@@ -47,7 +47,7 @@ def upcycle(
     attention; MoLA has experts on all of them. Rank, alpha, dropout and kind stay the same.
 
     Args:
-      adapter: a LoRA, or its folder.
+      adapter: a LoRA, or its folder or hub id.
       to: the method, one of `UPCYCLED`.
       num_experts: E; for MoLA also one for each of as many equal groups of layers.
       router: the routing strategy, or its fields with its `name`; None is the method's default.

@@ -77,7 +77,7 @@ def own_task(
     limit: int | None = None,
     shots: int | None = None,
 ) -> Task:
-    """A user's own task; see `tasks.template`.
+    """A user's own task; see `families.template`.
 
     Args:
       template: the text file that says how rows are asked; the task is called as it is.
