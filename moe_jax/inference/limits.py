@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from moe_jax.config.model import ModelConfig, RopeConfig
+from moe_jax.config.model import ModelConfig
 from moe_jax.config.parse import suggest
 from moe_jax.errors import ConfigError, DataError
 
@@ -104,21 +104,25 @@ def check_requests(
                 f"prompt {number}: its {length} tokens and max_new_tokens of {max_new_tokens} make "
                 f"{length + max_new_tokens}, more than the context of {context}; {advice}"
             )
+    switch = frequency_switch(model)
+    if switch is not None:
+        _check_switch(switch, prompts, max_new_tokens)
+
+
+def frequency_switch(model: ModelConfig) -> int | None:
+    """Tokens from which on longrope changes all frequencies of rotary embeddings; None if never."""
     for rope in (model.rope, model.sliding_rope):
         if rope is not None and rope.rope_type == "longrope":
-            _check_longrope(rope, prompts, max_new_tokens)
+            return rope.original_max_position_embeddings
+    return None
 
 
-def _check_longrope(
-    rope: RopeConfig, prompts: Sequence[Sequence[int]], max_new_tokens: int
-) -> None:
+def _check_switch(switch: int, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
     """Refuses to change the frequencies midway, which would need all keys anew.
 
     The frequencies follow from the longest row of a batch: all rows have to stay within the length
     of the short ones, or start beyond it.
     """
-    switch = rope.original_max_position_embeddings
-    assert switch is not None
     lengths = [len(tokens) for tokens in prompts]
     if all(length + max_new_tokens <= switch for length in lengths):
         return

@@ -143,6 +143,7 @@ def check_prompts(
     context: int,
     vocab_size: int,
     adapters: Collection[str],
+    switch: int | None = None,
 ) -> None:
     """Refuses, before anything is computed, what could not be continued.
 
@@ -152,11 +153,12 @@ def check_prompts(
       context: tokens that the model can read at once.
       vocab_size: its number of embeddings.
       adapters: the names of those that are loaded.
+      switch: see `frequency_switch`.
 
     Raises:
       ConfigError: an adapter is not loaded.
-      DataError: a prompt is longer than the context, alone or with what is to follow, or has ids
-        that the model lacks.
+      DataError: a prompt is longer than the context, alone or with what is to follow, its answer
+        would pass `switch`, or it has ids that the model lacks.
     """
     for prompt in prompts:
         if prompt.adapter is not None and prompt.adapter not in adapters:
@@ -175,6 +177,12 @@ def check_prompts(
                 f"{prompt.where}: has {length} tokens, and with {max_new_tokens} new ones does not "
                 f"fit into the base's context of {context}; shorten it, or ask for at most "
                 f"{context - length} new tokens"
+            )
+        if switch is not None and length <= switch < length + max_new_tokens:
+            raise DataError(
+                f"{prompt.where}: has {length} tokens, and with {max_new_tokens} new ones passes "
+                f"{switch}, from which on this model's longrope changes all frequencies; ask for "
+                f"at most {switch - length} new tokens, or give a prompt beyond {switch}"
             )
         if prompt.tokens and max(prompt.tokens) >= vocab_size:
             raise DataError(

@@ -23,6 +23,7 @@ from moe_jax.data.chat import end_of_turn
 from moe_jax.data.tokenizer import load_tokenizer
 from moe_jax.inference.end_tokens import end_tokens
 from moe_jax.inference.generator import Generator
+from moe_jax.inference.limits import frequency_switch
 from moe_jax.inference.prompts import Prompt, PromptEncoder, PromptFormat, check_prompts
 from moe_jax.inference.text import GenerationConfig, TextGenerator
 from moe_jax.sharding.mesh import make_mesh
@@ -60,6 +61,7 @@ class Session:
             require_language_model(adapter.method, name, "generate text")
         self.adapters = dict(adapters)
         self.context = base.config.max_position_embeddings
+        self._switch = frequency_switch(base.config)
         self._base = base
         self._dtype: FloatType = dtype
         self._mesh = mesh
@@ -100,6 +102,7 @@ class Session:
             context=self.context,
             vocab_size=self._base.config.vocab_size,
             adapters=self.adapters,
+            switch=self._switch,
         )
 
     def text_generator(self, *, is_chat: bool, alone: bool = False) -> TextGenerator:
@@ -114,7 +117,13 @@ class Session:
         """
         ends = {end_of_turn(self._tokenizer)} if is_chat else set()
         ids = frozenset(token for token in ends if token is not None)
-        return TextGenerator(self._loaded(), self._tokenizer, self._end_ids | ids, alone=alone)
+        return TextGenerator(
+            self._loaded(),
+            self._tokenizer,
+            self._end_ids | ids,
+            alone=alone,
+            switch=self._switch,
+        )
 
     def _loaded(self) -> Generator:
         if self._generator is None:

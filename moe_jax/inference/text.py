@@ -103,6 +103,7 @@ class TextGenerator:
         end_ids: frozenset[int],
         *,
         alone: bool = False,
+        switch: int | None = None,
     ):
         """Joins the two.
 
@@ -112,11 +113,13 @@ class TextGenerator:
           end_ids: tokens that end an answer; see `end_tokens`.
           alone: whether an answer is decoded by itself, as other tools do: SentencePiece tokenizers
             then drop the blank it begins with, and half a character at its end becomes U+FFFD.
+          switch: see `frequency_switch`; prompts of either side of it are batched apart.
         """
         self._generator = generator
         self._tokenizer = tokenizer
         self._end_ids = end_ids
         self._alone = alone
+        self._switch = switch
         self._special = {
             token.content: token_id
             for token_id, token in tokenizer.added_tokens_decoder.items()
@@ -136,7 +139,7 @@ class TextGenerator:
         Raises:
           CheckpointError: the model's logits are not finite.
         """
-        for rows in _batches(prompts, config.samples, batch_size):
+        for rows in _batches(prompts, config.samples, batch_size, self._switch):
             requests = [_request(prompts, *row) for row in rows]
             texts = ["" for _ in rows]
             counts = [0 for _ in rows]
@@ -251,13 +254,16 @@ def _request(prompts: Sequence[Prompt], prompt: int, sample: int) -> Request:
 
 
 def _batches(
-    prompts: Sequence[Prompt], samples: int, batch_size: int
+    prompts: Sequence[Prompt], samples: int, batch_size: int, switch: int | None
 ) -> Iterator[list[tuple[int, int]]]:
     """The prompt and the sample of each row of each batch."""
     order = sorted(
         range(len(prompts)),
         key=lambda i: (prompts[i].adapter is not None, prompts[i].adapter, -len(prompts[i].tokens)),
     )
-    rows = [(prompt, sample) for prompt in order for sample in range(samples)]
-    for start in range(0, len(rows), batch_size):
-        yield rows[start : start + batch_size]
+    is_beyond = [switch is not None and len(prompt.tokens) > switch for prompt in prompts]
+    for side in (True, False):
+        own = [prompt for prompt in order if is_beyond[prompt] == side]
+        rows = [(prompt, sample) for prompt in own for sample in range(samples)]
+        for start in range(0, len(rows), batch_size):
+            yield rows[start : start + batch_size]

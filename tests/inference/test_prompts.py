@@ -115,3 +115,11 @@ def test_prompts_that_cannot_be_answered(tokens, adapter, message):
     check_prompts([Prompt((1,) * 15, "mine", "fits")], **limits)
     with pytest.raises(UserError, match=message):
         check_prompts([Prompt(tuple(tokens), adapter, "x")], **limits)
+
+
+def test_an_answer_does_not_pass_a_change_of_frequencies():
+    limits = dict(max_new_tokens=5, context=20, vocab_size=9, adapters=[], switch=8)
+    check_prompts([Prompt((1,) * length, None, "fits") for length in (3, 9)], **limits)
+    for length in (4, 8):
+        with pytest.raises(UserError, match=f"x: has {length} .* at most {8 - length} new tokens"):
+            check_prompts([Prompt((1,) * length, None, "x")], **limits)

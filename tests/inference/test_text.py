@@ -111,6 +111,14 @@ def test_batches_hold_like_prompts_and_samples_draw_apart():
     assert {a.text for a in found if a.prompt == 1} == {SCRIPTS[1]}
 
 
+def test_prompts_on_either_side_of_a_change_of_frequencies_are_batched_apart():
+    # Of 2, 3 and 4 tokens; with a change after 3, the last one is alone.
+    for options, expected in (({}, [[2, 1], [0]]), ({"switch": 3}, [[2], [1, 0]])):
+        tokens, generator = scripted(**options)
+        answers(generator, prompts(None, None, None))
+        assert [[r.number for r in batch] for batch in tokens.batches] == expected
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
