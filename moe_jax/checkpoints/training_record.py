@@ -66,9 +66,10 @@ class TrainingRecord:
       step: the optimiser step after which these weights were saved.
       total_steps: how many it was to make.
       train, validation: its data sets, by the name that the run gave them.
-      training_loss: of the last line of metrics up to `step`, in nats per target token; None if
-        there is none, or it was not finite.
-      validation_losses: at `step`, by data set, in nats per target token; None as above.
+      training_loss: of the last line of metrics up to `step`, in nats per target token, or per row
+        that is classified; of a number, the mean squared error. None if there is none, or it was
+        not finite.
+      validation_losses: at `step`, by data set, in the same unit; None as above.
       best_loss: the lowest mean validation loss up to `step`; None if the run did not keep it.
     """
 

@@ -21,7 +21,7 @@ class AdapterReport(NamedTuple):
       name: of the adapter.
       steps: how many optimiser steps it made.
       folder: where it is; None as long as it has not finished.
-      validation: its losses measured last, by set, in nats per target token.
+      validation: its losses measured last, by set; see `Validation.losses`.
       training_loss: of its last line of metrics, None if there is none.
       best_loss: the lowest mean validation loss, of what is in `best/NAME`; None if that was not
         kept.

@@ -162,12 +162,19 @@ def _metrics(record: TrainingRecord) -> str:
     rows: list[tuple[str, float | None]] = [("training", record.training_loss)]
     rows += [(f"validation: {name}", loss) for name, loss in sets]
     table = _table(
-        ("Loss", "Nats per target token"),
+        ("Loss", _unit(record)),
         [(name, "not known" if loss is None else f"{loss:.4f}") for name, loss in rows],
     )
     if record.best_loss is None:
         return table
     return f"{table}\n\nThe lowest mean validation loss up to then was {record.best_loss:.4f}."
+
+
+def _unit(record: TrainingRecord) -> str:
+    classification = record.method.get("classification")
+    if classification is None:
+        return "Nats per target token"
+    return "Mean squared error" if classification["regression"] else "Nats per row"
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:

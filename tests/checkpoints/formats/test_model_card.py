@@ -65,6 +65,18 @@ def test_every_format_has_a_card(mixture, tmp_path, to, method, library, code):
         assert (out / name).read_bytes() == picture
 
 
+@pytest.mark.parametrize(
+    ("classification", "unit"),
+    [({"glue": "sst2"}, "Nats per row"), ({"regression": True}, "Mean squared error")],
+)
+def test_losses_of_a_classifier_have_their_own_unit(mixture, tmp_path, classification, unit):
+    adapter = trained(mixture, {**LORA, "classification": classification})
+    moe_jax.export_adapter(adapter, "moe_jax", tmp_path / "out")
+    assert (
+        METRICS.replace("Nats per target token", unit) in (tmp_path / "out/README.md").read_text()
+    )
+
+
 def test_a_hub_base_is_linked(mixture, tmp_path):
     adapter = trained(mixture, {**MIXLORA, "router": TOP_P, "dropout": 0.1})
     moe_jax.export_adapter(adapter, "mixlora", tmp_path / "out", base="some/base")
