@@ -24,6 +24,10 @@ from moe_jax.tasks.selection import named_task
 _NOT_TEXT = ("task", "classification")
 """Schemas whose rows are no text by themselves; tasks have a flag of their own."""
 
+_OF_ADAPTERS = ("data", "tasks", "tasks-folder", "text", "output", "site", "column", "max-length")
+_OF_BASES = ("config", "method", "rank", "num-experts", "target-modules", "dora")
+"""Flags without a default, which mean nothing beside or without --adapter."""
+
 EPILOG = """\
 what an adapter's routers do:
   moe-jax inspect --adapter runs/mine/adapters/default --output seen \\
@@ -163,15 +167,21 @@ def _run(arguments: argparse.Namespace) -> None:
             )
         _show_base(arguments)
         return
-    if arguments.config is not None or arguments.method is not None:
-        raise ConfigError("--adapter: says itself what it is; leave --config and --method out")
+    for flag in _OF_BASES:
+        if _is_given(arguments, flag):
+            raise ConfigError(f"--{flag}: goes without --adapter, which says itself what it is")
     _show_routing(arguments)
 
 
 def _refuse_without_adapter(arguments: argparse.Namespace) -> None:
-    for flag in ("data", "tasks", "tasks-folder", "text", "output", "site"):
-        if getattr(arguments, flag.replace("-", "_")):
+    for flag in _OF_ADAPTERS:
+        if _is_given(arguments, flag):
             raise ConfigError(f"--{flag}: goes with --adapter, which is not given")
+
+
+def _is_given(arguments: argparse.Namespace, flag: str) -> bool:
+    value = getattr(arguments, flag.replace("-", "_"))
+    return value not in (None, "", []) and value is not False
 
 
 def _show_routing(arguments: argparse.Namespace) -> None:

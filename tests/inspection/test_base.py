@@ -79,6 +79,7 @@ def test_the_adapters_of_a_configuration(capsys):
         (["--base", "{}", "--method", "mola", "--num-experts", "2,4,8"], "into 3 equal groups"),
         (["--base", "{}", "--rank", "4"], "--rank: goes with --method"),
         (["--base", "{}", "--data", "a.txt"], "--data: goes with --adapter"),
+        (["--base", "{}", "--column", "text=a"], "--column: goes with --adapter"),
     ],
 )
 def test_errors_are_one_line(capsys, arguments, words):

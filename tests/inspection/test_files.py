@@ -139,7 +139,8 @@ def test_the_command(setting, tmp_path, capsys):
         (["--output", "{}", "--data", "{}/empty.txt"], "holds no rows"),
         (["--output", "{}", "--text", ""], "text: text 1 is empty"),
         (["--output", "{}", "--data", "{}/rows.jsonl"], "of another kind give the schema"),
-        (["--output", "{}", "--text", "a", "--method", "lora"], "leave --config and --method out"),
+        (["--output", "{}", "--text", "a", "--method", "lora"], "--method: goes without --adapter"),
+        (["--output", "{}", "--text", "a", "--rank", "0"], "--rank: goes without --adapter"),
     ],
 )
 def test_errors_are_one_line_and_leave_nothing(setting, tmp_path, capsys, arguments, words):
