@@ -32,6 +32,16 @@ def padded_length(longest: int, lengths: Sequence[int]) -> int:
     return next(length for length in lengths if length >= longest)
 
 
+def doubled_lengths(shortest: int, longest: int) -> tuple[int, ...]:
+    """Lengths to pad to, each twice the one before, from `shortest` on; `longest` is the last."""
+    lengths = []
+    length = shortest
+    while length < longest:
+        lengths.append(length)
+        length *= 2
+    return (*lengths, longest)
+
+
 def pad_rows(rows: Sequence[Row], batch_size: int, lengths: Sequence[int]) -> Batch:
     """A batch [batch_size, S] of at most that many rows; S is one of `lengths`.
 

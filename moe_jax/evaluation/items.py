@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 
-from moe_jax.data.collate import PADDING_ID, padded_length
+from moe_jax.data.collate import PADDING_ID, doubled_lengths, padded_length
 
 SHORTEST_BUCKET = 32
 
@@ -92,12 +92,7 @@ def item_batch(items: Sequence[Item], rows: int, length: int, candidates: int) -
 
 def default_buckets(context: int) -> tuple[int, ...]:
     """Row lengths to pad to, each twice the one before, up to the model's context."""
-    lengths = []
-    length = SHORTEST_BUCKET
-    while length < context:
-        lengths.append(length)
-        length *= 2
-    return (*lengths, context)
+    return doubled_lengths(SHORTEST_BUCKET, context)
 
 
 def whole_buckets(buckets: Sequence[int], context: int) -> tuple[int, ...]:

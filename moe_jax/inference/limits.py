@@ -5,6 +5,7 @@ from typing import Any
 
 from moe_jax.config.model import ModelConfig
 from moe_jax.config.parse import suggest
+from moe_jax.data.collate import doubled_lengths
 from moe_jax.errors import ConfigError, DataError
 
 SHORTEST_BUCKET = 16
@@ -29,12 +30,7 @@ def context_of(model: ModelConfig, max_length: int | None) -> int:
 
 def default_buckets(context: int) -> tuple[int, ...]:
     """Lengths that prompts are padded to, each twice the one before, up to the context."""
-    lengths = []
-    length = SHORTEST_BUCKET
-    while length < context:
-        lengths.append(length)
-        length *= 2
-    return (*lengths, context)
+    return doubled_lengths(SHORTEST_BUCKET, context)
 
 
 def check_buckets(buckets: Sequence[int], context: int) -> tuple[int, ...]:
