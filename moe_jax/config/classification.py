@@ -1,4 +1,19 @@
-"""What an adapter with a score head, in the place of the language model's, tells apart."""
+"""What an adapter with a score head, in the place of the language model's, tells apart.
+
+A task of GLUE brings its labels, columns and metrics along:
+
+    adapter.method.classification = {"glue": "sst2"}
+    adapter.data.train = ConfigDict({"sst2": {"task": "sst2"}})
+
+Rows of one's own have the schema `classification`, `text`, perhaps `text_pair`, and `label`: a
+name, an index from 0, or a number.
+
+    adapter.method.classification = {"labels": ("spam", "ham")}
+    adapter.data.train = ConfigDict({"mine": {"path": "mail.jsonl", "schema": "classification"}})
+
+`moe-jax export --to peft` writes a LoRA with its head as `SEQ_CLS`; generating text, other formats
+and other tasks refuse such an adapter.
+"""
 
 from dataclasses import dataclass
 
