@@ -1,8 +1,12 @@
 """The `moe-jax` command."""
 
 import argparse
+import contextlib
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from types import FrameType
 
 from moe_jax.commands import (
     Run,
@@ -29,7 +33,10 @@ COMMANDS: dict[str, Callable[[argparse.ArgumentParser], Run]] = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs a subcommand; what the user got wrong is one line on stderr and exit status 2."""
+    """Runs a subcommand; what the user got wrong is one line on stderr and exit status 2.
+
+    Ctrl-C and SIGTERM end it with 130 and 143, after what was half written is removed.
+    """
     parser = argparse.ArgumentParser(
         prog="moe-jax", description="Mixtures of LoRA experts on a frozen Llama."
     )
@@ -41,10 +48,34 @@ def main(arguments: list[str] | None = None) -> int:
         command.set_defaults(run=add(command))
     chosen = parser.parse_args(arguments)
     try:
-        chosen.run(chosen)
+        with _sigterm_unwinds():
+            chosen.run(chosen)
     except UserError as error:
         return report(error)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 128 + signal.SIGINT
     return 0
+
+
+@contextlib.contextmanager
+def _sigterm_unwinds() -> Iterator[None]:
+    """While entered, SIGTERM raises `SystemExit`; by default it ends the process on the spot.
+
+    Outside the main thread Python cannot handle signals, and nothing changes.
+    """
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    former = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, former)
 
 
 if __name__ == "__main__":

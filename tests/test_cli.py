@@ -1,5 +1,7 @@
 """`moe-jax` as a command: export, import, and one line for what is wrong."""
 
+import os
+import signal
 import subprocess
 import sys
 
@@ -9,6 +11,7 @@ from hf_models import save_tiny_llama
 
 import moe_jax
 from moe_jax.checkpoints.adapter_files import save_adapter
+from moe_jax.checkpoints.formats import exchange
 from moe_jax.checkpoints.hf_config import read_model_config
 from moe_jax.cli import main
 
@@ -42,6 +45,26 @@ def test_out_and_in_again(folder, tmp_path, capsys):
     assert imported.step == 0
     assert main(["show", str(back / "mine")]) == 0
     assert "num_experts = 4" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("number", "words", "status"), [(signal.SIGINT, "stopped\n", 130), (signal.SIGTERM, "", 143)]
+)
+def test_what_a_signal_ends_leaves_nothing(
+    folder, tmp_path, capsys, monkeypatch, number, words, status
+):
+    def interrupted(*_):
+        assert len(list(tmp_path.iterdir())) == 1  # the beginning of an export
+        os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(exchange, "model_card", interrupted)
+    arguments = ["--adapter", folder / "lora", "--to", "peft", "--output", tmp_path / "out"]
+    with pytest.raises(SystemExit) as ended:
+        sys.exit(main(["export", *map(str, arguments)]))
+    assert ended.value.code == status
+    assert capsys.readouterr().err == words
+    assert list(tmp_path.iterdir()) == []
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 def test_errors_are_one_line(folder, tmp_path, capsys):

@@ -17,7 +17,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from moe_jax.adapters import METHODS
-from moe_jax.checkpoints.disk import disk_errors, require_space
+from moe_jax.checkpoints.disk import behind_link, disk_errors, require_space
 from moe_jax.checkpoints.fingerprint import BaseIdentity
 from moe_jax.checkpoints.leaves import LeafSpec, checksums, leaf_specs, nested
 from moe_jax.checkpoints.store import require_finite, restore_tree
@@ -93,7 +93,7 @@ def save_adapter(folder: Path, adapter: SavedAdapter) -> None:
       TrainingError: a weight is not finite; nothing is written.
       CheckpointError: the disk is too small, full or not writable; a former `folder` is untouched.
     """
-    folder = folder.absolute()
+    folder = behind_link(folder)
     require_finite(adapter.tree, adapter.step)
     description = {
         "format_version": FORMAT_VERSION,

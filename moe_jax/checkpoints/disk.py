@@ -41,6 +41,16 @@ def disk_errors(folder: Path, kept: str = "") -> Iterator[None]:
         ) from error
 
 
+def behind_link(folder: Path) -> Path:
+    """The absolute path of a folder that may be a symbolic link: what the link leads to, if so.
+
+    A folder cannot be renamed onto a link, and one on another disk is to be written there.
+    """
+    folder = folder.absolute()
+    # Unlike `Path.resolve`, this raises nothing where links lead in a circle.
+    return Path(os.path.realpath(folder)) if folder.is_symlink() else folder
+
+
 def require_space(folder: Path, num_bytes: int) -> None:
     """Refuses to begin what the disk has no space for.
 

@@ -11,6 +11,8 @@ from moe_jax import surgery
 from moe_jax.adapters.router import ROUTERS
 from moe_jax.adapters.targets import TARGET_MODULES
 from moe_jax.commands import Run
+from moe_jax.commands.arguments import listed, numbers
+from moe_jax.errors import ConfigError
 from moe_jax.surgery.grow import DEFAULT_NOISE
 from moe_jax.surgery.merge import Weighting
 from moe_jax.surgery.upcycle import UPCYCLED
@@ -66,14 +68,12 @@ def _upcycle(parser: argparse.ArgumentParser) -> Operate:
     )
     parser.add_argument(
         "--experts",
-        type=_numbers,
         required=True,
         metavar="N[,N,...]",
         help="how many; for mola also one number for each of equal groups of layers",
     )
     parser.add_argument(
         "--router",
-        type=_router,
         metavar="NAME[:FIELD=VALUE,...]",
         help=f"one of {', '.join(ROUTERS)}, for example top_p:top_p=0.8 (default: the method's)",
     )
@@ -82,8 +82,8 @@ def _upcycle(parser: argparse.ArgumentParser) -> Operate:
     return lambda arguments: surgery.upcycle(
         arguments.adapter,
         arguments.to,
-        num_experts=arguments.experts,
-        router=arguments.router,
+        num_experts=tuple(numbers(arguments.experts, "--experts")),
+        router=None if arguments.router is None else _router(arguments.router),
         seed=arguments.seed,
         data=arguments.data,
         base=arguments.base,
@@ -112,10 +112,9 @@ def _from_dense(parser: argparse.ArgumentParser) -> Operate:
     )
     parser.add_argument(
         "--targets",
-        type=_names,
-        default=TARGET_MODULES,
+        default=",".join(TARGET_MODULES),
         metavar="A,B,...",
-        help=f"projections (default: {','.join(TARGET_MODULES)})",
+        help="projections (default: %(default)s)",
     )
     parser.add_argument(
         "--leave-out",
@@ -130,7 +129,7 @@ def _from_dense(parser: argparse.ArgumentParser) -> Operate:
         arguments.dense,
         rank=arguments.rank,
         alpha=arguments.alpha,
-        target_modules=arguments.targets,
+        target_modules=listed(arguments.targets),
         leave_out=arguments.leave_out,
         seed=arguments.seed,
         data=arguments.data,
@@ -171,8 +170,7 @@ def _grow(parser: argparse.ArgumentParser) -> Operate:
     how.add_argument("--times", type=int, metavar="N", help="every expert becomes so many")
     parser.add_argument(
         "--split",
-        type=_numbers,
-        default=(),
+        default="",
         metavar="N,N,...",
         help="with --add: the experts that the new ones are split off from, counted from 0 "
         "(default: those most used on --data)",
@@ -191,7 +189,7 @@ def _grow(parser: argparse.ArgumentParser) -> Operate:
         arguments.adapter,
         add=arguments.add,
         times=arguments.times,
-        split=arguments.split,
+        split=numbers(arguments.split, "--split"),
         noise=arguments.noise,
         seed=arguments.seed,
         data=arguments.data,
@@ -213,7 +211,6 @@ def _merge(parser: argparse.ArgumentParser) -> Operate:
     )
     how.add_argument(
         "--groups",
-        type=_groups,
         metavar="N,N;N,N;...",
         help="which experts become one, counted from 0, the same in all layers",
     )
@@ -229,7 +226,7 @@ def _merge(parser: argparse.ArgumentParser) -> Operate:
     return lambda arguments: surgery.merge(
         arguments.adapter,
         into=arguments.into,
-        groups=arguments.groups,
+        groups=None if arguments.groups is None else _groups(arguments.groups),
         weights=arguments.weights,
         data=arguments.data,
         seed=arguments.seed,
@@ -289,29 +286,18 @@ def _add_data(parser: argparse.ArgumentParser, *, needed: str, base: bool = True
         )
 
 
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(part.strip() for part in text.split(",") if part.strip())
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected whole numbers, got {text!r}") from None
-
-
-def _groups(text: str) -> list[tuple[int, ...]]:
-    return [_numbers(group) for group in text.split(";")]
+def _groups(text: str) -> list[list[int]]:
+    return [numbers(group, "--groups") for group in text.split(";")]
 
 
 def _router(text: str) -> dict[str, Any]:
     """`top_p:top_p=0.8,temperature=2.0` as the fields of a configuration."""
     name, _, rest = text.partition(":")
     fields: dict[str, Any] = {"name": name}
-    for part in _names(rest):
+    for part in listed(rest):
         field, equals, value = part.partition("=")
         if not equals:
-            raise argparse.ArgumentTypeError(f"expected FIELD=VALUE, got {part!r}")
+            raise ConfigError(f"--router: expected FIELD=VALUE, got {part!r}")
         try:
             fields[field] = ast.literal_eval(value)
         except (ValueError, SyntaxError):

@@ -1,6 +1,7 @@
 """A folder that is written whole or not at all, and the space it needs."""
 
 import errno
+import os
 import shutil
 from types import SimpleNamespace
 
@@ -64,6 +65,28 @@ def test_what_is_there_is_not_overwritten(tmp_path):
         with new_folder(tmp_path / "out" / "mine" / "deeper", 10):
             pass
     assert names(tmp_path / "out") == ["mine"]
+
+
+def test_a_link_leads_to_where_it_is_written(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "link").symlink_to("elsewhere")
+    (tmp_path / "link2").symlink_to("not_there_yet")
+    for link in ("link", "link2"):
+        with new_folder(tmp_path / link, 10) as folder:
+            (folder / "a").write_text("x")
+        assert names(tmp_path / link) == ["a"]
+    assert names(tmp_path) == ["elsewhere", "link", "link2", "not_there_yet"]
+    (tmp_path / "circle").symlink_to("circle")
+    with pytest.raises(CheckpointError, match=r"cannot write .*circle"):
+        with new_folder(tmp_path / "circle", 10):
+            pass
+
+
+def test_a_mount_point_is_refused_before_and_not_when_all_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(os.path, "ismount", lambda path: path == tmp_path / "out")
+    with pytest.raises(CheckpointError, match="out: is a mount point; give a new folder in it"):
+        with new_folder(tmp_path / "out", 10):
+            pass
 
 
 def test_a_disk_that_is_too_small_is_found_before(tmp_path, monkeypatch):
