@@ -25,6 +25,11 @@ def number(text: str, flag: str) -> int:
         raise ConfigError(f"{flag}: expected whole numbers, got {text!r}") from None
 
 
+def numbers(text: str, flag: str) -> list[int]:
+    """The whole numbers of `N,N,...`; raises as `number`."""
+    return [number(part, flag) for part in listed(text)]
+
+
 def unescaped(text: str) -> str:
     r"""A text with `\n`, `\t` and `\\` as the characters that they stand for."""
     return re.sub(r"\\[nt\\]", lambda found: _ESCAPES[found[0][1]], text)

@@ -4,7 +4,7 @@ import argparse
 import sys
 
 from moe_jax.commands import Run
-from moe_jax.commands.arguments import listed, mesh_config, named_folders, number
+from moe_jax.commands.arguments import listed, mesh_config, named_folders, numbers
 from moe_jax.errors import ConfigError
 from moe_jax.tasks.classification import ClassificationTask
 from moe_jax.tasks.families import TASKS
@@ -149,7 +149,7 @@ def _run(arguments: argparse.Namespace) -> None:
             revision=arguments.revision,
             dtype=arguments.dtype,
             batch_size=arguments.batch_size,
-            buckets=[number(text, "--buckets") for text in listed(arguments.buckets)],
+            buckets=numbers(arguments.buckets, "--buckets"),
             truncate=arguments.truncate,
             mesh=mesh_config(arguments.mesh),
             say=lambda line: print(line, file=sys.stderr, flush=True),

@@ -12,7 +12,7 @@ from moe_jax.adapters.method import AdapterMethod
 from moe_jax.adapters.targets import TARGET_MODULES
 from moe_jax.checkpoints.new_folder import require_unused
 from moe_jax.commands import Run
-from moe_jax.commands.arguments import listed, number
+from moe_jax.commands.arguments import listed, numbers
 from moe_jax.config.command_line import load_config_file
 from moe_jax.config.data import Schema
 from moe_jax.config.model import FloatType
@@ -296,8 +296,7 @@ def _methods(arguments: argparse.Namespace) -> dict[str, AdapterMethod]:
     cls = METHODS.get(arguments.method)
     hints = {} if cls is None else typing.get_type_hints(cls)
     if "num_experts" in hints:
-        given_counts = listed(given.get("num_experts", "8"))
-        counts = [number(text, "--num-experts") for text in given_counts]
+        counts = numbers(given.get("num_experts", "8"), "--num-experts")
         several = typing.get_origin(hints["num_experts"]) is tuple
         if len(counts) > 1 and not several:
             raise ConfigError(f"--num-experts: {arguments.method} has as many in every layer")
