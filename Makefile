@@ -26,7 +26,7 @@ lint: $(TEST_STAMP) ## everything of `make test` but the tests
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/basedpyright
-	$(BIN)/lint-imports
+	$(BIN)/lint-imports --no-cache
 
 format: $(TEST_STAMP) ## rewrite the code in the house format, with the fixes that ruff is sure of
 	$(BIN)/ruff format
