@@ -170,6 +170,7 @@ class HarnessModel(TemplateLM):
         for config, places in groups:
             for place in places:
                 prompts[place] = self._prompt(asked[place][0], config.max_new_tokens)
+            self._session.check([prompts[place] for place in places], config)
         bar = tqdm(total=len(requests), disable=disable_tqdm, desc="generate_until", unit="text")
         texts = [""] * len(requests)
         with bar:
