@@ -32,9 +32,17 @@ def add(parser: argparse.ArgumentParser) -> Run:
         help="a folder that does not exist yet, or is empty",
     )
     parser.add_argument(
-        "--name", help="writes to DIR/NAME instead, as a run does with its adapters"
+        "--name",
+        type=_folder_name,
+        help="writes to DIR/NAME instead, as a run does with its adapters",
     )
     return _run
+
+
+def _folder_name(text: str) -> str:
+    if text in ("", ".", "..") or text != Path(text).name:
+        raise argparse.ArgumentTypeError(f"expected the name of a folder, got {text!r}")
+    return text
 
 
 def _run(arguments: argparse.Namespace) -> None:

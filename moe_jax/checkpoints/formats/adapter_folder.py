@@ -137,7 +137,7 @@ def read_adapter_folder(folder: Path) -> AdapterFolder:
         raise CheckpointError(f"{folder}: no adapter here, {CONFIG} is missing")
     try:
         config = json.loads(config_file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # the last if it is nested deeply
         raise CheckpointError(f"{config_file}: cannot be read ({error})") from None
     if not isinstance(config, dict):
         raise CheckpointError(f"{config_file}: expected an object, got {type(config).__name__}")

@@ -59,8 +59,8 @@ def export_adapter(
       What the format leaves out or states in another way, and what was measured, one sentence each.
 
     Raises:
-      CheckpointError: the format is unknown or cannot express the adapter; `output` is not empty;
-        the disk is too small, full or not writable.
+      CheckpointError: the format is unknown or cannot express the adapter; `base` is a folder with
+        another model; `output` is not empty; the disk is too small, full or not writable.
     """
     if to not in FORMATS:
         raise CheckpointError(f"unknown format {to!r}; {suggest(to, FORMATS)}")
@@ -81,6 +81,8 @@ def export_adapter(
         raise cannot(
             to, f"a classifier ({labels})", "peft takes those of the method lora, and moe_jax all"
         )
+    if base is not None and names_base(to):
+        _require_same_architecture(adapter, base)
     known_base = adapter.base.path if base is None else base
     place = str(output) if known_as is None else known_as
     options = ExportOptions(known_base, dtype, weights, tokens, data_name, place)
@@ -94,6 +96,19 @@ def export_adapter(
         for file, picture in pictures.items():
             (folder / file).write_bytes(picture)
     return export.notes
+
+
+def _require_same_architecture(adapter: SavedAdapter, base: str) -> None:
+    """Refuses a folder here with another model; of hub ids and places elsewhere nothing is known.
+
+    The same weights in another type may be meant, so that fingerprints are not compared.
+    """
+    folder = Path(base).expanduser()
+    if folder.is_dir() and read_model_config(folder) != adapter.model:
+        raise CheckpointError(
+            f"{base}: its architecture differs from that of the base that the adapter was trained "
+            f"on ({adapter.base.path}); give that base"
+        )
 
 
 def names_base(to: str) -> bool:
@@ -129,7 +144,7 @@ def _reader(config: dict[str, Any], source: Path) -> AdapterFormat:
         if issubclass(cls, AdapterFormat):
             kinds |= dict.fromkeys(cls.reads, cls)
     kind = config.get("peft_type")
-    if kind not in kinds:
+    if not isinstance(kind, str) or kind not in kinds:
         raise CheckpointError(
             f"{source / CONFIG}: peft_type: {kind!r} is not supported; {suggest(str(kind), kinds)}"
         )

@@ -101,7 +101,8 @@ class MixtralFormat(ModelFormat):
             raise cannot(
                 _FORMAT,
                 f"router {ROUTERS.name_of(method.router)!r}",
-                "it has top_k alone; train with that, or export with --to mixlora",
+                "it has top_k alone; train with that, or export with --to mixlora (top_p, switch) "
+                "or --to llama (top_p, soft)",
             )
         require_known(method.router, _KNOWN_OF_ROUTER, "router.", _FORMAT)
         _check_model(adapter.model)

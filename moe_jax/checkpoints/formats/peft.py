@@ -47,7 +47,8 @@ _NOTES = (
     "task_name",
 )
 
-_PAIR = re.compile(r"base_model\.model\..*\.(\w+)\.lora_A\.weight")
+_PAIR = re.compile(r"base_model\.model\.(.*\.(\w+))\.lora_A\.weight")
+_ALL = "all-linear"
 
 
 @FORMATS.register("peft")
@@ -138,8 +139,20 @@ class PeftFormat(AdapterFormat):
 
 
 def _targets(fields: Fields, source: AdapterFolder) -> tuple[str, ...]:
-    """The adapted projections; a pattern is resolved by the tensors that there are."""
-    if not isinstance(fields.take("target_modules", Any), str):
+    """The adapted projections; a pattern is resolved by the tensors that there are.
+
+    Pairs of modules that it does not match are left out here and refused as left over: PEFT would
+    not use them.
+    """
+    stated = fields.take("target_modules", Any)
+    if not isinstance(stated, str):
         return read_targets(fields)
-    found = {match[1] for name in source.tensors if (match := _PAIR.fullmatch(name))}
+    try:
+        pattern = re.compile(".*" if stated == _ALL else stated)
+    except re.error as error:
+        raise fields.error("target_modules", f"{stated!r} is no pattern ({error})") from None
+    pairs = (match for name in source.tensors if (match := _PAIR.fullmatch(name)))
+    found = {pair[2] for pair in pairs if pattern.fullmatch(pair[1])}
+    if not found:
+        raise fields.error("target_modules", f"{stated!r} matches no module of the adapter")
     return tuple(name for name in TARGET_MODULES if name in found)

@@ -33,6 +33,8 @@ _COPIED = (
     "NOTICE*",
 )
 
+_TOKENIZERS = ("tokenizer", "vocab.json", "spiece.model")
+
 
 class Recipe(NamedTuple):
     """A tensor of the checkpoint to be written.
@@ -118,6 +120,8 @@ class ModelFormat(Format):
         config = {**plan.config, "dtype": options.dtype, "torch_dtype": options.dtype}
         copied = {f for pattern in _COPIED for f in base.folder.glob(pattern) if f.is_file()}
         notes: list[str] = []
+        if not any(file.name.startswith(_TOKENIZERS) for file in copied):
+            notes.append("no tokenizer: the base's folder holds none; copy one beside the model")
 
         def write(folder: Path) -> Outcome:
             (folder / _CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

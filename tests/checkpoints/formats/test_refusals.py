@@ -92,6 +92,12 @@ def test_where_an_export_cannot_go(tiny, tmp_path, monkeypatch):
     assert "unknown dtype 'int8'" in refusal(
         moe_jax.export_adapter, adapter, "peft", tmp_path / "out", dtype="int8"
     )
+    save_tiny_llama(tmp_path / "wide", hidden_size=96)
+    message = refusal(
+        moe_jax.export_adapter, adapter, "peft", tmp_path / "out", base=str(tmp_path / "wide")
+    )
+    assert "wide: its architecture differs from that of the base that the adapter" in message
+    shutil.rmtree(tmp_path / "wide")
     large = adapter._replace(tree={"layers": _times(adapter.tree["layers"], 1e6)})
     message = refusal(moe_jax.export_adapter, large, "peft", tmp_path / "out", dtype="float16")
     assert "has values too large for float16" in message
@@ -152,6 +158,7 @@ def with_config(source, target, **changes):
         ("LORA", {"peft_type": "IA3"}, "peft_type: 'IA3' is not supported; "),
         ("LORA", {"peft_type": "MIXLOR"}, "did you mean 'MIXLORA'?"),
         ("LORA", {"peft_type": ...}, "peft_type: None is not supported"),
+        ("LORA", {"peft_type": ["LORA"]}, "peft_type: ['LORA'] is not supported"),
         ("LORA", {"r": ...}, "r: this field is required and was not given"),
         ("LORA", {"r": "4"}, "r: expected int, got str ('4')"),
         ("LORA", {"r": 0}, "rank: must be positive"),
@@ -168,6 +175,13 @@ def with_config(source, target, **changes):
             "layers.0.mlp.down_proj.lora_B.weight and 34 more",
         ),
         ("LORA", {"target_modules": 3}, "target_modules: expected a tuple, got int (3)"),
+        (
+            "LORA",
+            {"target_modules": r"model\.layers\.\d\..*\.(q|k|v|o|gate|up)_proj"},
+            "layers.0.mlp.down_proj.lora_B.weight and 4 more, which would be dropped",
+        ),
+        ("LORA", {"target_modules": ".*fc1"}, "target_modules: '.*fc1' matches no module"),
+        ("LORA", {"target_modules": "(q_proj"}, "target_modules: '(q_proj' is no pattern (missing"),
         ("LORA", {"bias": "all"}, "bias: 'all' is not supported"),
         ("LORA", {"task_type": "SEQ_CLS"}, "task_type: 'SEQ_CLS' is not supported"),
         ("LORA", {"rank_pattern": {"q_proj": 8}}, 'rank_pattern: {"q_proj": 8} asks for something'),
@@ -210,6 +224,8 @@ def test_fields_that_say_nothing_are_no_obstacle(tiny, written, tmp_path):
     nothing = {"rank_pattern": {}, "modules_to_save": None, "lora_bias": False, "layers": []}
     source = with_config(written / "LORA", tmp_path / "in", **nothing, peft_version="0.99")
     assert moe_jax.import_adapter(source, tiny.folder).method.rank == 4
+    source = with_config(written / "LORA", tmp_path / "all", target_modules="all-linear")
+    assert len(moe_jax.import_adapter(source, tiny.folder).method.target_modules) == 7
     names = {**dict.fromkeys(MIXLORA["target_modules"], True), "fc1": False}
     source = with_config(written / "MIXLORA", tmp_path / "dict", target_modules=names)
     method = moe_jax.import_adapter(source, tiny.folder).method
@@ -261,6 +277,8 @@ def test_folders(tiny, written, tmp_path):
     (source / "adapter_config.json").write_text("[]")
     assert "expected an object" in refusal(moe_jax.import_adapter, source, tiny.folder)
     (source / "adapter_config.json").write_text("{")
+    assert "cannot be read" in refusal(moe_jax.import_adapter, source, tiny.folder)
+    (source / "adapter_config.json").write_text("[" * 10**5)
     assert "cannot be read" in refusal(moe_jax.import_adapter, source, tiny.folder)
     (source / "adapter_config.json").unlink()
     (source / "adapter.json").write_text("{}")
