@@ -50,9 +50,6 @@ def open_journal(
       ConfigError: the answers in the folder belong to something else.
       CheckpointError: they are damaged, or cannot be read.
     """
-    file = None
-    if folder is not None:
-        file = folder / "predictions" / name_of(adapter) / f"{asked.task}.{asked.protocol}.jsonl"
     answers = [question.answer for question, _ in asked.prepared]
     identity = {
         "base": base.identity.fingerprint,
@@ -60,7 +57,13 @@ def open_journal(
         "items": items_digest(asked.groups, answers),
         "dtype": dtype,
     }
+    file = journal_file(folder, name_of(adapter), asked.task, asked.protocol)
     return Journal(file, identity, len(asked.prepared), anew)
+
+
+def journal_file(folder: Path | None, model: str, task: str, protocol: str) -> Path | None:
+    """Where the answers of a model are in the folder of results; None if there is no folder."""
+    return None if folder is None else folder / "predictions" / model / f"{task}.{protocol}.jsonl"
 
 
 def announcement(name: str, asked: Asked, journal: Journal) -> str:
@@ -100,15 +103,7 @@ def answer(
     known = [index in journal.records for index in range(len(groups))]
     partial: dict[int, dict[int, tuple[float, ...]]] = {}
     batches = () if scorer is None or all(known) else scorer.scores(groups, adapter, known)
-    bar = tqdm(
-        total=len(groups),
-        initial=sum(known),
-        desc=f"{name} {asked.task} {asked.protocol}",
-        unit="question",
-        leave=False,
-        disable=None,  # shown on a terminal only
-    )
-    with bar:
+    with progress_bar(known, f"{name} {asked.task} {asked.protocol}", "question") as bar:
         for batch in batches:
             done = []
             for index, place, score in batch:
@@ -119,7 +114,7 @@ def answer(
                     parts = partial.pop(index)
                     scores = [value for place in sorted(parts) for value in parts[place]]
                     question = asked.prepared[index].question
-                    picked = protocol.pick(question, _finite(scores, question, name))
+                    picked = protocol.pick(question, finite(scores, question.where, name))
                     done.append(_record(index, question, scores, picked))
             journal.add(done)
             bar.update(len(done))
@@ -128,13 +123,31 @@ def answer(
     return outcome(name, asked.task, asked.protocol, protocol.measures, journal.finish())
 
 
-def _finite(scores: list[float], question: Question, model: str) -> list[float]:
+def progress_bar(known: Sequence[bool], title: str, unit: str) -> tqdm:
+    """A bar of all that is to be answered, shown on a terminal only.
+
+    Args:
+      known: what was answered before.
+      title: says what.
+      unit: what is counted.
+    """
+    return tqdm(
+        total=len(known), initial=sum(known), desc=title, unit=unit, leave=False, disable=None
+    )
+
+
+def finite(scores: Sequence[float], where: str, model: str) -> list[float]:
+    """The scores that a model gives what stands in `where`.
+
+    Raises:
+      ConfigError: one is not finite.
+    """
     if not all(map(math.isfinite, scores)):
         raise ConfigError(
-            f"{model}: the scores of {question.where} are not finite; take another dtype "
-            "(bfloat16 or float32), or look at the checkpoint's weights"
+            f"{model}: the scores of {where} are not finite; take another dtype (bfloat16 or "
+            "float32), or look at the checkpoint's weights"
         )
-    return scores
+    return list(scores)
 
 
 def _record(index: int, question: Question, scores: list[float], picked: dict[str, int]) -> Record:

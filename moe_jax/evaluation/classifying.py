@@ -6,13 +6,11 @@ does there.
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from moe_jax.adapters.method import require_language_model
@@ -20,6 +18,7 @@ from moe_jax.checkpoints.loading import BaseFiles, NamedAdapter
 from moe_jax.config.classification import ClassificationConfig
 from moe_jax.data.labels import encode_texts
 from moe_jax.errors import ConfigError, DataError
+from moe_jax.evaluation.answering import finite, journal_file, progress_bar
 from moe_jax.evaluation.asking import Limits
 from moe_jax.evaluation.items import Item
 from moe_jax.evaluation.journal import Journal, Record
@@ -141,9 +140,6 @@ def open_labels_journal(
     folder: Path | None, base: BaseFiles, adapter: NamedAdapter, labelled: Labelled, dtype: str
 ) -> Journal:
     """How a classifier has classified rows so far; see `answering.open_journal`."""
-    file = None
-    if folder is not None:
-        file = folder / "predictions" / adapter.name / f"{labelled.task.name}.{PROTOCOL}.jsonl"
     content = json.dumps([labelled.tokens, [row.label for row in labelled.rows]])
     identity = {
         "base": base.identity.fingerprint,
@@ -151,6 +147,7 @@ def open_labels_journal(
         "items": hashlib.sha256(content.encode()).hexdigest()[:32],
         "dtype": dtype,
     }
+    file = journal_file(folder, adapter.name, labelled.task.name, PROTOCOL)
     return Journal(file, identity, len(labelled.rows))
 
 
@@ -184,18 +181,15 @@ def classify(
     groups = [(Item.next_token(ids, order),) for ids in labelled.tokens]
     known = [index in journal.records for index in range(len(rows))]
     batches = () if scorer is None or all(known) else scorer.scores(groups, adapter.adapter, known)
-    bar = tqdm(
-        total=len(rows),
-        initial=sum(known),
-        desc=f"{adapter.name} {task.name} {PROTOCOL}",
-        unit="row",
-        leave=False,
-        disable=None,  # shown on a terminal only
-    )
-    with bar:
+    with progress_bar(known, f"{adapter.name} {task.name} {PROTOCOL}", "row") as bar:
         for batch in batches:
             done = [
-                _record(index, rows[index], task.labels, score.values, adapter.name)
+                _record(
+                    index,
+                    rows[index],
+                    task.labels,
+                    finite(score.values, rows[index].where, adapter.name),
+                )
                 for index, _, score in batch
                 if not known[index]
             ]
@@ -204,20 +198,13 @@ def classify(
     return _outcome(adapter.name, task, journal.finish())
 
 
-def _record(
-    index: int, row: LabelledText, labels: Sequence[str], scores: Sequence[float], model: str
-) -> Record:
-    if not all(map(math.isfinite, scores)):
-        raise ConfigError(
-            f"{model}: the scores of {row.where} are not finite; take another dtype (bfloat16 or "
-            "float32), or look at the checkpoint's weights"
-        )
+def _record(index: int, row: LabelledText, labels: Sequence[str], scores: list[float]) -> Record:
     return {
         "question": index,
         "where": row.where,
         "answer": row.label,
         "picked": labels[int(np.argmax(scores))] if labels else scores[0],
-        "scores": list(scores),
+        "scores": scores,
     }
 
 

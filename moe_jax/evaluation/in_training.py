@@ -108,13 +108,9 @@ class TaskEvaluator:
     def measure(
         self, name: str, tree: Any, params: Any, stop: Callable[[], bool]
     ) -> dict[str, Accuracy | Metric]:
-        """How adapter `name` does on its tasks while it trains, by `task/measure`.
+        """How adapter `name` does while it trains; see `training.on_tasks.Evaluator`.
 
-        Args:
-          name: of the adapter.
-          tree: its weights, on the run's mesh.
-          params: the base's, likewise; the same ones at each call.
-          stop: whether to stop.
+        `params` are the same ones at each call.
 
         Raises:
           Stopped: `stop` said so.
@@ -138,14 +134,9 @@ class TaskEvaluator:
         say: Callable[[str], None],
         stop: Callable[[], bool],
     ) -> Evaluation:
-        """How all adapters do at the end; goes on where it was stopped.
+        """How all adapters do at the end; see `training.on_tasks.Evaluator`.
 
-        Args:
-          adapters: their final folders.
-          params: the base's weights, on the run's mesh.
-          folder: gets the answer to each question; the results are left to the caller.
-          say: is told what goes on.
-          stop: whether to stop.
+        `folder` gets the answer to each question; the results are left to the caller.
 
         Raises:
           Stopped: `stop` said so.
