@@ -40,7 +40,8 @@ from moe_jax.errors import CheckpointError
 
 _FORMAT = "llama"
 
-_KNOWN_OF_LORA = (*field_names(LowRankConfig), "target_modules")
+# A score head is refused for every format that does not say that it classifies.
+_KNOWN_OF_LORA = (*field_names(LowRankConfig), "target_modules", "classification")
 _KNOWN_OF_MIXLORA = (
     *_KNOWN_OF_LORA,
     "num_experts",

@@ -42,6 +42,7 @@ _FORMAT = "mixtral"
 _KNOWN = (
     *field_names(LowRankConfig),
     "target_modules",
+    "classification",  # refused for every format that does not say that it classifies
     "num_experts",
     "router",
     "expert_lora",
