@@ -1,8 +1,11 @@
 """What several commands read from the command line in the same way."""
 
+import argparse
 import re
 from pathlib import Path
+from typing import get_args
 
+from moe_jax.config.model import FloatType
 from moe_jax.config.parse import parse
 from moe_jax.config.run import MeshConfig
 from moe_jax.errors import ConfigError
@@ -36,6 +39,36 @@ def unescaped(text: str) -> str:
 
 
 _ESCAPES = {"n": "\n", "t": "\t", "\\": "\\"}
+
+
+def add_adapters(parser: argparse.ArgumentParser) -> None:
+    """Adds `--adapter`, for `named_folders`."""
+    parser.add_argument(
+        "--adapter",
+        action="append",
+        default=[],
+        metavar="[NAME=]DIR_OR_ID",
+        help="an adapter's folder or hub id, called by its last name; may be given several times",
+    )
+
+
+def add_dtype(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+    """Adds `--dtype`."""
+    parser.add_argument(
+        "--dtype",
+        default="float32",
+        choices=get_args(FloatType),
+        help="of weights and computation (default: %(default)s)",
+    )
+
+
+def add_mesh(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+    """Adds `--mesh`, for `mesh_config`."""
+    parser.add_argument(
+        "--mesh",
+        metavar="AXIS=N,...",
+        help="devices along data, fsdp and tensor, -1 for the rest (default: one device)",
+    )
 
 
 def named_folders(given: list[str]) -> dict[str, str]:

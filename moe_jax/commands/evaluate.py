@@ -4,7 +4,15 @@ import argparse
 import sys
 
 from moe_jax.commands import Run
-from moe_jax.commands.arguments import listed, mesh_config, named_folders, numbers
+from moe_jax.commands.arguments import (
+    add_adapters,
+    add_dtype,
+    add_mesh,
+    listed,
+    mesh_config,
+    named_folders,
+    numbers,
+)
 from moe_jax.errors import ConfigError
 from moe_jax.tasks.classification import ClassificationTask
 from moe_jax.tasks.families import TASKS
@@ -71,13 +79,7 @@ def add(parser: argparse.ArgumentParser) -> Run:
         metavar=("TEMPLATE", "DATA"),
         help="a task of your own, see below; may be given several times",
     )
-    parser.add_argument(
-        "--adapter",
-        action="append",
-        default=[],
-        metavar="[NAME=]DIR_OR_ID",
-        help="an adapter's folder or hub id, called by its last name; may be given several times",
-    )
+    add_adapters(parser)
     parser.add_argument(
         "--with-base", action="store_true", help="evaluate the base without an adapter too"
     )
@@ -107,17 +109,8 @@ def add(parser: argparse.ArgumentParser) -> Run:
         metavar="N,N,...",
         help="lengths to pad to, one compilation each (default: 32, 64, ... up to the context)",
     )
-    parser.add_argument(
-        "--dtype",
-        default="float32",
-        choices=("float32", "bfloat16", "float16"),
-        help="of weights and computation (default: float32)",
-    )
-    parser.add_argument(
-        "--mesh",
-        metavar="AXIS=N,...",
-        help="devices along data, fsdp and tensor, -1 for the rest (default: one device)",
-    )
+    add_dtype(parser)
+    add_mesh(parser)
     parser.add_argument(
         "--truncate",
         action="store_true",

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from moe_jax.commands import Run
+from moe_jax.commands.arguments import add_adapters, add_dtype, add_mesh
 
 EPILOG = """\
 prompts:
@@ -44,13 +45,7 @@ def add(parser: argparse.ArgumentParser) -> Run:
         help="folder in the Hugging Face format, or hub id (default: the adapter's own)",
     )
     parser.add_argument("--revision", help="of a hub id")
-    parser.add_argument(
-        "--adapter",
-        action="append",
-        default=[],
-        metavar="[NAME=]DIR_OR_ID",
-        help="an adapter's folder or hub id, called by its last name; may be given several times",
-    )
+    add_adapters(parser)
     parser.add_argument(
         "--with-base", action="store_true", help="let the base without an adapter answer too"
     )
@@ -123,17 +118,8 @@ def add(parser: argparse.ArgumentParser) -> Run:
         metavar="N",
         help="answers written side by side (default: 8)",
     )
-    machine.add_argument(
-        "--dtype",
-        default="float32",
-        choices=("float32", "bfloat16", "float16"),
-        help="of weights and computation (default: float32)",
-    )
-    machine.add_argument(
-        "--mesh",
-        metavar="AXIS=N,...",
-        help="devices along data, fsdp and tensor, -1 for the rest (default: one device)",
-    )
+    add_dtype(machine)
+    add_mesh(machine)
     return _run
 
 

@@ -12,10 +12,9 @@ from moe_jax.adapters.method import AdapterMethod
 from moe_jax.adapters.targets import TARGET_MODULES
 from moe_jax.checkpoints.new_folder import require_unused
 from moe_jax.commands import Run
-from moe_jax.commands.arguments import listed, numbers
+from moe_jax.commands.arguments import add_dtype, listed, numbers
 from moe_jax.config.command_line import load_config_file
 from moe_jax.config.data import Schema
-from moe_jax.config.model import FloatType
 from moe_jax.config.parse import parse_member
 from moe_jax.config.run import parse_run_config
 from moe_jax.errors import ConfigError
@@ -132,12 +131,7 @@ def add(parser: argparse.ArgumentParser) -> Run:
     seen.add_argument(
         "--batch-size", type=int, default=8, metavar="N", help="rows at once (default: %(default)s)"
     )
-    seen.add_argument(
-        "--dtype",
-        choices=get_args(FloatType),
-        default="float32",
-        help="of weights and computation (default: %(default)s)",
-    )
+    add_dtype(seen)
     fits = parser.add_argument_group("what an adapter on a base would be")
     fits.add_argument("--config", metavar="FILE", help="of its adapters, as for train.py")
     fits.add_argument("--method", metavar="NAME", help="or of this method: lora, mixlora, ...")
