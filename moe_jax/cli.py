@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import os
 import signal
 import sys
 import threading
@@ -35,7 +36,8 @@ COMMANDS: dict[str, Callable[[argparse.ArgumentParser], Run]] = {
 def main(arguments: list[str] | None = None) -> int:
     """Runs a subcommand; what the user got wrong is one line on stderr and exit status 2.
 
-    Ctrl-C and SIGTERM end it with 130 and 143, after what was half written is removed.
+    Ctrl-C and SIGTERM end it with 130 and 143, after what was half written is removed, and a reader
+    of its output that leaves, such as `head`, with 141.
     """
     parser = argparse.ArgumentParser(
         prog="moe-jax", description="Mixtures of LoRA experts on a frozen Llama."
@@ -50,11 +52,17 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         with _sigterm_unwinds():
             chosen.run(chosen)
+        sys.stdout.flush()
     except UserError as error:
         return report(error)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 128 + signal.SIGINT
+    except BrokenPipeError:
+        # Whoever read the output, such as `head`, has left. Nothing more can be said there, and
+        # what is still in the buffer must not fail again when the interpreter ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     return 0
 
 

@@ -106,3 +106,13 @@ def test_as_a_process(folder, tmp_path):
     assert ended.stderr.startswith("error: the peft format cannot express method 'mixlora'; ")
     assert len(ended.stderr.splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_reader_that_leaves_is_no_error(folder):
+    code = "import sys; from moe_jax.cli import main; sys.exit(main())"
+    command = [sys.executable, "-c", code, "show", str(folder / "lora")]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, **pipes) as process:
+        process.stdout.close()  # as `head` does, before the first line is written
+        assert process.stderr.read() == b""
+    assert process.returncode == 128 + signal.SIGPIPE
