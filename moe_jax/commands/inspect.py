@@ -156,8 +156,8 @@ def _run(arguments: argparse.Namespace) -> None:
         _refuse_without_adapter(arguments)
         if arguments.base is None:
             raise ConfigError(
-                "give --adapter with --data or --text to see what its experts do, or --base to see "
-                "what a checkpoint is"
+                "give --adapter with --data, --tasks or --text to see what its experts do, or "
+                "--base to see what a checkpoint is"
             )
         _show_base(arguments)
         return
@@ -194,8 +194,8 @@ def _show_routing(arguments: argparse.Namespace) -> None:
         data["text"] = arguments.text
     if not data:
         raise ConfigError(
-            "--data: no text is given; name a file with --data or a text with --text (moe-jax show "
-            "says what an adapter's folder holds)"
+            "--data: no text is given; name a file with --data, tasks with --tasks or a text "
+            "with --text (moe-jax show says what an adapter's folder holds)"
         )
     require_unused(arguments.output)
     # With libraries that other commands do not need.
