@@ -29,6 +29,7 @@ from moe_jax.adapters.routers import SoftRouter, SwitchRouter, TopKRouter, TopPR
 from moe_jax.adapters.segments import segments_of
 from moe_jax.adapters.targets import ATTENTION_MODULES, TARGET_MODULES
 from moe_jax.config.model import ComputeConfig, ModelConfig, RopeConfig
+from moe_jax.layers.storage import storage_of
 from moe_jax.models.decoder import DecoderLayer, LayerSettings, TokenContext
 
 
@@ -131,8 +132,8 @@ def layer_cost(method: AdapterMethod | None, shape: Shape) -> LayerCost:
         tie_word_embeddings=False,
     )
     segments = () if method is None else segments_of({"a": method}, {"a": shape.rows})
-    compute, dtype = ComputeConfig(dtype="float32"), jnp.dtype("float32")
-    layer = DecoderLayer(LayerSettings(config, compute, dtype, segments, deterministic=True))
+    compute, storage = ComputeConfig(dtype="float32"), storage_of("float32")
+    layer = DecoderLayer(LayerSettings(config, compute, storage, segments, deterministic=True))
     tokens = (shape.rows, shape.length)
     x = jax.ShapeDtypeStruct((*tokens, shape.width), jnp.float32)
     table = jax.ShapeDtypeStruct((*tokens, config.head_dim), jnp.float32)

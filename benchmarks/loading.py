@@ -27,7 +27,9 @@ SAMPLING_SECONDS = 0.001
 CASES = (("float32", 1), ("bfloat16", 1), ("float32", 8), ("bfloat16", 8))
 
 
-def write_checkpoint(folder: Path, megabytes: int, dtype: str, shards: int) -> None:
+def write_checkpoint(
+    folder: Path, megabytes: int, dtype: str, shards: int, layers: int = 8
+) -> None:
     """A random Llama of about `megabytes` MiB in `shards` files, one in memory at a time."""
     import jax.numpy as jnp
     import numpy as np
@@ -36,7 +38,6 @@ def write_checkpoint(folder: Path, megabytes: int, dtype: str, shards: int) -> N
     from moe_jax.checkpoints.hf_config import model_config_from_hf
     from moe_jax.checkpoints.key_table import base_leaves
 
-    layers = 8
     # Llama's proportions: V about 4 D, F about 2.7 D; then V D 2 + L (4 D D + 3 D F) parameters.
     budget = megabytes * MEBIBYTE / jnp.dtype(dtype).itemsize
     width = int((budget / (8 + layers * (3 + 3 * 2.75))) ** 0.5) // 64 * 64

@@ -28,7 +28,7 @@ from moe_jax.checkpoints.hub import HubTarget, push_folder, require_access
 from moe_jax.checkpoints.loading import Adapter, BaseFiles
 from moe_jax.checkpoints.new_folder import require_unused
 from moe_jax.checkpoints.resolve import resolve_adapter, resolve_checkpoint
-from moe_jax.config.model import ComputeConfig, FloatType, ModelConfig
+from moe_jax.config.model import ComputeConfig, FloatType, ModelConfig, StorageType
 from moe_jax.config.parse import located, suggest
 from moe_jax.config.run import RunConfig, parse_run_config
 from moe_jax.data.measuring_rows import measuring_rows
@@ -68,7 +68,7 @@ class Base:
 
 
 def load_base(
-    path: str | Path, *, revision: str | None = None, dtype: FloatType = "float32"
+    path: str | Path, *, revision: str | None = None, dtype: StorageType = "float32"
 ) -> Base:
     """Loads a Llama from a folder in the Hugging Face format or from the hub, on one device.
 

@@ -19,6 +19,7 @@ from moe_jax.adapters.sites import MOE, by_adapter, to_collection
 from moe_jax.adapters.statistics import RouterStatistics, collect_statistics
 from moe_jax.config.model import ComputeConfig
 from moe_jax.config.parse import parse_member
+from moe_jax.layers.storage import storage_of
 from moe_jax.models.decoder import GatedMLP, LayerSettings
 
 NAME = "x"
@@ -113,8 +114,8 @@ class AdaptedFFN:
 
     def _module(self, deterministic: bool) -> GatedMLP:
         segments = (Segment(NAME, self.method, 0, self.rows),)
-        compute, dtype = ComputeConfig(dtype="float32"), jnp.dtype("float32")
-        return GatedMLP(LayerSettings(self.config, compute, dtype, segments, deterministic))
+        compute, storage = ComputeConfig(dtype="float32"), storage_of("float32")
+        return GatedMLP(LayerSettings(self.config, compute, storage, segments, deterministic))
 
     def _contexts(self, mask: jax.Array) -> dict[str, AdapterContext]:
         return {NAME: tiny_program.adapter_context(mask)}

@@ -64,6 +64,7 @@ def program(
     mesh: dict[str, int] | None = None,
     training: dict[str, Any] | None = None,
     compute: dict[str, Any] | None = None,
+    param_dtype: str = "float32",
     total_steps: int = 10,
 ) -> Program:
     """A program with `rows` rows for each adapter of `methods`; on one device by default."""
@@ -73,7 +74,7 @@ def program(
     labelled = {name: {**each, "schema": "classification"} for name, each in train.items()}
     data = {"max_length": 16}
     raw = {
-        "base": {"path": "unused", "param_dtype": "float32"},
+        "base": {"path": "unused", "param_dtype": param_dtype},
         "compute": {"dtype": "float32", **(compute or {})},
         "mesh": mesh or {"data": 1},
         "training": {"steps": total_steps, **(training or {})},

@@ -21,14 +21,13 @@ from jax.ad_checkpoint import checkpoint_name
 
 from moe_jax.adapters.leaf import adapter_leaf
 from moe_jax.layers.kv_cache import cached, remember
+from moe_jax.layers.quantized import Kernel, dense_kernel
 
 DORA_NORMS = "dora_norms"
 """The name of the norms for rematerialisation policies."""
 
 
-def column_norms(
-    kernel: jax.Array, lora_a: jax.Array, lora_b: jax.Array, scale: float
-) -> jax.Array:
+def column_norms(kernel: Kernel, lora_a: jax.Array, lora_b: jax.Array, scale: float) -> jax.Array:
     """Lengths of the columns of `W + s A B`, of one pair or of each expert's; at least float32.
 
     Nothing of an adapted weight's size is made:
@@ -58,7 +57,7 @@ def column_norms(
     Returns:
       [out] or [E, out]; positive.
     """
-    kernel, lora_a, lora_b = jax.lax.stop_gradient((kernel, lora_a, lora_b))
+    kernel, lora_a, lora_b = jax.lax.stop_gradient((dense_kernel(kernel), lora_a, lora_b))
     dtype = jnp.promote_types(kernel.dtype, jnp.float32)
     lora_a = lora_a.astype(kernel.dtype)
 
@@ -77,7 +76,7 @@ def column_norms(
 
 def dora_gains(
     module: nn.Module,
-    kernel: jax.Array,
+    kernel: Kernel,
     lora_a: jax.Array,
     lora_b: jax.Array,
     scale: float,

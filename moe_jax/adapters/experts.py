@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from moe_jax.adapters.dora import dora_gains
 from moe_jax.adapters.leaf import adapter_leaf
 from moe_jax.adapters.low_rank import LowRankConfig, Pairs
+from moe_jax.layers.quantized import Kernel
 from moe_jax.sharding.axes import EXPERTS, RANK
 
 
@@ -26,7 +27,7 @@ class ExpertPairs(nn.Module):
     axes: tuple[str, str]
 
     @nn.compact
-    def __call__(self, kernel: jax.Array, present: jax.Array | None = None) -> Pairs:
+    def __call__(self, kernel: Kernel, present: jax.Array | None = None) -> Pairs:
         """The pairs on a frozen kernel [in, out].
 
         Args:

@@ -5,6 +5,8 @@ from typing import NamedTuple
 
 import jax
 
+from moe_jax.layers.quantized import Kernel
+
 
 class FrozenProjection(NamedTuple):
     """A frozen projection applied to the adapter's rows.
@@ -15,7 +17,7 @@ class FrozenProjection(NamedTuple):
     """
 
     product: jax.Array
-    kernel: jax.Array
+    kernel: Kernel
 
 
 class FrozenFFN(NamedTuple):
@@ -33,7 +35,7 @@ class FrozenFFN(NamedTuple):
     up: FrozenProjection
     gate_bias: jax.Array | None
     up_bias: jax.Array | None
-    down_kernel: jax.Array
+    down_kernel: Kernel
     down_bias: jax.Array | None
     activation: Callable[[jax.Array], jax.Array]
 

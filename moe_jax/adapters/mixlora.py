@@ -24,6 +24,7 @@ from moe_jax.adapters.targets import ATTENTION_MODULES, MLP_MODULES
 from moe_jax.adapters.token_routing import sow_routing
 from moe_jax.config.model import ModelConfig
 from moe_jax.config.parse import require, within
+from moe_jax.layers.quantized import frozen_product
 from moe_jax.sharding.axes import EMBED, MLP
 
 
@@ -255,8 +256,7 @@ def _down_per_slot(
     joined = jnp.stack(codes, axis=-2) if routing.dispatch is None else None
 
     def finish(product: jax.Array) -> jax.Array:
-        kernel = ffn.down_kernel.astype(product.dtype)
-        products = [product, *(jnp.dot(hidden, kernel) for hidden in others)]
+        products = [product, *(frozen_product(hidden, ffn.down_kernel) for hidden in others)]
         # Linear in product and codes, so that both may come weighted.
         return _sum(
             [

@@ -6,6 +6,7 @@ reading only its own part: beside the parameters themselves, the host holds one 
 """
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,10 @@ from moe_jax.checkpoints.key_table import (
     why_unexpected,
 )
 from moe_jax.checkpoints.shards import Shards, listed, open_shards
-from moe_jax.config.model import ModelConfig
+from moe_jax.config.model import ModelConfig, StorageType
 from moe_jax.errors import CheckpointError
+from moe_jax.layers.quantized import quantize
+from moe_jax.layers.storage import Storage, storage_of
 
 _FLOAT_TYPES = {"F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
 
@@ -36,12 +39,20 @@ Tree = dict[str, Any]
 
 def abstract_base(config: ModelConfig, dtype: str) -> Tree:
     """The parameter tree that `load_base` returns, as `jax.ShapeDtypeStruct` leaves."""
-    leaves = base_leaves(config)
-    return _tree({leaf.path: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype)) for leaf in leaves})
+    storage = storage_of(dtype)
+
+    def abstract(leaf: Leaf) -> Any:
+        shape = jax.ShapeDtypeStruct(leaf.shape, storage.dtype)
+        return _abstract_quantized(shape, storage) if _quantized(leaf, storage) else shape
+
+    return _tree({leaf.path: abstract(leaf) for leaf in base_leaves(config)})
 
 
 def load_base(
-    folder: str | Path, config: ModelConfig, dtype: str, shardings: Tree | None = None
+    folder: str | Path,
+    config: ModelConfig,
+    dtype: StorageType | str,
+    shardings: Tree | None = None,
 ) -> Tree:
     """Reads the weights of a model.
 
@@ -49,7 +60,7 @@ def load_base(
       folder: a checkpoint with safetensors weights, in one file or several with an index, stored as
         float32, float16 or bfloat16.
       config: the architecture, from `read_model_config(folder)`.
-      dtype: the type of the returned arrays.
+      dtype: how the parameters are kept. Kernels are quantised one layer at a time.
       shardings: a tree like the returned one of `jax.sharding.Sharding`, or None, which puts all on
         this process's first device.
 
@@ -60,7 +71,7 @@ def load_base(
       CheckpointError: the files are missing or damaged, a tensor is missing, left over, of another
         shape or of a type that is not a float, or a value does not fit `dtype`.
     """
-    target = jnp.dtype(dtype)
+    storage = storage_of(dtype)
     with open_shards(Path(folder)) as shards:
         leaves = checked_leaves(shards, config)
         if shardings is None:
@@ -71,7 +82,11 @@ def load_base(
         arrays = {}
         # The largest first: its host copy is held while little else is.
         for leaf in sorted(leaves, key=lambda leaf: -np.prod(leaf.shape, dtype=float)):
-            arrays[leaf.path] = _load_leaf(leaf, shards, target, places[leaf.path])
+            place = places[leaf.path]
+            if _quantized(leaf, storage):
+                arrays[leaf.path] = _load_quantized(leaf, shards, storage, place)
+            else:
+                arrays[leaf.path] = _load_leaf(leaf, shards, storage.dtype, place)
     return _tree({leaf.path: arrays[leaf.path] for leaf in leaves})
 
 
@@ -155,6 +170,50 @@ def _load_leaf(
     array = jax.make_array_from_callback(leaf.shape, sharding, read_part, dtype=dtype)
     # Transfers run behind Python's back; without waiting, several host copies pile up.
     return jax.block_until_ready(array)
+
+
+def _quantized(leaf: Leaf, storage: Storage) -> bool:
+    """Whether the leaf is one that `storage` quantises: a projection's kernel of every layer."""
+    return storage.quantization is not None and leaf.stacked and leaf.path[-1] == "kernel"
+
+
+def _abstract_quantized(shape: jax.ShapeDtypeStruct, storage: Storage) -> Any:
+    assert storage.quantization is not None
+    layers, *matrix = shape.shape
+    kernel = jax.ShapeDtypeStruct(tuple(matrix), jnp.float32)
+    one = jax.eval_shape(functools.partial(quantize, kind=storage.quantization), kernel)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((layers, *x.shape), x.dtype), one)
+
+
+def _load_quantized(leaf: Leaf, shards: Shards, storage: Storage, places: Any) -> Any:
+    """A stacked kernel, quantised layer by layer; the host holds one layer of it as floats.
+
+    Args:
+      leaf, shards: see `read_leaf`.
+      storage: what to quantise to.
+      places: a `Sharding`, or a quantised kernel of them.
+    """
+    kind = storage.quantization
+    assert kind is not None
+    device = jax.local_devices()[0]
+    layers, *_ = leaf.shape
+    stack = None
+    for layer in range(layers):
+        kernel = jax.device_put(read_leaf(leaf, shards, np.dtype(np.float32), layer), device)
+        codes = jax.device_get(_quantize(kernel, kind))
+        if stack is None:
+            stack = jax.tree.map(lambda x: np.empty((layers, *x.shape), x.dtype), codes)
+        jax.tree.map(lambda whole, part, at=layer: whole.__setitem__(at, part), stack, codes)
+    if isinstance(places, jax.sharding.Sharding):
+        places = jax.tree.map(lambda _: places, stack)
+
+    def put(whole: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
+        return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
+
+    return jax.block_until_ready(jax.tree.map(put, stack, places))
+
+
+_quantize = jax.jit(quantize, static_argnums=1)
 
 
 def read_leaf(leaf: Leaf, shards: Shards, dtype: np.dtype, layer: int | None = None) -> np.ndarray:

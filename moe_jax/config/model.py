@@ -6,6 +6,10 @@ from typing import Literal
 from moe_jax.config.parse import require, within
 
 FloatType = Literal["float32", "bfloat16", "float16"]
+StorageType = Literal["float32", "bfloat16", "float16", "int8", "fp8", "nf4", "nf4_double"]
+"""How frozen parameters are kept. Quantised are the kernels of the decoder layers' projections;
+what is beside them (embedding, head, norms, biases) is bfloat16 then."""
+
 LayerType = Literal["full_attention", "sliding_attention"]
 
 _ROPE_NEEDS: dict[str, tuple[str, ...]] = {

@@ -9,7 +9,7 @@ from typing import Any
 
 from moe_jax.config.data import DataConfig
 from moe_jax.config.evaluation import EvaluationConfig
-from moe_jax.config.model import ComputeConfig, FloatType
+from moe_jax.config.model import ComputeConfig, StorageType
 from moe_jax.config.only import only_named
 from moe_jax.config.optimizer import OptimizerConfig
 from moe_jax.config.parse import ROOT, parse, parse_member, require, within
@@ -23,14 +23,17 @@ class BaseConfig:
 
     Attributes:
       path: a folder with a Hugging Face checkpoint, or a hub id.
-      param_dtype: the type in which the frozen parameters are kept on the device.
+      param_dtype: the type in which the frozen parameters are kept on the device: a float type, or
+        quantised while loading to `int8` or `fp8` (a scale for each output), `nf4` (a scale for 64
+        inputs of an output) or `nf4_double` (the scales in eight bits too). The parameters beside
+        the layers' projections are then bfloat16.
       revision: the hub revision.
       hf_config: the fields of the checkpoint's `config.json`, where they are to be known without
         the checkpoint (`train.py --plan`). A run compares them with the checkpoint's own.
     """
 
     path: str
-    param_dtype: FloatType
+    param_dtype: StorageType
     revision: str | None = None
     hf_config: dict[str, Any] | None = None
 

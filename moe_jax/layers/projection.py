@@ -4,7 +4,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from moe_jax.layers.leaf import BASE_INIT, frozen_leaf
+from moe_jax.layers.leaf import frozen_kernel, frozen_leaf
+from moe_jax.layers.quantized import frozen_product
+from moe_jax.layers.storage import Storage
 
 
 class FrozenLinear(nn.Module):
@@ -16,7 +18,7 @@ class FrozenLinear(nn.Module):
       axes: logical axes of the kernel, (in, out).
       use_bias: whether there is a bias.
       dtype: type in which the product is computed.
-      param_dtype: type in which the parameters are stored.
+      storage: types in which the parameters are stored.
     """
 
     in_features: int
@@ -24,18 +26,18 @@ class FrozenLinear(nn.Module):
     axes: tuple[str, str]
     use_bias: bool
     dtype: jnp.dtype
-    param_dtype: jnp.dtype
+    storage: Storage
 
     def setup(self) -> None:
         shape = (self.in_features, self.features)
-        self.kernel = frozen_leaf(self, "kernel", BASE_INIT, shape, self.axes, self.param_dtype)
+        self.kernel = frozen_kernel(self, "kernel", shape, self.axes, self.storage)
         if self.use_bias:
             zeros = nn.initializers.zeros
-            bias = frozen_leaf(self, "bias", zeros, shape[1:], self.axes[1:], self.param_dtype)
+            bias = frozen_leaf(self, "bias", zeros, shape[1:], self.axes[1:], self.storage.dtype)
             self.bias = bias.astype(self.dtype)
         else:
             self.bias = None
 
     def product(self, x: jax.Array) -> jax.Array:
         """`x @ kernel`, without the bias."""
-        return jnp.dot(x.astype(self.dtype), self.kernel.astype(self.dtype))
+        return frozen_product(x.astype(self.dtype), self.kernel)

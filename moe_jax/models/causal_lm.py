@@ -28,6 +28,7 @@ from moe_jax.layers.kv_cache import CachePlace
 from moe_jax.layers.norm import RMSNorm
 from moe_jax.layers.rope import rotary_tables
 from moe_jax.layers.soft_cap import soft_cap
+from moe_jax.layers.storage import storage_of
 from moe_jax.models.decoder import DecoderLayer, LayerSettings, TokenContext
 from moe_jax.sharding.axes import LAYERS
 
@@ -53,7 +54,7 @@ class LlamaForCausalLM(nn.Module):
       config: the architecture; what it says of a feature decides whether the program has it.
       compute: types, attention kernel, rematerialisation.
       segments: which rows of a batch belong to which adapter; none is the base model.
-      param_dtype: in which type `init` makes the base parameters.
+      param_dtype: how the base parameters are kept, a `StorageType`.
 
     Collections: `params` (frozen), `adapters` (trainable), `router` and `routing` (sown; ask for
     them with `mutable=["router"]`), `cache` and `cache_updates` (decoding; see
@@ -108,7 +109,8 @@ class LlamaForCausalLM(nn.Module):
         config, dtype = self.config, jnp.dtype(self.compute.dtype)
         with located("config.compute"):
             self.compute.check_model(config)
-        param_dtype = jnp.dtype(self.param_dtype)
+        storage = storage_of(self.param_dtype)
+        param_dtype = storage.dtype
         if positions is None:
             ones = jnp.ones_like(tokens) if segment_ids is None else segment_ids
             positions = positions_from_segments(ones)
@@ -127,7 +129,7 @@ class LlamaForCausalLM(nn.Module):
         cos, sin = self._rotary_tables(positions)
         context = TokenContext(cos, sin, segment_ids, token_mask, expert_groups, place)
         settings = LayerSettings(
-            config, self.compute, param_dtype, self.segments, deterministic, cache_length
+            config, self.compute, storage, self.segments, deterministic, cache_length
         )
         layer_indices = jnp.arange(config.num_layers)
         x, _ = self._stack()(settings, name="layers")(x, context, layer_indices)

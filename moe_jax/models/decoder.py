@@ -19,6 +19,7 @@ from moe_jax.layers.attention import attention_mask, cached_attention, causal_at
 from moe_jax.layers.kv_cache import CachePlace, extend_cache, fill_cache
 from moe_jax.layers.norm import RMSNorm
 from moe_jax.layers.rope import apply_rope
+from moe_jax.layers.storage import Storage
 from moe_jax.sharding.axes import (
     EMBED,
     HEADS,
@@ -59,7 +60,7 @@ class LayerSettings(NamedTuple):
 
     config: ModelConfig
     compute: ComputeConfig
-    param_dtype: jnp.dtype
+    storage: Storage
     segments: tuple[Segment, ...]
     deterministic: bool
     cache_length: int | None = None
@@ -279,7 +280,7 @@ def _norm(settings: LayerSettings, name: str) -> RMSNorm:
     return RMSNorm(
         config.rms_norm_eps,
         settings.dtype,
-        settings.param_dtype,
+        settings.storage.dtype,
         config.norm_unit_offset,
         name=name,
     )
@@ -297,7 +298,7 @@ def _linear(
         axes,
         use_bias,
         settings.dtype,
-        settings.param_dtype,
+        settings.storage,
         segments=settings.segments,
         name=name,
     )

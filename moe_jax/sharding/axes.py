@@ -28,6 +28,11 @@ HIDDEN_AXES = (BATCH, LENGTH, ACTIVATION_EMBED)
 MLP_HIDDEN_AXES = (BATCH, LENGTH, ACTIVATION_MLP)
 
 
+def blocks(inputs: str) -> str:
+    """The axis of the blocks that a quantised kernel's inputs are cut into."""
+    return f"{inputs}_blocks"
+
+
 def constrain(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
     """Fixes an activation's layout over the ambient mesh (`jax.set_mesh`), if there is one."""
     return nn.with_logical_constraint(x, axes)

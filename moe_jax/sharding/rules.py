@@ -27,6 +27,9 @@ RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
     (axes.RANK, "fsdp"),
     (axes.NORM, None),
     (axes.LABELS, None),
+    (axes.blocks(axes.EMBED), "fsdp"),
+    (axes.blocks(axes.HEADS), "tensor"),
+    (axes.blocks(axes.MLP), "tensor"),
 )
 """In order of priority; a mesh axis is used once per array.
 
@@ -34,7 +37,9 @@ Parameters split their wide axes. The rank of an adapter is split only where the
 leaves `fsdp` free (B of gate and up, A of down), which keeps the optimiser's moments small.
 """
 
-OPTIONAL_AXES = frozenset({axes.RANK})
+OPTIONAL_AXES = frozenset(
+    {axes.RANK, *(axes.blocks(inputs) for inputs in (axes.EMBED, axes.HEADS, axes.MLP))}
+)
 """Left whole where the devices do not divide them; for the others that is an error."""
 
 BATCH_SPEC = PartitionSpec(("data", "fsdp"))

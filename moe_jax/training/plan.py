@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from moe_jax.layers.quantized import QuantizedKernel
 from moe_jax.training.program import Program
 
 
@@ -14,8 +15,9 @@ def readable(size: int) -> str:
 
 
 def parameter_count(tree: Any) -> int:
-    """Numbers in all leaves of a tree of arrays or of their shapes."""
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+    """Numbers in all leaves of a tree of arrays or of their shapes, however they are stored."""
+    leaves = jax.tree.leaves(tree, is_leaf=lambda leaf: isinstance(leaf, QuantizedKernel))
+    return sum(math.prod(leaf.shape) for leaf in leaves)
 
 
 class MemoryPlan(NamedTuple):

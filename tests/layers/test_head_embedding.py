@@ -11,6 +11,7 @@ from tolerances import ROUNDING
 from moe_jax.layers.embedding import TokenEmbedding
 from moe_jax.layers.head import LanguageModelHead, logits
 from moe_jax.layers.projection import FrozenLinear
+from moe_jax.layers.storage import storage_of
 
 RNG = np.random.default_rng(0)
 
@@ -45,7 +46,7 @@ def test_the_frozen_projection_is_pytorchs_with_its_kernel_turned(use_bias):
     if use_bias:
         params["bias"] = reference.bias.detach().numpy()
     float32 = jnp.dtype("float32")
-    layer = FrozenLinear(6, 5, ("embed", "mlp"), use_bias, float32, float32)
+    layer = FrozenLinear(6, 5, ("embed", "mlp"), use_bias, float32, storage_of("float32"))
     expected = reference(torch.tensor(x)).detach().numpy()
     bound = layer.bind({"params": params})
     ours = bound.product(x) + (bound.bias if use_bias else 0.0)
