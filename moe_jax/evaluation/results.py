@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_jax.checkpoints.disk import disk_errors
+from moe_jax.errors import ConfigError
 from moe_jax.version import __version__
 
 RESULTS = "results.json"
@@ -100,6 +101,35 @@ class Outcome:
     accuracies: Mapping[str, Accuracy | Metric]
     subjects: Mapping[str, Mapping[str, Accuracy]]
     examples: Sequence[Mapping[str, Any]]
+
+
+def require_no_others(folder: Path, tasks: Sequence[str], models: Sequence[str]) -> None:
+    """Refuses a folder whose results tell of more than would be told in their place.
+
+    Args:
+      folder: where the results go; need not exist.
+      tasks: what will be asked.
+      models: who will be asked.
+
+    Raises:
+      ConfigError: earlier results would be lost.
+    """
+    file = folder / RESULTS
+    if not file.exists():
+        return
+    try:
+        said = json.loads(file.read_text(encoding="utf-8"))
+        kinds = {"tasks": tasks, "models": models}
+        former = {kind: [one["name"] for one in said[kind]] for kind in kinds}
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ConfigError(f"{file}: is not of an evaluation; give another output") from None
+    for kind, names in kinds.items():
+        lost = [name for name in former[kind] if name not in names]
+        if lost:
+            raise ConfigError(
+                f"{file}: holds {kind} that are not asked now, and would be written anew without "
+                f"them: {', '.join(lost)}; ask for these too, or give another output"
+            )
 
 
 def outcome(

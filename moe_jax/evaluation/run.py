@@ -38,7 +38,7 @@ from moe_jax.evaluation.classifying import (
 from moe_jax.evaluation.items import whole_buckets
 from moe_jax.evaluation.journal import locked
 from moe_jax.evaluation.protocols import PROTOCOLS
-from moe_jax.evaluation.results import Evaluation
+from moe_jax.evaluation.results import Evaluation, require_no_others
 from moe_jax.evaluation.scorer import Scorer
 from moe_jax.sharding.mesh import make_mesh
 from moe_jax.tasks.selection import named_task, require_distinct
@@ -119,6 +119,9 @@ def evaluate(
     asked = ask(questions, protocols, tokenizer, limits)
     to_classify = tasks_of_classifiers(classifiers, made, tokenizer, limits, answered=bool(models))
     folder = None if output is None else Path(output).expanduser()
+    if folder is not None:
+        names = [name_of(one) for one in [*models, *classifiers]]
+        require_no_others(folder, [task.name for task in made], names)
     with locked(folder) if folder is not None else contextlib.nullcontext():
         runs = [
             (one, asking, open_journal(folder, files, one, asking, dtype))

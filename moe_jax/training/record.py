@@ -9,6 +9,7 @@ from moe_jax.checkpoints.training_record import DataSet, TrainingRecord
 from moe_jax.config.data import SourceConfig
 from moe_jax.config.registry import to_plain
 from moe_jax.config.run import RunConfig
+from moe_jax.tasks.training_rows import source_task
 from moe_jax.training.inputs import Inputs
 from moe_jax.version import __version__
 
@@ -52,11 +53,11 @@ def training_record(
         step=step,
         total_steps=inputs.steps[name],
         train={
-            source: _data_set(fields, data.source_rows[source])
+            source: data_set(fields, data.source_rows[source], config.tasks_folder)
             for source, fields in own.data.train.items()
         },
         validation={
-            source: _data_set(fields, held_out[source].num_rows)
+            source: data_set(fields, held_out[source].num_rows, config.tasks_folder)
             for source, fields in own.data.validation.items()
         },
         training_loss=last_loss(metrics, name),
@@ -76,10 +77,15 @@ def last_loss(metrics: Path, name: str) -> float | None:
     return None
 
 
-def _data_set(source: SourceConfig, rows: int) -> DataSet:
+def data_set(source: SourceConfig, rows: int, tasks_folder: str | None) -> DataSet:
+    """What is recorded of a data set of `rows` rows; `tasks_folder` is the run's."""
+    path = source.path
+    if source.task is not None:
+        task = source_task(source, tasks_folder)
+        path = task.hub.dataset if task.path is None else task.path
     return DataSet(
-        path=source.path,
-        on_hub=not Path(source.path).expanduser().exists(),  # it was read, so it is somewhere
+        path=path,
+        on_hub=not Path(path).expanduser().exists(),  # it was read, so it is somewhere
         schema=source.schema,
         task=source.task,
         split=source.split,

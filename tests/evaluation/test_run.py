@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -328,3 +329,18 @@ def test_the_saved_results(whole):
     assert [example["question"] for example in examples] == list(range(QUESTIONS))
     correct = sum(example["picked"]["acc"] == example["answer"] for example in examples)
     assert saved["results"][1]["measures"]["acc"]["correct"] == correct
+
+
+def test_results_of_others_are_not_written_over(setting, arc, whole, tmp_path):
+    folder = tmp_path / "results"
+    shutil.copytree(whole[1], folder)
+    before = _files(folder)
+    adapters = {"tuned": setting.adapter}
+    with pytest.raises(UserError, match=r"models that are not asked now.* base; ask for these too"):
+        _evaluate(setting, arc, folder, adapters=adapters)
+    assert _files(folder) == before
+    results = json.loads((folder / "results.json").read_text())
+    results["tasks"].append({"name": "boolq"})
+    (folder / "results.json").write_text(json.dumps(results))
+    with pytest.raises(UserError, match=r"results.json: holds tasks .* boolq; ask for these too"):
+        _evaluate(setting, arc, folder)
