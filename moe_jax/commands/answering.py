@@ -3,16 +3,14 @@
 import argparse
 import contextlib
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
-from moe_jax.checkpoints.adapter_files import read_description
-from moe_jax.checkpoints.resolve import resolve_adapter, resolve_checkpoint
 from moe_jax.commands.answers import BASE, Shown, Wanted, Written, check_output
-from moe_jax.commands.arguments import mesh_config, named_folders, unescaped
+from moe_jax.commands.arguments import base_path, mesh_config, named_folders, unescaped
 from moe_jax.commands.interactive import Talk
 from moe_jax.commands.prompt_files import GivenPrompt, read_prompts
 from moe_jax.config.parse import FieldError
-from moe_jax.errors import ConfigError, named
+from moe_jax.errors import ConfigError
 from moe_jax.inference.prompts import Prompt, PromptEncoder, PromptFormat
 from moe_jax.inference.sampling import SamplingConfig
 from moe_jax.inference.session import Session
@@ -34,7 +32,7 @@ def run(arguments: argparse.Namespace) -> None:
         prompt_format = PromptFormat(arguments.chat, arguments.system, arguments.template)
     given = _given(arguments)
     session = Session.open(
-        _base(arguments, adapters),
+        base_path(arguments.base, adapters, arguments.revision),
         adapters,
         revision=arguments.revision,
         dtype=arguments.dtype,
@@ -132,29 +130,3 @@ def _tokens(encoder: PromptEncoder, given: GivenPrompt) -> tuple[int, ...]:
     if given.messages is not None:
         return encoder.conversation(given.messages, given.where)
     return encoder.text(given.text, given.where, given.material)
-
-
-def _base(arguments: argparse.Namespace, adapters: Mapping[str, str]) -> str:
-    """The base that was given, or the one that the adapters remember.
-
-    Raises:
-      ConfigError: there is neither, or the adapters remember several.
-      CheckpointError: an adapter's folder holds none, or its base is not where it was.
-    """
-    if arguments.base is not None:
-        return arguments.base
-    if not adapters:
-        raise ConfigError("--base: give a folder or hub id; without --adapter there is none to use")
-    remembered = {
-        name: read_description(resolve_adapter(folder)).base for name, folder in adapters.items()
-    }
-    (first, base), *others = remembered.items()
-    for name, other in others:
-        if other.fingerprint != base.fingerprint:
-            raise ConfigError(
-                f"--adapter: {first!r} was trained on {base.path} and {name!r} on {other.path}, "
-                "which differ; give adapters of one base"
-            )
-    with named(f"--base: the one that adapter {first!r} remembers"):
-        resolve_checkpoint(base.path, arguments.revision)
-    return base.path

@@ -2,13 +2,16 @@
 
 import argparse
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import get_args
 
+from moe_jax.checkpoints.adapter_files import read_description
+from moe_jax.checkpoints.resolve import resolve_adapter, resolve_checkpoint
 from moe_jax.config.model import FloatType
 from moe_jax.config.parse import parse
 from moe_jax.config.run import MeshConfig
-from moe_jax.errors import ConfigError
+from moe_jax.errors import ConfigError, named
 
 
 def listed(text: str) -> list[str]:
@@ -103,3 +106,29 @@ def mesh_config(text: str | None) -> MeshConfig | None:
         axis, _, size = part.partition("=")
         sizes[axis] = number(size, f"--mesh {axis}")
     return parse(MeshConfig, sizes, "--mesh")
+
+
+def base_path(base: str | None, adapters: Mapping[str, str], revision: str | None) -> str:
+    """The base that was given, or the one that the adapters remember.
+
+    Raises:
+      ConfigError: there is neither, or the adapters remember several.
+      CheckpointError: an adapter's folder holds none, or its base is not where it was.
+    """
+    if base is not None:
+        return base
+    if not adapters:
+        raise ConfigError("--base: give a folder or hub id; without --adapter there is none to use")
+    remembered = {
+        name: read_description(resolve_adapter(folder)).base for name, folder in adapters.items()
+    }
+    (first, own), *others = remembered.items()
+    for name, other in others:
+        if other.fingerprint != own.fingerprint:
+            raise ConfigError(
+                f"--adapter: {first!r} was trained on {own.path} and {name!r} on {other.path}, "
+                "which differ; give adapters of one base"
+            )
+    with named(f"--base: the one that adapter {first!r} remembers"):
+        resolve_checkpoint(own.path, revision)
+    return own.path

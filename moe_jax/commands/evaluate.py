@@ -8,6 +8,7 @@ from moe_jax.commands.arguments import (
     add_adapters,
     add_dtype,
     add_mesh,
+    base_path,
     listed,
     mesh_config,
     named_folders,
@@ -67,7 +68,8 @@ def add(parser: argparse.ArgumentParser) -> Run:
     classified = ", ".join(n for n in task_names() if issubclass(TASKS[n], ClassificationTask))
     parser.epilog = EPILOG.format(tasks=", ".join(task_names()), classified=classified)
     parser.add_argument(
-        "--base", required=True, help="folder in the Hugging Face format, or hub id"
+        "--base",
+        help="folder in the Hugging Face format, or hub id (default: the adapter's own)",
     )
     parser.add_argument("--revision", help="of a hub id")
     parser.add_argument("--tasks", default="", metavar="A,B,...", help="names, listed below")
@@ -131,11 +133,13 @@ def _run(arguments: argparse.Namespace) -> None:
         tasks.append(own_task(template, data, split=split, limit=limit, shots=shots))
     if not tasks:
         raise ConfigError("--tasks: none is given; --help lists them")
+    adapters = named_folders(arguments.adapter)
+    base = base_path(arguments.base, adapters, arguments.revision)
     try:
         evaluation = evaluate(
-            arguments.base,
+            base,
             tasks,
-            named_folders(arguments.adapter),
+            adapters,
             with_base=arguments.with_base,
             protocols=listed(arguments.protocols),
             output=arguments.output,

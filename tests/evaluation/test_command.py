@@ -37,7 +37,8 @@ def test_everything_at_once(setting, tmp_path, capsys):
     for task in ("arc_challenge", "boolq", "quiz"):
         assert results["tuned", task, "choices"] == results["again", task, "choices"]
 
-    assert main(command) == 0
+    # The base that the adapters remember is the same one.
+    assert main([word for word in command if word not in ("--base", str(setting.base))]) == 0
     assert ", labels: 1 questions, 1 answered before\n" in capsys.readouterr().err
 
 
