@@ -99,7 +99,7 @@ def step_of(program: Program, params: Any, length: int) -> Callable[[], None]:
     """A function that does one training step and waits for it."""
     rows = sum(segment.rows for segment in program.segments)
     zeros = np.zeros((rows, length), np.int32)
-    fields = dict.fromkeys(Batch._fields, zeros)
+    fields: dict[str, np.ndarray] = dict.fromkeys(Batch._fields, zeros)
     fields["tokens"] = np.random.default_rng(0).integers(0, 8192, zeros.shape).astype(np.int32)
     fields["loss_mask"] = np.ones_like(zeros, bool)
     fields["labels"] = zeros.astype(np.float32)
