@@ -166,7 +166,7 @@ def test_it_goes_on_where_it_was_stopped(setting, found, monkeypatch):
     assert again.to_plain() == found.to_plain()
     monkeypatch.undo()
     file.write_text("".join(whole.splitlines(keepends=True)[:20]))
-    tasks(setting, "sst2", adapters=("mood",), output=setting[0] / "evaluation")
+    tasks(setting, "sst2", "stsb", adapters=("mood", "number"), output=setting[0] / "evaluation")
     assert file.read_text() == whole
     with pytest.raises(ConfigError, match="other questions"):
         tasks(setting, "sst2", adapters=("mood",), output=setting[0] / "evaluation", limit=3)
