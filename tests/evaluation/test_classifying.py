@@ -160,16 +160,15 @@ def test_it_goes_on_where_it_was_stopped(setting, found, monkeypatch):
     whole = file.read_text()
     assert len(whole.splitlines()) == 41
     monkeypatch.setattr("moe_jax.evaluation.run.Scorer", None)  # nothing is left to compute
-    again = tasks(
-        setting, "sst2", "stsb", adapters=("mood", "number"), output=setting[0] / "evaluation"
-    )
+    options = {"adapters": ("mood", "number"), "output": setting[0] / "evaluation"}
+    again = tasks(setting, "sst2", "stsb", **options)
     assert again.to_plain() == found.to_plain()
     monkeypatch.undo()
     file.write_text("".join(whole.splitlines(keepends=True)[:20]))
-    tasks(setting, "sst2", "stsb", adapters=("mood", "number"), output=setting[0] / "evaluation")
+    tasks(setting, "sst2", "stsb", **options)
     assert file.read_text() == whole
     with pytest.raises(ConfigError, match="other questions"):
-        tasks(setting, "sst2", adapters=("mood",), output=setting[0] / "evaluation", limit=3)
+        tasks(setting, "sst2", "stsb", limit=3, **options)
 
 
 def test_beside_a_language_model_which_is_asked_in_words(setting):
