@@ -24,9 +24,10 @@ from moe_jax.checkpoints.key_table import (
 )
 from moe_jax.checkpoints.shards import Shards, listed, open_shards
 from moe_jax.config.model import ModelConfig, StorageType
+from moe_jax.config.parse import located
 from moe_jax.errors import CheckpointError
 from moe_jax.layers.quantized import quantize
-from moe_jax.layers.storage import Storage, storage_of
+from moe_jax.layers.storage import Storage, check_storage, storage_of
 
 _FLOAT_TYPES = {"F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
 
@@ -70,8 +71,11 @@ def load_base(
     Raises:
       CheckpointError: the files are missing or damaged, a tensor is missing, left over, of another
         shape or of a type that is not a float, or a value does not fit `dtype`.
+      ConfigError: there is no such `dtype`, or the model cannot be kept in it.
     """
     storage = storage_of(dtype)
+    with located("base"):
+        check_storage(storage, config)
     with open_shards(Path(folder)) as shards:
         leaves = checked_leaves(shards, config)
         if shardings is None:
@@ -187,6 +191,9 @@ def _abstract_quantized(shape: jax.ShapeDtypeStruct, storage: Storage) -> Any:
 
 def _load_quantized(leaf: Leaf, shards: Shards, storage: Storage, places: Any) -> Any:
     """A stacked kernel, quantised layer by layer; the host holds one layer of it as floats.
+
+    Every process reads and quantises all of it, since a scale spans what a device may hold a part
+    of, and keeps the parts of its own devices.
 
     Args:
       leaf, shards: see `read_leaf`.

@@ -28,7 +28,7 @@ from moe_jax.layers.kv_cache import CachePlace
 from moe_jax.layers.norm import RMSNorm
 from moe_jax.layers.rope import rotary_tables
 from moe_jax.layers.soft_cap import soft_cap
-from moe_jax.layers.storage import storage_of
+from moe_jax.layers.storage import check_storage, storage_of
 from moe_jax.models.decoder import DecoderLayer, LayerSettings, TokenContext
 from moe_jax.sharding.axes import LAYERS
 
@@ -110,6 +110,8 @@ class LlamaForCausalLM(nn.Module):
         with located("config.compute"):
             self.compute.check_model(config)
         storage = storage_of(self.param_dtype)
+        with located("config.base"):
+            check_storage(storage, config)
         param_dtype = storage.dtype
         if positions is None:
             ones = jnp.ones_like(tokens) if segment_ids is None else segment_ids

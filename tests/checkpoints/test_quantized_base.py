@@ -13,6 +13,7 @@ from moe_jax.checkpoints.base import abstract_base, load_base
 from moe_jax.checkpoints.hf_config import read_model_config
 from moe_jax.config.model import ComputeConfig
 from moe_jax.config.run import MeshConfig
+from moe_jax.errors import UserError
 from moe_jax.layers.quantized import QuantizedKernel, dense_kernel, quantize
 from moe_jax.models.causal_lm import LlamaForCausalLM
 from moe_jax.sharding.mesh import make_mesh
@@ -101,3 +102,17 @@ def test_the_library_computes_with_it(folder):
         np.testing.assert_allclose(model(tokens, "a"), logits, rtol=1e-4, atol=1e-4)
         errors[kind] = np.linalg.norm(logits - expected) / np.linalg.norm(expected)
     assert 0 < errors["int8"] < errors["nf4"] < 0.5
+
+
+def test_what_cannot_be_stored(tmp_path, folder):
+    with pytest.raises(UserError, match=r"dtype 'nf5': no type .* did you mean 'nf4'"):
+        moe_jax.load_base(folder, dtype="nf5")
+    save_tiny_llama(tmp_path / "odd", intermediate_size=81)
+    message = r"base.param_dtype: 'nf4' packs inputs in pairs, .* intermediate_size is 81; use"
+    with pytest.raises(UserError, match=message):
+        moe_jax.load_base(tmp_path / "odd", dtype="nf4")
+    config = read_model_config(tmp_path / "odd")
+    model = LlamaForCausalLM(config, ComputeConfig(dtype="float32"), param_dtype="nf4")
+    with pytest.raises(UserError, match="config." + message):
+        jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
+    moe_jax.load_base(tmp_path / "odd", dtype="int8")
