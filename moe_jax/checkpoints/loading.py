@@ -28,6 +28,9 @@ from moe_jax.models.causal_lm import LlamaForCausalLM
 from moe_jax.models.fresh import fresh_adapter
 from moe_jax.sharding.rules import shardings_of
 
+BASE = "base"
+"""What prompts and results call the base without an adapter."""
+
 
 class BaseInMemory(Protocol):
     """A loaded base, such as `moe_jax.load_base` returns."""

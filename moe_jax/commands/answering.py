@@ -5,7 +5,8 @@ import contextlib
 import sys
 from collections.abc import Iterator
 
-from moe_jax.commands.answers import BASE, Shown, Wanted, Written, check_output
+from moe_jax.checkpoints.loading import BASE
+from moe_jax.commands.answers import Shown, Wanted, Written, check_output
 from moe_jax.commands.arguments import base_path, mesh_config, named_folders, unescaped
 from moe_jax.commands.interactive import Talk
 from moe_jax.commands.prompt_files import GivenPrompt, read_prompts

@@ -9,12 +9,10 @@ from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 from moe_jax.checkpoints.disk import disk_errors
+from moe_jax.checkpoints.loading import BASE
 from moe_jax.commands.prompt_files import GivenPrompt
 from moe_jax.errors import ConfigError
 from moe_jax.inference.text import Answer
-
-BASE = "base"
-"""What prompts and results call the base without an adapter."""
 
 _SHOWN = 60
 """Characters of a prompt above its answer."""

@@ -7,7 +7,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 
-from moe_jax.commands.answers import BASE
+from moe_jax.checkpoints.loading import BASE
 from moe_jax.config.parse import suggest
 from moe_jax.errors import DataError, UserError, report
 from moe_jax.inference.prompts import Message, Prompt, PromptEncoder, PromptFormat

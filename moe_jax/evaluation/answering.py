@@ -7,7 +7,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from moe_jax.checkpoints.loading import Adapter, BaseFiles, NamedAdapter
+from moe_jax.checkpoints.loading import BASE, Adapter, BaseFiles, NamedAdapter
 from moe_jax.config.registry import to_plain
 from moe_jax.errors import ConfigError
 from moe_jax.evaluation.asking import Asked
@@ -18,9 +18,6 @@ from moe_jax.evaluation.results import Outcome, outcome
 from moe_jax.evaluation.scorer import Scorer
 from moe_jax.tasks.task import Question, Task
 from moe_jax.training.on_tasks import Stopped
-
-BASE = "base"
-"""What results call the base without an adapter."""
 
 
 def name_of(adapter: NamedAdapter | None) -> str:

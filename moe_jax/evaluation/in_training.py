@@ -7,14 +7,13 @@ from typing import Any
 
 import jax
 
-from moe_jax.checkpoints.loading import Adapter, BaseFiles, NamedAdapter, load_adapters
+from moe_jax.checkpoints.loading import BASE, Adapter, BaseFiles, NamedAdapter, load_adapters
 from moe_jax.config.evaluation import EvaluationConfig
 from moe_jax.config.registry import to_plain
 from moe_jax.config.run import RunConfig
 from moe_jax.data.tokenizer import load_tokenizer
 from moe_jax.errors import ConfigError, named
 from moe_jax.evaluation.answering import (
-    BASE,
     announcement,
     answer,
     name_of,

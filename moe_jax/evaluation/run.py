@@ -8,6 +8,7 @@ from typing import Any
 
 from moe_jax.checkpoints.adapter_files import SavedAdapter
 from moe_jax.checkpoints.loading import (
+    BASE,
     BaseInMemory,
     NamedAdapter,
     build_model,
@@ -21,7 +22,6 @@ from moe_jax.config.run import MeshConfig
 from moe_jax.data.tokenizer import load_tokenizer
 from moe_jax.errors import ConfigError
 from moe_jax.evaluation.answering import (
-    BASE,
     announcement,
     answer,
     name_of,
