@@ -32,6 +32,13 @@ class Measured(NamedTuple):
     rows: int
 
 
+def metric_value(metric: MetricName, predicted: np.ndarray, labels: np.ndarray) -> float:
+    """A metric of predictions without its standard error, which draws samples; see `measure`."""
+    if metric in _OF_COUNTS:
+        return float(_OF_COUNTS[metric](confusion(predicted, labels)))
+    return _OF_NUMBERS[metric](predicted, labels)
+
+
 def measure(metric: MetricName, predicted: np.ndarray, labels: np.ndarray) -> Measured:
     """A metric of predictions.
 
@@ -40,19 +47,17 @@ def measure(metric: MetricName, predicted: np.ndarray, labels: np.ndarray) -> Me
       predicted: classes as indices, or numbers; [n], at least one.
       labels: the right ones, [n].
     """
-    rows, rng = len(labels), np.random.default_rng(0)
+    value, rows = metric_value(metric, predicted, labels), len(labels)
+    if metric == "accuracy":
+        return Measured(value, math.sqrt(value * (1.0 - value) / rows), rows)
+    rng = np.random.default_rng(0)
     if metric in _OF_COUNTS:
-        function = _OF_COUNTS[metric]
         counts = confusion(predicted, labels)
-        value = float(function(counts))
-        if metric == "accuracy":
-            return Measured(value, math.sqrt(value * (1.0 - value) / rows), rows)
         # Drawing rows with replacement is drawing the counts of their kinds.
         drawn = rng.multinomial(rows, counts.ravel() / rows, size=SAMPLES)
-        samples = function(drawn.reshape(SAMPLES, *counts.shape))
+        samples = _OF_COUNTS[metric](drawn.reshape(SAMPLES, *counts.shape))
     else:
         correlate = _OF_NUMBERS[metric]
-        value = correlate(predicted, labels)
         places = (rng.integers(0, rows, rows) for _ in range(SAMPLES))
         samples = np.array([correlate(predicted[at], labels[at]) for at in places])
     return Measured(value, float(np.std(samples, ddof=1)), rows)

@@ -11,7 +11,7 @@ import numpy as np
 from moe_jax.config.classification import ClassificationConfig
 from moe_jax.data.batch import Batch
 from moe_jax.errors import DataError
-from moe_jax.tasks.metrics import measure
+from moe_jax.tasks.metrics import metric_value
 from moe_jax.training.program import Program
 from moe_jax.training.rows import pad_to_multiple
 
@@ -107,5 +107,5 @@ def _classified(
         predicted.append(choice[is_row])
         labels.append(batch.labels.sum(axis=-1)[is_row])  # all but the last token's are 0
     found = (np.concatenate(predicted), np.concatenate(labels))
-    metrics = {name: measure(name, *found).value for name in classification.metrics}
+    metrics = {name: metric_value(name, *found) for name in classification.metrics}
     return float(np.concatenate(losses).mean(dtype=np.float64)), metrics
