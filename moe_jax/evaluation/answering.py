@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tqdm import tqdm
 
@@ -65,12 +65,22 @@ def journal_file(folder: Path | None, model: str, task: str, protocol: str) -> P
 
 def announcement(name: str, asked: Asked, journal: Journal) -> str:
     """What is about to be asked, for people."""
-    line = f"{name}: {asked.task}, {asked.protocol}: {len(asked.prepared)} questions"
-    if journal.records:
-        line += f", {len(journal.records)} answered before"
-    if asked.cut:
-        line += f", {asked.cut} cut at their start to fit the context"
-    return line
+    title = f"{name}: {asked.task}, {asked.protocol}: {len(asked.prepared)} questions"
+    return announced(title, journal, asked.cut, "start")
+
+
+def announced(title: str, journal: Journal, cut: int, end: Literal["start", "end"]) -> str:
+    """An announcement, for people.
+
+    Args:
+      title: says who is to answer what, and how much of it.
+      journal: knows what was answered before.
+      cut: how many questions or rows lost tokens.
+      end: where they lost them.
+    """
+    before = f", {len(journal.records)} answered before" if journal.records else ""
+    shortened = f", {cut} cut at their {end} to fit the context" if cut else ""
+    return title + before + shortened
 
 
 def answer(

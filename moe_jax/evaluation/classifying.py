@@ -18,7 +18,7 @@ from moe_jax.checkpoints.loading import BaseFiles, NamedAdapter
 from moe_jax.config.classification import ClassificationConfig
 from moe_jax.data.labels import encode_texts
 from moe_jax.errors import ConfigError, DataError
-from moe_jax.evaluation.answering import finite, journal_file, progress_bar
+from moe_jax.evaluation.answering import announced, finite, journal_file, progress_bar
 from moe_jax.evaluation.asking import Limits
 from moe_jax.evaluation.items import Item
 from moe_jax.evaluation.journal import Journal, Record
@@ -153,12 +153,8 @@ def open_labels_journal(
 
 def labels_announcement(adapter: NamedAdapter, labelled: Labelled, journal: Journal) -> str:
     """What is about to be classified, for people."""
-    line = f"{adapter.name}: {labelled.task.name}, {PROTOCOL}: {len(labelled.rows)} rows"
-    if journal.records:
-        line += f", {len(journal.records)} classified before"
-    if labelled.cut:
-        line += f", {labelled.cut} cut at their end to fit the context"
-    return line
+    title = f"{adapter.name}: {labelled.task.name}, {PROTOCOL}: {len(labelled.rows)} rows"
+    return announced(title, journal, labelled.cut, "end")
 
 
 def classify(
