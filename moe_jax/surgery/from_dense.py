@@ -16,8 +16,8 @@ import numpy as np
 from moe_jax.adapters.lora import LoraConfig
 from moe_jax.adapters.targets import TARGET_MODULES
 from moe_jax.checkpoints.base import checked_leaves, read_leaf
+from moe_jax.checkpoints.base_folder import BaseFolder
 from moe_jax.checkpoints.fingerprint import BaseIdentity, base_fingerprint
-from moe_jax.checkpoints.formats.merging import BaseFolder
 from moe_jax.checkpoints.hf_config import read_model_config
 from moe_jax.checkpoints.key_table import Leaf
 from moe_jax.checkpoints.new_folder import require_unused

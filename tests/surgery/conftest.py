@@ -14,8 +14,8 @@ from whole_models import adapter_of, saved_base
 
 import moe_jax
 from moe_jax.checkpoints.adapter_files import SavedAdapter
-from moe_jax.checkpoints.formats.measuring import Change
 from moe_jax.checkpoints.leaves import named_leaves
+from moe_jax.checkpoints.measuring import Change
 from moe_jax.surgery import outcome
 
 

@@ -18,6 +18,7 @@ from moe_jax.adapters.mixlora import MixLoraConfig
 from moe_jax.adapters.router import ROUTERS
 from moe_jax.adapters.routers import SoftRouter, TopKRouter, TopPRouter
 from moe_jax.checkpoints.adapter_files import SavedAdapter
+from moe_jax.checkpoints.base_folder import BaseFolder
 from moe_jax.checkpoints.formats.format import (
     FORMATS,
     ExportOptions,
@@ -25,8 +26,7 @@ from moe_jax.checkpoints.formats.format import (
     field_names,
     require_known,
 )
-from moe_jax.checkpoints.formats.measuring import Measuring
-from moe_jax.checkpoints.formats.merging import BaseFolder, Merger, expert_target
+from moe_jax.checkpoints.formats.merging import Merger, expert_target
 from moe_jax.checkpoints.formats.whole_model import (
     ModelFormat,
     Plan,
@@ -36,6 +36,7 @@ from moe_jax.checkpoints.formats.whole_model import (
     stored_shape,
 )
 from moe_jax.checkpoints.key_table import TensorParts
+from moe_jax.checkpoints.measuring import Measuring
 from moe_jax.errors import CheckpointError
 
 _FORMAT = "llama"

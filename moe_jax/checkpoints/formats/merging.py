@@ -7,8 +7,6 @@ A pair on a frozen matrix W is one matrix again: `W + s A B`, and with DoRA that
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
-from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -19,54 +17,12 @@ from moe_jax.adapters.method import AdapterMethod
 from moe_jax.adapters.sites import MOE
 from moe_jax.checkpoints.adapter_files import SavedAdapter
 from moe_jax.checkpoints.base import checked_leaves, read_leaf
-from moe_jax.checkpoints.expected_leaves import expected_leaves
-from moe_jax.checkpoints.fingerprint import base_fingerprint
-from moe_jax.checkpoints.hf_config import read_model_config
+from moe_jax.checkpoints.base_folder import BaseFolder
 from moe_jax.checkpoints.key_table import Leaf
-from moe_jax.checkpoints.leaves import leaf_specs, named_leaves, require_same_leaves
-from moe_jax.checkpoints.resolve import resolve_checkpoint
+from moe_jax.checkpoints.leaves import named_leaves
 from moe_jax.checkpoints.shards import Shards, open_shards
-from moe_jax.config.model import ModelConfig
-from moe_jax.errors import CheckpointError
 
 _EXPERT = re.compile(r"layers/mlp/(\w+_proj)/kernel")
-
-
-class BaseFolder(NamedTuple):
-    """The base that an adapter is merged into.
-
-    Attributes:
-      folder: its checkpoint.
-      model: its architecture.
-    """
-
-    folder: Path
-    model: ModelConfig
-
-
-def find_base(adapter: SavedAdapter, base: str) -> BaseFolder:
-    """The base of an adapter, known to be the one that it was trained on.
-
-    Args:
-      adapter: whose leaves are checked too.
-      base: its folder or hub id.
-
-    Raises:
-      CheckpointError: the base is missing, damaged, or another one; the adapter's weights are not
-        those of its method.
-    """
-    folder = resolve_checkpoint(base)
-    model = read_model_config(folder)
-    if base_fingerprint(folder) != adapter.base.fingerprint:
-        raise CheckpointError(
-            f"{folder}: its weights differ from the base that the adapter was trained on "
-            f"({adapter.base.path}); give that base"
-        )
-    expected = expected_leaves(model, adapter.method)
-    require_same_leaves(leaf_specs(adapter.tree), expected, "its weights")
-    with open_shards(folder) as shards:
-        checked_leaves(shards, model)
-    return BaseFolder(folder, model)
 
 
 def expert_target(path: str) -> str | None:
@@ -158,7 +114,7 @@ def open_merger(base: BaseFolder, adapter: SavedAdapter) -> Iterator[Merger]:
     """Opens the base's files.
 
     Args:
-      base: from `find_base`.
+      base: from `base_folder.find_base`.
       adapter: of that base.
     """
     with open_shards(base.folder) as shards:

@@ -18,6 +18,7 @@ from moe_jax.adapters.mixlora import MixLoraConfig
 from moe_jax.adapters.router import ROUTERS
 from moe_jax.adapters.routers.top_k import TopKRouter
 from moe_jax.checkpoints.adapter_files import SavedAdapter
+from moe_jax.checkpoints.base_folder import BaseFolder
 from moe_jax.checkpoints.formats.format import (
     FORMATS,
     ExportOptions,
@@ -25,7 +26,7 @@ from moe_jax.checkpoints.formats.format import (
     field_names,
     require_known,
 )
-from moe_jax.checkpoints.formats.merging import BaseFolder, Merger, expert_target
+from moe_jax.checkpoints.formats.merging import Merger, expert_target
 from moe_jax.checkpoints.formats.whole_model import (
     ModelFormat,
     Plan,

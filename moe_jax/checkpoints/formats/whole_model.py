@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from moe_jax.checkpoints.adapter_files import SavedAdapter
+from moe_jax.checkpoints.base_folder import BaseFolder, find_base
 from moe_jax.checkpoints.formats.format import Export, ExportOptions, Format, Outcome
-from moe_jax.checkpoints.formats.merging import BaseFolder, Merger, find_base, open_merger
+from moe_jax.checkpoints.formats.merging import Merger, open_merger
 from moe_jax.checkpoints.formats.sharded_writer import LazyTensor, weights_bytes, write_weights
 from moe_jax.checkpoints.key_table import TensorParts, tensor_parts
 from moe_jax.config.model import ModelConfig

@@ -14,7 +14,7 @@ from moe_jax.adapters.sites import MOE, to_collection
 from moe_jax.adapters.statistics import collect_statistics
 from moe_jax.checkpoints.adapter_files import SavedAdapter
 from moe_jax.checkpoints.base import load_base
-from moe_jax.checkpoints.formats.merging import BaseFolder
+from moe_jax.checkpoints.base_folder import BaseFolder
 from moe_jax.checkpoints.hf_config import read_model_config
 from moe_jax.config.model import ComputeConfig
 from moe_jax.layers.collections import ADAPTERS, PARAMS, ROUTER
