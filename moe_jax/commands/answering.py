@@ -42,6 +42,7 @@ def run(arguments: argparse.Namespace) -> None:
     encoder = session.encoder(prompt_format)
     names = [*([None] if arguments.with_base or not adapters else []), *adapters]
     if arguments.interactive:
+        session.require_language_models()
         Talk(session, encoder, prompt_format, config, names[0]).run()
         return
     wanted = [

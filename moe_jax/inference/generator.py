@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from moe_jax.adapters.method import AdapterMethod, require_language_model
+from moe_jax.adapters.method import AdapterMethod
 from moe_jax.adapters.segments import Segment
 from moe_jax.config.model import ComputeConfig, FloatType, ModelConfig
 from moe_jax.config.parse import located
@@ -92,13 +92,12 @@ class Generator:
           buckets: ascending lengths that prompts are padded to; by default powers of two.
 
         Raises:
-          ConfigError: the model cannot be computed so, an adapter is a classifier or does not go
-            with the model, or a length exceeds its context.
+          ConfigError: the model cannot be computed so, an adapter does not go with the model, or a
+            length exceeds its context.
         """
         with located("compute"):
             compute.check_model(model)
         for name, (method, _) in adapters.items():
-            require_language_model(method, name, "generate text")
             with located(f"adapter {name!r}"):
                 method.check_model(model)
         self.context = context_of(model, max_length)
@@ -140,7 +139,7 @@ class Generator:
           which the last row ends.
 
         Raises:
-          ConfigError: an unknown adapter, or a number out of range.
+          ConfigError: an adapter that is unknown or a classifier, or a number out of range.
           DataError: a prompt is empty, has ids that the model lacks, or is too long for its
             continuation to fit into the context.
           CheckpointError: while decoding, logits are not finite.

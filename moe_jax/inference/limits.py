@@ -1,14 +1,17 @@
 """What can be asked of a model's context, and what cannot."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
+from moe_jax.adapters.method import AdapterMethod, require_language_model
 from moe_jax.config.model import ModelConfig
 from moe_jax.config.parse import suggest
 from moe_jax.data.collate import doubled_lengths
 from moe_jax.errors import ConfigError, DataError
 
 SHORTEST_BUCKET = 16
+
+PromptLike = tuple[Sequence[int], str | None, str]
+"""The ids of a prompt, whose it is (None is the base's), and what names it in messages."""
 
 
 def context_of(model: ModelConfig, max_length: int | None) -> int:
@@ -48,20 +51,93 @@ def check_buckets(buckets: Sequence[int], context: int) -> tuple[int, ...]:
     return tuple(lengths) if lengths[-1:] == [context] else (*lengths, context)
 
 
+def check_prompts(
+    prompts: Iterable[PromptLike],
+    *,
+    max_new_tokens: int,
+    context: int,
+    vocab_size: int,
+    adapters: Mapping[str, AdapterMethod],
+    switch: int | None = None,
+) -> None:
+    """Refuses, before anything is computed, what could not be continued.
+
+    Args:
+      prompts: all of them.
+      max_new_tokens: that are to follow each.
+      context: tokens of a prompt and its continuation together, at most.
+      vocab_size: the model's number of embeddings.
+      adapters: those that are loaded, by name.
+      switch: see `frequency_switch`.
+
+    Raises:
+      ConfigError: an adapter is not loaded, or is a classifier.
+      DataError: a prompt is empty, has ids that the model lacks, is longer than the context, alone
+        or with what is to follow, or its answer would pass `switch`.
+    """
+    for tokens, adapter, where in prompts:
+        if adapter is not None:
+            if adapter not in adapters:
+                raise ConfigError(
+                    f"{where}: adapter {adapter!r}: none of that name is loaded; "
+                    f"{suggest(adapter, adapters)}"
+                )
+            require_language_model(adapters[adapter], adapter, "generate text")
+        length = len(tokens)
+        if not length:
+            raise DataError(
+                f"{where}: has no tokens; give at least one, such as the tokenizer's bos"
+            )
+        if not 0 <= min(tokens) <= max(tokens) < vocab_size:
+            raise DataError(
+                f"{where}: has ids from {min(tokens)} to {max(tokens)}, but the base has "
+                f"embeddings for 0 to {vocab_size - 1}; use that base's own tokenizer"
+            )
+        if length >= context:
+            raise DataError(
+                f"{where}: has {length} tokens, but the context holds {context}, and the answer "
+                "needs room too; shorten it"
+            )
+        if length + max_new_tokens > context:
+            raise DataError(
+                f"{where}: has {length} tokens, and with {max_new_tokens} new ones does not fit "
+                f"into the context of {context}; shorten it, or ask for at most "
+                f"{context - length} new tokens"
+            )
+        if switch is not None and length <= switch < length + max_new_tokens:
+            raise DataError(
+                f"{where}: has {length} tokens, and with {max_new_tokens} new ones passes "
+                f"{switch}, from which on this model's longrope changes all frequencies; "
+                + _ways_around(switch, length, max_new_tokens, context)
+            )
+
+
+def _ways_around(switch: int, length: int, max_new_tokens: int, context: int) -> str:
+    """What helps a prompt whose answer would pass `switch`."""
+    ways = []
+    if length < switch:
+        ways.append(f"ask for at most {switch - length} new tokens")
+    if max_new_tokens < switch:
+        ways.append(f"shorten it to {switch - max_new_tokens} tokens")
+    if switch + max_new_tokens < context:
+        ways.append(f"give a prompt of more than {switch} tokens")
+    return ", or ".join(ways) or "shorten it, and ask for fewer new tokens"
+
+
 def check_requests(
     model: ModelConfig,
-    adapters: Iterable[str] | Mapping[str, Any],
+    adapters: Mapping[str, AdapterMethod],
     prompts: Sequence[Sequence[int]],
     names: Sequence[str | None],
     max_new_tokens: int,
     seed: int,
     context: int,
 ) -> None:
-    """Refuses what cannot be continued.
+    """Refuses rows that cannot be continued side by side.
 
     Args:
       model: the base's architecture.
-      adapters: those that there are.
+      adapters: those that there are, by name.
       prompts: of each row.
       names: of each row's adapter; None is the base.
       max_new_tokens: of each row.
@@ -69,40 +145,28 @@ def check_requests(
       context: of a prompt and its continuation together, at most.
 
     Raises:
-      ConfigError: an unknown adapter, or a number out of range.
-      DataError: a prompt is empty, has ids that the model lacks, or is too long.
+      ConfigError: an adapter that is unknown or a classifier, or a number out of range.
+      DataError: a prompt is empty, has ids that the model lacks, is too long, or does not go with
+        the others.
     """
     if max_new_tokens < 1:
         raise ConfigError(f"max_new_tokens: must be positive, got {max_new_tokens}")
     if not 0 <= seed < 2**32:
         raise ConfigError(f"seed: must be between 0 and {2**32 - 1}, got {seed}")
-    known = tuple(adapters)
-    for name in names:
-        if name is not None and name not in known:
-            raise ConfigError(
-                f"adapter {name!r}: there is none of that name; {suggest(name, known)}"
-            )
-    for number, tokens in enumerate(prompts, 1):
-        length = len(tokens)
-        if not length:
-            raise DataError(
-                f"prompt {number}: has no tokens; give at least one, such as the tokenizer's bos"
-            )
-        if not 0 <= min(tokens) <= max(tokens) < model.vocab_size:
-            raise DataError(
-                f"prompt {number}: has ids from {min(tokens)} to {max(tokens)}, but the model has "
-                f"embeddings for 0 to {model.vocab_size - 1}; use the model's own tokenizer"
-            )
-        if length + max_new_tokens > context:
-            fitting = context - length
-            advice = f"give max_new_tokens of at most {fitting}" if fitting > 0 else "shorten it"
-            raise DataError(
-                f"prompt {number}: its {length} tokens and max_new_tokens of {max_new_tokens} make "
-                f"{length + max_new_tokens}, more than the context of {context}; {advice}"
-            )
     switch = frequency_switch(model)
+    check_prompts(
+        [
+            (tokens, name, f"prompt {number}")
+            for number, (tokens, name) in enumerate(zip(prompts, names, strict=True), 1)
+        ],
+        max_new_tokens=max_new_tokens,
+        context=context,
+        vocab_size=model.vocab_size,
+        adapters=adapters,
+        switch=switch,
+    )
     if switch is not None:
-        _check_switch(switch, prompts, max_new_tokens)
+        _check_sides(switch, [len(tokens) for tokens in prompts])
 
 
 def frequency_switch(model: ModelConfig) -> int | None:
@@ -113,27 +177,17 @@ def frequency_switch(model: ModelConfig) -> int | None:
     return None
 
 
-def _check_switch(switch: int, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
-    """Refuses to change the frequencies midway, which would need all keys anew.
+def _check_sides(switch: int, lengths: Sequence[int]) -> None:
+    """Refuses rows of both sides of a change of frequencies.
 
-    The frequencies follow from the longest row of a batch: all rows have to stay within the length
-    of the short ones, or start beyond it.
+    The frequencies follow from the longest row of a batch, and changing them midway would need all
+    keys anew: all rows have to stay within the length of the short ones, or start beyond it.
     """
-    lengths = [len(tokens) for tokens in prompts]
-    if all(length + max_new_tokens <= switch for length in lengths):
-        return
     short = [(number, length) for number, length in enumerate(lengths, 1) if length <= switch]
-    if not short:
-        return
-    number, length = short[-1]
-    prompt = f"prompt {number}: its {length} tokens"
-    changes = f"{switch} tokens, from which on this model's longrope changes all frequencies"
-    if length + max_new_tokens > switch:
+    if short and len(short) < len(lengths):
+        number, length = short[-1]
         raise DataError(
-            f"{prompt} and max_new_tokens of {max_new_tokens} pass {changes}; give max_new_tokens "
-            f"of at most {switch - length}"
+            f"prompt {number}: its {length} tokens stay below {switch} tokens, from which on this "
+            "model's longrope changes all frequencies, and another prompt does not; generate from "
+            "them apart"
         )
-    raise DataError(
-        f"{prompt} stay below {changes}, and another prompt or its continuation does not; generate "
-        "from them apart"
-    )

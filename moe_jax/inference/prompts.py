@@ -1,16 +1,16 @@
 """What a user says as the tokens that the model reads, just as training would have shown them."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from moe_jax.config.parse import require, suggest
+from moe_jax.config.parse import require
 from moe_jax.data.chat import render
 from moe_jax.data.prompt_template import load_prompt_template
 from moe_jax.data.tokenizer import encode, encode_prompt
-from moe_jax.errors import ConfigError, DataError
+from moe_jax.errors import DataError
 
 Message = dict[str, Any]
 """A turn of a conversation: `role` and `content`."""
@@ -134,58 +134,3 @@ def _check_messages(messages: Any, where: str) -> None:
             )
     if messages[-1]["role"] == "assistant":
         raise DataError(f"{where}: ends with the assistant, which then has nothing to answer")
-
-
-def check_prompts(
-    prompts: Sequence[Prompt],
-    *,
-    max_new_tokens: int,
-    context: int,
-    vocab_size: int,
-    adapters: Collection[str],
-    switch: int | None = None,
-) -> None:
-    """Refuses, before anything is computed, what could not be continued.
-
-    Args:
-      prompts: all of them.
-      max_new_tokens: that are to follow each.
-      context: tokens that the model can read at once.
-      vocab_size: its number of embeddings.
-      adapters: the names of those that are loaded.
-      switch: see `frequency_switch`.
-
-    Raises:
-      ConfigError: an adapter is not loaded.
-      DataError: a prompt is longer than the context, alone or with what is to follow, its answer
-        would pass `switch`, or it has ids that the model lacks.
-    """
-    for prompt in prompts:
-        if prompt.adapter is not None and prompt.adapter not in adapters:
-            raise ConfigError(
-                f"{prompt.where}: adapter {prompt.adapter!r}: none of that name is loaded; "
-                f"{suggest(prompt.adapter, adapters)}"
-            )
-        length = len(prompt.tokens)
-        if length >= context:
-            raise DataError(
-                f"{prompt.where}: has {length} tokens, but the base's context holds {context}, and "
-                "the answer needs room too; shorten it"
-            )
-        if length + max_new_tokens > context:
-            raise DataError(
-                f"{prompt.where}: has {length} tokens, and with {max_new_tokens} new ones does not "
-                f"fit into the base's context of {context}; shorten it, or ask for at most "
-                f"{context - length} new tokens"
-            )
-        if switch is not None and length <= switch < length + max_new_tokens:
-            raise DataError(
-                f"{prompt.where}: has {length} tokens, and with {max_new_tokens} new ones passes "
-                f"{switch}, from which on this model's longrope changes all frequencies; ask for "
-                f"at most {switch - length} new tokens, or give a prompt beyond {switch}"
-            )
-        if prompt.tokens and max(prompt.tokens) >= vocab_size:
-            raise DataError(
-                f"{prompt.where}: holds the token id {max(prompt.tokens)}, but the base has "
-                f"embeddings for 0 to {vocab_size - 1}; use that base's own tokenizer"
-            )

@@ -23,8 +23,8 @@ from moe_jax.data.chat import end_of_turn
 from moe_jax.data.tokenizer import load_tokenizer
 from moe_jax.inference.end_tokens import end_tokens
 from moe_jax.inference.generator import Generator
-from moe_jax.inference.limits import frequency_switch
-from moe_jax.inference.prompts import Prompt, PromptEncoder, PromptFormat, check_prompts
+from moe_jax.inference.limits import check_prompts, frequency_switch
+from moe_jax.inference.prompts import Prompt, PromptEncoder, PromptFormat
 from moe_jax.inference.text import GenerationConfig, TextGenerator
 from moe_jax.sharding.mesh import make_mesh
 
@@ -55,10 +55,7 @@ class Session:
 
         Raises:
           CheckpointError: the base has no tokenizer that can be read.
-          ConfigError: an adapter is a classifier.
         """
-        for name, adapter in adapters.items():
-            require_language_model(adapter.method, name, "generate text")
         self.adapters = dict(adapters)
         self.context = base.config.max_position_embeddings
         self._switch = frequency_switch(base.config)
@@ -94,6 +91,15 @@ class Session:
         """Makes prompts for this base; errors as in `PromptEncoder`."""
         return PromptEncoder(self._tokenizer, prompt_format)
 
+    def require_language_models(self) -> None:
+        """Refuses classifiers at once, where any of the adapters may be asked for text later.
+
+        Raises:
+          ConfigError: an adapter is one.
+        """
+        for name, adapter in self.adapters.items():
+            require_language_model(adapter.method, name, "generate text")
+
     def check(self, prompts: Sequence[Prompt], config: GenerationConfig) -> None:
         """Refuses prompts that could not be answered; see `check_prompts`."""
         check_prompts(
@@ -101,7 +107,7 @@ class Session:
             max_new_tokens=config.max_new_tokens,
             context=self.context,
             vocab_size=self._base.config.vocab_size,
-            adapters=self.adapters,
+            adapters={name: one.method for name, one in self.adapters.items()},
             switch=self._switch,
         )
 

@@ -1,5 +1,7 @@
 """`moe_jax.generate` on the demo's base: as transformers, alone and side by side, drawn and not."""
 
+import dataclasses
+
 import jax
 import pytest
 import torch
@@ -7,9 +9,11 @@ import transformers
 from inference.tokenizers_to_try import DEMO_BASE
 
 import moe_jax
+from moe_jax.config.classification import ClassificationConfig
 
 PROMPTS = ["The cat", "Write the opposite.\n\nempty\n\nand more", "A"]
 LORA = moe_jax.LoraConfig(rank=2, alpha=4.0, target_modules=("q_proj", "down_proj"))
+JUDGE = dataclasses.replace(LORA, classification=ClassificationConfig(glue="cola"))
 LENGTH = 12
 
 
@@ -20,7 +24,7 @@ def base():
 
 @pytest.fixture(scope="module")
 def adapted(base):
-    model = moe_jax.AdaptedModel(base, {"mine": LORA})
+    model = moe_jax.AdaptedModel(base, {"mine": LORA, "judge": JUDGE})
     model.adapters["mine"] = jax.tree.map(lambda leaf: leaf + 0.05, model.adapters["mine"])
     return model
 
@@ -42,6 +46,12 @@ def test_the_base_answers_as_in_transformers_and_the_adapter_otherwise(greedy):
         before = tokenizer.decode(ids[0], skip_special_tokens=True)
         assert before + found == tokenizer.decode(whole, skip_special_tokens=True)
     assert greedy[0] != greedy[1]
+
+
+def test_a_classifier_beside_them_is_refused_alone(adapted, greedy):
+    assert greedy[1], "answered, with a classifier in the model"
+    with pytest.raises(moe_jax.UserError, match="adapter 'judge': is a classifier"):
+        moe_jax.generate(adapted, PROMPTS, ["mine", "judge", None], max_new_tokens=LENGTH)
 
 
 def test_a_stream_makes_up_the_same_text(adapted, greedy):
@@ -101,7 +111,7 @@ def test_conversations_need_no_flag(base, monkeypatch):
         (("",), "the prompt: is empty"),
         (("a", "mne"), "the prompt: adapter 'mne': none of that name is loaded; did you mean"),
         ((["a", "b"], ["mine"]), "adapter: 1 names for 2 prompts"),
-        (("a " * 300,), "the prompt: has .* tokens, but the base's context holds 256"),
+        (("a " * 300,), "the prompt: has .* tokens, but the context holds 256"),
     ],
 )
 def test_what_is_wrong_is_said(adapted, arguments, message):

@@ -229,7 +229,7 @@ def test_a_conversation_that_fills_the_context(scripted, monkeypatch, capsys):
         (["--prompt", "a", "--interactive"], "got --prompt and --interactive"),
         (["--prompt", ""], "--prompt: is empty"),
         (["--prompt", "a", "--prompt", " "], "--prompt 2: is empty"),
-        (["--prompt", "a " * 300], r"--prompt: has \d+ tokens, but the base's context holds 256"),
+        (["--prompt", "a " * 300], r"--prompt: has \d+ tokens, but the context holds 256"),
         (["--prompt", "a", "--max-new-tokens", "255"], "at most 25[0-9] new tokens"),
         (["--prompt", "a", "--top-p", "0.5"], "--top-p: has no effect with temperature 0"),
         (["--prompt", "a", "--temperature", "-1"], "--temperature: must be 0 "),
@@ -266,6 +266,17 @@ def test_one_line_says_what_is_wrong(scripted, capsys, arguments, message):
 def test_adapters_that_do_not_fit(scripted, adapters, capsys, name, message):
     assert generate("--prompt", "a", "--adapter", adapters / name) == 2
     assert re.search(message, capsys.readouterr().err)
+
+
+def test_a_classifier_answers_no_one_and_keeps_nobody_from_answering(
+    scripted, adapters, tmp_path, capsys
+):
+    flags = ["--adapter", adapters / "one", "--adapter", adapters / "judge"]
+    assert generate("--interactive", *flags) == 2
+    assert "adapter 'judge': is a classifier" in capsys.readouterr().err
+    assert scripted.batches == []
+    (tmp_path / "in.jsonl").write_text(json.dumps({"prompt": "a", "adapter": "one"}))
+    assert generate("--prompts", tmp_path / "in.jsonl", *flags) == 0
 
 
 def test_adapters_of_several_bases_and_none_at_all(scripted, adapters, capsys):

@@ -1,13 +1,19 @@
 """Prompts as training shows them: leading tokens, templates, conversations; and what is refused."""
 
+import dataclasses
+
 import pytest
 from inference.tokenizers_to_try import byte_level, sentence_piece
 
+import moe_jax
+from moe_jax.config.classification import ClassificationConfig
 from moe_jax.data.chat import end_of_turn
 from moe_jax.errors import UserError
-from moe_jax.inference.prompts import Prompt, PromptEncoder, PromptFormat, check_prompts
+from moe_jax.inference.limits import check_prompts
+from moe_jax.inference.prompts import Prompt, PromptEncoder, PromptFormat
 
 CHAT = byte_level()  # <s> is 0, </s> is 1, and there is a chat template
+LORA = moe_jax.LoraConfig(rank=2, alpha=4.0, target_modules=("q_proj",))
 
 
 def test_a_plain_prompt_begins_as_the_tokenizer_begins_texts():
@@ -104,22 +110,49 @@ def test_an_input_needs_a_template():
 @pytest.mark.parametrize(
     ("tokens", "adapter", "message"),
     [
-        ([1] * 20, None, "x: has 20 tokens, but the base's context holds 20, and the answer"),
+        ([1] * 20, None, "x: has 20 tokens, but the context holds 20, and the answer"),
         ([1] * 16, None, "x: has 16 tokens, and with 5 new ones .* 20; .* at most 4 new tokens"),
-        ([1, 9], None, "x: holds the token id 9, but the base has embeddings for 0 to 8"),
+        ([1, 9], None, "x: has ids from 1 to 9, but the base has embeddings for 0 to 8"),
+        ([], None, "x: has no tokens"),
+        ([1], "judge", "adapter 'judge': is a classifier .*, and cannot generate text"),
         ([1], "mne", "x: adapter 'mne': none of that name is loaded; did you mean 'mine'"),
     ],
 )
 def test_prompts_that_cannot_be_answered(tokens, adapter, message):
-    limits = dict(max_new_tokens=5, context=20, vocab_size=9, adapters=["mine"])
+    judge = dataclasses.replace(LORA, classification=ClassificationConfig(glue="cola"))
+    adapters = {"mine": LORA, "judge": judge}
+    limits = dict(max_new_tokens=5, context=20, vocab_size=9, adapters=adapters)
     check_prompts([Prompt((1,) * 15, "mine", "fits")], **limits)
     with pytest.raises(UserError, match=message):
         check_prompts([Prompt(tuple(tokens), adapter, "x")], **limits)
 
 
-def test_an_answer_does_not_pass_a_change_of_frequencies():
-    limits = dict(max_new_tokens=5, context=20, vocab_size=9, adapters=[], switch=8)
-    check_prompts([Prompt((1,) * length, None, "fits") for length in (3, 9)], **limits)
-    for length in (4, 8):
-        with pytest.raises(UserError, match=f"x: has {length} .* at most {8 - length} new tokens"):
-            check_prompts([Prompt((1,) * length, None, "x")], **limits)
+@pytest.mark.parametrize(
+    ("length", "new_tokens", "context", "ways"),
+    [
+        (4, 5, 20, ["at most 4 new tokens", "shorten it to 3 tokens", "of more than 8 tokens"]),
+        (8, 5, 20, ["shorten it to 3 tokens", "of more than 8 tokens"]),  # no new token at all
+        (4, 9, 20, ["at most 4 new tokens", "of more than 8 tokens"]),
+        (8, 5, 13, ["shorten it to 3 tokens"]),  # 9 tokens and 5 new ones would be 14
+        (8, 12, 20, ["shorten it, and ask for fewer new tokens"]),
+    ],
+)
+def test_an_answer_does_not_pass_a_change_of_frequencies(length, new_tokens, context, ways):
+    def check(tokens, new_tokens):
+        prompt = ((1,) * tokens, None, "x")
+        limits = dict(context=context, vocab_size=9, adapters={}, switch=8)
+        check_prompts([prompt], max_new_tokens=new_tokens, **limits)
+
+    with pytest.raises(UserError, match="passes 8, from which on") as refused:
+        check(length, new_tokens)
+    given = str(refused.value).split("frequencies; ")[1].split(", or ")
+    assert len(given) == len(ways)
+    for advice, way in zip(given, ways, strict=True):
+        assert way in advice
+    # What is advised is accepted.
+    if length < 8:
+        check(length, 8 - length)
+    if new_tokens < 8:
+        check(8 - new_tokens, new_tokens)
+    if any("more than" in way for way in ways):
+        check(9, new_tokens)
