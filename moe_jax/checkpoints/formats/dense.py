@@ -22,6 +22,7 @@ from moe_jax.checkpoints.base_folder import BaseFolder
 from moe_jax.checkpoints.formats.format import (
     FORMATS,
     ExportOptions,
+    NotExpressible,
     cannot,
     field_names,
     require_known,
@@ -77,17 +78,16 @@ class DenseFormat(ModelFormat):
             return
         if not isinstance(method, MixLoraConfig):
             name = METHODS.name_of(method)
-            advice = "each projection has a router of its own there; export with --to mixlora"
-            raise cannot(_FORMAT, f"method {name!r}", advice)
+            reason = "each projection has a router of its own there"
+            raise cannot(_FORMAT, f"method {name!r}", reason)
         require_known(method, _KNOWN_OF_MIXLORA, "", _FORMAT)
         if not isinstance(method.router, _MEANS):
             name = ROUTERS.name_of(method.router)
-            advice = "its output is no mean of its experts'; export with --to mixlora"
-            raise cannot(_FORMAT, f"router {name!r}", advice)
+            raise cannot(_FORMAT, f"router {name!r}", "its output is no mean of its experts'")
         if options.tokens is None:
-            raise CheckpointError(
+            raise NotExpressible(
                 "data: experts can be merged approximately only, and what that costs has to be "
-                "measured; give a file of text with --data, or export with --to mixtral"
+                "measured; give a file of text with --data"
             )
 
     def plan(

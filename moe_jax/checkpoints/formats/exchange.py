@@ -1,5 +1,6 @@
 """Adapters out to other tools, and in from them."""
 
+import contextlib
 from pathlib import Path
 from typing import Any, get_args
 
@@ -13,6 +14,7 @@ from moe_jax.checkpoints.formats.format import (
     AdapterFormat,
     ExportOptions,
     Format,
+    NotExpressible,
     Weighting,
     cannot,
 )
@@ -24,6 +26,9 @@ from moe_jax.checkpoints.resolve import resolve_checkpoint
 from moe_jax.config.model import FloatType
 from moe_jax.config.parse import suggest
 from moe_jax.errors import CheckpointError
+
+_OWN = "moe_jax"
+"""The format that takes every adapter."""
 
 _FOR_THE_CARD = 2**16
 """More bytes than a model card has."""
@@ -76,16 +81,15 @@ def export_adapter(
             raise CheckpointError(
                 f"{name}: the {to} format merges no experts and measures nothing; leave it out"
             )
-    if adapter.method.classification is not None and not chosen.classifies:
-        labels = adapter.method.classification.describe()
-        raise cannot(
-            to, f"a classifier ({labels})", "peft takes those of the method lora, and moe_jax all"
-        )
-    if base is not None and names_base(to):
-        _require_same_architecture(adapter, base)
     known_base = adapter.base.path if base is None else base
     place = str(output) if known_as is None else known_as
     options = ExportOptions(known_base, dtype, weights, tokens, data_name, place)
+    try:
+        _check(adapter, to, options)
+    except NotExpressible as error:
+        raise CheckpointError(f"{error}; {_others(adapter, to, options)}") from None
+    if base is not None and names_base(to):
+        _require_same_architecture(adapter, base)
     export = chosen.prepare(adapter, options)
     left_out, pictures = list(export.notes), pictures_of(adapter)
     beside = _FOR_THE_CARD + sum(map(len, pictures.values()))
@@ -96,6 +100,30 @@ def export_adapter(
         for file, picture in pictures.items():
             (folder / file).write_bytes(picture)
     return export.notes
+
+
+def _check(adapter: SavedAdapter, to: str, options: ExportOptions) -> None:
+    """Refuses what a format cannot express; see `Format.check`."""
+    chosen: Format = FORMATS[to]()
+    classification = adapter.method.classification
+    if classification is not None and not chosen.classifies:
+        raise cannot(to, f"a classifier ({classification.describe()})", "it has no score heads")
+    chosen.check(adapter, options)
+
+
+def _others(adapter: SavedAdapter, to: str, options: ExportOptions) -> str:
+    """Which formats take an adapter that `to` does not."""
+    # What they would be given by default, and a text to measure on where they ask for one.
+    usual = options._replace(dtype="float32", weights=None, tokens=np.zeros((1, 1), np.int32))
+    takers = []
+    for name in FORMATS:
+        with contextlib.suppress(NotExpressible):
+            _check(adapter, name, usual)
+            takers.append(name)
+    other_tools = [f"--to {name}" for name in takers if name not in (to, _OWN)]
+    if not other_tools:
+        return f"only --to {_OWN} takes it"
+    return f"{' and '.join(other_tools)} take{'' if other_tools[1:] else 's'} it"
 
 
 def _require_same_architecture(adapter: SavedAdapter, base: str) -> None:

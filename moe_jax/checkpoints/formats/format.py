@@ -37,9 +37,13 @@ FORMATS = Registry("format")
 """The formats by the name that `moe-jax export --to NAME` gives."""
 
 
-def cannot(format_name: str, feature: str, advice: str) -> CheckpointError:
+class NotExpressible(CheckpointError):
+    """An adapter is nothing for a format; `exchange.export_adapter` adds which ones it is for."""
+
+
+def cannot(format_name: str, feature: str, reason: str) -> NotExpressible:
     """The error for an adapter that a format cannot express."""
-    return CheckpointError(f"the {format_name} format cannot express {feature}; {advice}")
+    return NotExpressible(f"the {format_name} format cannot express {feature}; {reason}")
 
 
 def field_names(cls: Any) -> tuple[str, ...]:
@@ -148,12 +152,24 @@ class Format(abc.ABC):
         return ""
 
     @abc.abstractmethod
-    def prepare(self, adapter: SavedAdapter, options: ExportOptions) -> Export:
-        """Finds everything that stands in the way of an export.
+    def check(self, adapter: SavedAdapter, options: ExportOptions) -> None:
+        """Refuses an adapter that the format cannot express, before any file is read.
 
         Raises:
-          CheckpointError: the format cannot express the adapter; the message names the feature and
-            says what to do about it.
+          NotExpressible: it cannot; the message names the feature and says why.
+          CheckpointError: an option is of no use.
+        """
+
+    @abc.abstractmethod
+    def prepare(self, adapter: SavedAdapter, options: ExportOptions) -> Export:
+        """Finds everything else that stands in the way of an export.
+
+        Args:
+          adapter: passed `check`.
+          options: of the export.
+
+        Raises:
+          CheckpointError: something does; the message says what to do about it.
         """
 
 
@@ -173,7 +189,7 @@ class AdapterFormat(Format):
         """The configuration that is written, with its `peft_type`, and notes; see `Export.notes`.
 
         Raises:
-          CheckpointError: as in `prepare`.
+          NotExpressible: as in `check`.
         """
 
     @abc.abstractmethod
@@ -192,9 +208,12 @@ class AdapterFormat(Format):
           CheckpointError, ConfigError: a field is missing or asks for what is not supported.
         """
 
+    def check(self, adapter: SavedAdapter, options: ExportOptions) -> None:
+        self.config_of(adapter, options.base)
+        _require_own_projections(adapter)
+
     def prepare(self, adapter: SavedAdapter, options: ExportOptions) -> Export:
         config, notes = self.config_of(adapter, options.base)
-        _require_own_projections(adapter)
         leaves = expected_leaves(adapter.model, adapter.method)
         require_same_leaves(leaf_specs(adapter.tree), leaves, "its weights")
         values = {path: np.asarray(leaf) for path, leaf in named_leaves(adapter.tree).items()}
@@ -254,7 +273,7 @@ def _require_own_projections(adapter: SavedAdapter) -> None:
         *_, target, name = leaf.path
         module = leaf.keys[0].split(".")[-2]
         if name == "kernel" and target in adapter.method.target_modules and module != target:
-            raise CheckpointError(
+            raise NotExpressible(
                 f"target_modules: {target!r} is no module of a {adapter.model.model_type} in other "
                 f"tools, but a part of {module}; leave it out in training"
             )

@@ -124,7 +124,7 @@ def _pair(pairs: LowRankConfig) -> dict[str, Any]:
         raise cannot(
             _FORMAT,
             "DoRA (dora True)",
-            "MoE-PEFT does not save magnitudes; without experts, export with --to peft",
+            "MoE-PEFT does not save magnitudes",
         )
     if not float(pairs.alpha).is_integer():
         raise cannot(

@@ -95,16 +95,14 @@ class MixtralFormat(ModelFormat):
             raise cannot(
                 _FORMAT,
                 f"method {name!r}",
-                "its experts are whole FFNs behind one router, as MixLoRA has them; "
-                + ("merge it with --to llama" if name == "lora" else "export with --to mixlora"),
+                "its experts are whole FFNs behind one router, as MixLoRA has them",
             )
         require_known(method, _KNOWN, "", _FORMAT)
         if not isinstance(method.router, TopKRouter):
             raise cannot(
                 _FORMAT,
                 f"router {ROUTERS.name_of(method.router)!r}",
-                "it has top_k alone; train with that, or export with --to mixlora (top_p, switch) "
-                "or --to llama (top_p, soft)",
+                "it has top_k alone",
             )
         require_known(method.router, _KNOWN_OF_ROUTER, "router.", _FORMAT)
         _check_model(adapter.model)
@@ -129,16 +127,14 @@ def _check_model(model: ModelConfig) -> None:
         raise cannot(
             _FORMAT,
             f"a base of type {kind!r}",
-            f"only {', '.join(_NAMES)} have a mixture of experts that is equal but for its FFN; "
-            f"export with --to mixlora",
+            f"only {', '.join(_NAMES)} have a mixture of experts that is equal but for its FFN",
         )
-    advice = "export with --to mixlora"
     if model.mlp_bias:
-        raise cannot(_FORMAT, "a base with mlp_bias", f"its experts have no biases; {advice}")
+        raise cannot(_FORMAT, "a base with mlp_bias", "its experts have no biases")
     if model.attention_bias and kind != "qwen3":
-        raise cannot(_FORMAT, "a base with attention_bias", f"Mixtral has no biases; {advice}")
+        raise cannot(_FORMAT, "a base with attention_bias", "Mixtral has no biases")
     if len(set(model.sliding_layers)) > 1:
-        raise cannot(_FORMAT, "layer_types that differ", f"its layers are all alike; {advice}")
+        raise cannot(_FORMAT, "layer_types that differ", "its layers are all alike")
 
 
 def _config(model: ModelConfig, method: MixLoraConfig) -> dict[str, Any]:

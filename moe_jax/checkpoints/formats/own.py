@@ -20,11 +20,13 @@ class OwnFormat(Format):
     library = "moe_jax"
     classifies = True
 
-    def prepare(self, adapter: SavedAdapter, options: ExportOptions) -> Export:
+    def check(self, adapter: SavedAdapter, options: ExportOptions) -> None:
         if options.dtype != "float32":
             raise CheckpointError(
                 "dtype: the moe_jax format keeps the weights as they are; leave it out"
             )
+
+    def prepare(self, adapter: SavedAdapter, options: ExportOptions) -> Export:
         record = adapter.training
         known = adapter._replace(
             base=adapter.base._replace(path=options.base),

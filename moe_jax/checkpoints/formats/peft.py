@@ -76,8 +76,7 @@ class PeftFormat(AdapterFormat):
         method = adapter.method
         if not isinstance(method, LoraConfig):
             name = METHODS.name_of(method)
-            advice = "PEFT has no experts behind routers; export with --to mixlora"
-            raise cannot("peft", f"method {name!r}", advice)
+            raise cannot("peft", f"method {name!r}", "PEFT has no experts behind routers")
         known = (*field_names(LowRankConfig), "target_modules", "classification")
         require_known(method, known, "", "peft")
         alpha = method.alpha

@@ -85,14 +85,6 @@ class ModelFormat(Format):
         )
 
     @abc.abstractmethod
-    def check(self, adapter: SavedAdapter, options: ExportOptions) -> None:
-        """Refuses what the format cannot express, before any file is read.
-
-        Raises:
-          CheckpointError: as in `Format.prepare`.
-        """
-
-    @abc.abstractmethod
     def plan(
         self,
         adapter: SavedAdapter,
@@ -113,7 +105,6 @@ class ModelFormat(Format):
         """
 
     def prepare(self, adapter: SavedAdapter, options: ExportOptions) -> Export:
-        self.check(adapter, options)
         base = find_base(adapter, options.base)
         stated = json.loads((base.folder / _CONFIG).read_text(encoding="utf-8"))
         plan = self.plan(adapter, base, stated, options)

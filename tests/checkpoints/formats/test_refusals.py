@@ -33,7 +33,7 @@ def refusal(function, *arguments, **keywords):
     [
         ("peft", MIXLORA, "cannot express method 'mixlora'; PEFT has no experts behind routers; "),
         ("peft", MOLA, "cannot express method 'mola'"),
-        ("peft", LORAMOE, "export with --to mixlora"),
+        ("peft", LORAMOE, "no experts behind routers; --to mixlora takes it"),
         ("mixlora", {**LORA, "dora": True}, "cannot express DoRA (dora True); MoE-PEFT does not"),
         ("mixlora", {**MIXLORA, "dora": True}, "cannot express DoRA"),
         ("mixlora", {**MIXLORA, "expert_lora": {"dora": True}}, "cannot express DoRA"),

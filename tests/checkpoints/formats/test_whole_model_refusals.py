@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import re
 import shutil
 from types import SimpleNamespace
 
@@ -28,9 +29,15 @@ def refusal(*arguments, **keywords):
     ("to", "method", "changes", "words"),
     [
         ("mixtral", LORA, {}, "cannot express method 'lora'; its experts are whole FFNs behind"),
-        ("mixtral", LORA, {}, "merge it with --to llama"),
-        ("mixtral", LORAMOE, {}, "as MixLoRA has them; export with --to mixlora"),
-        ("mixtral", {**MIXLORA, "router": TOP_P}, {}, "router 'top_p'; it has top_k alone; train"),
+        (
+            "mixtral",
+            LORA,
+            {},
+            "as MixLoRA has them; --to llama and --to mixlora and --to peft take",
+        ),
+        ("mixtral", LORAMOE, {}, "as MixLoRA has them; --to mixlora takes it"),
+        ("mixtral", {**LORAMOE, "dora": True}, {}, "as MixLoRA has them; only --to moe_jax takes"),
+        ("mixtral", {**MIXLORA, "router": TOP_P}, {}, "router 'top_p'; it has top_k alone; --to "),
         ("mixtral", MIXLORA, {"model_type": "gemma2"}, "a base of type 'gemma2'; only llama, mis"),
         ("mixtral", MIXLORA, {"mlp_bias": True}, "a base with mlp_bias; its experts have no bias"),
         ("mixtral", MIXLORA, {"attention_bias": True}, "a base with attention_bias; Mixtral has"),
@@ -45,8 +52,16 @@ def refusal(*arguments, **keywords):
             "layer_types that differ; its layers are all alike",
         ),
         ("llama", LORAMOE, {}, "method 'loramoe'; each projection has a router of its own there"),
+        (
+            "mixtral",
+            {**MIXLORA, "dora": True},
+            {"mlp_bias": True},
+            "no biases; --to llama takes it",
+        ),
         ("llama", {**MIXLORA, "router": SWITCH}, {}, "router 'switch'; its output is no mean of"),
         ("llama", MIXLORA, {}, "data: experts can be merged approximately only, and what that"),
+        ("llama", MIXLORA, {}, "with --data; --to mixlora and --to mixtral take it"),
+        ("llama", {**MIXLORA, "router": TOP_P}, {}, "with --data; --to mixlora takes it"),
     ],
 )
 def test_what_cannot_be_one_model(tiny, tmp_path, to, method, changes, words):
@@ -54,6 +69,25 @@ def test_what_cannot_be_one_model(tiny, tmp_path, to, method, changes, words):
     message = refusal(random_adapter(method, model, str(tiny.folder)), to, tmp_path / "out")
     assert words in message
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("to", "method", "advised"),
+    [
+        ("mixlora", {**MIXLORA, "dora": True}, ["llama", "mixtral"]),
+        ("mixlora", {**LORA, "dora": True}, ["llama", "peft"]),
+        ("peft", MIXLORA, ["llama", "mixlora", "mixtral"]),
+        ("mixlora", {**LORAMOE, "dora": True}, ["moe_jax"]),
+    ],
+)
+def test_formats_that_are_advised_take_the_adapter(mixture, tmp_path, to, method, advised):
+    base, _, _, _ = mixture
+    adapter = adapter_of(base, method)
+    message = refusal(adapter, to, tmp_path / "out")
+    assert re.findall(r"--to (\w+)", message) == advised
+    for name in advised:
+        if name != "llama" or method["name"] == "lora":  # which else measures, as others test
+            moe_jax.export_adapter(adapter, name, tmp_path / name)
 
 
 def test_options_without_a_use(tiny, mixture, tmp_path):
