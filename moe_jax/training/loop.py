@@ -24,7 +24,7 @@ from moe_jax.training.on_tasks import (
     asks_for_tasks,
 )
 from moe_jax.training.phases import phase_after, phases_of
-from moe_jax.training.plots import draw_run
+from moe_jax.training.plots import draw_run, loss_unit
 from moe_jax.training.program import build_program
 from moe_jax.training.progress import ProgressBar, say
 from moe_jax.training.recorder import Recorder
@@ -176,7 +176,8 @@ def train(
                 return dataclasses.replace(result, interrupted_by=interrupts.received)
             _tabulate(work, result, say)
             if is_main_process():
-                for file in draw_run(work.folder / METRICS_FILE, work.folder):
+                units = {name: loss_unit(own.method) for name, own in config.adapters.items()}
+                for file in draw_run(work.folder / METRICS_FILE, work.folder, units):
                     say(f"drew {file}")
             if evaluator is None:
                 return result

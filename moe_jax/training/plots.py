@@ -2,13 +2,14 @@
 
 import io
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 
+from moe_jax.adapters.method import AdapterMethod
 from moe_jax.adapters.sites import expert_name
 from moe_jax.training.routing import row_places
 
@@ -16,20 +17,35 @@ _READABLE_ROWS = 40
 """Rows of an expert map up to which they are drawn large."""
 
 
+PER_TOKEN = "nats per target token"
+"""The unit of a language model's loss."""
+
 Series = dict[str, list[tuple[int, float]]]
 """Losses by name, each a list of steps and values."""
 
 
-def loss_curves(metrics: Path) -> Figure:
+def loss_unit(method: AdapterMethod) -> str:
+    """In what the loss of an adapter is measured."""
+    if method.classification is None:
+        return PER_TOKEN
+    return "squared error" if method.classification.regression else "nats per row"
+
+
+def loss_curves(metrics: Path, units: Mapping[str, str] | None = None) -> Figure:
     """The training and validation losses over the steps, from a run's `metrics.jsonl`.
 
     Of one adapter, each loss is a line. Of several, each adapter has a colour, its training loss a
     solid line and the mean of its validation losses a dashed one.
+
+    Args:
+      metrics: the file.
+      units: of each adapter's losses, as `loss_unit` has them; others are in nats per target token.
+        Each unit has axes of its own.
     """
-    return _loss_curves(_lines(metrics))
+    return _loss_curves(_lines(metrics), units or {})
 
 
-def _loss_curves(lines: Iterable[dict[str, Any]]) -> Figure:
+def _loss_curves(lines: Iterable[dict[str, Any]], units: Mapping[str, str]) -> Figure:
     training, validation = Series(), dict[str, Series]()
     for line in lines:
         for name, value in line.items():
@@ -42,11 +58,14 @@ def _loss_curves(lines: Iterable[dict[str, Any]]) -> Figure:
             else:
                 training.setdefault("/".join(parts[:-1]), []).append(point)
     several = len(training) > 1
-    figure = Figure(figsize=(11 if several else 8, max(5, 0.25 * len(training))))
-    figure.set_layout_engine("constrained")
-    axes = figure.subplots()
+    unit_of = {adapter: units.get(adapter, PER_TOKEN) for adapter in training}
+    panels = list(dict.fromkeys(unit_of.values())) or [PER_TOKEN]
+    height = max(5, 3.5 * len(panels), 0.25 * len(training))
+    figure = Figure(figsize=(11 if several else 8, height), layout="constrained")
+    stacked = figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0]
+    axes_of = dict(zip(panels, stacked, strict=True))
     for number, (adapter, points) in enumerate(training.items()):
-        colour = f"C{number % 10}"
+        colour, axes = f"C{number % 10}", axes_of[unit_of[adapter]]
         sets = validation.get(adapter, {})
         label = adapter if several else f"training/{adapter}"
         axes.plot(*zip(*points, strict=True), label=label, color=colour if several else None)
@@ -59,14 +78,17 @@ def _loss_curves(lines: Iterable[dict[str, Any]]) -> Figure:
             label = f"validation/{adapter}/{data_set}"
             axes.plot(*zip(*measured, strict=True), label=label, marker="o", linestyle="--")
     title = "Loss in training (solid), and its mean in validation (dashed)" if several else "Loss"
-    axes.set(xlabel="step", ylabel="loss (nats per target token)", title=title)
-    # The untrained base is often ten times worse than what follows and would flatten it.
-    axes.set_yscale("log")
-    axes.grid(alpha=0.3)
+    stacked[0].set_title(title)
+    stacked[-1].set_xlabel("step")
+    for unit, axes in axes_of.items():
+        axes.set_ylabel(f"loss ({unit})")
+        # The untrained base is often ten times worse than what follows and would flatten it.
+        axes.set_yscale("log")
+        axes.grid(alpha=0.3)
     if several:
         figure.legend(fontsize="small", loc="outside right upper")
     elif training:
-        axes.legend(fontsize="small")
+        stacked[0].legend(fontsize="small")
     return figure
 
 
@@ -83,17 +105,18 @@ def _lines(metrics: Path) -> Iterator[dict[str, Any]]:
         yield json.loads(text)
 
 
-def draw_run(metrics: Path, folder: Path) -> list[Path]:
+def draw_run(metrics: Path, folder: Path, units: Mapping[str, str] | None = None) -> list[Path]:
     """Draws a run's losses, and the expert loads of its last line of metrics, into `folder`.
 
     Args:
       metrics: the run's `metrics.jsonl`.
       folder: gets `loss.png`, and `experts_NAME.png` for each adapter that routes.
+      units: of the losses; see `loss_curves`.
 
     Returns:
       The files that were written.
     """
-    figures = {"loss.png": loss_curves(metrics)}
+    figures = {"loss.png": loss_curves(metrics, units)}
     for adapter, figure in _expert_maps(_lines(metrics)).items():
         figures[f"experts_{adapter}.png"] = figure
     for name, figure in figures.items():
@@ -101,19 +124,20 @@ def draw_run(metrics: Path, folder: Path) -> list[Path]:
     return [folder / name for name in figures]
 
 
-def adapter_pictures(metrics: Path, adapter: str) -> dict[str, bytes]:
+def adapter_pictures(metrics: Path, adapter: str, unit: str = PER_TOKEN) -> dict[str, bytes]:
     """The pictures of one adapter of a run, PNG by file name: `loss.png`, and `experts.png`.
 
     Args:
       metrics: the run's `metrics.jsonl`.
       adapter: its name; `experts.png` is there if it routes.
+      unit: of its losses; see `loss_unit`.
     """
     own = (f"{adapter}/", f"validation/{adapter}/")
     lines = [
         {k: v for k, v in line.items() if k == "step" or k.startswith(own)}
         for line in _lines(metrics)
     ]
-    figures = {"loss.png": _loss_curves(lines)}
+    figures = {"loss.png": _loss_curves(lines, {adapter: unit})}
     for figure in _expert_maps(lines).values():  # one at most
         figures["experts.png"] = figure
     pictures = {}

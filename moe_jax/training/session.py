@@ -17,7 +17,7 @@ from moe_jax.training.interrupts import Interrupts
 from moe_jax.training.metrics import METRICS_FILE
 from moe_jax.training.on_tasks import Evaluator, Stopped
 from moe_jax.training.phases import Phase, phase_after, phases_of
-from moe_jax.training.plots import adapter_pictures
+from moe_jax.training.plots import adapter_pictures, loss_unit
 from moe_jax.training.program import Program
 from moe_jax.training.record import training_record
 from moe_jax.training.recorder import Recorder
@@ -139,7 +139,8 @@ class Session:
         with self.recorder.paused():
             pictures: dict[str, bytes] = {}
             if is_main_process():
-                pictures = adapter_pictures(self.work.folder / METRICS_FILE, name)
+                unit = loss_unit(self.config.adapters[name].method)
+                pictures = adapter_pictures(self.work.folder / METRICS_FILE, name, unit)
                 # Before the final folder, without which the run counts as not finished.
                 if name in self.progress.best:
                     add_pictures(best, pictures)

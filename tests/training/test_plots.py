@@ -1,9 +1,12 @@
+import dataclasses
 import json
 import math
 
 import numpy as np
 
-from moe_jax.training.plots import draw_run, expert_map, loss_curves
+from moe_jax.adapters.lora import LoraConfig
+from moe_jax.config.classification import ClassificationConfig
+from moe_jax.training.plots import draw_run, expert_map, loss_curves, loss_unit
 
 
 def test_each_loss_is_a_line(tmp_path):
@@ -39,6 +42,28 @@ def test_several_adapters_have_a_colour_each(tmp_path):
     assert y.get_xydata().tolist() == [[10, 4.0], [20, 3.0]]
     assert x.get_color() == x_mean.get_color() != y.get_color()
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["x", "y"]
+
+
+def test_each_unit_has_axes_of_its_own(tmp_path):
+    low_rank = LoraConfig(rank=2, alpha=4.0, target_modules=("q_proj",))
+    labels, number = (
+        dataclasses.replace(low_rank, classification=ClassificationConfig(glue=name))
+        for name in ("cola", "stsb")
+    )
+    methods = {"x": low_rank, "cola": labels, "stsb": number, "y": low_rank}
+    units = {name: loss_unit(method) for name, method in methods.items()}
+    file = tmp_path / "metrics.jsonl"
+    losses = {f"{name}/loss": 2.0 for name in methods}
+    file.write_text(json.dumps({"step": 10, **losses}) + "\n")
+    figure = loss_curves(file, units)
+    assert {
+        axes.get_ylabel(): [line.get_label() for line in axes.lines] for axes in figure.axes
+    } == {
+        "loss (nats per target token)": ["x", "y"],
+        "loss (nats per row)": ["cola"],
+        "loss (squared error)": ["stsb"],
+    }
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["x", "y", "cola", "stsb"]
 
 
 def test_map_shows_load_relative_to_an_equal_share(tmp_path):
