@@ -5,6 +5,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from moe_jax.layers.blocked_attention import BLOCK, BlockSettings, blocked_attention
 from moe_jax.layers.kv_cache import CachePlace
 from moe_jax.layers.soft_cap import soft_cap
 
@@ -27,57 +28,86 @@ def causal_attention(
     key: jax.Array,
     value: jax.Array,
     *,
-    mask: jax.Array | None,
+    segment_ids: jax.Array | None,
     implementation: Literal["xla", "cudnn"],
     scale: float | None = None,
-    window: int | jax.Array | None = None,
+    window: int | None = None,
+    slides: jax.Array | None = None,
     softcap: float | None = None,
 ) -> jax.Array:
     """Softmax attention (arXiv:1706.03762, eq. 1) with grouped heads (arXiv:2305.13245).
+
+    Rows longer than `BLOCK` take memory linear in their length, see
+    `moe_jax.layers.blocked_attention`. The fused kernel does too, but where `segment_ids` are
+    given: these it gets as a bias in half precision, [B, 1, S, S].
 
     Args:
       query: [B, S, H, Q].
       key: [B, S, K, Q]; each of the K heads serves H / K query heads.
       value: [B, S, K, Q].
-      mask: bool [B, 1, S, S] on top of causality, or None.
+      segment_ids: int [B, S], see `attention_mask`. None: rows are single sequences without padding
+        on the left; what is padding on their right no real position sees anyway.
       implementation: see `ComputeConfig.attention`. The softmax is float32 in both.
       scale: factor of the scores; by default 1 / sqrt(Q).
-      window: how many positions, its own included, each position sees (arXiv:2004.05150, 3.1); an
-        array [] where that is known only while the program runs. None is all before it.
+      window: how many positions, its own included, each position sees (arXiv:2004.05150, 3.1).
+        None is all before it.
+      slides: bool [], whether the window holds, where that is known only while the program runs.
+        None: it does.
       softcap: bound of the scaled scores, see `soft_cap`; `xla` only.
 
     Returns:
       [B, S, H, Q] in the type of `query`.
     """
     factor = query.shape[-1] ** -0.5 if scale is None else scale
-    if isinstance(window, int) and window >= query.shape[1]:
+    if window is not None and window >= query.shape[1]:
         window = None
-    if implementation == "xla":
-        return _einsum_attention(query, key, value, mask, factor, window, softcap)
-    if softcap is not None:
-        raise ValueError("'cudnn' cannot cap attention scores; use 'xla'")
-    local_window_size = None
-    if isinstance(window, int):  # the kernel skips what is beyond it
-        local_window_size = (window - 1, 0)
-    elif window is not None:
-        within = _within_window(query.shape[1], window)[None, None]
-        mask = within if mask is None else mask & within
-    return jax.nn.dot_product_attention(
-        query,
-        key,
-        value,
-        mask=mask,
-        scale=factor,
-        is_causal=True,
-        local_window_size=local_window_size,
-        implementation="cudnn",
-    )
+    if implementation == "cudnn":
+        if softcap is not None:
+            raise ValueError("'cudnn' cannot cap attention scores; use 'xla'")
+        return _fused_attention(query, key, value, segment_ids, factor, window, slides)
+    if query.shape[1] > BLOCK:
+        settings = BlockSettings(factor, softcap, window, BLOCK)
+        return blocked_attention(settings, query, key, value, segment_ids, slides)
+    mask = None if segment_ids is None else attention_mask(segment_ids)
+    return _einsum_attention(query, key, value, mask, factor, window, slides, softcap)
 
 
-def _within_window(length: int, window: int | jax.Array) -> jax.Array:
-    """Bool [S, S], query by key: true where the key is fewer than `window` positions back."""
-    index = jnp.arange(length)
-    return index[:, None] - index[None, :] < window
+def _fused_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    segment_ids: jax.Array | None,
+    scale: float,
+    window: int | None,
+    slides: jax.Array | None,
+) -> jax.Array:
+    # A bias is what jax's public interface has for segments, in 0.10 as in 0.12. The kernel's own
+    # layout of packed rows is behind private functions, which need a Hopper GPU and, with grouped
+    # heads, read wrong keys (jax issue 39521, mended after 0.10).
+    mask = None if segment_ids is None else attention_mask(segment_ids)
+
+    def kernel(window: int | None) -> jax.Array:
+        return jax.nn.dot_product_attention(
+            query,
+            key,
+            value,
+            mask=mask,
+            scale=scale,
+            is_causal=True,
+            local_window_size=None if window is None else (window - 1, 0),
+            implementation="cudnn",
+        )
+
+    if slides is None or window is None:
+        return kernel(window)
+    # The kernel leaves out what is beyond a window that it is told of, but not what a mask hides.
+    return jax.lax.cond(slides, lambda: kernel(window), lambda: kernel(None))
+
+
+def _within_window(distance: jax.Array, window: int, slides: jax.Array | None) -> jax.Array:
+    """Bool like `distance`, which is how far back keys are: whether a window reaches them."""
+    within = distance < window
+    return within if slides is None else within | ~slides
 
 
 def _einsum_attention(
@@ -86,7 +116,8 @@ def _einsum_attention(
     value: jax.Array,
     mask: jax.Array | None,
     scale: float,
-    window: int | jax.Array | None,
+    window: int | None,
+    slides: jax.Array | None,
     softcap: float | None,
 ) -> jax.Array:
     # Not `jax.nn.dot_product_attention`: its XLA path has no float16 on CPU (jax 0.10).
@@ -97,9 +128,11 @@ def _einsum_attention(
     scores = scores * scale
     if softcap is not None:
         scores = soft_cap(scores, softcap)
-    allowed = jnp.tril(jnp.ones((length, length), bool))
+    index = jnp.arange(length)
+    distance = index[:, None] - index[None, :]
+    allowed = distance >= 0
     if window is not None:
-        allowed = allowed & _within_window(length, window)
+        allowed = allowed & _within_window(distance, window, slides)
     if mask is not None:
         allowed = allowed & mask[:, :, None]
     scores = jnp.where(allowed, scores, jnp.finfo(jnp.float32).min)
@@ -117,10 +150,14 @@ def cached_attention(
     place: CachePlace,
     *,
     scale: float,
-    window: int | jax.Array | None = None,
+    window: int | None = None,
+    slides: jax.Array | None = None,
     softcap: float | None = None,
 ) -> jax.Array:
     """The same for tokens that follow others, whose keys and values are in a cache.
+
+    Its scores are [B, H, S, M + S]: it is meant for the few tokens of a step of decoding. A prompt
+    of any length goes through `causal_attention`, which fills the cache.
 
     Args:
       query: [B, S, H, Q], of the new tokens.
@@ -130,7 +167,7 @@ def cached_attention(
       cached_value: [B, K, M, Q].
       place: where the new tokens stand.
       scale: factor of the scores.
-      window: as in `causal_attention`.
+      window, slides: as in `causal_attention`.
       softcap: as in `causal_attention`.
 
     Returns:
@@ -147,11 +184,13 @@ def cached_attention(
     slot = jnp.arange(slots)
     before = (slot < place.slot) & (slot >= place.start[:, None])
     before = before[:, None, None, None, :]  # [B, K, G, S, M], as the scores
-    among = jnp.tril(jnp.ones((length, length), bool))
+    new = jnp.arange(length)
+    distance = new[:, None] - new[None, :]
+    among = distance >= 0
     if window is not None:
-        own = place.slot + jnp.arange(length)
-        before = before & (own[:, None] - slot[None, :] < window)
-        among = among & _within_window(length, window)
+        back = place.slot + new[:, None] - slot[None, :]
+        before = before & _within_window(back, window, slides)
+        among = among & _within_window(distance, window, slides)
     lowest = jnp.finfo(jnp.float32).min
     both = [
         jnp.where(before, scores("bskgq,bktq->bkgst", cached_key), lowest),

@@ -15,7 +15,7 @@ from moe_jax.adapters.sites import MOE, module_name
 from moe_jax.adapters.targets import MLP_MODULES
 from moe_jax.config.model import ComputeConfig, ModelConfig
 from moe_jax.layers.activation import ACTIVATIONS
-from moe_jax.layers.attention import attention_mask, cached_attention, causal_attention
+from moe_jax.layers.attention import cached_attention, causal_attention
 from moe_jax.layers.kv_cache import CachePlace, extend_cache, fill_cache
 from moe_jax.layers.norm import RMSNorm
 from moe_jax.layers.rope import apply_rope
@@ -121,26 +121,24 @@ class SelfAttention(nn.Module):
     ) -> jax.Array:
         config, cache_length = self.settings.config, self.settings.cache_length
         scale = (config.query_pre_attn_scalar or config.head_dim) ** -0.5
-        window, softcap = _window(config, layer_index), config.attn_logit_softcapping
+        options = {
+            "scale": scale,
+            "window": config.sliding_window,
+            "slides": _slides(config, layer_index),
+            "softcap": config.attn_logit_softcapping,
+        }
         if context.place is not None:
             before = extend_cache(self, key, value)
-            return cached_attention(
-                *(query, key, value, *before, context.place),
-                scale=scale,
-                window=window,
-                softcap=softcap,
-            )
+            return cached_attention(query, key, value, *before, context.place, **options)
         if cache_length is not None:
             fill_cache(self, key, value, cache_length)
         return causal_attention(
             query,
             key,
             value,
-            mask=None if context.segment_ids is None else attention_mask(context.segment_ids),
+            segment_ids=context.segment_ids,
             implementation=self.settings.compute.attention,
-            scale=scale,
-            window=window,
-            softcap=softcap,
+            **options,
         )
 
 
@@ -267,12 +265,10 @@ def _rotary_tables(
     return context.cos[table], context.sin[table]
 
 
-def _window(config: ModelConfig, layer_index: jax.Array) -> int | jax.Array | None:
-    """How many positions a token of this layer sees; an array [] where layers differ."""
-    window, slides = config.sliding_window, config.sliding_layers
-    if window is None or all(slides):
-        return window
-    return jnp.where(jnp.asarray(slides)[layer_index], window, jnp.iinfo(jnp.int32).max)
+def _slides(config: ModelConfig, layer_index: jax.Array) -> jax.Array | None:
+    """Whether the window holds in this layer, bool []; None where all layers are alike."""
+    slides = config.sliding_layers
+    return None if len(set(slides)) == 1 else jnp.asarray(slides)[layer_index]
 
 
 def _norm(settings: LayerSettings, name: str) -> RMSNorm:

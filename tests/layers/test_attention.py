@@ -25,8 +25,8 @@ SEGMENTS = np.array(
 
 
 @jax.jit
-def attend(query, key, value, mask=None):
-    return causal_attention(query, key, value, mask=mask, implementation="xla")
+def attend(query, key, value, segment_ids=None):
+    return causal_attention(query, key, value, segment_ids=segment_ids, implementation="xla")
 
 
 def _inputs(heads, kv_heads, width=8, dtype=np.float32):
@@ -52,8 +52,7 @@ def test_equals_pytorch(heads, kv_heads, masked):
     causal = np.tril(np.ones((6, 6), bool))[None, None]
     same = SEGMENTS[:, None, :, None] == SEGMENTS[:, None, None, :]
     expected = _torch_attention(*inputs, causal & same if masked else causal)
-    mask = attention_mask(jnp.asarray(SEGMENTS)) if masked else None
-    ours = attend(*inputs, mask)
+    ours = attend(*inputs, SEGMENTS if masked else None)
     np.testing.assert_allclose(ours, expected, **ROUNDING)
 
 
@@ -89,54 +88,32 @@ def _by_hand(query, key, value, mask, *, window, scale, softcap):
 @pytest.mark.parametrize(("scale", "softcap"), [(0.9, 1.5), (0.2, None)])
 def test_window_scale_and_cap_by_hand(window, scale, softcap):
     inputs = _inputs(4, 2)
-    mask = attention_mask(jnp.asarray(SEGMENTS))
-    expected = _by_hand(*inputs, np.asarray(mask), window=window, scale=scale, softcap=softcap)
+    mask = np.asarray(attention_mask(jnp.asarray(SEGMENTS)))
 
     @jax.jit
-    def ours(window):
+    def ours(slides=None):
         return causal_attention(
-            *inputs, mask=mask, implementation="xla", scale=scale, window=window, softcap=softcap
+            *inputs,
+            segment_ids=SEGMENTS,
+            implementation="xla",
+            scale=scale,
+            window=window,
+            slides=slides,
+            softcap=softcap,
         )
 
-    np.testing.assert_allclose(ours(window), expected, **ROUNDING)  # known while it runs only
-    static = causal_attention(
-        *inputs, mask=mask, implementation="xla", scale=scale, window=window, softcap=softcap
-    )
-    np.testing.assert_allclose(static, expected, **ROUNDING)
-
-
-@pytest.mark.parametrize("segments", [False, True])
-@pytest.mark.parametrize("traced", [False, True])
-def test_what_the_fused_kernel_is_asked_for(traced, segments, monkeypatch):
-    # The kernel needs a GPU; jax's own path for CPUs takes the same arguments.
-    reference, asked = jax.nn.dot_product_attention, {}
-
-    def kernel(*args, **kwargs):
-        asked.update(kwargs)
-        return reference(*args, **kwargs | {"implementation": "xla"})
-
-    monkeypatch.setattr(jax.nn, "dot_product_attention", kernel)
-    inputs = [jnp.asarray(x) for x in _inputs(4, 2)]
-    mask = attention_mask(jnp.asarray(SEGMENTS)) if segments else None
-    window = jnp.int32(3) if traced else 3
-
-    def attention(implementation):
-        return causal_attention(
-            *inputs, mask=mask, implementation=implementation, scale=0.3, window=window
-        )
-
-    np.testing.assert_allclose(attention("cudnn"), attention("xla"), **ROUNDING)
-    assert asked["implementation"] == "cudnn" and asked["is_causal"]
-    assert asked["local_window_size"] == (None if traced else (2, 0))
-    assert (asked["mask"] is None) == (not traced and not segments)
-    with pytest.raises(ValueError, match="cannot cap"):
-        causal_attention(*inputs, mask=mask, implementation="cudnn", softcap=2.0)
+    options = {"scale": scale, "softcap": softcap}
+    windowed = _by_hand(*inputs, mask, window=window, **options)
+    np.testing.assert_allclose(ours(), windowed, **ROUNDING)
+    np.testing.assert_allclose(ours(True), windowed, **ROUNDING)  # known while it runs only
+    everything = _by_hand(*inputs, mask, window=6, **options)
+    np.testing.assert_allclose(ours(False), everything, **ROUNDING)
 
 
 def test_padding_gives_finite_values_and_gradients():
     query, key, value = (jnp.asarray(x) for x in _inputs(2, 2))
-    mask = attention_mask(jnp.zeros((3, 6), jnp.int32).at[:, 2:4].set(1))
-    total = lambda *inputs: attend(*inputs, mask).sum()
+    segment_ids = jnp.zeros((3, 6), jnp.int32).at[:, 2:4].set(1)
+    total = lambda *inputs: attend(*inputs, segment_ids).sum()
     for gradient in jax.jit(jax.grad(total, argnums=(0, 1, 2)))(query, key, value):
         assert np.isfinite(gradient).all()
 
@@ -176,7 +153,9 @@ def test_tokens_behind_a_cache_attend_as_in_one_row(window, softcap):
         jnp.asarray(rng.standard_normal((1, 10, heads, 4)), jnp.float32) for heads in (4, 2, 2)
     )
     options = {"scale": 0.7, "window": window, "softcap": softcap}
-    expected = causal_attention(query, key, value, mask=None, implementation="xla", **options)
+    expected = causal_attention(
+        query, key, value, segment_ids=None, implementation="xla", **options
+    )
     rubbish = 100 * rng.standard_normal((1, 2, 12, 4)).astype(np.float32)
     cached = [
         jnp.asarray(rubbish).at[:, :, 2:9].set(jnp.swapaxes(array[:, :7], 1, 2))

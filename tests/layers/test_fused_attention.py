@@ -1,0 +1,95 @@
+"""What the fused kernel of NVIDIA GPUs is asked for, read from the program for such a machine."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src.cudnn import fused_attention_stablehlo
+from tolerances import ROUNDING
+
+from moe_jax.layers.attention import causal_attention
+
+LENGTH, WINDOW = 192, 48
+PLAIN = ["fmhaSoftmax", "fmhaSoftmaxBackward"]
+WITH_BIAS = ["fmhaScaleBiasSoftmax", "fmhaScaleBiasSoftmaxBackward"]
+
+
+@pytest.fixture(autouse=True)
+def _cudnn(monkeypatch):
+    # All that jax asks the machine for before it hands the program to the GPU's compiler.
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
+
+
+def _program(*, segments=False, **options):
+    """The program for CUDA of the attention and its gradients, as text."""
+    heads = [jax.ShapeDtypeStruct((2, LENGTH, count, 64), jnp.bfloat16) for count in (4, 2, 2)]
+    segment_ids = jax.ShapeDtypeStruct((2, LENGTH), jnp.int32) if segments else None
+    slides = jax.ShapeDtypeStruct((), jnp.bool) if options.pop("traced", False) else None
+
+    def gradients(query, key, value, segment_ids, slides):
+        def total(*inputs):
+            attended = causal_attention(
+                *inputs, segment_ids=segment_ids, slides=slides, implementation="cudnn", **options
+            )
+            return attended.astype(jnp.float32).sum()
+
+        return jax.grad(total, (0, 1, 2))(query, key, value)
+
+    traced = jax.jit(gradients).trace(*heads, segment_ids, slides)
+    return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+def _windows(program):
+    return sorted(map(int, re.findall(r"sliding_window_length\\22: (\d+)", program)))
+
+
+@pytest.mark.parametrize(
+    ("options", "calls", "windows"),
+    [
+        ({}, PLAIN, [0, 0]),
+        ({"window": WINDOW}, PLAIN, [WINDOW, WINDOW]),
+        ({"window": LENGTH}, PLAIN, [0, 0]),
+        # One kernel with the window and one without it; the running program takes one of them.
+        ({"window": WINDOW, "traced": True}, 2 * PLAIN, [0, 0, WINDOW, WINDOW]),
+        ({"segments": True}, WITH_BIAS, [0, 0]),
+        ({"segments": True, "window": WINDOW}, WITH_BIAS, [WINDOW, WINDOW]),
+    ],
+)
+def test_the_kernels_of_a_program(options, calls, windows):
+    program = _program(**options)
+    assert sorted(re.findall(r"__cudnn\$(\w+)", program)) == sorted(calls)
+    assert set(re.findall(r"mask_type\\22: \\22(\w+)", program)) == {"CAUSAL"}
+    assert _windows(program) == windows
+    quadratic = f"{LENGTH}x{LENGTH}"
+    assert (quadratic in program) == options.get("segments", False)
+
+
+@pytest.mark.parametrize("segments", [False, True])
+@pytest.mark.parametrize("slides", [None, False, True])
+def test_what_is_asked_for_is_the_same_attention(slides, segments, monkeypatch):
+    # The kernel needs a GPU; jax's own path for CPUs takes the same arguments.
+    reference = jax.nn.dot_product_attention
+
+    def kernel(*args, implementation, **kwargs):
+        assert implementation == "cudnn"
+        return reference(*args, implementation="xla", **kwargs)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", kernel)
+    rng = np.random.default_rng(0)
+    inputs = [rng.standard_normal((2, 6, heads, 8)).astype(np.float32) for heads in (4, 2, 2)]
+    options = {
+        "segment_ids": jnp.array([[1, 1, 1, 2, 2, 0], [0, 0, 1, 1, 1, 1]]) if segments else None,
+        "window": 3,
+        "slides": slides,
+        "scale": 0.3,
+    }
+    found = causal_attention(*inputs, implementation="cudnn", **options)
+    expected = causal_attention(*inputs, implementation="xla", **options)
+    np.testing.assert_allclose(found, expected, **ROUNDING)
+
+
+def test_it_cannot_cap_scores():
+    with pytest.raises(ValueError, match="cannot cap"):
+        _program(softcap=2.0)
