@@ -1,0 +1,110 @@
+"""The operations of a compiled program, with its loops; needs jax only.
+
+Of a loop, `Compiled.cost_analysis` counts one round, however many there are: the layers of a model
+are one. Here each loop's body is handed to the same analysis by itself, and counted as often as the
+compiler knows that it runs.
+"""
+
+import functools
+import re
+from typing import NamedTuple
+
+import jax
+from jaxlib import xla_client
+
+_HEAD = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
+_LOOP = re.compile(r" while\(.*?body=%?([\w.\-]+)")
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_CALLED = re.compile(r"(?:to_apply|calls|true_computation|false_computation)=%?([\w.\-]+)")
+_METADATA = re.compile(r", metadata=\{[^}]*\}")
+_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+
+
+class Loop(NamedTuple):
+    """A loop: how often it runs, None where the compiler does not know, and what."""
+
+    trips: int | None
+    body: str
+
+
+class Flops(NamedTuple):
+    """Operations of one run of a program.
+
+    Attributes:
+      total: of all rounds of all loops.
+      unknown_loops: how many loops were counted as one round, as their length is not known.
+    """
+
+    total: float
+    unknown_loops: int
+
+
+def compiled_flops(compiled: jax.stages.Compiled) -> Flops:
+    """What XLA counts of a program on one device, loops as often as they run.
+
+    Kernels that XLA does not see into, such as cuDNN's fused attention, are not counted.
+    """
+    client = jax.devices()[0].client
+    analysis = xla_client._xla.hlo_module_cost_analysis
+    text = compiled.as_text()
+    assert text is not None
+    computations, entry = _computations(text)
+
+    @functools.cache
+    def once(name: str) -> float:
+        """With one round of each loop, as XLA counts it."""
+        # Each computation stands behind those that it calls.
+        before = list(computations.values())[: list(computations).index(name)]
+        module = "\n\n".join(["HloModule counted", *before, f"ENTRY {computations[name]}"])
+        return float(analysis(client, xla_client.hlo.hlo_module_from_text(module))["flops"])
+
+    unknown = 0
+
+    @functools.cache
+    def total(name: str) -> float:
+        nonlocal unknown
+        flops = once(name)
+        for loop in _loops(computations, name):
+            unknown += loop.trips is None
+            rounds = 1 if loop.trips is None else loop.trips
+            flops += rounds * total(loop.body) - once(loop.body)
+        return flops
+
+    return Flops(total(entry), unknown)
+
+
+def _computations(text: str) -> tuple[dict[str, str], str]:
+    """The text of each computation by name, without `ENTRY`, and the name of the entry."""
+    text = _METADATA.sub("", text)  # it points into tables of the module that is left
+    computations: dict[str, str] = {}
+    entry, name, lines = "", "", list[str]()
+    for line in text.splitlines():
+        head = _HEAD.match(line)
+        if not name and head:
+            name, lines = head[1], [line.removeprefix("ENTRY ")]
+            entry = name if line.startswith("ENTRY ") else entry
+        elif name:
+            lines.append(line)
+            if line == "}":
+                computations[name], name = "\n".join(lines), ""
+    return computations, entry
+
+
+def _loops(computations: dict[str, str], name: str) -> list[Loop]:
+    """The loops that one run of a computation begins, also in those that it calls.
+
+    What the bodies of these loops begin in turn is not among them.
+    """
+    found: list[Loop] = []
+    for line in computations[name].splitlines():
+        loop = _LOOP.search(line)
+        if loop:
+            trips = _TRIPS.search(line)
+            found.append(Loop(int(trips[1]) if trips else None, loop[1]))
+            continue
+        called = _CALLED.findall(line)
+        for branches in _BRANCHES.findall(line):
+            called += [branch.strip().removeprefix("%") for branch in branches.split(",")]
+        for other in called:
+            found += _loops(computations, other)
+    return found

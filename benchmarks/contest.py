@@ -1,0 +1,195 @@
+"""Steps of several methods in turn, and their figures; what runs out of memory is left out."""
+
+import contextlib
+import statistics
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+
+from benchmarks.compiled_flops import compiled_flops
+from benchmarks.matrix_product import MatrixProduct
+from benchmarks.peft_process import PeftProcess, peft_process
+from benchmarks.random_inputs import params_of, random_batch
+from benchmarks.report import usable_cores
+from benchmarks.sizes import hf_fields, model_of
+from benchmarks.timing import OUT_OF_MEMORY, interleaved, is_out_of_memory, seconds_of, spread
+from benchmarks.training_steps import (
+    ALPHA,
+    LORA,
+    OPTIMIZER,
+    CompiledStep,
+    compiled_step,
+    first_adapter,
+    method_named,
+    needed_flops,
+    ranks_of,
+    run_config,
+)
+
+PEFT = "peft"
+PRODUCT = "matrix product"
+FIRST_LOSS = {"float32": 1e-4, "bfloat16": 2e-2, "float16": 2e-2}
+"""How far, relatively, peft's first loss may be from ours, by rounding."""
+
+
+class Contest:
+    """The methods, in one process.
+
+    Attributes:
+      rows: the figures, by method; `error` says why a method dropped out.
+      product: the matrix product that is timed with them.
+      params: the frozen base, once it is made.
+      peft: the process that trains peft's LoRA, if there is one.
+    """
+
+    def __init__(self, args: Namespace, rows: Mapping[str, dict[str, Any]]):
+        """Begins without having compiled a method.
+
+        Args:
+          args: the flags.
+          rows: what is known of each method already; a method with an `error` is left out.
+        """
+        self.rows = {name: {"method": name, "error": None} | row for name, row in rows.items()}
+        self.params: Any = None
+        self.peft: PeftProcess | None = None
+        self.product = MatrixProduct(args.dtype, jax.devices() if args.mesh else jax.devices()[:1])
+        self._args = args
+        self._steps: dict[str, Callable[[], float]] = {}
+        self._losses: dict[str, list[float]] = {name: [] for name in rows}
+
+    def alive(self, name: str) -> bool:
+        """Whether the method is there and has not dropped out."""
+        return name in self.rows and self.rows[name]["error"] is None
+
+    def prepare(self, name: str) -> CompiledStep | None:
+        """Compiles a method's step and makes what it starts from; None if that did not fit."""
+        with self._may_not_fit(name):
+            step = compiled_step(name, self._args)
+            self.rows[name] |= compiled_figures(step)
+            if self.params is None:
+                self.params = params_of(step.program)
+            run, losses = step.begin(step, self.params), self._losses[name]
+            self._steps[name] = lambda: seconds_of(lambda: losses.append(run()))
+            return step
+        return None
+
+    def prepare_peft(self, lora: CompiledStep | None, stack: contextlib.ExitStack) -> None:
+        """Starts peft's process on our base and on the adapter that `lora` begins with."""
+        if lora is None:
+            self.rows[PEFT]["error"] = f"{LORA} did not fit, whose weights it begins with"
+            return
+        args = self._args
+        tokens = random_batch(model_of(args.size, args.vocab), args.rows, args.length).tokens
+        with self._may_not_fit(PEFT):
+            adapter = first_adapter(lora, self.params)
+            settings = peft_settings(args)
+            running = peft_process(args.peft_python, self.params, adapter, tokens, settings)
+            self.peft = stack.enter_context(running)
+            self.rows[PEFT] |= {
+                "trainable_parameters": self.peft.trainable,
+                "versions": self.peft.versions,
+                "threads": self.peft.threads,
+            }
+            self._steps[PEFT], self._losses[PEFT] = self.peft.step, self.peft.losses
+
+    def run(self, rounds: int) -> None:
+        """Warms up, does the rounds, and fills in the figures."""
+        self._rounds(1)
+        self._check_first_loss()
+        samples = self._rounds(rounds)
+        rates = [self.product.flops / seconds for seconds in samples.pop(PRODUCT)]
+        against = samples[LORA] if self.alive(LORA) else []
+        if self.peft is not None:
+            self.rows[PEFT]["peak_bytes"] = self.peft.peak_bytes
+        for name, row in self.rows.items():
+            row["losses"] = self._losses[name][:2]
+            if self.alive(name):
+                row |= speed_figures(samples[name], against, row.get("compiled_flops"), self._args)
+                for key in ("flops_per_second", "needed_flops_per_second"):
+                    share = None if row[key] is None else row[key] / statistics.median(rates)
+                    row[key.replace("flops_per_second", "share_of_product")] = share
+        self.rate = spread(rates)
+
+    def _rounds(self, rounds: int) -> dict[str, list[float]]:
+        steps = {name: step for name, step in self._steps.items() if self.alive(name)}
+        samples, failed = interleaved({**steps, PRODUCT: self.product.seconds}, rounds)
+        for name in failed:
+            self.rows[name]["error"] = OUT_OF_MEMORY
+        return samples
+
+    def _check_first_loss(self) -> None:
+        if self.alive(PEFT) and self.alive(LORA):
+            ours, theirs = self._losses[LORA][0], self._losses[PEFT][0]
+            if not abs(ours - theirs) <= FIRST_LOSS[self._args.dtype] * ours:
+                raise RuntimeError(f"peft's first loss is {theirs} and ours {ours}: not one model")
+
+    @contextlib.contextmanager
+    def _may_not_fit(self, name: str) -> Iterator[None]:
+        """What runs out of memory in here is the end of this method, and not of the others."""
+        try:
+            yield
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            self.rows[name]["error"] = OUT_OF_MEMORY
+
+
+def compiled_figures(step: CompiledStep) -> dict[str, Any]:
+    compiled = step.compile()
+    memory: Any = compiled.memory_analysis()
+    flops = compiled_flops(compiled)
+    return {
+        "trainable_parameters": step.trainable,
+        "trace_seconds": step.trace_seconds,
+        "compile_seconds": step.compile_seconds,
+        # XLA counts those of one device.
+        "compiled_flops": flops.total * step.program.mesh.size,
+        "loops_of_unknown_length": flops.unknown_loops,
+        "argument_bytes": None if memory is None else memory.argument_size_in_bytes,
+        "temporary_bytes": None if memory is None else memory.temp_size_in_bytes,
+    }
+
+
+def speed_figures(
+    samples: Sequence[float], lora: Sequence[float], counted: float | None, args: Namespace
+) -> dict[str, Any]:
+    """What follows from a method's seconds in each round.
+
+    Args:
+      samples: seconds, by round.
+      lora: those of LoRA in the same rounds; none where it was not measured.
+      counted: operations of the compiled program, where there is one.
+      args: the flags.
+    """
+    seconds = spread(samples)
+    ratios = [own / other for own, other in zip(samples, lora, strict=bool(lora))]
+    needed = needed_flops(model_of(args.size, args.vocab), args.rows, args.length)
+    return {
+        "seconds": seconds._asdict(),
+        "samples": list(samples),
+        "ratio_to_lora": spread(ratios)._asdict() if ratios else None,
+        "tokens_per_second": args.rows * args.length / seconds.median,
+        "flops_per_second": None if counted is None else counted / seconds.median,
+        "needed_flops_per_second": needed / seconds.median,
+    }
+
+
+def peft_settings(args: Namespace) -> dict[str, Any]:
+    """What `peft_lora.py` reads: the model and LoRA that ours are."""
+    config = run_config(method_named(LORA, args), args)
+    optimizer = next(iter(config.adapters.values())).optimizer
+    return {
+        "model": hf_fields(model_of(args.size, args.vocab)),
+        "device": "cpu" if jax.devices()[0].platform == "cpu" else "cuda",
+        "threads": usable_cores(),
+        "dtype": args.dtype,
+        "micro_batches": args.micro_batches,
+        "remat": args.remat != "none",
+        "rank": args.rank,
+        "alpha": ALPHA,
+        "rank_pattern": ranks_of(method_named(LORA, args)),
+        "learning_rate": OPTIMIZER["learning_rate"],
+        "clip_norm": optimizer.clip_norm,
+    }

@@ -1,0 +1,80 @@
+"""Random weights, made where they are needed, and random batches; needs jax and flax only."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moe_jax.config.model import ModelConfig
+from moe_jax.data.batch import Batch
+from moe_jax.layers.quantized import QuantizedKernel, quantize
+from moe_jax.layers.storage import storage_of
+from moe_jax.training.program import Program
+
+DEVIATION = 0.02
+"""Of all weights but those of norms, which are one."""
+
+
+def random_params(abstract: Any, shardings: Any, param_dtype: str, seed: int = 0) -> Any:
+    """A base of random weights, each made on the devices that keep it.
+
+    Layers are drawn one by one, so that what is held beside the weights is one layer's kernel in
+    float32, before it is rounded or quantised.
+
+    Args:
+      abstract: shapes and types of the leaves, as `Program.abstract_params`.
+      shardings: where they live, as `Program.param_shardings`; None is one device.
+      param_dtype: how kernels are kept, a `StorageType`.
+      seed: of the weights.
+    """
+    kind = storage_of(param_dtype).quantization
+    is_kernel = lambda leaf: isinstance(leaf, QuantizedKernel)
+    leaves, tree = jax.tree_util.tree_flatten_with_path(abstract, is_leaf=is_kernel)
+    places = [None] * len(leaves)
+    if shardings is not None:
+        places = jax.tree.leaves(shardings, is_leaf=is_kernel)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+
+    def made(path: Any, leaf: Any, place: Any, key: jax.Array) -> Any:
+        if path[-1].key == "scale":
+            draw = functools.partial(jnp.ones, leaf.shape, leaf.dtype)
+            return jax.jit(draw, out_shardings=place)()
+        quantized = is_kernel(leaf)
+
+        def kernel(key: jax.Array) -> Any:
+            values = DEVIATION * jax.random.normal(key, leaf.shape[-2:], jnp.float32)
+            return quantize(values, str(kind)) if quantized else values.astype(leaf.dtype)
+
+        def drawn(key: jax.Array) -> Any:
+            if len(leaf.shape) == 2:
+                return kernel(key)
+            return jax.lax.map(kernel, jax.random.split(key, leaf.shape[0]))
+
+        return jax.jit(drawn, out_shardings=place)(key)
+
+    values = [
+        made(path, leaf, place, key)
+        for (path, leaf), place, key in zip(leaves, places, keys, strict=True)
+    ]
+    return jax.tree.unflatten(tree, values)
+
+
+def params_of(program: Program, seed: int = 0) -> Any:
+    """A random base for a training program."""
+    dtype = program.config.base.param_dtype
+    return random_params(program.abstract_params, program.param_shardings, dtype, seed)
+
+
+def random_batch(model: ModelConfig, rows: int, length: int, seed: int = 0) -> Batch:
+    """Rows without padding, of which every token but the first is a target."""
+    shape = (rows, length)
+    fields: dict[str, np.ndarray] = dict.fromkeys(Batch._fields, np.zeros(shape, np.int32))
+    tokens = np.random.default_rng(seed).integers(0, model.vocab_size, shape)
+    fields["tokens"] = tokens.astype(np.int32)
+    fields["loss_mask"] = np.ones(shape, bool)
+    fields["labels"] = np.zeros(shape, np.float32)
+    fields["segment_ids"] = np.ones(shape, np.int32)
+    fields["positions"] = np.broadcast_to(np.arange(length, dtype=np.int32), shape)
+    return Batch(**fields)

@@ -1,0 +1,118 @@
+"""What every benchmark says of itself: the machine, a table, and a JSON file; needs jax only."""
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import sys
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from moe_jax.errors import ConfigError
+
+MEBIBYTE = 2**20
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "torch", "transformers", "peft")
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def machine() -> dict[str, Any]:
+    """Where, when, with what, and how busy the machine was; timings mean little without.
+
+    `load_average` is that of the minute before: an idle machine has about none.
+    """
+    devices = jax.devices()
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": shlex.join(sys.argv),
+        "system": platform.platform(),
+        "processor": _processor(),
+        "cores": usable_cores(),
+        "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "devices": [device.device_kind for device in devices],
+        "python": platform.python_version(),
+        "versions": {name: version for name in _PACKAGES if (version := _version(name))},
+    }
+
+
+def one_line(machine: dict[str, Any]) -> str:
+    """The most of `machine`, for the head of a table."""
+    devices = machine["devices"]
+    kind = machine["processor"] if devices[0] == "cpu" else devices[0]
+    many = f"{len(devices)} x " if len(devices) > 1 else ""
+    busy = machine["load_average"]
+    load = "" if busy is None else f", load {busy:.1f}"
+    return f"{many}{kind}, {machine['cores']} cores{load}, jax {jax.__version__}, {machine['date']}"
+
+
+def say(text: str) -> None:
+    """What is being done, for who waits; the figures alone go to standard output."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns as wide as they need be: the first to the left, figures to the right."""
+    lines = [list(headings), *map(list, rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(headings))]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )
+
+
+def check_output(output: Path | None) -> None:
+    """Refuses, before anything is measured, a file that cannot be written afterwards.
+
+    Raises:
+      ConfigError: its folder is missing, or it is a folder itself.
+    """
+    if output is None:
+        return
+    if not output.absolute().parent.is_dir():
+        raise ConfigError(f"--output {output}: there is no folder {output.absolute().parent}")
+    if output.is_dir():
+        raise ConfigError(f"--output {output}: is a folder; name a file")
+
+
+def write_json(output: Path | None, settings: Namespace, **content: Any) -> None:
+    """Writes the flags and `content` to `output`, if there is one."""
+    if output is None:
+        return
+    flags = {
+        name: str(value) if isinstance(value, Path) else value
+        for name, value in vars(settings).items()
+    }
+    output.write_text(json.dumps({"settings": flags, **content}, indent=2) + "\n")
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            for line in lines:
+                name, _, value = line.partition(":")
+                if name.strip() == "model name":
+                    return value.strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,248 @@
+"""One training step: MixLoRA, LoRA of as many weights, the frozen model alone, and peft's LoRA.
+
+    python benchmarks/train_step.py --size d512 --peft --output train_step.json
+    python benchmarks/train_step.py --size 7b --dtype bfloat16 --rows 1 --length 2048 --rank 16 \
+        --attention cudnn
+
+A model of random weights takes steps of each method in turn, so that what disturbs one disturbs
+all; a product of large matrices is timed in each round too, and is what a step's speed is compared
+with. `frozen` is the floor: forward and backward to the embedding with nothing trained. With
+`--peft` the same weights, tokens and LoRA take part in PyTorch, in a process of its own, and the
+first loss has to be ours.
+
+Columns: weights that are trained; seconds of a step, the median and all that were measured; the
+median of the rounds' ratios to LoRA; tokens a second; FLOP/s and their share of the matrix
+product's, once by what XLA counts of the compiled program (recomputation and adapters with it), and
+once by what no method can do without (`needed_flops`); seconds of tracing and compiling; compiled
+FLOPs; MiB of the compiled program's arguments and temporaries; and the most memory that a process
+took which did only these steps.
+
+Needs jax, flax, optax and numpy; for `--peft` also torch, transformers and peft.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import jax
+
+from benchmarks.contest import PEFT, Contest
+from benchmarks.peak_memory import PeakMemory
+from benchmarks.peft_process import check_python
+from benchmarks.random_inputs import params_of
+from benchmarks.report import (
+    MEBIBYTE,
+    check_output,
+    machine,
+    one_line,
+    say,
+    table,
+    write_json,
+)
+from benchmarks.sizes import SIZE_HELP, model_of
+from benchmarks.timing import OUT_OF_MEMORY, is_out_of_memory
+from benchmarks.training_steps import (
+    FROZEN,
+    LORA,
+    NAMES,
+    compiled_step,
+    method_named,
+    needed_flops,
+    run_config,
+)
+from moe_jax.config.model import FloatType, StorageType
+from moe_jax.errors import ConfigError, UserError, report
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
+    add = parser.add_argument
+    add("--size", default="d512", help=SIZE_HELP)
+    add("--vocab", type=int, help="tokens of the vocabulary, if not the size's own")
+    add("--methods", default="frozen,lora,mixlora", help=f"of {', '.join(NAMES)} (%(default)s)")
+    add("--peft", action="store_true", help="also peft's LoRA in PyTorch, on the same weights")
+    add("--peft-python", default=sys.executable, help="the interpreter that has torch and peft")
+    add("--dtype", default="float32", choices=get_args(FloatType), help="of the computation")
+    add("--param-dtype", choices=get_args(StorageType), help="of the frozen weights (--dtype)")
+    add("--rows", type=int, default=8, help="of a step (8)")
+    add("--length", type=int, default=128, help="tokens of a row (128)")
+    add("--micro-batches", type=int, default=1, help="that a step's rows are cut into (1)")
+    add("--rank", type=int, default=8, help="on attention, and of each expert (8)")
+    add("--experts", type=int, default=8, help="of mixtures; LoRA's rank is so much larger (8)")
+    add("--top-k", type=int, default=2, help="experts of a token (2)")
+    add("--remat", default="none", help="what the backward pass recomputes, see ComputeConfig")
+    add("--attention", default="xla", help="its implementation, see ComputeConfig (xla)")
+    add("--mesh", help="AXIS=N,... of data, fsdp and tensor (one device)")
+    add("--rounds", type=int, default=10, help="steps of each method that are timed (10)")
+    add("--no-peak", action="store_true", help="leave out the processes that measure peak memory")
+    add("--output", type=Path, help="also write the figures here, as JSON")
+    add("--measure-peak", metavar="METHOD", help=argparse.SUPPRESS)
+    return parser
+
+
+def check(args: argparse.Namespace) -> list[str]:
+    """The methods to measure; refuses flags that do not do before anything is compiled.
+
+    Raises:
+      UserError: names the flag or the field.
+    """
+    check_output(args.output)
+    for flag in ("rows", "length", "rank", "experts", "top_k", "rounds", "micro_batches"):
+        if getattr(args, flag) < 1:
+            raise ConfigError(f"--{flag.replace('_', '-')}: must be positive")
+    names = list(dict.fromkeys(filter(None, args.methods.split(","))))
+    if not names:
+        raise ConfigError("--methods: names no method")
+    for name in names:
+        run_config(method_named(LORA if name == FROZEN else name, args), args)
+    if args.peft:
+        if LORA not in names:
+            raise ConfigError(f"--peft: is compared with {LORA!r}; name it in --methods")
+        if args.param_dtype not in (None, args.dtype) or args.mesh:
+            raise ConfigError("--peft: leave out --param-dtype and --mesh, it has neither")
+        check_python(args.peft_python)
+    return names
+
+
+def peak_of(name: str, argv: Sequence[str]) -> tuple[int | None, str | None]:
+    """The most memory of a process that does only steps of one method; or why it could not."""
+    command = [sys.executable, str(Path(__file__).resolve()), *argv, "--measure-peak", name]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode == -9:  # what Linux does where memory has run out
+        return None, OUT_OF_MEMORY
+    if done.returncode:
+        raise RuntimeError(f"measuring the memory of {name} failed; see above")
+    answer = json.loads(done.stdout.splitlines()[-1])
+    return answer["peak_bytes"], answer["error"]
+
+
+def measure_peak(args: argparse.Namespace) -> None:
+    """The process that `peak_of` starts."""
+    answer: dict[str, Any] = {"peak_bytes": None, "error": None}
+    try:
+        step = compiled_step(args.measure_peak, args)
+        step.compile()
+        peak = PeakMemory(step.program.mesh.devices.flatten().tolist())
+        run = step.begin(step, params_of(step.program))
+        run()
+        run()
+        answer["peak_bytes"] = peak.bytes()
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        answer["error"] = OUT_OF_MEMORY
+    print(json.dumps(answer))
+
+
+def measure(args: argparse.Namespace, names: Sequence[str], argv: Sequence[str]) -> dict[str, Any]:
+    """All figures, as they are written."""
+    rows: dict[str, dict[str, Any]] = {name: {} for name in names}
+    for name, row in rows.items():
+        if not args.no_peak:
+            say(f"{name}: peak memory")
+            row["peak_bytes"], row["error"] = peak_of(name, argv)
+    facts = machine()
+    contest = Contest(args, rows | ({PEFT: {}} if args.peft else {}))
+    steps = {}
+    for name in filter(contest.alive, names):
+        say(f"{name}: compiling")
+        steps[name] = contest.prepare(name)
+    with contextlib.ExitStack() as stack:
+        if args.peft:
+            say("peft: starting")
+            contest.prepare_peft(steps.get(LORA), stack)
+        say(f"{args.rounds} rounds")
+        contest.run(args.rounds)
+    return {
+        "benchmark": "train_step",
+        "machine": facts,
+        "tokens": args.rows * args.length,
+        "needed_flops": needed_flops(model_of(args.size, args.vocab), args.rows, args.length),
+        "matrix_product": {
+            "width": contest.product.width,
+            "flops_per_second": contest.rate._asdict(),
+        },
+        "rows": list(contest.rows.values()),
+    }
+
+
+COLUMNS: tuple[tuple[str, Callable[[dict[str, Any]], str]], ...] = (
+    ("method", lambda row: row["method"]),
+    ("trained", lambda row: _number(row.get("trainable_parameters"), ",.0f")),
+    ("s/step", lambda row: _number(row["seconds"]["median"], ".4g")),
+    (
+        "(from to)",
+        lambda row: f"({row['seconds']['lowest']:.4g} {row['seconds']['highest']:.4g})",
+    ),
+    ("/ lora", lambda row: _number((row["ratio_to_lora"] or {}).get("median"), ".3f")),
+    ("tokens/s", lambda row: _number(row["tokens_per_second"], ".1f")),
+    ("TFLOP/s", lambda row: _number(row["flops_per_second"], ".4g", 1e12)),
+    ("share", lambda row: _number(row["share_of_product"], ".1%")),
+    ("needed/s", lambda row: _number(row["needed_flops_per_second"], ".4g", 1e12)),
+    ("share", lambda row: _number(row["needed_share_of_product"], ".1%")),
+    ("trace s", lambda row: _number(row.get("trace_seconds"), ".1f")),
+    ("compile s", lambda row: _number(row.get("compile_seconds"), ".1f")),
+    ("GFLOP", lambda row: _number(row.get("compiled_flops"), ".5g", 1e9)),
+    ("arg. MiB", lambda row: _number(row.get("argument_bytes"), ".1f", MEBIBYTE)),
+    ("temp. MiB", lambda row: _number(row.get("temporary_bytes"), ".1f", MEBIBYTE)),
+    ("peak MiB", lambda row: _number(row.get("peak_bytes"), ".1f", MEBIBYTE)),
+)
+
+
+def _number(value: float | None, form: str, unit: float = 1) -> str:
+    return "-" if value is None else format(value / unit, form)
+
+
+def as_table(figures: dict[str, Any]) -> str:
+    """The figures for people."""
+    rows = [row for row in figures["rows"] if row["error"] is None]
+    cells = [[cell(row) for _, cell in COLUMNS] for row in rows]
+    lines = [table([heading for heading, _ in COLUMNS], cells)]
+    lines += [f"{row['method']}: {row['error']}" for row in figures["rows"] if row["error"]]
+    rate = figures["matrix_product"]["flops_per_second"]
+    lines.append(
+        f"matrix product: {rate['median'] / 1e12:.4g} TFLOP/s "
+        f"({rate['lowest'] / 1e12:.4g} {rate['highest'] / 1e12:.4g}); a step needs "
+        f"{figures['needed_flops'] / 1e9:.5g} GFLOP"
+    )
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else list(argv)
+    args = parser().parse_args(argv)
+    # Read when the first device is asked for. Two processes share a GPU if peft takes part.
+    share = {"PREALLOCATE": "false"} if args.peft else {"MEM_FRACTION": "0.95"}
+    for name, value in share.items():
+        os.environ.setdefault(f"XLA_PYTHON_CLIENT_{name}", value)
+    cached = jax.config.values["jax_enable_compilation_cache"]
+    jax.config.update("jax_enable_compilation_cache", False)  # or nothing would be compiled
+    try:
+        if args.measure_peak:
+            measure_peak(args)
+            return 0
+        names = check(args)
+        figures = measure(args, names, argv)
+        print(
+            f"{args.size} in {args.dtype}, {args.rows} x {args.length} tokens, remat {args.remat}, "
+            f"attention {args.attention}; {one_line(figures['machine'])}"
+        )
+        print(as_table(figures))
+        write_json(args.output, args, **figures)
+    except UserError as error:
+        return report(error)
+    finally:
+        jax.config.update("jax_enable_compilation_cache", cached)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

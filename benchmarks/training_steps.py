@@ -1,0 +1,257 @@
+"""Training steps to be measured: of adapters, by the package's own, and of the frozen model alone.
+
+Needs jax, flax, optax and numpy only.
+"""
+
+import dataclasses
+import time
+from argparse import Namespace
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+
+from benchmarks import layer_cost
+from benchmarks.random_inputs import random_batch
+from benchmarks.sizes import model_of
+from moe_jax.adapters.aux_losses import LoadBalance
+from moe_jax.adapters.method import AdapterMethod
+from moe_jax.adapters.targets import ATTENTION_MODULES, TARGET_MODULES
+from moe_jax.config.model import ModelConfig
+from moe_jax.config.parse import located, parse, suggest
+from moe_jax.config.run import RunConfig
+from moe_jax.errors import ConfigError
+from moe_jax.layers.embedding import TokenEmbedding
+from moe_jax.sharding.rules import BATCH_SPEC
+from moe_jax.training import step
+from moe_jax.training.evaluate import with_rules
+from moe_jax.training.plan import parameter_count
+from moe_jax.training.program import BATCH_TYPES, Program, build_program
+
+FROZEN = "frozen"
+LORA = "lora"
+LABELS = {
+    label.removesuffix(", top-k").replace(", ", "_").replace("-", "_").lower(): label
+    for label in layer_cost.METHODS
+}
+"""By the name on the command line, the method's name in `layer_cost.METHODS`."""
+
+NAMES = (FROZEN, *LABELS)
+ALPHA = 16.0
+OPTIMIZER = {"learning_rate": 1e-4, "schedule": {"kind": "constant"}}
+_ADAPTER = "measured"
+
+
+def method_named(name: str, args: Namespace) -> AdapterMethod:
+    """The adapter method called `name`, of the ranks and experts that the flags say.
+
+    LoRA's and DoRA's rank on the FFN is that of all experts together, so that they have as many
+    trainable weights, but for routers.
+
+    Raises:
+      ConfigError: there is no such method, or the flags do not go with it.
+    """
+    if name not in LABELS:
+        raise ConfigError(f"--methods: no method is called {name!r}; {suggest(name, NAMES)}")
+    model = model_of(args.size, args.vocab)
+    shape = layer_cost.Shape(
+        width=model.hidden_size,
+        ffn_width=model.intermediate_size,
+        heads=model.num_heads,
+        rank=args.rank,
+        experts=args.experts,
+        rows=args.rows,
+        length=args.length,
+        top_k=args.top_k,
+    )
+    with located(f"--methods {name}"):
+        method = layer_cost.METHODS[LABELS[name]](shape)
+        if any(field.name == "losses" for field in dataclasses.fields(method)):
+            losses: Any = {"losses": {"load_balance": LoadBalance(coefficient=0.01)}}
+            method = dataclasses.replace(method, **losses)
+    return method
+
+
+def ranks_of(method: AdapterMethod) -> dict[str, int]:
+    """The rank on each projection of what `method_named` calls `lora`."""
+    assert isinstance(method, layer_cost.EqualSizeLora)
+    return {
+        target: method.rank if target in ATTENTION_MODULES else method.ffn_rank
+        for target in TARGET_MODULES
+    }
+
+
+def run_config(method: AdapterMethod, args: Namespace) -> RunConfig:
+    """The configuration of a run that trains one adapter as the flags say.
+
+    Raises:
+      ConfigError: names the field of a flag that does not do.
+    """
+    source = {"path": "random", "schema": "text"}
+    adapter = {
+        "method": method,
+        "data": {"train": {"random": source}, "max_length": args.length},
+        "optimizer": OPTIMIZER,
+        "batch_size": args.rows,
+    }
+    raw = {
+        "base": {"path": "random", "param_dtype": args.param_dtype or args.dtype},
+        "compute": {"dtype": args.dtype, "attention": args.attention, "remat": args.remat},
+        "mesh": _mesh(args.mesh),
+        "training": {"steps": 10**6, "micro_batches": args.micro_batches},
+        "adapters": {_ADAPTER: adapter},
+    }
+    return parse(RunConfig, raw)
+
+
+def _mesh(text: str | None) -> dict[str, int]:
+    """The sizes of `--mesh AXIS=N,...`; one device without it."""
+    sizes = {"data": 1}
+    for part in (text or "").split(","):
+        axis, _, size = part.partition("=")
+        if axis:
+            if not size.removeprefix("-").isdigit():
+                raise ConfigError(f"--mesh {text}: expected AXIS=N,... with whole numbers")
+            sizes[axis] = int(size)
+    return sizes
+
+
+@dataclasses.dataclass
+class CompiledStep:
+    """A step that can be compiled, begun and repeated.
+
+    Attributes:
+      name: of the method.
+      trainable: weights that it trains.
+      program: the training program; of the frozen model, that of an adapter, for its base.
+      lower: traces the step from shapes.
+      begin: makes what the compiled step takes and gives from the base's weights, and returns a
+        function that does a step, waits for it, and returns the loss.
+      compiled: the step.
+      trace_seconds, compile_seconds: what `compile` took for each.
+    """
+
+    name: str
+    trainable: int
+    program: Program
+    lower: Callable[[], jax.stages.Lowered]
+    begin: Callable[["CompiledStep", Any], Callable[[], float]]
+    compiled: jax.stages.Compiled | None = None
+    trace_seconds: float = 0.0
+    compile_seconds: float = 0.0
+
+    def compile(self) -> jax.stages.Compiled:
+        start = time.perf_counter()
+        lowered = self.lower()
+        middle = time.perf_counter()
+        self.compiled = lowered.compile()
+        self.trace_seconds = middle - start
+        self.compile_seconds = time.perf_counter() - middle
+        return self.compiled
+
+
+def compiled_step(name: str, args: Namespace) -> CompiledStep:
+    """The step of the method called `name`, or of the frozen model alone, not compiled yet."""
+    model = model_of(args.size, args.vocab)
+    config = run_config(method_named(LORA if name == FROZEN else name, args), args)
+    devices = jax.devices() if args.mesh else jax.devices()[:1]
+    program = build_program(config, model, config.training.steps or 1, devices)
+    if name == FROZEN:
+        return CompiledStep(name, 0, program, lambda: _lower_frozen(program, args), _begin_frozen)
+    trainable = parameter_count(program.abstract_state.adapters)
+    lower = lambda: program.lower_train_step(args.length)
+    return CompiledStep(name, trainable, program, lower, _begin_training)
+
+
+def _begin_training(step: CompiledStep, params: Any) -> Callable[[], float]:
+    program, compiled = step.program, step.compiled
+    assert compiled is not None
+    state = program.init_state(params)
+    batch = _put_batch(program)
+
+    def run() -> float:
+        nonlocal state
+        state, metrics = compiled(state, params, batch)
+        jax.block_until_ready((state, metrics))
+        return float(metrics[f"{_ADAPTER}/loss"])
+
+    return run
+
+
+def first_adapter(step: CompiledStep, params: Any) -> Any:
+    """The adapter that a step's training begins with."""
+    return step.program.init_state(params).adapters[_ADAPTER]
+
+
+def _put_batch(program: Program) -> Any:
+    adapter = program.config.adapters[_ADAPTER]
+    rows, length = adapter.batch_size, adapter.data.max_length
+    return program.put_train_batch(random_batch(program.model.config, rows, length))
+
+
+def _lower_frozen(program: Program, args: Namespace) -> jax.stages.Lowered:
+    """Forward, and backward to the outputs of the embedding; no adapter and no optimiser.
+
+    It is what every method has to do besides its own: the loss is that of training.
+    """
+    model, micro = program.model, args.micro_batches
+    hidden = jnp.dtype(args.dtype)
+
+    def frozen_step(params: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
+        def loss(shift: jax.Array, micro_batch: Any) -> jax.Array:
+            def shifted(call: Any, inputs: Any, named: Any, context: Any) -> Any:
+                output = call(*inputs, **named)
+                is_embedding = isinstance(context.module, TokenEmbedding)
+                return (
+                    output + shift if is_embedding and context.method_name == "__call__" else output
+                )
+
+            with nn.intercept_methods(shifted):
+                total, targets = step.eval_step(model, {}, params, micro_batch)
+            return total / targets / micro
+
+        def through(_: None, micro_batch: Any) -> tuple[None, tuple[jax.Array, jax.Array]]:
+            shape = (*micro_batch.tokens.shape, model.config.hidden_size)
+            value, gradient = jax.value_and_grad(loss)(jnp.zeros(shape, hidden), micro_batch)
+            # All of the gradient is needed for this, so that none of it is left out.
+            return None, (value, jnp.sum(jnp.square(gradient.astype(jnp.float32))))
+
+        _, (losses, squares) = jax.lax.scan(through, None, batch)
+        return jnp.sum(losses), jnp.sum(squares)
+
+    replicated = NamedSharding(program.mesh, PartitionSpec())
+    rows = NamedSharding(program.mesh, PartitionSpec(None, *BATCH_SPEC))
+    jitted = jax.jit(
+        with_rules(frozen_step),
+        in_shardings=(program.param_shardings, rows),
+        out_shardings=replicated,
+    )
+    shape = (micro, args.rows // micro, args.length)
+    batch = type(BATCH_TYPES)(*(jax.ShapeDtypeStruct(shape, dtype) for dtype in BATCH_TYPES))
+    with jax.set_mesh(program.mesh):
+        return jitted.lower(program.abstract_params, batch)
+
+
+def _begin_frozen(step: CompiledStep, params: Any) -> Callable[[], float]:
+    batch, compiled = _put_batch(step.program), step.compiled
+    assert compiled is not None
+    return lambda: float(jax.block_until_ready(compiled(params, batch))[0])
+
+
+def needed_flops(model: ModelConfig, rows: int, length: int) -> float:
+    """Operations that a step on the frozen model cannot do without, two for each multiply-add.
+
+    Four for each token and frozen weight of a matrix product, two forward and two for the gradient
+    of its input (the embedding is looked up, not multiplied with), and of attention what causality
+    leaves: 2 S per query channel forward (half of Q K' and of P V), and twice that backward.
+    Adapters and recomputation are not counted, so that methods and policies compare by time alone.
+    """
+    width, ffn_width = model.hidden_size, model.intermediate_size
+    query, kv = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
+    layer = 2 * width * query + 2 * width * kv + 3 * width * ffn_width
+    weights = model.num_layers * layer + width * model.vocab_size
+    attention = 6 * model.num_layers * length * query
+    return float(rows * length) * (4 * weights + attention)
