@@ -36,8 +36,8 @@ def check_python(python: str) -> None:
     missing = ", ".join(found.stdout.split())
     if missing:
         raise ConfigError(
-            f"--peft: {python} lacks {missing}; pip install -e '.[test]' brings them, or name another "
-            "interpreter with --peft-python"
+            f"--peft: {python} lacks {missing}; pip install -e '.[test]' brings them, or name "
+            "another interpreter with --peft-python"
         )
 
 
