@@ -13,77 +13,49 @@ time that alone would take is reported too, at the bandwidth of rewriting a larg
 read and written), measured in between. It exceeds one where weights stay in the processor's own
 caches.
 
-Needs torch and transformers, as the tests do.
+Needs torch and transformers, as the tests do; with `--alone`, which measures ours by itself, jax,
+flax, optax and numpy.
 """
 
 import argparse
-import json
 import statistics
-import tempfile
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
-from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList
 
+from benchmarks.random_inputs import random_params
+from benchmarks.report import MEBIBYTE, check_output, machine, one_line, write_json
+from benchmarks.sizes import SIZE_HELP, hf_fields, model_of
+from benchmarks.timing import OUT_OF_MEMORY, is_out_of_memory
 from moe_jax.adapters import METHODS
 from moe_jax.adapters.method import AdapterMethod
 from moe_jax.adapters.targets import TARGET_MODULES
-from moe_jax.checkpoints.base import load_base
 from moe_jax.checkpoints.expected_leaves import expected_leaves
-from moe_jax.checkpoints.hf_config import read_model_config
-from moe_jax.checkpoints.leaves import nested
+from moe_jax.checkpoints.leaves import named_leaves, nested
 from moe_jax.config.model import ComputeConfig, ModelConfig
 from moe_jax.config.parse import parse_member
+from moe_jax.errors import ConfigError, UserError, report
 from moe_jax.inference.generator import Generator, Request
 from moe_jax.inference.sampling import SamplingConfig
+from moe_jax.layers.collections import PARAMS
+from moe_jax.models.causal_lm import LlamaForCausalLM
 
-SIZES = {
-    # width, FFN width, heads, key/value heads, layers, vocabulary
-    "tiny": (64, 176, 4, 2, 2, 256),
-    "small": (512, 1376, 8, 8, 8, 8192),
-    "medium": (1024, 2816, 16, 4, 16, 16384),
-    "1b": (2048, 5632, 32, 4, 22, 32000),
-}
 KINDS: dict[str, dict[str, Any] | None] = {
     "base": None,
     "lora": {"name": "lora"},
     "mixlora": {"name": "mixlora", "num_experts": 8, "router": {"name": "top_k", "top_k": 2}},
 }
 COPIED_BYTES, PASSES = 2**28, 4
-MEBIBYTE = 2**20
-
-
-class Clock(LogitsProcessor):
-    """Leaves logits as they are, and notes when they are there; streamers take one row only."""
-
-    def __init__(self):
-        self.times: list[float] = []
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        self.times.append(time.perf_counter())
-        return scores
-
-
-def write_model(folder: Path, size: str, length: int) -> None:
-    width, ffn_width, heads, kv_heads, layers, vocab_size = SIZES[size]
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=vocab_size,
-        hidden_size=width,
-        intermediate_size=ffn_width,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        num_hidden_layers=layers,
-        max_position_embeddings=length,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
 
 
 def random_adapter(fields: dict[str, Any], model: ModelConfig) -> tuple[AdapterMethod, Any]:
@@ -104,22 +76,6 @@ def ours(generator: Generator, requests: Sequence[Request], new_tokens: int) -> 
     start = time.perf_counter()
     count = sum(1 for _ in steps)
     return (time.perf_counter() - start) / count
-
-
-def theirs(model: Any, requests: Sequence[Request], new_tokens: int) -> float:
-    """Seconds a step."""
-    clock = Clock()
-    prompts = torch.tensor([request.tokens for request in requests])
-    model.generate(
-        prompts,
-        attention_mask=torch.ones_like(prompts),
-        do_sample=False,
-        max_new_tokens=new_tokens,
-        logits_processor=LogitsProcessorList([clock]),
-        eos_token_id=None,
-        pad_token_id=0,
-    )
-    return (clock.times[-1] - clock.times[0]) / (len(clock.times) - 1)
 
 
 def bytes_of_a_step(generator: Generator, requests: Sequence[Request], new_tokens: int) -> int:
@@ -155,87 +111,160 @@ class Bandwidth:
         return (time.perf_counter() - start) / (2 * PASSES * COPIED_BYTES)
 
 
-def measure(args: argparse.Namespace, generator: Generator, model: Any) -> list[dict[str, Any]]:
+def decoder(args: argparse.Namespace, model: ModelConfig) -> Generator:
+    """A random base and random adapters on it."""
+    language_model = LlamaForCausalLM(model, ComputeConfig(dtype=args.dtype), (), args.dtype)
+    tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
+    variables = jax.eval_shape(language_model.init, jax.random.key(0), tokens)
+    params = random_params(nn.meta.unbox(variables)[PARAMS], None, args.dtype)
+    adapters = {kind: random_adapter(fields, model) for kind, fields in KINDS.items() if fields}
+    compute = ComputeConfig(dtype=args.dtype)
+    longest = args.prompt + args.new_tokens
+    return Generator(model, params, adapters, compute=compute, max_length=longest)
+
+
+def transformers_step(
+    args: argparse.Namespace, generator: Generator
+) -> Callable[[Sequence[Request], int], float]:
+    """A function that decodes with the same base in transformers; gives seconds a step."""
+    from benchmarks.torch_generation import seconds_a_step
+    from benchmarks.torch_llama import torch_llama
+
+    leaves = named_leaves(generator.params)
+    arrays = {path.replace("/", "."): np.asarray(leaf) for path, leaf in leaves.items()}
+    device = "cpu" if jax.devices()[0].platform == "cpu" else "cuda"
+    model = torch_llama(hf_fields(generator.model), arrays, args.dtype, device).eval()
+    return lambda requests, new_tokens: seconds_a_step(
+        model, [request.tokens for request in requests], new_tokens
+    )
+
+
+def measure(
+    args: argparse.Namespace,
+    generator: Generator,
+    theirs: Callable[[Sequence[Request], int], float] | None,
+) -> list[dict[str, Any]]:
+    """The figures of every kind at every batch size; one that does not fit says so."""
     bandwidth = Bandwidth()
     rng = np.random.default_rng(0)
     figures = []
-    for rows in map(int, args.batches.split(",")):
+    for rows in args.batches:
         prompts = rng.integers(1, generator.model.vocab_size, (rows, args.prompt)).tolist()
         for kind in KINDS:
             name = None if KINDS[kind] is None else kind
             requests = [Request(tuple(tokens), name) for tokens in prompts]
-            needed = bytes_of_a_step(generator, requests, args.new_tokens)
-            ours(generator, requests, args.new_tokens)
-            theirs(model, requests, 4)
-            samples = []
-            for _ in range(args.repeats):
-                own = ours(generator, requests, args.new_tokens)
-                their = theirs(model, requests, args.new_tokens)
-                samples.append((own, their, needed * bandwidth.seconds_per_byte()))
-            own, their, _ = map(statistics.median, zip(*samples, strict=True))
-            ratios = [their / own for own, their, _ in samples]
-            figures.append(
-                {
-                    "kind": kind,
-                    "batch": rows,
-                    "tokens_per_second": rows / own,
-                    "transformers_tokens_per_second": rows / their,
-                    "speedup": statistics.median(ratios),
-                    "lowest": min(ratios),
-                    "highest": max(ratios),
-                    "mib_per_step": needed / MEBIBYTE,
-                    "share_of_bandwidth": statistics.median(
-                        least / own for own, _, least in samples
-                    ),
-                }
-            )
-            print_row(figures[-1])
+            row: dict[str, Any] = {"kind": kind, "batch": rows, "error": None}
+            try:
+                row |= one_kind(args, generator, requests, theirs, bandwidth)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                row["error"] = OUT_OF_MEMORY
+            figures.append(row)
+            print_row(row)
     return figures
 
 
+def one_kind(
+    args: argparse.Namespace,
+    generator: Generator,
+    requests: Sequence[Request],
+    theirs: Callable[[Sequence[Request], int], float] | None,
+    bandwidth: "Bandwidth",
+) -> dict[str, Any]:
+    """The figures of one kind of requests, by as many pairs of runs as `--repeats` says."""
+    needed = bytes_of_a_step(generator, requests, args.new_tokens)
+    ours(generator, requests, args.new_tokens)
+    if theirs is not None:
+        theirs(requests, 4)
+    samples, their_samples = [], []
+    for _ in range(args.repeats):
+        own = ours(generator, requests, args.new_tokens)
+        if theirs is not None:
+            their_samples.append(theirs(requests, args.new_tokens))
+        samples.append((own, needed * bandwidth.seconds_per_byte()))
+    seconds = [own for own, _ in samples]
+    row = {
+        "tokens_per_second": len(requests) / statistics.median(seconds),
+        "mib_per_step": needed / MEBIBYTE,
+        "share_of_bandwidth": statistics.median(least / own for own, least in samples),
+        "transformers_tokens_per_second": None,
+        "speedup": None,
+    }
+    if theirs is not None:
+        ratios = [their / own for own, their in zip(seconds, their_samples, strict=True)]
+        row |= {
+            "transformers_tokens_per_second": len(requests) / statistics.median(their_samples),
+            "speedup": statistics.median(ratios),
+            "lowest": min(ratios),
+            "highest": max(ratios),
+        }
+    return row
+
+
 def print_row(row: dict[str, Any]) -> None:
-    spread = f"{row['speedup']:.2f} ({row['lowest']:.2f} to {row['highest']:.2f})"
+    if row["error"]:
+        print(f"{row['kind']:8} {row['batch']:5}  {row['error']}", flush=True)
+        return
+    their, spread = "-", "-"
+    if row["speedup"] is not None:
+        their = f"{row['transformers_tokens_per_second']:.1f}"
+        spread = f"{row['speedup']:.2f} ({row['lowest']:.2f} to {row['highest']:.2f})"
     print(
-        f"{row['kind']:8} {row['batch']:5}  {row['tokens_per_second']:8.1f}  "
-        f"{row['transformers_tokens_per_second']:12.1f}  {spread:21}  "
-        f"{row['mib_per_step']:8.1f} MiB  {row['share_of_bandwidth']:.2f}",
+        f"{row['kind']:8} {row['batch']:5}  {row['tokens_per_second']:8.1f}  {their:>12}  "
+        f"{spread:21}  {row['mib_per_step']:8.1f} MiB  {row['share_of_bandwidth']:.2f}",
         flush=True,
     )
 
 
-def main() -> None:
+def check(args: argparse.Namespace) -> ModelConfig:
+    """The model; refuses flags that do not do before anything is made, and reads `--batches`."""
+    check_output(args.output)
+    for flag in ("prompt", "new_tokens", "repeats"):
+        if getattr(args, flag) < 1:
+            raise ConfigError(f"--{flag.replace('_', '-')}: must be positive")
+    if args.new_tokens < 5:
+        raise ConfigError("--new-tokens: must be at least 5, of which all but one are timed")
+    sizes = args.batches.split(",")
+    if not all(size.isdigit() and int(size) for size in sizes):
+        raise ConfigError(f"--batches {args.batches}: expected N,... with whole numbers")
+    args.batches = [int(size) for size in sizes]
+    missing = [name for name in ("torch", "transformers") if find_spec(name) is None]
+    if missing and not args.alone:
+        raise ConfigError(
+            f"{' and '.join(missing)} are not installed: pip install -e '.[test]' brings them, and "
+            "--alone does without"
+        )
+    return model_of(args.size, args.vocab)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
-    parser.add_argument("--size", choices=SIZES, default="small", help="of the model (small)")
+    parser.add_argument("--size", default="d512", help=SIZE_HELP)
+    parser.add_argument("--vocab", type=int, help="tokens, if not as many as the size has")
     parser.add_argument("--batches", default="1,8", help="numbers of rows (1,8)")
     parser.add_argument("--prompt", type=int, default=16, help="tokens of each prompt (16)")
     parser.add_argument("--new-tokens", type=int, default=65, help="of each row (65)")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--repeats", type=int, default=7, help="timed pairs (7)")
+    parser.add_argument("--alone", action="store_true", help="leave transformers out")
     parser.add_argument("--output", type=Path, help="also write the figures here, as JSON")
-    args = parser.parse_args()
-
-    with tempfile.TemporaryDirectory() as folder:
-        write_model(Path(folder), args.size, args.prompt + args.new_tokens)
-        config = read_model_config(Path(folder))
-        generator = Generator(
-            config,
-            load_base(Path(folder), config, args.dtype),
-            {kind: random_adapter(fields, config) for kind, fields in KINDS.items() if fields},
-            compute=ComputeConfig(dtype=args.dtype),
-        )
-        model = LlamaForCausalLM.from_pretrained(folder, dtype=getattr(torch, args.dtype)).eval()
-        print(
-            f"{args.size} model in {args.dtype} on {jax.devices()[0].device_kind}, jax "
-            f"{jax.__version__}, torch {torch.__version__} with {torch.get_num_threads()} threads"
-        )
+    args = parser.parse_args(argv)
+    try:
+        model = check(args)
+        facts = machine()
+        generator = decoder(args, model)
+        theirs = None if args.alone else transformers_step(args, generator)
+        print(f"{args.size} model in {args.dtype}; {one_line(facts)}")
         print(
             "kind     batch  tokens/s  transformers  ratio                  a step      of copying"
         )
-        figures = measure(args, generator, model)
-    if args.output:
-        settings = {name: str(value) for name, value in vars(args).items()}
-        args.output.write_text(json.dumps({"settings": settings, "figures": figures}, indent=2))
+        figures = measure(args, generator, theirs)
+        write_json(args.output, args, benchmark="decode", machine=facts, figures=figures)
+    except UserError as error:
+        return report(error)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

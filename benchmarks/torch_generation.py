@@ -1,0 +1,44 @@
+"""How fast transformers' `generate` decodes; needs torch and transformers."""
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList
+
+
+class Clock(LogitsProcessor):
+    """Leaves logits as they are, and notes when they are there; streamers take one row only."""
+
+    def __init__(self):
+        self.times: list[float] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if scores.is_cuda:
+            torch.cuda.synchronize()
+        self.times.append(time.perf_counter())
+        return scores
+
+
+def seconds_a_step(model: Any, prompts: Sequence[Sequence[int]], new_tokens: int) -> float:
+    """Of greedy decoding, from the first new token to the last.
+
+    Args:
+      model: a causal language model.
+      prompts: token ids, all of one length.
+      new_tokens: of each row; at least 2.
+    """
+    clock = Clock()
+    tokens = torch.tensor(prompts, device=model.device)
+    model.generate(
+        tokens,
+        attention_mask=torch.ones_like(tokens),
+        do_sample=False,
+        max_new_tokens=new_tokens,
+        logits_processor=LogitsProcessorList([clock]),
+        eos_token_id=None,
+        pad_token_id=0,
+        use_cache=True,
+    )
+    return (clock.times[-1] - clock.times[0]) / (len(clock.times) - 1)
