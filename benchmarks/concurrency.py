@@ -10,54 +10,30 @@ Needs jax, flax, optax and numpy only.
 """
 
 import argparse
-import json
 import statistics
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import jax
+
+from benchmarks.random_inputs import params_of, random_batch
+from benchmarks.report import MEBIBYTE, check_output, machine, one_line, write_json
+from benchmarks.sizes import SIZE_HELP, model_of
 from moe_jax.adapters import METHODS
 from moe_jax.adapters.targets import TARGET_MODULES
-from moe_jax.config.model import ModelConfig, RopeConfig
 from moe_jax.config.run import parse_run_config
-from moe_jax.data.batch import Batch
+from moe_jax.errors import ConfigError, UserError, report
 from moe_jax.training.program import Program, build_program
 
-MEBIBYTE = 2**20
 KINDS: dict[str, dict[str, Any]] = {
     "lora": {"name": "lora"},
     "mixlora": {"name": "mixlora", "num_experts": 8, "router": {"name": "top_k", "top_k": 2}},
 }
-SIZES = {
-    # width, FFN width, heads, layers, vocabulary
-    "small": (512, 1376, 8, 8, 8192),
-    "1b": (2048, 5632, 32, 22, 32000),
-    "7b": (4096, 11008, 32, 32, 32000),
-}
-
-
-def model_config(size: str) -> ModelConfig:
-    width, ffn_width, heads, layers, vocab_size = SIZES[size]
-    return ModelConfig(
-        vocab_size=vocab_size,
-        hidden_size=width,
-        intermediate_size=ffn_width,
-        num_layers=layers,
-        num_heads=heads,
-        num_kv_heads=heads,
-        head_dim=width // heads,
-        hidden_act="silu",
-        max_position_embeddings=4096,
-        rms_norm_eps=1e-5,
-        rope=RopeConfig(rope_type="default", rope_theta=10000.0),
-        attention_bias=False,
-        mlp_bias=False,
-        tie_word_embeddings=False,
-    )
 
 
 def program_of(kind: str, adapters: int, args: argparse.Namespace) -> Program:
@@ -77,35 +53,13 @@ def program_of(kind: str, adapters: int, args: argparse.Namespace) -> Program:
         "adapters": {f"adapter{i}": adapter for i in range(adapters)},
     }
     config = parse_run_config(raw, METHODS)
-    return build_program(config, model_config(args.size), 1000, devices=jax.devices()[:1])
-
-
-def random_base(program: Program) -> Any:
-    """Random weights in place."""
-    leaves, tree = jax.tree.flatten(program.abstract_params)
-
-    @jax.jit
-    def draw() -> list[jax.Array]:
-        keys = jax.random.split(jax.random.key(0), len(leaves))
-        return [
-            jax.random.normal(key, leaf.shape, leaf.dtype) * 0.02
-            for key, leaf in zip(keys, leaves, strict=True)
-        ]
-
-    return jax.tree.unflatten(tree, draw())
+    return build_program(config, model_of(args.size), 1000, devices=jax.devices()[:1])
 
 
 def step_of(program: Program, params: Any, length: int) -> Callable[[], None]:
     """A function that does one training step and waits for it."""
     rows = sum(segment.rows for segment in program.segments)
-    zeros = np.zeros((rows, length), np.int32)
-    fields: dict[str, np.ndarray] = dict.fromkeys(Batch._fields, zeros)
-    fields["tokens"] = np.random.default_rng(0).integers(0, 8192, zeros.shape).astype(np.int32)
-    fields["loss_mask"] = np.ones_like(zeros, bool)
-    fields["labels"] = zeros.astype(np.float32)
-    fields["segment_ids"] = np.ones_like(zeros)
-    fields["positions"] = np.broadcast_to(np.arange(length, dtype=np.int32), zeros.shape)
-    batch = program.put_train_batch(Batch(**fields))
+    batch = program.put_train_batch(random_batch(program.model.config, rows, length))
     box = [program.init_state(params)]
 
     def step() -> None:
@@ -124,7 +78,7 @@ def memory_of(program: Program, length: int) -> float:
 
 def measure(kind: str, counts: list[int], args: argparse.Namespace) -> list[dict[str, Any]]:
     alone = program_of(kind, 1, args)
-    params = random_base(alone)
+    params = params_of(alone)
     memory_alone = memory_of(alone, args.length)
     step_alone = step_of(alone, params, args.length)
     step_alone()
@@ -160,11 +114,9 @@ def measure(kind: str, counts: list[int], args: argparse.Namespace) -> list[dict
     return results
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
-    parser.add_argument(
-        "--size", choices=SIZES, default="small", help="of the base (default small)"
-    )
+    parser.add_argument("--size", default="d512", help=SIZE_HELP)
     parser.add_argument("--counts", default="1,2,4,8", help="numbers of adapters (1,2,4,8)")
     parser.add_argument("--rows", type=int, default=1, help="rows of each adapter in a step (1)")
     parser.add_argument("--length", type=int, default=64, help="tokens of a row (64)")
@@ -172,29 +124,33 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--repeats", type=int, default=7, help="timed pairs (7)")
     parser.add_argument("--output", type=Path, help="also write the figures here, as JSON")
-    args = parser.parse_args()
-
-    counts = [int(count) for count in args.counts.split(",")]
-    device = jax.devices()[0]
-    print(
-        f"{args.size} base in {args.dtype}, {args.rows} x {args.length} tokens an adapter, on "
-        f"{device.device_kind}, jax {jax.__version__}"
-    )
-    print("kind     adapters  one after another / together  step       memory     per adapter")
-    figures = []
-    for kind in KINDS:
-        for row in measure(kind, counts, args):
-            figures.append(row)
-            spread = f"{row['speedup']:.2f} ({row['lowest']:.2f} to {row['highest']:.2f})"
-            each = row["mib_per_adapter"]
-            print(
-                f"{kind:8} {row['adapters']:8}  {spread:28}  {row['seconds_per_step']:7.3f} s  "
-                f"{row['memory_mib']:6.0f} MiB  {'' if each is None else f'{each:6.1f} MiB'}"
-            )
-    if args.output:
-        settings = {name: str(value) for name, value in vars(args).items()}
-        args.output.write_text(json.dumps({"settings": settings, "figures": figures}, indent=2))
+    args = parser.parse_args(argv)
+    try:
+        check_output(args.output)
+        model_of(args.size)
+        if not all(count.isdigit() and int(count) for count in args.counts.split(",")):
+            raise ConfigError(f"--counts {args.counts}: expected N,... with whole numbers")
+        facts = machine()
+        print(
+            f"{args.size} base in {args.dtype}, {args.rows} x {args.length} tokens an adapter; "
+            f"{one_line(facts)}"
+        )
+        print("kind     adapters  one after another / together  step       memory     per adapter")
+        figures = []
+        for kind in KINDS:
+            for row in measure(kind, [int(count) for count in args.counts.split(",")], args):
+                figures.append(row)
+                spread = f"{row['speedup']:.2f} ({row['lowest']:.2f} to {row['highest']:.2f})"
+                each = row["mib_per_adapter"]
+                print(
+                    f"{kind:8} {row['adapters']:8}  {spread:28}  {row['seconds_per_step']:7.3f} s  "
+                    f"{row['memory_mib']:6.0f} MiB  {'' if each is None else f'{each:6.1f} MiB'}"
+                )
+        write_json(args.output, args, benchmark="concurrency", machine=facts, figures=figures)
+    except UserError as error:
+        return report(error)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

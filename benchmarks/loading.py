@@ -1,11 +1,13 @@
 """Peak host memory and time of loading a base model.
 
     python benchmarks/loading.py --output loading.json
+    python benchmarks/loading.py --size 1.1b
 
-Writes a random checkpoint of about --megabytes in several shards, then loads it in fresh processes:
-on one device and on eight fake CPU devices, float32 as float32 and bfloat16 as bfloat16. This
-process samples the loading one's `RssAnon + RssShmem` in /proc every millisecond: pages that belong
-to files are left out, because the system can drop them at any time. (`VmHWM` would count them.)
+Writes a random checkpoint, of about --megabytes or of a named --size, in several shards, then loads
+it in fresh processes: on one device and on eight fake CPU devices, float32 as float32 and bfloat16
+as bfloat16. This process samples the loading one's `RssAnon + RssShmem` in /proc every millisecond:
+pages that belong to files are left out, because the system can drop them at any time. (`VmHWM`
+would count them.)
 The baseline is the same process, idle, with jax started and everything imported.
 
 Linux only. Exit status 1 if a peak is above --limit times the parameters' bytes.
@@ -14,11 +16,13 @@ Linux only. Exit status 1 if a peak is above --limit times the parameters' bytes
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 MEBIBYTE = 2**20
@@ -32,11 +36,6 @@ def write_checkpoint(
 ) -> None:
     """A random Llama of about `megabytes` MiB in `shards` files, one in memory at a time."""
     import jax.numpy as jnp
-    import numpy as np
-    from safetensors.numpy import save_file
-
-    from moe_jax.checkpoints.hf_config import model_config_from_hf
-    from moe_jax.checkpoints.key_table import base_leaves
 
     # Llama's proportions: V about 4 D, F about 2.7 D; then V D 2 + L (4 D D + 3 D F) parameters.
     budget = megabytes * MEBIBYTE / jnp.dtype(dtype).itemsize
@@ -52,6 +51,18 @@ def write_checkpoint(
         "num_key_value_heads": width // 64,
         "head_dim": 64,
     }
+    write_model(folder, fields, dtype, shards)
+
+
+def write_model(folder: Path, fields: dict[str, Any], dtype: str, shards: int) -> None:
+    """A random model of the `config.json` with these fields, as `write_checkpoint` writes it."""
+    import jax.numpy as jnp
+    import numpy as np
+    from safetensors.numpy import save_file
+
+    from moe_jax.checkpoints.hf_config import model_config_from_hf
+    from moe_jax.checkpoints.key_table import base_leaves
+
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(fields))
     leaves = base_leaves(model_config_from_hf(fields, "config.json"))
@@ -145,6 +156,10 @@ def measure(folder: Path, dtype: str, devices: int) -> dict:
             samples += 1
             report = process.stdout.readline()
             time.sleep(SAMPLING_SECONDS)
+        if not report:
+            if process.wait() != -9:  # what Linux does where memory has run out
+                raise RuntimeError(f"loading ended with status {process.returncode}; see above")
+            return {"dtype": dtype, "devices": devices, "error": "out of memory"}
         after = anonymous_bytes(process.pid)
         process.stdin.write("done\n")
         process.stdin.flush()
@@ -153,6 +168,7 @@ def measure(folder: Path, dtype: str, devices: int) -> dict:
     return {
         "dtype": dtype,
         "devices": devices,
+        "error": None,
         **result,
         "idle_bytes": idle,
         "peak_above_idle_bytes": peak - idle,
@@ -162,9 +178,52 @@ def measure(folder: Path, dtype: str, devices: int) -> dict:
     }
 
 
+def row_of(case: dict[str, Any]) -> str:
+    """One case as a line of the table."""
+    start = f"{case['dtype']:15}  {case['devices']:7}"
+    if case["error"]:
+        return f"{start}  {case['error']}"
+    size = case["parameter_bytes"]
+    return (
+        f"{start}  {size / MEBIBYTE:14.1f}  {case['peak_above_idle_bytes'] / MEBIBYTE:19.1f}"
+        f"  {case['peak_ratio']:5.3f}  {case['after_above_idle_bytes'] / size:5.3f}"
+        f"  {case['seconds']:7.2f}"
+    )
+
+
+def run(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """All cases; prints each as soon as it is known."""
+    from benchmarks.report import check_output, machine, one_line, write_json
+    from benchmarks.sizes import hf_fields, model_of
+    from moe_jax.errors import ConfigError
+
+    check_output(args.output)
+    for flag in ("megabytes", "shards"):
+        if getattr(args, flag) < 1:
+            raise ConfigError(f"--{flag}: must be positive")
+    fields = None if args.size is None else hf_fields(model_of(args.size))
+    facts, cases = machine(), []
+    print(f"{args.size or f'{args.megabytes} MiB'} in {args.shards} shards; {one_line(facts)}")
+    print("disk and device  devices  parameters MiB  peak above idle MiB  ratio  after  seconds")
+    with tempfile.TemporaryDirectory() as scratch:
+        for dtype in dict.fromkeys(dtype for dtype, _ in CASES):
+            folder = Path(scratch) / dtype
+            if fields is None:
+                write_checkpoint(folder, args.megabytes, dtype, args.shards)
+            else:
+                write_model(folder, fields, dtype, args.shards)
+            for devices in (devices for kind, devices in CASES if kind == dtype):
+                cases.append(measure(folder, dtype, devices))
+                print(row_of(cases[-1]), flush=True)
+            shutil.rmtree(folder)
+    write_json(args.output, args, benchmark="loading", machine=facts, cases=cases)
+    return cases
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="Peak host memory of loading a base model.")
     parser.add_argument("--megabytes", type=int, default=1024, help="size of the checkpoint")
+    parser.add_argument("--size", help="a model of benchmarks/sizes.py instead of --megabytes")
     parser.add_argument("--shards", type=int, default=5, help="files that it is split into")
     parser.add_argument("--limit", type=float, default=1.3, help="largest peak / parameter bytes")
     parser.add_argument("--output", type=Path, help="JSON file for the results")
@@ -174,25 +233,14 @@ def main() -> int:
         load(Path(args.load[0]), args.load[1], int(args.load[2]))
         return 0
 
-    results = []
-    print("disk and device  devices  parameters MiB  peak above idle MiB  ratio  after  seconds")
-    with tempfile.TemporaryDirectory() as scratch:
-        for dtype in dict.fromkeys(dtype for dtype, _ in CASES):
-            folder = Path(scratch) / dtype
-            write_checkpoint(folder, args.megabytes, dtype, args.shards)
-            for devices in (devices for kind, devices in CASES if kind == dtype):
-                result = measure(folder, dtype, devices)
-                results.append(result)
-                size = result["parameter_bytes"]
-                print(
-                    f"{dtype:15}  {devices:7}  {size / MEBIBYTE:14.1f}"
-                    f"  {result['peak_above_idle_bytes'] / MEBIBYTE:19.1f}"
-                    f"  {result['peak_ratio']:5.3f}"
-                    f"  {result['after_above_idle_bytes'] / size:5.3f}  {result['seconds']:7.2f}"
-                )
-    if args.output:
-        args.output.write_text(json.dumps({"limit": args.limit, "cases": results}, indent=2))
-    return int(any(result["peak_ratio"] > args.limit for result in results))
+    from moe_jax.errors import UserError, report
+
+    try:
+        cases = run(args)
+    except UserError as error:
+        return report(error)
+    failed = [case for case in cases if case["error"] or case["peak_ratio"] > args.limit]
+    return int(bool(failed))
 
 
 if __name__ == "__main__":
