@@ -4,9 +4,10 @@ How it was trained may lie beside them, see `training_record`.
 """
 
 import dataclasses
+import functools
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -19,8 +20,9 @@ from jax.experimental import multihost_utils
 from moe_jax.adapters import METHODS
 from moe_jax.checkpoints.disk import behind_link, disk_errors, require_space
 from moe_jax.checkpoints.fingerprint import BaseIdentity
-from moe_jax.checkpoints.leaves import LeafSpec, checksums, leaf_specs, nested
-from moe_jax.checkpoints.store import require_finite, restore_tree
+from moe_jax.checkpoints.leaves import LeafSpec, leaf_specs, nested
+from moe_jax.checkpoints.snapshot import Snapshot, take_snapshot, without_copy
+from moe_jax.checkpoints.store import restore_tree
 from moe_jax.checkpoints.training_record import (
     TrainingRecord,
     read_pictures,
@@ -93,8 +95,24 @@ def save_adapter(folder: Path, adapter: SavedAdapter) -> None:
       TrainingError: a weight is not finite; nothing is written.
       CheckpointError: the disk is too small, full or not writable; a former `folder` is untouched.
     """
+    _write(folder, adapter, without_copy(adapter.tree))
+
+
+def captured_adapter(folder: Path, adapter: SavedAdapter) -> Callable[[], None]:
+    """Copies an adapter on the device, without waiting for it; the next step may have its arrays.
+
+    Returns:
+      A function that writes the copy as `save_adapter` does, with the same errors. It computes
+      nothing across devices, so that with one process another thread may call it.
+    """
+    weights = take_snapshot(adapter.tree)
+    # Not the tree itself, whose arrays are gone when this is called.
+    return functools.partial(_write, folder, adapter._replace(tree=weights.tree), weights)
+
+
+def _write(folder: Path, adapter: SavedAdapter, weights: Snapshot) -> None:
     folder = behind_link(folder)
-    require_finite(adapter.tree, adapter.step)
+    weights.require_finite(adapter.step)
     description = {
         "format_version": FORMAT_VERSION,
         "package_version": __version__,
@@ -103,7 +121,7 @@ def save_adapter(folder: Path, adapter: SavedAdapter) -> None:
         "model": dataclasses.asdict(adapter.model),
         "step": adapter.step,
         "leaves": {path: list(spec) for path, spec in leaf_specs(adapter.tree).items()},
-        "checksums": checksums(adapter.tree),
+        "checksums": weights.checksums(),
     }
     require_space(folder, sum(leaf.nbytes for leaf in jax.tree.leaves(adapter.tree)))
     incomplete = folder.with_name(f".{folder.name}.incomplete")

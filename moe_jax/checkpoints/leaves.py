@@ -78,12 +78,14 @@ def checksums(tree: Any) -> dict[str, int]:
     leaf lies. TensorStore compresses without a checksum, so a flipped bit would load unnoticed.
     """
     leaves = named_leaves(tree)
-    sums = jax.device_get(_bit_sums(list(leaves.values())))
+    sums = jax.device_get(bit_sums(list(leaves.values())))
     return {path: int(total) for path, total in zip(leaves, sums, strict=True)}
 
 
 @jax.jit
-def _bit_sums(leaves: list[jax.Array]) -> list[jax.Array]:
+def bit_sums(leaves: list[jax.Array]) -> list[jax.Array]:
+    """The numbers of `checksums`, still on the device."""
+
     def bit_sum(leaf: jax.Array) -> jax.Array:
         if leaf.dtype == jnp.bool_:
             leaf = leaf.astype(jnp.uint8)

@@ -12,8 +12,6 @@ from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
@@ -26,7 +24,8 @@ from moe_jax.checkpoints.leaves import (
     require_same_leaves,
 )
 from moe_jax.checkpoints.quiet import quiet_orbax
-from moe_jax.errors import CheckpointError, TrainingError
+from moe_jax.checkpoints.snapshot import Snapshot, take_snapshot
+from moe_jax.errors import CheckpointError
 
 FORMAT_VERSION = 1
 
@@ -47,6 +46,22 @@ class SavedState(NamedTuple):
     optimizer: Any
     data: dict[str, Any]
     metadata: dict[str, Any]
+
+
+class CapturedState(NamedTuple):
+    """The arrays of a training state at one moment, still on the device; see `capture`."""
+
+    adapters: Snapshot
+    optimizer: Snapshot
+
+
+def capture(adapters: Any, optimizer: Any) -> CapturedState:
+    """Copies a state on the device, without waiting for it; the next step may have the arrays.
+
+    Args:
+      adapters, optimizer: trees of jax arrays; `optimizer` is any tree whose nodes have names.
+    """
+    return CapturedState(take_snapshot(adapters), take_snapshot(nested(named_leaves(optimizer))))
 
 
 class TrainingStore:
@@ -99,13 +114,19 @@ class TrainingStore:
         data: dict[str, Any],
         metadata: dict[str, Any],
     ) -> None:
-        """Copies the state off the device and writes it in the background.
+        """`capture` and `write` at once; arguments and errors as there."""
+        self.write(step, capture(adapters, optimizer), data=data, metadata=metadata)
+
+    def write(
+        self, step: int, state: CapturedState, *, data: dict[str, Any], metadata: dict[str, Any]
+    ) -> None:
+        """Copies a captured state off the device and writes it in the background.
 
         Waits for the previous save to end first. A step that is already there is left alone.
 
         Args:
-          step: how many optimiser steps have been taken.
-          adapters, optimizer: trees of jax arrays; `optimizer` is any tree whose nodes have names.
+          step: how many optimiser steps had been taken.
+          state: as it was then.
           data, metadata: plain JSON values.
 
         Raises:
@@ -114,18 +135,15 @@ class TrainingStore:
         """
         if step == self.latest:
             return
-        require_finite(adapters, step, self.kept())
-        optimizer = nested(named_leaves(optimizer))
-        header = {
-            "format_version": FORMAT_VERSION,
-            "checksums": {"adapters": checksums(adapters), "optimizer": checksums(optimizer)},
-        }
+        state.adapters.require_finite(step, self.kept())
+        sums = {name: own.checksums() for name, own in state._asdict().items()}
+        header = {"format_version": FORMAT_VERSION, "checksums": sums}
         with disk_errors(self.folder / str(step), self.kept()):
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
-                    adapters=ocp.args.StandardSave(adapters),
-                    optimizer=ocp.args.StandardSave(optimizer),
+                    adapters=ocp.args.StandardSave(state.adapters.tree),
+                    optimizer=ocp.args.StandardSave(state.optimizer.tree),
                     data=ocp.args.JsonSave(data),
                     metadata=ocp.args.JsonSave({**header, **metadata}),
                 ),
@@ -279,23 +297,6 @@ def read_leaf_specs(folder: Path, advice: str) -> dict[str, Any]:
         return leaf_specs(metadata.tree)
     except Exception as error:  # see restore_tree
         raise CheckpointError(f"{folder} is damaged ({_first_line(error)}); {advice}") from error
-
-
-def require_finite(adapters: Any, step: int, kept: str = "") -> None:
-    """Raises `TrainingError` with the first leaf of `adapters` that holds a NaN or an infinity."""
-    finite = jax.device_get(_leaves_finite(adapters))
-    bad = [path for path, ok in named_leaves(finite).items() if not np.all(ok)]
-    if bad:
-        suffix = f"; {kept}" if kept else ""
-        raise TrainingError(
-            f"adapter weights {bad[0]!r} are not finite at step {step}, so they are not saved; "
-            f"try a lower learning rate{suffix}"
-        )
-
-
-@jax.jit
-def _leaves_finite(tree: Any) -> Any:
-    return jax.tree.map(lambda leaf: jnp.all(jnp.isfinite(leaf)), tree)
 
 
 def _first_line(error: BaseException) -> str:

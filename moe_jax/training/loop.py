@@ -12,6 +12,7 @@ from moe_jax.checkpoints.base import load_base
 from moe_jax.checkpoints.store import TrainingStore, latest_step, read_metadata
 from moe_jax.config.run import RunConfig, to_json
 from moe_jax.errors import ConfigError, TrainingError
+from moe_jax.training.background import Background
 from moe_jax.training.inputs import read_inputs, require_same_inputs
 from moe_jax.training.interrupts import Interrupts
 from moe_jax.training.metrics import METRICS_FILE, Window, open_writers, require_writers
@@ -27,6 +28,7 @@ from moe_jax.training.phases import phase_after, phases_of
 from moe_jax.training.plots import draw_run, loss_unit
 from moe_jax.training.program import build_program
 from moe_jax.training.progress import ProgressBar, say
+from moe_jax.training.record import last_losses
 from moe_jax.training.recorder import Recorder
 from moe_jax.training.results import (
     TABLE_FILES,
@@ -138,7 +140,7 @@ def train(
         store = TrainingStore(
             work.checkpoints, every=config.checkpoints.every, keep=config.checkpoints.keep
         )
-        with store, Interrupts() as interrupts:
+        with store, Background() as background, Interrupts() as interrupts:
             if resume_step is None:
                 state = program.init_state(params, load_starts(program))
             else:
@@ -150,12 +152,14 @@ def train(
             window = Window(metadata.get("window"))
             shown = None if is_main_process() else False
             bar = ProgressBar(inputs.total_steps, progress.step, show=shown)
-            recorder = Recorder(program, inputs.steps, writers, window, say, bar)
+            losses = last_losses(work.folder / METRICS_FILE)
+            recorder = Recorder(program, inputs.steps, writers, window, say, bar, losses)
             session = Session(
                 config=config,
                 inputs=inputs,
                 params=params,
                 store=store,
+                background=background,
                 recorder=recorder,
                 interrupts=interrupts,
                 progress=progress,

@@ -44,6 +44,11 @@ class PendingMetrics:
                 value.copy_to_host_async()
         self._steps.append((step, dict(metrics)))
 
+    @property
+    def newest(self) -> int | None:
+        """The last step whose metrics have not been read yet."""
+        return self._steps[-1][0] if self._steps else None
+
     def ready(self) -> Iterator[tuple[int, dict[str, Any]]]:
         """Removes and yields the steps that are old enough, oldest first."""
         yield from self._pop(self._lag)

@@ -22,7 +22,7 @@ def training_record(
     step: int,
     validation: Mapping[str, float],
     best: float | None,
-    metrics: Path,
+    training_loss: float | None,
 ) -> TrainingRecord:
     """The record of an adapter as it is now.
 
@@ -33,7 +33,7 @@ def training_record(
       step: where the run stands.
       validation: the losses measured last, by `adapter/set`.
       best: the adapter's lowest mean validation loss so far.
-      metrics: the run's `metrics.jsonl`, with all lines up to `step`; need not exist.
+      training_loss: in the last line of metrics that has the adapter's.
     """
     own, base = config.adapters[name], config.base
     data, held_out = inputs.train[name], inputs.validation[name]
@@ -60,21 +60,21 @@ def training_record(
             source: data_set(fields, held_out[source].num_rows, config.tasks_folder)
             for source, fields in own.data.validation.items()
         },
-        training_loss=last_loss(metrics, name),
+        training_loss=training_loss,
         validation_losses={source: _finite(loss) for source, loss in losses.items()},
         best_loss=_finite(best),
     )
 
 
-def last_loss(metrics: Path, name: str) -> float | None:
-    """An adapter's training loss in the last line of `metrics` that has one."""
-    if not metrics.exists():  # in processes that write nothing
-        return None
-    for text in reversed(metrics.read_text(encoding="utf-8").splitlines()):
-        line = json.loads(text)
-        if f"{name}/loss" in line:
-            return line[f"{name}/loss"]
-    return None
+def last_losses(metrics: Path) -> dict[str, float | None]:
+    """Each adapter's training loss in the last line of `metrics` that has one; need not exist."""
+    losses: dict[str, float | None] = {}
+    if metrics.exists():  # only in the process that writes
+        for text in metrics.read_text(encoding="utf-8").splitlines():
+            line = json.loads(text)
+            places = (name.partition("/") for name in line)
+            losses |= {name: line[f"{name}/loss"] for name, _, kind in places if kind == "loss"}
+    return losses
 
 
 def data_set(source: SourceConfig, rows: int, tasks_folder: str | None) -> DataSet:

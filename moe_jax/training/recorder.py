@@ -1,5 +1,6 @@
 """Follows a run: reads metrics when they are there, writes lines, notices a run gone wrong."""
 
+import collections
 import contextlib
 import datetime
 import math
@@ -25,10 +26,11 @@ _NAMED_ON_BAR = 3
 
 
 class Recorder:
-    """What the loop tells of its steps: `push` and `collect` each step, `drain` before a save.
+    """What the loop tells of its steps: `push` and `collect` each step, `drain` at the end.
 
     Attributes:
       window: the steps since the last line.
+      losses: each adapter's training loss in the last line that has one; None where not finite.
     """
 
     def __init__(
@@ -39,6 +41,7 @@ class Recorder:
         window: Window,
         say: Callable[[str], None],
         bar: ProgressBar,
+        losses: Mapping[str, float | None] | None = None,
     ):
         """Starts the clock.
 
@@ -49,8 +52,10 @@ class Recorder:
           window: the steps since the last line; not empty where a run resumes between two lines.
           say: prints a line for people.
           bar: shows where the run stands, between two lines.
+          losses: those of the last lines so far, where a run resumes.
         """
         self.window = window
+        self.losses = dict(losses or {})
         self._training = program.config.training
         self._ends = frozenset(steps.values())
         self._total_steps = max(steps.values())
@@ -59,6 +64,7 @@ class Recorder:
         self._say = say
         self._bar = bar
         self._pending = PendingMetrics()
+        self._then: collections.deque[tuple[int, Callable[[], None]]] = collections.deque()
         self._start = time.perf_counter()
         self._speed = _Speed()
         self.follow(program)
@@ -87,13 +93,24 @@ class Recorder:
         Raises:
           TrainingError: too many gradients in a row were not finite.
         """
-        for step, metrics in self._pending.ready():
-            self._note(step, metrics)
+        self._note_all(self._pending.ready())
 
     def drain(self) -> None:
         """As `collect`, but waits for all steps that were pushed."""
-        for step, metrics in self._pending.drain():
-            self._note(step, metrics)
+        self._note_all(self._pending.drain())
+
+    def when_noted(self, step: int, action: Callable[[], None]) -> None:
+        """Calls `action` as soon as the metrics of `step`, the newest one, have been taken note of.
+
+        If they say that the run has gone wrong, it is not called. At most one action waits: the
+        metrics that a former one waits for are waited for here.
+        """
+        if self._then:
+            self.drain()
+        if self._pending.newest == step:
+            self._then.append((step, action))
+        else:
+            action()
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -128,6 +145,19 @@ class Recorder:
         self._write(step, values, {})
         for text in sentences(step, name, shares):
             self._say(text)
+
+    def _note_all(self, steps: Iterator[tuple[int, dict[str, Any]]]) -> None:
+        while True:
+            start = time.perf_counter()
+            found = next(steps, None)
+            self._speed.waited(time.perf_counter() - start)
+            if found is None:
+                return
+            step, metrics = found
+            self._note(step, metrics)
+            if self._then and self._then[0][0] == step:
+                _, action = self._then.popleft()
+                action()
 
     def _note(self, step: int, metrics: dict[str, float]) -> None:
         self.window.add(metrics)
@@ -169,6 +199,7 @@ class Recorder:
             line[f"{name}/learning_rate"] = rates[name]
             if name in self._program.sites:  # whose rows, each with all layers, the metrics have
                 line[f"{name}/sites"] = self._program.sites[name]
+            self.losses[name] = _finite(line[f"{name}/loss"])
         elapsed = round(time.perf_counter() - self._start, 3)
         times = {"elapsed_seconds": elapsed, **self._speed.measure()}
         self._write(step, line, times)
@@ -227,6 +258,10 @@ class _Speed:
         self._steps += 1
         self._tokens += tokens
 
+    def waited(self, seconds: float) -> None:
+        """The host had nothing to do for so long, because the device was still busy."""
+        self._waited += seconds
+
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         start = time.perf_counter()
@@ -234,18 +269,24 @@ class _Speed:
         self._mark += time.perf_counter() - start
 
     def measure(self) -> dict[str, float]:
-        """The speed since the last call, or that of the last call if few steps were made since."""
+        """The speed since the last call, or that of the last call if few steps were made since.
+
+        `host_share` is the share of the time that the host was busy. As long as that is below 1, it
+        keeps ahead of the device, which then finds its next step waiting.
+        """
         if self._steps >= self._FEWEST:
             seconds = time.perf_counter() - self._mark
             self.latest = {
                 "seconds_per_step": round(seconds / self._steps, 6),
                 "tokens_per_second": round(self._tokens / seconds, 1),
+                "host_share": round(max(0.0, 1.0 - self._waited / seconds), 4),
             }
             self._restart()
         return self.latest
 
     def _restart(self) -> None:
         self._mark, self._steps, self._tokens = time.perf_counter(), 0, 0
+        self._waited = 0.0
 
 
 def _finite(value: Any) -> Any:

@@ -1,5 +1,6 @@
 """The steps of a run, with what happens between them: measuring, recording, saving, stopping."""
 
+import copy
 import math
 import statistics
 from collections.abc import Callable, Collection
@@ -8,10 +9,16 @@ from typing import Any
 
 import jax
 
-from moe_jax.checkpoints.adapter_files import SavedAdapter, add_pictures, save_adapter
-from moe_jax.checkpoints.store import TrainingStore
+from moe_jax.checkpoints.adapter_files import (
+    SavedAdapter,
+    add_pictures,
+    captured_adapter,
+    save_adapter,
+)
+from moe_jax.checkpoints.store import TrainingStore, capture
 from moe_jax.config.registry import to_plain
 from moe_jax.config.run import RunConfig
+from moe_jax.training.background import Background
 from moe_jax.training.inputs import Inputs
 from moe_jax.training.interrupts import Interrupts
 from moe_jax.training.metrics import METRICS_FILE
@@ -51,6 +58,7 @@ class Session:
       inputs: base, data and length.
       params: the frozen base.
       store: the training states.
+      background: writes the best adapters.
       recorder: takes the metrics.
       interrupts: says when to stop early.
       progress: where the run stands; changed in place.
@@ -63,6 +71,7 @@ class Session:
     inputs: Inputs
     params: Any
     store: TrainingStore
+    background: Background
     recorder: Recorder
     interrupts: Interrupts
     progress: Progress
@@ -85,6 +94,7 @@ class Session:
         while True:
             state, stopped = self._steps(phase, program, state)
             if progress.step == phase.stop:
+                self.background.wait()
                 self.store.wait()  # if the disk is full, the state is what to hear of first
                 for name in phase.ending:
                     # A run that was killed in its last evaluation has left them already.
@@ -97,6 +107,7 @@ class Session:
             program = program.narrowed(phase.adapters)
             state = carried_over(state, program.abstract_state)
             self.recorder.follow(program)
+        self.background.wait()
         self.store.wait()
 
     def _steps(self, phase: Phase, program: Program, state: TrainState) -> tuple[TrainState, bool]:
@@ -121,6 +132,7 @@ class Session:
             progress.step += 1
             self.recorder.push(progress.step, metrics, tokens)
             self.recorder.collect()
+            self.background.check()
 
             stop = self.interrupts.requested(progress.step)
             if self._due(self.config.training.eval_every):
@@ -158,7 +170,7 @@ class Session:
             step=progress.step,
             validation=progress.validation,
             best=progress.best.get(name),
-            metrics=self.work.folder / METRICS_FILE,
+            training_loss=self.recorder.losses.get(name),
         )
         tree, step = state.adapters[name], progress.step
         return SavedAdapter(method, tree, inputs.model, inputs.base, step, record)
@@ -185,8 +197,10 @@ class Session:
             own = [losses[f"{name}/{each}"] for each in sets]
             if own and statistics.fmean(own) < progress.best.get(name, math.inf):
                 progress.best[name] = statistics.fmean(own)
-                with self.recorder.paused():
-                    save_adapter(self.work.best / name, self._saved_adapter(name, state))
+                with self.recorder.paused():  # compiles at first
+                    adapter = self._saved_adapter(name, state)
+                    write = captured_adapter(self.work.best / name, adapter)
+                self.background.start(write)
 
     def _ask_between(self, state: TrainState, names: Collection[str]) -> None:
         """Asks the adapters that it is time for; those that end are asked when all have."""
@@ -207,24 +221,31 @@ class Session:
             self.recorder.evaluation(progress.step, name, shares)
 
     def _save(self, phase: Phase, state: TrainState) -> None:
-        self.recorder.drain()
-        data, progress = self.inputs.train, self.progress
-        with self.recorder.paused():
-            self.store.save(
-                progress.step,
-                adapters=state.adapters,
-                optimizer=_without_adapters(state),
-                data={name: data[name].iterator.get_state() for name in phase.adapters},
-                metadata={
-                    "base": self.inputs.base._asdict(),
-                    "data": {name: self.inputs.data_fingerprint(name) for name in data},
-                    "steps": self.inputs.steps,
-                    "lengths": lengths(to_plain(self.config)),
-                    "window": self.recorder.window.steps,
-                    "validation": progress.validation,
-                    "best": progress.best,
-                },
-            )
+        """Begins to save the state as it is now; the device goes on with the steps it has.
+
+        The state is copied on the device, since the next step takes its arrays. It is written once
+        the metrics of its own step are there, a few steps later: they belong to it.
+        """
+        data, progress, step = self.inputs.train, self.progress, self.progress.step
+        with self.recorder.paused():  # compiles at first
+            captured = capture(state.adapters, _without_adapters(state))
+        position = {name: data[name].iterator.get_state() for name in phase.adapters}
+        metadata = {
+            "base": self.inputs.base._asdict(),
+            "data": {name: self.inputs.data_fingerprint(name) for name in data},
+            "steps": self.inputs.steps,
+            "lengths": lengths(to_plain(self.config)),
+            "validation": progress.validation,
+            "best": progress.best,
+        }
+        position, metadata = copy.deepcopy((position, metadata))
+
+        def write() -> None:
+            self.background.wait()  # the best, of which this state says how good it is
+            window = {"window": list(self.recorder.window.steps)}
+            self.store.write(step, captured, data=position, metadata={**metadata, **window})
+
+        self.recorder.when_noted(step, write)
 
 
 def restore(store: TrainingStore, program: Program, step: int, inputs: Inputs) -> TrainState:
