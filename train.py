@@ -12,7 +12,6 @@ Exit status: 0 done, 2 the input will not do (one line says why), 130 and 143 st
 SIGTERM with the state saved.
 """
 
-import os
 import sys
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from absl import app, flags
 
 from moe_jax.adapters import METHODS
 from moe_jax.checkpoints.hf_config import model_config_from_hf, read_model_config
+from moe_jax.commands.compilation_cache import keep_compiled_programs
 from moe_jax.config.command_line import apply_overrides, load_config_file, split_overrides
 from moe_jax.config.model import ModelConfig
 from moe_jax.config.run import RunConfig, parse_run_config
@@ -79,9 +79,7 @@ def set_up_jax() -> None:
     if DEVICES.value is not None:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", DEVICES.value)
-    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        jax.config.update("jax_compilation_cache_dir", str(Path(home) / "moe_jax" / "compiled"))
+    keep_compiled_programs()
     if DISTRIBUTED.value:
         try:
             jax.distributed.initialize(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)

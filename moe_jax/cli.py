@@ -19,6 +19,7 @@ from moe_jax.commands import (
     show,
     surgery,
 )
+from moe_jax.commands.compilation_cache import keep_compiled_programs
 from moe_jax.errors import UserError, report
 from moe_jax.version import __version__
 
@@ -49,6 +50,8 @@ def main(arguments: list[str] | None = None) -> int:
         command = commands.add_parser(name, help=text, description=text)
         command.set_defaults(run=add(command))
     chosen = parser.parse_args(arguments)
+    if arguments is None:  # a program that calls this decides on such things itself
+        keep_compiled_programs()
     try:
         with _sigterm_unwinds():
             chosen.run(chosen)

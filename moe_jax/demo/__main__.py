@@ -13,6 +13,7 @@ import numpy as np
 
 from moe_jax.adapters import METHODS
 from moe_jax.checkpoints.adapter_files import load_adapter
+from moe_jax.commands.compilation_cache import keep_compiled_programs
 from moe_jax.config.command_line import load_config_file
 from moe_jax.config.run import RunConfig, parse_run_config
 from moe_jax.demo.comparison import examine
@@ -133,4 +134,5 @@ def load_table(scores: dict[str, Score]) -> list[str]:
 
 
 if __name__ == "__main__":
+    keep_compiled_programs()
     sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,156 @@
+"""Nothing that the loop does between two steps waits for the device, or changes what comes out."""
+
+import math
+import time
+
+import jax
+import numpy as np
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+from one_device import one_device
+from tiny_run import final_adapter, metric_lines, read_config, write_inputs
+
+from moe_jax.checkpoints.adapter_files import read_description
+from moe_jax.checkpoints.store import TrainingStore, read_metadata
+from moe_jax.commands.compilation_cache import keep_compiled_programs
+from moe_jax.training import session
+from moe_jax.training.loop import train
+from moe_jax.training.program import Program
+from moe_jax.training.recorder import Recorder
+
+STEPS, AHEAD, MEASURED_EVERY = 16, 4, 8
+OVERRIDES = {
+    "training__steps": STEPS,
+    "training__log_every": 3,
+    "training__eval_every": MEASURED_EVERY,
+    "checkpoints__every": 5,
+    "checkpoints__keep": 10,
+    "adapters__default__data__buckets": "()",
+}
+
+
+class Watched:
+    """A run on one device, and when what happened in it.
+
+    Attributes:
+      dispatched: steps that the device had been given.
+      noted: by step, how many it had been given when its metrics were read.
+      losses: by step.
+      best_at: by saved step, the step of the best adapter on the disk when writing began.
+    """
+
+    def __init__(self, inputs, workdir):
+        self.workdir = workdir
+        self.dispatched, self.noted, self.losses, self.best_at = 0, {}, {}, {}
+        with one_device() as patch:
+            for owner, name, watch in (
+                (Program, "train_step", self._step),
+                (Recorder, "_note", self._note),
+                (TrainingStore, "write", self._write),
+                (session, "captured_adapter", self._captured),
+            ):
+                original = getattr(owner, name)
+                patch.setattr(owner, name, lambda *a, w=watch, o=original, **k: w(o, *a, **k))
+            train(read_config(inputs, **OVERRIDES), workdir, lambda _: None)
+
+    def _step(self, original, *arguments):
+        self.dispatched += 1
+        return original(*arguments)
+
+    def _note(self, original, recorder, step, metrics):
+        self.noted[step], self.losses[step] = self.dispatched, metrics["default/loss"]
+        original(recorder, step, metrics)
+
+    def _write(self, original, store, step, *arguments, **more):
+        best = self.workdir / "best" / "default"
+        self.best_at[step] = read_description(best).step if best.exists() else None
+        original(store, step, *arguments, **more)
+
+    def _captured(self, original, *arguments):
+        write = original(*arguments)
+
+        def write_late():
+            time.sleep(0.5)
+            write()
+
+        return write_late
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    return write_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+@pytest.fixture(scope="module")
+def watched(inputs, tmp_path_factory):
+    return Watched(inputs, tmp_path_factory.mktemp("watched") / "run")
+
+
+def test_metrics_are_read_when_later_steps_have_been_dispatched(watched):
+    # Neither a line every third step nor a state every fifth makes the host wait for the device;
+    # measuring, after steps 8 and 16, does.
+    measured = {s: math.ceil(s / MEASURED_EVERY) * MEASURED_EVERY for s in range(1, STEPS + 1)}
+    assert watched.noted == {s: min(s + AHEAD, measured[s]) for s in range(1, STEPS + 1)}
+
+
+def test_a_state_has_the_metrics_of_its_own_step(watched):
+    folder = watched.workdir / "checkpoints"
+    assert sorted(int(each.name) for each in folder.iterdir()) == [5, 10, 15, 16]
+    # Lines end with the third, ninth and fifteenth step.
+    for step, since in ((5, [4, 5]), (10, [10]), (15, [])):
+        metadata = read_metadata(folder, step)
+        assert [each["default/loss"] for each in metadata["window"]] == [
+            watched.losses[each] for each in since
+        ]
+    measured = {
+        line["step"]: line["validation/default/held_out/loss"]
+        for line in metric_lines(watched.workdir)
+        if "validation/default/held_out/loss" in line
+    }
+    for step, last in ((5, 0), (10, 8), (15, 8), (16, 16)):
+        found = read_metadata(folder, step)["validation"]
+        assert found == {"default/held_out": measured[last]}
+
+
+def test_the_best_is_on_the_disk_before_a_state_that_knows_of_it(watched):
+    assert watched.best_at == {5: None, 10: 8, 15: 8, 16: 16}
+
+
+@pytest.fixture
+def events(tmp_path, monkeypatch):
+    """How often JAX said what of its cache on disk, which is in a folder of its own here."""
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    former = {name: jax.config.values[name] for name in names}
+    counts = {}
+
+    def count(event, **_):
+        counts[event] = counts.get(event, 0) + 1
+
+    jax.monitoring.register_event_listener(count)
+    jax.config.update(names[1], 0.0)
+    compilation_cache.reset_cache()
+    yield counts
+    jax.monitoring.unregister_event_listener(count)
+    for name, value in former.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+def test_a_second_run_compiles_nothing_and_ends_the_same(watched, inputs, tmp_path, events):
+    keep_compiled_programs()
+    kept, found = "/jax/compilation_cache/cache_misses", "/jax/compilation_cache/cache_hits"
+    first = Watched(inputs, tmp_path / "first")
+    assert events[kept] > 0
+    events.clear()
+    second = Watched(inputs, tmp_path / "second")
+    assert kept not in events
+    assert events[found] == events["/jax/compilation_cache/compile_requests_use_cache"] > 0
+    for run in (first, second):
+        for folder in ("adapters", "best"):
+            expected = final_adapter(watched.workdir, folder=folder)
+            for path, leaf in final_adapter(run.workdir, folder=folder).items():
+                np.testing.assert_array_equal(leaf, expected[path], err_msg=path, strict=True)
+        assert metric_lines(run.workdir) == metric_lines(watched.workdir)
