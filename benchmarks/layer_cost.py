@@ -12,14 +12,18 @@ Needs jax and flax only.
 
 import argparse
 import dataclasses
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from benchmarks.compiled_flops import compiled_flops
 from moe_jax.adapters.lora import Lora, LoraConfig
 from moe_jax.adapters.loramoe import LoraMoeConfig
 from moe_jax.adapters.method import AdapterMethod
@@ -29,6 +33,7 @@ from moe_jax.adapters.routers import SoftRouter, SwitchRouter, TopKRouter, TopPR
 from moe_jax.adapters.segments import segments_of
 from moe_jax.adapters.targets import ATTENTION_MODULES, TARGET_MODULES
 from moe_jax.config.model import ComputeConfig, ModelConfig, RopeConfig
+from moe_jax.layers.blocked_attention import BLOCK, block_pairs
 from moe_jax.layers.storage import storage_of
 from moe_jax.models.decoder import DecoderLayer, LayerSettings, TokenContext
 
@@ -89,6 +94,9 @@ METHODS: dict[str, Callable[[Shape], AdapterMethod]] = {
     "MoLA": lambda s: MolaConfig(**_common(s), num_experts=(s.experts,)),
 }
 
+
+ROUNDS = 2
+"""Of the loop over layers that is compiled; all cost the same."""
 
 AT_ALL_SHAPES = ("LoRA", "MixLoRA, top-k", "MixLoRA, top-p", "MixDoRA, top-k", "LoRAMoE")
 """The methods that are compiled at the large shape too; the others would add nothing new."""
@@ -156,9 +164,9 @@ def layer_cost(method: AdapterMethod | None, shape: Shape) -> LayerCost:
                 (y, _), sown = layer.apply(variables, x, *inputs(*rest), mutable=["router"])
                 return y, sown
 
-            # In a loop, as in the model; of a loop XLA counts the body once. A layer by itself
-            # would have what is computed again merged with what was computed before.
-            y, sown = jax.lax.scan(through, x, length=2)
+            # In a loop, as in the model. A layer by itself would have what is computed again merged
+            # with what was computed before.
+            y, sown = jax.lax.scan(through, x, length=ROUNDS)
             return jnp.sum(y * cotangent) + sum(jnp.sum(leaf) for leaf in jax.tree.leaves(sown))
 
         # With the value: a gradient alone does not need the last product.
@@ -168,9 +176,10 @@ def layer_cost(method: AdapterMethod | None, shape: Shape) -> LayerCost:
     lowered = jax.jit(step).lower(adapters, variables["params"], x, x, table, mask, index)
     compiled = lowered.compile()
     analysis: Any = compiled.memory_analysis()
-    costs: Any = compiled.cost_analysis()
+    flops = compiled_flops(compiled)
+    assert not flops.unknown_loops
     return LayerCost(
-        flops=costs["flops"],
+        flops=flops.total / ROUNDS,
         temporary=analysis.temp_size_in_bytes,
         trainable=sum(leaf.size for leaf in jax.tree.leaves(adapters)),
     )
@@ -183,7 +192,8 @@ def algebra(name: str, shape: Shape) -> float:
     a trained weight three times, since that has a gradient too. With D, F the widths, G = E R the
     rank of all experts together, C slots and T tokens, per token:
 
-        frozen      2 (4 D D + 3 D F) and 6 S D of attention
+        frozen      2 (4 D D + 3 D F) and 6 S D of attention; of rows longer than its blocks,
+                    7 D for each key in the query's block or in one before it
         pair (r)    3 r (in + out), for each projection
         MixLoRA     gate and up: 3 G (D + C F); down: 3 G (C F + D); the router: 3 D E.
                     Slots beyond the first repeat what depends on the slot: the products with B of
@@ -202,7 +212,7 @@ def algebra(name: str, shape: Shape) -> float:
     width, ffn_width, rank, experts = shape.width, shape.ffn_width, shape.rank, shape.experts
     tokens, joint = shape.rows * shape.length, shape.experts * shape.rank
     attention, ffn = [(width, width)] * 4, [(width, ffn_width)] * 2 + [(ffn_width, width)]
-    per_token = 2.0 * sum(i * o for i, o in attention + ffn) + 6.0 * shape.length * width
+    per_token = 2.0 * sum(i * o for i, o in attention + ffn) + _scores(shape.length) * width
     per_step = 0.0
 
     def pairs(rank: int, projections: list[tuple[int, int]]) -> float:
@@ -235,6 +245,15 @@ def algebra(name: str, shape: Shape) -> float:
                 per_token += 3.0 * (slots - 1) * joint * width
                 per_token += 2.0 * slots * experts * (2 * ffn_width + width)
     return 2.0 * (tokens * per_token + per_step)
+
+
+def _scores(length: int) -> float:
+    """How often a query meets a key, on average, in all products of attention and its gradients."""
+    if length <= BLOCK:
+        return 6.0 * length
+    count = -(-length // BLOCK)
+    size = -(-length // count)
+    return 7.0 * len(block_pairs(count, size, None)) * size * size / length
 
 
 def table_rows() -> list[dict[str, Any]]:
