@@ -11,7 +11,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import moe_jax
 from moe_jax import cli
 from moe_jax.adapters import METHODS
-from moe_jax.checkpoints.adapter_files import SavedAdapter, load_adapter, save_adapter
+from moe_jax.checkpoints.adapter_files import (
+    SavedAdapter,
+    captured_adapter,
+    load_adapter,
+    save_adapter,
+)
 from moe_jax.checkpoints.fingerprint import BaseIdentity
 from moe_jax.checkpoints.leaves import named_leaves
 from moe_jax.config.model import ModelConfig, RopeConfig
@@ -109,6 +114,22 @@ def test_onto_a_mesh(folder, devices):
     np.testing.assert_array_equal(
         loaded, make_adapter().tree["layers"]["q_proj"]["lora_A"], strict=True
     )
+
+
+def test_what_is_captured_is_the_adapter_at_the_call(folder, devices):
+    # A step takes the arrays, on every device, before the copy of them is written.
+    double = jax.jit(lambda tree: jax.tree.map(lambda x: x * 2, tree), donate_argnums=0)
+    adapter, step = load_adapter(folder), 31
+    sharding = NamedSharding(Mesh(np.array(devices[:2]), ("x",)), PartitionSpec(None, "x"))
+    tree = jax.device_put(adapter.tree, sharding)
+    write = captured_adapter(folder, adapter._replace(tree=tree, step=step))
+    jax.block_until_ready(double(tree))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(tree)), "or this shows nothing"
+    assert load_adapter(folder).step == 30, "not written yet"
+    write()
+    found = load_adapter(folder)
+    assert found.step == step
+    jax.tree.map(np.testing.assert_array_equal, found.tree, adapter.tree)
 
 
 def test_not_finite_is_not_saved(folder):

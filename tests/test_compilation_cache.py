@@ -1,0 +1,91 @@
+"""Where compiled programs are kept, and what happens where they cannot be."""
+
+import os
+
+import jax
+import pytest
+
+from moe_jax.commands import compilation_cache
+from moe_jax.commands.compilation_cache import default_folder, keep_compiled_programs, prune
+
+SETTINGS = (
+    "jax_compilation_cache_dir",
+    "jax_enable_compilation_cache",
+    "jax_persistent_cache_min_compile_time_secs",
+)
+
+
+@pytest.fixture(autouse=True)
+def clean(tmp_path, monkeypatch):
+    """A user who has set nothing; JAX's own settings are put back."""
+    for name in SETTINGS:
+        monkeypatch.delenv(name.upper(), raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    former = {name: jax.config.values[name] for name in SETTINGS}
+    jax.config.update("jax_enable_compilation_cache", True)
+    yield
+    for name, value in former.items():
+        jax.config.update(name, value)
+
+
+def settings():
+    return tuple(jax.config.values[name] for name in SETTINGS)
+
+
+def test_it_is_on_by_default(tmp_path, capfd):
+    keep_compiled_programs()
+    folder, enabled, seconds = settings()
+    assert folder == str(default_folder())
+    assert default_folder().parent == tmp_path / "cache" / "moe_jax" / "compiled"
+    assert default_folder().is_dir()
+    assert (enabled, seconds) == (True, 0.1)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_another_processor_has_another_folder(monkeypatch):
+    here = default_folder()
+    assert default_folder() == here
+    monkeypatch.setattr(compilation_cache, "_instructions", lambda: "flags : fpu vme")
+    assert default_folder() != here
+
+
+def test_what_the_user_has_set_stays(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "own"))
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "7")
+    jax.config.update(SETTINGS[2], 7.0)  # as JAX itself does on import
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "program-cache").write_bytes(b"0")
+    monkeypatch.setattr(compilation_cache, "MAX_BYTES", 0)
+    keep_compiled_programs()
+    assert settings() == (str(tmp_path / "own"), True, 7.0)
+    assert (tmp_path / "own" / "program-cache").exists()
+
+
+def test_it_can_be_turned_off(tmp_path):
+    jax.config.update("jax_enable_compilation_cache", False)  # JAX_ENABLE_COMPILATION_CACHE=false
+    before = settings()
+    keep_compiled_programs()
+    assert settings() == before
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_folder_that_cannot_be_written_costs_a_line(tmp_path, capfd):
+    (tmp_path / "cache").write_text("a file")
+    keep_compiled_programs()
+    assert not jax.config.values["jax_enable_compilation_cache"]
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1
+    assert err.startswith(f"compiled programs are not kept: cannot write {default_folder()}: ")
+
+
+def test_the_oldest_are_removed(tmp_path):
+    for age, name in enumerate(("new-cache", "old-cache", "oldest-cache", "oldest-but-not-ours")):
+        (tmp_path / name).write_bytes(bytes(100))
+        os.utime(tmp_path / name, (1e9 - age, 1e9 - age))
+    prune(tmp_path, 200)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "new-cache",
+        "old-cache",
+        "oldest-but-not-ours",
+    ]
