@@ -217,7 +217,9 @@ class ComputeConfig:
       dtype: type of activations and matrix products. Norms, rotary angles, routers, softmax and
         losses are float32 whatever this says.
       attention: `xla` runs everywhere; `cudnn` is the fused kernel of NVIDIA GPUs and needs a
-        half-precision `dtype`.
+        half-precision `dtype`. The memory of both grows with a row's length and not its square, but
+        for the segment ids of packed rows, which `cudnn` wants as two bytes for each pair of
+        positions.
       remat: what the backward pass recomputes, per decoder layer: `none` keeps everything, `dots`
         keeps the outputs of matrix products with weights, `full` keeps only the layer's input.
     """

@@ -66,6 +66,28 @@ def test_the_kernels_of_a_program(options, calls, windows):
     assert (quadratic in program) == options.get("segments", False)
 
 
+def test_layers_of_a_scan_do_not_keep_the_bias():
+    layers, rows = 3, 2
+
+    def loss(scales, x, segment_ids):
+        def layer(x, scale):
+            x = x * scale
+            options = {"segment_ids": segment_ids, "implementation": "cudnn"}
+            return x + causal_attention(x, x, x, **options), None
+
+        return jax.lax.scan(layer, x, scales)[0].astype(jnp.float32).sum()
+
+    scales = jax.ShapeDtypeStruct((layers,), jnp.bfloat16)
+    x = jax.ShapeDtypeStruct((rows, LENGTH, 2, 64), jnp.bfloat16)
+    segment_ids = jax.ShapeDtypeStruct((rows, LENGTH), jnp.int32)
+    traced = jax.jit(jax.grad(loss)).trace(scales, x, segment_ids)
+    program = traced.lower(lowering_platforms=("cuda",)).as_text()
+    # The queries are kept for each layer, the bias is there once.
+    assert f"tensor<{layers}x{rows}x{LENGTH}x2x64xbf16>" in program
+    assert f"tensor<{rows}x1x{LENGTH}x{LENGTH}xbf16>" in program
+    assert f"tensor<{layers}x{rows}x1x{LENGTH}x{LENGTH}" not in program
+
+
 @pytest.mark.parametrize("segments", [False, True])
 @pytest.mark.parametrize("slides", [None, False, True])
 def test_what_is_asked_for_is_the_same_attention(slides, segments, monkeypatch):
