@@ -9,6 +9,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from xla_flags import xla_flags
+
 DEVICES = 8
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -19,10 +21,7 @@ os.environ["XLA_FLAGS"] = " ".join(
             for flag in os.environ.get("XLA_FLAGS", "").split()
             if not flag.startswith("--xla_force_host_platform_device_count")
         ),
-        f"--xla_force_host_platform_device_count={DEVICES}",
-        # Compiling takes most of the tests' time, and what is compiled runs for milliseconds. The
-        # operations that XLA counts are those before this stage.
-        "--xla_backend_optimization_level=0",
+        xla_flags(DEVICES),
     ]
 )
 # Two pytest workers share the cores; torch's own threads would only fight over them.

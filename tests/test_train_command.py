@@ -8,8 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_run import final_adapter, metric_lines, write_inputs, xla_flags
+from tiny_run import final_adapter, metric_lines, write_inputs
 from tolerances import GRADIENT_ROUNDING
+from xla_flags import xla_flags
 
 TRAIN = Path(__file__).parents[1] / "train.py"
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from xla_flags import xla_flags
 
 from moe_jax.adapters import METHODS
 from moe_jax.checkpoints.adapter_files import load_adapter
@@ -107,11 +108,6 @@ def read_config(config: Path, **overrides: Any) -> RunConfig:
     raw = load_config_file(str(config))
     apply_overrides(raw, {path.replace("__", "."): str(v) for path, v in overrides.items()})
     return parse_run_config(raw, METHODS)
-
-
-def xla_flags(devices: int) -> str:
-    """So many fake devices, and programs that are compiled fast rather than run fast."""
-    return f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
 
 
 def final_adapter(

@@ -13,8 +13,9 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
-from tiny_run import metric_lines, xla_flags
+from tiny_run import metric_lines
 from tolerances import ROUNDING
+from xla_flags import xla_flags
 
 from moe_jax.adapters import METHODS
 from moe_jax.checkpoints.hf_config import read_model_config

@@ -15,6 +15,7 @@ import torch
 from evaluation.conftest import METHOD, write_rows
 from hf_models import save_tiny_llama
 from tolerances import FLOAT32_LOGITS, ROUNDING
+from xla_flags import xla_flags
 
 import moe_jax
 from moe_jax.adapters.routers import SwitchRouter
@@ -122,7 +123,7 @@ def _hang_after(base, data, output, batches):
         return finish(self, *arguments)
 
     Scorer._finish = hanging
-    os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
+    os.environ["XLA_FLAGS"] = xla_flags(devices=1)
     evaluate(base, ["arc_easy"], data=data, output=output, batch_size=2, buckets=BUCKETS)
 
 

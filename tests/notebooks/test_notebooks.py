@@ -10,6 +10,7 @@ import nbformat
 import numpy as np
 import pytest
 from nbclient import NotebookClient
+from xla_flags import xla_flags
 
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 NAMES = ("quick_start", "routing_tour")
@@ -61,8 +62,8 @@ def run(name, folder, steps):
     given = nbformat.v4.new_code_cell(f"STEPS = {steps}")
     notebook.cells.insert(place + 1, given)
     notebook.cells.append(nbformat.v4.new_code_cell(ASK[name]))
-    # A user's machine: one device, and XLA's own choice of optimisations.
-    environment = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    # A user's machine: one device.
+    environment = {**os.environ, "XLA_FLAGS": xla_flags(devices=1)}
     client = NotebookClient(
         notebook,
         timeout=SECONDS,

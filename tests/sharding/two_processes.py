@@ -9,9 +9,10 @@ import sys
 
 port, process_id, output = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = (
-    "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
-)
+
+from xla_flags import xla_flags  # noqa: E402
+
+os.environ["XLA_FLAGS"] = xla_flags(devices=4)
 
 import jax  # noqa: E402
 

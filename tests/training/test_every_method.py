@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import tiny_run
 from tolerances import ROUNDING
+from xla_flags import xla_flags
 
 from moe_jax.checkpoints.adapter_files import load_adapter
 
@@ -125,7 +126,7 @@ def run(tmp_path_factory):
                 reported[name.split("/")[1]] = value
     fresh = subprocess.run(
         [sys.executable, "-c", FRESH_PROCESS, config, workdir],
-        env={**os.environ, "XLA_FLAGS": tiny_run.xla_flags(1)},
+        env={**os.environ, "XLA_FLAGS": xla_flags(1)},
         capture_output=True,
         text=True,
         check=False,
