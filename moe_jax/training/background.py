@@ -1,5 +1,6 @@
 """Writing while training goes on."""
 
+import collections
 import contextlib
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -10,9 +11,12 @@ import jax
 
 from moe_jax.errors import UserError
 
+_MOST = 16
+"""So many things may be waiting to be done; each holds memory."""
+
 
 class Background:
-    """Does one thing at a time in a thread of its own; errors are raised where it is waited for.
+    """Does one thing after the other in a thread of its own; errors are raised where it is asked.
 
     With several processes, whose writes have to meet each other in the same order in each, it does
     everything at once.
@@ -20,26 +24,27 @@ class Background:
 
     def __init__(self):
         self._threads = ThreadPoolExecutor(1, "background")
-        self._pending: Future[None] | None = None
+        self._pending: collections.deque[Future[None]] = collections.deque()
 
     def start(self, action: Callable[[], None]) -> None:
-        """Begins with `action` when the one before has ended, whose error is raised here."""
-        self.wait()
+        """Has `action` done after those before; raises the error of one that has failed by now."""
+        self.check()
+        if len(self._pending) >= _MOST:
+            self._pending.popleft().result()
         if jax.process_count() > 1:
             action()
         else:
-            self._pending = self._threads.submit(action)
+            self._pending.append(self._threads.submit(action))
 
     def check(self) -> None:
-        """Raises the error of the last action if it has failed by now; does not wait."""
-        if self._pending is not None and self._pending.done():
-            self.wait()
+        """Raises the error of an action that has failed by now; does not wait."""
+        while self._pending and self._pending[0].done():
+            self._pending.popleft().result()
 
     def wait(self) -> None:
-        """Returns when nothing is being done; raises the error of the last action."""
-        pending, self._pending = self._pending, None
-        if pending is not None:
-            pending.result()
+        """Returns when nothing is left to be done; raises the first error."""
+        while self._pending:
+            self._pending.popleft().result()
 
     def __enter__(self) -> Self:
         return self
@@ -51,8 +56,10 @@ class Background:
         traceback: TracebackType | None,
     ) -> None:
         try:
-            # Where there is an error at hand already, let that be the one that is seen.
-            with contextlib.nullcontext() if error is None else contextlib.suppress(UserError):
+            if error is None:
                 self.wait()
-        finally:
+        finally:  # if there is an error at hand, let that be the one that is seen
+            while self._pending:
+                with contextlib.suppress(UserError):
+                    self.wait()
             self._threads.shutdown()
