@@ -13,7 +13,7 @@ from tiny_run import final_adapter, metric_lines, read_config, write_inputs
 from moe_jax.checkpoints.adapter_files import read_description
 from moe_jax.checkpoints.store import TrainingStore, read_metadata
 from moe_jax.commands.compilation_cache import keep_compiled_programs
-from moe_jax.training import session
+from moe_jax.training import recorder, session
 from moe_jax.training.loop import train
 from moe_jax.training.program import Program
 from moe_jax.training.recorder import Recorder
@@ -114,6 +114,22 @@ def test_a_state_has_the_metrics_of_its_own_step(watched):
 
 def test_the_best_is_on_the_disk_before_a_state_that_knows_of_it(watched):
     assert watched.best_at == {5: None, 10: 8, 15: 8, 16: 16}
+
+
+def test_the_share_of_the_time_that_the_host_was_busy(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(recorder.time, "perf_counter", lambda: now[0])
+    speed = recorder._Speed()
+    for _ in range(8):
+        speed.add(10)
+    with speed.paused():
+        now[0] += 7.0
+    now[0] += 4.0
+    speed.waited(3.0)
+    # 8 steps of 10 tokens in 4 seconds, in 3 of which the host waited for the device.
+    expected = {"seconds_per_step": 0.5, "tokens_per_second": 20.0, "host_share": 0.25}
+    assert speed.measure() == expected
+    assert speed.measure() == expected, "too few steps since then"
 
 
 @pytest.fixture
