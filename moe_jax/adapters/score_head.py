@@ -22,10 +22,12 @@ class Predictions(NamedTuple):
       logits: for the next token, float32 [b, S, V], of the rows that belong to no classification
         adapter, in the order of the batch; None where all rows do.
       scores: by classification adapter, float32 [b, N] of its rows.
+      token_losses: float32 [b, S], in the place of `logits` where these were not asked for.
     """
 
     logits: jax.Array | None
     scores: dict[str, jax.Array]
+    token_losses: jax.Array | None = None
 
 
 class ScoreHead(nn.Module):

@@ -27,8 +27,8 @@ from moe_jax.layers.head import LanguageModelHead, logits
 from moe_jax.layers.kv_cache import CachePlace
 from moe_jax.layers.norm import RMSNorm
 from moe_jax.layers.rope import rotary_tables
-from moe_jax.layers.soft_cap import soft_cap
 from moe_jax.layers.storage import check_storage, storage_of
+from moe_jax.layers.vocab_loss import token_losses
 from moe_jax.models.decoder import DecoderLayer, LayerSettings, TokenContext
 from moe_jax.sharding.axes import LAYERS
 
@@ -79,8 +79,10 @@ class LlamaForCausalLM(nn.Module):
         cache_length: int | None = None,
         place: CachePlace | None = None,
         last_only: bool = False,
+        targets: jax.Array | None = None,
     ) -> jax.Array | Predictions:
-        """Logits for the next token; of classification adapters, scores.
+        """Logits for the next token, or the losses of given ones; of classification adapters,
+        scores.
 
         Args:
           tokens: int [B, S].
@@ -96,9 +98,12 @@ class LlamaForCausalLM(nn.Module):
           place: where these tokens stand behind those in the cache, which then must be among the
             variables; give `positions` too. All tokens are real: `segment_ids` is not read.
           last_only: computes the logits of the last position only.
+          targets: int [B, S], the token that each position is to predict. With them there are no
+            logits, but each target's cross-entropy; the base is not differentiable then.
 
         Returns:
-          float32 [B, S, V], or [B, 1, V]; with segments of classification adapters, `Predictions`.
+          float32 [B, S, V], or [B, 1, V], or with targets [B, S]; with segments of classification
+          adapters, `Predictions`.
 
         Raises:
           ConfigError: `compute` cannot compute this architecture.
@@ -147,13 +152,17 @@ class LlamaForCausalLM(nn.Module):
             if not others:
                 return Predictions(None, scores)
             x = take_rows_of(others, x)
-        x = x[:, -1:] if last_only else x
-        if config.tie_word_embeddings:
-            next_token = logits(x, embed.embedding.T)
+            targets = None if targets is None else take_rows_of(others, targets)
+        tied, cap = config.tie_word_embeddings, config.final_logit_softcapping
+        if tied:
+            kernel = embed.embedding
         else:
-            next_token = LanguageModelHead(config.vocab_size, param_dtype, name="lm_head")(x)
-        cap = config.final_logit_softcapping
-        next_token = next_token if cap is None else soft_cap(next_token, cap)
+            sizes = (config.vocab_size, config.hidden_size)
+            kernel = LanguageModelHead(*sizes, param_dtype, name="lm_head").kernel
+        if targets is not None:
+            losses = token_losses(x, kernel, targets, tied=tied, cap=cap)
+            return Predictions(None, scores, losses) if classifiers else losses
+        next_token = logits(x[:, -1:] if last_only else x, kernel, tied=tied, cap=cap)
         return Predictions(next_token, scores) if classifiers else next_token
 
     def _rotary_tables(self, positions: jax.Array) -> tuple[jax.Array, jax.Array]:

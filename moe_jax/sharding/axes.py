@@ -3,6 +3,8 @@
 The letters of shapes are in `moe_jax.layers`.
 """
 
+import math
+
 import flax.linen as nn
 import jax
 
@@ -36,3 +38,11 @@ def blocks(inputs: str) -> str:
 def constrain(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
     """Fixes an activation's layout over the ambient mesh (`jax.set_mesh`), if there is one."""
     return nn.with_logical_constraint(x, axes)
+
+
+def parts(axis: str) -> int:
+    """Over how many devices of the ambient mesh the axis of an activation is split; 1 without."""
+    spec = nn.logical_to_mesh_axes((axis,)) or (None,)
+    mesh = jax.sharding.get_abstract_mesh()
+    names = (spec[0],) if isinstance(spec[0], str) else spec[0] or ()
+    return math.prod(mesh.shape.get(name, 1) for name in names)

@@ -20,11 +20,20 @@ def row_losses(logits: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
     Returns:
       Sum of the losses in nats, float32 [B], and number of predicted tokens, float32 [B].
     """
-    targets, mask = batch.tokens[:, 1:], batch.loss_mask[:, 1:].astype(jnp.float32)
-    logits = logits[:, :-1]
-    target_logits = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    losses = jax.nn.logsumexp(logits, axis=-1) - target_logits
-    return jnp.sum(losses * mask, axis=-1), jnp.sum(mask, axis=-1)
+    targets = next_tokens(batch)[..., None]
+    target_logits = jnp.take_along_axis(logits, targets, axis=-1)[..., 0]
+    return summed_by_row(jax.nn.logsumexp(logits, axis=-1) - target_logits, batch)
+
+
+def next_tokens(batch: Batch) -> jax.Array:
+    """What each position predicts, int32 [B, S]; at the last one something that is not read."""
+    return jnp.roll(batch.tokens, -1, axis=-1)
+
+
+def summed_by_row(token_losses: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """See `row_losses`, of float32 [B, S] losses of `next_tokens`."""
+    mask = batch.loss_mask[:, 1:].astype(jnp.float32)
+    return jnp.sum(token_losses[:, :-1] * mask, axis=-1), jnp.sum(mask, axis=-1)
 
 
 def target_count(loss_mask: jax.Array) -> jax.Array:
@@ -62,11 +71,11 @@ def segment_losses(
 
     Args:
       segments: of the batch; at least one.
-      predictions: what a model with these segments computed.
+      predictions: what a model with these segments computed of the batch and its `next_tokens`.
       batch: [B, S].
     """
     if isinstance(predictions, jax.Array):
-        predictions = Predictions(predictions, {})
+        predictions = Predictions(None, {}, predictions)
     classifiers = classifying(segments)
     found = {}
     for segment in classifiers:
@@ -75,11 +84,11 @@ def segment_losses(
     others = [segment for segment in segments if segment not in classifiers]
     if not others:
         return found
-    assert predictions.logits is not None
+    assert predictions.token_losses is not None
     rows = batch
     if classifiers:
         rows = Batch(*(take_rows_of(others, array) for array in batch))
-    both = row_losses(predictions.logits, rows)
+    both = summed_by_row(predictions.token_losses, rows)
     methods = {segment.name: segment.method for segment in others}
     counts = {segment.name: segment.rows for segment in others}
     for segment in segments_of(methods, counts, others[0].shards):  # their places in `rows`

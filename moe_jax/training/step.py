@@ -15,7 +15,13 @@ from moe_jax.adapters.statistics import RouterStatistics, collect_statistics
 from moe_jax.data.batch import Batch
 from moe_jax.layers.collections import ADAPTERS, PARAMS, ROUTER
 from moe_jax.models.causal_lm import LlamaForCausalLM
-from moe_jax.training.loss import label_losses, row_losses, segment_losses, target_counts
+from moe_jax.training.loss import (
+    label_losses,
+    next_tokens,
+    segment_losses,
+    summed_by_row,
+    target_counts,
+)
 from moe_jax.training.loss_scale import LossScale, updated
 from moe_jax.training.optimizer import finite_check_state
 from moe_jax.training.routing import routing_summary
@@ -30,6 +36,8 @@ def forward(
     adapters: Mapping[str, Any],
     batch: Batch,
     dropout_key: jax.Array | None,
+    *,
+    targets: jax.Array | None = None,
 ) -> tuple[Any, dict[str, dict[str, RouterStatistics]]]:
     """What the model computes, and the routing statistics of the adapters that route.
 
@@ -39,6 +47,7 @@ def forward(
       adapters: `{name: tree}`.
       batch: rows of one sequence each, padded on the right: causality alone hides the padding.
       dropout_key: None computes deterministically.
+      targets: int [B, S], to compute their losses and no logits.
     """
     variables = {PARAMS: params, ADAPTERS: to_collection(adapters)}
     predictions, sown = model.apply(
@@ -48,6 +57,7 @@ def forward(
         token_mask=batch.segment_ids != 0,
         expert_groups=batch.expert_groups,
         deterministic=dropout_key is None,
+        targets=targets,
         rngs={} if dropout_key is None else {"dropout": dropout_key},
         mutable=[ROUTER],
     )
@@ -93,7 +103,9 @@ def train_step(
 
     def objective(adapters: Any, micro: Batch, index: jax.Array) -> tuple[jax.Array, Metrics]:
         key = jax.random.fold_in(step_key, index)
-        predictions, statistics = forward(model, params, adapters, micro, key)
+        predictions, statistics = forward(
+            model, params, adapters, micro, key, targets=next_tokens(micro)
+        )
         losses = segment_losses(model.segments, predictions, micro)
         total, metrics = jnp.float32(0.0), Metrics()
         for segment in model.segments:
@@ -164,11 +176,12 @@ def eval_step(
 
     The loss is the cross-entropy in nats, or the squared error of a number.
     """
-    predictions, _ = forward(model, params, adapters, batch, dropout_key=None)
+    targets = next_tokens(batch)
+    predictions, _ = forward(model, params, adapters, batch, None, targets=targets)
     if model.segments:
         ((losses, counts),) = segment_losses(model.segments, predictions, batch).values()
     else:
-        losses, counts = row_losses(predictions, batch)
+        losses, counts = summed_by_row(predictions, batch)
     return jnp.sum(losses), jnp.sum(counts)
 
 

@@ -30,10 +30,8 @@ def test_logits_are_summed_in_float32(dtype):
     x = jnp.asarray(RNG.standard_normal((2, 3, 256)), dtype)
     kernel = jnp.asarray(RNG.standard_normal((256, 7)), dtype)
     expected = np.asarray(x, np.float64) @ np.asarray(kernel, np.float64)
-    for ours in (
-        logits(x, kernel),
-        LanguageModelHead(7, jnp.dtype(dtype)).apply({"params": {"kernel": kernel}}, x),
-    ):
+    head = LanguageModelHead(7, 256, jnp.dtype(dtype)).bind({"params": {"kernel": kernel}})
+    for ours in (logits(x, head.kernel), logits(x, kernel.T, tied=True)):
         assert ours.dtype == jnp.float32
         np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-4)
 

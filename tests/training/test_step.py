@@ -12,9 +12,10 @@ from tolerances import GRADIENT_ROUNDING, ROUNDING
 
 from moe_jax.adapters.segments import Segment
 from moe_jax.data.batch import Batch
+from moe_jax.training.loss import row_losses
 from moe_jax.training.loss_scale import initial_loss_scale
 from moe_jax.training.optimizer import finite_check_state
-from moe_jax.training.step import eval_step
+from moe_jax.training.step import eval_step, forward
 
 # No width equals another's, or a product of the adapters' ranks, so that shapes tell leaves apart.
 MODEL = tiny_program.model_config(
@@ -179,13 +180,18 @@ def test_the_base_has_no_gradient(both, batches):
     model = both.model.clone(segments=(own,))
 
     def loss(params, adapters, batch):
+        logits, _ = forward(model, params, {"y": adapters["y"]}, batch, dropout_key=None)
+        return row_losses(logits, batch)[0].sum()
+
+    def of_evaluation(params, adapters, batch):
         return eval_step(model, {"y": adapters["y"]}, params, batch)[0]
 
+    arguments = both.abstract_params, both.abstract_state.adapters, batches[0]
     with jax.set_mesh(both.mesh):
-        differentiated = jax.jit(jax.grad(loss)).lower(
-            both.abstract_params, both.abstract_state.adapters, batches[0]
-        )
-    assert shapes <= _products(differentiated)
+        assert shapes <= _products(jax.jit(jax.grad(loss)).lower(*arguments))
+        # The loss that training and evaluation take has none to give, and says so.
+        with pytest.raises(ValueError, match="the head is frozen"):
+            jax.eval_shape(jax.grad(of_evaluation), *arguments)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
