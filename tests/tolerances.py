@@ -18,3 +18,29 @@ FLOAT64_ROUNDING = {"rtol": 1e-10, "atol": 1e-12}
 
 # Absolute, on logits: the weights of an adapter rounded to bfloat16, and all else in float32.
 BFLOAT16_TENSORS = 1e-2
+
+# A few float32 operations against the same numbers worked out by hand, and their gradients.
+FEW_OPERATIONS = {"rtol": 1e-6}
+FEW_OPERATIONS_GRADIENT = {"rtol": 1e-5}
+
+# A float32 matrix product, whose sums are long, against float64.
+FLOAT32_PRODUCT = {"rtol": 1e-5, "atol": 1e-4}
+
+# Absolute: the same scores of a classifier, computed in a batch of another shape.
+CLASSIFIER_SCORES = 1e-5
+
+# Absolute: a product of two float32 factors of a matrix, against it.
+FACTORS = 1e-6
+
+# Relative: the norm of what a truncated decomposition leaves out, and a divergence that is
+# measured in float32.
+TRUNCATION = 1e-4
+DIVERGENCE = 1e-3
+
+# Absolute: numbers that are kept with six digits, and what is computed from those.
+SIX_DIGITS = 1e-6
+OF_SIX_DIGITS = 1e-5
+
+# Absolute: shares that are kept in a byte, and shown with two digits.
+IN_A_BYTE = 1 / 255
+TWO_DIGITS = 0.01

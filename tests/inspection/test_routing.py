@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 from inspection.conftest import BASE, ROWS, TEXTS
-from tolerances import FLOAT32_LOGITS
+from tolerances import FEW_OPERATIONS, FLOAT32_LOGITS
 
 import moe_jax
 from moe_jax.data.tokenizer import load_tokenizer
@@ -85,11 +85,11 @@ def test_loads_pairs_and_entropies_are_those_of_a_loop(setting, plain):
                     entropies[layer] -= (own * np.log(own)).sum()
         tally = report.total if name is None else report.data[name]
         assert tally.tokens == tokens
-        np.testing.assert_allclose(tally.load, loads / (2 * tokens / experts), rtol=1e-6)
+        np.testing.assert_allclose(tally.load, loads / (2 * tokens / experts), **FEW_OPERATIONS)
         # Each token makes one pair, of six.
         expected = pairs / (tokens / 6)
         off = ~np.eye(experts, dtype=bool)
-        np.testing.assert_allclose(tally.coactivation[:, off], expected[:, off], rtol=1e-6)
+        np.testing.assert_allclose(tally.coactivation[:, off], expected[:, off], **FEW_OPERATIONS)
         entropy = entropies / tokens / math.log(experts)
         np.testing.assert_allclose(tally.entropy, entropy, rtol=0, atol=FLOAT32_LOGITS)
     assert report.specialisation is not None

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tolerances import ROUNDING
+from tolerances import FLOAT32_PRODUCT, ROUNDING, SIX_DIGITS
 
 from moe_jax.layers import quantized
 from moe_jax.layers.quantized import BLOCK, NF4_LEVELS, dense_kernel, frozen_product
@@ -75,7 +75,7 @@ def test_nf4_levels_are_equal_parts_of_a_normal_distribution():
     positive = [quantile(q) for q in np.linspace(offset, 0.5, 9)[:-1]]
     negative = [-quantile(q) for q in np.linspace(offset, 0.5, 8)[:-1]]
     levels = np.sort([*positive, 0.0, *negative]) / max(positive)
-    np.testing.assert_allclose(NF4_LEVELS, levels, atol=1e-6)
+    np.testing.assert_allclose(NF4_LEVELS, levels, atol=SIX_DIGITS)
 
 
 def test_double_scales_lie_within_half_a_step():
@@ -108,9 +108,9 @@ def test_products_and_gradients_are_those_of_the_dense_kernel(kind):
         return jnp.sum(frozen_product(x, kernel) * seen)
 
     y = frozen_product(jnp.asarray(x, jnp.float32), kernel)
-    np.testing.assert_allclose(y, x @ dense, rtol=1e-5, atol=1e-4)
+    np.testing.assert_allclose(y, x @ dense, **FLOAT32_PRODUCT)
     gradient = jax.grad(value)(jnp.asarray(x, jnp.float32))
-    np.testing.assert_allclose(gradient, seen @ dense.T, rtol=1e-5, atol=1e-4)
+    np.testing.assert_allclose(gradient, seen @ dense.T, **FLOAT32_PRODUCT)
 
 
 def test_errors_fall_with_the_bits():

@@ -9,6 +9,7 @@ from foreign_adapters import ATTENTION, FFN
 from hf_models import tiny_model
 from safetensors.torch import load_file, save_file
 from surgery.plain_llama import PlainLlama, divergence
+from tolerances import DIVERGENCE, FACTORS, FLOAT32_LOGITS, TRUNCATION
 
 import moe_jax
 from moe_jax import surgery
@@ -51,9 +52,9 @@ def test_differences_of_its_rank_come_back(world, tmp_path):
         layer, block, target = name.split(".")[2:5]
         stem = f"layers/{block}/{target}"
         a, b = (np.asarray(leaves[f"{stem}/{n}"][int(layer)]) for n in ("lora_A", "lora_B"))
-        np.testing.assert_allclose(2.0 * a @ b, delta.T, rtol=0, atol=1e-6)
+        np.testing.assert_allclose(2.0 * a @ b, delta.T, rtol=0, atol=FACTORS)
     expected = PlainLlama(dense).logits(None, world.rows)[0]
-    np.testing.assert_allclose(world.logits(saved), expected, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(world.logits(saved), expected, rtol=0, atol=FLOAT32_LOGITS)
     assert np.abs(expected - world.logits(None)).max() > 0.1
 
 
@@ -68,7 +69,7 @@ def test_what_a_rank_leaves_out_is_measured(world, tmp_path):
         lost[module] = lost.get(module, 0.0) + sizes[2:].sum()
         total[module] = total.get(module, 0.0) + sizes.sum()
     expected = {module: (lost[module] / total[module]) ** 0.5 for module in lost}
-    assert dict(outcome.weight_errors) == pytest.approx(expected, rel=1e-4)
+    assert dict(outcome.weight_errors) == pytest.approx(expected, rel=TRUNCATION)
     overall = (sum(lost.values()) / sum(total.values())) ** 0.5
     assert outcome.notes[0] == (
         f"not exact: rank 2 leaves a relative error of {overall:.3g} of all changes"
@@ -76,7 +77,7 @@ def test_what_a_rank_leaves_out_is_measured(world, tmp_path):
     exact = PlainLlama(dense).logits(None, world.rows)[0]
     change = divergence(exact, world.logits(outcome.adapter))
     assert change[0] > 1e-3
-    np.testing.assert_allclose(outcome.change, change, rtol=1e-3)
+    np.testing.assert_allclose(outcome.change, change, rtol=DIVERGENCE)
 
 
 def test_what_a_lora_has_no_place_for(world, tmp_path):
