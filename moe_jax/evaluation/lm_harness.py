@@ -9,6 +9,7 @@ Needs the extra `lm-eval`. From Python:
     lm_eval.simple_evaluate(model=model, tasks=["arc_easy"])
 """
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,7 @@ class HarnessModel(TemplateLM):
         self._lead = leading_tokens(self.tokenizer)
         self._truncate = truncate
         self._batch_size = int(batch_size)
-        self._is_chat = False
+        self._conversations: set[str] = set()  # by their texts, as requests hold them
         params = load_params(files, model, devices)
         self._session = Session(
             files._replace(params=params),
@@ -174,12 +175,15 @@ class HarnessModel(TemplateLM):
         bar = tqdm(total=len(requests), disable=disable_tqdm, desc="generate_until", unit="text")
         texts = [""] * len(requests)
         with bar:
-            for config, places in groups:
-                generator = self._session.text_generator(is_chat=self._is_chat, alone=True)
-                own = [prompts[place] for place in places]
-                for answers in generator.answers(own, config, self._batch_size):
+            for (config, places), is_chat in itertools.product(groups, (False, True)):
+                own = [p for p in places if (asked[p][0] in self._conversations) == is_chat]
+                if not own:
+                    continue
+                generator = self._session.text_generator(is_chat=is_chat, alone=True)
+                given = [prompts[place] for place in own]
+                for answers in generator.answers(given, config, self._batch_size):
                     for answer in answers:
-                        place = places[answer.prompt]
+                        place = own[answer.prompt]
                         texts[place] = answer.text
                         self.cache_hook.add_partial("generate_until", asked[place], answer.text)
                     bar.update(len(answers))
@@ -188,13 +192,14 @@ class HarnessModel(TemplateLM):
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        self._is_chat = True
-        return self.tokenizer.apply_chat_template(
+        text = self.tokenizer.apply_chat_template(
             chat_history,
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=not add_generation_prompt,
         )
+        self._conversations.add(text)
+        return text
 
     def _prompt(self, context: str, max_new_tokens: int) -> Prompt:
         tokens = self.tok_encode(context) or [self.prefix_token_id]

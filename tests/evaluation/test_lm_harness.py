@@ -229,6 +229,27 @@ def test_a_chat_template_is_applied(setting):
     assert model.tok_encode(text) == list(expected["input_ids"])
 
 
+def test_only_the_answers_of_conversations_end_with_a_turn(models, monkeypatch):
+    ours, _ = models
+    asked = []
+
+    def text_generator(*, is_chat, alone):
+        assert alone
+        asked.append(is_chat)
+        return Echo()
+
+    monkeypatch.setattr(ours._session, "text_generator", text_generator)
+    way = {"until": ["zzz"], "max_gen_toks": 4}
+    chat = ours.apply_chat_template([{"role": "user", "content": "Where?"}])
+    both = ours.generate_until(requests(("a", way), (chat, way), ("b", way)), disable_tqdm=True)
+    assert asked == [False, True]
+    lengths = [len(ours.tok_encode(text)) for text in ("a", chat, "b")]
+    assert both == [f"{length} 4 0.0" for length in lengths]
+    # The harness makes all requests anew, also of a task that has no template.
+    ours.generate_until(requests(("Where?", way)), disable_tqdm=True)
+    assert asked == [False, True, False]
+
+
 def test_a_long_request_loses_its_start(setting):
     model = HarnessModel(setting.base, batch_size=1, truncate=True)
     plain = HFLM(pretrained=setting.plain, tokenizer=setting.tokenizer, batch_size=1)
