@@ -135,6 +135,9 @@ def load_template(path: Path) -> Template:
     template = Template(prompt.rstrip(), tuple(choices), sections.get("answer", "{answer}").strip())
     if not template.prompt or "" in choices or not template.answer:
         raise DataError(f"{path}: a section, or a line of the choices, is empty")
+    for line in choices:
+        if choices.count(line) > 1:
+            raise DataError(f"{path}: the line {line!r} of the choices comes twice; leave one out")
     try:
         for line in (template.prompt, *choices, template.answer):
             _columns(line)
@@ -186,6 +189,13 @@ def _choices(templates: tuple[str, ...], row: Row) -> tuple[str, ...]:
             texts.append(_fill(template, row))
     if len(texts) < 2 or len(texts) > len(LETTERS):
         raise DataError(f"{row.where}: {len(texts)} choices, but it takes 2 to {len(LETTERS)}")
+    for text in texts:
+        if texts.count(text) > 1:
+            same = [str(number) for number, other in enumerate(texts, 1) if other == text]
+            raise DataError(
+                f"{row.where}: the choices {' and '.join(same)} are equal ({text!r}); make them "
+                "differ, or leave the row out"
+            )
     return tuple(texts)
 
 
