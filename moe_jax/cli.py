@@ -19,7 +19,7 @@ from moe_jax.commands import (
     show,
     surgery,
 )
-from moe_jax.commands.compilation_cache import keep_compiled_programs
+from moe_jax.commands.arguments import naming_flags
 from moe_jax.errors import UserError, report
 from moe_jax.version import __version__
 
@@ -51,9 +51,11 @@ def main(arguments: list[str] | None = None) -> int:
         command.set_defaults(run=add(command))
     chosen = parser.parse_args(arguments)
     if arguments is None:  # a program that calls this decides on such things itself
+        from moe_jax.commands.compilation_cache import keep_compiled_programs  # with jax
+
         keep_compiled_programs()
     try:
-        with _sigterm_unwinds():
+        with _sigterm_unwinds(), naming_flags(chosen):
             chosen.run(chosen)
         sys.stdout.flush()
     except UserError as error:

@@ -29,7 +29,7 @@ from moe_jax.checkpoints.loading import Adapter, BaseFiles
 from moe_jax.checkpoints.new_folder import require_unused
 from moe_jax.checkpoints.resolve import resolve_adapter, resolve_checkpoint
 from moe_jax.config.model import ComputeConfig, FloatType, ModelConfig, StorageType
-from moe_jax.config.parse import located, suggest
+from moe_jax.config.parse import FieldError, located, suggest
 from moe_jax.config.run import RunConfig, parse_run_config
 from moe_jax.data.measuring_rows import measuring_rows
 from moe_jax.data.tokenizer import load_tokenizer
@@ -290,8 +290,8 @@ def _hub_target(
     given = {"private": private, "revision": revision, "commit_message": commit_message}
     for name, value in given.items():
         if value:
-            raise CheckpointError(
-                f"{name}: nothing is pushed; leave it out, or say where with push_to_hub"
+            raise FieldError(
+                name, "nothing is pushed; leave it out, or say where with `push_to_hub`"
             )
     return None
 

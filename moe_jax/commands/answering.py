@@ -1,16 +1,13 @@
 """What `moe-jax generate` does, once its flags are read."""
 
 import argparse
-import contextlib
 import sys
-from collections.abc import Iterator
 
 from moe_jax.checkpoints.loading import BASE
 from moe_jax.commands.answers import Shown, Wanted, Written, check_output
 from moe_jax.commands.arguments import base_path, mesh_config, named_folders, unescaped
 from moe_jax.commands.interactive import Talk
 from moe_jax.commands.prompt_files import GivenPrompt, read_prompts
-from moe_jax.config.parse import FieldError
 from moe_jax.errors import ConfigError
 from moe_jax.inference.prompts import Prompt, PromptEncoder, PromptFormat
 from moe_jax.inference.sampling import SamplingConfig
@@ -28,9 +25,8 @@ def run(arguments: argparse.Namespace) -> None:
     adapters = named_folders(arguments.adapter)
     if BASE in adapters:
         raise ConfigError(f"--adapter: {BASE!r} is the base's name; give another with NAME=DIR")
-    with _flags():
-        config = _config(arguments)
-        prompt_format = PromptFormat(arguments.chat, arguments.system, arguments.template)
+    config = _config(arguments)
+    prompt_format = PromptFormat(arguments.chat, arguments.system, arguments.template)
     given = _given(arguments)
     session = Session.open(
         base_path(arguments.base, adapters, arguments.revision),
@@ -90,15 +86,6 @@ def _check_choice(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"--batch-size: must be positive, got {arguments.batch_size}")
     if arguments.output is not None:
         check_output(arguments.output)
-
-
-@contextlib.contextmanager
-def _flags() -> Iterator[None]:
-    """Says of a field that is refused in here which flag it came from."""
-    try:
-        yield
-    except FieldError as error:
-        raise ConfigError(f"--{error.field.replace('_', '-')}: {error.reason}") from None
 
 
 def _config(arguments: argparse.Namespace) -> GenerationConfig:

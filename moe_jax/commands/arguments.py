@@ -1,17 +1,41 @@
 """What several commands read from the command line in the same way."""
 
 import argparse
+import contextlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import get_args
 
 from moe_jax.checkpoints.adapter_files import read_description
 from moe_jax.checkpoints.resolve import resolve_adapter, resolve_checkpoint
 from moe_jax.config.model import FloatType
-from moe_jax.config.parse import parse
+from moe_jax.config.parse import FieldError, parse
 from moe_jax.config.run import MeshConfig
 from moe_jax.errors import ConfigError, named
+
+
+@contextlib.contextmanager
+def naming_flags(arguments: argparse.Namespace) -> Iterator[None]:
+    """Says of an argument of ours that is refused in here by which flag it was given.
+
+    Names of other arguments stand in a reason between backticks.
+
+    Args:
+      arguments: as parsed; `flags` are those that have another name than the argument.
+
+    Raises:
+      ConfigError: in place of a `FieldError` of an argument that was on the command line.
+    """
+    flags = {name: f"--{name.replace('_', '-')}" for name in vars(arguments)}
+    flags |= getattr(arguments, "flags", {})
+    try:
+        yield
+    except FieldError as error:
+        if error.field not in flags:
+            raise
+        reason = re.sub(r"`(\w+)`", lambda found: flags.get(found[1], found[0]), error.reason)
+        raise ConfigError(f"{flags[error.field]}: {reason}") from None
 
 
 def listed(text: str) -> list[str]:

@@ -79,6 +79,7 @@ def _upcycle(parser: argparse.ArgumentParser) -> Operate:
     )
     _add_seed(parser, "the routers")
     _add_data(parser, needed="where the result is not exact")
+    parser.set_defaults(flags={"num_experts": "--experts"})
     return lambda arguments: surgery.upcycle(
         arguments.adapter,
         arguments.to,

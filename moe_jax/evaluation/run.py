@@ -17,7 +17,7 @@ from moe_jax.checkpoints.loading import (
     open_base,
 )
 from moe_jax.config.model import FloatType
-from moe_jax.config.parse import suggest
+from moe_jax.config.parse import FieldError, suggest
 from moe_jax.config.run import MeshConfig
 from moe_jax.data.tokenizer import load_tokenizer
 from moe_jax.errors import ConfigError
@@ -166,18 +166,17 @@ def _check(
     adapters: Mapping[str, Any],
 ) -> None:
     if not tasks:
-        raise ConfigError("tasks: none is given")
+        raise FieldError("tasks", "none is given")
     for protocol in protocols:
         if protocol not in PROTOCOLS:
-            raise ConfigError(
-                f"protocols: there is none called {protocol!r}; {suggest(protocol, PROTOCOLS)}"
-            )
+            hint = suggest(protocol, PROTOCOLS)
+            raise FieldError("protocols", f"there is none called {protocol!r}; {hint}")
     if not protocols or len(set(protocols)) < len(protocols):
-        raise ConfigError(f"protocols: give each once, of {', '.join(PROTOCOLS)}")
+        raise FieldError("protocols", f"give each once, of {', '.join(PROTOCOLS)}")
     if batch_size < 1:
-        raise ConfigError(f"batch_size: must be positive, got {batch_size}")
+        raise FieldError("batch_size", f"must be positive, got {batch_size}")
     if list(buckets) != sorted(set(buckets)) or any(length < 1 for length in buckets):
-        raise ConfigError(f"buckets: must be positive and ascend strictly, got {list(buckets)}")
+        raise FieldError("buckets", f"must be positive and ascend strictly, got {list(buckets)}")
     for name in adapters:
         if re.fullmatch(r"[A-Za-z0-9][\w.-]*", name) is None or name == BASE:
             raise ConfigError(

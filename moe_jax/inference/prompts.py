@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from moe_jax.config.parse import require
+from moe_jax.config.parse import FieldError, require
 from moe_jax.data.chat import render
 from moe_jax.data.prompt_template import load_prompt_template
 from moe_jax.data.tokenizer import encode, encode_prompt
@@ -38,12 +38,12 @@ class PromptFormat:
         require(
             not (self.chat and self.template),
             "template",
-            "is for prompts without a chat template; give it or chat, not both",
+            "is for prompts without a chat template; give it or `chat`, not both",
         )
         require(
             self.chat or self.system is None,
             "system",
-            "a system message is for conversations; give chat too",
+            "a system message is for conversations; give `chat` too",
         )
 
 
@@ -68,14 +68,15 @@ class PromptEncoder:
         """Reads the prompt template, if there is one.
 
         Raises:
-          DataError: there is no such template, or the tokenizer has no chat template.
+          ConfigError: the tokenizer has no chat template.
+          DataError: there is no such template.
         """
         self._tokenizer = tokenizer
         self._format = prompt_format
         name = prompt_format.template
         self._template = None if name is None else load_prompt_template(name)
-        if prompt_format.chat:
-            self._require_chat_template("chat")
+        if prompt_format.chat and not tokenizer.chat_template:
+            raise FieldError("chat", self._no_chat_template())
 
     def text(self, text: str, where: str, material: str = "") -> tuple[int, ...]:
         """The ids of a text in the encoder's format.
@@ -105,7 +106,8 @@ class PromptEncoder:
           DataError: the tokenizer has no chat template, it refuses the conversation, or that is
             none.
         """
-        self._require_chat_template(where)
+        if not self._tokenizer.chat_template:
+            raise DataError(f"{where}: {self._no_chat_template()}")
         _check_messages(messages, where)
         system = self._format.system
         if system is not None and messages[0]["role"] != "system":
@@ -113,12 +115,11 @@ class PromptEncoder:
         text = render(messages, self._tokenizer, where, answer_follows=True)
         return tuple(encode(self._tokenizer, [text])[0])
 
-    def _require_chat_template(self, where: str) -> None:
-        if not self._tokenizer.chat_template:
-            raise DataError(
-                f"{where}: the tokenizer {self._tokenizer.name_or_path or ''} has no chat "
-                "template; add chat_template.jinja to the base's folder, or give plain prompts"
-            )
+    def _no_chat_template(self) -> str:
+        return (
+            f"the tokenizer {self._tokenizer.name_or_path or ''} has no chat template; add "
+            "chat_template.jinja to the base's folder, or give plain prompts"
+        )
 
 
 def _check_messages(messages: Any, where: str) -> None:

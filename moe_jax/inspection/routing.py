@@ -20,7 +20,7 @@ from moe_jax.checkpoints.loading import (
 from moe_jax.checkpoints.resolve import resolve_adapter
 from moe_jax.config.data import Schema, SourceConfig
 from moe_jax.config.model import FloatType, ModelConfig
-from moe_jax.config.parse import parse, suggest
+from moe_jax.config.parse import FieldError, parse, suggest
 from moe_jax.data.tokenizer import load_tokenizer
 from moe_jax.errors import CheckpointError, ConfigError, DataError
 from moe_jax.inspection.forward import Batches, route_rows, routing_sites
@@ -81,9 +81,9 @@ def inspect_routing(
     """
     for field, value in (("limit", limit), ("batch_size", batch_size), ("max_length", max_length)):
         if value is not None and value < 1:
-            raise ConfigError(f"{field}: must be positive, got {value}")
+            raise FieldError(field, f"must be positive, got {value}")
     if keep_tokens < 0:
-        raise ConfigError(f"keep_tokens: must not be negative, got {keep_tokens}")
+        raise FieldError("keep_tokens", f"must not be negative, got {keep_tokens}")
     sources = {
         name: _source(name, value, {"schema": schema, "prompt": prompt, "columns": columns or {}})
         for name, value in data.items()
@@ -107,8 +107,9 @@ def inspect_routing(
 
     length, longest = max_length or MAX_LENGTH, files.config.max_position_embeddings
     if max_length is not None and max_length > longest:
-        raise ConfigError(
-            f"max_length: {max_length} tokens, but the base was trained on {longest} positions"
+        raise FieldError(
+            "max_length",
+            f"{max_length} tokens, but the base was trained on {longest} positions",
         )
     tokenizer = load_tokenizer(files.folder)
     texts = read_texts(sources, tokenizer, limit=limit, max_length=min(length, longest))

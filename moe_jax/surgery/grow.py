@@ -25,7 +25,7 @@ import numpy as np
 from moe_jax.adapters.router import Router
 from moe_jax.adapters.routers import SoftRouter, SwitchRouter, TopKRouter, TopPRouter
 from moe_jax.checkpoints.adapter_files import SavedAdapter
-from moe_jax.errors import ConfigError
+from moe_jax.config.parse import FieldError
 from moe_jax.surgery.experts import (
     EXPERT_AXIS,
     Leaves,
@@ -122,20 +122,20 @@ def _check(
     add: int | None, times: int | None, split: Sequence[int], noise: float, fewest: int
 ) -> None:
     if (add is None) == (times is None):
-        raise ConfigError("add: give either add or times")
+        raise FieldError("add", "give either `add` or `times`")
     if add is not None and add < 1:
-        raise ConfigError(f"add: {add}, but it has to be at least 1")
+        raise FieldError("add", f"{add}, but it has to be at least 1")
     if times is not None and times < 2:
-        raise ConfigError(f"times: {times}, but it has to be at least 2")
+        raise FieldError("times", f"{times}, but it has to be at least 2")
     if times is not None and split:
-        raise ConfigError("split: goes with add; with times every expert is split")
+        raise FieldError("split", "goes with `add`; with `times` every expert is split")
     if split and len(split) != add:
-        raise ConfigError(f"split: names {len(split)} experts, but {add} are to be added")
+        raise FieldError("split", f"names {len(split)} experts, but {add} are to be added")
     for expert in split:
         if not 0 <= expert < fewest:
-            raise ConfigError(f"split: there is no expert {expert}; a layer has 0 to {fewest - 1}")
+            raise FieldError("split", f"there is no expert {expert}; a layer has 0 to {fewest - 1}")
     if not 0.0 <= noise < 1.0:
-        raise ConfigError(f"noise: {noise}, but it has to lie in [0, 1)")
+        raise FieldError("noise", f"{noise}, but it has to lie in [0, 1)")
 
 
 def _is_exact(router: Router, times: int | None) -> bool:

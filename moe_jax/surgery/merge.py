@@ -21,8 +21,8 @@ from moe_jax.adapters.mixlora import MixLoraConfig
 from moe_jax.adapters.sites import MOE
 from moe_jax.adapters.targets import ATTENTION_MODULES
 from moe_jax.checkpoints.adapter_files import SavedAdapter
-from moe_jax.config.parse import located, suggest
-from moe_jax.errors import CheckpointError, ConfigError
+from moe_jax.config.parse import FieldError, located, suggest
+from moe_jax.errors import CheckpointError
 from moe_jax.surgery.experts import (
     EXPERT_AXIS,
     ROUTER,
@@ -134,23 +134,24 @@ def _check(
             "mean of experts is no mean of pairs; experts of DoRA can be pruned, not merged"
         )
     if weights not in get_args(Weighting):
-        raise ConfigError(
-            f"weights: {weights!r} is unknown; {suggest(weights, get_args(Weighting))}"
+        raise FieldError(
+            "weights", f"{weights!r} is unknown; {suggest(weights, get_args(Weighting))}"
         )
     if (into is None) == (groups is None):
-        raise ConfigError("into: give either into or groups")
+        raise FieldError("into", "give either `into` or `groups`")
     most = int(counts.max())
     if into is not None and not 1 <= into < most:
-        raise ConfigError(f"into: {into}, but a router has {most} experts; give 1 to {most - 1}")
+        raise FieldError("into", f"{into}, but a router has {most} experts; give 1 to {most - 1}")
     if groups is None:
         return
     if len(set(counts.tolist())) > 1:
-        raise ConfigError("groups: layers have different numbers of experts; give into")
+        raise FieldError("groups", "layers have different numbers of experts; give `into`")
     named = sorted(expert for group in groups for expert in group)
     if named != list(range(most)) or not all(groups) or len(groups) == most:
-        raise ConfigError(
-            f"groups: {_written(groups)} has to name each of the experts 0 to {most - 1} once, at "
-            "least two of them together"
+        raise FieldError(
+            "groups",
+            f"{_written(groups)} has to name each of the experts 0 to {most - 1} once, at "
+            "least two of them together",
         )
 
 
@@ -167,9 +168,10 @@ def _lora_of(method: ExpertMethod) -> LoraConfig:
     pairs = expert_low_rank(method)
     on_attention = any(target in ATTENTION_MODULES for target in method.target_modules)
     if isinstance(method, MixLoraConfig) and on_attention and pairs != method.low_rank:
-        raise ConfigError(
-            "into: 1 makes a LoRA, which has one rank, alpha and kind for all modules; here the "
-            "experts have others than attention (expert_lora), so give 2 or more"
+        raise FieldError(
+            "into",
+            "1 makes a LoRA, which has one rank, alpha and kind for all modules; here the "
+            "experts have others than attention (expert_lora), so give 2 or more",
         )
     with located("the new lora"):
         common = {f.name: getattr(method, f.name) for f in dataclasses.fields(LoraConfig)}

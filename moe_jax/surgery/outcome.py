@@ -18,8 +18,7 @@ from moe_jax.checkpoints.measuring import Change, Measuring
 from moe_jax.checkpoints.new_folder import require_unused
 from moe_jax.checkpoints.resolve import resolve_adapter
 from moe_jax.config.model import ModelConfig
-from moe_jax.config.parse import located
-from moe_jax.errors import CheckpointError
+from moe_jax.config.parse import FieldError, located
 
 _LENGTH = 512
 _ROUNDING = 1e-7
@@ -102,13 +101,14 @@ def read_text(
       needed: what it is needed for, if it is.
 
     Raises:
-      CheckpointError: it is needed and not given; the base is missing or another one.
-      ConfigError: the adapter is a classifier, which gives no logits of text.
+      CheckpointError: the base is missing or another one.
+      ConfigError: it is needed and not given, or the adapter is a classifier, which gives no
+        logits of text.
       DataError: the file cannot be read.
     """
     if data is None:
         if needed:
-            raise CheckpointError(f"data: {needed}; give a file of text with --data")
+            raise FieldError("data", f"{needed}; give a file of text with `data`")
         return None
     require_language_model(adapter.method, "given", "be measured on text")
     found = find_base(adapter, str(adapter.base.path if base is None else base))

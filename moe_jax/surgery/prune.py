@@ -14,7 +14,7 @@ import numpy as np
 from moe_jax.adapters.router import ROUTERS, Router
 from moe_jax.adapters.routers import SwitchRouter, TopKRouter
 from moe_jax.checkpoints.adapter_files import SavedAdapter
-from moe_jax.errors import ConfigError
+from moe_jax.config.parse import FieldError
 from moe_jax.surgery.experts import (
     expert_counts,
     expert_method,
@@ -51,8 +51,8 @@ def prune(
     former = expert_method(saved)
     counts = expert_counts(former, saved.model.num_layers)
     if keep >= counts.max():
-        raise ConfigError(
-            f"keep: {keep}, but a layer has {counts.max()} experts at most; give fewer"
+        raise FieldError(
+            "keep", f"{keep}, but a layer has {counts.max()} experts at most; give fewer"
         )
     method = with_num_experts(former, lambda number: min(number, keep))
     text = read_text(saved, data, base, "use has to be measured")

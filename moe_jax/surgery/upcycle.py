@@ -21,7 +21,7 @@ from moe_jax.adapters.sites import MOE
 from moe_jax.adapters.targets import MLP_MODULES, TARGET_MODULES
 from moe_jax.checkpoints.adapter_files import SavedAdapter
 from moe_jax.config.model import ModelConfig
-from moe_jax.config.parse import located, parse_member, suggest
+from moe_jax.config.parse import FieldError, located, parse_member, suggest
 from moe_jax.errors import CheckpointError
 from moe_jax.surgery.experts import ROUTER, ExpertMethod, Leaves, expert_counts, leaves_of
 from moe_jax.surgery.outcome import Outcome, changed_adapter, finished, opened, read_text
@@ -115,13 +115,13 @@ def _method(
             "what has some, use grow"
         )
     if to not in UPCYCLED:
-        raise CheckpointError(f"to: {to!r} is no method with experts; {suggest(to, UPCYCLED)}")
+        raise FieldError("to", f"{to!r} is no method with experts; {suggest(to, UPCYCLED)}")
     number: Any = num_experts
     if to == "mola":
         number = number if isinstance(number, tuple) else (number,)
     elif isinstance(number, tuple):
         if len(number) != 1:
-            raise CheckpointError(f"num_experts: {to!r} has one number for all layers")
+            raise FieldError("num_experts", f"{to!r} has one number for all layers")
         (number,) = number
     fields: dict[str, Any] = {"name": to, "num_experts": number}
     fields |= {field.name: getattr(lora, field.name) for field in dataclasses.fields(lora)}

@@ -47,7 +47,9 @@ def test_everything_at_once(setting, tmp_path, capsys):
     [
         ([], "error: --tasks: none is given"),
         (["--tasks", "arc"], "error: task 'arc': there is none of that name; "),
-        (["--tasks", "boolq", "--protocols", "x"], "error: protocols: there is none called 'x'"),
+        (["--tasks", "boolq", "--protocols", "x"], "error: --protocols: there is none called 'x'"),
+        (["--tasks", "boolq", "--batch-size", "0"], "error: --batch-size: must be positive, got 0"),
+        (["--tasks", "boolq", "--buckets", "8,4"], "error: --buckets: must be positive and ascend"),
         (["--tasks", "boolq", "--buckets", "x"], "error: --buckets: expected whole numbers"),
         (["--tasks", "boolq", "--mesh", "dat=2"], "error: --mesh.dat: unknown field; did you "),
         (["--tasks", "boolq", "--mesh", "data"], "error: --mesh data: expected whole numbers"),

@@ -235,7 +235,11 @@ def test_a_conversation_that_fills_the_context(scripted, monkeypatch, capsys):
         (["--prompt", "a", "--temperature", "-1"], "--temperature: must be 0 "),
         (["--prompt", "a", "--samples", "2"], "--samples: with temperature 0 all 2 would be"),
         (["--prompt", "a", "--stop", ""], "--stop: a stop string is empty"),
-        (["--prompt", "a", "--system", "b"], "--system: .* give chat too"),
+        (["--prompt", "a", "--system", "b"], "--system: .* give --chat too"),
+        (
+            ["--prompt", "a", "--chat", "--template", "bare"],
+            "--template: .* it or --chat, not both",
+        ),
         (["--prompt", "a", "--template", "qestion"], "did you mean 'question'"),
         (["--prompt", "a", "--batch-size", "0"], "--batch-size: must be positive"),
         (["--prompt", "a", "--output", "x.txt"], "--output x.txt: must end in .jsonl"),

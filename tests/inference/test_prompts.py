@@ -64,8 +64,8 @@ def test_the_token_that_ends_a_turn():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"chat": True, "template": "bare"}, "template: .* give it or chat, not both"),
-        ({"system": "x"}, "system: .* give chat too"),
+        ({"chat": True, "template": "bare"}, "template: .* give it or `chat`, not both"),
+        ({"system": "x"}, "system: .* give `chat` too"),
     ],
 )
 def test_formats_that_contradict_themselves(fields, message):

@@ -38,7 +38,7 @@ from moe_jax.checkpoints.formats.whole_model import (
 )
 from moe_jax.checkpoints.key_table import TensorParts
 from moe_jax.checkpoints.measuring import Measuring
-from moe_jax.errors import CheckpointError
+from moe_jax.config.parse import FieldError
 
 _FORMAT = "llama"
 
@@ -74,7 +74,7 @@ class DenseFormat(ModelFormat):
         if isinstance(method, LoraConfig):
             require_known(method, _KNOWN_OF_LORA, "", _FORMAT)
             if options.weights is not None:
-                raise CheckpointError("weights: a LoRA has no experts to be weighted; leave it out")
+                raise FieldError("weights", "a LoRA has no experts to be weighted; leave it out")
             return
         if not isinstance(method, MixLoraConfig):
             name = METHODS.name_of(method)

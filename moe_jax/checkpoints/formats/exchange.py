@@ -24,7 +24,7 @@ from moe_jax.checkpoints.hf_config import read_model_config
 from moe_jax.checkpoints.new_folder import new_folder
 from moe_jax.checkpoints.resolve import resolve_checkpoint
 from moe_jax.config.model import FloatType
-from moe_jax.config.parse import suggest
+from moe_jax.config.parse import FieldError, suggest
 from moe_jax.errors import CheckpointError
 
 _OWN = "moe_jax"
@@ -66,6 +66,7 @@ def export_adapter(
     Raises:
       CheckpointError: the format is unknown or cannot express the adapter; `base` is a folder with
         another model; `output` is not empty; the disk is too small, full or not writable.
+      ConfigError: an option is of no use to the format.
     """
     if to not in FORMATS:
         raise CheckpointError(f"unknown format {to!r}; {suggest(to, FORMATS)}")
@@ -78,8 +79,8 @@ def export_adapter(
         )
     for name, value in (("weights", weights), ("data", tokens)):
         if value is not None and not chosen.measures:
-            raise CheckpointError(
-                f"{name}: the {to} format merges no experts and measures nothing; leave it out"
+            raise FieldError(
+                name, f"the {to} format merges no experts and measures nothing; leave it out"
             )
     known_base = adapter.base.path if base is None else base
     place = str(output) if known_as is None else known_as

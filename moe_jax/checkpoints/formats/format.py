@@ -157,7 +157,7 @@ class Format(abc.ABC):
 
         Raises:
           NotExpressible: it cannot; the message names the feature and says why.
-          CheckpointError: an option is of no use.
+          ConfigError: an option is of no use.
         """
 
     @abc.abstractmethod

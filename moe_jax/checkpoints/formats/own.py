@@ -6,7 +6,7 @@ import jax
 
 from moe_jax.checkpoints.adapter_files import SavedAdapter, save_adapter
 from moe_jax.checkpoints.formats.format import FORMATS, Export, ExportOptions, Format, Outcome
-from moe_jax.errors import CheckpointError
+from moe_jax.config.parse import FieldError
 
 
 @FORMATS.register("moe_jax")
@@ -22,8 +22,8 @@ class OwnFormat(Format):
 
     def check(self, adapter: SavedAdapter, options: ExportOptions) -> None:
         if options.dtype != "float32":
-            raise CheckpointError(
-                "dtype: the moe_jax format keeps the weights as they are; leave it out"
+            raise FieldError(
+                "dtype", "the moe_jax format keeps the weights as they are; leave it out"
             )
 
     def prepare(self, adapter: SavedAdapter, options: ExportOptions) -> Export:
