@@ -6,7 +6,7 @@ PICTURES = {"loss.png": b"\x89PNG of losses", "experts.png": b"\x89PNG of expert
 
 
 def made_record() -> TrainingRecord:
-    """It is recorded in `data/adapter_format/training_record_1.json`."""
+    """It is recorded in `data/adapter_format/training_record_2.json`."""
     words = DataSet(
         path="/home/someone/data/words.jsonl",
         on_hub=False,
@@ -49,11 +49,15 @@ def made_record() -> TrainingRecord:
         max_length=24,
         train_on_prompt=False,
         seed=3,
+        start_from="/home/someone/upcycled",
         step=7,
         total_steps=30,
         train={"words": words, "more": more},
         validation={"held_out": held_out},
         training_loss=1.25,
         validation_losses={"held_out": 1.5},
+        validation_metrics={"held_out": {"accuracy": 0.75, "f1": None}},
         best_loss=1.4,
+        accuracies={"boolq": {"label_acc": 0.5, "acc": 0.625}, "arc_easy": {"acc": 0.25}},
+        accuracies_step=5,
     )

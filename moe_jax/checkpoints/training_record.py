@@ -11,11 +11,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from moe_jax.checkpoints.disk import disk_errors
 from moe_jax.config.parse import parse
 from moe_jax.errors import CheckpointError, ConfigError
 
-RECORD_VERSION = 1
+RECORD_VERSION = 2
 RECORD = "training.json"
+
+_ADDED = {
+    2: {"start_from": None, "validation_metrics": {}, "accuracies": {}, "accuracies_step": None}
+}
+"""The fields that a version added, and what stands for them in a record of a version before."""
 
 PICTURES = {"loss.png": "Losses", "experts.png": "Load of the experts"}
 """The files of pictures that may lie beside an adapter's weights, and what they show."""
@@ -63,6 +69,8 @@ class TrainingRecord:
       max_length: tokens of a row, at most.
       train_on_prompt: whether the prompt's tokens counted in the loss.
       seed: of its initialisation and of the order of its rows.
+      start_from: the folder of the adapter that it began from; None if it began fresh, or in a
+        record of version 1, which did not say.
       step: the optimiser step after which these weights were saved.
       total_steps: how many it was to make.
       train, validation: its data sets, by the name that the run gave them.
@@ -70,7 +78,10 @@ class TrainingRecord:
         that is classified; of a number, the mean squared error. None if there is none, or it was
         not finite.
       validation_losses: at `step`, by data set, in the same unit; None as above.
+      validation_metrics: of a classifier, by data set and name, measured with those losses.
       best_loss: the lowest mean validation loss up to `step`; None if the run did not keep it.
+      accuracies: on evaluation tasks, by task and measure, those that were measured last.
+      accuracies_step: the step after which they were; None if there are none.
     """
 
     package_version: str
@@ -84,13 +95,17 @@ class TrainingRecord:
     max_length: int
     train_on_prompt: bool
     seed: int
+    start_from: str | None
     step: int
     total_steps: int
     train: dict[str, DataSet]
     validation: dict[str, DataSet]
     training_loss: float | None
     validation_losses: dict[str, float | None]
+    validation_metrics: dict[str, dict[str, float | None]]
     best_loss: float | None
+    accuracies: dict[str, dict[str, float]]
+    accuracies_step: int | None
 
     def to_give_away(self, base: str) -> "TrainingRecord":
         """The same without the places where files and folders lie, which concern nobody else.
@@ -103,7 +118,10 @@ class TrainingRecord:
             for sets in (self.train, self.validation)
         ]
         own = {**self.base, "path": base}
-        return dataclasses.replace(self, base=own, train=named[0], validation=named[1])
+        start = None if self.start_from is None else Path(self.start_from).name
+        return dataclasses.replace(
+            self, base=own, start_from=start, train=named[0], validation=named[1]
+        )
 
 
 def write_record(
@@ -115,11 +133,38 @@ def write_record(
       OSError: the disk's own.
     """
     if record is not None:
-        content = {"record_version": RECORD_VERSION, **dataclasses.asdict(record)}
-        text = json.dumps(content, indent=2, allow_nan=False)
-        (folder / RECORD).write_text(text + "\n", encoding="utf-8")
+        (folder / RECORD).write_text(_text(record), encoding="utf-8")
     for name, picture in pictures.items():
         (folder / name).write_bytes(picture)
+
+
+def _text(record: TrainingRecord) -> str:
+    content = {"record_version": RECORD_VERSION, **dataclasses.asdict(record)}
+    return json.dumps(content, indent=2, allow_nan=False) + "\n"
+
+
+def add_accuracies(folder: Path, step: int, accuracies: Mapping[str, Mapping[str, float]]) -> None:
+    """Puts on record how an adapter that was saved before does on evaluation tasks.
+
+    Args:
+      folder: the adapter's, with its record.
+      step: after which it was measured.
+      accuracies: by task and measure.
+
+    Raises:
+      CheckpointError: the record is damaged, or the disk is full or not writable.
+    """
+    record = read_record(folder)
+    if record is None:  # deleted by hand
+        return
+    measured = {task: dict(own) for task, own in accuracies.items()}
+    former, record = record, dataclasses.replace(record, accuracies=measured, accuracies_step=step)
+    if record == former:  # of a run that was stopped before it had all its results
+        return
+    beside = folder / f".{RECORD}.tmp"
+    with disk_errors(folder):
+        beside.write_text(_text(record), encoding="utf-8")
+        beside.replace(folder / RECORD)
 
 
 def read_record(folder: Path) -> TrainingRecord | None:
@@ -137,10 +182,14 @@ def read_record(folder: Path) -> TrainingRecord | None:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{file}: cannot be read ({error}); {without}") from None
     version = content.pop("record_version", None) if isinstance(content, dict) else None
-    if version != RECORD_VERSION:
+    if type(version) is not int or not 1 <= version <= RECORD_VERSION:
         raise CheckpointError(
-            f"{file}: record version {version!r}, this release reads {RECORD_VERSION}; {without}"
+            f"{file}: record version {version!r}, this release reads 1 to {RECORD_VERSION}; "
+            f"{without}"
         )
+    for added, fields in _ADDED.items():
+        if version < added:
+            content = {**fields, **content}
     try:
         return parse(TrainingRecord, content, str(file))
     except ConfigError as error:

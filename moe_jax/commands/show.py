@@ -36,6 +36,8 @@ def _run(arguments: argparse.Namespace) -> None:
         rate = optimizer.get("learning_rate")
         print(f"         {optimizer.get('name')}, learning rate {rate}, ", end="")
         print(f"{record.batch_size} rows a step, seed {record.seed}")
+        if record.start_from is not None:
+            print(f"         began from {record.start_from}")
         for use, sets in (("train", record.train), ("validation", record.validation)):
             for name, data in sets.items():
                 print(f"data     {use} {name}: {data.rows:,} rows of {data.path or data.task}")
@@ -43,5 +45,12 @@ def _run(arguments: argparse.Namespace) -> None:
         known = [f"{name} {loss:.4f}" for name, loss in losses.items() if loss is not None]
         if known:
             print(f"loss     {', '.join(known)}")
+        for kind, measured in (
+            ("metrics", record.validation_metrics),
+            ("tasks", record.accuracies),
+        ):
+            for name, own in measured.items():
+                values = [f"{k} {v:.4f}" for k, v in own.items() if v is not None]
+                print(f"{kind:9}{name}: {', '.join(values)}")
     print(f"base     {description.base.path}")
     print(f"         fingerprint {description.base.fingerprint[:16]}")

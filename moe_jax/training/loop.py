@@ -10,6 +10,7 @@ from typing import Any
 
 from moe_jax.checkpoints.base import load_base
 from moe_jax.checkpoints.store import TrainingStore, latest_step, read_metadata
+from moe_jax.checkpoints.training_record import add_accuracies
 from moe_jax.config.run import RunConfig, to_json
 from moe_jax.errors import ConfigError, TrainingError
 from moe_jax.training.background import Background
@@ -23,6 +24,7 @@ from moe_jax.training.on_tasks import (
     Stopped,
     Table,
     asks_for_tasks,
+    by_task,
 )
 from moe_jax.training.phases import phase_after, phases_of
 from moe_jax.training.plots import draw_run, loss_unit
@@ -205,7 +207,10 @@ def _evaluate(evaluator: Evaluator, session: Session, result: TrainResult) -> Ta
     table = evaluator.finish(result.adapters, session.params, folder, say, session.interrupts.noted)
     for name, adapter in session.config.adapters.items():
         if adapter.evaluation is not None:
-            session.recorder.evaluation(result.step, name, table.shares(name))
+            shares = table.shares(name)
+            session.recorder.evaluation(result.step, name, shares)
+            values = {key: share.value for key, share in shares.items()}
+            add_accuracies(result.adapters[name], result.step, by_task(values))
     table.save(folder)
     say(table.to_markdown())
     say(f"the answers to all questions are in {folder}")

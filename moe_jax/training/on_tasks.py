@@ -5,11 +5,13 @@
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from moe_jax.config.run import RunConfig
 from moe_jax.training.inputs import Inputs
 from moe_jax.training.program import Program
+
+_T = TypeVar("_T")
 
 FOLDER = "evaluation"
 """Of a work directory: results of the evaluation at the end, and the answer to each question."""
@@ -110,11 +112,22 @@ def asks_for_tasks(config: RunConfig) -> bool:
     return any(adapter.evaluation is not None for adapter in config.adapters.values())
 
 
-def sentences(step: int, name: str, shares: Shares) -> list[str]:
-    """The shares for people, a line for each task, in percent with one standard error."""
-    tasks: dict[str, list[str]] = {}
+def by_task(shares: Mapping[str, _T]) -> dict[str, dict[str, _T]]:
+    """What is there by `task/measure`, by task and measure."""
+    tasks: dict[str, dict[str, _T]] = {}
     for key, share in shares.items():
         task, _, measure = key.rpartition("/")
-        text = f"{measure} {100 * share.value:.1f} ± {100 * share.standard_error:.1f}"
-        tasks.setdefault(task, []).append(text)
-    return [f"step {step}  evaluation {name}/{t}  {'  '.join(own)}" for t, own in tasks.items()]
+        tasks.setdefault(task, {})[measure] = share
+    return tasks
+
+
+def sentences(step: int, name: str, shares: Shares) -> list[str]:
+    """The shares for people, a line for each task, in percent with one standard error."""
+    lines = []
+    for task, own in by_task(shares).items():
+        texts = [
+            f"{measure} {100 * share.value:.1f} ± {100 * share.standard_error:.1f}"
+            for measure, share in own.items()
+        ]
+        lines.append(f"step {step}  evaluation {name}/{task}  {'  '.join(texts)}")
+    return lines

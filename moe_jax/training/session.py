@@ -171,6 +171,7 @@ class Session:
             validation=progress.validation,
             best=progress.best.get(name),
             training_loss=self.recorder.losses.get(name),
+            metrics=self.work.folder / METRICS_FILE,
         )
         tree, step = state.adapters[name], progress.step
         return SavedAdapter(method, tree, inputs.model, inputs.base, step, record)

@@ -1,5 +1,6 @@
 """The record of training beside an adapter's weights: its format, and what is said of a bad one."""
 
+import dataclasses
 import json
 
 import pytest
@@ -7,7 +8,7 @@ from record_adapter_format import ROOT, STORED, made_adapter
 from training_record import PICTURES, made_record
 
 from moe_jax.checkpoints.adapter_files import load_adapter, save_adapter
-from moe_jax.checkpoints.training_record import RECORD_VERSION
+from moe_jax.checkpoints.training_record import RECORD_VERSION, add_accuracies
 from moe_jax.cli import main
 from moe_jax.errors import CheckpointError
 
@@ -45,6 +46,23 @@ def test_it_is_read_again(written):
     assert found.pictures == PICTURES
 
 
+def test_version_1_is_still_read(folder):
+    (folder / "training.json").write_text((ROOT / "training_record_1.json").read_text())
+    expected = dataclasses.replace(
+        made_record(), start_from=None, validation_metrics={}, accuracies={}, accuracies_step=None
+    )
+    assert load_adapter(folder).training == expected
+
+
+def test_accuracies_are_added_to_what_is_there(folder):
+    add_accuracies(folder, 30, {"boolq": {"acc": 0.125}})
+    expected = dataclasses.replace(
+        made_record(), accuracies={"boolq": {"acc": 0.125}}, accuracies_step=30
+    )
+    assert load_adapter(folder).training == expected
+    assert not [path for path in folder.iterdir() if path.name.startswith(".")]
+
+
 def test_an_adapter_without_it_is_read(folder):
     for name in ("training.json", *PICTURES):
         (folder / name).unlink()
@@ -56,7 +74,8 @@ def test_an_adapter_without_it_is_read(folder):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"record_version": 2}, "record version 2, this release reads 1"),
+        ({"record_version": 3}, "record version 3, this release reads 1 to 2"),
+        ({"record_version": True}, "record version True, this release reads 1 to 2"),
         ({"batch_size": "8"}, "batch_size: expected "),
         ({"learned": True}, "learned: unknown field"),
         ({"train": {"words": {"path": "x"}}}, "train.words"),
@@ -81,3 +100,6 @@ def test_show_has_the_main_of_it(written, capsys):
     assert "data     train words: 100 rows of /home/someone/data/words.jsonl\n" in shown
     assert "data     validation held_out: 11 rows of boolq\n" in shown
     assert "loss     training 1.2500, held_out 1.5000\n" in shown
+    assert "         began from /home/someone/upcycled\n" in shown
+    assert "metrics  held_out: accuracy 0.7500\n" in shown
+    assert "tasks    boolq: label_acc 0.5000, acc 0.6250\n" in shown

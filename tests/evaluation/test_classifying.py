@@ -107,6 +107,14 @@ def test_training_learns_and_says_so(setting):
     assert last["validation/number/held_out/pearson"] > 0.9
     assert last["validation/number/held_out/loss"] < first["validation/number/held_out/loss"] / 4
     assert "validation/words/held_out/accuracy" not in last
+    for name, metrics in (
+        ("mood", ["accuracy"]),
+        ("number", ["pearson", "spearman"]),
+        ("words", []),
+    ):
+        found = moe_jax.load_adapter(folder / "run" / "adapters" / name).training.validation_metrics
+        own = {metric: last[f"validation/{name}/held_out/{metric}"] for metric in metrics}
+        assert found == ({"held_out": own} if own else {})
     (line,) = [line for line in said if line.startswith("step 40  validation mood/held_out")]
     assert "  accuracy " in line
 

@@ -19,6 +19,7 @@ from xla_flags import xla_flags
 
 from moe_jax.adapters import METHODS
 from moe_jax.checkpoints.hf_config import read_model_config
+from moe_jax.checkpoints.training_record import read_record
 from moe_jax.config.run import parse_run_config
 from moe_jax.demo.tasks import write_tasks
 from moe_jax.errors import UserError
@@ -140,6 +141,9 @@ def test_what_is_recorded(run):
         # An untrained adapter is the base as it is; between the start and the end fewer are asked.
         assert measured[0, name] == np.mean(right["base"][:FEW])
         assert measured[4, name] == np.mean(right[model])
+        record = read_record(workdir / "adapters" / model)
+        assert record.accuracies_step == STEPS
+        assert record.accuracies[task]["acc"] == np.mean(right[model])
     shown = [line for line in lines if line.startswith("step 2  evaluation mixlora/colour  ")]
     assert len(shown) == 1
     assert f"acc {100 * measured[2, 'mixlora/colour/acc']:.1f} ± " in shown[0]

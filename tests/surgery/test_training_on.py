@@ -11,6 +11,7 @@ from tiny_run import Run, final_adapter, metric_lines, read_config, write_inputs
 import moe_jax
 from moe_jax import surgery
 from moe_jax.checkpoints.adapter_files import save_adapter
+from moe_jax.checkpoints.training_record import read_record
 from moe_jax.demo.checkpoint import write_checkpoint
 from moe_jax.training.inputs import read_inputs
 
@@ -84,7 +85,13 @@ def test_begins_at_its_loss_and_resumes_exactly(inputs, tmp_path):
     status = resumed.join()
     shutil.move(moved, inputs.parent / "up")
     assert status == 0, resumed.log.read_text()
-    for name in ("lora", "up", "fresh"):
+    starts = {
+        "lora": str(inputs.parent / "trained"),
+        "up": str(inputs.parent / "up"),
+        "fresh": None,
+    }
+    for name, start in starts.items():
+        assert read_record(tmp_path / "half" / "adapters" / name).start_from == start
         expected = final_adapter(whole.workdir, name)
         for path, leaf in final_adapter(tmp_path / "half", name).items():
             assert (leaf == expected[path]).all(), path

@@ -1,7 +1,7 @@
 """The README.md of an export: what it is, where it comes from, and how far it is from it."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +133,10 @@ def _base(adapter: SavedAdapter, options: ExportOptions) -> str:
 
 def _settings(record: TrainingRecord) -> list[tuple[str, Any]]:
     names = ("batch_size", "micro_batches", "max_length", "train_on_prompt", "compute_dtype")
+    # Where it lies is nobody else's business.
+    start = [] if record.start_from is None else [("start_from", Path(record.start_from).name)]
     return [
+        *start,
         ("steps", record.step),
         *([] if record.step == record.total_steps else [("steps of the run", record.total_steps)]),
         *((name, getattr(record, name)) for name in (*names, "seed")),
@@ -163,11 +166,30 @@ def _metrics(record: TrainingRecord) -> str:
     rows += [(f"validation: {name}", loss) for name, loss in sets]
     table = _table(
         ("Loss", _unit(record)),
-        [(name, "not known" if loss is None else f"{loss:.4f}") for name, loss in rows],
+        [(name, _number(loss)) for name, loss in rows],
     )
-    if record.best_loss is None:
-        return table
-    return f"{table}\n\nThe lowest mean validation loss up to then was {record.best_loss:.4f}."
+    parts = [table]
+    if record.best_loss is not None:
+        parts.append(f"The lowest mean validation loss up to then was {record.best_loss:.4f}.")
+    if record.validation_metrics:
+        parts.append(_table(("Validation", "Metric", "Value"), _values(record.validation_metrics)))
+    if record.accuracies:
+        parts.append(f"On evaluation tasks, after step {record.accuracies_step}:")
+        parts.append(_table(("Task", "Measure", "Value"), _values(record.accuracies)))
+    return "\n\n".join(parts)
+
+
+def _values(measured: Mapping[str, Mapping[str, float | None]]) -> list[tuple[str, str, str]]:
+    """The rows of a table."""
+    return [
+        (name, kind, _number(value))
+        for name, own in measured.items()
+        for kind, value in own.items()
+    ]
+
+
+def _number(value: float | None) -> str:
+    return "not known" if value is None else f"{value:.4f}"
 
 
 def _unit(record: TrainingRecord) -> str:

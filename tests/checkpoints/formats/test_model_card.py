@@ -55,6 +55,10 @@ def test_every_format_has_a_card(mixture, tmp_path, to, method, library, code):
         "| training | `more` | `owner/rows` | `v1` | `train` | `text` | `1.0` | `20` |",
         METRICS,
         "The lowest mean validation loss up to then was 1.4000.",
+        "| held_out | `accuracy` | `0.7500` |\n| held_out | `f1` | `not known` |",
+        "On evaluation tasks, after step 5:",
+        "| boolq | `label_acc` | `0.5000` |\n| boolq | `acc` | `0.6250` |",
+        "| start_from | `upcycled` |",
         "- States of training, so that none can be resumed from here.",
     ):
         assert words in text, words
