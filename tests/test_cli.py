@@ -4,16 +4,22 @@ import os
 import signal
 import subprocess
 import sys
+from typing import get_args
 
 import pytest
 from foreign_adapters import LORA, MIXLORA, random_adapter, require_same_bits
 from hf_models import save_tiny_llama
 
 import moe_jax
+from moe_jax.adapters.router import ROUTERS
 from moe_jax.checkpoints.adapter_files import save_adapter
-from moe_jax.checkpoints.formats import exchange
+from moe_jax.checkpoints.formats import FORMATS, exchange, format
 from moe_jax.checkpoints.hf_config import read_model_config
 from moe_jax.cli import main
+from moe_jax.commands import choices
+from moe_jax.surgery.grow import DEFAULT_NOISE
+from moe_jax.surgery.merge import Weighting
+from moe_jax.surgery.upcycle import UPCYCLED
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +101,26 @@ def test_help_is_enough(capsys, command, words):
     assert ended.value.code == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert all(word in shown for word in words), shown
+
+
+def test_what_commands_offer_is_what_there_is():
+    assert tuple(choices.EXPORT_FORMATS) == tuple(FORMATS)
+    assert get_args(format.Weighting) == choices.EXPORT_WEIGHTS
+    assert tuple(ROUTERS) == choices.ROUTERS
+    assert moe_jax.TARGET_MODULES == choices.TARGETS
+    assert UPCYCLED == choices.UPCYCLE_TO
+    assert DEFAULT_NOISE == choices.GROW_NOISE
+    assert get_args(Weighting) == choices.MERGE_WEIGHTS
+
+
+def test_help_is_answered_without_what_computes():
+    code = (
+        "import sys, moe_jax.cli\n"
+        "try: moe_jax.cli.main(['evaluate', '--help'])\n"
+        "finally: print(sorted({'jax', 'flax', 'transformers', 'datasets'} & set(sys.modules)))"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ended.stdout.splitlines()[-1] == "[]"
 
 
 def test_as_a_process(folder, tmp_path):

@@ -7,8 +7,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import get_args
 
-from moe_jax.checkpoints.adapter_files import read_description
-from moe_jax.checkpoints.resolve import resolve_adapter, resolve_checkpoint
 from moe_jax.config.model import FloatType
 from moe_jax.config.parse import FieldError, parse
 from moe_jax.config.run import MeshConfig
@@ -143,6 +141,9 @@ def base_path(base: str | None, adapters: Mapping[str, str], revision: str | Non
         return base
     if not adapters:
         raise ConfigError("--base: give a folder or hub id; without --adapter there is none to use")
+    from moe_jax.checkpoints.adapter_files import read_description
+    from moe_jax.checkpoints.resolve import resolve_adapter, resolve_checkpoint
+
     remembered = {
         name: read_description(resolve_adapter(folder)).base for name, folder in adapters.items()
     }

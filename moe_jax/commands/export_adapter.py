@@ -5,16 +5,15 @@ from pathlib import Path
 from typing import get_args
 
 import moe_jax
-from moe_jax.checkpoints.formats import FORMATS
-from moe_jax.checkpoints.formats.format import Weighting
 from moe_jax.commands import Run
+from moe_jax.commands.choices import EXPORT_FORMATS, EXPORT_WEIGHTS
 from moe_jax.config.model import FloatType
 
 
 def add(parser: argparse.ArgumentParser) -> Run:
     """Write an adapter in the format of another tool, with a model card, and push it to the hub."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    formats = [f"  {name:9} {cls.summary}" for name, cls in FORMATS.items()]
+    formats = [f"  {name:9} {summary}" for name, summary in EXPORT_FORMATS.items()]
     parser.epilog = "\n".join(["formats:", *formats, _EXAMPLES])
     parser.add_argument(
         "--adapter",
@@ -23,7 +22,7 @@ def add(parser: argparse.ArgumentParser) -> Run:
         metavar="DIR_OR_ID",
         help="a folder, as in WORKDIR/adapters/NAME, or a hub id",
     )
-    parser.add_argument("--to", required=True, choices=tuple(FORMATS), help="see below")
+    parser.add_argument("--to", required=True, choices=tuple(EXPORT_FORMATS), help="see below")
     parser.add_argument(
         "--output",
         type=Path,
@@ -45,7 +44,7 @@ def add(parser: argparse.ArgumentParser) -> Run:
     )
     parser.add_argument(
         "--weights",
-        choices=get_args(Weighting),
+        choices=EXPORT_WEIGHTS,
         help="llama: how experts become one, all alike or by their share of the tokens of --data "
         "(default: average)",
     )

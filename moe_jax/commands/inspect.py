@@ -5,20 +5,20 @@ import re
 import sys
 import typing
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
-from moe_jax.adapters import METHODS
-from moe_jax.adapters.method import AdapterMethod
-from moe_jax.adapters.targets import TARGET_MODULES
-from moe_jax.checkpoints.new_folder import require_unused
 from moe_jax.commands import Run
 from moe_jax.commands.arguments import add_dtype, listed, numbers
+from moe_jax.commands.choices import TARGETS
 from moe_jax.config.command_line import load_config_file
 from moe_jax.config.data import Schema
 from moe_jax.config.parse import parse_member
 from moe_jax.config.run import parse_run_config
 from moe_jax.errors import ConfigError
 from moe_jax.tasks.selection import named_task
+
+if TYPE_CHECKING:
+    from moe_jax.adapters.method import AdapterMethod
 
 _NOT_TEXT = ("task", "classification")
 """Schemas whose rows are no text by themselves; tasks have a flag of their own."""
@@ -197,10 +197,11 @@ def _show_routing(arguments: argparse.Namespace) -> None:
             "--data: no text is given; name a file with --data, tasks with --tasks or a text "
             "with --text (moe-jax show says what an adapter's folder holds)"
         )
-    require_unused(arguments.output)
-    # With libraries that other commands do not need.
+    # With libraries that other commands, and --help, do not need.
+    from moe_jax.checkpoints.new_folder import require_unused
     from moe_jax.inspection.routing import inspect_routing
 
+    require_unused(arguments.output)
     report = inspect_routing(
         arguments.adapter,
         data,
@@ -261,8 +262,10 @@ def _show_base(arguments: argparse.Namespace) -> None:
     print("\n".join(lines))
 
 
-def _methods(arguments: argparse.Namespace) -> dict[str, AdapterMethod]:
+def _methods(arguments: argparse.Namespace) -> dict[str, "AdapterMethod"]:
     """The adapters that the arguments describe, by name."""
+    from moe_jax.adapters import METHODS
+
     own = {
         "rank": arguments.rank,
         "num_experts": arguments.num_experts,
@@ -279,7 +282,7 @@ def _methods(arguments: argparse.Namespace) -> dict[str, AdapterMethod]:
         return {name: adapter.method for name, adapter in config.adapters.items()}
     if arguments.method is None:
         return {}
-    targets = given.get("target_modules", ",".join(TARGET_MODULES))
+    targets = given.get("target_modules", ",".join(TARGETS))
     fields: dict[str, Any] = {
         "name": arguments.method,
         "rank": given.get("rank", 8),

@@ -4,11 +4,7 @@ import argparse
 import math
 from pathlib import Path
 
-from moe_jax.checkpoints.adapter_files import read_description
-from moe_jax.checkpoints.resolve import resolve_adapter
-from moe_jax.checkpoints.training_record import read_record
 from moe_jax.commands import Run
-from moe_jax.inspection.base import leaf_modules, module_lines
 
 
 def add(parser: argparse.ArgumentParser) -> Run:
@@ -20,6 +16,11 @@ def add(parser: argparse.ArgumentParser) -> Run:
 
 
 def _run(arguments: argparse.Namespace) -> None:
+    from moe_jax.checkpoints.adapter_files import read_description
+    from moe_jax.checkpoints.resolve import resolve_adapter
+    from moe_jax.checkpoints.training_record import read_record
+    from moe_jax.inspection.base import leaf_modules, module_lines
+
     folder = resolve_adapter(arguments.folder)
     description, record = read_description(folder), read_record(folder)
     size = sum(math.prod(spec.shape) for spec in description.leaves.values())

@@ -5,17 +5,16 @@ import ast
 import inspect
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-from moe_jax import surgery
-from moe_jax.adapters.router import ROUTERS
-from moe_jax.adapters.targets import TARGET_MODULES
+import moe_jax
 from moe_jax.commands import Run
 from moe_jax.commands.arguments import listed, numbers
+from moe_jax.commands.choices import GROW_NOISE, MERGE_WEIGHTS, ROUTERS, TARGETS, UPCYCLE_TO
 from moe_jax.errors import ConfigError
-from moe_jax.surgery.grow import DEFAULT_NOISE
-from moe_jax.surgery.merge import Weighting
-from moe_jax.surgery.upcycle import UPCYCLED
+
+if TYPE_CHECKING:
+    from moe_jax.surgery import Outcome
 
 EPILOG = """\
 Each writes an adapter's folder and says, one line each, what is exact and what was measured. Train
@@ -43,7 +42,7 @@ def add(parser: argparse.ArgumentParser) -> Run:
     return _run
 
 
-Operate = Callable[[argparse.Namespace], surgery.Outcome]
+Operate: TypeAlias = Callable[[argparse.Namespace], "Outcome"]
 
 
 def _run(arguments: argparse.Namespace) -> None:
@@ -64,7 +63,7 @@ def _upcycle(parser: argparse.ArgumentParser) -> Operate:
     """
     _add_adapter(parser, "a LoRA")
     parser.add_argument(
-        "--to", choices=UPCYCLED, default="mixlora", help="the method (default: %(default)s)"
+        "--to", choices=UPCYCLE_TO, default="mixlora", help="the method (default: %(default)s)"
     )
     parser.add_argument(
         "--experts",
@@ -80,7 +79,7 @@ def _upcycle(parser: argparse.ArgumentParser) -> Operate:
     _add_seed(parser, "the routers")
     _add_data(parser, needed="where the result is not exact")
     parser.set_defaults(flags={"num_experts": "--experts"})
-    return lambda arguments: surgery.upcycle(
+    return lambda arguments: moe_jax.surgery.upcycle(
         arguments.adapter,
         arguments.to,
         num_experts=tuple(numbers(arguments.experts, "--experts")),
@@ -113,7 +112,7 @@ def _from_dense(parser: argparse.ArgumentParser) -> Operate:
     )
     parser.add_argument(
         "--targets",
-        default=",".join(TARGET_MODULES),
+        default=",".join(TARGETS),
         metavar="A,B,...",
         help="projections (default: %(default)s)",
     )
@@ -125,7 +124,7 @@ def _from_dense(parser: argparse.ArgumentParser) -> Operate:
     _add_seed(parser, "directions that a difference leaves open")
     _add_data(parser, needed="", base=False)
     _add_output(parser)
-    return lambda arguments: surgery.from_dense(
+    return lambda arguments: moe_jax.surgery.from_dense(
         arguments.base,
         arguments.dense,
         rank=arguments.rank,
@@ -149,7 +148,7 @@ def _prune(parser: argparse.ArgumentParser) -> Operate:
         "--keep", type=int, required=True, metavar="N", help="experts that each router keeps"
     )
     _add_data(parser, needed="always")
-    return lambda arguments: surgery.prune(
+    return lambda arguments: moe_jax.surgery.prune(
         arguments.adapter,
         arguments.keep,
         data=arguments.data,
@@ -179,14 +178,14 @@ def _grow(parser: argparse.ArgumentParser) -> Operate:
     parser.add_argument(
         "--noise",
         type=float,
-        default=DEFAULT_NOISE,
+        default=GROW_NOISE,
         metavar="X",
         help="of the new experts' pairs and router columns, in shares of their own size "
         "(default: %(default)s)",
     )
     _add_seed(parser, "the noise")
     _add_data(parser, needed="where the result is not exact, and without --split")
-    return lambda arguments: surgery.grow(
+    return lambda arguments: moe_jax.surgery.grow(
         arguments.adapter,
         add=arguments.add,
         times=arguments.times,
@@ -217,14 +216,14 @@ def _merge(parser: argparse.ArgumentParser) -> Operate:
     )
     parser.add_argument(
         "--weights",
-        choices=get_args(Weighting),
+        choices=MERGE_WEIGHTS,
         default="average",
         help="of the experts of a group: all alike, or by their load on --data "
         "(default: %(default)s)",
     )
     _add_seed(parser, "directions that the means leave open")
     _add_data(parser, needed="always")
-    return lambda arguments: surgery.merge(
+    return lambda arguments: moe_jax.surgery.merge(
         arguments.adapter,
         into=arguments.into,
         groups=None if arguments.groups is None else _groups(arguments.groups),

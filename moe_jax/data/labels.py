@@ -1,32 +1,11 @@
-"""Rows that are to be classified: text as token ids, and the label as a number.
-
-A row becomes the tokens that its tokenizer puts in front of a text and those of the text; of two
-texts, of both with a line break between them. Nothing follows: the row is classified at its last
-token, as transformers' sequence classifiers do.
-"""
+"""The label of a row that is to be classified, as a number."""
 
 import json
 import math
-from collections.abc import Sequence
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-
 from moe_jax.config.classification import ClassificationConfig
-from moe_jax.data.tokenizer import encode, leading_tokens
 from moe_jax.errors import DataError
-
-BETWEEN = "\n"
-"""What stands between two texts."""
-
-
-def encode_texts(
-    texts: Sequence[tuple[str, str]], tokenizer: PreTrainedTokenizerBase
-) -> list[list[int]]:
-    """Token ids of each text, or of each pair of texts; the second is empty where there is one."""
-    lead = leading_tokens(tokenizer)
-    joined = [BETWEEN.join((first, second)) if second else first for first, second in texts]
-    return [[*lead, *ids] for ids in encode(tokenizer, joined)]
 
 
 def label_number(value: Any, classification: ClassificationConfig, where: str) -> float:

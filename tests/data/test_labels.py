@@ -7,8 +7,9 @@ import pytest
 
 from moe_jax.config.classification import ClassificationConfig
 from moe_jax.config.data import SourceConfig
-from moe_jax.data.labels import encode_texts, label_number
+from moe_jax.data.labels import label_number
 from moe_jax.data.pipeline import load_train_data, load_validation_data
+from moe_jax.data.texts import encode_texts
 from moe_jax.errors import DataError
 
 MOODS = ClassificationConfig(labels=("sad", "glad"))

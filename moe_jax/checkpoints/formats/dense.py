@@ -66,7 +66,6 @@ _WEIGHTINGS = {
 class DenseFormat(ModelFormat):
     """LoRA, rsLoRA and DoRA merged exactly, MixLoRA approximately, on bases of every family."""
 
-    summary = "one dense model of the base's family: LoRA exactly, MixLoRA approximately"
     measures = True
 
     def check(self, adapter: SavedAdapter, options: ExportOptions) -> None:

@@ -131,13 +131,11 @@ class Format(abc.ABC):
     """A format that adapters are written in.
 
     Attributes:
-      summary: what it is, for `--help`.
       measures: whether it has a use for `ExportOptions.weights` and `tokens`.
       classifies: whether it expresses a score head.
       library: what loads it, as the hub calls it; empty if the hub knows no name for that.
     """
 
-    summary: ClassVar[str]
     measures: ClassVar[bool] = False
     classifies: ClassVar[bool] = False
     library: ClassVar[str] = ""

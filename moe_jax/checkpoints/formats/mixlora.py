@@ -62,7 +62,6 @@ _KNOWN_OF_ROUTERS = {
 class MixLoraFormat(AdapterFormat):
     """MixLoRA with the routers top_k, top_p and switch; LoRAMoE; MoLA; and plain LoRA to write."""
 
-    summary = "MixLoRA, LoRAMoE, MoLA, LoRA for MoE-PEFT; top-k MixLoRA for the mixlora package"
     reads = ("MIXLORA", "LORAMOE", "MOLA")
     weights_file = TORCH_FILE
 

@@ -86,8 +86,6 @@ _KEPT = (
 class MixtralFormat(ModelFormat):
     """MixLoRA with a top-k router, on Llama and Mistral as Mixtral and on Qwen3 as Qwen3-MoE."""
 
-    summary = "top-k MixLoRA and its base as one Mixtral (Llama, Mistral) or Qwen3-MoE (Qwen3)"
-
     def check(self, adapter: SavedAdapter, options: ExportOptions) -> None:
         method = adapter.method
         if not isinstance(method, MixLoraConfig):

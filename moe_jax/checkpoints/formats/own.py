@@ -16,7 +16,6 @@ class OwnFormat(Format):
     The base's path may become another.
     """
 
-    summary = "every adapter in this library's own format, with a model card, for the hub"
     library = "moe_jax"
     classifies = True
 

@@ -55,7 +55,6 @@ _ALL = "all-linear"
 class PeftFormat(AdapterFormat):
     """One pair a projection; PEFT has no experts."""
 
-    summary = "LoRA, rsLoRA, DoRA for peft"
     reads = ("LORA",)
     weights_file = SAFETENSORS
     classifies = True
