@@ -13,7 +13,8 @@ from hf_models import save_tiny_llama
 import moe_jax
 from moe_jax.adapters.router import ROUTERS
 from moe_jax.checkpoints.adapter_files import save_adapter
-from moe_jax.checkpoints.formats import FORMATS, exchange, format
+from moe_jax.checkpoints.formats import FORMATS, exchange
+from moe_jax.checkpoints.formats.format import Weighting as ExportWeighting
 from moe_jax.checkpoints.hf_config import read_model_config
 from moe_jax.cli import main
 from moe_jax.commands import choices
@@ -105,7 +106,7 @@ def test_help_is_enough(capsys, command, words):
 
 def test_what_commands_offer_is_what_there_is():
     assert tuple(choices.EXPORT_FORMATS) == tuple(FORMATS)
-    assert get_args(format.Weighting) == choices.EXPORT_WEIGHTS
+    assert get_args(ExportWeighting) == choices.EXPORT_WEIGHTS
     assert tuple(ROUTERS) == choices.ROUTERS
     assert moe_jax.TARGET_MODULES == choices.TARGETS
     assert UPCYCLED == choices.UPCYCLE_TO

@@ -110,8 +110,8 @@ def last_metrics(lines: Iterable[Mapping[str, Any]], label: str) -> dict[str, fl
     """
     for line in lines:
         if f"{label}/loss" in line:
-            own = {k.removeprefix(f"{label}/"): v for k, v in line.items() if k.startswith(label)}
-            return {metric: value for metric, value in own.items() if metric != "loss"}
+            own = {k.rpartition("/"): value for k, value in line.items()}
+            return {m: v for (of, _, m), v in own.items() if of == label and m != "loss"}
     return {}
 
 
