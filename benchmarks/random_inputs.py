@@ -37,22 +37,27 @@ def random_params(abstract: Any, shardings: Any, param_dtype: str, seed: int = 0
         places = jax.tree.leaves(shardings, is_leaf=is_kernel)
     keys = jax.random.split(jax.random.key(seed), len(leaves))
 
-    def made(path: Any, leaf: Any, place: Any, key: jax.Array) -> Any:
-        if path[-1].key == "scale":
-            draw = functools.partial(jnp.ones, leaf.shape, leaf.dtype)
-            return jax.jit(draw, out_shardings=place)()
-        quantized = is_kernel(leaf)
+    @functools.cache
+    def drawing(shape: tuple[int, ...], stored: Any, form: Any, *places: Any) -> Any:
+        """Compiled once for all leaves that are alike."""
 
         def kernel(key: jax.Array) -> Any:
-            values = DEVIATION * jax.random.normal(key, leaf.shape[-2:], jnp.float32)
-            return quantize(values, str(kind)) if quantized else values.astype(leaf.dtype)
+            values = DEVIATION * jax.random.normal(key, shape[-2:], jnp.float32)
+            return quantize(values, str(kind)) if stored == kind else values.astype(stored)
 
         def drawn(key: jax.Array) -> Any:
-            if len(leaf.shape) == 2:
+            if len(shape) == 2:
                 return kernel(key)
-            return jax.lax.map(kernel, jax.random.split(key, leaf.shape[0]))
+            return jax.lax.map(kernel, jax.random.split(key, shape[0]))
 
-        return jax.jit(drawn, out_shardings=place)(key)
+        return jax.jit(drawn, out_shardings=jax.tree.unflatten(form, places))
+
+    def made(path: Any, leaf: Any, place: Any, key: jax.Array) -> Any:
+        if path[-1].key == "scale":
+            return jax.device_put(np.ones(leaf.shape, leaf.dtype), place)
+        # Kernels that are quantised have a tree of places; all of a shape have the same.
+        own, form = jax.tree.flatten(place)
+        return drawing(leaf.shape, kind if is_kernel(leaf) else leaf.dtype, form, *own)(key)
 
     values = [
         made(path, leaf, place, key)
