@@ -21,7 +21,6 @@ from benchmarks.training_steps import (
     OPTIMIZER,
     CompiledStep,
     compiled_step,
-    first_adapter,
     method_named,
     needed_flops,
     ranks_of,
@@ -83,9 +82,8 @@ class Contest:
         args = self._args
         tokens = random_batch(model_of(args.size, args.vocab), args.rows, args.length).tokens
         with self._may_not_fit(PEFT):
-            adapter = first_adapter(lora, self.params)
-            settings = peft_settings(args)
-            running = peft_process(args.peft_python, self.params, adapter, tokens, settings)
+            inputs = self.params, lora.first_adapter, tokens
+            running = peft_process(args.peft_python, *inputs, peft_settings(args))
             self.peft = stack.enter_context(running)
             self.rows[PEFT] |= {
                 "trainable_parameters": self.peft.trainable,

@@ -10,6 +10,7 @@ and numpy, and neither jax nor this project's package.
 import json
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,8 @@ def main() -> None:
     if settings["device"] == "cuda" and not torch.cuda.is_available():
         answer(refused=f"the torch of {sys.executable} has no CUDA, and jax runs on a GPU")
         return
+    # peft reads what transformers calls by another name from now on.
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
     torch.set_num_threads(settings["threads"])
     try:
         model = adapted_model(folder, settings)

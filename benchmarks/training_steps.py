@@ -132,6 +132,7 @@ class CompiledStep:
         function that does a step, waits for it, and returns the loss.
       compiled: the step.
       trace_seconds, compile_seconds: what `compile` took for each.
+      first_adapter: the weights, on the host, that training begins with, once it has begun.
     """
 
     name: str
@@ -142,6 +143,7 @@ class CompiledStep:
     compiled: jax.stages.Compiled | None = None
     trace_seconds: float = 0.0
     compile_seconds: float = 0.0
+    first_adapter: Any = None
 
     def compile(self) -> jax.stages.Compiled:
         start = time.perf_counter()
@@ -170,6 +172,7 @@ def _begin_training(step: CompiledStep, params: Any) -> Callable[[], float]:
     program, compiled = step.program, step.compiled
     assert compiled is not None
     state = program.init_state(params)
+    step.first_adapter = jax.device_get(state.adapters[_ADAPTER])
     batch = _put_batch(program)
 
     def run() -> float:
@@ -179,11 +182,6 @@ def _begin_training(step: CompiledStep, params: Any) -> Callable[[], float]:
         return float(metrics[f"{_ADAPTER}/loss"])
 
     return run
-
-
-def first_adapter(step: CompiledStep, params: Any) -> Any:
-    """The adapter that a step's training begins with."""
-    return step.program.init_state(params).adapters[_ADAPTER]
 
 
 def _put_batch(program: Program) -> Any:
