@@ -16,7 +16,7 @@ _HEAD = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 _LOOP = re.compile(r" while\(.*?body=%?([\w.\-]+)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _CALLED = re.compile(r"(?:to_apply|calls|true_computation|false_computation)=%?([\w.\-]+)")
-_METADATA = re.compile(r", metadata=\{[^}]*\}")
+_METADATA = re.compile(r', metadata=\{(?:[^"}]|"[^"]*")*\}')
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import jax
 
-from benchmarks.compiled_flops import compiled_flops
+from benchmarks.compiled_flops import Flops, compiled_flops
 from benchmarks.matrix_product import MatrixProduct
 from benchmarks.peft_process import PeftProcess, peft_process
 from benchmarks.random_inputs import params_of, random_batch
-from benchmarks.report import usable_cores
+from benchmarks.report import say, usable_cores
 from benchmarks.sizes import hf_fields, model_of
 from benchmarks.timing import OUT_OF_MEMORY, interleaved, is_out_of_memory, seconds_of, spread
 from benchmarks.training_steps import (
@@ -137,17 +137,28 @@ class Contest:
 def compiled_figures(step: CompiledStep) -> dict[str, Any]:
     compiled = step.compile()
     memory: Any = compiled.memory_analysis()
-    flops = compiled_flops(compiled)
+    flops = counted_flops(step.name, compiled)
     return {
         "trainable_parameters": step.trainable,
         "trace_seconds": step.trace_seconds,
         "compile_seconds": step.compile_seconds,
         # XLA counts those of one device.
-        "compiled_flops": flops.total * step.program.mesh.size,
-        "loops_of_unknown_length": flops.unknown_loops,
+        "compiled_flops": None if flops is None else flops.total * step.program.mesh.size,
+        "loops_of_unknown_length": None if flops is None else flops.unknown_loops,
         "argument_bytes": None if memory is None else memory.argument_size_in_bytes,
         "temporary_bytes": None if memory is None else memory.temp_size_in_bytes,
     }
+
+
+def counted_flops(name: str, compiled: jax.stages.Compiled) -> Flops | None:
+    """The operations of a program; None, and a word of it, where XLA cannot read its own text."""
+    try:
+        return compiled_flops(compiled)
+    except jax.errors.JaxRuntimeError as error:
+        if is_out_of_memory(error):
+            raise
+        say(f"{name}: operations are not counted: {str(error).splitlines()[0]}")
+        return None
 
 
 def speed_figures(

@@ -8,7 +8,7 @@ A model of random weights takes steps of each method in turn, so that what distu
 all; a product of large matrices is timed in each round too, and is what a step's speed is compared
 with. `frozen` is the floor: forward and backward to the embedding with nothing trained. With
 `--peft` the same weights, tokens and LoRA take part in PyTorch, in a process of its own, and the
-first loss has to be ours.
+first loss has to be ours; it checkpoints its layers' inputs where `--remat` is not `none`.
 
 Columns: weights that are trained; seconds of a step, the median and all that were measured; the
 median of the rounds' ratios to LoRA; tokens a second; FLOP/s and their share of the matrix
