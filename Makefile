@@ -18,9 +18,10 @@ help: ## show this list
 demo: $(RUN_STAMP) ## train MixLoRA on a tiny Llama, show what it learned, compare it with LoRA
 	$(BIN)/python -m moe_jax.demo --output demo_output
 
-# pytest comes last, so that its summary closes the output.
+# pytest comes last, so that its summary closes the output. A file's tests stay on one worker: what
+# they share is made once.
 test: lint ## format check, lint, types, import layers, tests
-	$(BIN)/python -m pytest -n $(WORKERS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 lint: $(TEST_STAMP) ## everything of `make test` but the tests
 	$(BIN)/ruff format --check

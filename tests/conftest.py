@@ -4,6 +4,7 @@ The environment is set while this file is imported, before anything imports jax,
 datasets, and so reaches the processes that tests start too.
 """
 
+import gc
 import os
 import shutil
 import tempfile
@@ -12,6 +13,7 @@ from pathlib import Path
 from xla_flags import xla_flags
 
 DEVICES = 8
+LONGEST = ("demo", "notebooks", "training", "evaluation", "inference", "sharding", "surgery")
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = " ".join(
@@ -33,6 +35,12 @@ os.environ["HF_DATASETS_OFFLINE"] = "1"
 _scratch = Path(tempfile.mkdtemp(prefix="moe_jax_tests_"))
 os.environ["HF_HOME"] = str(_scratch / "huggingface")
 os.environ["HF_DATASETS_CACHE"] = str(_scratch / "datasets")
+if "PYTEST_XDIST_WORKER" not in os.environ:  # pytest's workers share that of the process above them
+    os.environ["XDG_CACHE_HOME"] = str(_scratch / "cache")  # where commands keep what they compile
+
+# Tracing makes and drops millions of small objects, and looking for cycles among them and all that
+# the libraries keep takes 8% of the tests' time.
+gc.set_threshold(100_000, 10, 10)
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
@@ -42,6 +50,22 @@ def pytest_sessionstart() -> None:
     """A machine without the eight devices fails; skipping would hide every sharding test."""
     if jax.device_count() != DEVICES:
         pytest.exit(f"the tests need {DEVICES} devices and see {jax.devices()}", returncode=3)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Folders whose files take long come first, so that no worker is left alone with one."""
+
+    def place(item: pytest.Item) -> int:
+        folder = item.path.relative_to(Path(__file__).parent).parts[0]
+        return LONGEST.index(folder) if folder in LONGEST else len(LONGEST)
+
+    items.sort(key=place)
+
+
+def pytest_collection_finish() -> None:
+    """What was imported until now stays, and is not looked through again."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_unconfigure() -> None:
