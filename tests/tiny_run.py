@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Mapping
+from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -131,10 +132,15 @@ _PRELOADED = [
 ]
 
 
+def fork_server() -> ForkServerContext:
+    """Starts processes that have the imports behind them, which saves seconds each."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOADED)
+    return context
+
+
 class Run:
     """A run in a process of its own, which can be killed.
-
-    The processes come from a fork server that has the imports behind it, which saves seconds each.
 
     Attributes:
       process: the process.
@@ -162,12 +168,10 @@ class Run:
           overrides: as in `read_config`.
           name: of the log, beside `workdir`.
         """
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(_PRELOADED)
         self.workdir = workdir
         self.log = workdir.with_name(f"{workdir.name}.{name}.log")
         self.log.write_text("")
-        self.process: BaseProcess = context.Process(
+        self.process: BaseProcess = fork_server().Process(
             target=_run, args=(config, workdir, self.log, devices, file_bytes, overrides or {})
         )
         self.process.start()
