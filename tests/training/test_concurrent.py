@@ -2,8 +2,11 @@
 
 import numpy as np
 import pytest
-from tiny_run import Run, final_adapter, metric_lines, write_inputs
+from one_device import one_device
+from tiny_run import final_adapter, metric_lines, read_config, write_inputs
 from tolerances import ROUNDING
+
+from moe_jax.training.loop import train
 
 # No two of them have the same data, row length, batch size, length of training, optimiser,
 # schedule or seed. Dropout is off, and a large epsilon keeps rounding of gradients near zero small.
@@ -56,33 +59,34 @@ def inputs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(inputs, tmp_path_factory):
-    """A function that trains some of the adapters together, once."""
+    """A function that trains some of the adapters together, once, and gives the run's folder."""
     runs = {}
 
-    def train(*names):
+    def run(*names):
         if names not in runs:
             config = inputs.with_name(f"{'_'.join(names)}.py")
             config.write_text(f"{inputs.read_text()}{ADAPTERS}\n\nNAMES = {names}\n")
-            runs[names] = Run(config, tmp_path_factory.mktemp("runs") / config.stem)
-            assert runs[names].join() == 0, runs[names].log.read_text()
+            runs[names] = tmp_path_factory.mktemp("runs") / config.stem
+            with one_device():
+                train(read_config(config), runs[names], lambda line: None)
         return runs[names]
 
-    return train
+    return run
 
 
 @pytest.mark.parametrize("pair", PAIRS, ids="+".join)
 def test_together_as_alone(trained, pair):
     together = trained(*pair)
-    theirs = {line["step"]: line for line in metric_lines(together.workdir) if "tokens" in line}
+    theirs = {line["step"]: line for line in metric_lines(together) if "tokens" in line}
     for name in pair:
         alone = trained(name)
-        expected, actual = final_adapter(alone.workdir, name), final_adapter(together.workdir, name)
+        expected, actual = final_adapter(alone, name), final_adapter(together, name)
         assert expected.keys() == actual.keys()
         for path, leaf in expected.items():
             np.testing.assert_allclose(actual[path], leaf, **ROUNDING, err_msg=f"{name}: {path}")
             # B began at zero, and what became of it is far above the tolerance.
             assert np.abs(leaf).max() > 100 * ROUNDING["atol"], f"{name}: {path}"
-        lines = [line for line in metric_lines(alone.workdir) if "tokens" in line]
+        lines = [line for line in metric_lines(alone) if "tokens" in line]
         assert [line["step"] for line in lines] == list(range(1, STEPS[name] + 1))
         for line in lines:
             for metric in (f"{name}/loss", f"{name}/grad_norm", f"{name}/learning_rate"):
@@ -99,6 +103,6 @@ def test_together_as_alone(trained, pair):
                 for line in of
                 if f"validation/{name}/held_out/loss" in line
             ]
-            for of in (metric_lines(alone.workdir), metric_lines(together.workdir))
+            for of in (metric_lines(alone), metric_lines(together))
         ]
         assert losses[0] == [(step, pytest.approx(loss, rel=1e-5)) for step, loss in losses[1]]
