@@ -8,14 +8,16 @@ dropped token. CONTRIBUTING.md has the algebra.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import flax.linen as nn
+import flax.struct
 import jax
 import jax.numpy as jnp
 
 from moe_jax.adapters.dora import apply_gains
 from moe_jax.config.parse import require
+from moe_jax.layers.token_product import token_product
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +61,8 @@ class LowRankConfig:
         return lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
-class Pairs(NamedTuple):
+@flax.struct.dataclass
+class Pairs:
     """The low-rank pairs of E experts of one projection, ready to be applied.
 
     Attributes:
@@ -72,19 +75,21 @@ class Pairs(NamedTuple):
     lora_a: jax.Array
     lora_b: jax.Array
     gains: jax.Array | None
-    scale: float
+    scale: float = flax.struct.field(pytree_node=False)
 
     def codes(self, x: jax.Array) -> jax.Array:
         """The scaled codes of every expert in one thin product: [B, S, in] to [B, S, E, R]."""
         width, experts, rank = self.lora_a.shape
-        codes = jnp.dot(x, self.lora_a.astype(x.dtype).reshape(width, experts * rank))
+        codes = token_product(x, self.lora_a.astype(x.dtype).reshape(width, experts * rank))
         return codes.reshape(*x.shape[:-1], experts, rank) * self.scale
 
     def expand(self, codes: jax.Array) -> jax.Array:
         """Sum over experts of `codes_e B_e`, in one product: [B, S, E, R] to [B, S, out]."""
         experts, rank, features = self.lora_b.shape
         flat = codes.reshape(*codes.shape[:-2], experts * rank)
-        return jnp.dot(flat, self.lora_b.astype(codes.dtype).reshape(experts * rank, features))
+        return token_product(
+            flat, self.lora_b.astype(codes.dtype).reshape(experts * rank, features)
+        )
 
     def adapt(self, product: jax.Array, codes: jax.Array, combine: jax.Array) -> jax.Array:
         """The frozen product with the experts' changes, weighted.
@@ -102,7 +107,9 @@ class Pairs(NamedTuple):
         """The frozen product under DoRA's gains alone; the product itself without DoRA."""
         if self.gains is None:
             return product
-        change = jnp.dot(combine.astype(product.dtype), (self.gains - 1.0).astype(product.dtype))
+        change = token_product(
+            combine.astype(product.dtype), (self.gains - 1.0).astype(product.dtype)
+        )
         return product + product * change
 
     def adapt_expert(self, product: jax.Array, codes: jax.Array, expert: int) -> jax.Array:
@@ -115,11 +122,13 @@ class Pairs(NamedTuple):
         """
         if self.gains is not None:
             product = apply_gains(product, self.gains[expert])
-        return product + jnp.dot(codes[..., expert, :], self.lora_b[expert].astype(codes.dtype))
+        return product + token_product(
+            codes[..., expert, :], self.lora_b[expert].astype(codes.dtype)
+        )
 
     def expert_codes(self, x: jax.Array, expert: int) -> jax.Array:
         """The scaled codes of one expert: [B, S, in] to [B, S, R]."""
-        return jnp.dot(x, self.lora_a[:, expert].astype(x.dtype)) * self.scale
+        return token_product(x, self.lora_a[:, expert].astype(x.dtype)) * self.scale
 
 
 def joint_codes(x: jax.Array, pairs: Mapping[str, Pairs]) -> dict[str, jax.Array]:
@@ -134,6 +143,6 @@ def joint_codes(x: jax.Array, pairs: Mapping[str, Pairs]) -> dict[str, jax.Array
     _, experts, rank = next(iter(pairs.values())).lora_a.shape
     stacked = jnp.concatenate([pair.lora_a for pair in pairs.values()], axis=-1)
     scale = next(iter(pairs.values())).scale
-    flat = jnp.dot(x, stacked.astype(x.dtype).reshape(x.shape[-1], -1)) * scale
+    flat = token_product(x, stacked.astype(x.dtype).reshape(x.shape[-1], -1)) * scale
     codes = flat.reshape(*x.shape[:-1], experts, len(pairs) * rank)
     return dict(zip(pairs, jnp.split(codes, len(pairs), axis=-1), strict=True))

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from moe_jax.adapters.leaf import adapter_leaf
 from moe_jax.config.parse import require
 from moe_jax.config.registry import Registry
+from moe_jax.layers.token_product import token_product
 from moe_jax.sharding.axes import EXPERTS
 
 ROUTERS = Registry("router")
@@ -161,5 +162,5 @@ class RouterLogits(nn.Module):
                 self.make_rng("dropout"), x.shape, x.dtype, 1.0 - jitter, 1.0 + jitter
             )
             x = x * noise
-        logits = jnp.dot(x, kernel, precision=jax.lax.Precision.HIGHEST)
+        logits = token_product(x, kernel, precision=jax.lax.Precision.HIGHEST)
         return logits if present is None else jnp.where(present, logits, ABSENT)
