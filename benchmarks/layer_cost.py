@@ -140,7 +140,9 @@ def layer_cost(method: AdapterMethod | None, shape: Shape) -> LayerCost:
         tie_word_embeddings=False,
     )
     segments = () if method is None else segments_of({"a": method}, {"a": shape.rows})
-    compute, storage = ComputeConfig(dtype="float32"), storage_of("float32")
+    # All tokens at once: of a loop over blocks of them, XLA would count one block.
+    compute = ComputeConfig(dtype="float32", remat="none", block_tokens=shape.rows * shape.length)
+    storage = storage_of("float32")
     layer = DecoderLayer(LayerSettings(config, compute, storage, segments, deterministic=True))
     tokens = (shape.rows, shape.length)
     x = jax.ShapeDtypeStruct((*tokens, shape.width), jnp.float32)

@@ -20,11 +20,9 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from moe_jax.adapters.leaf import adapter_leaf
+from moe_jax.layers.kept_names import DORA_NORMS
 from moe_jax.layers.kv_cache import cached, remember
 from moe_jax.layers.quantized import Kernel, dense_kernel
-
-DORA_NORMS = "dora_norms"
-"""The name of the norms for rematerialisation policies."""
 
 
 def column_norms(kernel: Kernel, lora_a: jax.Array, lora_b: jax.Array, scale: float) -> jax.Array:

@@ -4,8 +4,10 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from moe_jax.layers.quantized import Kernel
+from moe_jax.layers.token_blocks import block_length
 
 
 class FrozenProjection(NamedTuple):
@@ -49,9 +51,18 @@ class AdapterContext(NamedTuple):
       num_layers: L.
       expert_groups: int32 [b], the group of experts that each sequence belongs to (see
         `SourceConfig.expert_group`); None unless one of the adapter's losses reads it.
+      shards: over how many devices, or groups of them, the rows are divided.
+      block_tokens: see `ComputeConfig.block_tokens`.
     """
 
     token_mask: jax.Array
     layer_index: jax.Array
     num_layers: int
     expert_groups: jax.Array | None = None
+    shards: int = 1
+    block_tokens: int | None = None
+
+    def block_length(self, shape: tuple[int, ...], dtype: jnp.dtype) -> int:
+        """Of arrays [b, S, F] in `dtype`, how many positions to compute at a time."""
+        rows, length, width = shape
+        return block_length(rows // self.shards, length, width, dtype, self.block_tokens)

@@ -4,13 +4,15 @@ from dataclasses import dataclass
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from moe_jax.adapters.dora import apply_gains, dora_gains
 from moe_jax.adapters.frozen import AdapterContext, FrozenProjection
 from moe_jax.adapters.leaf import adapter_leaf
 from moe_jax.adapters.low_rank import LowRankConfig
 from moe_jax.adapters.method import METHODS, AdapterMethod
+from moe_jax.layers.kept_names import CODES
+from moe_jax.layers.token_product import token_product
 from moe_jax.sharding.axes import RANK
 
 
@@ -47,8 +49,8 @@ class Lora(nn.Module):
             gains = dora_gains(self, frozen.kernel, lora_a, lora_b, config.scale, self.axes[1:])
             product, lora_b = apply_gains(product, gains), lora_b * gains
         x = nn.Dropout(config.dropout)(x, deterministic=deterministic)
-        codes = jnp.dot(x, lora_a.astype(x.dtype)) * config.scale
-        return product + jnp.dot(codes, lora_b.astype(x.dtype))
+        codes = checkpoint_name(token_product(x, lora_a.astype(x.dtype)) * config.scale, CODES)
+        return product + token_product(codes, lora_b.astype(x.dtype))
 
 
 @METHODS.register("lora")

@@ -4,26 +4,29 @@ import dataclasses
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from moe_jax.adapters.aux_losses import RouterLoss, check_losses
 from moe_jax.adapters.expert_counts import route_and_count
 from moe_jax.adapters.experts import ExpertPairs
 from moe_jax.adapters.frozen import AdapterContext, FrozenFFN
+from moe_jax.adapters.in_turn import in_turn
 from moe_jax.adapters.lora import Lora
 from moe_jax.adapters.low_rank import LowRankConfig, Pairs, joint_codes
 from moe_jax.adapters.method import METHODS, AdapterMethod, Finish
 from moe_jax.adapters.router import Router, RouterLogits, Routing
 from moe_jax.adapters.routers.top_k import TopKRouter
+from moe_jax.adapters.slots import Slot, SlotDropout, SlotTokens, SlotWeights, adapt_slot
 from moe_jax.adapters.statistics import router_statistics, sow_statistics
 from moe_jax.adapters.targets import ATTENTION_MODULES, MLP_MODULES
 from moe_jax.adapters.token_routing import sow_routing
 from moe_jax.config.model import ModelConfig
 from moe_jax.config.parse import require, within
+from moe_jax.layers.kept_names import CODES
 from moe_jax.layers.quantized import frozen_product
 from moe_jax.sharding.axes import EMBED, MLP
 
@@ -119,9 +122,11 @@ class MixLoraMLP(nn.Module):
     a rule) are unrolled: carrying a C axis makes XLA materialise [B, S, C, F].
 
     Where any number of experts may fire, slot c is expert c, and its products are with its own
-    pair alone: E pairs of rank R cost what one pair of rank E R does. What lies between an expert's
-    codes and its weighted hidden activation is computed again in the backward pass, from products
-    of R columns, so that E times [B, S, F] need not be kept for it.
+    pair alone: E pairs of rank R cost what one pair of rank E R does.
+
+    What lies between the slots' codes and their weighted hidden activations is computed again in
+    the backward pass, slot by slot, so that C times [B, S, F] need not be kept for it; see
+    `in_turn`.
 
     DoRA on the down projection scales each expert's output, and so needs W_down once a slot: that
     is E times where any number of experts may fire.
@@ -143,7 +148,6 @@ class MixLoraMLP(nn.Module):
         routing = self._route(x, context, deterministic)
         weights = routing.weights.astype(x.dtype)
         dropout = nn.Dropout(low_rank.dropout, deterministic=deterministic)
-        ffn_dropout = nn.Dropout(method.ffn_dropout, deterministic=deterministic)
 
         kernels = {
             "gate_proj": (ffn.gate.kernel, (EMBED, MLP)),
@@ -157,56 +161,52 @@ class MixLoraMLP(nn.Module):
         }
         down = pairs.pop("down_proj", None)
         # One mask of dropout for all experts of a token, and one thin product for gate and up.
-        codes = joint_codes(dropout(x), pairs)
+        codes = checkpoint_name(joint_codes(dropout(x), pairs), CODES)
 
-        def adapted(
-            slot: int, target: str, product: jax.Array, bias: jax.Array | None
-        ) -> jax.Array:
-            if target in pairs:
-                product = _adapt(pairs[target], routing, slot, product, codes[target])
-            return product if bias is None else product + bias
-
-        def contribution(slot: int, keys: jax.Array | None) -> tuple[jax.Array, Any]:
-            """A slot's weighted hidden activation, and its codes for the down projection.
-
-            The codes are [B, S, R] where slot c is expert c, and otherwise weighted, [B, S, E, R],
-            at the expert's place.
-            """
-            ffn_key, key = (None, None) if keys is None else keys
-            gate = adapted(slot, "gate_proj", ffn.gate.product, ffn.gate_bias)
-            hidden = ffn.activation(gate) * adapted(slot, "up_proj", ffn.up.product, ffn.up_bias)
-            hidden, weight = ffn_dropout(hidden, rng=ffn_key), weights[..., slot, None]
-            if down is None:
-                return weight * hidden, None
-            x = dropout(hidden, rng=key)
-            if routing.dispatch is None:
-                return weight * hidden, down.expert_codes(x, slot)
-            select = weight * routing.dispatch[..., slot, :].astype(weight.dtype)
-            return weight * hidden, down.codes(x) * select[..., None]
-
-        if routing.dispatch is None:
-            # Under the scan over layers XLA cannot merge the recomputation with the forward pass.
-            contribution = jax.checkpoint(contribution, static_argnums=0, prevent_cse=False)
-        keys = self._dropout_keys(weights.shape[-1], deterministic)
-        hidden, down_codes = zip(*(contribution(*slot) for slot in enumerate(keys)), strict=True)
+        tokens = SlotTokens(
+            {"gate_proj": ffn.gate.product, "up_proj": ffn.up.product},
+            codes,
+            weights,
+            routing.dispatch,
+        )
+        biases = {"gate_proj": ffn.gate_bias, "up_proj": ffn.up_bias}
+        count, shape = weights.shape[-1], ffn.gate.product.shape
+        hidden, down_codes = zip(
+            *in_turn(
+                Slot(ffn.activation, method.ffn_dropout, low_rank.dropout),
+                count,
+                tokens,
+                SlotWeights(biases, pairs, down),
+                self._dropout(count, shape, deterministic),
+                context.block_length(shape, x.dtype),
+            ),
+            strict=True,
+        )
         if down is None:
             hidden, finish = _sum(hidden), lambda product: product
             return _around_experts(method.router, x, ffn, context, routing, hidden, finish)
-        if routing.dispatch is None:
-            # Out here, as the weights' gradient needs the codes: inside they would be made twice.
-            down_codes = [weights[..., c, None] * codes for c, codes in enumerate(down_codes)]
+        # Out here, as the weights' gradient needs the codes: inside they would be made twice.
+        down_codes = [
+            codes * jnp.expand_dims(weights[..., place], tuple(range(2, codes.ndim)))
+            for place, codes in enumerate(checkpoint_name(down_codes, CODES))
+        ]
         if down.gains is None:
             hidden, finish = _down_once(routing, down, hidden, down_codes)
         else:
             hidden, finish = _down_per_slot(ffn, routing, down, hidden, down_codes)
         return _around_experts(method.router, x, ffn, context, routing, hidden, finish)
 
-    def _dropout_keys(self, slots: int, deterministic: bool) -> Sequence[jax.Array | None]:
-        """Two keys a slot, for its hidden activation and for its down projection."""
+    def _dropout(self, slots: int, shape: tuple[int, ...], deterministic: bool) -> SlotDropout:
+        """What each slot keeps of its hidden activation, and of what its down projection sees."""
         rates = (self.method.ffn_dropout, self.method.expert_low_rank.dropout)
         if deterministic or not any(rates):
-            return [None] * slots
-        return list(jax.random.split(self.make_rng("dropout"), (slots, 2)))
+            return SlotDropout(None, None)
+        keys = jax.random.split(self.make_rng("dropout"), (slots, 2))
+        kept = [
+            [jax.random.bernoulli(key, 1.0 - rate, shape) for key in of_slots] if rate else None
+            for rate, of_slots in zip(rates, keys.T, strict=True)
+        ]
+        return SlotDropout(*kept)
 
     def _route(self, x: jax.Array, context: AdapterContext, deterministic: bool) -> Routing:
         router = self.method.router
@@ -220,15 +220,6 @@ class MixLoraMLP(nn.Module):
         sow_statistics(self, statistics)
         sow_routing(self, routing, context.token_mask, routed=routed)
         return routing
-
-
-def _adapt(
-    pairs: Pairs, routing: Routing, slot: int, product: jax.Array, codes: jax.Array
-) -> jax.Array:
-    """A frozen product [B, S, out] as the expert in `slot` changes it."""
-    if routing.dispatch is None:
-        return pairs.adapt_expert(product, codes, slot)
-    return pairs.adapt(product, codes, routing.dispatch[..., slot, :])
 
 
 def _sum(terms: Sequence[jax.Array]) -> jax.Array:
@@ -260,7 +251,9 @@ def _down_per_slot(
         # Linear in product and codes, so that both may come weighted.
         return _sum(
             [
-                _adapt(down, routing, slot, product, codes[slot] if joined is None else joined)
+                adapt_slot(
+                    down, routing.dispatch, slot, product, codes[slot] if joined is None else joined
+                )
                 for slot, product in enumerate(products)
             ]
         )

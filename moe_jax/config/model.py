@@ -220,15 +220,23 @@ class ComputeConfig:
         half-precision `dtype`. The memory of both grows with a row's length and not its square, but
         for the segment ids of packed rows, which `cudnn` wants as two bytes for each pair of
         positions.
-      remat: what the backward pass recomputes, per decoder layer: `none` keeps everything, `dots`
-        keeps the outputs of matrix products with weights, `full` keeps only the layer's input.
+      remat: what a decoder layer keeps for its backward pass, which computes the rest again. `none`
+        keeps everything; `dots` the outputs of matrix products with weights; `frozen` the frozen
+        projections' products and the adapters' rank-sized codes, which spares all large products;
+        `narrow` of these only what is not as wide as the FFN; `full` the layer's input alone.
+      block_tokens: tokens whose experts' hidden activations the backward pass computes at a time.
+        None leaves it to the platform: on a CPU what its cache holds, elsewhere all.
     """
 
     dtype: FloatType
     attention: Literal["xla", "cudnn"] = "xla"
-    remat: Literal["none", "dots", "full"] = "none"
+    remat: Literal["none", "dots", "frozen", "narrow", "full"] = "none"
+    block_tokens: int | None = None
 
     def __post_init__(self):
+        require(
+            self.block_tokens is None or self.block_tokens > 0, "block_tokens", "must be positive"
+        )
         require(
             self.attention != "cudnn" or self.dtype != "float32",
             "attention",

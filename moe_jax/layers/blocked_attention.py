@@ -22,14 +22,11 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from moe_jax.layers.kept_names import ATTENTION
 from moe_jax.layers.soft_cap import soft_cap
 
 BLOCK = 256
 """Positions of a block, at most. The scores of 32 heads then take 8 MiB for each row of a batch."""
-
-ATTENTION = "attention"
-"""What `jax.checkpoint` knows the kept result and log-sum-exps as. A policy that saves the name
-spares the backward pass the first of its two computations of the scores."""
 
 _LOWEST = float(jnp.finfo(jnp.float32).min)
 

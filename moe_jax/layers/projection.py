@@ -3,10 +3,13 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
+from moe_jax.layers.kept_names import NARROW_PRODUCT, WIDE_PRODUCT
 from moe_jax.layers.leaf import frozen_kernel, frozen_leaf
 from moe_jax.layers.quantized import frozen_product
 from moe_jax.layers.storage import Storage
+from moe_jax.sharding.axes import MLP
 
 
 class FrozenLinear(nn.Module):
@@ -40,4 +43,5 @@ class FrozenLinear(nn.Module):
 
     def product(self, x: jax.Array) -> jax.Array:
         """`x @ kernel`, without the bias."""
-        return frozen_product(x.astype(self.dtype), self.kernel)
+        name = WIDE_PRODUCT if self.axes[1] == MLP else NARROW_PRODUCT
+        return checkpoint_name(frozen_product(x.astype(self.dtype), self.kernel), name)

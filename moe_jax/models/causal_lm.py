@@ -1,13 +1,11 @@
 """The whole language model: embedding, scanned decoder layers, norm and head."""
 
-from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from moe_jax.adapters.dora import DORA_NORMS
 from moe_jax.adapters.score_head import Predictions, ScoreHeads, classifying
 from moe_jax.adapters.segments import Segment, take_rows_of
 from moe_jax.adapters.sites import SCORE
@@ -30,17 +28,8 @@ from moe_jax.layers.rope import rotary_tables
 from moe_jax.layers.storage import check_storage, storage_of
 from moe_jax.layers.vocab_loss import token_losses
 from moe_jax.models.decoder import DecoderLayer, LayerSettings, TokenContext
+from moe_jax.models.remat import REMAT_POLICIES
 from moe_jax.sharding.axes import LAYERS
-
-_POLICIES = jax.checkpoint_policies
-_ALWAYS_KEPT = _POLICIES.save_only_these_names(DORA_NORMS)
-REMAT_POLICIES: dict[str, Callable[..., Any]] = {
-    "dots": _POLICIES.save_from_both_policies(
-        _POLICIES.dots_with_no_batch_dims_saveable, _ALWAYS_KEPT
-    ),
-    "full": _ALWAYS_KEPT,
-}
-"""What is kept for the backward pass; see `ComputeConfig.remat`."""
 
 _STACKED = (PARAMS, ADAPTERS, ROUTER, ROUTING, CACHE, CACHE_UPDATES)
 """The collections with a leading axis of layers."""

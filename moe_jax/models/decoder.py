@@ -252,7 +252,14 @@ def _adapter_context(
         # A row is one sequence, whose padding has the group 0.
         expert_groups = jnp.max(take_rows(segment, context.expert_groups), axis=-1)
     token_mask = take_rows(segment, context.token_mask)
-    return AdapterContext(token_mask, layer_index, settings.config.num_layers, expert_groups)
+    return AdapterContext(
+        token_mask,
+        layer_index,
+        settings.config.num_layers,
+        expert_groups,
+        segment.shards,
+        settings.compute.block_tokens,
+    )
 
 
 def _rotary_tables(

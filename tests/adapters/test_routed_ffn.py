@@ -172,20 +172,29 @@ def test_ffn_dropout_drops_each_experts_hidden_activation(transparent, router):
     np.testing.assert_allclose(counts / counts.sum(), 0.25, atol=0.03)
 
 
-def test_what_is_computed_again_in_the_backward_pass_drops_the_same(monkeypatch):
-    mlp, method = llama_mlp(), mixlora(TOP_P, dropout=0.3, ffn_dropout=0.3)
+@pytest.mark.parametrize("block", [LENGTH, LENGTH // 2], ids=["whole", "halves"])
+@pytest.mark.parametrize("router", [TOP_P, TOP_K], ids=["any", "chosen"])
+def test_what_is_computed_again_in_the_backward_pass_is_the_same(monkeypatch, router, block):
+    # Slot by slot and block by block, or kept as a whole; with the same mask of dropout.
+    mlp, method = llama_mlp(), mixlora(router, dropout=0.3, ffn_dropout=0.3)
     ours = AdaptedFFN(mlp, method, ROWS)
     tree, x = ours.random_tree(), random_input(ROWS, LENGTH)
+    monkeypatch.setattr(AdapterContext, "block_length", lambda *_: block)
 
     def gradients(key):
         output = lambda tree: ours(tree, x, MASK, jax.random.key(key))[0].sum()
         return jax.jit(jax.grad(output))(tree)
 
     again, other = gradients(0), gradients(1)
-    kept = []
-    monkeypatch.setattr(jax, "checkpoint", lambda function, **_: kept.append(1) or function)
+    blocks = []
+
+    def kept(slot, count, tokens, shared, masks, block):
+        blocks.append(block)
+        return tuple(slot(place, tokens, shared, masks) for place in range(count))
+
+    monkeypatch.setattr("moe_jax.adapters.mixlora.in_turn", kept)
     once = gradients(0)
-    assert kept
+    assert blocks == [block]
     jax.tree.map(
         lambda ours, theirs: np.testing.assert_allclose(ours, theirs, **GRADIENT_ROUNDING),
         again,

@@ -1,0 +1,17 @@
+"""The names by which rematerialisation policies know what may be kept for the backward pass."""
+
+NARROW_PRODUCT = "narrow_product"
+"""A frozen projection's product as wide as the model, or narrower: those of attention."""
+
+WIDE_PRODUCT = "wide_product"
+"""A frozen projection's product as wide as the FFN."""
+
+ATTENTION = "attention"
+"""The result and the log-sum-exps of attention in blocks. Where they are kept, the backward pass
+computes the scores once and not twice."""
+
+CODES = "codes"
+"""A low-rank pair's codes, a few numbers a token."""
+
+DORA_NORMS = "dora_norms"
+"""The lengths of adapted weights' columns; none depends on the tokens."""
