@@ -53,6 +53,7 @@ class AdapterContext(NamedTuple):
         `SourceConfig.expert_group`); None unless one of the adapter's losses reads it.
       shards: over how many devices, or groups of them, the rows are divided.
       block_tokens: see `ComputeConfig.block_tokens`.
+      recomputes: whether the backward pass computes activations again.
     """
 
     token_mask: jax.Array
@@ -61,6 +62,7 @@ class AdapterContext(NamedTuple):
     expert_groups: jax.Array | None = None
     shards: int = 1
     block_tokens: int | None = None
+    recomputes: bool = True
 
     def block_length(self, shape: tuple[int, ...], dtype: jnp.dtype) -> int:
         """Of arrays [b, S, F] in `dtype`, how many positions to compute at a time."""

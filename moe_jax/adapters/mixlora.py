@@ -125,8 +125,8 @@ class MixLoraMLP(nn.Module):
     pair alone: E pairs of rank R cost what one pair of rank E R does.
 
     What lies between the slots' codes and their weighted hidden activations is computed again in
-    the backward pass, slot by slot, so that C times [B, S, F] need not be kept for it; see
-    `in_turn`.
+    the backward pass, slot by slot, so that C times [B, S, F] need not be kept for it (see
+    `in_turn`); but where rematerialisation keeps it of other layers too, and slots are few.
 
     DoRA on the down projection scales each expert's output, and so needs W_down once a slot: that
     is E times where any number of experts may fire.
@@ -171,17 +171,15 @@ class MixLoraMLP(nn.Module):
         )
         biases = {"gate_proj": ffn.gate_bias, "up_proj": ffn.up_bias}
         count, shape = weights.shape[-1], ffn.gate.product.shape
-        hidden, down_codes = zip(
-            *in_turn(
-                Slot(ffn.activation, method.ffn_dropout, low_rank.dropout),
-                count,
-                tokens,
-                SlotWeights(biases, pairs, down),
-                self._dropout(count, shape, deterministic),
-                context.block_length(shape, x.dtype),
-            ),
-            strict=True,
-        )
+        slot = Slot(ffn.activation, method.ffn_dropout, low_rank.dropout)
+        operands = tokens, SlotWeights(biases, pairs, down)
+        kept = self._dropout(count, shape, deterministic)
+        if routing.dispatch is None or context.recomputes:
+            block = context.block_length(shape, x.dtype)
+            slots = in_turn(slot, count, *operands, kept, block)
+        else:
+            slots = [slot(place, *operands, kept) for place in range(count)]
+        hidden, down_codes = zip(*slots, strict=True)
         if down is None:
             hidden, finish = _sum(hidden), lambda product: product
             return _around_experts(method.router, x, ffn, context, routing, hidden, finish)

@@ -3,8 +3,8 @@
 A configuration file has a function `get_config()` that returns nested groups of fields:
 
     base                     path, revision, param_dtype (how the frozen weights are kept)
-    compute                  dtype, attention (xla or cudnn), remat (none, dots, full: what the
-                             backward pass recomputes, time for memory)
+    compute                  dtype, attention (xla or cudnn), block_tokens, remat (none, dots,
+                             frozen, narrow, full: what the backward pass recomputes)
     adapters.NAME.method     name, rank, alpha, dropout, target_modules, rslora, dora,
                              classification; for experts also num_experts, router, losses; for
                              MixLoRA expert_lora, ffn_dropout (see `moe_jax.adapters`)

@@ -230,7 +230,7 @@ class ComputeConfig:
 
     dtype: FloatType
     attention: Literal["xla", "cudnn"] = "xla"
-    remat: Literal["none", "dots", "frozen", "narrow", "full"] = "none"
+    remat: Literal["none", "dots", "frozen", "narrow", "full"] = "frozen"
     block_tokens: int | None = None
 
     def __post_init__(self):

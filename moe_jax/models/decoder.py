@@ -259,6 +259,7 @@ def _adapter_context(
         expert_groups,
         segment.shards,
         settings.compute.block_tokens,
+        recomputes=settings.compute.remat not in ("none", "dots"),
     )
 
 

@@ -10,6 +10,7 @@ from adapted_ffn import AdaptedFFN, llama_mlp, mixlora, random_input
 from tolerances import FLOAT32_LOGITS, GRADIENT_ROUNDING, ROUNDING
 
 from moe_jax.adapters.aux_losses import ROUTER_LOSSES
+from moe_jax.adapters.frozen import AdapterContext
 
 COEFFICIENTS = {"load_balance": 0.5, "importance_cv": 0.3, "router_z": 0.2, "router_entropy": 0.7}
 ROWS, LENGTH = 3, 10
@@ -173,7 +174,7 @@ def test_ffn_dropout_drops_each_experts_hidden_activation(transparent, router):
 
 
 @pytest.mark.parametrize("block", [LENGTH, LENGTH // 2], ids=["whole", "halves"])
-@pytest.mark.parametrize("router", [TOP_P, TOP_K], ids=["any", "chosen"])
+@pytest.mark.parametrize("router", [TOP_P, {"name": "top_k"}], ids=["any", "chosen"])
 def test_what_is_computed_again_in_the_backward_pass_is_the_same(monkeypatch, router, block):
     # Slot by slot and block by block, or kept as a whole; with the same mask of dropout.
     mlp, method = llama_mlp(), mixlora(router, dropout=0.3, ffn_dropout=0.3)

@@ -92,7 +92,7 @@ REFUSED = {
     "base.hf_config": [("config.json", "expected a group of fields")],
     "compute.dtype": [("bf16", "not one of"), ("bfloat61", "did you mean 'bfloat16'?")],
     "compute.attention": [("flash", "not one of 'xla', 'cudnn'")],
-    "compute.remat": [(True, "not one of 'none', 'dots', 'full'")],
+    "compute.remat": [(True, "not one of 'none', 'dots', 'frozen', 'narrow', 'full'")],
     "mesh.data": [(0, "positive, or -1"), (-2, "positive, or -1"), (2.0, "expected int")],
     "mesh.fsdp": [(0, "positive, or -1")],
     "mesh.tensor": [(-3, "positive, or -1")],

@@ -123,7 +123,7 @@ def test_half_precision_stays_near_float32_and_gives_float32_logits(tmp_path, dt
     assert 0 < float(error) < {"bfloat16": 3e-2, "float16": 4e-3}[dtype]
 
 
-@pytest.mark.parametrize("remat", ["dots", "full"])
+@pytest.mark.parametrize("remat", ["dots", "frozen", "full"])
 def test_rematerialisation_changes_no_gradient(tmp_path, remat):
     save_tiny_llama(tmp_path)
     config = read_model_config(tmp_path)

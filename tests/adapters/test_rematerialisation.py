@@ -1,0 +1,59 @@
+"""What is kept for the backward pass changes what a step costs, and nothing that it computes."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_program
+from tolerances import GRADIENT_ROUNDING
+
+from moe_jax.adapters.frozen import AdapterContext
+from moe_jax.models.remat import REMAT_POLICIES
+
+METHODS = {
+    "experts": {**tiny_program.MIXLORA, "dropout": 0.1},
+    "any_expert": {**tiny_program.MIXLORA, "router": {"name": "top_p", "top_p": 0.6}},
+    "pairs": {**tiny_program.LORA, "dora": True},
+}
+
+
+def _program(remat):
+    return tiny_program.program(METHODS, rows=2, compute={"remat": remat})
+
+
+@pytest.fixture(scope="module")
+def start():
+    program = _program("none")
+    return tiny_program.random_params(program), tiny_program.random_adapters(program)
+
+
+def _after_a_step(program, start):
+    params, adapters = start
+    state = dataclasses.replace(
+        program.init_state(params), adapters=jax.tree.map(jnp.copy, adapters)
+    )
+    batch = program.put_train_batch(tiny_program.random_batch(6))
+    return program.train_step(state, params, batch)[0].adapters
+
+
+@pytest.fixture(scope="module")
+def expected(start):
+    return _after_a_step(_program("none"), start)
+
+
+@pytest.mark.parametrize("remat", REMAT_POLICIES)
+def test_every_policy_makes_the_same_step(remat, start, expected, monkeypatch):
+    # Of rows of 16 positions, four at a time.
+    monkeypatch.setattr(AdapterContext, "block_length", lambda *_: 4)
+    jax.tree.map(
+        lambda ours, theirs: np.testing.assert_allclose(ours, theirs, **GRADIENT_ROUNDING),
+        _after_a_step(_program(remat), start),
+        expected,
+    )
+
+
+def test_the_step_moves_every_leaf(start, expected):
+    moved = jax.tree.map(lambda new, old: np.abs(new - old).max(), expected, start[1])
+    assert min(jax.tree.leaves(moved)) > 1e-6
