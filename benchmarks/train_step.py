@@ -118,6 +118,8 @@ def peak_of(name: str, argv: Sequence[str]) -> tuple[int | None, str | None]:
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode == -9:  # what Linux does where memory has run out
         return None, OUT_OF_MEMORY
+    if done.returncode == 2:  # it has said what is wrong with the flags
+        raise SystemExit(2)
     if done.returncode:
         raise RuntimeError(f"measuring the memory of {name} failed; see above")
     answer = json.loads(done.stdout.splitlines()[-1])

@@ -156,10 +156,19 @@ class CompiledStep:
 
 
 def compiled_step(name: str, args: Namespace) -> CompiledStep:
-    """The step of the method called `name`, or of the frozen model alone, not compiled yet."""
+    """The step of the method called `name`, or of the frozen model alone, not compiled yet.
+
+    Raises:
+      UserError: the devices cannot do what the flags ask for.
+    """
     model = model_of(args.size, args.vocab)
     config = run_config(method_named(LORA if name == FROZEN else name, args), args)
     devices = jax.devices() if args.mesh else jax.devices()[:1]
+    if args.attention == "cudnn" and devices[0].platform != "gpu":
+        raise ConfigError(
+            f"--attention cudnn: needs an NVIDIA GPU, and jax runs on a {devices[0].platform}; "
+            "use xla"
+        )
     program = build_program(config, model, config.training.steps or 1, devices)
     if name == FROZEN:
         return CompiledStep(name, 0, program, lambda: _lower_frozen(program, args), _begin_frozen)

@@ -245,3 +245,11 @@ def test_an_interpreter_without_torch_names_the_extra(tmp_path, capsys):
     assert (
         f"--peft: {python} lacks torch, peft; pip install -e '.[test]'" in capsys.readouterr().err
     )
+
+
+def test_a_kernel_of_gpus_is_refused_elsewhere(monkeypatch, capsys):
+    monkeypatch.setitem(matrix_product._WIDTHS, "cpu", 256)
+    flags = ["--size=tiny", "--no-peak", "--dtype=bfloat16", "--attention=cudnn"]
+    assert train_step.main(flags) == 2
+    words = "error: --attention cudnn: needs an NVIDIA GPU, and jax runs on a cpu; use xla"
+    assert capsys.readouterr().err.splitlines()[-1] == words
