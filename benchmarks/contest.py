@@ -195,7 +195,7 @@ def peft_settings(args: Namespace) -> dict[str, Any]:
         "threads": usable_cores(),
         "dtype": args.dtype,
         "micro_batches": args.micro_batches,
-        "remat": args.remat != "none",
+        "remat": args.remat == "full",
         "rank": args.rank,
         "alpha": ALPHA,
         "rank_pattern": ranks_of(method_named(LORA, args)),

@@ -8,7 +8,7 @@ A model of random weights takes steps of each method in turn, so that what distu
 all; a product of large matrices is timed in each round too, and is what a step's speed is compared
 with. `frozen` is the floor: forward and backward to the embedding with nothing trained. With
 `--peft` the same weights, tokens and LoRA take part in PyTorch, in a process of its own, and the
-first loss has to be ours; it checkpoints its layers' inputs where `--remat` is not `none`.
+first loss has to be ours; it checkpoints its layers where `--remat` is `full`.
 
 Columns: weights that are trained; seconds of a step, the median and all that were measured; the
 median of the rounds' ratios to LoRA; tokens a second; FLOP/s and their share of the matrix
@@ -58,7 +58,7 @@ from benchmarks.training_steps import (
     needed_flops,
     run_config,
 )
-from moe_jax.config.model import FloatType, StorageType
+from moe_jax.config.model import ComputeConfig, FloatType, StorageType
 from moe_jax.errors import ConfigError, UserError, report
 
 
@@ -78,8 +78,9 @@ def parser() -> argparse.ArgumentParser:
     add("--rank", type=int, default=8, help="on attention, and of each expert (8)")
     add("--experts", type=int, default=8, help="of mixtures; LoRA's rank is so much larger (8)")
     add("--top-k", type=int, default=2, help="experts of a token (2)")
-    add("--remat", default="none", help="what the backward pass recomputes, see ComputeConfig")
-    add("--attention", default="xla", help="its implementation, see ComputeConfig (xla)")
+    usual = ComputeConfig(dtype="float32")
+    add("--remat", default=usual.remat, help="see moe_jax/config/model.py (%(default)s)")
+    add("--attention", default=usual.attention, help="see moe_jax/config/model.py (%(default)s)")
     add("--mesh", help="AXIS=N,... of data, fsdp and tensor (one device)")
     add("--rounds", type=int, default=10, help="steps of each method that are timed (10)")
     add("--no-peak", action="store_true", help="leave out the processes that measure peak memory")
