@@ -49,8 +49,10 @@ class AdapterContext(NamedTuple):
       token_mask: bool [b, S], false at padding.
       layer_index: int32 [], from 0.
       num_layers: L.
-      expert_groups: int32 [b], the group of experts that each sequence belongs to (see
-        `SourceConfig.expert_group`); None unless one of the adapter's losses reads it.
+      expert_groups: int32 [b, S], the group of experts that each token's sequence belongs to, 0 at
+        padding (see `SourceConfig.expert_group`); None unless one of the adapter's losses reads it.
+      segment_ids: int32 [b, S] as in `Batch`; None where every row is one sequence. Whatever counts
+        by sequence must heed it.
       shards: over how many devices, or groups of them, the rows are divided.
       block_tokens: see `ComputeConfig.block_tokens`.
       recomputes: whether the backward pass computes activations again.
@@ -60,6 +62,7 @@ class AdapterContext(NamedTuple):
     layer_index: jax.Array
     num_layers: int
     expert_groups: jax.Array | None = None
+    segment_ids: jax.Array | None = None
     shards: int = 1
     block_tokens: int | None = None
     recomputes: bool = True

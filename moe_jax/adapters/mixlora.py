@@ -210,10 +210,14 @@ class MixLoraMLP(nn.Module):
         router = self.method.router
         module = RouterLogits(router, self.method.num_experts, EMBED, name="router")
         logits = module(x, deterministic=deterministic)
-        routing = route_and_count(self, router, logits, context.token_mask)
+        routing = route_and_count(self, router, logits, context.token_mask, context.segment_ids)
         routed = router.routes_layer(context.layer_index)
         statistics = router_statistics(
-            routing, context.token_mask, routed=routed, expert_groups=context.expert_groups
+            routing,
+            context.token_mask,
+            routed=routed,
+            expert_groups=context.expert_groups,
+            segment_ids=context.segment_ids,
         )
         sow_statistics(self, statistics)
         sow_routing(self, routing, context.token_mask, routed=routed)

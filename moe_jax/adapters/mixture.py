@@ -110,6 +110,7 @@ class ProjectionMixture(nn.Module):
             routed=routed,
             present=present,
             expert_groups=context.expert_groups,
+            segment_ids=context.segment_ids,
         )
         sow_statistics(self, statistics)
         sow_routing(self, routing, context.token_mask, routed=routed, present=present)

@@ -121,6 +121,18 @@ class Router(abc.ABC):
         """
         return self.route(router_logits, token_mask)
 
+    def route_packed(
+        self, router_logits: jax.Array, token_mask: jax.Array, segment_ids: jax.Array
+    ) -> Routing:
+        """The decision for every token of rows that may hold several sequences.
+
+        Args:
+          router_logits: as in `route`.
+          token_mask: as in `route`.
+          segment_ids: int [B, S], see `Batch`. Only routers that limit load have a use for it.
+        """
+        return self.route(router_logits, token_mask)
+
 
 class RouterLogits(nn.Module):
     """A linear layer over the hidden state, in float32 whatever the model computes in.

@@ -15,17 +15,21 @@ from flax.traverse_util import flatten_dict
 from moe_jax.adapters.router import Routing
 from moe_jax.adapters.sites import by_adapter
 from moe_jax.layers.collections import ROUTER
+from moe_jax.layers.sequences import sequence_sums
 
 STATISTICS = "statistics"
 
 
 class SequenceStatistics(NamedTuple):
-    """What each of a batch's b sequences got of each expert in one layer, float32.
+    """What each of a batch's sequences got of each expert in one layer, float32.
+
+    There are N places for sequences: one for each row, or where rows hold several sequences, one
+    for each token, of which those of the sequences' last tokens are taken.
 
     Attributes:
-      weights: [b, E], mean weight of the expert over the sequence's real tokens.
-      group: [b], the group of experts that the sequence belongs to.
-      real: [b], 1 for a sequence, 0 for a row of padding; its weights are 0 then.
+      weights: [N, E], mean weight of the expert over the sequence's real tokens.
+      group: [N], the group of experts that the sequence belongs to.
+      real: [N], 1 for a sequence, 0 for a place without one; its weights are 0 then.
     """
 
     weights: jax.Array
@@ -88,6 +92,7 @@ def router_statistics(
     routed: jax.Array | None = None,
     present: jax.Array | None = None,
     expert_groups: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
 ) -> RouterStatistics:
     """Statistics of one layer.
 
@@ -96,15 +101,21 @@ def router_statistics(
       token_mask: bool [B, S], false at padding.
       routed: bool [], false if the layer is left frozen; None stands for true.
       present: bool [E], the experts that the layer has; None stands for all.
-      expert_groups: int [B], the group of each sequence; None leaves the sequences out.
+      expert_groups: int [B, S], the group of each token's sequence, 0 at padding; None leaves the
+        sequences out.
+      segment_ids: int [B, S] as in `Batch`; None where every row is one sequence.
     """
-    experts = routing.router_logits.shape[-1]
+    experts, sequences = routing.router_logits.shape[-1], None
     routed = jnp.ones((), jnp.float32) if routed is None else routed.astype(jnp.float32)
     present = jnp.ones(experts) if present is None else present.astype(jnp.float32)
     mask = token_mask.astype(jnp.float32) * routed
     log_probs = jax.nn.log_softmax(routing.router_logits, axis=-1)
     entropy = -jnp.sum(routing.router_probs * log_probs, axis=-1)
     logsumexp = jax.nn.logsumexp(routing.router_logits, axis=-1)
+    if expert_groups is not None and segment_ids is None:
+        sequences = _of_rows(routing, mask, expert_groups)
+    elif expert_groups is not None and segment_ids is not None:
+        sequences = _of_segments(routing, mask, expert_groups, segment_ids)
     return RouterStatistics(
         routed=routed,
         present=present,
@@ -114,18 +125,34 @@ def router_statistics(
         weight_sum=jnp.einsum("bs,bse->e", mask, routing.combine),
         squared_logsumexp_sum=jnp.sum(mask * jnp.square(logsumexp)),
         entropy_sum=jnp.sum(mask * entropy),
-        sequences=None if expert_groups is None else _sequences(routing, mask, expert_groups),
+        sequences=sequences,
         overflow_sum=None if routing.overflow is None else jnp.sum(mask * routing.overflow),
     )
 
 
-def _sequences(routing: Routing, mask: jax.Array, expert_groups: jax.Array) -> SequenceStatistics:
+def _of_rows(routing: Routing, mask: jax.Array, expert_groups: jax.Array) -> SequenceStatistics:
+    """Of rows of one sequence each."""
     tokens = jnp.sum(mask, axis=-1)
     weights = jnp.einsum("bs,bse->be", mask, routing.combine)
     return SequenceStatistics(
         weights=weights / jnp.maximum(tokens, 1.0)[:, None],
-        group=expert_groups.astype(jnp.float32),
+        group=jnp.max(expert_groups, axis=-1).astype(jnp.float32),  # 0 at padding
         real=jnp.minimum(tokens, 1.0),
+    )
+
+
+def _of_segments(
+    routing: Routing, mask: jax.Array, expert_groups: jax.Array, segment_ids: jax.Array
+) -> SequenceStatistics:
+    """Of rows that hold several sequences; how many is not known when this is compiled."""
+    summed = jnp.concatenate([mask[..., None] * routing.combine, mask[..., None]], axis=-1)
+    sums, is_last = sequence_sums(summed, segment_ids)
+    tokens = jnp.where(is_last, sums[..., -1], 0.0)
+    means = sums[..., :-1] / jnp.maximum(sums[..., -1:], 1.0)
+    return SequenceStatistics(
+        weights=jnp.where(is_last[..., None], means, 0.0).reshape(-1, means.shape[-1]),
+        group=expert_groups.reshape(-1).astype(jnp.float32),
+        real=jnp.minimum(tokens, 1.0).reshape(-1),
     )
 
 

@@ -247,16 +247,17 @@ class DecoderLayer(nn.Module):
 def _adapter_context(
     settings: LayerSettings, segment: Segment, context: TokenContext, layer_index: jax.Array
 ) -> AdapterContext:
-    expert_groups = None
+    expert_groups = segment_ids = None
     if context.expert_groups is not None and segment.method.needs_expert_groups:
-        # A row is one sequence, whose padding has the group 0.
-        expert_groups = jnp.max(take_rows(segment, context.expert_groups), axis=-1)
-    token_mask = take_rows(segment, context.token_mask)
+        expert_groups = take_rows(segment, context.expert_groups)
+    if context.segment_ids is not None:
+        segment_ids = take_rows(segment, context.segment_ids)
     return AdapterContext(
-        token_mask,
+        take_rows(segment, context.token_mask),
         layer_index,
         settings.config.num_layers,
         expert_groups,
+        segment_ids,
         segment.shards,
         settings.compute.block_tokens,
         recomputes=settings.compute.remat not in ("none", "dots"),

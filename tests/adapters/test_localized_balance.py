@@ -24,8 +24,8 @@ from moe_jax.training.step import forward
 
 @jax.jit
 def _of_logits(logits, mask, groups, present=None) -> RouterStatistics:
-    routing = SoftRouter().route(logits, mask)
-    return router_statistics(routing, mask, present=present, expert_groups=groups)
+    routing, of_tokens = SoftRouter().route(logits, mask), groups[:, None] * mask
+    return router_statistics(routing, mask, present=present, expert_groups=of_tokens)
 
 
 def _statistics(weights, groups, present=None, mask=None) -> RouterStatistics:

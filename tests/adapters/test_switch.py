@@ -55,6 +55,24 @@ def test_padding_takes_no_capacity_wherever_it_stands():
     np.testing.assert_array_equal(statistics.load_sum, [2 + 4, 2 + 1, 1, 0])
 
 
+@pytest.mark.parametrize("settings", [{"capacity": 2}, {"capacity_factor": 1.0}], ids=str)
+def test_sequences_in_one_row_are_served_as_each_alone(settings):
+    # Sequences of 3, 4 and 1 tokens; of 2 and 4, with padding behind them.
+    ids = np.array([[1, 1, 1, 2, 2, 2, 2, 3], [1, 1, 2, 2, 2, 2, 0, 0]])
+    route = jax.jit(SwitchRouter(**settings).route_packed)
+    together = route(LOGITS, jnp.asarray(ids != 0), jnp.asarray(ids))
+    for row, segment in ((0, 1), (0, 2), (0, 3), (1, 1), (1, 2)):
+        own = (row, ids[row] == segment)
+        tokens = LOGITS[own][None]
+        alone = SwitchRouter(**settings).route(tokens, jnp.ones(tokens.shape[:2], bool))
+        for field in ("dispatch", "weights", "load", "overflow"):
+            ours, theirs = getattr(together, field)[own], getattr(alone, field)[0]
+            np.testing.assert_array_equal(ours, theirs, err_msg=f"{field} {row} {segment}")
+    # One long sequence would overflow elsewhere.
+    as_one = _route(**settings).overflow
+    assert (np.asarray(as_one) != together.overflow)[ids != 0].any()
+
+
 def _token_by_token(prompt, **settings):
     """Overflow where the first `prompt` tokens are routed together and the others one by one."""
     router, earlier, found = SwitchRouter(**settings), jnp.zeros((2, 4), jnp.int32), []
