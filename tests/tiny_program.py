@@ -66,13 +66,14 @@ def program(
     compute: dict[str, Any] | None = None,
     param_dtype: str = "float32",
     total_steps: int = 10,
+    packing: str = "none",
 ) -> Program:
     """A program with `rows` rows for each adapter of `methods`; on one device by default."""
     source = {"path": "unused", "schema": "text"}
     # Two groups of data, as LoRAMoE's balance wants them.
     train = {"unused": source, "of_group_1": {**source, "expert_group": 1}}
     labelled = {name: {**each, "schema": "classification"} for name, each in train.items()}
-    data = {"max_length": 16}
+    data = {"max_length": 16, "packing": packing}
     raw = {
         "base": {"path": "unused", "param_dtype": param_dtype},
         # What is computed again is compiled again; tests of rematerialisation say what they want.

@@ -72,7 +72,8 @@ class RouterLoss(abc.ABC):
 
 TAKEN = frozenset(
     """
-    loss grad_norm learning_rate loss_scale skipped_in_a_row skipped_total target_tokens tokens
+    loss grad_norm learning_rate loss_scale skipped_in_a_row skipped_total
+    sequences target_tokens tokens
     expert_load layer_entropy mean_entropy busiest_expert dead_experts layer_overflow overflow sites
     """.split()
 )

@@ -79,6 +79,12 @@ class AdapterMethod(LowRankConfig, abc.ABC):
 
     def check_data(self, data: DataConfig) -> None:
         """Refuses, with `require`, data sets that do not go with the head or the losses."""
+        require(
+            self.classification is None or not data.is_packed,
+            "packing",
+            "a classifier has one answer for each row, which can then hold one sequence only; "
+            "leave packing out, and set buckets",
+        )
         for split in ("train", "validation"):
             for name, source in getattr(data, split).items():
                 classified = source.schema == "classification"

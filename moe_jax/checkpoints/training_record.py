@@ -67,6 +67,7 @@ class TrainingRecord:
       batch_size: rows in one optimiser step.
       micro_batches: parts that each batch was cut into.
       max_length: tokens of a row, at most.
+      packing: what a row of a batch held, see `DataConfig.packing`.
       train_on_prompt: whether the prompt's tokens counted in the loss.
       seed: of its initialisation and of the order of its rows.
       start_from: the folder of the adapter that it began from; None if it began fresh, or in a
@@ -106,6 +107,7 @@ class TrainingRecord:
     best_loss: float | None
     accuracies: dict[str, dict[str, float]]
     accuracies_step: int | None
+    packing: str = "none"
 
     def to_give_away(self, base: str) -> "TrainingRecord":
         """The same without the places where files and folders lie, which concern nobody else.

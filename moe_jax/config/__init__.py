@@ -9,7 +9,8 @@ A configuration file has a function `get_config()` that returns nested groups of
                              classification; for experts also num_experts, router, losses; for
                              MixLoRA expert_lora, ffn_dropout (see `moe_jax.adapters`)
     adapters.NAME.data       train, validation, max_length, buckets (shorter row lengths: less
-                             padding, one compilation each)
+                             padding, one compilation each), packing (several rows of a data set in
+                             one: next to none)
     adapters.NAME.optimizer  name, learning_rate, schedule, weight_decay, clip_norm,
                              lora_plus_ratio (B's learning rate over A's)
     adapters.NAME.evaluation tasks, every, limit, protocols, with_base

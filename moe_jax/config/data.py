@@ -86,12 +86,18 @@ class DataConfig:
     Attributes:
       train: data sets to train on, by a name of the user's choice.
       validation: data sets to measure the loss on, each by itself.
-      max_length: tokens per row; a longer row loses the end of its completion.
+      max_length: tokens per row; a longer row of a data set loses the end of its completion.
       train_on_prompt: count the prompt's tokens in the loss too.
       buckets: the padded row lengths that may occur, ascending, at most `max_length`, which is
         always added as the last one. Each is one compilation of the step.
+      packing: what a row of a training batch holds. `none`: one row of a data set, padded to one of
+        the lengths above. `first_fit`: as many as fit into `max_length` tokens, each attending to
+        itself alone, so that next to nothing is padding; `batch_size` then counts rows of
+        `max_length` tokens, and `buckets` holds for validation only, which is never packed. Not for
+        classifiers.
       sort_window: batches whose rows are sorted by length together, so that a batch holds rows of
-        like length. 1 leaves the shuffled order as it is.
+        like length. 1 leaves the shuffled order as it is. With `packing`, how many batches are
+        packed at once: the more, the less is padding.
       num_workers: processes that tokenise; 0 tokenises in the main process.
       cache_dir: where tokenised data sets are kept; None leaves it to the `datasets` library.
     """
@@ -101,6 +107,7 @@ class DataConfig:
     validation: dict[str, SourceConfig] = field(default_factory=dict)
     train_on_prompt: bool = False
     buckets: tuple[int, ...] = ()
+    packing: Literal["none", "first_fit"] = "none"
     sort_window: int = 32
     num_workers: int = 0
     cache_dir: str | None = None
@@ -118,6 +125,11 @@ class DataConfig:
         require(self.num_workers >= 0, "num_workers", "must not be negative")
 
     @property
+    def is_packed(self) -> bool:
+        """Whether a row of a training batch may hold several rows of a data set."""
+        return self.packing != "none"
+
+    @property
     def lengths(self) -> tuple[int, ...]:
-        """The padded row lengths that may occur, ascending."""
+        """The padded lengths that may occur of rows that hold one row of a data set, ascending."""
         return tuple(sorted({*self.buckets, self.max_length}))

@@ -1,4 +1,4 @@
-"""From rows of different lengths to one padded batch."""
+"""From sequences of different lengths to one batch, each in a row of its own or several in one."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -51,8 +51,33 @@ def pad_rows(rows: Sequence[Row], batch_size: int, lengths: Sequence[int]) -> Ba
       lengths: the padded lengths that may occur, ascending.
     """
     width = padded_length(max(len(tokens) for tokens, *_ in rows), lengths)
-    shape = (batch_size, width)
-    batch = Batch(
+    batch = _padding((batch_size, width))
+    for number, row in enumerate(rows):
+        _write(batch, number, 0, 1, row)
+    return batch
+
+
+def pack_rows(rows: Sequence[Sequence[Row]], length: int) -> Batch:
+    """A batch [len(rows), length] whose rows hold several sequences each, one behind the other.
+
+    A sequence's first token is not predicted, as what stands before it is another sequence.
+
+    Args:
+      rows: the sequences of each row of the batch, of at most `length` tokens together.
+      length: tokens of a row.
+    """
+    batch = _padding((len(rows), length))
+    for number, sequences in enumerate(rows):
+        start = 0
+        for segment, row in enumerate(sequences, start=1):
+            _write(batch, number, start, segment, row)
+            batch.loss_mask[number, start] = False
+            start += len(row.tokens)
+    return batch
+
+
+def _padding(shape: tuple[int, int]) -> Batch:
+    return Batch(
         tokens=np.full(shape, PADDING_ID, np.int32),
         loss_mask=np.zeros(shape, bool),
         segment_ids=np.zeros(shape, np.int32),
@@ -60,12 +85,15 @@ def pad_rows(rows: Sequence[Row], batch_size: int, lengths: Sequence[int]) -> Ba
         expert_groups=np.zeros(shape, np.int32),
         labels=np.zeros(shape, np.float32),
     )
-    for number, (tokens, loss_mask, expert_group, label) in enumerate(rows):
-        length = len(tokens)
-        batch.tokens[number, :length] = tokens
-        batch.loss_mask[number, :length] = loss_mask
-        batch.segment_ids[number, :length] = 1
-        batch.positions[number, :length] = np.arange(length)
-        batch.expert_groups[number, :length] = expert_group
-        batch.labels[number, length - 1] = label
-    return batch
+
+
+def _write(batch: Batch, number: int, start: int, segment: int, row: Row) -> None:
+    """Puts a sequence into row `number` of a batch, from place `start` on."""
+    stop = start + len(row.tokens)
+    place = (number, slice(start, stop))
+    batch.tokens[place] = row.tokens
+    batch.loss_mask[place] = row.loss_mask
+    batch.segment_ids[place] = segment
+    batch.positions[place] = np.arange(stop - start)
+    batch.expert_groups[place] = row.expert_group
+    batch.labels[number, stop - 1] = row.label

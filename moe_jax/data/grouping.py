@@ -1,6 +1,7 @@
 """Batches of rows of like length, out of an endless shuffled stream of rows."""
 
 import functools
+import math
 from typing import Any
 
 import grain
@@ -60,6 +61,10 @@ class LengthGroupedBatches(grain.MapDataset[np.ndarray]):
             return self.slice(index)
         first, stop = self.window(index)
         return self._plan(first, stop)[index - first]
+
+    def batches_of(self, rows: float) -> int:
+        """How many batches it takes to go through the first `rows` rows of the stream."""
+        return math.ceil(rows / self._batch_size)
 
     def window(self, index: int) -> tuple[int, int]:
         """First batch and end of the window that batch `index` belongs to."""

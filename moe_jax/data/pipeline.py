@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
 import grain
@@ -15,8 +15,9 @@ from transformers import PreTrainedTokenizerBase
 from moe_jax.config.classification import ClassificationConfig
 from moe_jax.config.data import DataConfig, SourceConfig
 from moe_jax.data.batch import Batch
-from moe_jax.data.collate import Row, pad_rows, padded_length
+from moe_jax.data.collate import Row, pack_rows, pad_rows, padded_length
 from moe_jax.data.grouping import LengthGroupedBatches
+from moe_jax.data.packing import PackedBatches
 from moe_jax.data.shuffle import ShuffledRange
 from moe_jax.data.sources import ReadSource, read_source
 from moe_jax.data.tokenise import TokenisedSource, flat_values, tokenise_source
@@ -29,17 +30,22 @@ ORDER = "order"
 # Batches made ahead of the step: collating one is far cheaper than a step on it.
 PREFETCH = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
 
+Rows = np.ndarray | list[np.ndarray]
+"""The numbers of a batch's rows [batch_size], or where rows are packed those in each."""
+
 
 @dataclass(frozen=True)
 class TrainData:
     """Training batches without end.
 
     Attributes:
-      iterator: yields `Batch`es of NumPy arrays [batch_size, S], S in `config.lengths`. Its
-        `get_state` is a small dict of plain numbers, and `set_state` continues exactly there, as
-        long as `fingerprint` is the same.
+      iterator: yields `Batch`es of NumPy arrays [batch_size, S], S in `config.lengths`, or the
+        last of them where rows are packed. Its `get_state` is a small dict of plain numbers, and
+        `set_state` continues exactly there, as long as `fingerprint` is the same.
       num_rows: rows of all sources that are trained on; with weights, an epoch of the mixture does
         not pass each of them once.
+      longest: tokens of the longest of them.
+      batches_of_epochs: how many batches it takes to pass over so many times `num_rows` rows.
       padding_share: expected share of padding among the tokens of a batch.
       report: lines on what became of the rows.
       fingerprint: digests of all that decides the batches: `train/SOURCE` of each data set's
@@ -51,6 +57,8 @@ class TrainData:
 
     iterator: grain.DatasetIterator[Batch]
     num_rows: int
+    longest: int
+    batches_of_epochs: Callable[[float], int]
     padding_share: float
     report: str
     fingerprint: dict[str, str]
@@ -115,7 +123,7 @@ def load_train_data(
       seed: of the order of rows.
       field: where `config` stands in the run's configuration, for messages.
       place_seed: of where batches of short and of long rows come, see `LengthGroupedBatches`; the
-        same for all adapters that share a batch. None is `seed`.
+        same for all adapters that share a batch. None is `seed`. Packed rows are all of one length.
       known: data sets that were tokenised before, which are taken from here; new ones are added.
       read: reads the rows of a data set.
       classification: what the rows' labels are, where they are to be classified.
@@ -127,19 +135,35 @@ def load_train_data(
     sources = _tokenise("train", config.train, config, tokenizer, *more)
     weights = [source.weight for source in config.train.values()]
     store = _RowStore(sources)
-    batches = LengthGroupedBatches(
-        _row_stream(sources, weights, seed),
-        lengths=store.lengths,
-        batch_size=batch_size,
-        sort_window=config.sort_window,
-        epoch_rows=_epoch_rows(sources, weights),
-        seed=seed if place_seed is None else place_seed,
-    )
+    stream, epoch_rows = _row_stream(sources, weights, seed), _epoch_rows(sources, weights)
+    if config.is_packed:
+        batches = PackedBatches(
+            stream,
+            lengths=store.lengths,
+            row_length=config.max_length,
+            batch_size=batch_size,
+            sort_window=config.sort_window,
+            epoch_examples=epoch_rows,
+            seed=seed,
+        )
+    else:
+        batches = LengthGroupedBatches(
+            stream,
+            lengths=store.lengths,
+            batch_size=batch_size,
+            sort_window=config.sort_window,
+            epoch_rows=epoch_rows,
+            seed=seed if place_seed is None else place_seed,
+        )
 
-    def collate(rows: np.ndarray) -> Batch:
-        return pad_rows(store.fetch(rows), batch_size, config.lengths)
+    def collate(rows: Rows) -> Batch:
+        if isinstance(rows, np.ndarray):
+            return pad_rows(store.fetch(rows), batch_size, config.lengths)
+        fetched = iter(store.fetch(np.concatenate(rows)))
+        return pack_rows([[next(fetched) for _ in row] for row in rows], config.max_length)
 
-    padding_share = _padding_share(batches, store.lengths, config.lengths)
+    sample = [batches[index] for index in range(SAMPLED_BATCHES)]
+    padding_share = _padding_share(sample, store.lengths, config.lengths)
     report = [source.report for source in sources]
     if len(sources) > 1:
         shares = ", ".join(
@@ -147,18 +171,21 @@ def load_train_data(
             for source, weight in zip(sources, weights, strict=True)
         )
         report.append(f"share of the rows of a batch: {shares}")
-    report.append(
-        f"padded to {', '.join(map(str, config.lengths))} tokens: {padding_share:.1%} of a batch "
-        "is padding"
-    )
+    rows = f"padded to {', '.join(map(str, config.lengths))} tokens"
+    if config.is_packed:
+        share = sum(len(np.concatenate(batch)) for batch in sample) / len(sample) / batch_size
+        rows = f"packed, {share:.1f} to a row of {config.max_length} tokens"
+    report.append(f"{rows}: {padding_share:.1%} of a batch is padding")
     return TrainData(
         iterator=iter(batches.map(collate).to_iter_dataset(PREFETCH)),
         num_rows=len(store.lengths),
+        longest=int(store.lengths.max()),
+        batches_of_epochs=lambda epochs: batches.batches_of(epochs * len(store.lengths)),
         padding_share=padding_share,
         report="\n".join(report),
         fingerprint={
             **{f"train/{source.name}": source.digest for source in sources},
-            ORDER: _order_digest(batches, weights, config, batch_size, seed),
+            ORDER: _order_digest(sample, weights, config, batch_size, seed),
         },
         largest_tokens={source.name: source.largest_token for source in sources},
         source_rows={source.name: len(source.lengths) for source in sources},
@@ -272,24 +299,31 @@ def _epoch_rows(sources: Sequence[TokenisedSource], weights: Sequence[float]) ->
 
 
 def _order_digest(
-    batches: LengthGroupedBatches,
+    sample: Sequence[Rows],
     weights: Sequence[float],
     config: DataConfig,
     batch_size: int,
     seed: int,
 ) -> str:
     """Of the settings of the order, and of a sample of it, which another shuffle would not give."""
-    sample = [batches[index].tolist() for index in range(SAMPLED_BATCHES)]
-    content = json.dumps([weights, config.lengths, config.sort_window, batch_size, seed, sample])
+    settings = [weights, config.lengths, config.sort_window, batch_size, seed]
+    if config.is_packed:
+        settings = [weights, config.packing, config.max_length, *settings[2:]]
+    rows = [
+        batch.tolist() if isinstance(batch, np.ndarray) else [row.tolist() for row in batch]
+        for batch in sample
+    ]
+    content = json.dumps([*settings, rows])
     return hashlib.sha256(content.encode()).hexdigest()[:32]
 
 
 def _padding_share(
-    batches: LengthGroupedBatches, row_lengths: np.ndarray, padded_lengths: Sequence[int]
+    sample: Sequence[Rows], row_lengths: np.ndarray, padded_lengths: Sequence[int]
 ) -> float:
     tokens = padded = 0
-    for index in range(SAMPLED_BATCHES):
-        lengths = row_lengths[batches[index]]
+    for rows in sample:
+        lengths = np.array([row_lengths[row].sum() for row in rows])
         tokens += int(lengths.sum())
-        padded += padded_length(int(lengths.max()), padded_lengths) * len(lengths)
+        longest = lengths.max() if isinstance(rows, np.ndarray) else padded_lengths[-1]
+        padded += padded_length(int(longest), padded_lengths) * len(lengths)
     return 1.0 - tokens / padded

@@ -1,7 +1,6 @@
 """What a run reads before the weights: base, data, and how long that makes the run."""
 
 import functools
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,7 +80,12 @@ def read_inputs(config: RunConfig, say: Callable[[str], None], *, resumes: bool 
     require_fitting_methods(config, model)
     lengths = {name: config.length_group(name)[1].steps for name in config.adapters}
     _require_warmup_to_end(config, {name: n for name, n in lengths.items() if n is not None})
-    _warn_of_positions(config, model, say)
+    unpacked = {
+        name: adapter.data.max_length
+        for name, adapter in config.adapters.items()
+        if not adapter.data.is_packed
+    }
+    _warn_of_positions(unpacked, model, say)
     base = BaseIdentity(config.base.path, base_fingerprint(base_folder))
     if not resumes:
         require_starts(config, base)
@@ -132,29 +136,32 @@ def read_inputs(config: RunConfig, say: Callable[[str], None], *, resumes: bool 
         for source, validation_data in validation[name].items():
             largest[f"{field}.validation.{source}"] = validation_data.largest_token
         _require_embeddings(largest, tokenizer, model.vocab_size)
+        if adapter.data.is_packed:  # a row is of many tokens, but not all of one sequence
+            _warn_of_positions({name: train_data[name].longest}, model, say)
     for first, *others in reports.values():
         if others:
             say(f"data as of adapter {first}: {', '.join(others)}")
-    steps = _steps(config, {name: data.num_rows for name, data in train_data.items()})
+    _warn_of_padding(config, say)
+    steps = _steps(config, train_data)
     _require_warmup_to_end(config, steps)
     return Inputs(base_folder, base, model, train_data, validation, steps)
 
 
-def _steps(config: RunConfig, rows: Mapping[str, int]) -> dict[str, int]:
+def _steps(config: RunConfig, data: Mapping[str, TrainData]) -> dict[str, int]:
     """How many steps each adapter makes.
 
     Args:
       config: the run's configuration.
-      rows: training rows of each adapter.
+      data: the training data of each adapter.
     """
     steps = {}
-    for name, adapter in config.adapters.items():
+    for name in config.adapters:
         _, length = config.length_group(name)
         if length.steps is not None:
             steps[name] = length.steps
         else:
             assert length.epochs is not None
-            steps[name] = math.ceil(length.epochs * rows[name] / adapter.batch_size)
+            steps[name] = data[name].batches_of_epochs(length.epochs)
     return steps
 
 
@@ -198,14 +205,40 @@ def devices_in_use() -> bool:
     return False
 
 
-def _warn_of_positions(config: RunConfig, model: ModelConfig, say: Callable[[str], None]) -> None:
-    """Says where rows are longer than any that the base saw, unless its RoPE adapts to that."""
+def _warn_of_positions(
+    lengths: Mapping[str, int], model: ModelConfig, say: Callable[[str], None]
+) -> None:
+    """Says where rows are longer than any that the base saw, unless its RoPE adapts to that.
+
+    Args:
+      lengths: tokens of the longest row of a data set, by adapter.
+      model: the base's architecture.
+      say: takes the lines.
+    """
     longest = model.max_position_embeddings
-    for name, adapter in config.adapters.items():
-        if adapter.data.max_length > longest and model.rope.rope_type != "dynamic":
+    for name, length in lengths.items():
+        if length > longest and model.rope.rope_type != "dynamic":
             say(
-                f"warning: config.adapters.{name}.data.max_length: rows of up to "
-                f"{adapter.data.max_length} tokens, but the base was trained on {longest} positions"
+                f"warning: config.adapters.{name}.data.max_length: rows of up to {length} tokens, "
+                f"but the base was trained on {longest} positions"
+            )
+
+
+def _warn_of_padding(config: RunConfig, say: Callable[[str], None]) -> None:
+    """Says which rows are padded to the length of packed ones beside them."""
+    packed = {
+        name: adapter.data.max_length
+        for name, adapter in config.adapters.items()
+        if adapter.data.is_packed
+    }
+    longest = max(packed, key=packed.__getitem__, default="")
+    for name in config.adapters:
+        if packed and (name not in packed or packed[name] < packed[longest]):
+            how = "packing" if name not in packed else "max_length"
+            say(
+                f"warning: config.adapters.{name}.data.{how}: all rows of a step are of one "
+                f"length, so these are padded to the {packed[longest]} tokens of {longest!r}; "
+                "pack them into rows of that length too, or train apart"
             )
 
 

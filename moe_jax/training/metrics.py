@@ -23,7 +23,7 @@ TIME = "time"
 """The one field of a line that depends on the clock; the rest is the same on every run."""
 
 _LAST_VALUE = ("loss_scale", "skipped_in_a_row", "skipped_total")
-_SUM = ("target_tokens", "tokens")
+_SUM = ("sequences", "target_tokens", "tokens")
 
 
 class PendingMetrics:
@@ -78,9 +78,9 @@ class Window:
     def close(self) -> dict[str, Any]:
         """One value per metric over the window, which is empty afterwards.
 
-        Counts of tokens are summed, loss scale and counters are those of the last step, and all
-        else is the mean over the steps where it is finite (None, or NaN within a list, if it never
-        is).
+        Counts of tokens and of sequences are summed, loss scale and counters are those of the last
+        step, and all else is the mean over the steps where it is finite (None, or NaN within a
+        list, if it never is).
         """
         names = dict.fromkeys(name for step in self.steps for name in step)
         summary = {}

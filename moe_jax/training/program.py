@@ -26,6 +26,7 @@ from moe_jax.training.evaluate import Evaluate, make_evaluate, twins, with_rules
 from moe_jax.training.fit import require_divisible_rows, require_fitting_methods
 from moe_jax.training.loss_scale import initial_loss_scale
 from moe_jax.training.optimizer import build_optimizer, learning_rate_schedule
+from moe_jax.training.rows import require_single_sequences
 from moe_jax.training.state import TrainState, state_shardings
 
 BATCH_TYPES = Batch(
@@ -153,7 +154,7 @@ class Program:
             return np.concatenate(split, axis=2).reshape(micro, -1, array.shape[-1])
 
         cut_batch = Batch(*(cut(np.asarray(array)) for array in batch))
-        return self._put(cut_batch, PartitionSpec(None, *BATCH_SPEC))
+        return self._put(cut_batch, PartitionSpec(None, *BATCH_SPEC), packed=self.packed)
 
     def put_eval_batch(self, batch: Batch) -> Batch:
         """A batch of NumPy arrays [B, S] as global arrays."""
@@ -190,10 +191,17 @@ class Program:
             )
         return found
 
-    def _put(self, batch: Batch, spec: PartitionSpec) -> Batch:
-        segment_ids = np.asarray(batch.segment_ids)
-        if segment_ids.max(initial=0) > 1 or (np.diff(segment_ids, axis=-1) > 0).any():
-            raise ValueError("a row must be one sequence, padded on the right only")
+    @property
+    def packed(self) -> bool:
+        """Whether rows of training batches may hold several sequences.
+
+        Attention is over all rows of a batch at once, so that one adapter's packed rows are enough.
+        """
+        return any(adapter.data.is_packed for adapter in self.config.adapters.values())
+
+    def _put(self, batch: Batch, spec: PartitionSpec, *, packed: bool = False) -> Batch:
+        if not packed:
+            require_single_sequences(batch)
         sharding = NamedSharding(self.mesh, spec)
 
         def put(array: Any) -> jax.Array:
@@ -252,7 +260,9 @@ class Program:
     def _train_step(self) -> Any:
         model = self.model.clone(segments=self._micro_segments)
         seed = self.config.training.seed
-        function = functools.partial(step.train_step, model, self.optimizer, seed)
+        function = functools.partial(
+            step.train_step, model, self.optimizer, seed, packed=self.packed
+        )
         batch_sharding = NamedSharding(self.mesh, PartitionSpec(None, *BATCH_SPEC))
         return jax.jit(
             with_rules(function),

@@ -56,6 +56,7 @@ def training_record(
         batch_size=own.batch_size,
         micro_batches=config.training.micro_batches,
         max_length=own.data.max_length,
+        packing=own.data.packing,
         train_on_prompt=own.data.train_on_prompt,
         seed=config.seed(name),
         start_from=own.start_from,

@@ -18,7 +18,7 @@ from moe_jax.training.progress import ProgressBar
 
 _NOT_SHOWN = (
     *("loss", "grad_norm", "learning_rate", "target_tokens", "loss_scale"),  # in words of their own
-    *("busiest_expert", "mean_entropy", "router_z", "importance_cv"),  # in metrics.jsonl only
+    *("busiest_expert", "mean_entropy", "router_z", "importance_cv", "sequences"),  # in the file
 )
 
 _NAMED_ON_BAR = 3

@@ -21,6 +21,13 @@ def join_rows(batches: Sequence[Batch]) -> Batch:
     return Batch(*(np.concatenate(arrays) for arrays in zip(*padded, strict=True)))
 
 
+def require_single_sequences(batch: Batch) -> None:
+    """Raises `ValueError` where a row is not one sequence, padded on the right only."""
+    segment_ids = np.asarray(batch.segment_ids)
+    if segment_ids.max(initial=0) > 1 or (np.diff(segment_ids, axis=-1) > 0).any():
+        raise ValueError("a row must be one sequence, padded on the right only")
+
+
 def pad_to_multiple(batch: Batch, multiple: int) -> Batch:
     """Adds rows of padding until their number is a multiple; they have no targets."""
     missing = -batch.tokens.shape[0] % multiple

@@ -38,6 +38,7 @@ def forward(
     dropout_key: jax.Array | None,
     *,
     targets: jax.Array | None = None,
+    packed: bool = False,
 ) -> tuple[Any, dict[str, dict[str, RouterStatistics]]]:
     """What the model computes, and the routing statistics of the adapters that route.
 
@@ -48,12 +49,14 @@ def forward(
       batch: rows of one sequence each, padded on the right: causality alone hides the padding.
       dropout_key: None computes deterministically.
       targets: int [B, S], to compute their losses and no logits.
+      packed: rows may hold several sequences, which a mask then keeps apart.
     """
     variables = {PARAMS: params, ADAPTERS: to_collection(adapters)}
     predictions, sown = model.apply(
         variables,
         batch.tokens,
         positions=batch.positions,
+        segment_ids=batch.segment_ids if packed else None,
         token_mask=batch.segment_ids != 0,
         expert_groups=batch.expert_groups,
         deterministic=dropout_key is None,
@@ -72,6 +75,8 @@ def train_step(
     state: TrainState,
     params: Any,
     batch: Batch,
+    *,
+    packed: bool = False,
 ) -> tuple[TrainState, Metrics]:
     """One optimiser step over all micro-batches.
 
@@ -87,6 +92,7 @@ def train_step(
       state: where training stands.
       params: the frozen base parameters; not differentiated.
       batch: arrays [M, B, S]; M micro-batches.
+      packed: see `forward`.
 
     Returns:
       The new state, and metrics named `adapter/metric`: scalars, and per-layer arrays of what the
@@ -94,28 +100,30 @@ def train_step(
     """
     micro_batches = batch.tokens.shape[0]
     step_key = jax.random.fold_in(jax.random.key(dropout_seed), state.step)
-    targets = {
-        s.name: jnp.sum(
-            target_counts(s, jax.vmap(functools.partial(take_rows, s))(batch.loss_mask))
-        )
-        for s in model.segments
-    }
+
+    def own(segment: Segment, array: jax.Array) -> jax.Array:
+        """An adapter's rows of `array` [M, B, ...]."""
+        return jax.vmap(functools.partial(take_rows, segment))(array)
+
+    targets = {s.name: jnp.sum(target_counts(s, own(s, batch.loss_mask))) for s in model.segments}
+    begins = (batch.segment_ids != 0) & (batch.positions == 0)
+    sequences = {s.name: jnp.sum(own(s, begins), dtype=jnp.float32) for s in model.segments}
 
     def objective(adapters: Any, micro: Batch, index: jax.Array) -> tuple[jax.Array, Metrics]:
         key = jax.random.fold_in(step_key, index)
         predictions, statistics = forward(
-            model, params, adapters, micro, key, targets=next_tokens(micro)
+            model, params, adapters, micro, key, targets=next_tokens(micro), packed=packed
         )
         losses = segment_losses(model.segments, predictions, micro)
         total, metrics = jnp.float32(0.0), Metrics()
         for segment in model.segments:
             name = segment.name
             share = jnp.sum(losses[name][0]) / jnp.maximum(targets[name], 1.0)
-            own, parts = _router_terms(segment, statistics.get(name, {}), micro_batches)
-            own = own + share
+            terms, parts = _router_terms(segment, statistics.get(name, {}), micro_batches)
+            terms = terms + share
             metrics |= {f"{name}/loss": share, **parts}
             scale = state.loss_scale.get(name)
-            total = total + (own if scale is None else own * scale.scale)
+            total = total + (terms if scale is None else terms * scale.scale)
         return total, metrics
 
     def accumulate(gradients: Any, scanned: tuple[Batch, jax.Array]) -> tuple[Any, Metrics]:
@@ -135,6 +143,7 @@ def train_step(
         check = finite_check_state(new_state.opt_state, name)
         metrics[f"{name}/grad_norm"] = optax.tree.norm(tree)
         metrics[f"{name}/target_tokens"] = targets[name]
+        metrics[f"{name}/sequences"] = sequences[name]
         metrics[f"{name}/skipped_in_a_row"] = check.notfinite_count
         metrics[f"{name}/skipped_total"] = check.total_notfinite
         if name in new_state.loss_scale:

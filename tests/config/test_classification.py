@@ -68,6 +68,17 @@ def test_what_does_not_go_together_is_refused(fields, words):
             "adapters.a.data.train.x.schema: 'text', but method.classification learns rows",
         ),
         (
+            {**LORA, "classification": {"glue": "sst2"}},
+            {
+                "data": {
+                    "train": {"x": {"path": "x", "schema": "classification"}},
+                    "max_length": 8,
+                    "packing": "first_fit",
+                }
+            },
+            "adapters.a.data.packing: a classifier has one answer for each row",
+        ),
+        (
             LORA,
             {"data": {"train": {"x": {"path": "x", "schema": "classification"}}, "max_length": 8}},
             "adapters.a.data.train.x.schema: 'classification' needs method.classification",

@@ -129,6 +129,7 @@ REFUSED = {
         ([16, 65], "must lie between 1 and max_length (64)"),
         (16, "expected a tuple"),
     ],
+    f"{ADAPTER}.data.packing": [("best_fit", "not one of 'none', 'first_fit'"), (True, "one of")],
     f"{ADAPTER}.data.sort_window": [(0, "must be positive")],
     f"{ADAPTER}.data.num_workers": [(-1, "must not be negative")],
     f"{ADAPTER}.data.train.rows.path": [("", "is empty")],

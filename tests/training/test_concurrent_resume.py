@@ -11,7 +11,7 @@ from tiny_run import Run, final_adapter, metric_lines, write_inputs
 from moe_jax.checkpoints.store import latest_step
 
 # With dropout and jitter, which draw anew each step. Adapter 'short' ends in the middle of a window
-# of metrics.
+# of metrics. The rows of 'long' are packed, and those of 'short' beside them are not.
 TWO = """
 
 def get_config():
@@ -24,6 +24,7 @@ def get_config():
         each["data"]["buckets"] = ()
     adapters["short"]["steps"] = 6
     adapters["long"]["batch_size"] = 4
+    adapters["long"]["data"] |= dict(packing="first_fit", max_length=32)
     return dict(
         base=dict(path=str(HERE / "base"), param_dtype="float32"),
         compute=dict(dtype="float32"),

@@ -1,6 +1,7 @@
 """What a run is refused for before its weights are read, and what it is warned of."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -110,6 +111,48 @@ def test_rows_longer_than_the_base_saw(tmp_path, rope, is_warned):
     said.clear()
     read_inputs(read_config(config, **{f"{DATA}__max_length": 20}), said.append)
     assert not any("warning" in line for line in said)
+
+
+def test_packed_rows_longer_than_the_base_saw_are_of_shorter_ones(tmp_path):
+    config = write_inputs(tmp_path)
+    file = tmp_path / "base" / "config.json"
+    content = json.loads(file.read_text())
+    packed = {f"{DATA}__packing": "first_fit", f"{DATA}__max_length": 200}
+    for positions, is_warned in ((150, False), (10, True)):
+        file.write_text(json.dumps({**content, "max_position_embeddings": positions}))
+        said: list[str] = []
+        read_inputs(read_config(config, **packed), said.append)
+        assert any(f"was trained on {positions} positions" in line for line in said) == is_warned
+        assert any("to a row of 200 tokens" in line for line in said)
+
+
+def test_an_epoch_of_packed_rows_is_a_pass_over_the_data(inputs):
+    epochs = {"training__steps": None, f"{DATA}__packing": "first_fit", f"{DATA}__max_length": 48}
+    steps, seen = {}, []
+    for count in (1, 2.5):
+        found = read_inputs(read_config(inputs, training__epochs=count, **epochs), lambda _: None)
+        steps[count] = found.steps["default"]
+    for _ in range(steps[1]):
+        batch = next(found.train["default"].iterator)
+        begins = (batch.segment_ids > 0) & (batch.positions == 0)
+        seen.append(int(begins.sum()))
+    # Of 100 rows in batches of 8, thirteen steps; packed, the last step has the start of the next
+    # epoch too.
+    assert steps[1] < 8
+    assert sum(seen) >= 100 > sum(seen[:-1])
+    assert 2 * steps[1] <= steps[2.5] <= math.ceil(2.5 * steps[1])
+
+
+def test_rows_that_are_padded_to_packed_ones_beside_them(inputs):
+    config = inputs.with_name("beside.py")
+    beside = 'adapters=dict(other=adapter("other", name="lora"), '
+    config.write_text(inputs.read_text().replace("adapters=dict(", beside))
+    said: list[str] = []
+    packed = {f"{DATA}__packing": "first_fit", f"{DATA}__max_length": 48}
+    read_inputs(read_config(config, **packed), said.append)
+    (warning,) = (line for line in said if line.startswith("warning"))
+    assert warning.startswith("warning: config.adapters.other.data.packing: all rows of a step")
+    assert "padded to the 48 tokens of 'default'" in warning
 
 
 def test_a_warm_up_that_never_ends(inputs):

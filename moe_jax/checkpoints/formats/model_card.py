@@ -132,14 +132,14 @@ def _base(adapter: SavedAdapter, options: ExportOptions) -> str:
 
 
 def _settings(record: TrainingRecord) -> list[tuple[str, Any]]:
-    names = ("batch_size", "micro_batches", "max_length", "train_on_prompt", "compute_dtype")
+    names = ("batch_size", "micro_batches", "max_length", "packing", "train_on_prompt")
     # Where it lies is nobody else's business.
     start = [] if record.start_from is None else [("start_from", Path(record.start_from).name)]
     return [
         *start,
         ("steps", record.step),
         *([] if record.step == record.total_steps else [("steps of the run", record.total_steps)]),
-        *((name, getattr(record, name)) for name in (*names, "seed")),
+        *((name, getattr(record, name)) for name in (*names, "compute_dtype", "seed")),
         *_flat(record.optimizer, "optimizer."),
         ("moe_jax", record.package_version),
     ]
