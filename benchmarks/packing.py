@@ -1,0 +1,301 @@
+"""Packed rows against bucketed ones: padding, tokens a second, compiled steps.
+
+    python benchmarks/packing.py --output packing.json
+    python benchmarks/packing.py --data alpaca.json --base /path/to/llama --size 1.1b
+
+One data set, of rows `instruction`, `input`, `output`, is batched twice by the package's own
+pipeline: each row of it padded to one of several lengths, beside others of like length; and packed
+first-fit into rows of the largest. Each way has about as many tokens in a step. A model of random
+weights then trains MixLoRA on both in turn, a number of steps each time, so that what disturbs one
+disturbs the other. Without `--data` the rows are generated, their lengths as long-tailed as those
+of published instruction data: log-normal, a tenth of them longer than three times the median. The
+default sizes suit a CPU of two cores.
+
+Columns: padding's share of all tokens in an epoch; rows of the data set in a row of the batch;
+steps of an epoch; real tokens a second, the median of the rounds and all that were measured;
+compiled FLOPs for each real token, and their ratio, which no timing disturbs; how many steps are
+compiled, and the seconds that takes.
+"""
+
+import argparse
+import json
+import math
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import jax
+from benchmarks.compiled_flops import compiled_flops
+from benchmarks.random_inputs import params_of
+from benchmarks.report import check_output, machine, one_line, say, table, write_json
+from benchmarks.sizes import SIZE_HELP, model_of
+from benchmarks.timing import interleaved, spread
+
+from moe_jax.adapters import METHODS
+from moe_jax.adapters.targets import TARGET_MODULES
+from moe_jax.config.model import FloatType
+from moe_jax.config.run import RunConfig, parse_run_config
+from moe_jax.data.batch import Batch
+from moe_jax.data.pipeline import TrainData, load_train_data
+from moe_jax.data.tokenizer import load_tokenizer
+from moe_jax.demo.words import PLURALS
+from moe_jax.errors import ConfigError, UserError, report
+from moe_jax.training.program import Program, build_program
+
+BUCKETED, PACKED = "bucketed", "packed"
+"""The ways to make batches of the same data."""
+
+BASE = Path(__file__).resolve().parents[1] / "moe_jax" / "demo" / "base"
+GENERATED_ROWS = 2000
+MEDIAN_WORDS = 60
+SIGMA = 0.9
+"""Of the logarithm of a generated row's words: a tenth has over 3.2 times the median."""
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
+    add = parser.add_argument
+    add("--data", type=Path, help="rows instruction, input, output; generated without")
+    add("--base", type=Path, default=BASE, help="a folder with a tokenizer (the demo's)")
+    add("--size", default="tiny", help=SIZE_HELP)
+    add("--rows", type=int, default=4, help="packed rows of a step (4)")
+    add("--length", type=int, default=1024, help="tokens of the longest row, and of all packed")
+    add("--buckets", default="128,256,512", help="shorter lengths of bucketed rows (128,256,512)")
+    add("--dtype", default="float32", choices=get_args(FloatType), help="of all numbers")
+    add("--attention", default="xla", help="its implementation, see ComputeConfig (xla)")
+    add("--rank", type=int, default=8, help="of every pair (8)")
+    add("--steps", type=int, default=4, help="of each way in a round (4)")
+    add("--rounds", type=int, default=5, help="that are timed (5)")
+    add("--output", type=Path, help="also write the figures here, as JSON")
+    return parser
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuses flags that do not do before anything is read.
+
+    Raises:
+      ConfigError: names the flag.
+    """
+    check_output(args.output)
+    for flag in ("rows", "length", "rank", "steps", "rounds"):
+        if getattr(args, flag) < 1:
+            raise ConfigError(f"--{flag}: must be positive")
+    if args.data is not None and not args.data.is_file():
+        raise ConfigError(f"--data {args.data}: there is no such file")
+    args.buckets = args.buckets.replace(",", " ").split()
+    if not all(bucket.isdigit() for bucket in args.buckets):
+        raise ConfigError("--buckets: expected whole numbers, separated by commas")
+    args.buckets = [int(bucket) for bucket in args.buckets if int(bucket) < args.length]
+
+
+def generated(folder: Path) -> Path:
+    """Writes rows of random words whose number is log-normal."""
+    rng, words, rows = random.Random(0), sorted(PLURALS), []
+    for _ in range(GENERATED_ROWS):
+        count = max(4, round(rng.lognormvariate(math.log(MEDIAN_WORDS), SIGMA)))
+        text = rng.choices(words, k=count)
+        asked = rng.randint(2, max(2, count // 2))
+        rows.append(
+            {
+                "instruction": " ".join(text[:asked]),
+                "input": "",
+                "output": " ".join(text[asked:]),
+            }
+        )
+    file = folder / "generated.json"
+    file.write_text(json.dumps(rows))
+    return file
+
+
+def run_config(way: str, rows: int, path: Path, args: argparse.Namespace) -> RunConfig:
+    """A run on the data at `path`, of `rows` rows a step.
+
+    Raises:
+      ConfigError: names the field of a flag that does not do.
+    """
+    method = {
+        "name": "mixlora",
+        "num_experts": 8,
+        "router": {"name": "top_k", "top_k": 2},
+        "rank": args.rank,
+        "alpha": 16.0,
+        "target_modules": TARGET_MODULES,
+        "losses": {"load_balance": {"coefficient": 0.01}},
+    }
+    data = {
+        "train": {"data": {"path": str(path), "schema": "instruction"}},
+        "max_length": args.length,
+        "buckets": tuple(args.buckets),
+        "packing": "first_fit" if way == PACKED else "none",
+    }
+    adapter = {
+        "method": method,
+        "data": data,
+        "optimizer": {"learning_rate": 1e-4, "schedule": {"kind": "constant"}},
+        "batch_size": rows,
+    }
+    raw = {
+        "base": {"path": "random", "param_dtype": args.dtype},
+        "compute": {"dtype": args.dtype, "attention": args.attention},
+        "mesh": {"data": 1},
+        "training": {"epochs": 1.0},
+        "adapters": {way: adapter},
+    }
+    return parse_run_config(raw, METHODS)
+
+
+class Way:
+    """One way to make batches, and the steps on them.
+
+    Attributes:
+      figures: what was found so far.
+    """
+
+    def __init__(self, config: RunConfig, data: TrainData, params: Any, args: argparse.Namespace):
+        """Reads an epoch of batches and compiles the steps for their lengths."""
+        ((_, adapter),) = config.adapters.items()
+        self._steps, self._tokens, self._params = args.steps, 0, params
+        count = data.batches_of_epochs(1.0)
+        self._program = program_of(config, args)
+        self._batches = [next(data.iterator) for _ in range(count)]
+        self._place, self._state = 0, self._program.init_state(params)
+        flops = 0.0
+        seconds, of_length = {}, {}
+        for batch in self._batches:
+            length = batch.tokens.shape[1]
+            if length not in of_length:
+                start = time.perf_counter()
+                compiled = self._program.compiled_train_step(length)
+                seconds[length] = time.perf_counter() - start
+                of_length[length] = compiled_flops(compiled).total
+            flops += of_length[length]
+        tokens = sum(map(real_tokens, self._batches))
+        places = sum(batch.tokens.size for batch in self._batches)
+        self.figures: dict[str, Any] = {
+            "rows_of_a_step": adapter.batch_size,
+            "steps_of_an_epoch": count,
+            "padding_share": 1.0 - tokens / places,
+            "rows_in_a_row": sum(map(sequences, self._batches)) / (count * adapter.batch_size),
+            "tokens_of_a_step": tokens / count,
+            "flops_per_token": flops / tokens,
+            "compiled_steps": len(seconds),
+            "compile_seconds": sum(seconds.values()),
+            "row_lengths": sorted(seconds),
+        }
+
+    def round(self) -> float:
+        """Does a round's steps and waits for them; seconds for each real token."""
+        tokens, start = 0, time.perf_counter()
+        for _ in range(self._steps):
+            # Spread over the epoch, so that few steps see all of its lengths.
+            batch = self._batches[self._place % len(self._batches)]
+            self._place += max(1, len(self._batches) // self._steps - 1)
+            tokens += real_tokens(batch)
+            put = self._program.put_train_batch(batch)
+            self._state, metrics = self._program.train_step(self._state, self._params, put)
+        jax.block_until_ready((self._state, metrics))
+        return (time.perf_counter() - start) / tokens
+
+
+def real_tokens(batch: Batch) -> int:
+    return int((batch.segment_ids > 0).sum())
+
+
+def sequences(batch: Batch) -> int:
+    return int(((batch.segment_ids > 0) & (batch.positions == 0)).sum())
+
+
+def program_of(config: RunConfig, args: argparse.Namespace) -> Program:
+    tokenizer = load_tokenizer(args.base)
+    model = model_of(args.size, max(len(tokenizer), model_of(args.size).vocab_size))
+    return build_program(config, model, 10**6, jax.devices()[:1])
+
+
+def measure(args: argparse.Namespace, path: Path) -> dict[str, dict[str, Any]]:
+    """The figures of both ways."""
+    tokenizer = load_tokenizer(args.base)
+
+    def data_of(way: str, rows: int) -> tuple[RunConfig, TrainData]:
+        config = run_config(way, rows, path, args)
+        data = config.adapters[way].data
+        return config, load_train_data(data, tokenizer, rows, seed=0, field="--data")
+
+    config, data = data_of(PACKED, args.rows)
+    params = params_of(program_of(config, args))
+    ways = {PACKED: Way(config, data, params, args)}
+    rows = max(1, round(args.rows * ways[PACKED].figures["rows_in_a_row"]))
+    ways[BUCKETED] = Way(*data_of(BUCKETED, rows), params, args)
+    say("timing")
+    rounds = {way: ways[way].round for way in (BUCKETED, PACKED)}
+    interleaved(rounds, 1)
+    samples, failed = interleaved(rounds, args.rounds)
+    for way in rounds:
+        if way in failed:
+            raise ConfigError(f"--rows: {way} steps ran out of memory; give fewer, or a --size")
+        figures = ways[way].figures
+        figures["tokens_per_second"] = spread([1 / s for s in samples[way]])._asdict()
+    ratios = [b / p for b, p in zip(samples[BUCKETED], samples[PACKED], strict=True)]
+    ways[PACKED].figures["speed_ratio"] = spread(ratios)._asdict()
+    ratio = ways[PACKED].figures["flops_per_token"] / ways[BUCKETED].figures["flops_per_token"]
+    ways[PACKED].figures["flops_ratio"] = ratio
+    return {way: ways[way].figures for way in rounds}
+
+
+def as_table(figures: dict[str, dict[str, Any]]) -> str:
+    lines = []
+    for way, own in figures.items():
+        speed = own["tokens_per_second"]
+        lines.append(
+            [
+                way,
+                f"{own['padding_share']:.1%}",
+                f"{own['rows_in_a_row']:.1f}",
+                f"{own['rows_of_a_step']}",
+                f"{own['steps_of_an_epoch']}",
+                f"{speed['median']:,.0f} ({speed['lowest']:,.0f} to {speed['highest']:,.0f})",
+                f"{own['flops_per_token'] / 1e6:,.2f}",
+                f"{own['compiled_steps']} in {own['compile_seconds']:.0f} s",
+            ]
+        )
+    headings = (
+        *("batches", "padding", "rows in a row", "rows a step", "steps an epoch"),
+        *("real tokens/s", "MFLOP a real token", "compiled steps"),
+    )
+    packed = figures[PACKED]
+    ratio = packed["speed_ratio"]
+    summary = (
+        f"packed against bucketed: {ratio['median']:.2f} times the real tokens a second "
+        f"({ratio['lowest']:.2f} to {ratio['highest']:.2f}), {packed['flops_ratio']:.2f} times "
+        "the FLOPs for each"
+    )
+    return "\n".join([table(headings, lines), summary])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    cached = jax.config.values["jax_enable_compilation_cache"]
+    jax.config.update("jax_enable_compilation_cache", False)  # or nothing would be compiled
+    try:
+        check(args)
+        about = machine()
+        with tempfile.TemporaryDirectory() as folder:
+            path = generated(Path(folder)) if args.data is None else args.data
+            figures = measure(args, path)
+        print(f"{args.size} model, rows of {args.length} tokens; {one_line(about)}")
+        print(as_table(figures))
+        write_json(args.output, args, machine=about, figures=figures)
+    except UserError as error:
+        return report(error)
+    finally:
+        jax.config.update("jax_enable_compilation_cache", cached)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
