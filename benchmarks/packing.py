@@ -31,12 +31,12 @@ from typing import Any, get_args
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import jax
+
 from benchmarks.compiled_flops import compiled_flops
 from benchmarks.random_inputs import params_of
 from benchmarks.report import check_output, machine, one_line, say, table, write_json
 from benchmarks.sizes import SIZE_HELP, model_of
 from benchmarks.timing import interleaved, spread
-
 from moe_jax.adapters import METHODS
 from moe_jax.adapters.targets import TARGET_MODULES
 from moe_jax.config.model import FloatType
