@@ -191,7 +191,7 @@ class Way:
 
     def round(self) -> float:
         """Does a round's steps and waits for them; seconds for each real token."""
-        tokens, start = 0, time.perf_counter()
+        tokens, start, metrics = 0, time.perf_counter(), None
         for _ in range(self._steps):
             # Spread over the epoch, so that few steps see all of its lengths.
             batch = self._batches[self._place % len(self._batches)]
