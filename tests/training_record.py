@@ -6,7 +6,7 @@ PICTURES = {"loss.png": b"\x89PNG of losses", "experts.png": b"\x89PNG of expert
 
 
 def made_record() -> TrainingRecord:
-    """It is recorded in `data/adapter_format/training_record_2.json`."""
+    """It is recorded in `data/adapter_format/training_record_3.json`."""
     words = DataSet(
         path="/home/someone/data/words.jsonl",
         on_hub=False,
@@ -47,6 +47,7 @@ def made_record() -> TrainingRecord:
         batch_size=8,
         micro_batches=2,
         max_length=24,
+        packing="first_fit",
         train_on_prompt=False,
         seed=3,
         start_from="/home/someone/upcycled",

@@ -15,11 +15,12 @@ from moe_jax.checkpoints.disk import disk_errors
 from moe_jax.config.parse import parse
 from moe_jax.errors import CheckpointError, ConfigError
 
-RECORD_VERSION = 2
+RECORD_VERSION = 3
 RECORD = "training.json"
 
 _ADDED = {
-    2: {"start_from": None, "validation_metrics": {}, "accuracies": {}, "accuracies_step": None}
+    2: {"start_from": None, "validation_metrics": {}, "accuracies": {}, "accuracies_step": None},
+    3: {"packing": "none"},
 }
 """The fields that a version added, and what stands for them in a record of a version before."""
 
@@ -94,6 +95,7 @@ class TrainingRecord:
     batch_size: int
     micro_batches: int
     max_length: int
+    packing: str
     train_on_prompt: bool
     seed: int
     start_from: str | None
@@ -107,7 +109,6 @@ class TrainingRecord:
     best_loss: float | None
     accuracies: dict[str, dict[str, float]]
     accuracies_step: int | None
-    packing: str = "none"
 
     def to_give_away(self, base: str) -> "TrainingRecord":
         """The same without the places where files and folders lie, which concern nobody else.

@@ -49,8 +49,19 @@ def test_it_is_read_again(written):
 def test_version_1_is_still_read(folder):
     (folder / "training.json").write_text((ROOT / "training_record_1.json").read_text())
     expected = dataclasses.replace(
-        made_record(), start_from=None, validation_metrics={}, accuracies={}, accuracies_step=None
+        made_record(),
+        packing="none",
+        start_from=None,
+        validation_metrics={},
+        accuracies={},
+        accuracies_step=None,
     )
+    assert load_adapter(folder).training == expected
+
+
+def test_version_2_is_still_read(folder):
+    (folder / "training.json").write_text((ROOT / "training_record_2.json").read_text())
+    expected = dataclasses.replace(made_record(), packing="none")
     assert load_adapter(folder).training == expected
 
 
@@ -74,8 +85,8 @@ def test_an_adapter_without_it_is_read(folder):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"record_version": 3}, "record version 3, this release reads 1 to 2"),
-        ({"record_version": True}, "record version True, this release reads 1 to 2"),
+        ({"record_version": 4}, "record version 4, this release reads 1 to 3"),
+        ({"record_version": True}, "record version True, this release reads 1 to 3"),
         ({"batch_size": "8"}, "batch_size: expected "),
         ({"learned": True}, "learned: unknown field"),
         ({"train": {"words": {"path": "x"}}}, "train.words"),
