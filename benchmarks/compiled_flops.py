@@ -1,8 +1,8 @@
-"""The operations of a compiled program, with its loops; needs jax only.
+"""The operations of a compiled program, with its loops, and the bytes that they move.
 
 Of a loop, `Compiled.cost_analysis` counts one round, however many there are: the layers of a model
 are one. Here each loop's body is handed to the same analysis by itself, and counted as often as the
-compiler knows that it runs.
+compiler knows that it runs. Needs jax only.
 """
 
 import functools
@@ -33,10 +33,13 @@ class Flops(NamedTuple):
     Attributes:
       total: of all rounds of all loops.
       unknown_loops: how many loops were counted as one round, as their length is not known.
+      moved: bytes that they read and write. What XLA fuses into one operation reads its inputs and
+        writes its results once; where a cache holds what comes back, memory sees less.
     """
 
     total: float
     unknown_loops: int
+    moved: float
 
 
 def compiled_flops(compiled: jax.stages.Compiled) -> Flops:
@@ -51,26 +54,30 @@ def compiled_flops(compiled: jax.stages.Compiled) -> Flops:
     computations, entry = _computations(text)
 
     @functools.cache
-    def once(name: str) -> float:
-        """With one round of each loop, as XLA counts it."""
+    def once(name: str) -> tuple[float, float]:
+        """Operations and bytes with one round of each loop, as XLA counts it."""
         # Each computation stands behind those that it calls.
         before = list(computations.values())[: list(computations).index(name)]
         module = "\n\n".join(["HloModule counted", *before, f"ENTRY {computations[name]}"])
-        return float(analysis(client, xla_client.hlo.hlo_module_from_text(module))["flops"])
+        counts = analysis(client, xla_client.hlo.hlo_module_from_text(module))
+        return float(counts["flops"]), float(counts["bytes accessed"])
 
     unknown = 0
 
     @functools.cache
-    def total(name: str) -> float:
+    def total(name: str) -> tuple[float, float]:
         nonlocal unknown
-        flops = once(name)
+        flops, moved = once(name)
         for loop in _loops(computations, name):
             unknown += loop.trips is None
             rounds = 1 if loop.trips is None else loop.trips
-            flops += rounds * total(loop.body) - once(loop.body)
-        return flops
+            (all_flops, all_moved), (one_flops, one_moved) = total(loop.body), once(loop.body)
+            flops += rounds * all_flops - one_flops
+            moved += rounds * all_moved - one_moved
+        return flops, moved
 
-    return Flops(total(entry), unknown)
+    flops, moved = total(entry)
+    return Flops(flops, unknown, moved)
 
 
 def _computations(text: str) -> tuple[dict[str, str], str]:

@@ -36,6 +36,7 @@ from moe_jax.config.model import ComputeConfig, ModelConfig, RopeConfig
 from moe_jax.layers.blocked_attention import BLOCK, block_pairs
 from moe_jax.layers.storage import storage_of
 from moe_jax.models.decoder import DecoderLayer, LayerSettings, TokenContext
+from moe_jax.models.remat import REMAT_POLICIES
 
 
 class Shape(NamedTuple):
@@ -112,17 +113,52 @@ class LayerCost(NamedTuple):
 
     Attributes:
       flops: operations of the compiled program.
-      temporary: bytes that it holds besides arguments and results.
+      moved: bytes that its operations read and write.
+      temporary: bytes that it holds besides arguments and results, of `ROUNDS` layers.
       trainable: weights of the adapter.
     """
 
     flops: float
+    moved: float
     temporary: int
     trainable: int
 
 
-def layer_cost(method: AdapterMethod | None, shape: Shape) -> LayerCost:
-    """Compiles one layer with `method` on it, or frozen alone."""
+def layer_cost(method: AdapterMethod | None, shape: Shape, remat: str = "none") -> LayerCost:
+    """Compiles one layer with `method` on it, or frozen alone.
+
+    Args:
+      method: the adapter's; None leaves the layer frozen.
+      shape: of the layer and its batch.
+      remat: as `ComputeConfig.remat`.
+    """
+    # All tokens at once: how many a block of them has depends on the platform.
+    step, arguments = layer_step(method, shape, remat, shape.rows * shape.length)
+    compiled = jax.jit(step).lower(*arguments).compile()
+    analysis: Any = compiled.memory_analysis()
+    flops = compiled_flops(compiled)
+    assert not flops.unknown_loops
+    return LayerCost(
+        flops=flops.total / ROUNDS,
+        moved=flops.moved / ROUNDS,
+        temporary=analysis.temp_size_in_bytes,
+        trainable=sum(leaf.size for leaf in jax.tree.leaves(arguments[0])),
+    )
+
+
+def layer_step(
+    method: AdapterMethod | None, shape: Shape, remat: str, block_tokens: int | None
+) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """`ROUNDS` of one layer forward and backward, to the adapter and to the layer's input.
+
+    Args:
+      method, shape, remat: as in `layer_cost`.
+      block_tokens: as `ComputeConfig.block_tokens`.
+
+    Returns:
+      The function, and the shapes of its arguments: the adapter's weights, the frozen ones, the
+      layer's input, the cotangent of its output, and what a layer takes besides.
+    """
     config = ModelConfig(
         vocab_size=64,
         hidden_size=shape.width,
@@ -140,9 +176,8 @@ def layer_cost(method: AdapterMethod | None, shape: Shape) -> LayerCost:
         tie_word_embeddings=False,
     )
     segments = () if method is None else segments_of({"a": method}, {"a": shape.rows})
-    # All tokens at once: of a loop over blocks of them, XLA would count one block.
-    compute = ComputeConfig(dtype="float32", remat="none", block_tokens=shape.rows * shape.length)
-    storage = storage_of("float32")
+    settings: Any = {"dtype": "float32", "remat": remat, "block_tokens": block_tokens}
+    compute, storage = ComputeConfig(**settings), storage_of("float32")
     layer = DecoderLayer(LayerSettings(config, compute, storage, segments, deterministic=True))
     tokens = (shape.rows, shape.length)
     x = jax.ShapeDtypeStruct((*tokens, shape.width), jnp.float32)
@@ -166,6 +201,9 @@ def layer_cost(method: AdapterMethod | None, shape: Shape) -> LayerCost:
                 (y, _), sown = layer.apply(variables, x, *inputs(*rest), mutable=["router"])
                 return y, sown
 
+            if remat != "none":  # as in `LlamaForCausalLM`
+                policy = REMAT_POLICIES[remat]
+                through = jax.checkpoint(through, policy=policy, prevent_cse=False)
             # In a loop, as in the model. A layer by itself would have what is computed again merged
             # with what was computed before.
             y, sown = jax.lax.scan(through, x, length=ROUNDS)
@@ -174,17 +212,7 @@ def layer_cost(method: AdapterMethod | None, shape: Shape) -> LayerCost:
         # With the value: a gradient alone does not need the last product.
         return jax.value_and_grad(loss, argnums=(0, 1))(adapters, x)
 
-    adapters = variables.get("adapters", {})
-    lowered = jax.jit(step).lower(adapters, variables["params"], x, x, table, mask, index)
-    compiled = lowered.compile()
-    analysis: Any = compiled.memory_analysis()
-    flops = compiled_flops(compiled)
-    assert not flops.unknown_loops
-    return LayerCost(
-        flops=flops.total / ROUNDS,
-        temporary=analysis.temp_size_in_bytes,
-        trainable=sum(leaf.size for leaf in jax.tree.leaves(adapters)),
-    )
+    return step, (variables.get("adapters", {}), variables["params"], x, x, table, mask, index)
 
 
 def algebra(name: str, shape: Shape) -> float:

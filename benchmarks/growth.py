@@ -1,0 +1,253 @@
+"""How MixLoRA's cost grows with its experts and their rank, at the widths of a 7B model.
+
+    python benchmarks/growth.py --output benchmarks/growth.md
+    python benchmarks/growth.py --time
+
+One decoder layer forward and backward is compiled without any weights, as in `layer_cost.py`, and
+its operations, the bytes that they move and the memory that it takes are read from the compiled
+program, so that they are free of noise. `tests/training/test_growth.py` holds the written tables
+true. `--time` times such layers of random weights instead, and wants an idle machine.
+
+The forms that experts can be computed in, with C slots a token:
+
+    one-hot     `top_k` and `switch`: products with all experts' pairs at once, whose codes are
+                multiplied by each slot's one-hot choice
+    per expert  `top_p` and `soft`, where any number of experts may fire: slot c is expert c, its
+                products are with its own pair, and every token has every expert's activation
+    grouped     tokens sorted by expert, so that a slot's products are with its own expert's pair;
+                not in the package. It needs what C experts need that serve every token.
+
+Needs jax and flax only.
+"""
+
+import argparse
+import sys
+import textwrap
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks.growth_counts import (
+    DEFAULT,
+    EXPERTS,
+    LORA,
+    ONE_HOT,
+    PER_EXPERT,
+    PER_EXPERT_FORM,
+    RANKS,
+    SHAPE,
+    SHARES,
+    Growth,
+    PerExpert,
+    compiled_experts_at,
+    experts_at,
+    growth_of,
+    half_grouped_algebra,
+    one_hot_algebra,
+    per_expert_of,
+)
+from benchmarks.layer_cost import METHODS, layer_step
+from benchmarks.report import check_output, machine, one_line, say, table
+from benchmarks.timing import interleaved, seconds_of, spread
+from moe_jax.errors import ConfigError, UserError, report
+
+VARIED = ("experts", "rank")
+TIMED = SHAPE._replace(rows=1, length=256)
+MOST_TIMED_PER_EXPERT = 16
+
+GROWTH_HEADER = (
+    "| experts | rank | E R | FLOPs / LoRA's, `none` | default | / frozen | / grouped | / algebra "
+    "| bytes / LoRA's | memory / LoRA's, `none` | default |"
+)
+PER_EXPERT_HEADER = "| experts | rank | FLOPs | bytes | memory | FLOPs saved for a byte |"
+SHARES_HEADER = "| rank |" + "".join(f" {share:.0%}: E R | compiled |" for share in SHARES)
+
+
+def _table(header: str, lines: Sequence[str]) -> str:
+    return "\n".join([header, "|" + " ---: |" * (header.count("|") - 1), *lines])
+
+
+def growth_line(row: Growth) -> str:
+    ratios = " | ".join(f"{ratio:.3f}" for ratio in row[2:])
+    return f"| {row.experts} | {row.rank} | {row.experts * row.rank} | {ratios} |"
+
+
+def per_expert_line(row: PerExpert) -> str:
+    ratios = " | ".join(f"{ratio:.3f}" for ratio in row[2:-1])
+    return f"| {row.experts} | {row.rank} | {ratios} | {row.flops_for_byte:.2f} |"
+
+
+def shares_line(rank: int, rows: Sequence[Growth]) -> str:
+    cells = []
+    for share in SHARES:
+        compiled = compiled_experts_at(share, [row for row in rows if row.rank == rank])
+        cells.append(f"{experts_at(share, rank, one_hot_algebra) * rank:.0f}")
+        cells.append("" if compiled is None else f"{compiled * rank:.0f}")
+    return f"| {rank} | {' | '.join(cells)} |"
+
+
+def as_markdown(rows: Sequence[Growth], per_expert: Sequence[PerExpert]) -> str:
+    """What is written to a file: nothing but these rows and the algebra go into it."""
+    width, slots = SHAPE.width, SHAPE.top_k
+    fixed = ", ".join(f"{k} {v}" for k, v in SHAPE._asdict().items() if k not in VARIED)
+    five, ten, quarter = (experts_at(share, 16, one_hot_algebra) for share in SHARES)
+    half = [f"{experts_at(share, 16, half_grouped_algebra) * 16:.0f}" for share in SHARES]
+    saved = [row.flops_for_byte for row in per_expert]
+    memory = {row.experts: row.memory for row in per_expert if row.rank == 16}
+    most = max(rows, key=lambda row: row.flops_none)
+    limit = (width + slots * SHAPE.ffn_width) / (width + SHAPE.ffn_width)
+    return _blocks(
+        "# How MixLoRA's cost grows with its experts and their rank",
+        f"""`python benchmarks/growth.py --output benchmarks/growth.md` wrote this, and a test holds
+        it true. E experts of rank R, C slots a token, widths D and F. One layer, forward
+        and backward, in float32 as XLA compiles it for a CPU, all tokens in one block:
+        {fixed}. LoRA has as many trainable weights (rank E R on the FFN). `none` keeps
+        everything for the backward pass, and the default is `remat` `{DEFAULT}`. Memory is the
+        temporary bytes of two layers in a loop: of a deep model, what is kept of each layer
+        counts for more, and that is LoRA's but for codes.""",
+        "## The one-hot form",
+        _table(GROWTH_HEADER, [growth_line(row) for row in rows]),
+        f"""Of G = E R codes it needs 9 G (D + C F) multiply-adds a token, and LoRA of as many
+        weights 9 G (D + F), see `algebra` in `layer_cost.py`: at most {limit:.2f} times as many for
+        C = {slots}, and the whole layer {most.flops_none:.2f} times at {most.experts} experts of
+        rank {most.rank} ({most.flops:.2f} by default). Bytes and memory hardly grow
+        with G: they are those of C slots of width F.""",
+        "## Where it stops paying",
+        """The grouped form, where each token meets its own experts' pairs only, needs
+        9 C R (D + F) however many experts there are. E R at which the one-hot form makes the layer
+        need so much more than that; by the algebra, and as compiled, where that lies between two
+        rows above:""",
+        _table(SHARES_HEADER, [shares_line(rank, rows) for rank in RANKS]),
+        f"""Of rank 16 these are {five:.1f}, {ten:.1f} and {quarter:.1f} experts. It is E R that
+        counts; a little more of it at a higher R, for which the grouped form has to pay too.""",
+        "## The per-expert form",
+        "What `top_p` and `soft` run, over the one-hot form with `top_k`, both by default:",
+        _table(PER_EXPERT_HEADER, [per_expert_line(row) for row in per_expert]),
+        f"""It needs fewer operations (9 D + 11 F for each of G against 9 D + 9 C F, and 2 C F more
+        where those are computed again), but has E hidden activations of width F where the one-hot
+        form has C. A machine gains by it that does fewer operations in the time of moving a byte
+        than the last column says. Memory is {memory[8]:.1f} times the one-hot form's at 8 experts
+        and {memory[64]:.0f} times at 64.""",
+        "## What follows",
+        f"""- Up to E R of about D / {width / (ten * 16):.0f} (here {ten * 16:.0f}: {ten:.0f}
+        experts of rank 16) the one-hot form needs at most a tenth more than the grouped one, whose
+        sorting and moving of tokens is not even counted. Use it.""",
+        f"""- The per-expert form does not take over: it saves {min(saved):.1f} to {max(saved):.1f}
+        operations for each byte that it moves more (of float32; twice as many of bfloat16), and a
+        GPU does hundreds in that time, a CPU about ten. Only on a CPU, where blocks of activations
+        stay in a cache, and with few experts of the highest rank, might `--time` say otherwise. It
+        is for routers that choose any number of experts, which have those activations anyway.""",
+        f"""- From E R of about D / {width / (quarter * 16):.0f} ({quarter * 16:.0f}) the one-hot
+        form needs a quarter more than the grouped one. That is what takes over there, and the
+        package does not have it. Grouping only the products with F, R by F, would leave
+        9 (E - C) R D of the excess, which is 5%, 10% and 25% at E R of {", ".join(half)}; what goes
+        to the groups are then codes of rank R and not inputs of width D. On a mesh, each device
+        would have to group its own tokens.""",
+        """- Until then, beyond it: a lower rank, or the `switch` router, whose one slot needs what
+        LoRA of as many weights needs.""",
+        "These are counts. `python benchmarks/growth.py --time` has seconds, on an idle machine.",
+    )
+
+
+def _blocks(*blocks: str) -> str:
+    """Markdown of these, paragraphs and items wrapped; tables and headings are left as they are."""
+    text = ""
+    for block in blocks:
+        item = block.startswith("- ")
+        if not block.startswith(("|", "#")):
+            block = " ".join(block.split())
+            block = textwrap.fill(block, 100, subsequent_indent="  " * item, break_on_hyphens=False)
+        if not (item and text.rpartition("\n\n")[2].startswith("- ")):
+            text += "\n" * bool(text)
+        text += block + "\n"
+    return text
+
+
+def timed_rows(rounds: int) -> list[list[str]]:
+    """Seconds of `ROUNDS` layers of few tokens, in turn, and their ratios to LoRA's."""
+    params: Any = None
+    steps: dict[str, Callable[[], float]] = {}
+    for experts in EXPERTS:
+        for name in (LORA, ONE_HOT, PER_EXPERT_FORM):
+            if name == PER_EXPERT_FORM and experts > MOST_TIMED_PER_EXPERT:
+                continue
+            say(f"{name}, {experts} experts: compiling")
+            shape = TIMED._replace(experts=experts)
+            step, (adapters, frozen, *rest) = layer_step(METHODS[name](shape), shape, DEFAULT, None)
+            params = _random(frozen) if params is None else params
+            compiled = jax.jit(step).lower(adapters, frozen, *rest).compile()
+            arguments = (_random(adapters), params, *_random(rest))
+
+            def run(call: Any = compiled, arguments: Any = arguments) -> float:
+                return seconds_of(lambda: jax.block_until_ready(call(*arguments)))
+
+            run()
+            steps[f"{experts} {name}"] = run
+    say(f"{rounds} rounds")
+    samples, failed = interleaved(steps, rounds)
+    lines = []
+    for label, seconds in samples.items():
+        if label in failed:
+            lines.append([label, failed[label], "", "", ""])
+            continue
+        lora = samples[f"{label.partition(' ')[0]} {LORA}"]
+        ratios = [own / other for own, other in zip(seconds, lora, strict=True)]
+        figures = (*spread(seconds), spread(ratios).median)
+        lines.append([label, *(f"{figure:.4g}" for figure in figures)])
+    return lines
+
+
+def _random(shapes: Any) -> Any:
+    """Small random numbers, trues and zeros of these shapes and types."""
+
+    def one(index: int, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        if jnp.issubdtype(leaf.dtype, jnp.floating):
+            return 0.02 * jax.random.normal(jax.random.key(index), leaf.shape, leaf.dtype)
+        return jnp.full(leaf.shape, leaf.dtype == jnp.bool, leaf.dtype)
+
+    leaves, tree = jax.tree.flatten(shapes)
+    return jax.tree.unflatten(tree, [one(index, leaf) for index, leaf in enumerate(leaves)])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
+    parser.add_argument("--output", type=Path, help="also write the tables here, as Markdown")
+    parser.add_argument("--time", action="store_true", help="time layers instead of counting")
+    parser.add_argument("--rounds", type=int, default=5, help="of --time (5)")
+    args = parser.parse_args(argv)
+    try:
+        check_output(args.output)
+        if args.time and args.output:
+            raise ConfigError("--output: has what is counted; leave it out with --time")
+        if args.rounds < 1:
+            raise ConfigError("--rounds: must be positive")
+    except UserError as error:
+        return report(error)
+    if args.time:
+        print(f"{TIMED.rows} x {TIMED.length} tokens, float32; {one_line(machine())}")
+        headings = ("experts of rank 16", "seconds", "least", "most", "/ LoRA")
+        print(table(headings, timed_rows(args.rounds)))
+        return 0
+    rows = []
+    for experts in EXPERTS:
+        for rank in RANKS:
+            say(f"{experts} experts of rank {rank}")
+            rows.append(growth_of(experts, rank))
+    per_expert = []
+    for experts, rank in PER_EXPERT:
+        say(f"{experts} experts of rank {rank}, each by itself")
+        per_expert.append(per_expert_of(experts, rank))
+    text = as_markdown(rows, per_expert)
+    print(text)
+    if args.output:
+        args.output.write_text(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,158 @@
+"""What the forms of `growth.py` cost at some number of experts and rank: the rows of its tables.
+
+Needs jax and flax only.
+"""
+
+import functools
+import itertools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from benchmarks.layer_cost import METHODS, SHAPES, LayerCost, Shape, algebra, layer_cost
+from moe_jax.config.model import ComputeConfig
+
+SHAPE = SHAPES["7B"]
+EXPERTS = (8, 16, 32, 64)
+RANKS = (8, 16, 32, 64)
+PER_EXPERT = (*((8, rank) for rank in RANKS), *((experts, 16) for experts in EXPERTS[1:]))
+"""Experts and ranks of the per-expert form, whose program is as long as its experts are many."""
+
+LORA, ONE_HOT, PER_EXPERT_FORM = "LoRA", "MixLoRA, top-k", "MixLoRA, soft"
+DEFAULT = ComputeConfig(dtype="float32").remat
+SHARES = (0.05, 0.10, 0.25)
+
+
+class Growth(NamedTuple):
+    """The one-hot form at some number of experts and rank; of the first table, a row.
+
+    Attributes:
+      flops_none, flops: operations over those of LoRA of as many trainable weights, where
+        everything is kept for the backward pass, and by default.
+      of_frozen, of_grouped, of_algebra: operations over those of the frozen layer, of the grouped
+        form, and over what the algebra needs; where everything is kept.
+      moved: bytes moved over LoRA's, by default.
+      memory_none, memory: temporary bytes over LoRA's, of two layers.
+    """
+
+    experts: int
+    rank: int
+    flops_none: float
+    flops: float
+    of_frozen: float
+    of_grouped: float
+    of_algebra: float
+    moved: float
+    memory_none: float
+    memory: float
+
+
+class PerExpert(NamedTuple):
+    """The per-expert form over the one-hot one, both by default; of the second table, a row.
+
+    Attributes:
+      flops, moved, memory: the ratios.
+      flops_for_byte: operations that it saves for each byte that it moves more.
+    """
+
+    experts: int
+    rank: int
+    flops: float
+    moved: float
+    memory: float
+    flops_for_byte: float
+
+
+def shape_of(experts: int, rank: int) -> Shape:
+    return SHAPE._replace(experts=experts, rank=rank)
+
+
+@functools.cache
+def cost(name: str | None, shape: Shape, remat: str = "none") -> LayerCost:
+    """Of the method that `layer_cost.METHODS` calls `name`; None is the frozen layer."""
+    return layer_cost(None if name is None else METHODS[name](shape), shape, remat)
+
+
+def growth_of(experts: int, rank: int) -> Growth:
+    """Compiles what a row of the first table needs, rounded as it is written."""
+    shape = shape_of(experts, rank)
+    kept, lora_kept = cost(ONE_HOT, shape), cost(LORA, shape)
+    default, lora = cost(ONE_HOT, shape, DEFAULT), cost(LORA, shape, DEFAULT)
+    ratios = (
+        kept.flops / lora_kept.flops,
+        default.flops / lora.flops,
+        kept.flops / cost(None, SHAPE).flops,
+        kept.flops / grouped_flops(shape),
+        kept.flops / algebra(ONE_HOT, shape),
+        default.moved / lora.moved,
+        kept.temporary / lora_kept.temporary,
+        default.temporary / lora.temporary,
+    )
+    return Growth(experts, rank, *(round(ratio, 3) for ratio in ratios))
+
+
+def per_expert_of(experts: int, rank: int) -> PerExpert:
+    """Compiles what a row of the second table needs, rounded as it is written."""
+    shape = shape_of(experts, rank)
+    own, one_hot = cost(PER_EXPERT_FORM, shape, DEFAULT), cost(ONE_HOT, shape, DEFAULT)
+    saved, more = one_hot.flops - own.flops, own.moved - one_hot.moved
+    return PerExpert(
+        experts,
+        rank,
+        flops=round(own.flops / one_hot.flops, 3),
+        moved=round(own.moved / one_hot.moved, 3),
+        memory=round(own.temporary / one_hot.temporary, 3),
+        flops_for_byte=round(saved / more, 2),
+    )
+
+
+def _router(shape: Shape) -> float:
+    """Operations of the router's product: forward, and for the gradients of input and weights."""
+    return 2.0 * shape.rows * shape.length * 3.0 * shape.width * shape.experts
+
+
+def grouped_flops(shape: Shape) -> float:
+    """Operations of the grouped form as XLA counts them, of C experts that serve every token.
+
+    Finding the groups, and moving tokens there and back, is not among them.
+    """
+    chosen = shape._replace(experts=shape.top_k)
+    return cost(PER_EXPERT_FORM, chosen).flops + _router(shape) - _router(chosen)
+
+
+def one_hot_algebra(shape: Shape) -> float:
+    """Operations of the products that the one-hot form needs."""
+    return algebra(ONE_HOT, shape)
+
+
+def grouped_algebra(shape: Shape) -> float:
+    """Those of the grouped form: C pairs of rank R a token, and the router of E experts."""
+    return algebra(LORA, shape._replace(experts=shape.top_k)) + _router(shape)
+
+
+def half_grouped_algebra(shape: Shape) -> float:
+    """Those of a form that groups only the products with matrices as wide as the FFN, R by F.
+
+    Gate's and up's codes, [D, E R], and down's expansion, [E R, D], are of all experts at once, so
+    that what goes to the groups and comes from them is rank-sized on one side of each projection.
+    """
+    tokens, others = shape.rows * shape.length, shape.experts - shape.top_k
+    return grouped_algebra(shape) + 2.0 * tokens * 9.0 * others * shape.rank * shape.width
+
+
+def experts_at(share: float, rank: int, form: Callable[[Shape], float]) -> float:
+    """How many experts a form needs so much more with than the grouped one; both are linear."""
+    few, many = EXPERTS[0], EXPERTS[-1]
+    excess = [
+        form(shape) - (1.0 + share) * grouped_algebra(shape)
+        for shape in (shape_of(few, rank), shape_of(many, rank))
+    ]
+    return few - excess[0] * (many - few) / (excess[1] - excess[0])
+
+
+def compiled_experts_at(share: float, rows: Sequence[Growth]) -> float | None:
+    """The same of the one-hot form as compiled, between rows; None where it is not between any."""
+    for few, many in itertools.pairwise(rows):
+        if few.of_grouped <= 1.0 + share <= many.of_grouped:
+            part = (1.0 + share - few.of_grouped) / (many.of_grouped - few.of_grouped)
+            return few.experts + part * (many.experts - few.experts)
+    return None
