@@ -109,7 +109,7 @@ def as_markdown(rows: Sequence[Growth], per_expert: Sequence[PerExpert]) -> str:
         {fixed}. LoRA has as many trainable weights (rank E R on the FFN). `none` keeps
         everything for the backward pass, and the default is `remat` `{DEFAULT}`. Memory is the
         temporary bytes of two layers in a loop: of a deep model, what is kept of each layer
-        counts for more, and that is LoRA's but for codes.""",
+        counts for more, and that is LoRA's but for codes (`remat.md` has a whole model's).""",
         "## The one-hot form",
         _table(GROWTH_HEADER, [growth_line(row) for row in rows]),
         f"""Of G = E R codes it needs 9 G (D + C F) multiply-adds a token, and LoRA of as many
