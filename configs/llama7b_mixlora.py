@@ -51,7 +51,7 @@ def get_config() -> ConfigDict:
     config.compute = ConfigDict()
     config.compute.dtype = "bfloat16"
     config.compute.attention = "xla"  # "cudnn" on NVIDIA GPUs
-    # Computes 2% of a step again, and keeps a quarter of its activations, 4 MB a token
+    # Computes 2% of a step again, and keeps two fifths of its activations, 4 MB a token
     # (benchmarks/remat.md). Where they do not fit: more micro_batches, "narrow", or "full".
     config.compute.remat = "frozen"
 

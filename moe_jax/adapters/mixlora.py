@@ -26,6 +26,7 @@ from moe_jax.adapters.targets import ATTENTION_MODULES, MLP_MODULES
 from moe_jax.adapters.token_routing import sow_routing
 from moe_jax.config.model import ModelConfig
 from moe_jax.config.parse import require, within
+from moe_jax.layers.activation import gated
 from moe_jax.layers.kept_names import CODES
 from moe_jax.layers.quantized import frozen_product
 from moe_jax.sharding.axes import EMBED, MLP
@@ -146,7 +147,10 @@ class MixLoraMLP(nn.Module):
         """See `AdapterMethod.mlp_adapter`."""
         method, low_rank = self.method, self.method.expert_low_rank
         routing = self._route(x, context, deterministic)
-        weights = routing.weights.astype(x.dtype)
+        # As small as codes, and slow to make again.
+        dispatch, weights = checkpoint_name((routing.dispatch, routing.weights), CODES)
+        routing = routing._replace(dispatch=dispatch, weights=weights)
+        weights = weights.astype(x.dtype)
         dropout = nn.Dropout(low_rank.dropout, deterministic=deterministic)
 
         kernels = {
@@ -278,7 +282,7 @@ def _around_experts(
         gate, up = ffn.gate.product, ffn.up.product
         gate = gate if ffn.gate_bias is None else gate + ffn.gate_bias
         up = up if ffn.up_bias is None else up + ffn.up_bias
-        hidden = jnp.where(routed, hidden, ffn.activation(gate) * up)
+        hidden = jnp.where(routed, hidden, gated(ffn.activation, gate, up))
 
     def finish_all(product: jax.Array) -> jax.Array:
         y = finish(product)

@@ -7,10 +7,12 @@ from typing import Any, ClassVar, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from moe_jax.adapters.leaf import adapter_leaf
 from moe_jax.config.parse import require
 from moe_jax.config.registry import Registry
+from moe_jax.layers.kept_names import CODES
 from moe_jax.layers.token_product import token_product
 from moe_jax.sharding.axes import EXPERTS
 
@@ -175,4 +177,5 @@ class RouterLogits(nn.Module):
             )
             x = x * noise
         logits = token_product(x, kernel, precision=jax.lax.Precision.HIGHEST)
+        logits = checkpoint_name(logits, CODES)
         return logits if present is None else jnp.where(present, logits, ABSENT)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.adapters.low_rank import Pairs
+from moe_jax.layers.activation import gated
 
 
 @flax.struct.dataclass
@@ -77,7 +78,7 @@ class Slot(NamedTuple):
           is not targeted.
         """
         gate = _adapted("gate_proj", place, tokens, shared)
-        hidden = self.activation(gate) * _adapted("up_proj", place, tokens, shared)
+        hidden = gated(self.activation, gate, _adapted("up_proj", place, tokens, shared))
         if dropout.hidden is not None:
             hidden = _dropped(hidden, dropout.hidden[place], self.hidden_rate)
         weighted = tokens.weights[..., place, None] * hidden

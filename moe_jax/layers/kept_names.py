@@ -11,7 +11,7 @@ ATTENTION = "attention"
 computes the scores once and not twice."""
 
 CODES = "codes"
-"""A low-rank pair's codes, a few numbers a token."""
+"""A low-rank pair's codes and a router's decision, a few numbers a token."""
 
 DORA_NORMS = "dora_norms"
 """The lengths of adapted weights' columns; none depends on the tokens."""

@@ -14,7 +14,7 @@ from moe_jax.adapters.segments import Segment, take_rows, update_rows
 from moe_jax.adapters.sites import MOE, module_name
 from moe_jax.adapters.targets import MLP_MODULES
 from moe_jax.config.model import ComputeConfig, ModelConfig
-from moe_jax.layers.activation import ACTIVATIONS
+from moe_jax.layers.activation import ACTIVATIONS, gated
 from moe_jax.layers.attention import cached_attention, causal_attention
 from moe_jax.layers.kv_cache import CachePlace, extend_cache, fill_cache
 from moe_jax.layers.norm import RMSNorm
@@ -205,8 +205,11 @@ class GatedMLP(nn.Module):
             down.bias,
             activation,
         )
-        hidden = activation(gate(x, ffn.gate.product, adapters, deterministic=deterministic))
-        hidden = hidden * up(x, ffn.up.product, adapters, deterministic=deterministic)
+        hidden = gated(
+            activation,
+            gate(x, ffn.gate.product, adapters, deterministic=deterministic),
+            up(x, ffn.up.product, adapters, deterministic=deterministic),
+        )
         own_hidden, finish = MoeSite(settings, name=MOE)(x, ffn, adapters)
         replaced = {name: lambda _, new=new: new for name, new in own_hidden.items()}
         hidden = update_rows(settings.segments, hidden, replaced)
