@@ -27,7 +27,7 @@ from moe_jax.adapters.token_routing import sow_routing
 from moe_jax.config.model import ModelConfig
 from moe_jax.config.parse import require, within
 from moe_jax.layers.activation import gated
-from moe_jax.layers.kept_names import CODES
+from moe_jax.layers.kept_names import CODES, NARROW_PRODUCT
 from moe_jax.layers.quantized import frozen_product
 from moe_jax.sharding.axes import EMBED, MLP
 
@@ -253,7 +253,8 @@ def _down_per_slot(
     joined = jnp.stack(codes, axis=-2) if routing.dispatch is None else None
 
     def finish(product: jax.Array) -> jax.Array:
-        products = [product, *(frozen_product(hidden, ffn.down_kernel) for hidden in others)]
+        more = [frozen_product(hidden, ffn.down_kernel) for hidden in others]
+        products = [product, *(checkpoint_name(each, NARROW_PRODUCT) for each in more)]
         # Linear in product and codes, so that both may come weighted.
         return _sum(
             [

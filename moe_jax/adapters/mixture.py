@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from moe_jax.adapters.aux_losses import RouterLoss, check_losses
 from moe_jax.adapters.experts import ExpertPairs
@@ -23,6 +24,7 @@ from moe_jax.adapters.statistics import router_statistics, sow_statistics
 from moe_jax.adapters.token_routing import sow_routing
 from moe_jax.config.model import ModelConfig
 from moe_jax.config.parse import require, within
+from moe_jax.layers.kept_names import CODES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +122,8 @@ class ProjectionMixture(nn.Module):
         pairs = experts(frozen.kernel, present)
         # One mask of dropout for all experts of a token.
         x = nn.Dropout(self.low_rank.dropout)(x, deterministic=deterministic)
-        adapted = pairs.adapt(frozen.product, pairs.codes(x), routing.combine)
+        codes, combine = checkpoint_name((pairs.codes(x), routing.combine), CODES)
+        adapted = pairs.adapt(frozen.product, codes, combine)
         return adapted if routed is None else jnp.where(routed, adapted, frozen.product)
 
     def _present(self, context: AdapterContext) -> jax.Array | None:

@@ -222,10 +222,12 @@ class ComputeConfig:
         positions.
       remat: what a decoder layer keeps for its backward pass, which computes the rest again. `none`
         keeps everything; `dots` the outputs of matrix products with weights; `frozen` the frozen
-        projections' products and the adapters' rank-sized codes, which spares all large products;
+        projections' products and the adapters' rank-sized codes, which spares all large products
+        (`benchmarks/remat.md`: half of `dots`' memory for 1% more work);
         `narrow` of these only what is not as wide as the FFN; `full` the layer's input alone.
       block_tokens: tokens whose experts' hidden activations the backward pass computes at a time.
-        None leaves it to the platform: on a CPU what its cache holds, elsewhere all.
+        None leaves it to the platform: on a CPU what its cache holds, elsewhere all. Where no
+        divisor of the row length comes near, all of them.
     """
 
     dtype: FloatType

@@ -17,13 +17,22 @@ _POLICIES = jax.checkpoint_policies
 
 _SMALL = (DORA_NORMS, CODES, ATTENTION)
 
+
+def _keep(*names: str, dots: bool = False) -> Callable[..., Any]:
+    """Keeps what has one of these names, and with `dots` all products with weights."""
+    named = _POLICIES.save_only_these_names(*names)
+    if dots:
+        named = _POLICIES.save_from_both_policies(_POLICIES.dots_with_no_batch_dims_saveable, named)
+    # cuDNN's attention keeps its result and log-sum-exps too, which jax does not name.
+    return _POLICIES.save_from_both_policies(
+        named, lambda primitive, *_, **__: "dot_product_attention_fwd" in primitive.name
+    )
+
+
 REMAT_POLICIES: dict[str, Callable[..., Any]] = {
-    "dots": _POLICIES.save_from_both_policies(
-        _POLICIES.dots_with_no_batch_dims_saveable,
-        _POLICIES.save_only_these_names(DORA_NORMS),
-    ),
-    "frozen": _POLICIES.save_only_these_names(*_SMALL, NARROW_PRODUCT, WIDE_PRODUCT),
-    "narrow": _POLICIES.save_only_these_names(*_SMALL, NARROW_PRODUCT),
+    "dots": _keep(*_SMALL, dots=True),
+    "frozen": _keep(*_SMALL, NARROW_PRODUCT, WIDE_PRODUCT),
+    "narrow": _keep(*_SMALL, NARROW_PRODUCT),
     "full": _POLICIES.save_only_these_names(DORA_NORMS),
 }
 """By `ComputeConfig.remat`; `none` is no policy, and keeps everything."""

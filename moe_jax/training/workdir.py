@@ -10,9 +10,10 @@ from typing import Any, Self
 
 import jax
 
+from moe_jax.adapters import METHODS
 from moe_jax.checkpoints.adapter_files import DESCRIPTION, read_description
 from moe_jax.checkpoints.disk import disk_errors
-from moe_jax.config.run import RunConfig
+from moe_jax.config.run import RunConfig, parse_run_config, to_json
 from moe_jax.errors import ConfigError
 
 CONFIG_FILE = "config.json"
@@ -22,6 +23,7 @@ MAY_CHANGE = (
     "logging.*",
     "checkpoints.*",
     "compute.attention",
+    "compute.block_tokens",
     "compute.remat",
     "training.log_every",
     "training.eval_every",
@@ -106,6 +108,14 @@ def is_main_process() -> bool:
     return not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
+def _with_new_fields(former: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A configuration of an earlier version, with the defaults of fields that it did not know."""
+    try:
+        return json.loads(to_json(parse_run_config(former, METHODS)))
+    except ConfigError:  # of a field that there is no more, which will differ
+        return former
+
+
 def require_same_run(
     former: Mapping[str, Any], config: RunConfig, settings: Mapping[str, Any], folder: Path
 ) -> None:
@@ -121,7 +131,7 @@ def require_same_run(
       ConfigError: names the fields that differ, with both values.
     """
     allowed = MAY_CHANGE + changeable_lengths(config)
-    before, now = flat_fields(former), flat_fields(settings)
+    before, now = flat_fields(_with_new_fields(former)), flat_fields(settings)
     missing = object()
     changed = [
         name

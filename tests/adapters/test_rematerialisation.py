@@ -15,6 +15,12 @@ from moe_jax.models.remat import REMAT_POLICIES
 METHODS = {
     "experts": {**tiny_program.MIXLORA, "dropout": 0.1},
     "any_expert": {**tiny_program.MIXLORA, "router": {"name": "top_p", "top_p": 0.6}},
+    "directions": {**tiny_program.MIXLORA, "dora": True, "ffn_dropout": 0.1},
+    "mixture": {
+        "name": "loramoe",
+        **{key: tiny_program.MIXLORA[key] for key in ("rank", "alpha", "target_modules")},
+        "num_experts": 3,
+    },
     "pairs": {**tiny_program.LORA, "dora": True},
 }
 
@@ -34,7 +40,7 @@ def _after_a_step(program, start):
     state = dataclasses.replace(
         program.init_state(params), adapters=jax.tree.map(jnp.copy, adapters)
     )
-    batch = program.put_train_batch(tiny_program.random_batch(6))
+    batch = program.put_train_batch(tiny_program.random_batch(2 * len(METHODS)))
     return program.train_step(state, params, batch)[0].adapters
 
 

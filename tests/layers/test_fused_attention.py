@@ -10,6 +10,7 @@ from jax._src.cudnn import fused_attention_stablehlo
 from tolerances import ROUNDING
 
 from moe_jax.layers.attention import causal_attention
+from moe_jax.models.remat import REMAT_POLICIES
 
 LENGTH, WINDOW = 192, 48
 PLAIN = ["fmhaSoftmax", "fmhaSoftmaxBackward"]
@@ -86,6 +87,27 @@ def test_layers_of_a_scan_do_not_keep_the_bias():
     assert f"tensor<{layers}x{rows}x{LENGTH}x2x64xbf16>" in program
     assert f"tensor<{rows}x1x{LENGTH}x{LENGTH}xbf16>" in program
     assert f"tensor<{layers}x{rows}x1x{LENGTH}x{LENGTH}" not in program
+
+
+@pytest.mark.parametrize(
+    ("remat", "times"), [("dots", 1), ("frozen", 1), ("narrow", 1), ("full", 2)]
+)
+def test_policies_that_keep_attention_run_its_kernel_once(remat, times):
+    def loss(scales, x):
+        def layer(x, scale):
+            x = x * scale
+            return x + causal_attention(x, x, x, segment_ids=None, implementation="cudnn"), None
+
+        layer = jax.checkpoint(layer, policy=REMAT_POLICIES[remat], prevent_cse=False)
+        return jax.lax.scan(layer, x, scales)[0].astype(jnp.float32).sum()
+
+    scales = jax.ShapeDtypeStruct((3,), jnp.bfloat16)
+    x = jax.ShapeDtypeStruct((2, LENGTH, 2, 64), jnp.bfloat16)
+    traced = jax.jit(jax.grad(loss)).trace(scales, x)
+    program = traced.lower(lowering_platforms=("cuda",)).as_text()
+    kernels = re.findall(r"__cudnn\$(\w+)", program)
+    assert kernels.count("fmhaSoftmaxBackward") == 1
+    assert kernels.count("fmhaSoftmax") == times
 
 
 @pytest.mark.parametrize("segments", [False, True])

@@ -67,7 +67,7 @@ CONFUSED = PACKED._replace(segment_ids=np.minimum(PACKED.segment_ids, 1))
 @pytest.fixture(scope="module")
 def programs():
     make = lambda rows, packing: tiny_program.program(
-        METHODS, rows=rows, config=MODEL, packing=packing
+        METHODS, rows=rows, config=MODEL, packing=packing, compute={"remat": "frozen"}
     )
     return {"padded": make(4, "none"), "packed": make(2, "first_fit")}
 

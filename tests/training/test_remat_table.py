@@ -31,6 +31,9 @@ def test_the_table_is_true(method, policy):
 def test_what_a_policy_keeps_it_need_not_compute_again():
     rows = _written()
     assert list(rows) == list(POLICIES)
+    for row in rows.values():  # the ratios are those of the figures beside them
+        assert row[2] == pytest.approx(row[1] / row[0], abs=1e-3)
+        assert row[5] == pytest.approx(row[4] / row[3], abs=1e-3)
     for column in ("TFLOP, MixLoRA", "GiB, MixLoRA"):
         figures = [
             rows[policy][COLUMNS.index(column)] for policy in ("none", "frozen", "narrow", "full")
