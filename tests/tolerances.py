@@ -44,3 +44,8 @@ OF_SIX_DIGITS = 1e-5
 # Absolute: shares that are kept in a byte, and shown with two digits.
 IN_A_BYTE = 1 / 255
 TWO_DIGITS = 0.01
+
+# Relative: operations that XLA counts and bytes that it plans. Another release may fuse, and so
+# count and keep, a little differently; loops have counters of their own.
+COMPILED_COUNTS = 0.01
+COMPILED_BYTES = 0.02

@@ -94,7 +94,8 @@ class DataConfig:
         the lengths above. `first_fit`: as many as fit into `max_length` tokens, each attending to
         itself alone, so that next to nothing is padding; `batch_size` then counts rows of
         `max_length` tokens, and `buckets` holds for validation only, which is never packed. Not for
-        classifiers.
+        classifiers. Types of RoPE that adapt to the longest sequence (`dynamic`, `longrope`) adapt
+        to that of the whole batch, packed or not.
       sort_window: batches whose rows are sorted by length together, so that a batch holds rows of
         like length. 1 leaves the shuffled order as it is. With `packing`, how many batches are
         packed at once: the more, the less is padding.

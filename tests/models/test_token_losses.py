@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tiny_program
-from tolerances import GRADIENT_ROUNDING, ROUNDING
+from tolerances import FEW_OPERATIONS, GRADIENT_ROUNDING, ROUNDING
 
 from moe_jax.config.model import ComputeConfig
 from moe_jax.layers import vocab_loss
@@ -74,7 +74,7 @@ def test_a_training_step_without_the_logits(monkeypatch):
 
     monkeypatch.setattr(causal_lm, "token_losses", plain)
     expected, expected_loss, plain_text, plain_memory = step()
-    np.testing.assert_allclose(loss, expected_loss, rtol=1e-6)
+    np.testing.assert_allclose(loss, expected_loss, **FEW_OPERATIONS)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, **GRADIENT_ROUNDING), gradients, expected
     )
