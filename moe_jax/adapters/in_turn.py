@@ -9,13 +9,14 @@ import jax.numpy as jnp
 from moe_jax.layers.token_blocks import put_block, take_block
 
 Slot = Callable[[int, Any, Any, Any], Any]
-"""Of its place, and of the `tokens`, `shared` and `masks` of `in_turn`, what a slot computes."""
+"""A slot: what it computes of its place and of the `tokens`, `shared` and `masks` of `in_turn`, a tree
+of arrays [B, S, ...]."""
 
 
 def in_turn(
     slot: Slot, count: int, tokens: Any, shared: Any, masks: Any, block: int
 ) -> tuple[Any, ...]:
-    """`slot(0, ...)`, `slot(1, ...)` and so on, up to `count`; its last two axes may be any.
+    """What `slot(0, ...)`, `slot(1, ...)` and so on return, `count` of them.
 
     Nothing of a slot is kept for the backward pass but what it takes. There, block after block of
     positions is computed again, one slot after another, so that what a slot holds is held for one
