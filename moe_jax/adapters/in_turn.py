@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from moe_jax.layers.token_blocks import put_block, take_block
 
 Slot = Callable[[int, Any, Any, Any], Any]
-"""A slot: what it computes of its place and of the `tokens`, `shared` and `masks` of `in_turn`, a tree
-of arrays [B, S, ...]."""
+"""A slot: what it computes, a tree of arrays [B, S, ...], of its place and of `tokens`, `shared`
+and `masks` as in `in_turn`."""
 
 
 def in_turn(
