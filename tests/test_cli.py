@@ -107,7 +107,9 @@ def test_help_is_enough(capsys, command, words):
 def test_what_commands_offer_is_what_there_is():
     assert tuple(choices.EXPORT_FORMATS) == tuple(FORMATS)
     assert get_args(ExportWeighting) == choices.EXPORT_WEIGHTS
-    assert tuple(ROUTERS) == choices.ROUTERS
+    # Other tests register routers from outside, which commands do not offer.
+    ours = [name for name in ROUTERS if ROUTERS[name].__module__.startswith("moe_jax.")]
+    assert tuple(ours) == choices.ROUTERS
     assert moe_jax.TARGET_MODULES == choices.TARGETS
     assert UPCYCLED == choices.UPCYCLE_TO
     assert DEFAULT_NOISE == choices.GROW_NOISE

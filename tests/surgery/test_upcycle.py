@@ -78,7 +78,9 @@ def test_leaves(world):
     ],
 )
 def test_what_is_not_exact_has_to_be_measured(world, router, why):
-    with pytest.raises(moe_jax.UserError, match=f"^data: .*{why}.* give a file of text with --da"):
+    with pytest.raises(
+        moe_jax.UserError, match=f"^data: .*{why}.* give a file of text with `data`"
+    ):
         surgery.upcycle(world.adapter(LORA), num_experts=3, router=router)
 
 
