@@ -120,7 +120,7 @@ def test_the_best_is_kept(inputs, tmp_path):
         training__eval_every=2,
         checkpoints__every=2,
         checkpoints__keep=100,
-        adapters__default__optimizer__learning_rate=0.1,
+        adapters__default__optimizer__learning_rate=10.0,
         **ONE_LENGTH,
     )
     name = "validation/default/held_out/loss"
