@@ -117,15 +117,15 @@ class Session:
         """
         progress, total, stop = self.progress, self.inputs.total_steps, False
         iterators = [self.inputs.train[name].iterator for name in phase.adapters]
-        lengths: set[int] = set()
+        compiled: set[int] = set()
         while progress.step < phase.stop and not stop:
             rows = join_rows([next(iterator) for iterator in iterators])
             batch = program.put_train_batch(rows)
             length, tokens = rows.tokens.shape[1], int((rows.segment_ids > 0).sum())
-            if length in lengths:
+            if length in compiled:
                 state, metrics = program.train_step(state, self.params, batch)
             else:  # compiles first, which is no measure of speed
-                lengths.add(length)
+                compiled.add(length)
                 tokens = 0
                 with self.recorder.paused():
                     state, metrics = program.train_step(state, self.params, batch)
