@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from moe_jax.adapters.dora import dora_gains
 from moe_jax.adapters.leaf import adapter_leaf
-from moe_jax.adapters.low_rank import LowRankConfig, Pairs
+from moe_jax.adapters.low_rank import LoraA, LoraB, LowRankConfig, Pairs
 from moe_jax.layers.quantized import Kernel
 from moe_jax.sharding.axes import EXPERTS, RANK
 
@@ -47,7 +47,7 @@ class ExpertPairs(nn.Module):
         zeros = nn.initializers.zeros
         lora_b = adapter_leaf(self, "lora_B", zeros, (experts, rank, features), axes_b)
         if not config.dora:
-            return Pairs(lora_a, lora_b, None, config.scale)
+            return Pairs(LoraA(lora_a, config.scale), LoraB(lora_b, None))
         axes = (EXPERTS, self.axes[1])
         gains = dora_gains(self, kernel, lora_a, lora_b, config.scale, axes)
-        return Pairs(lora_a, lora_b * gains[:, None], gains, config.scale)
+        return Pairs(LoraA(lora_a, config.scale), LoraB(lora_b * gains[:, None], gains))

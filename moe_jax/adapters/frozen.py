@@ -67,7 +67,12 @@ class AdapterContext(NamedTuple):
     block_tokens: int | None = None
     recomputes: bool = True
 
-    def block_length(self, shape: tuple[int, ...], dtype: jnp.dtype) -> int:
-        """Of arrays [b, S, F] in `dtype`, how many positions to compute at a time."""
-        rows, length, width = shape
-        return block_length(rows // self.shards, length, width, dtype, self.block_tokens)
+    def block_length(self, tokens: int, width: int, dtype: jnp.dtype) -> int:
+        """Of so many tokens of a device, how many to compute at a time; see `block_length`.
+
+        Args:
+          tokens: of a device.
+          width: of the widest array [tokens, width].
+          dtype: its type.
+        """
+        return block_length(tokens, width, dtype, self.block_tokens)

@@ -8,7 +8,7 @@ dropped token. CONTRIBUTING.md has the algebra.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import flax.linen as nn
 import flax.struct
@@ -62,44 +62,61 @@ class LowRankConfig:
 
 
 @flax.struct.dataclass
-class Pairs:
-    """The low-rank pairs of E experts of one projection, ready to be applied.
+class LoraA:
+    """The A of E experts' pairs on one projection.
 
     Attributes:
       lora_a: [in, E, R]; the expert axis stands before the rank so that no transpose is needed.
-      lora_b: [E, R, out]; with DoRA, times the gains.
-      gains: [E, out], what DoRA multiplies each column of the adapted weight by; None without it.
       scale: s, see `LowRankConfig.scale`.
     """
 
     lora_a: jax.Array
-    lora_b: jax.Array
-    gains: jax.Array | None
     scale: float = flax.struct.field(pytree_node=False)
 
     def codes(self, x: jax.Array) -> jax.Array:
-        """The scaled codes of every expert in one thin product: [B, S, in] to [B, S, E, R]."""
+        """The scaled codes of every expert in one thin product: [..., in] to [..., E, R]."""
         width, experts, rank = self.lora_a.shape
         codes = token_product(x, self.lora_a.astype(x.dtype).reshape(width, experts * rank))
         return codes.reshape(*x.shape[:-1], experts, rank) * self.scale
 
+    def of_each(self) -> "LoraA":
+        """The experts one by one, each for itself, along a new first axis: [E, in, 1, R]."""
+        return LoraA(jnp.moveaxis(self.lora_a, 1, 0)[:, :, None], self.scale)
+
+
+@flax.struct.dataclass
+class LoraB:
+    """The B of E experts' pairs on one projection.
+
+    Attributes:
+      lora_b: [E, R, out]; with DoRA, times the gains.
+      gains: [E, out], what DoRA multiplies each column of the adapted weight by; None without it.
+    """
+
+    lora_b: jax.Array
+    gains: jax.Array | None
+
     def expand(self, codes: jax.Array) -> jax.Array:
-        """Sum over experts of `codes_e B_e`, in one product: [B, S, E, R] to [B, S, out]."""
+        """Sum over experts of `codes_e B_e`, in one product: [..., E, R] to [..., out]."""
         experts, rank, features = self.lora_b.shape
         flat = codes.reshape(*codes.shape[:-2], experts * rank)
         return token_product(
             flat, self.lora_b.astype(codes.dtype).reshape(experts * rank, features)
         )
 
-    def adapt(self, product: jax.Array, codes: jax.Array, combine: jax.Array) -> jax.Array:
+    def adapt(self, product: jax.Array, codes: jax.Array, combine: jax.Array | None) -> jax.Array:
         """The frozen product with the experts' changes, weighted.
 
         Args:
-          product: x W, [B, S, out], without a bias.
-          codes: [B, S, E, R].
-          combine: [B, S, E], each expert's share; one-hot for a slot's expert. A token whose shares
-            are all zero keeps the frozen product.
+          product: x W, [..., out], without a bias.
+          codes: [..., E, R].
+          combine: [..., E], each expert's share; one-hot for a slot's expert. A token whose shares
+            are all zero keeps the frozen product. None is for a single expert, who has all of it.
         """
+        if combine is None:
+            gains = self.gains
+            adapted = product if gains is None else apply_gains(product, jnp.squeeze(gains, 0))
+            return adapted + self.expand(codes)
         adapted = self.regain(product, combine)
         return adapted + self.expand(codes * combine.astype(codes.dtype)[..., None])
 
@@ -112,37 +129,29 @@ class Pairs:
         )
         return product + product * change
 
-    def adapt_expert(self, product: jax.Array, codes: jax.Array, expert: int) -> jax.Array:
-        """The frozen product as one expert changes it, for all tokens.
-
-        Args:
-          product: x W, [B, S, out], without a bias.
-          codes: [B, S, E, R].
-          expert: its index.
-        """
-        if self.gains is not None:
-            product = apply_gains(product, self.gains[expert])
-        return product + token_product(
-            codes[..., expert, :], self.lora_b[expert].astype(codes.dtype)
-        )
-
-    def expert_codes(self, x: jax.Array, expert: int) -> jax.Array:
-        """The scaled codes of one expert: [B, S, in] to [B, S, R]."""
-        return token_product(x, self.lora_a[:, expert].astype(x.dtype)) * self.scale
+    def of_each(self) -> "LoraB":
+        """The experts one by one, each for itself, along a new first axis: [E, 1, R, out]."""
+        gains = None if self.gains is None else self.gains[:, None]
+        return LoraB(self.lora_b[:, None], gains)
 
 
-def joint_codes(x: jax.Array, pairs: Mapping[str, Pairs]) -> dict[str, jax.Array]:
+class Pairs(NamedTuple):
+    """The low-rank pairs of E experts of one projection, ready to be applied."""
+
+    a: LoraA
+    b: LoraB
+
+
+def joint_codes(x: jax.Array, pairs: Mapping[str, LoraA]) -> dict[str, jax.Array]:
     """The scaled codes [B, S, E, R] of several projections of the same input, in one product.
 
     Args:
       x: [B, S, in].
-      pairs: by projection; of equal shapes of A and equal scales.
+      pairs: by projection; of equal shapes and scales.
     """
     if not pairs:
         return {}
-    _, experts, rank = next(iter(pairs.values())).lora_a.shape
+    first = next(iter(pairs.values()))
     stacked = jnp.concatenate([pair.lora_a for pair in pairs.values()], axis=-1)
-    scale = next(iter(pairs.values())).scale
-    flat = token_product(x, stacked.astype(x.dtype).reshape(x.shape[-1], -1)) * scale
-    codes = flat.reshape(*x.shape[:-1], experts, len(pairs) * rank)
+    codes = LoraA(stacked, first.scale).codes(x)
     return dict(zip(pairs, jnp.split(codes, len(pairs), axis=-1), strict=True))

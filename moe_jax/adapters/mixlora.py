@@ -1,8 +1,6 @@
 """MixLoRA: an FFN whose experts are LoRA deltas on one frozen FFN (arXiv:2404.15159)."""
 
 import dataclasses
-import functools
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import flax.linen as nn
@@ -16,19 +14,19 @@ from moe_jax.adapters.experts import ExpertPairs
 from moe_jax.adapters.frozen import AdapterContext, FrozenFFN
 from moe_jax.adapters.in_turn import in_turn
 from moe_jax.adapters.lora import Lora
-from moe_jax.adapters.low_rank import LowRankConfig, Pairs, joint_codes
+from moe_jax.adapters.low_rank import LoraB, LowRankConfig, joint_codes
 from moe_jax.adapters.method import METHODS, AdapterMethod, Finish
 from moe_jax.adapters.router import Router, RouterLogits, Routing
 from moe_jax.adapters.routers.top_k import TopKRouter
-from moe_jax.adapters.slots import Slot, SlotDropout, SlotTokens, SlotWeights, adapt_slot
+from moe_jax.adapters.slots import Slot, SlotInputs, SlotResult
 from moe_jax.adapters.statistics import router_statistics, sow_statistics
 from moe_jax.adapters.targets import ATTENTION_MODULES, MLP_MODULES
 from moe_jax.adapters.token_routing import sow_routing
 from moe_jax.config.model import ModelConfig
 from moe_jax.config.parse import require, within
-from moe_jax.layers.activation import gated
 from moe_jax.layers.kept_names import CODES, NARROW_PRODUCT
 from moe_jax.layers.quantized import frozen_product
+from moe_jax.layers.token_axes import TokenAxes
 from moe_jax.sharding.axes import EMBED, MLP
 
 
@@ -147,12 +145,7 @@ class MixLoraMLP(nn.Module):
         """See `AdapterMethod.mlp_adapter`."""
         method, low_rank = self.method, self.method.expert_low_rank
         routing = self._route(x, context, deterministic)
-        # As small as codes, and slow to make again.
-        dispatch, weights = checkpoint_name((routing.dispatch, routing.weights), CODES)
-        routing = routing._replace(dispatch=dispatch, weights=weights)
-        weights = weights.astype(x.dtype)
         dropout = nn.Dropout(low_rank.dropout, deterministic=deterministic)
-
         kernels = {
             "gate_proj": (ffn.gate.kernel, (EMBED, MLP)),
             "up_proj": (ffn.up.kernel, (EMBED, MLP)),
@@ -165,50 +158,43 @@ class MixLoraMLP(nn.Module):
         }
         down = pairs.pop("down_proj", None)
         # One mask of dropout for all experts of a token, and one thin product for gate and up.
-        codes = checkpoint_name(joint_codes(dropout(x), pairs), CODES)
+        codes = joint_codes(dropout(x), {target: pair.a for target, pair in pairs.items()})
+        codes = checkpoint_name(codes, CODES)
 
-        tokens = SlotTokens(
-            {"gate_proj": ffn.gate.product, "up_proj": ffn.up.product},
-            codes,
-            weights,
-            routing.dispatch,
+        rows, length, _ = x.shape
+        axes = TokenAxes(rows, length, context.shards)
+        inputs = SlotInputs(
+            products={"gate_proj": ffn.gate.product, "up_proj": ffn.up.product},
+            biases={"gate_proj": ffn.gate_bias, "up_proj": ffn.up_bias},
+            expand={target: pair.b for target, pair in pairs.items()},
+            codes=codes,
+            down=None if down is None else down.a,
+            dispatch=routing.dispatch,
+            weights=routing.weights.astype(x.dtype),
+            dropout=self._dropout_keys(routing.weights.shape[-1], deterministic),
         )
-        biases = {"gate_proj": ffn.gate_bias, "up_proj": ffn.up_bias}
-        count, shape = weights.shape[-1], ffn.gate.product.shape
-        slot = Slot(ffn.activation, method.ffn_dropout, low_rank.dropout)
-        operands = tokens, SlotWeights(biases, pairs, down)
-        kept = self._dropout(count, shape, deterministic)
-        if routing.dispatch is None or context.recomputes:
-            block = context.block_length(shape, x.dtype)
-            slots = in_turn(slot, count, *operands, kept, block)
-        else:
-            slots = [slot(place, *operands, kept) for place in range(count)]
-        hidden, down_codes = zip(*slots, strict=True)
+        # Where more than the slots' sum is needed, each slot's result is.
+        summed = down is None or down.b.gains is None
+        slot = Slot(ffn.activation, method.ffn_dropout, low_rank.dropout, summed)
+        block = None
+        if context.recomputes or routing.dispatch is None:
+            width = ffn.gate.product.shape[-1]
+            block = context.block_length(axes.per_shard, width, x.dtype)
+        total, each = in_turn(slot, inputs.operands(axes), block)
+        total, each = axes.part(total), axes.part(each, before=1)
         if down is None:
-            hidden, finish = _sum(hidden), lambda product: product
-            return _around_experts(method.router, x, ffn, context, routing, hidden, finish)
-        # Out here, as the weights' gradient needs the codes: inside they would be made twice.
-        down_codes = [
-            codes * jnp.expand_dims(weights[..., place], tuple(range(2, codes.ndim)))
-            for place, codes in enumerate(checkpoint_name(down_codes, CODES))
-        ]
-        if down.gains is None:
-            hidden, finish = _down_once(routing, down, hidden, down_codes)
+            hidden, finish = total.hidden, lambda product: product
+        elif summed:
+            hidden, finish = _down_once(down.b, total, each)
         else:
-            hidden, finish = _down_per_slot(ffn, routing, down, hidden, down_codes)
-        return _around_experts(method.router, x, ffn, context, routing, hidden, finish)
+            hidden, finish = _down_per_slot(ffn, routing, down.b, each)
+        return _around_experts(x, ffn, routing, hidden, finish)
 
-    def _dropout(self, slots: int, shape: tuple[int, ...], deterministic: bool) -> SlotDropout:
-        """What each slot keeps of its hidden activation, and of what its down projection sees."""
+    def _dropout_keys(self, slots: int, deterministic: bool) -> jax.Array | None:
         rates = (self.method.ffn_dropout, self.method.expert_low_rank.dropout)
         if deterministic or not any(rates):
-            return SlotDropout(None, None)
-        keys = jax.random.split(self.make_rng("dropout"), (slots, 2))
-        kept = [
-            [jax.random.bernoulli(key, 1.0 - rate, shape) for key in of_slots] if rate else None
-            for rate, of_slots in zip(rates, keys.T, strict=True)
-        ]
-        return SlotDropout(*kept)
+            return None
+        return jax.random.split(self.make_rng("dropout"), slots)
 
     def _route(self, x: jax.Array, context: AdapterContext, deterministic: bool) -> Routing:
         router = self.method.router
@@ -225,65 +211,51 @@ class MixLoraMLP(nn.Module):
         )
         sow_statistics(self, statistics)
         sow_routing(self, routing, context.token_mask, routed=routed)
-        return routing
+        if routed is not None:
+            routing = routing.where(routed)
+        # As small as codes, and slow to make again.
+        dispatch, weights = checkpoint_name((routing.dispatch, routing.weights), CODES)
+        return routing._replace(dispatch=dispatch, weights=weights)
 
 
-def _sum(terms: Sequence[jax.Array]) -> jax.Array:
-    return functools.reduce(jnp.add, terms)
-
-
-def _down_once(
-    routing: Routing, down: Pairs, hidden: Sequence[jax.Array], codes: Sequence[jax.Array]
-) -> tuple[jax.Array, Finish]:
+def _down_once(down: LoraB, total: SlotResult, each: SlotResult) -> tuple[jax.Array, Finish]:
     """The slots summed up before the down projection, and in rank space inside its pairs."""
-    joined = jnp.stack(codes, axis=-2) if routing.dispatch is None else _sum(codes)
-    expanded = down.expand(joined)
-    return _sum(hidden), lambda product: product + expanded
+    codes = total.codes if each.codes is None else jnp.moveaxis(each.codes, 0, -3)
+    assert total.hidden is not None and codes is not None
+    codes = checkpoint_name(codes.reshape(*codes.shape[:2], *down.lora_b.shape[:2]), CODES)
+    expanded = down.expand(codes)
+    return total.hidden, lambda product: product + expanded
 
 
 def _down_per_slot(
-    ffn: FrozenFFN,
-    routing: Routing,
-    down: Pairs,
-    hidden: Sequence[jax.Array],
-    codes: Sequence[jax.Array],
+    ffn: FrozenFFN, routing: Routing, down: LoraB, each: SlotResult
 ) -> tuple[jax.Array, Finish]:
     """The down projection of every slot; the first slot's goes with the rows of other adapters."""
-    first, *others = hidden
-    joined = jnp.stack(codes, axis=-2) if routing.dispatch is None else None
+    assert each.hidden is not None and each.codes is not None
+    hidden, codes = each.hidden, checkpoint_name(each.codes, CODES)
+
+    def adapt(product: jax.Array, slot: int) -> jax.Array:
+        # Linear in product and codes, so that both may come weighted.
+        if routing.dispatch is None:
+            own = jax.tree.map(lambda array: array[slot], down.of_each())
+            return own.adapt(product, codes[slot], None)
+        return down.adapt(product, codes[slot], routing.dispatch[..., slot, :])
 
     def finish(product: jax.Array) -> jax.Array:
-        more = [frozen_product(hidden, ffn.down_kernel) for hidden in others]
-        products = [product, *(checkpoint_name(each, NARROW_PRODUCT) for each in more)]
-        # Linear in product and codes, so that both may come weighted.
-        return _sum(
-            [
-                adapt_slot(
-                    down, routing.dispatch, slot, product, codes[slot] if joined is None else joined
-                )
-                for slot, product in enumerate(products)
-            ]
-        )
+        y = adapt(product, 0)
+        for slot in range(1, hidden.shape[0]):
+            more = frozen_product(hidden[slot], ffn.down_kernel)
+            y = y + adapt(checkpoint_name(more, NARROW_PRODUCT), slot)
+        return y
 
-    return first, finish
+    return hidden[0], finish
 
 
 def _around_experts(
-    router: Router,
-    x: jax.Array,
-    ffn: FrozenFFN,
-    context: AdapterContext,
-    routing: Routing,
-    hidden: jax.Array,
-    finish: Finish,
+    x: jax.Array, ffn: FrozenFFN, routing: Routing, hidden: jax.Array, finish: Finish
 ) -> tuple[jax.Array, Finish]:
-    """What there is besides experts: the down projection's bias, a bypass, layers left frozen."""
-    routed, bias = router.routes_layer(context.layer_index), ffn.down_bias
-    if routed is not None:
-        gate, up = ffn.gate.product, ffn.up.product
-        gate = gate if ffn.gate_bias is None else gate + ffn.gate_bias
-        up = up if ffn.up_bias is None else up + ffn.up_bias
-        hidden = jnp.where(routed, hidden, gated(ffn.activation, gate, up))
+    """What there is besides experts: the down projection's bias, and a bypass."""
+    bias = ffn.down_bias
 
     def finish_all(product: jax.Array) -> jax.Array:
         y = finish(product)
@@ -292,6 +264,6 @@ def _around_experts(
             y = y + (weight - 1.0).astype(y.dtype) * bias.astype(y.dtype)
         if routing.bypass is not None:
             y = y + routing.bypass[..., None].astype(y.dtype) * x
-        return y if routed is None else jnp.where(routed, y, product)
+        return y
 
     return hidden, finish_all

@@ -122,8 +122,8 @@ class ProjectionMixture(nn.Module):
         pairs = experts(frozen.kernel, present)
         # One mask of dropout for all experts of a token.
         x = nn.Dropout(self.low_rank.dropout)(x, deterministic=deterministic)
-        codes, combine = checkpoint_name((pairs.codes(x), routing.combine), CODES)
-        adapted = pairs.adapt(frozen.product, codes, combine)
+        codes, combine = checkpoint_name((pairs.a.codes(x), routing.combine), CODES)
+        adapted = pairs.b.adapt(frozen.product, codes, combine)
         return adapted if routed is None else jnp.where(routed, adapted, frozen.product)
 
     def _present(self, context: AdapterContext) -> jax.Array | None:

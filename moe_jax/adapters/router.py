@@ -59,6 +59,26 @@ class Routing(NamedTuple):
             return self.weights
         return jnp.einsum("bsc,bsce->bse", self.weights, self.dispatch)
 
+    def where(self, routed: jax.Array) -> "Routing":
+        """The same in a layer that is routed; in one that is not, the frozen FFN and nothing else.
+
+        There the first slot, without an expert, has all the weight.
+
+        Args:
+          routed: bool [].
+
+        Raises:
+          ValueError: slots are experts, none of which is the frozen FFN.
+        """
+        if self.dispatch is None:
+            raise ValueError("a router whose slots are the experts has to route every layer")
+        alone = jnp.zeros_like(self.weights).at[..., 0].set(1.0)
+        return self._replace(
+            dispatch=jnp.where(routed, self.dispatch, 0.0),
+            weights=jnp.where(routed, self.weights, alone),
+            bypass=None if self.bypass is None else jnp.where(routed, self.bypass, 0.0),
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class Router(abc.ABC):
@@ -95,6 +115,8 @@ class Router(abc.ABC):
 
     def routes_layer(self, layer_index: jax.Array) -> jax.Array | None:
         """Whether a layer is routed at all, a boolean scalar; None stands for every layer.
+
+        Only routers that fill slots by choice may leave layers frozen; see `Routing.where`.
 
         Args:
           layer_index: int32 [], from 0.

@@ -118,7 +118,7 @@ def test_a_projection_costs_its_norms_and_its_gains_more_than_lora(experts):
                 frozen = FrozenProjection(product, kernel)
                 return module.apply(adapter, x, frozen, CONTEXT, deterministic=True)
             pairs = module.apply(adapter, kernel)
-            return pairs.adapt(product, pairs.codes(x), combine)
+            return pairs.b.adapt(product, pairs.a.codes(x), combine)
 
         def step(adapter, x, kernel, combine, cotangent):
             y, pullback = jax.vjp(lambda *args: adapted(*args, kernel, combine), adapter, x)
@@ -212,22 +212,19 @@ class TestExperts:
         leaves = {"lora_A": lora_a, "lora_B": lora_b, "magnitude": magnitude}
         pairs, product = module.apply({"adapters": leaves}, kernel), x @ kernel
         if form == "adapt":
-            return pairs.adapt(product, pairs.codes(x), combine)
+            return pairs.b.adapt(product, pairs.a.codes(x), combine)
         if form == "regain and expand":
-            codes = pairs.codes(x) * combine[..., None]
-            return pairs.regain(product, combine) + pairs.expand(codes)
-        codes, y = pairs.codes(x), product
-        if form == "adapt_expert of expert_codes":
-            codes = jnp.stack([pairs.expert_codes(x, e) for e in range(self.E)], axis=-2)
+            codes = pairs.a.codes(x) * combine[..., None]
+            return pairs.b.regain(product, combine) + pairs.b.expand(codes)
+        y, (each_a, each_b) = product, (pairs.a.of_each(), pairs.b.of_each())
         for expert in range(self.E):
-            own = pairs.adapt_expert(product, codes, expert)
+            own_a, own_b = jax.tree.map(lambda leaf, e=expert: leaf[e], (each_a, each_b))
+            own = own_b.adapt(product, own_a.codes(x), None)
             y = y + combine[..., expert, None] * (own - product)
         return y
 
     @pytest.mark.parametrize("shares", ["one-hot", "soft", "zero"])
-    @pytest.mark.parametrize(
-        "form", ["adapt", "regain and expand", "adapt_expert", "adapt_expert of expert_codes"]
-    )
+    @pytest.mark.parametrize("form", ["adapt", "regain and expand", "each by itself"])
     def test_values_and_gradients_equal_whole_weights(self, form, shares):
         combine = {
             "one-hot": np.eye(self.E)[np.arange(10).reshape(2, 5) % self.E],

@@ -11,6 +11,7 @@ from tolerances import FLOAT32_LOGITS, GRADIENT_ROUNDING, ROUNDING
 
 from moe_jax.adapters.aux_losses import ROUTER_LOSSES
 from moe_jax.adapters.frozen import AdapterContext
+from moe_jax.adapters.in_turn import in_turn
 
 COEFFICIENTS = {"load_balance": 0.5, "importance_cv": 0.3, "router_z": 0.2, "router_entropy": 0.7}
 ROWS, LENGTH = 3, 10
@@ -173,7 +174,7 @@ def test_ffn_dropout_drops_each_experts_hidden_activation(transparent, router):
     np.testing.assert_allclose(counts / counts.sum(), 0.25, atol=0.03)
 
 
-@pytest.mark.parametrize("block", [LENGTH, LENGTH // 2], ids=["whole", "halves"])
+@pytest.mark.parametrize("block", [ROWS * LENGTH, LENGTH // 2], ids=["whole", "parts"])
 @pytest.mark.parametrize("router", [TOP_P, {"name": "top_k"}], ids=["any", "chosen"])
 def test_what_is_computed_again_in_the_backward_pass_is_the_same(monkeypatch, router, block):
     # Slot by slot and block by block, or kept as a whole; with the same mask of dropout.
@@ -189,9 +190,9 @@ def test_what_is_computed_again_in_the_backward_pass_is_the_same(monkeypatch, ro
     again, other = gradients(0), gradients(1)
     blocks = []
 
-    def kept(slot, count, tokens, shared, masks, block):
+    def kept(slot, operands, block):
         blocks.append(block)
-        return tuple(slot(place, tokens, shared, masks) for place in range(count))
+        return in_turn(slot, operands, None)
 
     monkeypatch.setattr("moe_jax.adapters.mixlora.in_turn", kept)
     once = gradients(0)
