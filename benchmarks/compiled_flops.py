@@ -13,8 +13,10 @@ import jax
 from jaxlib import xla_client
 
 _HEAD = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
-_LOOP = re.compile(r" while\(.*?body=%?([\w.\-]+)")
+_LOOP = re.compile(r" while\(.*?condition=%?([\w.\-]+), body=%?([\w.\-]+)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_LIMIT = re.compile(r" s32\[\]\S* constant\((\d+)\)")
+_BELOW = re.compile(r"ROOT .* compare\(.*direction=LT")
 _CALLED = re.compile(r"(?:to_apply|calls|true_computation|false_computation)=%?([\w.\-]+)")
 _METADATA = re.compile(r', metadata=\{(?:[^"}]|"[^"]*")*\}')
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
@@ -42,10 +44,16 @@ class Flops(NamedTuple):
     moved: float
 
 
-def compiled_flops(compiled: jax.stages.Compiled) -> Flops:
+def compiled_flops(compiled: jax.stages.Compiled, *, fixed_loops: bool = False) -> Flops:
     """What XLA counts of a program on one device, loops as often as they run.
 
     Kernels that XLA does not see into, such as cuDNN's fused attention, are not counted.
+
+    Args:
+      compiled: the program.
+      fixed_loops: whether all its loops are `scan` and `fori_loop` between fixed bounds, which
+        count from 0 in steps of 1. Those that the compiler does not write the length of, as that
+        of TPUs never does, are then as long as their condition says.
     """
     client = jax.devices()[0].client
     analysis = xla_client._xla.hlo_module_cost_analysis
@@ -68,7 +76,7 @@ def compiled_flops(compiled: jax.stages.Compiled) -> Flops:
     def total(name: str) -> tuple[float, float]:
         nonlocal unknown
         flops, moved = once(name)
-        for loop in _loops(computations, name):
+        for loop in _loops(computations, name, fixed_loops):
             unknown += loop.trips is None
             rounds = 1 if loop.trips is None else loop.trips
             (all_flops, all_moved), (one_flops, one_moved) = total(loop.body), once(loop.body)
@@ -91,13 +99,14 @@ def _computations(text: str) -> tuple[dict[str, str], str]:
             name, lines = head[1], [line.removeprefix("ENTRY ")]
             entry = name if line.startswith("ENTRY ") else entry
         elif name:
-            lines.append(line)
-            if line == "}":
+            ends = line.startswith("}")  # what may follow names the kind of core that runs it
+            lines.append("}" if ends else line)
+            if ends:
                 computations[name], name = "\n".join(lines), ""
     return computations, entry
 
 
-def _loops(computations: dict[str, str], name: str) -> list[Loop]:
+def _loops(computations: dict[str, str], name: str, fixed_loops: bool) -> list[Loop]:
     """The loops that one run of a computation begins, also in those that it calls.
 
     What the bodies of these loops begin in turn is not among them.
@@ -107,11 +116,20 @@ def _loops(computations: dict[str, str], name: str) -> list[Loop]:
         loop = _LOOP.search(line)
         if loop:
             trips = _TRIPS.search(line)
-            found.append(Loop(int(trips[1]) if trips else None, loop[1]))
+            count = int(trips[1]) if trips else None
+            if count is None and fixed_loops:
+                count = _limit(computations[loop[1]])
+            found.append(Loop(count, loop[2]))
             continue
         called = _CALLED.findall(line)
         for branches in _BRANCHES.findall(line):
             called += [branch.strip().removeprefix("%") for branch in branches.split(",")]
         for other in called:
-            found += _loops(computations, other)
+            found += _loops(computations, other, fixed_loops)
     return found
+
+
+def _limit(condition: str) -> int | None:
+    """N, where a loop's condition is that its counter is below the constant N."""
+    limits = _LIMIT.findall(condition)
+    return int(limits[0]) if len(limits) == 1 and _BELOW.search(condition) else None

@@ -1,6 +1,7 @@
 """What each policy of rematerialisation costs and saves at 7B: read from compiled programs.
 
     python benchmarks/remat.py --output benchmarks/remat.md
+    python benchmarks/remat.py --compile-for v5p
 
 The training step of `configs/llama7b_mixlora.py` is compiled for one device and one row of 2048
 tokens, and that of `configs/llama7b_lora.py`, which trains as many weights, beside it: from shapes
@@ -10,13 +11,19 @@ way of float32 copies of the weights, which an accelerator does not make, and wh
 counted. In bfloat16 what is kept takes half. `tests/training/test_remat_table.py` holds the written
 table true.
 
+With `--compile-for` the same is compiled for a chip of a TPU, in bfloat16. That needs the package
+`libtpu`, two minutes a program, and no TPU; no test repeats it.
+
 Needs no accelerator, and no network.
 """
 
 import argparse
 import dataclasses
+import datetime
 import importlib
+import importlib.metadata
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,9 +32,13 @@ import jax
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.compiled_flops import compiled_flops
+from benchmarks.report import check_output, say
+from benchmarks.timing import is_out_of_memory
+from benchmarks.tpu_chip import GENERATIONS, tpu_chip
 from moe_jax.adapters import METHODS
 from moe_jax.checkpoints.hf_config import model_config_from_hf
 from moe_jax.config.run import MeshConfig, RunConfig, parse_run_config
+from moe_jax.errors import DeviceError, UserError, report
 from moe_jax.models.remat import REMAT_POLICIES
 from moe_jax.training.program import build_program
 
@@ -42,38 +53,47 @@ class StepCost(NamedTuple):
     Attributes:
       flops: operations.
       temporary: bytes.
+      arguments: bytes of weights, adapters and the optimiser's state.
     """
 
     flops: float
     temporary: int
+    arguments: int
 
 
-def step_cost(method: str, policy: str) -> StepCost:
-    """Compiles the step of one of `CONFIGS` with one of `POLICIES`."""
+def step_cost(method: str, policy: str, chip: Any = None) -> StepCost:
+    """Compiles the step of one of `CONFIGS` with one of `POLICIES`.
+
+    Args:
+      method, policy: which.
+      chip: a TPU to compile for, in bfloat16; None for this machine, in float32.
+    """
     module = importlib.import_module(f"configs.{CONFIGS[method]}")
     config = parse_run_config(module.get_config().to_dict(), METHODS)
     (name, adapter), *_ = config.adapters.items()
     model = model_config_from_hf(config.base.hf_config or {}, "config.base.hf_config")
-    config = _one_row(config, name, adapter, policy)
-    program = build_program(config, model, total_steps=100, devices=jax.devices()[:1])
+    config = _one_row(config, name, adapter, policy, "float32" if chip is None else "bfloat16")
+    devices = jax.devices()[:1] if chip is None else [chip]
+    program = build_program(config, model, total_steps=100, devices=devices)
     compiled = program.lower_train_step(LENGTH).compile()
-    flops, memory = compiled_flops(compiled), compiled.memory_analysis()
+    flops = compiled_flops(compiled, fixed_loops=True)
+    memory = compiled.memory_analysis()
     assert not flops.unknown_loops
     assert memory is not None
-    return StepCost(flops.total, memory.temp_size_in_bytes)
+    return StepCost(flops.total, memory.temp_size_in_bytes, memory.argument_size_in_bytes)
 
 
-def _one_row(config: RunConfig, name: str, adapter: Any, policy: str) -> RunConfig:
+def _one_row(config: RunConfig, name: str, adapter: Any, policy: str, dtype: Any) -> RunConfig:
     compute = dataclasses.replace(
         config.compute,
-        dtype="float32",
+        dtype=dtype,
         attention="xla",
         remat=policy,
         block_tokens=LENGTH,  # as on accelerators
     )
     return dataclasses.replace(
         config,
-        base=dataclasses.replace(config.base, param_dtype="float32"),
+        base=dataclasses.replace(config.base, param_dtype=dtype),
         compute=compute,
         mesh=MeshConfig(data=1),
         training=dataclasses.replace(config.training, micro_batches=1),
@@ -84,9 +104,8 @@ def _one_row(config: RunConfig, name: str, adapter: Any, policy: str) -> RunConf
 COLUMNS = ("TFLOP, LoRA", "TFLOP, MixLoRA", "ratio", "GiB, LoRA", "GiB, MixLoRA", "ratio")
 
 
-def table_row(policy: str) -> list[float]:
+def table_row(lora: StepCost, mixlora: StepCost) -> list[float]:
     """The figures of one policy, in the order of `COLUMNS`."""
-    lora, mixlora = (step_cost(method, policy) for method in CONFIGS)
     return [
         lora.flops / 1e12,
         mixlora.flops / 1e12,
@@ -97,32 +116,88 @@ def table_row(policy: str) -> list[float]:
     ]
 
 
-def as_markdown(rows: dict[str, list[float]]) -> str:
-    """The table, as it is written to a file."""
+HEADER = f"""\
+`python benchmarks/remat.py --output benchmarks/remat.md` wrote this, and a test holds it
+true. One row of {LENGTH} tokens, one device, float32 (in bfloat16 what is kept takes
+half), as XLA compiles it for a CPU."""
+
+TPU_HEADER = """\
+`python benchmarks/remat.py --compile-for {flags}` wrote this
+on {date} with jax {jax} and libtpu {libtpu}; no test repeats it, and nothing was run. One row
+of {length} tokens, bfloat16, as XLA compiles it for one TPU of {memory} GiB. Weights, adapters
+and the optimiser's state take {arguments:.2f} GiB besides (LoRA {lora_arguments:.2f})."""
+
+
+def as_markdown(costs: dict[str, list[StepCost] | None], generation: str | None = None) -> str:
+    """The table, as it is written to a file.
+
+    Args:
+      costs: by policy, those of `CONFIGS`; None where it does not fit into the chip.
+      generation: of the TPU that they were compiled for; None for this machine.
+    """
+    header = HEADER
+    if generation:
+        some = [] if len(costs) == len(POLICIES) else ["--policies", *costs]
+        arguments = [cost.arguments / 2**30 for both in costs.values() for cost in both or ()]
+        header = TPU_HEADER.format(
+            flags=" ".join([generation, *some]),
+            date=datetime.datetime.now(datetime.UTC).date(),
+            jax=jax.__version__,
+            libtpu=importlib.metadata.version("libtpu"),
+            length=LENGTH,
+            memory=GENERATIONS[generation],
+            lora_arguments=arguments[0],
+            arguments=arguments[1],
+        )
     lines = [
         "# Rematerialisation of a 7B step: operations and memory",
         "",
-        "`python benchmarks/remat.py --output benchmarks/remat.md` wrote this, and a test holds it",
-        f"true. One row of {LENGTH} tokens, one device, float32 (in bfloat16 what is kept takes",
-        "half), as XLA compiles it for a CPU.",
+        header,
         "",
         f"| remat | {' | '.join(COLUMNS)} |",
         f"| --- |{' ---: |' * len(COLUMNS)}",
     ]
-    for policy, figures in rows.items():
-        lines.append(f"| {policy} | {' | '.join(f'{figure:.3f}' for figure in figures)} |")
+    for policy, both in costs.items():
+        cells = [f"{x:.3f}" for x in table_row(*both)] if both else ["does not fit"]
+        lines.append(f"| {policy} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
-    parser.add_argument("--output", type=Path, help="also write the table here")
-    args = parser.parse_args()
-    text = as_markdown({policy: table_row(policy) for policy in POLICIES})
+    parser.add_argument("--output", type=Path, help="also write the table here, as Markdown")
+    parser.add_argument(
+        "--compile-for",
+        choices=GENERATIONS,
+        metavar="CHIP",
+        help=f"of a TPU, instead of this machine: {', '.join(GENERATIONS)} (wants libtpu)",
+    )
+    parser.add_argument(
+        "--policies", nargs="+", choices=POLICIES, default=POLICIES, help="which (all)"
+    )
+    args = parser.parse_args(argv)
+    try:
+        check_output(args.output)
+        chip = tpu_chip(args.compile_for) if args.compile_for else None
+    except UserError as error:
+        return report(error)
+    costs: dict[str, list[StepCost] | None] = {}
+    for policy in args.policies:
+        say(f"{policy}: compiling")
+        try:
+            costs[policy] = [step_cost(method, policy, chip) for method in CONFIGS]
+        except jax.errors.JaxRuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            costs[policy] = None
+    if not any(costs.values()):
+        return report(DeviceError("--compile-for: no policy fits into the chip"))
+    text = as_markdown(costs, args.compile_for)
     print(text)
     if args.output:
         args.output.write_text(text)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,11 +1,15 @@
 """The written table of what rematerialisation costs at 7B is what XLA counts today."""
 
+import importlib.metadata
 from pathlib import Path
 
+import jax
 import pytest
+from jax.experimental import topologies
 from tolerances import COMPILED_BYTES
 
-from benchmarks.remat import COLUMNS, POLICIES, step_cost
+from benchmarks import remat
+from benchmarks.remat import COLUMNS, POLICIES, StepCost, step_cost
 
 TABLE = Path(__file__).parents[2] / "benchmarks" / "remat.md"
 
@@ -50,3 +54,42 @@ def test_the_default_costs_little_of_either():
     assert memory < 1.15
     # Llama-2-7B and a row of 2048 tokens in bfloat16, in which what is kept takes half.
     assert 2 * 6.74e9 + rows["frozen"][4] / 2 * 2**30 < 24e9
+
+
+def test_without_a_compiler_for_tpus_it_says_what_to_install(monkeypatch, capsys):
+    def refuse(*_, **__):
+        raise RuntimeError("JAX TPU support not installed")
+
+    for name in ("TPU_SKIP_MDS_QUERY", "ALLOW_MULTIPLE_LIBTPU_LOAD"):  # put back afterwards
+        monkeypatch.setenv(name, "")
+    monkeypatch.setattr(topologies, "get_topology_desc", refuse)
+    monkeypatch.setattr(remat, "step_cost", refuse)
+    assert remat.main(["--compile-for", "v5p"]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("error: --compile-for: needs the package libtpu")
+    assert printed.err.count("\n") == 1
+
+
+def test_a_table_for_a_tpu_says_so_and_what_does_not_fit(monkeypatch, tmp_path):
+    def cost(method, policy, chip):
+        assert chip == "chip of v6e"
+        if policy in ("none", "dots"):
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Ran out of memory in hbm")
+        return StepCost(64e12, (8 if method == "LoRA" else 9) * 2**30, 15 * 2**30)
+
+    monkeypatch.setattr(remat, "tpu_chip", lambda generation: f"chip of {generation}")
+    monkeypatch.setattr(remat, "step_cost", cost)
+    monkeypatch.setattr(importlib.metadata, "version", lambda package: f"1.2 of {package}")
+    output = tmp_path / "table.md"
+    assert remat.main(["--compile-for", "v6e", "--output", str(output)]) == 0
+    text = output.read_text()
+    assert "--compile-for v6e` wrote this" in text
+    assert "libtpu 1.2 of libtpu" in text
+    assert "one TPU of 32 GiB" in " ".join(text.split())
+    rows = [line for line in text.splitlines() if line.startswith("|")][2:]
+    figures = "64.000 | 64.000 | 1.000 | 8.000 | 9.000 | 1.125"
+    assert rows == [
+        *(f"| {policy} | does not fit |" for policy in ("none", "dots")),
+        *(f"| {policy} | {figures} |" for policy in ("frozen", "narrow", "full")),
+    ]

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -177,6 +178,26 @@ def test_loops_are_counted_as_often_as_they_run():
     assert flops.unknown_loops == 0
     costs = compiled.cost_analysis()
     assert costs["flops"] < 0.2 * flops.total
+
+
+def test_loops_whose_length_is_not_written_are_as_long_as_their_condition_says():
+    def rounds(x):
+        return jax.lax.fori_loop(0, 5, lambda _, x: x @ x, x)
+
+    compiled = jax.jit(rounds).lower(jax.ShapeDtypeStruct((16, 16), jnp.float32)).compile()
+    text = compiled.as_text()
+    # As the compiler for TPUs prints it, which names the cores that run a computation.
+    other = text.replace("known_trip_count", "not_known").replace(
+        "\n}\n", '\n}, execution_thread="sparsecore"\n'
+    )
+    assert "known_trip_count" in text
+    assert 'thread="sparsecore"' in other
+    printed = SimpleNamespace(as_text=lambda: other)
+    known = compiled_flops(compiled)
+    assert compiled_flops(printed, fixed_loops=True) == known
+    once = compiled_flops(printed)
+    assert once.unknown_loops == 1
+    assert once.total < 0.3 * known.total
 
 
 def test_rounds_take_turns_and_leave_out_what_does_not_fit():
