@@ -21,6 +21,7 @@ from moe_jax.adapters import METHODS
 from moe_jax.checkpoints.disk import behind_link, disk_errors, require_space
 from moe_jax.checkpoints.fingerprint import BaseIdentity
 from moe_jax.checkpoints.leaves import LeafSpec, leaf_specs, nested
+from moe_jax.checkpoints.replaced_folder import present_folder, put_back, replace_folder
 from moe_jax.checkpoints.snapshot import Snapshot, take_snapshot, without_copy
 from moe_jax.checkpoints.store import restore_tree
 from moe_jax.checkpoints.training_record import (
@@ -89,6 +90,7 @@ class SavedAdapter(NamedTuple):
 def save_adapter(folder: Path, adapter: SavedAdapter) -> None:
     """Writes `folder`, replacing what it held only when the new one is complete.
 
+    Whoever reads it finds the former or the new one, also after a process was killed in between.
     With several processes, each calls this.
 
     Raises:
@@ -128,6 +130,7 @@ def _write(folder: Path, adapter: SavedAdapter, weights: Snapshot) -> None:
     try:
         with disk_errors(folder):
             if jax.process_index() == 0:
+                put_back(folder)
                 shutil.rmtree(incomplete, ignore_errors=True)
                 incomplete.mkdir(parents=True)
                 (incomplete / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
@@ -136,7 +139,7 @@ def _write(folder: Path, adapter: SavedAdapter, weights: Snapshot) -> None:
             with ocp.StandardCheckpointer() as checkpointer:
                 checkpointer.save(incomplete / _WEIGHTS, adapter.tree)
             if jax.process_index() == 0:
-                _replace(folder, incomplete)
+                replace_folder(folder, incomplete)
             multihost_utils.sync_global_devices(f"saved_adapter {folder.name}")
     except BaseException:
         if jax.process_index() == 0:
@@ -154,6 +157,7 @@ def load_adapter(folder: Path, shardings: Any = None) -> SavedAdapter:
     Raises:
       CheckpointError: not such a folder, of another format version, incomplete or damaged.
     """
+    folder = present_folder(folder)
     description = read_description(folder)
     file = folder / DESCRIPTION
     try:
@@ -192,7 +196,7 @@ def read_description(folder: Path) -> Description:
 
     What the method's and the model's fields must be is left to `load_adapter`.
     """
-    file = folder / DESCRIPTION
+    file = present_folder(folder) / DESCRIPTION
     try:
         description = json.loads(file.read_text())
     except FileNotFoundError:
@@ -259,16 +263,8 @@ def add_pictures(folder: Path, pictures: Mapping[str, bytes]) -> None:
       CheckpointError: the disk is full or not writable.
     """
     with disk_errors(folder):
+        put_back(folder)
         for name, picture in pictures.items():
             beside = folder / f".{name}.tmp"
             beside.write_bytes(picture)
             beside.replace(folder / name)
-
-
-def _replace(folder: Path, complete: Path) -> None:
-    former = folder.with_name(f".{folder.name}.former")
-    shutil.rmtree(former, ignore_errors=True)
-    if folder.exists():
-        folder.rename(former)
-    complete.rename(folder)
-    shutil.rmtree(former, ignore_errors=True)

@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+from moe_jax.checkpoints.replaced_folder import present_folder
 from moe_jax.errors import CheckpointError
 
 # What is downloaded of a hub model: no legacy weights, no second copy of the weights in another
@@ -75,7 +76,7 @@ def resolve_adapter(path: str | Path, revision: str | None = None) -> Path:
     Raises:
       CheckpointError: as in `resolve_checkpoint`.
     """
-    folder = Path(path).expanduser()
+    folder = present_folder(Path(path).expanduser())
     if folder.exists() or "/" not in str(path) or not _HUB_ID.fullmatch(str(path)):
         return folder
     return _download(str(path), revision, _WANTED_OF_ADAPTERS, [])

@@ -13,6 +13,7 @@ import jax
 from moe_jax.adapters import METHODS
 from moe_jax.checkpoints.adapter_files import DESCRIPTION, read_description
 from moe_jax.checkpoints.disk import disk_errors
+from moe_jax.checkpoints.replaced_folder import present_folder
 from moe_jax.config.run import RunConfig, parse_run_config, to_json
 from moe_jax.errors import ConfigError
 
@@ -99,7 +100,7 @@ class WorkDir:
 
     def exported_step(self, name: str) -> int | None:
         """After which step the final folder of adapter `name` was written; None if it is not."""
-        folder = self.adapters / name
+        folder = present_folder(self.adapters / name)
         return read_description(folder).step if (folder / DESCRIPTION).exists() else None
 
 

@@ -13,6 +13,7 @@ from moe_jax import cli
 from moe_jax.adapters import METHODS
 from moe_jax.checkpoints.adapter_files import (
     SavedAdapter,
+    add_pictures,
     captured_adapter,
     load_adapter,
     save_adapter,
@@ -103,6 +104,18 @@ def test_the_description_is_for_people_too(folder):
 def test_a_new_one_replaces_the_former(folder):
     save_adapter(folder, make_adapter(step=60))
     assert load_adapter(folder).step == 60
+    assert [p.name for p in folder.parent.iterdir()] == ["default"]
+
+
+def test_it_is_found_where_a_killed_process_had_put_it(folder, capsys):
+    folder.rename(folder.with_name(".default.former"))
+    assert load_adapter(folder).step == 30
+    assert moe_jax.load_adapter(folder).step == 30
+    assert cli.main(["show", str(folder)]) == 0
+    assert "trained  30 steps" in capsys.readouterr().out
+    assert not folder.exists(), "reading changes nothing"
+    add_pictures(folder, {"loss.png": b"a picture"})
+    assert load_adapter(folder).pictures == {"loss.png": b"a picture"}
     assert [p.name for p in folder.parent.iterdir()] == ["default"]
 
 
