@@ -172,8 +172,10 @@ def train(
             try:
                 with bar:
                     session.run(program, state)
-            except TrainingError as error:
-                store.wait()
+            except Exception as error:
+                session.finish_save()
+                if not isinstance(error, TrainingError):
+                    raise
                 raise TrainingError(f"{error}; {store.kept()}") from None
 
             result = _result(work, inputs.steps, progress)

@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import datetime
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -111,6 +112,16 @@ class Recorder:
             self._then.append((step, action))
         else:
             action()
+
+    def note_what_is_waited_for(self) -> None:
+        """After an error: takes note of the steps that an action waits for, so that it is done.
+
+        Waits for the device. Nothing else is raised beside the error at hand: an action whose own
+        step has gone wrong, or that fails, is left.
+        """
+        while self._then and self._pending.newest is not None:
+            with contextlib.suppress(Exception):
+                self._note_all(itertools.islice(self._pending.drain(), 1))
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:

@@ -1,5 +1,6 @@
 """The steps of a run, with what happens between them: measuring, recording, saving, stopping."""
 
+import contextlib
 import copy
 import math
 import statistics
@@ -18,6 +19,7 @@ from moe_jax.checkpoints.adapter_files import (
 from moe_jax.checkpoints.store import TrainingStore, capture
 from moe_jax.config.registry import to_plain
 from moe_jax.config.run import RunConfig
+from moe_jax.errors import UserError
 from moe_jax.training.background import Background
 from moe_jax.training.inputs import Inputs
 from moe_jax.training.interrupts import Interrupts
@@ -109,6 +111,17 @@ class Session:
             self.recorder.follow(program)
         self.background.wait()
         self.store.wait()
+
+    def finish_save(self) -> None:
+        """After an error: lets the save that was begun last end, and raises nothing.
+
+        Not with several processes: writing a state takes all of them, and the others may have met
+        no error.
+        """
+        if jax.process_count() == 1:
+            self.recorder.note_what_is_waited_for()
+        with contextlib.suppress(UserError):
+            self.store.wait()
 
     def _steps(self, phase: Phase, program: Program, state: TrainState) -> tuple[TrainState, bool]:
         """The steps of a phase that are left, and whether it was interrupted, which saves.

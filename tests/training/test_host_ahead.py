@@ -1,5 +1,6 @@
 """Nothing that the loop does between two steps waits for the device, or changes what comes out."""
 
+import itertools
 import math
 import time
 
@@ -11,8 +12,9 @@ from one_device import one_device
 from tiny_run import final_adapter, metric_lines, read_config, write_inputs
 
 from moe_jax.checkpoints.adapter_files import read_description
-from moe_jax.checkpoints.store import TrainingStore, read_metadata
+from moe_jax.checkpoints.store import TrainingStore, latest_step, read_metadata
 from moe_jax.commands.compilation_cache import keep_compiled_programs
+from moe_jax.errors import CheckpointError, DataError, TrainingError, UserError
 from moe_jax.training import recorder, session
 from moe_jax.training.loop import train
 from moe_jax.training.program import Program
@@ -114,6 +116,59 @@ def test_a_state_has_the_metrics_of_its_own_step(watched):
 
 def test_the_best_is_on_the_disk_before_a_state_that_knows_of_it(watched):
     assert watched.best_at == {5: None, 10: 8, 15: 8, 16: 16}
+
+
+def failing_at(call, method, error):
+    """The method, but that its given call raises the error."""
+    calls = itertools.count(1)
+
+    def watched(*arguments, **more):
+        if next(calls) == call:
+            raise error
+        return method(*arguments, **more)
+
+    return watched
+
+
+@pytest.fixture(scope="module")
+def failing(inputs, tmp_path_factory):
+    """Runs that fail when they have begun to save, after step 5, what is written after step 9."""
+    folder = tmp_path_factory.mktemp("failing")
+
+    def run(name, *failures):
+        config = read_config(inputs, **OVERRIDES)
+        with one_device() as patch:
+            for owner, method, call, error in failures:
+                patch.setattr(owner, method, failing_at(call, getattr(owner, method), error))
+            with pytest.raises(UserError) as raised:
+                train(config, folder / name, lambda _: None)
+        return str(raised.value), folder / name / "checkpoints"
+
+    return run
+
+
+# In the seventh step.
+BAD_ROW = (Program, "put_train_batch", 7, DataError("row 57 cannot be read"))
+
+
+def test_a_state_whose_saving_has_begun_is_written_before_an_error_leaves(failing, watched):
+    error, folder = failing("data", BAD_ROW)
+    assert error == "row 57 cannot be read"
+    assert latest_step(folder) == 5
+    assert read_metadata(folder, 5) == read_metadata(watched.workdir / "checkpoints", 5)
+
+
+def test_also_where_an_earlier_step_has_gone_wrong(failing):
+    error, folder = failing("step", (Recorder, "_note", 3, TrainingError("step 3 went wrong")))
+    assert error == "step 3 went wrong; the state at step 5 is kept"
+    assert latest_step(folder) == 5
+
+
+def test_the_first_error_is_the_one_that_is_raised(failing):
+    full = (TrainingStore, "write", 1, CheckpointError("no space left"))
+    error, folder = failing("both", BAD_ROW, full)
+    assert error == "row 57 cannot be read"
+    assert latest_step(folder) is None
 
 
 def test_the_share_of_the_time_that_the_host_was_busy(monkeypatch):
