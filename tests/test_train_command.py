@@ -129,7 +129,7 @@ def test_inputs_that_will_not_do(inputs, tmp_path, field, value, words):
         f"--config={inputs}", f"--workdir={tmp_path / 'run'}", f"--config.{field}={value}"
     )
     assert words in error
-    assert not (tmp_path / "run" / "config.json").exists(), "found before the long work"
+    assert not (tmp_path / "run").exists(), "found before the long work"
 
 
 def test_a_truncated_base(inputs, tmp_path):
@@ -139,6 +139,7 @@ def test_a_truncated_base(inputs, tmp_path):
     error = refusal(f"--config={folder / 'config.py'}", f"--workdir={tmp_path / 'run'}")
     assert "model.safetensors" in error
     assert "truncated or damaged" in error
+    assert not (tmp_path / "run").exists()
 
 
 def test_plan_needs_neither_weights_nor_data(inputs, tmp_path):

@@ -1,7 +1,9 @@
 """The folder of one run: who uses it, which configuration made it, where its parts are."""
 
+import contextlib
 import fcntl
 import fnmatch
+import itertools
 import json
 import os
 from collections.abc import Mapping
@@ -18,6 +20,7 @@ from moe_jax.config.run import RunConfig, parse_run_config, to_json
 from moe_jax.errors import ConfigError
 
 CONFIG_FILE = "config.json"
+_LOCK = ".lock"
 
 MAY_CHANGE = (
     "mesh.*",
@@ -45,7 +48,11 @@ the rounding that another mesh, kernel or recomputation brings."""
 
 
 class WorkDir:
-    """A run's folder, locked while entered so that no second run writes to it."""
+    """A run's folder, locked while entered so that no second run writes to it.
+
+    If it was not there before and nothing was written to it, as where a configuration is refused,
+    it is gone again when left.
+    """
 
     def __init__(self, folder: Path):
         self.folder = folder.expanduser().absolute()
@@ -53,14 +60,19 @@ class WorkDir:
         self.adapters = self.folder / "adapters"
         self.best = self.folder / "best"
         self._lock: int | None = None
+        self._made: list[Path] = []
 
     def __enter__(self) -> Self:
         if is_main_process():
+            folders = [self.folder, *self.folder.parents]
             with disk_errors(self.folder):
+                self._made = list(itertools.takewhile(lambda each: not each.exists(), folders))
                 self.folder.mkdir(parents=True, exist_ok=True)
-                self._lock = os.open(self.folder / ".lock", os.O_CREAT | os.O_RDWR)
+                self._lock = os.open(self.folder / _LOCK, os.O_CREAT | os.O_RDWR)
             try:
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if not os.fstat(self._lock).st_nlink:  # removed by another run, as of no use
+                    raise BlockingIOError
             except BlockingIOError:
                 os.close(self._lock)
                 raise ConfigError(
@@ -71,7 +83,17 @@ class WorkDir:
 
     def __exit__(self, *_: object) -> None:
         if self._lock is not None:
+            with contextlib.suppress(OSError):
+                self._remove_if_unused()
             os.close(self._lock)  # which unlocks, as the end of the process does in any case
+
+    def _remove_if_unused(self) -> None:
+        files = list(self.folder.iterdir())
+        if self._made and all(file.is_file() and not file.stat().st_size for file in files):
+            for file in files:
+                file.unlink()
+            for folder in self._made:
+                folder.rmdir()
 
     def former_settings(self) -> dict[str, Any] | None:
         """The configuration that made this folder, or None if there is none.
