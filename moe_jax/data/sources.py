@@ -6,8 +6,10 @@ a row came from.
 """
 
 import contextlib
+import errno
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -232,7 +234,7 @@ def quiet(show: bool = False) -> Iterator[None]:
 
 @contextlib.contextmanager
 def cache_errors(cache_dir: str | None) -> Iterator[None]:
-    """Unwraps what `datasets` raises around a DataError, and says what a full disk means."""
+    """Unwraps what `datasets` raises around a DataError, and says which folder it cannot write."""
     try:
         yield
     except (DatasetGenerationError, OSError) as error:
@@ -242,8 +244,14 @@ def cache_errors(cache_dir: str | None) -> Iterator[None]:
         if isinstance(cause, DataError):
             raise cause from None
         if isinstance(cause, OSError):
+            reason = os.strerror(cause.errno).lower() if cause.errno else first_line(cause)
+            is_full = cause.errno in (errno.ENOSPC, errno.EDQUOT)
+            setting = "data.cache_dir" + (
+                "" if cache_dir else ", or the environment's HF_DATASETS_CACHE,"
+            )
             raise DataError(
-                f"{cache_dir or HF_DATASETS_CACHE}: cannot keep the tokenised data "
-                f"here ({cause.strerror or cause}); free space or set data.cache_dir"
+                f"cannot keep the tokenised data in {cache_dir or HF_DATASETS_CACHE}: {reason}; "
+                f"{'free some space there' if is_full else 'make that folder writable'}, or set "
+                f"{setting} to another one"
             ) from error
         raise

@@ -1,11 +1,13 @@
 """Where rows are looked for, which split is taken, and what is said when there is nothing."""
 
+import errno
 import json
 
 import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from datasets.config import HF_DATASETS_CACHE
 
 from moe_jax.config.data import SourceConfig
 from moe_jax.data.sources import read_source
@@ -161,10 +163,35 @@ def test_hub_errors_are_one_line(write, hub, read):
     assert "\n" not in str(caught.value)
 
 
-def test_cache_that_cannot_be_written(write, tmp_path):
+def test_cache_that_cannot_be_written(write):
+    source, file = SourceConfig(path=write("a.jsonl", texts("x")), schema="text"), write("f", "x")
+    with pytest.raises(DataError) as error:
+        read_source(source, file)
+    assert str(error.value) == (
+        f"cannot keep the tokenised data in {file}: file exists; make that folder writable, or set "
+        "data.cache_dir to another one"
+    )
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [
+        (errno.EACCES, "permission denied; make that folder writable, or set data.cache_dir"),
+        (errno.ENOSPC, "no space left on device; free some space there, or set data.cache_dir"),
+    ],
+)
+def test_the_cache_of_the_user_that_cannot_be_written(write, monkeypatch, number, words):
+    def fail(*_, **__):
+        raise OSError(number, "in words of its own")
+
+    monkeypatch.setattr(datasets.Dataset, "from_generator", fail)
     source = SourceConfig(path=write("a.jsonl", texts("x")), schema="text")
-    with pytest.raises(DataError, match=r"cannot keep the tokenised data here .*cache_dir"):
-        read_source(source, write("file", "not a folder"))
+    with pytest.raises(DataError) as error:
+        read_source(source, None)
+    assert str(error.value) == (
+        f"cannot keep the tokenised data in {HF_DATASETS_CACHE}: {words}, or "
+        "the environment's HF_DATASETS_CACHE, to another one"
+    )
 
 
 def test_progress_bars_stay_as_the_user_set_them(write, read):
