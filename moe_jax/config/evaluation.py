@@ -1,11 +1,13 @@
 """How an adapter is measured on tasks, during training and at its end."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
-from moe_jax.config.parse import require
+from moe_jax.config.parse import NOT_NONE, require
 
 Asking = Literal["labels", "choices"]
+
+_NOT_BETWEEN = "0 measures at the end only"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +32,7 @@ class EvaluationConfig:
     """
 
     tasks: tuple[str, ...]
-    every: int = 0
+    every: int = field(default=0, metadata={NOT_NONE: _NOT_BETWEEN})
     limit: int | None = None
     limit_between: int | None = None
     protocols: tuple[Asking, ...] = ("labels", "choices")
@@ -42,15 +44,15 @@ class EvaluationConfig:
     with_base: bool = False
 
     def __post_init__(self):
-        for field in ("tasks", "protocols"):
-            names = getattr(self, field)
-            require(bool(names), field, "names none")
+        for given in ("tasks", "protocols"):
+            names = getattr(self, given)
+            require(bool(names), given, "names none")
             repeated = sorted({name for name in names if names.count(name) > 1})
-            require(not repeated, field, f"names {', '.join(repeated)} more than once")
-        require(self.every >= 0, "every", "must not be negative")
-        for field in ("limit", "limit_between"):
-            number = getattr(self, field)
-            require(number is None or number > 0, field, "must be positive, or None for all")
+            require(not repeated, given, f"names {', '.join(repeated)} more than once")
+        require(self.every >= 0, "every", f"must not be negative; {_NOT_BETWEEN}")
+        for given in ("limit", "limit_between"):
+            number = getattr(self, given)
+            require(number is None or number > 0, given, "must be positive, or None for all")
         require(self.shots is None or self.shots >= 0, "shots", "must not be negative")
         require(self.batch_size > 0, "batch_size", "must be positive")
         ascends = list(self.buckets) == sorted(set(self.buckets))

@@ -18,6 +18,8 @@ from moe_jax.config.registry import NAME, Registry, family_of
 from moe_jax.errors import ConfigError
 
 ROOT = "config"
+NOT_NONE = "not None"
+"""In a dataclass field's `metadata`: what to give instead, where None would be an easy guess."""
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
@@ -130,7 +132,14 @@ def _parse_dataclass(cls: Any, value: Any, path: str) -> Any:
     ]
     if missing:
         raise ConfigError(f"{path}.{missing[0]}: this field is required and was not given")
-    kwargs = {name: parse(hints[name], item, f"{path}.{name}") for name, item in mapping.items()}
+    kwargs = {}
+    for name, item in mapping.items():
+        try:
+            kwargs[name] = parse(hints[name], item, f"{path}.{name}")
+        except ConfigError as error:
+            if item is None and NOT_NONE in fields[name].metadata:
+                raise ConfigError(f"{error}; {fields[name].metadata[NOT_NONE]}") from None
+            raise
     with located(path):
         return cls(**kwargs)
 

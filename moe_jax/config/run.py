@@ -12,7 +12,7 @@ from moe_jax.config.evaluation import EvaluationConfig
 from moe_jax.config.model import ComputeConfig, StorageType
 from moe_jax.config.only import only_named
 from moe_jax.config.optimizer import OptimizerConfig
-from moe_jax.config.parse import ROOT, parse, parse_member, require, within
+from moe_jax.config.parse import NOT_NONE, ROOT, parse, parse_member, require, within
 from moe_jax.config.registry import Registry, to_plain
 from moe_jax.config.sweep import expand_sweep
 
@@ -100,6 +100,9 @@ class AdapterConfig:
         )
 
 
+_NOT_BETWEEN = "0 measures only before the first step and after the last"
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
     """Length and bookkeeping of the run.
@@ -113,7 +116,8 @@ class TrainingConfig:
       seed: of dropout and jitter, of the order of batches by length, which all adapters share, and
         of the initialisation and the rows' order of adapters that have no seed of their own.
       log_every: steps between two lines of metrics.
-      eval_every: steps between two measurements of the validation losses; 0 measures at the end.
+      eval_every: steps between two measurements of the validation losses; 0 measures only before
+        the first step and after the last.
       max_skipped_steps: consecutive steps with a gradient that is not finite before the run stops.
       initial_loss_scale: of the dynamic loss scaling; read with compute.dtype 'float16' only.
     """
@@ -124,7 +128,7 @@ class TrainingConfig:
     max_batch_rows: int | None = None
     seed: int = 0
     log_every: int = 10
-    eval_every: int = 0
+    eval_every: int = field(default=0, metadata={NOT_NONE: _NOT_BETWEEN})
     max_skipped_steps: int = 10
     initial_loss_scale: float = 65536.0
 
@@ -134,7 +138,7 @@ class TrainingConfig:
         require(rows is None or rows > 0, "max_batch_rows", "must be positive, or None")
         for name in ("micro_batches", "log_every", "max_skipped_steps"):
             require(getattr(self, name) > 0, name, "must be positive")
-        require(self.eval_every >= 0, "eval_every", "must not be negative")
+        require(self.eval_every >= 0, "eval_every", f"must not be negative; {_NOT_BETWEEN}")
         require(self.seed >= 0, "seed", "must not be negative")
         require(self.initial_loss_scale >= 1.0, "initial_loss_scale", "must be at least 1")
 

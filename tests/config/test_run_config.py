@@ -100,7 +100,11 @@ REFUSED = {
     "training.micro_batches": [(0, "must be positive")],
     "training.log_every": [(0, "must be positive")],
     "training.max_skipped_steps": [(0, "must be positive")],
-    "training.eval_every": [(-1, "must not be negative")],
+    "training.eval_every": [
+        (-1, "must not be negative; 0 measures only before the first step and after the last"),
+        (None, "expected int, got None; 0 measures only before the first step and after the last"),
+        ("10", "expected int, got str ('10')"),
+    ],
     "training.seed": [(-1, "must not be negative")],
     "training.initial_loss_scale": [(0.5, "must be at least 1")],
     "checkpoints.every": [(0, "must be positive")],
@@ -163,6 +167,13 @@ def test_refusals(path, value, reason):
         parse_run_config(_raw(path, value), METHODS)
     assert str(error.value).startswith(f"config.{path}: ")
     assert reason in str(error.value)
+
+
+@pytest.mark.parametrize("every", [None, -1])
+def test_what_switches_evaluation_between_steps_off_is_said(every):
+    own = {"tasks": ["boolq"], "every": every}
+    with pytest.raises(ConfigError, match=r"evaluation\.every: .*; 0 measures at the end only"):
+        parse_run_config(_raw(f"{ADAPTER}.evaluation", own), METHODS)
 
 
 @pytest.mark.parametrize(
