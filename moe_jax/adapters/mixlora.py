@@ -117,15 +117,18 @@ class MixLoraMLP(nn.Module):
         y   = (sum_c w_c h_c) W_down + s (sum_c w_c dispatch_c(h_c A_down)) B_down
 
     which equals evaluating whole experts and weighting their outputs, because W_down is linear and
-    shared; the frozen down projection runs once a token, not once a slot. The slots (one or two as
-    a rule) are unrolled: carrying a C axis makes XLA materialise [B, S, C, F].
+    shared; the frozen down projection runs once a token, not once a slot. Slots come one after
+    another and are added up at once (see `in_turn`): carrying a C axis makes XLA materialise
+    [B, S, C, F].
 
     Where any number of experts may fire, slot c is expert c, and its products are with its own
     pair alone: E pairs of rank R cost what one pair of rank E R does.
 
     What lies between the slots' codes and their weighted hidden activations is computed again in
-    the backward pass, slot by slot, so that C times [B, S, F] need not be kept for it (see
-    `in_turn`); but where rematerialisation keeps it of other layers too, and slots are few.
+    the backward pass, slot by slot, so that C times [B, S, F] need not be kept for it; but where
+    rematerialisation keeps it of other layers too, and slots are filled by choice. These start from
+    the first one's products, `gate_c = gate_0 + s (dispatch_c - dispatch_0)(x A_gate) B_gate`: kept
+    in place of the frozen products, they spare the first slot's expansion there.
 
     DoRA on the down projection scales each expert's output, and so needs W_down once a slot: that
     is E times where any number of experts may fire.

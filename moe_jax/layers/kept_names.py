@@ -4,7 +4,7 @@ NARROW_PRODUCT = "narrow_product"
 """A frozen projection's product as wide as the model, or narrower: those of attention."""
 
 WIDE_PRODUCT = "wide_product"
-"""A frozen projection's product as wide as the FFN."""
+"""A projection's product as wide as the FFN: frozen, or as MixLoRA's first slot has it."""
 
 ATTENTION = "attention"
 """The result and the log-sum-exps of attention in blocks. Where they are kept, the backward pass

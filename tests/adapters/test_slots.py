@@ -1,0 +1,69 @@
+"""What the slots of a mixture hold while they are computed."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from adapted_ffn import AdaptedFFN, llama_mlp, mixlora, random_input
+
+from moe_jax.adapters.slots import drop
+
+ROWS, LENGTH, WIDTH = 2, 64, 2048
+HIDDEN_BYTES = ROWS * LENGTH * WIDTH * 4
+
+
+def _temporary_bytes(method, dropout_key=None):
+    mlp = llama_mlp()
+    narrow = mlp.gate_proj.in_features
+    for name in ("gate_proj", "up_proj"):
+        setattr(mlp, name, torch.nn.Linear(narrow, WIDTH, bias=False))
+    mlp.down_proj = torch.nn.Linear(WIDTH, narrow, bias=False)
+    ours, x = AdaptedFFN(mlp, method, ROWS), random_input(ROWS, LENGTH)
+
+    def total(tree, x):
+        return jnp.sum(ours(tree, x, dropout_key=dropout_key)[0])
+
+    step = jax.jit(jax.grad(total, argnums=(0, 1)))
+    return step.lower(ours.random_tree(), x).compile().memory_analysis().temp_size_in_bytes
+
+
+SOFT = {"router": {"name": "soft"}}
+
+
+@pytest.mark.parametrize(
+    ("few", "many", "dropout_key"),
+    [
+        ({**SOFT, "num_experts": 4}, {**SOFT, "num_experts": 16}, None),
+        (
+            {"router": {"name": "top_k", "top_k": 3}, "num_experts": 16},
+            {"router": {"name": "top_k", "top_k": 12}, "num_experts": 16},
+            None,
+        ),
+        (
+            # Masks of a byte an entry would be three more arrays of that size.
+            {**SOFT, "num_experts": 4, "ffn_dropout": 0.5},
+            {**SOFT, "num_experts": 16, "ffn_dropout": 0.5},
+            jax.random.key(0),
+        ),
+    ],
+    ids=["experts", "chosen", "dropout"],
+)
+def test_four_times_as_many_slots_hold_no_more_hidden_activations(few, many, dropout_key):
+    few, many = (_temporary_bytes(mixlora(**fields), dropout_key) for fields in (few, many))
+    # They differ by codes and by gradients of the experts' own weights.
+    assert many - few < 1.5 * HIDDEN_BYTES
+
+
+def test_dropout_of_a_token_depends_on_its_number_alone():
+    x, key, numbers = jnp.ones((6, 512)), jax.random.key(3), jnp.array([4, 0, 9, 2, 2, 7])
+    all_at_once = drop(x, 0.25, key, numbers)
+    one_by_one = [drop(x[i : i + 1], 0.25, key, numbers[i : i + 1])[0] for i in range(6)]
+    np.testing.assert_array_equal(all_at_once, np.stack(one_by_one))
+    in_rows = drop(x.reshape(2, 3, 512), 0.25, key, numbers.reshape(2, 3))
+    np.testing.assert_array_equal(in_rows.reshape(6, 512), all_at_once)
+    np.testing.assert_array_equal(all_at_once[3], all_at_once[4])
+    assert len({tuple(row) for row in np.asarray(all_at_once).tolist()}) == 5
+    assert set(np.unique(all_at_once)) == {0.0, np.float32(1 / 0.75)}
+    # Of 2560 draws, within four standard deviations.
+    assert abs(np.mean(np.asarray(all_at_once)[[0, 1, 2, 3, 5]] == 0) - 0.25) < 0.035
