@@ -54,6 +54,7 @@ BUCKETED, PACKED = "bucketed", "packed"
 BASE = Path(__file__).resolve().parents[1] / "moe_jax" / "demo" / "base"
 GENERATED_ROWS = 2000
 MEDIAN_WORDS = 60
+BUCKETS = (128, 256, 512)
 SIGMA = 0.9
 """Of the logarithm of a generated row's words: a tenth has over 3.2 times the median."""
 
@@ -66,7 +67,8 @@ def parser() -> argparse.ArgumentParser:
     add("--size", default="tiny", help=SIZE_HELP)
     add("--rows", type=int, default=4, help="packed rows of a step (4)")
     add("--length", type=int, default=1024, help="tokens of the longest row, and of all packed")
-    add("--buckets", default="128,256,512", help="shorter lengths of bucketed rows (128,256,512)")
+    shorter = ",".join(map(str, BUCKETS))
+    add("--buckets", help=f"shorter lengths of bucketed rows (those of {shorter} below --length)")
     add("--dtype", default="float32", choices=get_args(FloatType), help="of all numbers")
     add("--attention", default="xla", help="its implementation, see ComputeConfig (xla)")
     add("--rank", type=int, default=8, help="of every pair (8)")
@@ -88,10 +90,19 @@ def check(args: argparse.Namespace) -> None:
             raise ConfigError(f"--{flag}: must be positive")
     if args.data is not None and not args.data.is_file():
         raise ConfigError(f"--data {args.data}: there is no such file")
-    args.buckets = args.buckets.replace(",", " ").split()
-    if not all(bucket.isdigit() for bucket in args.buckets):
+    if args.buckets is None:
+        args.buckets = [bucket for bucket in BUCKETS if bucket < args.length]
+        return
+    buckets = args.buckets.replace(",", " ").split()
+    if not all(bucket.isdigit() for bucket in buckets):
         raise ConfigError("--buckets: expected whole numbers, separated by commas")
-    args.buckets = [int(bucket) for bucket in args.buckets if int(bucket) < args.length]
+    args.buckets = list(map(int, buckets))
+    for bucket in args.buckets:
+        if not 0 < bucket < args.length:
+            raise ConfigError(
+                f"--buckets: {bucket} is not between 1 and {args.length - 1}, as what is shorter "
+                "than the longest row is; leave it out, or give a larger --length"
+            )
 
 
 def generated(folder: Path) -> Path:
