@@ -127,9 +127,8 @@ def test_help_is_answered_without_what_computes():
 
 
 def test_as_a_process(folder, tmp_path):
-    code = "import sys; from moe_jax.cli import main; sys.exit(main())"
     arguments = ["export", "--adapter", folder / "mixlora", "--to", "peft", "--output", tmp_path]
-    command = [sys.executable, "-c", code, *map(str, arguments)]
+    command = [sys.executable, "-m", "moe_jax", *map(str, arguments)]
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     assert ended.returncode == 2
     assert ended.stderr.startswith("error: the peft format cannot express method 'mixlora'; ")
