@@ -62,13 +62,17 @@ def program(
     optimizer: dict[str, Any] = SGD,
     config: ModelConfig | None = None,
     mesh: dict[str, int] | None = None,
+    devices: int | None = None,
     training: dict[str, Any] | None = None,
     compute: dict[str, Any] | None = None,
     param_dtype: str = "float32",
     total_steps: int = 10,
     packing: str = "none",
 ) -> Program:
-    """A program with `rows` rows for each adapter of `methods`; on one device by default."""
+    """A program with `rows` rows for each adapter of `methods`; on one device by default.
+
+    A mesh is of the first `devices` devices, or of all.
+    """
     source = {"path": "unused", "schema": "text"}
     # Two groups of data, as LoRAMoE's balance wants them.
     train = {"unused": source, "of_group_1": {**source, "expert_group": 1}}
@@ -94,7 +98,7 @@ def program(
         parse_run_config(raw, METHODS),
         model_config() if config is None else config,
         total_steps,
-        devices=None if mesh else jax.devices()[:1],
+        devices=jax.devices()[: devices if mesh else 1],
     )
 
 

@@ -77,9 +77,9 @@ def params(programs):
     return tiny_program.random_params(programs["padded"])
 
 
-def _step(program, params, batch):
-    """Metrics and gradients."""
-    before = jax.tree.map(np.array, tiny_program.random_adapters(program))
+def _step(program, params, batch, adapters=None):
+    """Metrics and gradients, of the program's random adapters where no others are given."""
+    before = jax.tree.map(np.array, adapters or tiny_program.random_adapters(program))
     state = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), program.abstract_state)
     state = jax.device_put(state.replace(adapters=before), program.state_shardings)
     state, metrics = program.train_step(state, params, batch)
@@ -112,6 +112,39 @@ def test_gradients_of_all_leaves_are_those_of_unpacked_rows(steps):
             assert np.abs(ours).max() > 1e-5, where
             # Sequences that see each other are another function.
             assert np.abs(ours - wrong).max() > 1e-2 * np.abs(ours).max(), where
+
+
+def test_a_mesh_takes_the_step_of_one_device(programs, steps):
+    # Every sequence twice, beside the same one in the other order: the same means, and on each of
+    # the four devices another row. What is beside an adapter changes nothing for it.
+    names = ("top_k", "balanced")
+    mesh = {"data": 2, "fsdp": 2}
+    program = tiny_program.program(
+        {name: METHODS[name] for name in names},
+        rows=4, config=MODEL, packing="first_fit", compute={"remat": "frozen"},
+        mesh=mesh, devices=4,
+    )  # fmt: skip
+    rows = {name: [own[:2], own[2:], own[1::-1], own[:1:-1]] for name, own in SEQUENCES.items()}
+    batch = program.put_train_batch(join_rows([pack_rows(rows[name], 25) for name in names]))
+    assert {shard.data.shape for shard in batch.tokens.addressable_shards} == {(1, 2, 25)}
+    adapters = tiny_program.random_adapters(programs["packed"])
+    adapters = {name: adapters[name] for name in names}
+    metrics, gradients = _step(program, tiny_program.random_params(program), batch, adapters)
+
+    expected_metrics, expected = steps["packed"]
+    for name in ("loss", "load_balance", "localized_balance", "grad_norm"):
+        own = {metric for metric in metrics if metric.endswith(f"/{name}")}
+        assert own, name
+        for metric in own:
+            np.testing.assert_allclose(
+                metrics[metric], expected_metrics[metric], **ROUNDING, err_msg=metric
+            )
+    for name in names:
+        jax.tree.map(
+            lambda ours, one: np.testing.assert_allclose(ours, one, **GRADIENT_ROUNDING),
+            gradients[name],
+            expected[name],
+        )
 
 
 def test_metrics_are_those_of_unpacked_rows(steps):
