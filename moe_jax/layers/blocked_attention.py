@@ -9,7 +9,7 @@ out of the window's reach are left out.
 The blocks are the steps of a loop and not a longer program: XLA computes what does not depend on
 each other at the same time, and with it all blocks' scores would be there at once.
 
-Letters, besides those of `moe_jax.layers`: N blocks of a row, b positions in each, G = H / K heads
+Letters, besides those of `moe_jax.layers`: n blocks of a row, b positions in each, G = H / K heads
 that share a key head.
 """
 
@@ -51,9 +51,9 @@ class _Blocks(NamedTuple):
     """The inputs of a call in blocks; arrays are indexed by the block first.
 
     Attributes:
-      query: [N, B, K, G, b, Q].
-      key, value: [N, B, K, b, Q].
-      segment_ids: int [N, B, b], or None.
+      query: [n, B, K, G, b, Q].
+      key, value: [n, B, K, b, Q].
+      segment_ids: int [n, B, b], or None.
     """
 
     query: jax.Array
@@ -137,7 +137,7 @@ def _with_or_without_window(
 
 
 def _attend(settings: BlockSettings, blocks: _Blocks) -> tuple[jax.Array, jax.Array]:
-    """The result [N, B, K, G, b, Q], and each query's log-sum-exp, float32 [N, B, K, G, b]."""
+    """The result [n, B, K, G, b, Q], and each query's log-sum-exp, float32 [n, B, K, G, b]."""
 
     def step(totals: tuple[jax.Array, ...], pair: jax.Array) -> tuple[tuple[jax.Array, ...], None]:
         i, j = pair[0], pair[1]
@@ -180,8 +180,8 @@ def _gradients(
       settings: of the call.
       blocks: of the call.
       log_sums: of `_attend`.
-      upper: the gradient of the result, [N, B, K, G, b, Q].
-      inner: its product with the result, float32 [N, B, K, G, b].
+      upper: the gradient of the result, [n, B, K, G, b, Q].
+      inner: its product with the result, float32 [n, B, K, G, b].
     """
 
     def step(totals: tuple[jax.Array, ...], pair: jax.Array) -> tuple[tuple[jax.Array, ...], None]:
@@ -215,7 +215,7 @@ def block_pairs(count: int, size: int, window: int | None) -> list[tuple[int, in
     """Which blocks of queries and of keys meet, the blocks of a query in order.
 
     Args:
-      count: N.
+      count: n.
       size: b.
       window: how many positions, its own included, each sees, or None.
     """
@@ -264,7 +264,7 @@ def _split(
 
 
 def _split_length(x: jax.Array, count: int) -> jax.Array:
-    """[B, S, ...] to [B, N, b, ...]; blocks are of equal length, and S is padded for that.
+    """[B, S, ...] to [B, n, b, ...]; blocks are of equal length, and S is padded for that.
 
     Padding comes last, where causality hides it from the rest.
     """
@@ -275,14 +275,14 @@ def _split_length(x: jax.Array, count: int) -> jax.Array:
 
 
 def _split_heads(x: jax.Array, count: int, kv_heads: int) -> jax.Array:
-    """[B, S, H, Q] to [N, B, K, G, b, Q]."""
+    """[B, S, H, Q] to [n, B, K, G, b, Q]."""
     x = _split_length(x, count)
     x = x.reshape(*x.shape[:3], kv_heads, -1, x.shape[-1])
     return x.transpose(1, 0, 3, 4, 2, 5)
 
 
 def _join_heads(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """[N, B, K, G, b, Q] to [B, S, H, Q], which is `shape`."""
+    """[n, B, K, G, b, Q] to [B, S, H, Q], which is `shape`."""
     x = x.transpose(1, 0, 4, 2, 3, 5)
     length = math.prod(x.shape[1:3])
     return x.reshape(shape[0], length, *shape[2:])[:, : shape[1]]
