@@ -34,7 +34,7 @@ from moe_jax.config.run import RunConfig, parse_run_config
 from moe_jax.data.measuring_rows import measuring_rows
 from moe_jax.data.tokenizer import load_tokenizer
 from moe_jax.errors import CheckpointError, ConfigError, DataError
-from moe_jax.inference.session import Session
+from moe_jax.inference.session import InferenceSession
 from moe_jax.layers.collections import ADAPTERS, PARAMS
 from moe_jax.models.causal_lm import LlamaForCausalLM
 from moe_jax.models.fresh import fresh_adapter
@@ -59,10 +59,10 @@ class Base:
     params: Any
 
     @functools.cached_property
-    def session(self) -> Session:
+    def session(self) -> InferenceSession:
         """What `generate` uses; computes in the type that the parameters are kept in."""
         dtype = jax.tree.leaves(self.params)[0].dtype.name
-        return Session(
+        return InferenceSession(
             BaseFiles(self.folder, self.identity, self.config, self.params), {}, dtype=dtype
         )
 
@@ -135,7 +135,7 @@ class AdaptedModel:
             self.adapters[name] = nn.meta.unbox(make(base.params, jax.random.key(seed)))
         self._apply = jax.jit(self._logits, static_argnums=0)
         self._compute_dtype: FloatType = compute_dtype
-        self._opened: tuple[Any, list[Any], Session] | None = None
+        self._opened: tuple[Any, list[Any], InferenceSession] | None = None
 
     def __call__(
         self, tokens: Any, adapter: str | None = None, segment_ids: Any = None
@@ -163,7 +163,7 @@ class AdaptedModel:
         return self._apply(adapter, self.base.params, own, jnp.asarray(tokens), segments)
 
     @property
-    def session(self) -> Session:
+    def session(self) -> InferenceSession:
         """What `generate` uses; made anew only where an adapter's weights were replaced."""
         leaves, structure = jax.tree.flatten(self.adapters)
         if self._opened is not None:
@@ -173,7 +173,7 @@ class AdaptedModel:
         base = self.base
         files = BaseFiles(base.folder, base.identity, base.config, base.params)
         adapters = {name: Adapter(self.methods[name], tree) for name, tree in self.adapters.items()}
-        session = Session(files, adapters, dtype=self._compute_dtype)
+        session = InferenceSession(files, adapters, dtype=self._compute_dtype)
         self._opened = (structure, leaves, session)
         return session
 

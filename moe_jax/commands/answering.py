@@ -11,7 +11,7 @@ from moe_jax.commands.prompt_files import GivenPrompt, read_prompts
 from moe_jax.errors import ConfigError
 from moe_jax.inference.prompts import Prompt, PromptEncoder, PromptFormat
 from moe_jax.inference.sampling import SamplingConfig
-from moe_jax.inference.session import Session
+from moe_jax.inference.session import InferenceSession
 from moe_jax.inference.text import GenerationConfig
 
 
@@ -28,7 +28,7 @@ def run(arguments: argparse.Namespace) -> None:
     config = _config(arguments)
     prompt_format = PromptFormat(arguments.chat, arguments.system, arguments.template)
     given = _given(arguments)
-    session = Session.open(
+    session = InferenceSession.open(
         base_path(arguments.base, adapters, arguments.revision),
         adapters,
         revision=arguments.revision,

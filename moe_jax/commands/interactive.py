@@ -11,7 +11,7 @@ from moe_jax.checkpoints.loading import BASE
 from moe_jax.config.parse import suggest
 from moe_jax.errors import DataError, UserError, report
 from moe_jax.inference.prompts import Message, Prompt, PromptEncoder, PromptFormat
-from moe_jax.inference.session import Session
+from moe_jax.inference.session import InferenceSession
 from moe_jax.inference.text import GenerationConfig, TextGenerator
 
 HELP = """\
@@ -32,7 +32,7 @@ class Talk:
 
     def __init__(
         self,
-        session: Session,
+        session: InferenceSession,
         encoder: PromptEncoder,
         prompt_format: PromptFormat,
         config: GenerationConfig,

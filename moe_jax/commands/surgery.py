@@ -14,7 +14,7 @@ from moe_jax.commands.choices import GROW_NOISE, MERGE_WEIGHTS, ROUTERS, TARGETS
 from moe_jax.errors import ConfigError
 
 if TYPE_CHECKING:
-    from moe_jax.surgery import Outcome
+    from moe_jax.surgery import SurgeryOutcome
 
 EPILOG = """\
 Each writes an adapter's folder and says, one line each, what is exact and what was measured. Train
@@ -42,7 +42,7 @@ def add(parser: argparse.ArgumentParser) -> Run:
     return _run
 
 
-Operate: TypeAlias = Callable[[argparse.Namespace], "Outcome"]
+Operate: TypeAlias = Callable[[argparse.Namespace], "SurgeryOutcome"]
 
 
 def _run(arguments: argparse.Namespace) -> None:

@@ -14,7 +14,7 @@ from moe_jax.evaluation.asking import Asked
 from moe_jax.evaluation.items import items_digest
 from moe_jax.evaluation.journal import Journal, Record
 from moe_jax.evaluation.protocols import PROTOCOLS
-from moe_jax.evaluation.results import Outcome, outcome
+from moe_jax.evaluation.results import TaskOutcome, outcome
 from moe_jax.evaluation.scorer import Scorer
 from moe_jax.tasks.task import Question, Task
 from moe_jax.training.on_tasks import Stopped
@@ -90,7 +90,7 @@ def answer(
     asked: Asked,
     journal: Journal,
     stop: Callable[[], bool] = lambda: False,
-) -> Outcome:
+) -> TaskOutcome:
     """Has all questions answered that the journal does not know the answers of.
 
     Args:

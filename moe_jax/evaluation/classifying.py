@@ -22,7 +22,7 @@ from moe_jax.evaluation.answering import announced, finite, journal_file, progre
 from moe_jax.evaluation.asking import Limits
 from moe_jax.evaluation.items import Item
 from moe_jax.evaluation.journal import Journal, Record
-from moe_jax.evaluation.results import Accuracy, Metric, Outcome
+from moe_jax.evaluation.results import Accuracy, Metric, TaskOutcome
 from moe_jax.evaluation.scorer import Scorer
 from moe_jax.tasks.classification import ClassificationTask, LabelledText
 from moe_jax.tasks.metrics import measure
@@ -159,7 +159,7 @@ def labels_announcement(adapter: NamedAdapter, labelled: Labelled, journal: Jour
 
 def classify(
     scorer: Scorer | None, adapter: NamedAdapter, labelled: Labelled, journal: Journal
-) -> Outcome:
+) -> TaskOutcome:
     """Has all rows classified that the journal does not know.
 
     Args:
@@ -204,7 +204,7 @@ def _record(index: int, row: LabelledText, labels: Sequence[str], scores: list[f
     }
 
 
-def _outcome(model: str, task: ClassificationTask, examples: Sequence[Mapping]) -> Outcome:
+def _outcome(model: str, task: ClassificationTask, examples: Sequence[Mapping]) -> TaskOutcome:
     picked, answers = [one["picked"] for one in examples], [one["answer"] for one in examples]
     if task.labels:
         picked, answers = (list(map(task.labels.index, some)) for some in (picked, answers))
@@ -215,7 +215,7 @@ def _outcome(model: str, task: ClassificationTask, examples: Sequence[Mapping]) 
             measures[name] = Accuracy(sum(map(int.__eq__, picked, answers)), count)
         else:
             measures[name] = Metric(value, error, count)
-    return Outcome(model, task.name, PROTOCOL, measures, {}, examples)
+    return TaskOutcome(model, task.name, PROTOCOL, measures, {}, examples)
 
 
 def _same_labels(own: ClassificationConfig, task: ClassificationTask) -> bool:

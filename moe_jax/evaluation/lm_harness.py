@@ -33,7 +33,7 @@ from moe_jax.evaluation.items import Item, default_buckets
 from moe_jax.evaluation.protocols import encode_pairs
 from moe_jax.evaluation.scorer import Score, Scorer
 from moe_jax.inference.prompts import Prompt
-from moe_jax.inference.session import Session
+from moe_jax.inference.session import InferenceSession
 from moe_jax.sharding.mesh import make_mesh
 
 try:
@@ -91,7 +91,7 @@ class HarnessModel(TemplateLM):
         self._batch_size = int(batch_size)
         self._conversations: set[str] = set()  # by their texts, as requests hold them
         params = load_params(files, model, devices)
-        self._session = Session(
+        self._session = InferenceSession(
             files._replace(params=params),
             {one.name: one.adapter for one in loaded},
             dtype=dtype,

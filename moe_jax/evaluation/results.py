@@ -83,7 +83,7 @@ class Metric:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class TaskOutcome:
     """One model on one task, asked one way.
 
     Attributes:
@@ -134,11 +134,11 @@ def require_no_others(folder: Path, tasks: Sequence[str], models: Sequence[str])
 
 def outcome(
     model: str, task: str, protocol: str, measures: Sequence[str], examples: Sequence[Mapping]
-) -> Outcome:
+) -> TaskOutcome:
     """Counts the right answers.
 
     Args:
-      model, task, protocol, measures: see `Outcome`.
+      model, task, protocol, measures: see `TaskOutcome`.
       examples: each with `answer`, `picked` (by measure) and `subject`.
     """
     by_subject: dict[str, list[Mapping]] = {}
@@ -151,7 +151,7 @@ def outcome(
             for measure in measures
         }
     accuracies = {measure: _accuracy(measure, examples) for measure in measures}
-    return Outcome(model, task, protocol, accuracies, subjects, examples)
+    return TaskOutcome(model, task, protocol, accuracies, subjects, examples)
 
 
 def _accuracy(measure: str, examples: Sequence[Mapping]) -> Accuracy:
@@ -169,7 +169,7 @@ class Evaluation:
     """
 
     settings: Mapping[str, Any]
-    outcomes: Sequence[Outcome]
+    outcomes: Sequence[TaskOutcome]
     models: Sequence[str] = field(init=False)
     tasks: Sequence[str] = field(init=False)
 
@@ -278,7 +278,7 @@ def _percent(value_and_error: tuple[float, float] | None) -> str:
     return f"{100 * value:.1f} ± {100 * error:.1f}"
 
 
-def _outcome_to_plain(one: Outcome) -> dict[str, Any]:
+def _outcome_to_plain(one: TaskOutcome) -> dict[str, Any]:
     measures = {}
     for measure, accuracy in one.accuracies.items():
         measures[measure] = accuracy.to_plain()

@@ -7,7 +7,7 @@ from typing import Protocol
 from moe_jax.errors import ConfigError
 from moe_jax.inference.prompts import Message, Prompt, PromptFormat
 from moe_jax.inference.sampling import SamplingConfig
-from moe_jax.inference.session import Session
+from moe_jax.inference.session import InferenceSession
 from moe_jax.inference.text import MAX_NEW_TOKENS, GenerationConfig
 
 PromptLike = str | Sequence[Message]
@@ -18,7 +18,7 @@ class Opened(Protocol):
     """What is ready to generate, such as `moe_jax.load_base` and `moe_jax.AdaptedModel` give."""
 
     @property
-    def session(self) -> Session: ...
+    def session(self) -> InferenceSession: ...
 
 
 def generate(
@@ -120,8 +120,8 @@ def generate_stream(
     return (piece.text for piece in pieces if piece.text)
 
 
-def _session(model: Opened | str | Path) -> Session:
-    return Session.open(model, {}) if isinstance(model, str | Path) else model.session
+def _session(model: Opened | str | Path) -> InferenceSession:
+    return InferenceSession.open(model, {}) if isinstance(model, str | Path) else model.session
 
 
 def _texts(stop: str | Sequence[str]) -> tuple[str, ...]:
@@ -129,7 +129,7 @@ def _texts(stop: str | Sequence[str]) -> tuple[str, ...]:
 
 
 def _prompts(
-    session: Session,
+    session: InferenceSession,
     given: Sequence[PromptLike],
     adapter: str | Sequence[str | None] | None,
     prompt_format: PromptFormat,

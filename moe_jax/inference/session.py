@@ -29,7 +29,7 @@ from moe_jax.inference.text import GenerationConfig, TextGenerator
 from moe_jax.sharding.mesh import make_mesh
 
 
-class Session:
+class InferenceSession:
     """What generation needs, the base's weights last: they are read when they are first used.
 
     Attributes:

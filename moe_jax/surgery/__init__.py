@@ -6,13 +6,13 @@
     grow         experts are split into more
     merge        groups of experts become one
 
-One operation a file. Each returns an `Outcome`, and writes an ordinary adapter's folder if it is
-given one; a run goes on from there with `adapters.NAME.start_from`.
+One operation a file. Each returns a `SurgeryOutcome`, and writes an ordinary adapter's folder if it
+is given one; a run goes on from there with `adapters.NAME.start_from`.
 """
 
 from moe_jax.surgery.from_dense import from_dense as from_dense
 from moe_jax.surgery.grow import grow as grow
 from moe_jax.surgery.merge import merge as merge
-from moe_jax.surgery.outcome import Outcome as Outcome
+from moe_jax.surgery.outcome import SurgeryOutcome as SurgeryOutcome
 from moe_jax.surgery.prune import prune as prune
 from moe_jax.surgery.upcycle import upcycle as upcycle

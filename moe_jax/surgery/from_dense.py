@@ -27,7 +27,7 @@ from moe_jax.config.model import ModelConfig
 from moe_jax.config.parse import located
 from moe_jax.errors import CheckpointError
 from moe_jax.surgery.experts import Leaves
-from moe_jax.surgery.outcome import Outcome, finished, new_adapter, text_rows
+from moe_jax.surgery.outcome import SurgeryOutcome, finished, new_adapter, text_rows
 from moe_jax.surgery.truncation import Truncated, relative_error, truncated
 
 _ROUNDING = 1e-6
@@ -45,7 +45,7 @@ def from_dense(
     seed: int = 0,
     data: str | Path | None = None,
     output: str | Path | None = None,
-) -> Outcome:
+) -> SurgeryOutcome:
     """Makes a LoRA of the difference of two checkpoints.
 
     Args:
@@ -100,7 +100,7 @@ def from_dense(
         change = text.measuring(result).change_from(folders[1])
         notes.append(text.describe(change, "the fine-tuned model"))
     exact = overall < _ROUNDING and not others
-    return finished(Outcome(result, exact, notes, change, errors), output)
+    return finished(SurgeryOutcome(result, exact, notes, change, errors), output)
 
 
 class _CheckpointPair:

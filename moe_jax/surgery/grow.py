@@ -37,7 +37,7 @@ from moe_jax.surgery.experts import (
     sites_of,
     with_num_experts,
 )
-from moe_jax.surgery.outcome import Outcome, changed_adapter, finished, opened, read_text
+from moe_jax.surgery.outcome import SurgeryOutcome, changed_adapter, finished, opened, read_text
 
 DEFAULT_NOISE = 0.01
 
@@ -53,7 +53,7 @@ def grow(
     data: str | Path | None = None,
     base: str | Path | None = None,
     output: str | Path | None = None,
-) -> Outcome:
+) -> SurgeryOutcome:
     """Splits experts; give either `add` or `times`.
 
     Args:
@@ -115,7 +115,7 @@ def grow(
     if text is not None and measuring is not None:
         change = measuring.change_to(result)
         notes.append(text.describe(change, "the adapter as it was"))
-    return finished(Outcome(result, exact, notes, change), output)
+    return finished(SurgeryOutcome(result, exact, notes, change), output)
 
 
 def _check(

@@ -36,7 +36,7 @@ from moe_jax.surgery.experts import (
     sites_of,
     with_num_experts,
 )
-from moe_jax.surgery.outcome import Outcome, changed_adapter, finished, opened, read_text
+from moe_jax.surgery.outcome import SurgeryOutcome, changed_adapter, finished, opened, read_text
 from moe_jax.surgery.similarity import product_gram, similar_groups
 from moe_jax.surgery.truncation import Truncated, relative_error, truncated_product
 from moe_jax.surgery.upcycle import why_not_exact
@@ -57,7 +57,7 @@ def merge(
     seed: int = 0,
     base: str | Path | None = None,
     output: str | Path | None = None,
-) -> Outcome:
+) -> SurgeryOutcome:
     """Merges experts; give either `into` or `groups`.
 
     Into one, a mixture becomes a LoRA.
@@ -122,7 +122,7 @@ def merge(
         cut,
         text.describe(change, "the adapter as it was"),
     ]
-    return finished(Outcome(result, exact, notes, change, errors), output)
+    return finished(SurgeryOutcome(result, exact, notes, change, errors), output)
 
 
 def _check(

@@ -24,7 +24,7 @@ _LENGTH = 512
 _ROUNDING = 1e-7
 
 
-class Outcome(NamedTuple):
+class SurgeryOutcome(NamedTuple):
     """A new adapter.
 
     Attributes:
@@ -154,7 +154,7 @@ def changed_adapter(
     return adapter._replace(training=former.training, pictures=former.pictures)
 
 
-def finished(outcome: Outcome, output: str | Path | None) -> Outcome:
+def finished(outcome: SurgeryOutcome, output: str | Path | None) -> SurgeryOutcome:
     """Writes the adapter, if it is to be written, complete or not at all.
 
     Raises:

@@ -23,7 +23,7 @@ from moe_jax.surgery.experts import (
     rearranged,
     with_num_experts,
 )
-from moe_jax.surgery.outcome import Outcome, changed_adapter, finished, opened, read_text
+from moe_jax.surgery.outcome import SurgeryOutcome, changed_adapter, finished, opened, read_text
 
 
 def prune(
@@ -33,7 +33,7 @@ def prune(
     data: str | Path,
     base: str | Path | None = None,
     output: str | Path | None = None,
-) -> Outcome:
+) -> SurgeryOutcome:
     """Keeps the experts of each router that had the most to carry.
 
     Args:
@@ -70,7 +70,7 @@ def prune(
         _statement(lost, former.router, text.name),
         text.describe(change, "the adapter as it was"),
     ]
-    return finished(Outcome(result, exact, notes, change), output)
+    return finished(SurgeryOutcome(result, exact, notes, change), output)
 
 
 def _most_used(load: np.ndarray, counts: np.ndarray, keep: int) -> np.ndarray:

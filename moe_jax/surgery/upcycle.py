@@ -24,7 +24,7 @@ from moe_jax.config.model import ModelConfig
 from moe_jax.config.parse import FieldError, located, parse_member, suggest
 from moe_jax.errors import CheckpointError
 from moe_jax.surgery.experts import ROUTER, ExpertMethod, Leaves, expert_counts, leaves_of
-from moe_jax.surgery.outcome import Outcome, changed_adapter, finished, opened, read_text
+from moe_jax.surgery.outcome import SurgeryOutcome, changed_adapter, finished, opened, read_text
 
 UPCYCLED = ("mixlora", "loramoe", "mola")
 """The methods that a LoRA can become."""
@@ -40,7 +40,7 @@ def upcycle(
     data: str | Path | None = None,
     base: str | Path | None = None,
     output: str | Path | None = None,
-) -> Outcome:
+) -> SurgeryOutcome:
     """Makes experts of a LoRA, rsLoRA or DoRA.
 
     MixLoRA and LoRAMoE have experts on the FFN's projections and keep the LoRA's pairs on
@@ -77,7 +77,7 @@ def upcycle(
     if text is not None:
         change = text.measuring(saved).change_to(result)
         notes.append(text.describe(change, "the LoRA"))
-    return finished(Outcome(result, doubt is None, notes, change), output)
+    return finished(SurgeryOutcome(result, doubt is None, notes, change), output)
 
 
 def why_not_exact(method: ExpertMethod, model: ModelConfig) -> str | None:

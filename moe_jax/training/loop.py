@@ -39,7 +39,7 @@ from moe_jax.training.results import (
     table_lines,
     write_table,
 )
-from moe_jax.training.session import Progress, Session, restore
+from moe_jax.training.session import Progress, TrainingSession, restore
 from moe_jax.training.start import load_starts
 from moe_jax.training.summary import start_up_table
 from moe_jax.training.workdir import WorkDir, is_main_process, lengths, require_same_run
@@ -156,7 +156,7 @@ def train(
             bar = ProgressBar(inputs.total_steps, progress.step, show=shown)
             losses = last_losses(work.folder / METRICS_FILE)
             recorder = Recorder(program, inputs.steps, writers, window, say, bar, losses)
-            session = Session(
+            session = TrainingSession(
                 config=config,
                 inputs=inputs,
                 params=params,
@@ -203,7 +203,7 @@ def _result(work: WorkDir, steps: Mapping[str, int], progress: Progress) -> Trai
     return TrainResult(progress.step, max(steps.values()), folders, progress.validation, reports)
 
 
-def _evaluate(evaluator: Evaluator, session: Session, result: TrainResult) -> Table:
+def _evaluate(evaluator: Evaluator, session: TrainingSession, result: TrainResult) -> Table:
     """Measures all adapters on their tasks, shows the table and leaves it in the work directory."""
     folder, say = session.work.folder / FOLDER, session.say
     table = evaluator.finish(result.adapters, session.params, folder, say, session.interrupts.noted)

@@ -52,7 +52,7 @@ class Progress:
 
 
 @dataclass(frozen=True)
-class Session:
+class TrainingSession:
     """Everything that the steps of a run need.
 
     Attributes:

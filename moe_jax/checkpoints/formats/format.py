@@ -97,7 +97,7 @@ class ExportOptions(NamedTuple):
     name: str = "exported"
 
 
-class Outcome(NamedTuple):
+class ExportOutcome(NamedTuple):
     """What came of an export.
 
     Attributes:
@@ -123,7 +123,7 @@ class Export(NamedTuple):
     """
 
     num_bytes: int
-    write: Callable[[Path], Outcome]
+    write: Callable[[Path], ExportOutcome]
     notes: list[str]
 
 
@@ -224,9 +224,9 @@ class AdapterFormat(Format):
                     f"{name}: has values too large for {options.dtype}; use another dtype"
                 )
 
-        def write(folder: Path) -> Outcome:
+        def write(folder: Path) -> ExportOutcome:
             write_adapter_folder(folder, config, tensors, self.weights_file)
-            return Outcome(f"`{CONFIG}` and `{self.weights_file}`", whole=False)
+            return ExportOutcome(f"`{CONFIG}` and `{self.weights_file}`", whole=False)
 
         # Names, shapes and the frame of the files take a few hundred bytes a tensor.
         size = sum(tensor.nbytes for tensor in tensors.values()) + 1024 * (len(tensors) + 16)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_jax.checkpoints.adapter_files import SavedAdapter
-from moe_jax.checkpoints.formats.format import ExportOptions, Format, Outcome
+from moe_jax.checkpoints.formats.format import ExportOptions, ExportOutcome, Format
 from moe_jax.checkpoints.training_record import PICTURES, DataSet, TrainingRecord
 from moe_jax.config.registry import to_plain
 from moe_jax.version import __version__
@@ -18,7 +18,7 @@ def model_card(
     adapter: SavedAdapter,
     options: ExportOptions,
     written_by: Format,
-    outcome: Outcome,
+    outcome: ExportOutcome,
     left_out: Sequence[str] = (),
 ) -> str:
     """The text of the card, with the header that the Hugging Face hub reads.
@@ -78,7 +78,7 @@ def pictures_of(adapter: SavedAdapter) -> dict[str, bytes]:
 
 
 def _header(
-    adapter: SavedAdapter, options: ExportOptions, written_by: Format, outcome: Outcome
+    adapter: SavedAdapter, options: ExportOptions, written_by: Format, outcome: ExportOutcome
 ) -> str:
     """YAML; JSON's texts and lists are YAML's too."""
     fields: dict[str, Any] = {}
@@ -98,7 +98,7 @@ def _header(
     return "\n".join(["---", *(f"{k}: {json.dumps(v)}" for k, v in fields.items()), "---"])
 
 
-def _introduction(adapter: SavedAdapter, options: ExportOptions, outcome: Outcome) -> str:
+def _introduction(adapter: SavedAdapter, options: ExportOptions, outcome: ExportOutcome) -> str:
     trained = f"was trained on it for {adapter.step} steps"
     if adapter.training is None and adapter.step == 0:
         trained = "has no steps of training on record"

@@ -5,7 +5,7 @@ from pathlib import Path
 import jax
 
 from moe_jax.checkpoints.adapter_files import SavedAdapter, save_adapter
-from moe_jax.checkpoints.formats.format import FORMATS, Export, ExportOptions, Format, Outcome
+from moe_jax.checkpoints.formats.format import FORMATS, Export, ExportOptions, ExportOutcome, Format
 from moe_jax.config.parse import FieldError
 
 
@@ -33,9 +33,9 @@ class OwnFormat(Format):
         )
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(adapter.tree)) + 2**20
 
-        def write(folder: Path) -> Outcome:
+        def write(folder: Path) -> ExportOutcome:
             save_adapter(folder, known)
-            return Outcome("`adapter.json` and `weights/`", whole=False)
+            return ExportOutcome("`adapter.json` and `weights/`", whole=False)
 
         return Export(size, write, [])
 

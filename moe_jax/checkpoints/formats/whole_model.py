@@ -12,7 +12,7 @@ import numpy as np
 
 from moe_jax.checkpoints.adapter_files import SavedAdapter
 from moe_jax.checkpoints.base_folder import BaseFolder, find_base
-from moe_jax.checkpoints.formats.format import Export, ExportOptions, Format, Outcome
+from moe_jax.checkpoints.formats.format import Export, ExportOptions, ExportOutcome, Format
 from moe_jax.checkpoints.formats.merging import Merger, open_merger
 from moe_jax.checkpoints.formats.sharded_writer import LazyTensor, weights_bytes, write_weights
 from moe_jax.checkpoints.key_table import TensorParts, tensor_parts
@@ -115,7 +115,7 @@ class ModelFormat(Format):
         if not any(file.name.startswith(_TOKENIZERS) for file in copied):
             notes.append("no tokenizer: the base's folder holds none; copy one beside the model")
 
-        def write(folder: Path) -> Outcome:
+        def write(folder: Path) -> ExportOutcome:
             (folder / _CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
             for file in sorted(copied):
                 shutil.copyfile(file, folder / file.name)
@@ -131,7 +131,7 @@ class ModelFormat(Format):
                     f"KL divergence from the exact model, measured: {divergence:.4g} nats per token"
                 )
             product = f"a `{config['architectures'][0]}`"
-            return Outcome(product, True, plan.approximation, divergence)
+            return ExportOutcome(product, True, plan.approximation, divergence)
 
         size = weights_bytes([recipe.shape for recipe in plan.recipes], options.dtype)
         size += sum(file.stat().st_size for file in copied) + 2**16
