@@ -26,7 +26,7 @@ from moe_jax.training.evaluate import Evaluate, make_evaluate, twins, with_rules
 from moe_jax.training.fit import require_divisible_rows, require_fitting_methods
 from moe_jax.training.loss_scale import initial_loss_scale
 from moe_jax.training.optimizer import build_optimizer, learning_rate_schedule
-from moe_jax.training.rows import require_single_sequences
+from moe_jax.training.rows import in_micro_batches, require_single_sequences
 from moe_jax.training.state import TrainState, state_shardings
 
 BATCH_TYPES = Batch(
@@ -145,16 +145,8 @@ class Program:
         its own devices. Each adapter's rows are spread evenly over micro-batches and devices.
         """
         micro = self.config.training.micro_batches
-
-        def cut(array: np.ndarray) -> np.ndarray:
-            ends = np.cumsum([segment.rows for segment in self.segments])
-            parts = np.split(array, ends[:-1])
-            shards = self.segments[0].shards
-            split = [part.reshape(micro, shards, -1, part.shape[-1]) for part in parts]
-            return np.concatenate(split, axis=2).reshape(micro, -1, array.shape[-1])
-
-        cut_batch = Batch(*(cut(np.asarray(array)) for array in batch))
-        return self._put(cut_batch, PartitionSpec(None, *BATCH_SPEC), packed=self.packed)
+        batch = in_micro_batches(batch, self.segments, micro)
+        return self._put(batch, PartitionSpec(None, *BATCH_SPEC), packed=self.packed)
 
     def put_eval_batch(self, batch: Batch) -> Batch:
         """A batch of NumPy arrays [B, S] as global arrays."""

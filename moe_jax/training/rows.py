@@ -1,9 +1,10 @@
-"""Batches of several adapters as the rows of one."""
+"""Batches of several adapters as the rows of one, and as the rows of its micro-batches."""
 
 from collections.abc import Sequence
 
 import numpy as np
 
+from moe_jax.adapters.segments import Segment
 from moe_jax.data.batch import Batch
 
 
@@ -19,6 +20,26 @@ def join_rows(batches: Sequence[Batch]) -> Batch:
         for batch in batches
     ]
     return Batch(*(np.concatenate(arrays) for arrays in zip(*padded, strict=True)))
+
+
+def in_micro_batches(batch: Batch, segments: Sequence[Segment], micro_batches: int) -> Batch:
+    """Cuts a batch [B, S] into micro-batches [M, b, S].
+
+    Args:
+      batch: NumPy arrays, rows in the order of the segments.
+      segments: which rows belong to which adapter. Each adapter's are spread evenly over
+        micro-batches and over the segments' shards.
+      micro_batches: M.
+    """
+    ends = np.cumsum([segment.rows for segment in segments])
+    shards = segments[0].shards
+
+    def cut(array: np.ndarray) -> np.ndarray:
+        parts = np.split(array, ends[:-1])
+        split = [part.reshape(micro_batches, shards, -1, part.shape[-1]) for part in parts]
+        return np.concatenate(split, axis=2).reshape(micro_batches, -1, array.shape[-1])
+
+    return Batch(*(cut(np.asarray(array)) for array in batch))
 
 
 def require_single_sequences(batch: Batch) -> None:
