@@ -34,7 +34,15 @@ import jax
 
 from benchmarks.compiled_flops import compiled_flops
 from benchmarks.random_inputs import params_of
-from benchmarks.report import check_output, machine, one_line, say, table, write_json
+from benchmarks.report import (
+    check_output,
+    compiling_anew,
+    machine,
+    one_line,
+    say,
+    table,
+    write_json,
+)
 from benchmarks.sizes import SIZE_HELP, model_of
 from benchmarks.timing import interleaved, spread
 from moe_jax.adapters import METHODS
@@ -290,12 +298,10 @@ def as_table(figures: dict[str, dict[str, Any]]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    cached = jax.config.values["jax_enable_compilation_cache"]
-    jax.config.update("jax_enable_compilation_cache", False)  # or nothing would be compiled
     try:
         check(args)
         about = machine()
-        with tempfile.TemporaryDirectory() as folder:
+        with compiling_anew(), tempfile.TemporaryDirectory() as folder:
             path = generated(Path(folder)) if args.data is None else args.data
             figures = measure(args, path)
         print(f"{args.size} model, rows of {args.length} tokens; {one_line(about)}")
@@ -303,8 +309,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         write_json(args.output, args, machine=about, figures=figures)
     except UserError as error:
         return report(error)
-    finally:
-        jax.config.update("jax_enable_compilation_cache", cached)
     return 0
 
 

@@ -1,5 +1,6 @@
 """What every benchmark says of itself: the machine, a table, and a JSON file; needs jax only."""
 
+import contextlib
 import datetime
 import importlib.metadata
 import json
@@ -8,7 +9,7 @@ import platform
 import shlex
 import sys
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,17 @@ def one_line(machine: dict[str, Any]) -> str:
     busy = machine["load_average"]
     load = "" if busy is None else f", load {busy:.1f}"
     return f"{many}{kind}, {machine['cores']} cores{load}, jax {jax.__version__}, {machine['date']}"
+
+
+@contextlib.contextmanager
+def compiling_anew() -> Iterator[None]:
+    """Turns jax's cache of compiled programs off, for who measures what compiling takes."""
+    former = jax.config.values["jax_enable_compilation_cache"]
+    jax.config.update("jax_enable_compilation_cache", False)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", former)
 
 
 def say(text: str) -> None:

@@ -32,7 +32,6 @@ from typing import Any, get_args
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import jax
 
 from benchmarks.contest import PEFT, Contest
 from benchmarks.peak_memory import PeakMemory
@@ -41,6 +40,7 @@ from benchmarks.random_inputs import params_of
 from benchmarks.report import (
     MEBIBYTE,
     check_output,
+    compiling_anew,
     machine,
     one_line,
     say,
@@ -226,14 +226,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     share = {"PREALLOCATE": "false"} if args.peft else {"MEM_FRACTION": "0.95"}
     for name, value in share.items():
         os.environ.setdefault(f"XLA_PYTHON_CLIENT_{name}", value)
-    cached = jax.config.values["jax_enable_compilation_cache"]
-    jax.config.update("jax_enable_compilation_cache", False)  # or nothing would be compiled
     try:
         if args.measure_peak:
-            measure_peak(args)
+            with compiling_anew():
+                measure_peak(args)
             return 0
         names = check(args)
-        figures = measure(args, names, argv)
+        with compiling_anew():
+            figures = measure(args, names, argv)
         print(
             f"{args.size} in {args.dtype}, {args.rows} x {args.length} tokens, remat {args.remat}, "
             f"attention {args.attention}; {one_line(figures['machine'])}"
@@ -242,8 +242,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         write_json(args.output, args, **figures)
     except UserError as error:
         return report(error)
-    finally:
-        jax.config.update("jax_enable_compilation_cache", cached)
     return 0
 
 
