@@ -23,6 +23,19 @@ BFLOAT16_TENSORS = 1e-2
 FEW_OPERATIONS = {"rtol": 1e-6}
 FEW_OPERATIONS_GRADIENT = {"rtol": 1e-5}
 
+# Gradients in half precision, against a higher one on the same inputs: in bfloat16, what is kept
+# and what is given are rounded once each, by at most one part in 256; in float16, by one in 2048.
+BFLOAT16_GRADIENT = {"rtol": 2**-7, "atol": 1e-5}
+FLOAT16_GRADIENT = {"rtol": 2**-9}
+
+# Relative: the standard deviation of tens of thousands of random numbers, against that asked for.
+OF_RANDOM_NUMBERS = 0.05
+
+# Relative: how many rows come from either of two data sets, counted up to the middle of a window.
+# Absolute: padding's share, estimated from a few batches, against that of an epoch.
+WITHIN_A_WINDOW = 0.03
+PADDING_SHARE = 0.005
+
 # A float32 matrix product, whose sums are long, against float64.
 FLOAT32_PRODUCT = {"rtol": 1e-5, "atol": 1e-4}
 

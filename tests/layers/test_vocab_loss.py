@@ -9,7 +9,13 @@ import numpy as np
 import pytest
 import torch
 from jax.sharding import NamedSharding, PartitionSpec
-from tolerances import FEW_OPERATIONS_GRADIENT, GRADIENT_ROUNDING, ROUNDING
+from tolerances import (
+    BFLOAT16_GRADIENT,
+    FEW_OPERATIONS_GRADIENT,
+    FLOAT16_GRADIENT,
+    GRADIENT_ROUNDING,
+    ROUNDING,
+)
 
 from moe_jax.config.run import MeshConfig
 from moe_jax.layers import vocab_loss
@@ -93,7 +99,7 @@ def test_bfloat16_rounds_the_gradient_of_the_logits_and_nothing_else(small_chunk
     by_hand = rounded @ np.asarray(kernel, np.float64).T * WEIGHTS[..., None]
     assert gradient.dtype == jnp.bfloat16
     # What is kept and what is given are rounded once each, by at most one part in 256.
-    np.testing.assert_allclose(np.asarray(gradient, np.float64), by_hand, rtol=2**-7, atol=1e-5)
+    np.testing.assert_allclose(np.asarray(gradient, np.float64), by_hand, **BFLOAT16_GRADIENT)
 
 
 def test_float16_keeps_gradients_that_the_loss_scale_is_to_save():
@@ -108,7 +114,7 @@ def test_float16_keeps_gradients_that_the_loss_scale_is_to_save():
     assert gradient.dtype == jnp.float16
     # The first, p - 1, is lost in float32's own rounding of numbers near one.
     assert expected[0, 0, 1] / 2**16 < 3e-6
-    np.testing.assert_allclose(gradient[..., 1], expected[..., 1], rtol=2**-9)
+    np.testing.assert_allclose(gradient[..., 1], expected[..., 1], **FLOAT16_GRADIENT)
 
 
 def test_chunks_by_hand():
