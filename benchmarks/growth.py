@@ -30,7 +30,6 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import jax
-import jax.numpy as jnp
 
 from benchmarks.growth_counts import (
     DEFAULT,
@@ -52,6 +51,7 @@ from benchmarks.growth_counts import (
     per_expert_of,
 )
 from benchmarks.layer_cost import METHODS, layer_step
+from benchmarks.random_inputs import random_like
 from benchmarks.report import check_output, machine, one_line, say, table
 from benchmarks.timing import interleaved, seconds_of, spread
 from moe_jax.errors import ConfigError, UserError, report
@@ -179,9 +179,9 @@ def timed_rows(rounds: int) -> list[list[str]]:
             say(f"{name}, {experts} experts: compiling")
             shape = TIMED._replace(experts=experts)
             step, (adapters, frozen, *rest) = layer_step(METHODS[name](shape), shape, DEFAULT, None)
-            params = _random(frozen) if params is None else params
+            params = random_like(frozen) if params is None else params
             compiled = jax.jit(step).lower(adapters, frozen, *rest).compile()
-            arguments = (_random(adapters), params, *_random(rest))
+            arguments = (random_like(adapters), params, *random_like(rest))
 
             def run(call: Any = compiled, arguments: Any = arguments) -> float:
                 return seconds_of(lambda: jax.block_until_ready(call(*arguments)))
@@ -200,18 +200,6 @@ def timed_rows(rounds: int) -> list[list[str]]:
         figures = (*spread(seconds), spread(ratios).median)
         lines.append([label, *(f"{figure:.4g}" for figure in figures)])
     return lines
-
-
-def _random(shapes: Any) -> Any:
-    """Small random numbers, trues and zeros of these shapes and types."""
-
-    def one(index: int, leaf: jax.ShapeDtypeStruct) -> jax.Array:
-        if jnp.issubdtype(leaf.dtype, jnp.floating):
-            return 0.02 * jax.random.normal(jax.random.key(index), leaf.shape, leaf.dtype)
-        return jnp.full(leaf.shape, leaf.dtype == jnp.bool, leaf.dtype)
-
-    leaves, tree = jax.tree.flatten(shapes)
-    return jax.tree.unflatten(tree, [one(index, leaf) for index, leaf in enumerate(leaves)])
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -72,6 +72,18 @@ def params_of(program: Program, seed: int = 0) -> Any:
     return random_params(program.abstract_params, program.param_shardings, dtype, seed)
 
 
+def random_like(shapes: Any) -> Any:
+    """Small random numbers, trues and zeros of the shapes and types of a tree's leaves."""
+
+    def one(index: int, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        if jnp.issubdtype(leaf.dtype, jnp.floating):
+            return DEVIATION * jax.random.normal(jax.random.key(index), leaf.shape, leaf.dtype)
+        return jnp.full(leaf.shape, leaf.dtype == jnp.bool, leaf.dtype)
+
+    leaves, tree = jax.tree.flatten(shapes)
+    return jax.tree.unflatten(tree, [one(index, leaf) for index, leaf in enumerate(leaves)])
+
+
 def random_batch(model: ModelConfig, rows: int, length: int, seed: int = 0) -> Batch:
     """Rows without padding, of which every token but the first is a target."""
     shape = (rows, length)

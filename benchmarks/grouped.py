@@ -1,0 +1,298 @@
+"""Experts' products in one-hot and in grouped form: where each needs less, and is faster.
+
+    python benchmarks/grouped.py
+    python benchmarks/grouped.py --size d512 --time --output benchmarks/grouped_d512.json
+
+`codes` and `expansion` are the two low-rank products of one projection, of gate or up, forward and
+backward to their input and to the experts' matrices, in the forms of `dispatch_forms.py`. `layer`
+is a whole decoder layer: MixLoRA as the package has it, the same with tokens sorted by expert
+(`grouped_mixlora.py`), and LoRA of as many trainable weights. What is compiled is counted without
+weights: operations, and the memory that it takes besides what it is given and gives back. `--time`
+also times it, on random weights and with random choices; the forms take turns. It wants an idle
+machine.
+
+The grouped forms have as many blocks as the most unequal routing needs, and compute all of them.
+
+Needs jax and flax only.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks import dispatch_forms as forms
+from benchmarks.compiled_flops import compiled_flops
+from benchmarks.dispatch_forms import BATCHED, GROUPED, ONE_HOT, RAGGED, WALKS
+from benchmarks.grouped_mixlora import GroupedMixLora
+from benchmarks.layer_cost import METHODS, Shape, layer_step
+from benchmarks.layer_cost import ROUNDS as LAYERS
+from benchmarks.random_inputs import random_like
+from benchmarks.report import MEBIBYTE, check_output, machine, one_line, say, table, write_json
+from benchmarks.sizes import SIZE_HELP, model_of
+from benchmarks.timing import interleaved, seconds_of, spread
+from moe_jax.adapters.method import AdapterMethod
+from moe_jax.config.model import ComputeConfig
+from moe_jax.errors import ConfigError, UserError, report
+
+CODES, EXPANSION, LAYER, LORA = "codes", "expansion", "layer", "lora"
+FORMS = {
+    CODES: (ONE_HOT, GROUPED, BATCHED, RAGGED),
+    EXPANSION: (ONE_HOT, GROUPED, BATCHED, RAGGED),
+    LAYER: (ONE_HOT, GROUPED, BATCHED, LORA),
+}
+ALL_FORMS = tuple(dict.fromkeys(form for of_part in FORMS.values() for form in of_part))
+REMAT = ComputeConfig(dtype="float32").remat
+MOST_OF_MEMORY = 0.8
+
+
+class Case(NamedTuple):
+    """What is measured: one form of one part.
+
+    Attributes:
+      program: its step, of `operands`.
+      operands: shapes and types.
+      layers: that the program has, whose routers choose; 0 where the choice is an operand.
+    """
+
+    program: Callable[..., Any]
+    operands: tuple[Any, ...]
+    layers: int = 0
+
+
+def grouped_method(shape: Shape, form: str) -> GroupedMixLora:
+    """MixLoRA with the top-k router, in one of the forms `WALKS`."""
+    return GroupedMixLora(**vars(METHODS["MixLoRA, top-k"](shape)), walk=WALKS[form])
+
+
+def _method(shape: Shape, form: str) -> AdapterMethod:
+    if form in WALKS:
+        return grouped_method(shape, form)
+    return METHODS["LoRA" if form == LORA else "MixLoRA, top-k"](shape)
+
+
+def case_of(part: str, form: str, shape: Shape) -> Case:
+    """What to compile."""
+    if part == LAYER:
+        step, operands = layer_step(_method(shape, form), shape, REMAT, None)
+        return Case(step, operands, LAYERS)
+    array = lambda *sizes, dtype=jnp.float32: jax.ShapeDtypeStruct(sizes, dtype)
+    tokens, slots = shape.rows * shape.length, shape.top_k
+    choice = array(tokens, slots, dtype=jnp.int32)
+    if part == CODES:
+        operands = (
+            array(slots, tokens, shape.rank),
+            choice,
+            array(tokens, shape.width),
+            array(shape.width, shape.experts, shape.rank),
+        )
+        return Case(forms.step_of(form, forms.codes), operands)
+    operands = (
+        array(slots, tokens, shape.ffn_width),
+        choice,
+        array(tokens, shape.ffn_width),
+        array(tokens, shape.experts, shape.rank),
+        array(shape.experts, shape.rank, shape.ffn_width),
+    )
+    return Case(forms.step_of(form, forms.expansion), operands)
+
+
+def operands_of(case: Case, shape: Shape) -> tuple[Any, ...]:
+    """Random ones; of a token's slots each has another expert, all experts being as likely."""
+    made = random_like(case.operands)
+    if case.layers:
+        return made
+    cotangent, choice, *rest = made
+    scores = jax.random.normal(jax.random.key(1), (len(choice), shape.experts))
+    return cotangent, jax.lax.top_k(scores, shape.top_k)[1], *rest
+
+
+def measure_setting(part: str, names: Sequence[str], shape: Shape, rounds: int) -> list[Any]:
+    """Rows of one part at some number of experts and rank, one for each form.
+
+    Args:
+      part: of `FORMS`.
+      names: of the forms.
+      shape: with the experts and their rank.
+      rounds: that are timed; 0 counts only.
+    """
+    rows, steps = [], {}
+    for form in names:
+        case = case_of(part, form, shape)
+        compiled = jax.jit(case.program).lower(*case.operands).compile()
+        flops, memory = compiled_flops(compiled), compiled.memory_analysis()
+        assert not flops.unknown_loops
+        assert memory is not None
+        row = {
+            "part": part,
+            "experts": shape.experts,
+            "rank": shape.rank,
+            "form": form,
+            "flops": flops.total / max(1, case.layers),
+            "temporary_bytes": memory.temp_size_in_bytes,
+            "seconds": None,
+            "ratio_to_one_hot": None,
+            "error": None,
+        }
+        rows.append(row)
+        if not rounds:
+            continue
+        needed = memory.argument_size_in_bytes + memory.output_size_in_bytes
+        needed += memory.temp_size_in_bytes
+        if needed > MOST_OF_MEMORY * _memory_bytes():
+            row["error"] = f"{needed / 2**30:.0f} GiB are too many"
+            continue
+
+        def run(compiled: Any = compiled, case: Case = case) -> float:
+            # Made anew each time, so that the operands of one form are held at a time.
+            operands = jax.block_until_ready(operands_of(case, shape))
+            return seconds_of(lambda: jax.block_until_ready(compiled(*operands))) / max(
+                1, case.layers
+            )
+
+        run()
+        steps[form] = run
+    samples, failed = interleaved(steps, rounds)
+    for row in rows:
+        own = samples.get(row["form"])
+        if not own or row["form"] in failed:
+            row["error"] = failed.get(row["form"], row["error"])
+            continue
+        row["seconds"] = spread(own)._asdict()
+        if samples.get(ONE_HOT) and ONE_HOT not in failed:
+            ratios = [mine / other for mine, other in zip(own, samples[ONE_HOT], strict=True)]
+            row["ratio_to_one_hot"] = spread(ratios)._asdict()
+    return rows
+
+
+def _memory_bytes() -> float:
+    """Of the first device; where that is not known, of the machine."""
+    known = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
+    return known or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def as_table(rows: Sequence[Any]) -> str:
+    """The figures for people."""
+    one_hot = {_setting(row): row for row in rows if row["form"] == ONE_HOT}
+    lines = []
+    for row in rows:
+        other = one_hot.get(_setting(row))
+        ratio = lambda key, row=row, other=other: (
+            f"{row[key] / other[key]:.3f}" if other and other[key] else "-"
+        )
+        line = [row["part"], f"{row['experts']}", f"{row['rank']}", row["form"]]
+        line += [f"{row['flops'] / 1e9:.4g}", ratio("flops")]
+        line += [f"{row['temporary_bytes'] / MEBIBYTE:.4g}", ratio("temporary_bytes")]
+        seconds, of_one_hot = row["seconds"], row["ratio_to_one_hot"]
+        if seconds:
+            line += [f"{seconds[key]:.4g}" for key in ("median", "lowest", "highest")]
+            line.append(f"{of_one_hot['median']:.3f}" if of_one_hot else "-")
+        else:
+            line += ["-" if row["error"] is None else row["error"], "", "", ""]
+        lines.append(line)
+    headings = ["part", "experts", "rank", "form", "GFLOP", "/ one-hot", "temp. MiB", "/ one-hot"]
+    return table([*headings, "seconds", "least", "most", "/ one-hot"], lines)
+
+
+def _setting(row: Any) -> tuple[Any, ...]:
+    return row["part"], row["experts"], row["rank"]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
+    add = parser.add_argument
+    add("--size", default="7b", help=SIZE_HELP)
+    add("--parts", default=",".join(FORMS), help="(%(default)s)")
+    add("--forms", default=",".join(ALL_FORMS), help="(%(default)s)")
+    add("--experts", default="8,32,128,512", help="(%(default)s)")
+    add("--ranks", default="8,16,32,64", help="(%(default)s)")
+    add("--rows", type=int, default=8, help="of the batch (8)")
+    add("--length", type=int, default=128, help="tokens of a row (128)")
+    add("--top-k", type=int, default=2, help="experts of a token (2)")
+    add("--time", action="store_true", help="time it too")
+    add("--rounds", type=int, default=7, help="of --time (7)")
+    add("--output", type=Path, help="also write the figures here, as JSON")
+    return parser
+
+
+def _numbers(flag: str, text: str) -> list[int]:
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"--{flag} {text}: must be numbers with commas between") from None
+    if min(numbers) < 1:
+        raise ConfigError(f"--{flag} {text}: must be positive")
+    return list(dict.fromkeys(numbers))
+
+
+def _names(flag: str, text: str, known: Sequence[str]) -> list[str]:
+    names = list(dict.fromkeys(filter(None, text.split(","))))
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"--{flag}: {name!r} is none of {', '.join(known)}")
+    if not names:
+        raise ConfigError(f"--{flag}: names none of {', '.join(known)}")
+    return names
+
+
+def settings(args: argparse.Namespace) -> list[tuple[str, list[str], Shape]]:
+    """What to measure, in this order; refuses flags that do not do before anything is compiled.
+
+    Raises:
+      ConfigError: names the flag.
+    """
+    check_output(args.output)
+    model = model_of(args.size)
+    for flag in ("rows", "length", "top_k", "rounds"):
+        if getattr(args, flag) < 1:
+            raise ConfigError(f"--{flag.replace('_', '-')}: must be positive")
+    parts, names = _names("parts", args.parts, list(FORMS)), _names("forms", args.forms, ALL_FORMS)
+    experts, ranks = _numbers("experts", args.experts), _numbers("ranks", args.ranks)
+    if min(experts) < max(args.top_k, 2):
+        raise ConfigError(f"--experts {args.experts}: must be at least 2, and at least --top-k")
+    found = []
+    for part in parts:
+        of_part = [form for form in FORMS[part] if form in names]
+        for count in experts:
+            for rank in ranks if of_part else ():
+                shape = Shape(
+                    width=model.hidden_size,
+                    ffn_width=model.intermediate_size,
+                    heads=model.num_heads,
+                    rank=rank,
+                    experts=count,
+                    rows=args.rows,
+                    length=args.length,
+                    top_k=args.top_k,
+                )
+                found.append((part, of_part, shape))
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = _parser().parse_args(argv)
+    try:
+        cases = settings(args)
+        facts = machine()
+        rows = []
+        for part, names, shape in cases:
+            say(f"{part}, {shape.experts} experts of rank {shape.rank}")
+            rows += measure_setting(part, names, shape, args.rounds if args.time else 0)
+        tokens = f"{args.rows} x {args.length} tokens, top-{args.top_k}"
+        print(f"{args.size} in float32, {tokens}, remat {REMAT}; {one_line(facts)}")
+        print(as_table(rows))
+        write_json(args.output, args, benchmark="grouped", machine=facts, rows=rows)
+    except UserError as error:
+        return report(error)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,128 @@
+"""MixLoRA whose tokens are sorted by expert, to measure beside the package's; needs jax and flax.
+
+It is MixLoRA's algebra (see `MixLoraMLP`), and the leaves are the same. But a block of rows, which
+have one expert, meets that expert's pairs alone, in all three projections, so that no code of
+another expert is computed.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from benchmarks.grouped_rows import Walk, group_rows, in_groups, rows_of_block
+from moe_jax.adapters.experts import ExpertPairs
+from moe_jax.adapters.frozen import AdapterContext, FrozenFFN
+from moe_jax.adapters.method import Finish
+from moe_jax.adapters.mixlora import MixLoraConfig, MixLoraMLP
+from moe_jax.adapters.targets import MLP_MODULES
+from moe_jax.config.parse import require
+from moe_jax.layers.activation import gated
+from moe_jax.sharding.axes import EMBED, MLP
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupedMixLora(MixLoraConfig):
+    """MixLoRA in blocks of one expert; not in `METHODS`, as it is there to be measured.
+
+    Attributes:
+      walk: how blocks are gone through.
+      block: rows of a block; None leaves it to `rows_of_block`.
+    """
+
+    walk: Walk = "loop"
+    block: int | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        every = set(MLP_MODULES) <= set(self.target_modules)
+        require(every, "target_modules", f"must have {', '.join(MLP_MODULES)}")
+        own = self.expert_low_rank
+        left_out = {"dora": own.dora, "dropout": own.dropout, "ffn_dropout": self.ffn_dropout}
+        for field, value in left_out.items():
+            require(not value, field, "the grouped form is not written for it")
+
+    def mlp_adapter(self) -> nn.Module | None:
+        return GroupedMLP(self)
+
+
+class Made(NamedTuple):
+    """What a block makes, weighted.
+
+    Attributes:
+      hidden: [n, F], the experts' hidden activation.
+      delta: [n, D], what their pairs add to the down projection of it.
+    """
+
+    hidden: jax.Array
+    delta: jax.Array
+
+
+class Expert(NamedTuple):
+    """One body for all blocks, `Body` of `grouped_rows.py`; equal ones compile to one program.
+
+    Attributes:
+      activation: of the gate.
+      scale: s.
+    """
+
+    activation: Callable[[jax.Array], jax.Array]
+    scale: float
+
+    def __call__(self, tokens: Any, rows: Any, pairs: dict[str, Any]) -> Made:
+        (x, gate, up), (weights, served) = tokens, (row[:, None] for row in rows)
+
+        def added(target: str, x: jax.Array) -> jax.Array:
+            lora_a, lora_b = (leaf.astype(x.dtype) for leaf in pairs[target])
+            return (jnp.dot(x, lora_a) * (served * self.scale)) @ lora_b
+
+        gate, up = gate + added("gate_proj", x), up + added("up_proj", x)
+        hidden = weights * gated(self.activation, gate, up)
+        return Made(hidden, added("down_proj", hidden))
+
+
+class GroupedMLP(MixLoraMLP):
+    """The routed FFN, block by block, of a `GroupedMixLora`. Leaves as of `MixLoraMLP`."""
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, ffn: FrozenFFN, context: AdapterContext, *, deterministic: bool
+    ) -> tuple[jax.Array, Finish]:
+        """See `AdapterMethod.mlp_adapter`.
+
+        Raises:
+          ValueError: the base or the router has what this form is not written for.
+        """
+        method, routing = self.method, self._route(x, context, deterministic)
+        assert isinstance(method, GroupedMixLora)
+        biases = (ffn.gate_bias, ffn.up_bias, ffn.down_bias, routing.bypass)
+        if routing.dispatch is None or any(bias is not None for bias in biases):
+            raise ValueError("written for routers that choose experts, and bases without biases")
+        experts, slots = method.num_experts, routing.weights.shape[-1]
+        kernels = {
+            "gate_proj": (ffn.gate.kernel, (EMBED, MLP)),
+            "up_proj": (ffn.up.kernel, (EMBED, MLP)),
+            "down_proj": (ffn.down_kernel, (MLP, EMBED)),
+        }
+        pairs = {}
+        for target, (kernel, axes) in kernels.items():
+            made = ExpertPairs(method.expert_low_rank, experts, axes, name=target)(kernel)
+            lora_a, lora_b = jax.tree.leaves(made)  # without DoRA there are no gains
+            pairs[target] = (jnp.moveaxis(lora_a, 1, 0), lora_b)
+
+        by_slot = lambda array: array.reshape(-1, slots)
+        chosen = by_slot(jnp.argmax(routing.dispatch, axis=-1))
+        # Without an expert a slot is the frozen FFN: among some expert's rows, with no codes.
+        served = by_slot(jnp.sum(routing.dispatch, axis=-1))
+        rows = [array.T.astype(x.dtype) for array in (by_slot(routing.weights), served)]
+        block = method.block or rows_of_block(chosen.size, experts)
+        by_token = lambda array: array.reshape(-1, array.shape[-1])
+        tokens = [by_token(array) for array in (x, ffn.gate.product, ffn.up.product)]
+        body = Expert(ffn.activation, method.expert_low_rank.scale)
+        operands = tokens, rows, pairs, group_rows(chosen, experts, block)
+        made = in_groups(body, method.walk, True, *operands)
+        hidden, delta = (array.reshape(*x.shape[:2], -1) for array in made)
+        return hidden, lambda product: product + delta

@@ -1,0 +1,168 @@
+"""Rows sorted by expert give what a plain loop over them gives, and so the one-hot form."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from adapted_ffn import AdaptedFFN, llama_mlp, mixlora, random_input
+from tolerances import GRADIENT_ROUNDING, ROUNDING
+
+from benchmarks import dispatch_forms as forms
+from benchmarks.grouped_mixlora import GroupedMixLora
+from benchmarks.grouped_rows import block_count, group_rows, rows_of_block
+from moe_jax.config.parse import FieldError
+
+TOKENS, SLOTS, EXPERTS, RANK, WIDTH, FFN_WIDTH = 13, 2, 3, 2, 5, 7
+"""26 rows, which neither 3 experts nor blocks of 8 divide."""
+
+
+def _choices():
+    """Experts of each token's slots; 3 is none."""
+    random = np.random.default_rng(0)
+    any_two = np.stack([random.permutation(EXPERTS)[:SLOTS] for _ in range(TOKENS)])
+    overflown = any_two.copy()
+    overflown[::3, 1], overflown[4] = EXPERTS, EXPERTS
+    return {
+        "any two": any_two,
+        "some by none": overflown,
+        "all by one": np.full((TOKENS, SLOTS), 1),
+        "all by none": np.full((TOKENS, SLOTS), EXPERTS),
+    }
+
+
+def _random(*shape):
+    return np.random.default_rng(len(shape) + sum(shape)).standard_normal(shape).astype(np.float32)
+
+
+def _loop(rows, matrices, choice, cotangent):
+    """Row by row in float64: products, and the gradients of `rows` [C, T, in] and `matrices`."""
+    rows, matrices = rows.astype(float), matrices.astype(float)
+    made = np.zeros(cotangent.shape)
+    of_rows, of_matrices = np.zeros_like(rows), np.zeros_like(matrices)
+    for token, slots in enumerate(choice):
+        for slot, expert in enumerate(slots):
+            if expert < EXPERTS:
+                made[slot, token] = rows[slot, token] @ matrices[expert]
+                of_rows[slot, token] = matrices[expert] @ cotangent[slot, token]
+                of_matrices[expert] += np.outer(rows[slot, token], cotangent[slot, token])
+    return made, of_rows, of_matrices
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """Outputs and gradients of both products in every form; each compiled once for all choices."""
+
+    def all_of(form):
+        def codes(choice, cotangent, x, lora_a):
+            make = lambda x, lora_a: forms.codes(form, x, lora_a, choice)
+            made, pull_back = jax.vjp(make, x, lora_a)
+            return made, *pull_back(cotangent)
+
+        def expansion(choice, cotangent, product, codes, lora_b):
+            make = lambda codes, lora_b: forms.expansion(form, product, codes, lora_b, choice)
+            made, pull_back = jax.vjp(make, codes, lora_b)
+            return made, *pull_back(cotangent)
+
+        return jax.jit(codes), jax.jit(expansion)
+
+    return {form: all_of(form) for form in forms.FORMS}
+
+
+@pytest.mark.parametrize("case", _choices())
+@pytest.mark.parametrize("form", forms.FORMS)
+def test_codes_and_their_gradients_equal_a_plain_loop(compiled, form, case):
+    choice = _choices()[case]
+    x, lora_a = _random(TOKENS, WIDTH), _random(WIDTH, EXPERTS, RANK)
+    cotangent = _random(SLOTS, TOKENS, RANK)
+    made, of_x, of_a = compiled[form][0](choice, cotangent, x, lora_a)
+    rows, by_expert = np.stack([x] * SLOTS), lora_a.transpose(1, 0, 2)
+    expected, of_rows, of_matrices = _loop(rows, by_expert, choice, cotangent)
+    np.testing.assert_allclose(made, expected, **ROUNDING)
+    np.testing.assert_allclose(of_x, of_rows.sum(axis=0), **GRADIENT_ROUNDING)
+    np.testing.assert_allclose(of_a, of_matrices.transpose(1, 0, 2), **GRADIENT_ROUNDING)
+    assert np.any(expected) == (case != "all by none")
+
+
+@pytest.mark.parametrize("case", _choices())
+@pytest.mark.parametrize("form", forms.FORMS)
+def test_expansions_and_their_gradients_equal_a_plain_loop(compiled, form, case):
+    choice = _choices()[case]
+    product, codes = _random(TOKENS, FFN_WIDTH), _random(TOKENS, EXPERTS, RANK)
+    lora_b, cotangent = _random(EXPERTS, RANK, FFN_WIDTH), _random(SLOTS, TOKENS, FFN_WIDTH)
+    made, of_codes, of_b = compiled[form][1](choice, cotangent, product, codes, lora_b)
+    some = np.minimum(choice, EXPERTS - 1)  # `_loop` leaves out what is chosen by none
+    rows = codes[np.arange(TOKENS)[:, None], some].transpose(1, 0, 2)
+    expected, of_rows, of_matrices = _loop(rows, lora_b, choice, cotangent)
+    np.testing.assert_allclose(made, product + expected, **ROUNDING)
+    np.testing.assert_allclose(of_b, of_matrices, **GRADIENT_ROUNDING)
+    expected_codes = np.zeros(codes.shape)
+    for slot in range(SLOTS):
+        np.add.at(expected_codes, (np.arange(TOKENS), some[:, slot]), of_rows[slot])
+    np.testing.assert_allclose(of_codes, expected_codes, **GRADIENT_ROUNDING)
+
+
+def test_every_row_is_in_a_block_of_its_expert():
+    # Experts 0, 1 and 2 have 1, 4 and 2 rows, and one row has none. Blocks of 2 rows: 1, 2 and 1,
+    # and of 8 rows three experts may need at most (8 + 3) // 2 = 5, so that one is left over.
+    choice = jnp.asarray([[1, 2], [1, 0], [1, 3], [2, 1]])
+    groups = jax.jit(lambda choice: group_rows(choice, experts=3, block=2))(choice)
+    assert block_count(8, 3, 2) == 5
+    # Row c 4 + t: slot 0 has experts 1 1 1 2, slot 1 has 2 0 none 1; 8 stands for no row.
+    np.testing.assert_array_equal(groups.source, [[5, 8], [0, 1], [2, 7], [3, 4], [8, 8]])
+    np.testing.assert_array_equal(groups.expert[:4], [0, 1, 1, 2])
+    np.testing.assert_array_equal(groups.place, [[2, 3, 4, 6], [7, 0, 10, 5]])
+
+
+def test_rows_of_a_block():
+    # Half of an expert's 2048 / 32 rows; at most 64, at least 8; a power of two.
+    assert [rows_of_block(2048, experts) for experts in (8, 32, 48, 512)] == [64, 32, 16, 8]
+    # The most blocks: each of 32 experts leaves one of 31 rows unfilled. Of 4 rows, 4 at most.
+    assert block_count(2048, 32, 32) == (2048 + 32 * 31) // 32
+    assert block_count(4, 512, 8) == 4
+
+
+@pytest.mark.parametrize("walk", ["loop", "batch"])
+@pytest.mark.parametrize(
+    "router", [{"name": "top_k"}, {"name": "switch", "capacity": 2, "overflow": "frozen"}]
+)
+def test_the_routed_ffn_in_groups_is_that_of_the_package(router, walk):
+    rows, mlp, method = 3, llama_mlp(), mixlora(router)
+    grouped = GroupedMixLora(**_fields(method), walk=walk, block=4)
+    ours, plain = (AdaptedFFN(mlp, each, rows) for each in (grouped, method))
+    tree, x = plain.random_tree(), random_input(rows, 10)
+    cotangent = 0.1 * _random(*x.shape)
+
+    def step(ffn):
+        def made(tree, x):
+            y, statistics = ffn(tree, x)
+            return jnp.sum(y * cotangent), (y, statistics)
+
+        return jax.jit(jax.grad(made, argnums=(0, 1), has_aux=True))(tree, x)
+
+    (own, (y, statistics)), (others, (their_y, their_statistics)) = step(ours), step(plain)
+    np.testing.assert_allclose(y, their_y, **ROUNDING)
+    compare = lambda own, other: np.testing.assert_allclose(own, other, **GRADIENT_ROUNDING)
+    jax.tree.map(compare, own, others)
+    jax.tree.map(np.testing.assert_array_equal, statistics, their_statistics)
+    assert all(np.abs(leaf).max() > 1e-3 for leaf in jax.tree.leaves(own))
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"dora": True},
+        {"dropout": 0.1},
+        {"ffn_dropout": 0.1},
+        {"target_modules": ("gate_proj", "up_proj")},
+    ],
+)
+def test_what_the_grouped_form_is_not_written_for_is_refused(overrides):
+    method = mixlora({"name": "top_k"}, **overrides)
+    with pytest.raises(FieldError, match=next(iter(overrides))):
+        GroupedMixLora(**_fields(method))
+
+
+def _fields(method):
+    return {field.name: getattr(method, field.name) for field in dataclasses.fields(method)}
