@@ -15,7 +15,11 @@ The forms that experts can be computed in, with C slots a token:
     per expert  `top_p` and `soft`, where any number of experts may fire: slot c is expert c, its
                 products are with its own pair, and every token has every expert's activation
     grouped     tokens sorted by expert, so that a slot's products are with its own expert's pair;
-                not in the package. It needs what C experts need that serve every token.
+                not in the package, but built in `grouped_mixlora.py`. What it needs at least is
+                what C experts need that serve every token.
+
+`growth.md` also has the seconds that `grouped.py --size d512 --time` recorded in files called
+`grouped_*.json` beside it.
 
 Needs jax and flax only.
 """
@@ -31,9 +35,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import jax
 
+from benchmarks.grouped_mixlora import GroupedMixLora
 from benchmarks.growth_counts import (
+    BLOCK,
     DEFAULT,
     EXPERTS,
+    GROUPED,
     LORA,
     ONE_HOT,
     PER_EXPERT,
@@ -41,30 +48,40 @@ from benchmarks.growth_counts import (
     RANKS,
     SHAPE,
     SHARES,
+    GroupedCost,
     Growth,
     PerExpert,
     compiled_experts_at,
     experts_at,
+    grouped_of,
     growth_of,
     half_grouped_algebra,
     one_hot_algebra,
     per_expert_of,
 )
+from benchmarks.growth_seconds import HEADER as SECONDS_HEADER
+from benchmarks.growth_seconds import Recorded, in_words, lines, recorded
 from benchmarks.layer_cost import METHODS, layer_step
 from benchmarks.random_inputs import random_like
 from benchmarks.report import check_output, machine, one_line, say, table
 from benchmarks.timing import interleaved, seconds_of, spread
 from moe_jax.errors import ConfigError, UserError, report
 
+FOLDER = Path(__file__).resolve().parent
 VARIED = ("experts", "rank")
 TIMED = SHAPE._replace(rows=1, length=256)
 MOST_TIMED_PER_EXPERT = 16
+GROUPED_FORM = "MixLoRA, grouped"
 
 GROWTH_HEADER = (
     "| experts | rank | E R | FLOPs / LoRA's, `none` | default | / frozen | / grouped | / algebra "
     "| bytes / LoRA's | memory / LoRA's, `none` | default |"
 )
 PER_EXPERT_HEADER = "| experts | rank | FLOPs | bytes | memory | FLOPs saved for a byte |"
+GROUPED_HEADER = (
+    "| experts | rank | E R | FLOPs / LoRA's | / least | one-hot's / grouped | memory / one-hot's "
+    "| batched |"
+)
 SHARES_HEADER = "| rank |" + "".join(f" {share:.0%}: E R | compiled |" for share in SHARES)
 
 
@@ -82,6 +99,11 @@ def per_expert_line(row: PerExpert) -> str:
     return f"| {row.experts} | {row.rank} | {ratios} | {row.flops_for_byte:.2f} |"
 
 
+def grouped_line(row: GroupedCost) -> str:
+    ratios = " | ".join(f"{ratio:.3f}" for ratio in row[2:])
+    return f"| {row.experts} | {row.rank} | {row.experts * row.rank} | {ratios} |"
+
+
 def shares_line(rank: int, rows: Sequence[Growth]) -> str:
     cells = []
     for share in SHARES:
@@ -91,7 +113,12 @@ def shares_line(rank: int, rows: Sequence[Growth]) -> str:
     return f"| {rank} | {' | '.join(cells)} |"
 
 
-def as_markdown(rows: Sequence[Growth], per_expert: Sequence[PerExpert]) -> str:
+def as_markdown(
+    rows: Sequence[Growth],
+    per_expert: Sequence[PerExpert],
+    grouped: Sequence[GroupedCost],
+    runs: Sequence[Recorded],
+) -> str:
     """What is written to a file: nothing but these rows and the algebra go into it."""
     width, slots = SHAPE.width, SHAPE.top_k
     fixed = ", ".join(f"{k} {v}" for k, v in SHAPE._asdict().items() if k not in VARIED)
@@ -100,6 +127,8 @@ def as_markdown(rows: Sequence[Growth], per_expert: Sequence[PerExpert]) -> str:
     saved = [row.flops_for_byte for row in per_expert]
     memory = {row.experts: row.memory for row in per_expert if row.rank == 16}
     most = max(rows, key=lambda row: row.flops_none)
+    of_sixteen = [row for row in grouped if row.rank == 16]
+    wins = [row.one_hot for row in grouped]
     limit = (width + slots * SHAPE.ffn_width) / (width + SHAPE.ffn_width)
     return _blocks(
         "# How MixLoRA's cost grows with its experts and their rank",
@@ -133,25 +162,57 @@ def as_markdown(rows: Sequence[Growth], per_expert: Sequence[PerExpert]) -> str:
         form has C. A machine gains by it that does fewer operations in the time of moving a byte
         than the last column says. Memory is {memory[8]:.1f} times the one-hot form's at 8 experts
         and {memory[64]:.0f} times at 64.""",
+        "## The grouped form",
+        f"""`grouped_mixlora.py` sorts the C slots of all tokens by expert, in blocks of rows that
+        have one expert each, and computes codes, hidden activations and what the down projection
+        gets block after block with that expert's pairs alone; in the backward pass likewise, once
+        again. However unequal the router's choice is, no row is dropped: there are as many blocks
+        as the worst case needs, and all of them are computed. By default, and the one-hot form in
+        blocks of {BLOCK} tokens; `least` is the products of the section before last:""",
+        _table(GROUPED_HEADER, [grouped_line(row) for row in grouped]),
+        f"""With {of_sixteen[0].experts} experts of rank 16 the layer needs
+        {of_sixteen[0].flops:.2f} times the operations of LoRA of as many weights, all of which
+        serve every token, and with {of_sixteen[-1].experts} {of_sixteen[-1].flops:.2f} times.
+        The one-hot form needs {min(wins):.2f} to {max(wins):.1f} times as much as the grouped one.
+        `batched` is the memory where all blocks are computed at once, as suits an accelerator.
+        `jax.lax.ragged_dot` is no other way, on a CPU at least: it is compiled to products with
+        every expert's matrix, which are no fewer than the one-hot form's, and take many times its
+        memory (`grouped.py` counts them).""",
+        *_seconds(runs),
         "## What follows",
         f"""- Up to E R of about D / {width / (ten * 16):.0f} (here {ten * 16:.0f}: {ten:.0f}
-        experts of rank 16) the one-hot form needs at most a tenth more than the grouped one, whose
-        sorting and moving of tokens is not even counted. Use it.""",
+        experts of rank 16) the one-hot form needs at most a tenth more than the grouped one, and
+        nothing is sorted or moved. Use it.""",
         f"""- The per-expert form does not take over: it saves {min(saved):.1f} to {max(saved):.1f}
         operations for each byte that it moves more (of float32; twice as many of bfloat16), and a
         GPU does hundreds in that time, a CPU about ten. Only on a CPU, where blocks of activations
         stay in a cache, and with few experts of the highest rank, might `--time` say otherwise. It
         is for routers that choose any number of experts, which have those activations anyway.""",
         f"""- From E R of about D / {width / (quarter * 16):.0f} ({quarter * 16:.0f}) the one-hot
-        form needs a quarter more than the grouped one. That is what takes over there, and the
-        package does not have it. Grouping only the products with F, R by F, would leave
-        9 (E - C) R D of the excess, which is 5%, 10% and 25% at E R of {", ".join(half)}; what goes
-        to the groups are then codes of rank R and not inputs of width D. On a mesh, each device
-        would have to group its own tokens.""",
+        form needs a quarter more, and the grouped one takes over. It is there to be measured, and
+        not in the package. Grouping only the products with F, R by F, would leave 9 (E - C) R D of
+        the excess, which is 5%, 10% and 25% at E R of {", ".join(half)}; what goes to the groups
+        are then codes of rank R and not inputs of width D. On a mesh, each device would have to
+        group its own tokens.""",
         """- Until then, beyond it: a lower rank, or the `switch` router, whose one slot needs what
         LoRA of as many weights needs.""",
-        "These are counts. `python benchmarks/growth.py --time` has seconds, on an idle machine.",
+        """Operations and memory are counts. `python benchmarks/growth.py --time` has seconds of
+        this layer, on an idle machine.""",
     )
+
+
+def _seconds(runs: Sequence[Recorded]) -> list[str]:
+    """The section of what was timed, if anything was."""
+    if not runs:
+        return []
+    return [
+        "## Seconds",
+        """One layer of a model of that size, forward and backward, as `grouped.py --time` recorded
+        it, the forms in turn. Ratios are medians of the rounds, and the least and the most of
+        them; sorting and moving rows is included:""",
+        _table(SECONDS_HEADER, lines(runs)),
+        *(f"{in_words(run)} ({run.run}.)" for run in runs),
+    ]
 
 
 def _blocks(*blocks: str) -> str:
@@ -173,12 +234,15 @@ def timed_rows(rounds: int) -> list[list[str]]:
     params: Any = None
     steps: dict[str, Callable[[], float]] = {}
     for experts in EXPERTS:
-        for name in (LORA, ONE_HOT, PER_EXPERT_FORM):
+        for name in (LORA, ONE_HOT, GROUPED_FORM, PER_EXPERT_FORM):
             if name == PER_EXPERT_FORM and experts > MOST_TIMED_PER_EXPERT:
                 continue
             say(f"{name}, {experts} experts: compiling")
             shape = TIMED._replace(experts=experts)
-            step, (adapters, frozen, *rest) = layer_step(METHODS[name](shape), shape, DEFAULT, None)
+            method = METHODS[ONE_HOT if name == GROUPED_FORM else name](shape)
+            if name == GROUPED_FORM:
+                method = GroupedMixLora(**vars(method))
+            step, (adapters, frozen, *rest) = layer_step(method, shape, DEFAULT, None)
             params = random_like(frozen) if params is None else params
             compiled = jax.jit(step).lower(adapters, frozen, *rest).compile()
             arguments = (random_like(adapters), params, *random_like(rest))
@@ -230,7 +294,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     for experts, rank in PER_EXPERT:
         say(f"{experts} experts of rank {rank}, each by itself")
         per_expert.append(per_expert_of(experts, rank))
-    text = as_markdown(rows, per_expert)
+    grouped = []
+    for experts, rank in GROUPED:
+        say(f"{experts} experts of rank {rank}, grouped")
+        grouped.append(grouped_of(experts, rank))
+    text = as_markdown(rows, per_expert, grouped, recorded(FOLDER))
     print(text)
     if args.output:
         args.output.write_text(text)

@@ -8,6 +8,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from benchmarks.grouped_mixlora import GroupedMixLora
 from benchmarks.layer_cost import METHODS, SHAPES, LayerCost, Shape, algebra, layer_cost
 from moe_jax.config.model import ComputeConfig
 
@@ -17,7 +18,18 @@ RANKS = (8, 16, 32, 64)
 PER_EXPERT = (*((8, rank) for rank in RANKS), *((experts, 16) for experts in EXPERTS[1:]))
 """Experts and ranks of the per-expert form, whose program is as long as its experts are many."""
 
+GROUPED = (
+    *((8, rank) for rank in RANKS),
+    *((experts, 16) for experts in (16, 32, 64, 128, 512)),
+    (64, 64),
+)
+"""Experts and ranks of the grouped form."""
+
 LORA, ONE_HOT, PER_EXPERT_FORM = "LoRA", "MixLoRA, top-k", "MixLoRA, soft"
+BLOCK = 64
+"""Tokens that the one-hot form takes at a time in the backward pass, beside the grouped form, which
+takes `rows_of_block` of one expert."""
+
 DEFAULT = ComputeConfig(dtype="float32").remat
 SHARES = (0.05, 0.10, 0.25)
 
@@ -62,6 +74,26 @@ class PerExpert(NamedTuple):
     flops_for_byte: float
 
 
+class GroupedCost(NamedTuple):
+    """The grouped form as it is built, by default; of the fourth table, a row.
+
+    Attributes:
+      flops: operations of the layer over those of LoRA of as many trainable weights.
+      least: over those of the products that C pairs of rank R a token need.
+      one_hot: those of the one-hot form over them.
+      memory: temporary bytes over the one-hot form's, of two layers.
+      batched: the same where all blocks are computed at once.
+    """
+
+    experts: int
+    rank: int
+    flops: float
+    least: float
+    one_hot: float
+    memory: float
+    batched: float
+
+
 def shape_of(experts: int, rank: int) -> Shape:
     return SHAPE._replace(experts=experts, rank=rank)
 
@@ -103,6 +135,25 @@ def per_expert_of(experts: int, rank: int) -> PerExpert:
         memory=round(own.temporary / one_hot.temporary, 3),
         flops_for_byte=round(saved / more, 2),
     )
+
+
+def grouped_of(experts: int, rank: int) -> GroupedCost:
+    """Compiles what a row of the fourth table needs, rounded as it is written."""
+    shape = shape_of(experts, rank)
+    method = METHODS[ONE_HOT](shape)
+    one_hot = layer_cost(method, shape, DEFAULT, BLOCK)
+    loop, batched = (
+        layer_cost(GroupedMixLora(**vars(method), walk=walk), shape, DEFAULT)
+        for walk in ("loop", "batch")
+    )
+    ratios = (
+        loop.flops / cost(LORA, shape, DEFAULT).flops,
+        loop.flops / grouped_algebra(shape),
+        one_hot.flops / loop.flops,
+        loop.temporary / one_hot.temporary,
+        batched.temporary / one_hot.temporary,
+    )
+    return GroupedCost(experts, rank, *(round(ratio, 3) for ratio in ratios))
 
 
 def _router(shape: Shape) -> float:

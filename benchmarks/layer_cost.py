@@ -124,16 +124,22 @@ class LayerCost(NamedTuple):
     trainable: int
 
 
-def layer_cost(method: AdapterMethod | None, shape: Shape, remat: str = "none") -> LayerCost:
+def layer_cost(
+    method: AdapterMethod | None,
+    shape: Shape,
+    remat: str = "none",
+    block_tokens: int | None = None,
+) -> LayerCost:
     """Compiles one layer with `method` on it, or frozen alone.
 
     Args:
       method: the adapter's; None leaves the layer frozen.
       shape: of the layer and its batch.
       remat: as `ComputeConfig.remat`.
+      block_tokens: as `ComputeConfig.block_tokens`; None is all tokens at once, as how many a block
+        has otherwise depends on the platform.
     """
-    # All tokens at once: how many a block of them has depends on the platform.
-    step, arguments = layer_step(method, shape, remat, shape.rows * shape.length)
+    step, arguments = layer_step(method, shape, remat, block_tokens or shape.rows * shape.length)
     compiled = jax.jit(step).lower(*arguments).compile()
     analysis: Any = compiled.memory_analysis()
     flops = compiled_flops(compiled)

@@ -1,12 +1,13 @@
 """The written tables of how cost grows with experts and rank are what XLA counts today."""
 
+import json
 import re
 from pathlib import Path
 
 import pytest
 from tolerances import COMPILED_BYTES, COMPILED_COUNTS
 
-from benchmarks import growth
+from benchmarks import growth, growth_seconds
 from benchmarks import growth_counts as counts
 
 TABLE = Path(__file__).parents[2] / "benchmarks" / "growth.md"
@@ -32,10 +33,18 @@ def per_expert():
     return [growth.PerExpert(int(e), int(r), *ratios) for e, r, *ratios in written]
 
 
-def test_the_text_follows_from_its_tables(rows, per_expert):
+@pytest.fixture(scope="module")
+def grouped():
+    written = _written(growth.GROUPED_HEADER)
+    return [counts.GroupedCost(int(e), int(r), *ratios) for e, r, _, *ratios in written]
+
+
+def test_the_text_follows_from_its_tables_and_from_what_was_recorded(rows, per_expert, grouped):
     assert [row[:2] for row in rows] == [(e, r) for e in counts.EXPERTS for r in counts.RANKS]
     assert tuple(row[:2] for row in per_expert) == counts.PER_EXPERT
-    assert growth.as_markdown(rows, per_expert) == TABLE.read_text()
+    assert tuple(row[:2] for row in grouped) == counts.GROUPED
+    runs = growth_seconds.recorded(TABLE.parent)
+    assert growth.as_markdown(rows, per_expert, grouped, runs) == TABLE.read_text()
 
 
 @pytest.mark.parametrize(("experts", "rank"), [(8, 16), (64, 64)])
@@ -48,6 +57,55 @@ def test_the_first_table_is_true_at_its_corners(rows, experts, rank):
 def test_the_second_table_is_true_at_its_corner(per_expert):
     written = next(row for row in per_expert if row[:2] == (8, 16))
     assert counts.per_expert_of(8, 16) == pytest.approx(written, rel=COMPILED_BYTES)
+
+
+def test_the_grouped_forms_table_is_true_at_a_corner(grouped):
+    written = next(row for row in grouped if row[:2] == (64, 16))
+    made = counts.grouped_of(64, 16)
+    assert made[:5] == pytest.approx(written[:5], rel=COMPILED_COUNTS)
+    assert made == pytest.approx(written, rel=COMPILED_BYTES)
+
+
+def test_the_grouped_form_needs_little_more_than_its_products(grouped):
+    # By half of a block for each expert, and with what the backward pass computes again.
+    assert all(1.0 <= row.least < 1.1 for row in grouped)
+    for row in grouped:
+        shape = counts.shape_of(row.experts, row.rank)
+        needed = counts.one_hot_algebra(shape) / counts.grouped_algebra(shape)
+        # What the one-hot form computes again, of all experts' codes, is not among its products.
+        assert 0.98 <= row.one_hot / needed <= 1.2, row
+
+
+def _recorded(tmp_path, ratios):
+    """A file of seconds: by experts and rank, grouped over one-hot."""
+    rows = []
+    for (experts, rank), ratio in ratios.items():
+        for form, times in (("one-hot", 1.0), ("grouped", ratio)):
+            seconds = {"median": 2 * times, "lowest": times, "highest": 3 * times}
+            spread = {"median": times, "lowest": times, "highest": times}
+            row = {"part": "layer", "experts": experts, "rank": rank, "form": form}
+            rows.append({**row, "seconds": seconds, "ratio_to_one_hot": spread})
+    rows.append({"part": "codes", "experts": 9, "rank": 9, "form": "one-hot", "seconds": None})
+    machine = {"processor": "P", "cores": 2, "load_average": 0.04, "versions": {"jax": "1"}}
+    machine["date"] = "2026-01-02T03:04:05"
+    settings = {"size": "d512", "rows": 8, "length": 128, "rounds": 5}
+    content = {"settings": settings, "machine": machine, "rows": rows}
+    (tmp_path / "grouped_d512.json").write_text(json.dumps(content))
+    return growth_seconds.recorded(tmp_path)
+
+
+def test_seconds_in_words(tmp_path):
+    # E R of 64, 128, 256 and 512: slower at 128, so that it is faster in all from 256 on.
+    ratios = {(8, 8): 0.9, (8, 16): 1.1, (8, 32): 0.7, (32, 16): 0.5}
+    (run,) = _recorded(tmp_path, ratios)
+    where = "P, 2 cores, load 0.0 before, jax 1, 2026-01-02"
+    assert run.run == f"d512: 8 x 128 tokens, 5 rounds, {where}"
+    assert growth_seconds.lines([run])[0] == "| d512 | 8 | 8 | 64 | 2 | 0.90 (0.90 to 0.90) |  |  |"
+    words = growth_seconds.in_words(run)
+    assert "faster in 3 of 4 settings, in all from E R of 256 on" in words
+    assert words.endswith("in 0.50 of the time with 32 experts of rank 16.")
+    (run,) = _recorded(tmp_path, {(8, 8): 0.9, (8, 16): 1.1})
+    assert "1 of 2 settings, but not where E R is most" in growth_seconds.in_words(run)
 
 
 def test_what_is_counted_is_what_the_products_need(rows):

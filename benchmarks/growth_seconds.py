@@ -1,0 +1,94 @@
+"""The part of `growth.md` that was timed: what `grouped.py --time` wrote, as a table and in words.
+
+Needs jax only.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from benchmarks.dispatch_forms import BATCHED, GROUPED, ONE_HOT
+
+LORA = "lora"
+HEADER = (
+    "| size | experts | rank | E R | one-hot, seconds | grouped / one-hot | batched / one-hot "
+    "| LoRA / one-hot |"
+)
+
+
+class Recorded(NamedTuple):
+    """What one run of `grouped.py` recorded of layers.
+
+    Attributes:
+      size: of the model.
+      run: the tokens, and where and when it was.
+      rows: its rows, by experts, rank and form.
+    """
+
+    size: str
+    run: str
+    rows: dict[tuple[int, int, str], Any]
+
+
+def recorded(folder: Path) -> list[Recorded]:
+    """The runs in `grouped_*.json` of a folder."""
+    found = []
+    for path in sorted(folder.glob("grouped_*.json")):
+        figures = json.loads(path.read_text(encoding="utf-8"))
+        settings, machine = figures["settings"], figures["machine"]
+        rows = {
+            (row["experts"], row["rank"], row["form"]): row
+            for row in figures["rows"]
+            if row["part"] == "layer" and row["seconds"]
+        }
+        run = (
+            f"{settings['size']}: {settings['rows']} x {settings['length']} tokens, "
+            f"{settings['rounds']} rounds, {machine['processor']}, {machine['cores']} cores, "
+            f"load {machine['load_average']:.1f} before, jax {machine['versions']['jax']}, "
+            f"{machine['date'][:10]}"
+        )
+        found.append(Recorded(settings["size"], run, rows))
+    return found
+
+
+def lines(runs: Sequence[Recorded]) -> list[str]:
+    """The rows of the table."""
+    made = []
+    for run in runs:
+        for experts, rank, form in run.rows:
+            if form != ONE_HOT:
+                continue
+            seconds = run.rows[experts, rank, ONE_HOT]["seconds"]["median"]
+            cells = [run.size, f"{experts}", f"{rank}", f"{experts * rank}", f"{seconds:.3g}"]
+            grouped = _ratio(run, experts, rank, GROUPED)
+            low_to_high = "{median:.2f} ({lowest:.2f} to {highest:.2f})"
+            cells.append(low_to_high.format(**grouped) if grouped else "")
+            for other in (BATCHED, LORA):
+                ratio = _ratio(run, experts, rank, other)
+                cells.append(f"{ratio['median']:.2f}" if ratio else "")
+            made.append(f"| {' | '.join(cells)} |")
+    return made
+
+
+def in_words(run: Recorded) -> str:
+    """From where on the grouped form is faster, and by how much at most; of medians."""
+    ratios = {
+        (experts, rank): ratio["median"]
+        for experts, rank, form in run.rows
+        if form == ONE_HOT and (ratio := _ratio(run, experts, rank, GROUPED))
+    }
+    slower = [experts * rank for (experts, rank), ratio in ratios.items() if ratio >= 1.0]
+    always = [e * r for e, r in ratios if e * r > max(slower, default=0)]
+    (experts, rank), least = min(ratios.items(), key=lambda item: item[1])
+    beyond = f"in all from E R of {min(always)} on" if always else "but not where E R is most"
+    return (
+        f"Of `{run.size}` the grouped form is faster in {len(ratios) - len(slower)} of "
+        f"{len(ratios)} settings, {beyond}; in {least:.2f} of the time with {experts} experts of "
+        f"rank {rank}."
+    )
+
+
+def _ratio(run: Recorded, experts: int, rank: int, form: str) -> dict[str, float] | None:
+    row = run.rows.get((experts, rank, form))
+    return None if row is None else row["ratio_to_one_hot"]
