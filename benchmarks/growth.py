@@ -144,7 +144,7 @@ def as_markdown(
         f"""Of G = E R codes it needs 9 G (D + C F) multiply-adds a token, and LoRA of as many
         weights 9 G (D + F), see `algebra` in `layer_cost.py`: at most {limit:.2f} times as many for
         C = {slots}, and the whole layer {most.flops_none:.2f} times at {most.experts} experts of
-        rank {most.rank} ({most.flops:.2f} by default). Bytes and memory hardly grow
+        rank {most.rank} ({most.flops:.2f} by default). By default bytes and memory grow little
         with G: they are those of C slots of width F.""",
         "## Where it stops paying",
         """The grouped form, where each token meets its own experts' pairs only, needs
@@ -158,10 +158,10 @@ def as_markdown(
         "What `top_p` and `soft` run, over the one-hot form with `top_k`, both by default:",
         _table(PER_EXPERT_HEADER, [per_expert_line(row) for row in per_expert]),
         f"""It needs fewer operations (9 D + 11 F for each of G against 9 D + 9 C F, and 2 C F more
-        where those are computed again), but has E hidden activations of width F where the one-hot
-        form has C. A machine gains by it that does fewer operations in the time of moving a byte
+        where those are computed again), but makes E hidden activations of width F where the one-hot
+        form makes C. A machine gains by it that does fewer operations in the time of moving a byte
         than the last column says. Memory is {memory[8]:.1f} times the one-hot form's at 8 experts
-        and {memory[64]:.0f} times at 64.""",
+        and {memory[64]:.1f} times at 64.""",
         "## The grouped form",
         f"""`grouped_mixlora.py` sorts the C slots of all tokens by expert, in blocks of rows that
         have one expert each, and computes codes, hidden activations and what the down projection
