@@ -110,8 +110,7 @@ class GroupedMLP(MixLoraMLP):
         pairs = {}
         for target, (kernel, axes) in kernels.items():
             made = ExpertPairs(method.expert_low_rank, experts, axes, name=target)(kernel)
-            lora_a, lora_b = jax.tree.leaves(made)  # without DoRA there are no gains
-            pairs[target] = (jnp.moveaxis(lora_a, 1, 0), lora_b)
+            pairs[target] = (jnp.moveaxis(made.a.lora_a, 1, 0), made.b.lora_b)
 
         by_slot = lambda array: array.reshape(-1, slots)
         chosen = by_slot(jnp.argmax(routing.dispatch, axis=-1))

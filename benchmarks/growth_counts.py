@@ -16,7 +16,7 @@ SHAPE = SHAPES["7B"]
 EXPERTS = (8, 16, 32, 64)
 RANKS = (8, 16, 32, 64)
 PER_EXPERT = (*((8, rank) for rank in RANKS), *((experts, 16) for experts in EXPERTS[1:]))
-"""Experts and ranks of the per-expert form, whose program is as long as its experts are many."""
+"""Experts and ranks of the per-expert form."""
 
 GROUPED = (
     *((8, rank) for rank in RANKS),

@@ -42,13 +42,17 @@ def recorded(folder: Path) -> list[Recorded]:
             for row in figures["rows"]
             if row["part"] == "layer" and row["seconds"]
         }
+        busy = machine["load_average"]
+        load = "unknown" if busy is None else f"{busy:.1f}"
         run = (
             f"{settings['size']}: {settings['rows']} x {settings['length']} tokens, "
             f"{settings['rounds']} rounds, {machine['processor']}, {machine['cores']} cores, "
-            f"load {machine['load_average']:.1f} before, jax {machine['versions']['jax']}, "
+            f"load {load} before, jax {machine['versions']['jax']}, "
             f"{machine['date'][:10]}"
         )
-        found.append(Recorded(settings["size"], run, rows))
+        pairs = {form for *_, form in rows}
+        if pairs >= {ONE_HOT, GROUPED}:
+            found.append(Recorded(settings["size"], run, rows))
     return found
 
 

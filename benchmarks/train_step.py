@@ -32,7 +32,6 @@ from typing import Any, get_args
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-
 from benchmarks.contest import PEFT, Contest
 from benchmarks.peak_memory import PeakMemory
 from benchmarks.peft_process import check_python

@@ -51,8 +51,8 @@ def get_config() -> ConfigDict:
     config.compute = ConfigDict()
     config.compute.dtype = "bfloat16"
     config.compute.attention = "xla"  # "cudnn" on NVIDIA GPUs
-    # Computes 2% of a step again, and keeps two fifths of its activations, 4 MB a token
-    # (benchmarks/remat.md). Where they do not fit: more micro_batches, "narrow", or "full".
+    # Computes 2% of a step again, and keeps little more than a third of its activations, 4 MB a
+    # token (benchmarks/remat.md). Where they do not fit: more micro_batches, "narrow", or "full".
     config.compute.remat = "frozen"
 
     # All devices share one copy of the weights: 13.5 GB do not fit next to activations on most

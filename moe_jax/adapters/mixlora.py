@@ -175,6 +175,7 @@ class MixLoraMLP(nn.Module):
             dispatch=routing.dispatch,
             weights=routing.weights.astype(x.dtype),
             dropout=self._dropout_keys(routing.weights.shape[-1], deterministic),
+            routed=method.router.routes_layer(context.layer_index),
         )
         # Where more than the slots' sum is needed, each slot's result is.
         summed = down is None or down.b.gains is None

@@ -66,10 +66,13 @@ class SlotConstants:
     Attributes:
       biases: of gate and up, by projection; [F], or None.
       dropout: a key for each slot; None where nothing is dropped.
+      routed: bool [], whether the layer is; in one that is not, the FFN is frozen and drops
+        nothing. None where all layers are.
     """
 
     biases: dict[str, jax.Array | None]
     dropout: jax.Array | None
+    routed: jax.Array | None
 
 
 class SlotInputs(NamedTuple):
@@ -84,6 +87,7 @@ class SlotInputs(NamedTuple):
       dispatch: [B, S, C, E], or None; see `Routing`.
       weights: [B, S, C].
       dropout: a key for each slot; None where nothing is dropped.
+      routed: see `SlotConstants`.
     """
 
     products: dict[str, jax.Array]
@@ -94,11 +98,12 @@ class SlotInputs(NamedTuple):
     dispatch: jax.Array | None
     weights: jax.Array
     dropout: jax.Array | None
+    routed: jax.Array | None
 
     def operands(self, axes: TokenAxes) -> Operands:
-        """For `in_turn`, with [B, S] as `axes` has them."""
+        """For `in_turn`, with [B, S] as `axes` has them. No gradient goes to the dispatch."""
         weights = jnp.moveaxis(self.weights, -1, 0)
-        constants = SlotConstants(self.biases, self.dropout)
+        constants = SlotConstants(self.biases, self.dropout, self.routed)
         if self.dispatch is None:
             codes = {t: jnp.moveaxis(z, -2, 0)[..., None, :] for t, z in self.codes.items()}
             tokens, own = SlotTokens(self.products, {}, None), OwnTokens(weights, None, codes)
@@ -106,7 +111,7 @@ class SlotInputs(NamedTuple):
             shared = None
             of_each = SlotWeights(expand, None if self.down is None else self.down.of_each())
         else:
-            dispatch = jnp.moveaxis(self.dispatch, -2, 0)
+            dispatch = jax.lax.stop_gradient(jnp.moveaxis(self.dispatch, -2, 0))
             own, tokens = OwnTokens(weights, dispatch, {}), self._chosen_tokens(dispatch[0])
             shared, of_each = SlotWeights(self.expand, self.down), None
         return Operands(
@@ -114,9 +119,11 @@ class SlotInputs(NamedTuple):
         )
 
     def _chosen_tokens(self, first: jax.Array) -> SlotTokens:
-        """Without DoRA the first slot's products serve the others too, which differ from them by
-        codes alone: kept for the backward pass in place of the frozen products, they save the
-        first slot's there.
+        """What chosen slots start from.
+
+        Without DoRA the first slot's products serve the others too, which differ from them by codes
+        alone: kept for the backward pass in place of the frozen products, they save the first
+        slot's there. A later slot without an expert is the frozen FFN but for rounding.
         """
         if any(lora_b.gains is not None for lora_b in self.expand.values()):
             return SlotTokens(self.products, self.codes, None)
@@ -160,7 +167,9 @@ class Slot(NamedTuple):
         Hidden activations are added up, and so are codes, unless slots are experts.
         """
         own: OwnTokens = operands.own_tokens
-        weights: SlotWeights = operands.own_weights or operands.weights
+        weights: SlotWeights = operands.weights
+        if operands.own_weights is not None:
+            weights = operands.own_weights
         gate, up = (
             self._adapted(target, place, operands, weights) for target in ("gate_proj", "up_proj")
         )
@@ -172,7 +181,7 @@ class Slot(NamedTuple):
             seen = self._dropped(hidden, self.down_rate, 1, place, operands)
             codes = weights.down.codes(seen)
             if own.dispatch is not None:
-                select = jax.lax.stop_gradient(own.dispatch).astype(codes.dtype)
+                select = own.dispatch.astype(codes.dtype)
                 codes = codes * select[..., None]
         if not self.summed:
             return SlotResult(), SlotResult(hidden, codes)
@@ -191,10 +200,9 @@ class Slot(NamedTuple):
             if own.dispatch is None:
                 product = expand.adapt(product, own.codes[target], None)
             elif tokens.first is None:
-                dispatch = jax.lax.stop_gradient(own.dispatch)
-                product = expand.adapt(product, tokens.codes[target], dispatch)
+                product = expand.adapt(product, tokens.codes[target], own.dispatch)
             elif not isinstance(place, int) or place > 0:
-                change = jax.lax.stop_gradient(own.dispatch - tokens.first)
+                change = own.dispatch - tokens.first
                 product = expand.adapt(product, tokens.codes[target], change)
         return product if bias is None else product + bias
 
@@ -210,7 +218,9 @@ class Slot(NamedTuple):
         if keys is None or not rate:
             return hidden
         assert operands.numbers is not None
-        return drop(hidden, rate, jax.random.fold_in(keys[place], purpose), operands.numbers)
+        dropped = drop(hidden, rate, jax.random.fold_in(keys[place], purpose), operands.numbers)
+        routed = operands.constants.routed
+        return dropped if routed is None else jnp.where(routed, dropped, hidden)
 
 
 def drop(x: jax.Array, rate: float, key: jax.Array, numbers: jax.Array) -> jax.Array:

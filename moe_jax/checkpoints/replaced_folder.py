@@ -18,6 +18,7 @@ def replace_folder(folder: Path, complete: Path) -> None:
     Raises:
       OSError: the disk's own.
     """
+    folder = behind_link(folder)
     former = put_back(folder)
     if folder.exists():
         shutil.rmtree(former, ignore_errors=True)
@@ -44,8 +45,14 @@ def put_back(folder: Path) -> Path:
     """
     folder = behind_link(folder)
     former = _former(folder)
-    if former.is_dir() and not folder.exists():
-        former.rename(folder)
+    if former.is_dir():
+        if folder.exists():
+            # Killed once the new one was in its place. Should that go, this is not to come back.
+            stale = former.with_suffix(".stale")
+            former.rename(stale)
+            shutil.rmtree(stale, ignore_errors=True)
+        else:
+            former.rename(folder)
     return former
 
 

@@ -227,7 +227,7 @@ class ComputeConfig:
         `narrow` of these only what is not as wide as the FFN; `full` the layer's input alone.
       block_tokens: tokens whose experts' hidden activations the backward pass computes at a time.
         None leaves it to the platform: on a CPU what its cache holds, elsewhere all. Where no
-        divisor of the row length comes near, all of them.
+        divisor of a device's number of tokens comes near, all of them.
     """
 
     dtype: FloatType

@@ -28,7 +28,7 @@ def gated(
       activation: of the gate.
       gate: [..., F].
       up: [..., F].
-      weight: [..., 1], another factor.
+      weight: [..., 1], another factor, of the same type.
     """
     if activation is jax.nn.silu:
         return _gated_silu(gate, up, weight)

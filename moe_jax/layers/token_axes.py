@@ -10,12 +10,12 @@ class TokenAxes(NamedTuple):
     """How the axes [B, S] of a batch become one.
 
     Where devices, or groups of them, divide the rows between them, they keep an axis in front, so
-    that a part of the tokens is a part of each device's: two axes [N, B S / N].
+    that a part of the tokens is a part of each device's: two axes [shards, B S / shards].
 
     Attributes:
       rows: B.
       length: S.
-      shards: N, a divisor of B.
+      shards: so many; a divisor of B.
     """
 
     rows: int
@@ -29,7 +29,7 @@ class TokenAxes(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the tokens: [T], or [N, T]."""
+        """Of the tokens: [T], or [shards, T]."""
         return (self.per_shard,) if self.shards == 1 else (self.shards, self.per_shard)
 
     @property

@@ -51,7 +51,7 @@ def expected(start):
 
 @pytest.mark.parametrize("remat", REMAT_POLICIES)
 def test_every_policy_makes_the_same_step(remat, start, expected, monkeypatch):
-    # Of rows of 16 positions, four at a time.
+    # Of the 32 tokens of two rows, four at a time.
     monkeypatch.setattr(AdapterContext, "block_length", lambda *_: 4)
     jax.tree.map(
         lambda ours, theirs: np.testing.assert_allclose(ours, theirs, **GRADIENT_ROUNDING),

@@ -21,6 +21,7 @@ MASK[0, :3], MASK[1, 4:6], MASK[2, 7:] = False, False, False
 
 TOP_P, SWITCH = {"name": "top_p", "top_p": 0.6}, {"name": "switch"}
 CASES = {
+    "top_k of three": ({"name": "top_k", "top_k": 3}, {}, True),
     "top_k, DoRA, bias": ({"name": "top_k"}, {"dora": True}, True),
     "top_p": (TOP_P, {}, False),
     "top_p as MoE-PEFT, bias": ({**TOP_P, "renormalise": False, "temperature": 1.5}, {}, True),
@@ -175,10 +176,14 @@ def test_ffn_dropout_drops_each_experts_hidden_activation(transparent, router):
 
 
 @pytest.mark.parametrize("block", [ROWS * LENGTH, LENGTH // 2], ids=["whole", "parts"])
-@pytest.mark.parametrize("router", [TOP_P, {"name": "top_k"}], ids=["any", "chosen"])
-def test_what_is_computed_again_in_the_backward_pass_is_the_same(monkeypatch, router, block):
+@pytest.mark.parametrize(
+    ("router", "dora"),
+    [(TOP_P, False), ({"name": "top_k"}, False), ({"name": "top_k", "top_k": 3}, True)],
+    ids=["any", "two chosen", "three chosen, DoRA"],
+)
+def test_what_is_computed_again_in_the_backward_pass_is_the_same(monkeypatch, router, dora, block):
     # Slot by slot and block by block, or kept as a whole; with the same mask of dropout.
-    mlp, method = llama_mlp(), mixlora(router, dropout=0.3, ffn_dropout=0.3)
+    mlp, method = llama_mlp(), mixlora(router, dropout=0.3, ffn_dropout=0.3, dora=dora)
     ours = AdaptedFFN(mlp, method, ROWS)
     tree, x = ours.random_tree(), random_input(ROWS, LENGTH)
     monkeypatch.setattr(AdapterContext, "block_length", lambda *_: block)

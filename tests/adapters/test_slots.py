@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from adapted_ffn import AdaptedFFN, llama_mlp, mixlora, random_input
+from tolerances import ROUNDING
 
 from moe_jax.adapters.slots import drop
 
@@ -67,3 +68,11 @@ def test_dropout_of_a_token_depends_on_its_number_alone():
     assert set(np.unique(all_at_once)) == {0.0, np.float32(1 / 0.75)}
     # Of 2560 draws, within four standard deviations.
     assert abs(np.mean(np.asarray(all_at_once)[[0, 1, 2, 3, 5]] == 0) - 0.25) < 0.035
+
+
+def test_a_layer_that_is_not_routed_drops_nothing():
+    router = {"name": "switch", "capacity": 40, "sparse_step": 2}  # leaves layer 0 as it is
+    mlp, x = llama_mlp(), random_input(ROWS, 20)
+    ours = AdaptedFFN(mlp, mixlora(router, ffn_dropout=0.5, dropout=0.5), ROWS)
+    y, _ = jax.jit(ours)(ours.random_tree(), x, dropout_key=jax.random.key(0))
+    np.testing.assert_allclose(y, mlp(torch.tensor(np.asarray(x)).double()), **ROUNDING)

@@ -109,3 +109,14 @@ def test_nothing_there_is_nothing_found(tmp_path):
     assert present_folder(tmp_path / "a") == tmp_path / "a"
     replace_folder(tmp_path / "a", folder_of("new", tmp_path / ".a.incomplete"))
     assert text_in(tmp_path / "a") == "new"
+
+
+def test_what_was_replaced_does_not_come_back(tmp_path):
+    # Killed between the second rename and the removal of the former folder.
+    folder, former = tmp_path / "a", tmp_path / ".a.former"
+    for place in (folder, former):
+        place.mkdir()
+    put_back(folder)
+    folder.rmdir()
+    assert present_folder(folder) == folder
+    assert not list(tmp_path.iterdir())

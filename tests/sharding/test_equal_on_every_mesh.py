@@ -24,7 +24,7 @@ def _run(mesh):
         mesh=mesh,
         config=tiny_program.model_config(num_layers=2),
         training={"micro_batches": 2},
-        # With blocks of experts, of as many positions as the rows of a device leave.
+        # With blocks of 16 of a device's tokens.
         compute={"remat": "frozen", "block_tokens": 16},
     )
     params = tiny_program.random_params(program)
