@@ -158,8 +158,8 @@ def as_markdown(
         "What `top_p` and `soft` run, over the one-hot form with `top_k`, both by default:",
         _table(PER_EXPERT_HEADER, [per_expert_line(row) for row in per_expert]),
         f"""It needs fewer operations (9 D + 11 F for each of G against 9 D + 9 C F, and 2 (C - 1) F
-        more where those are computed again), but makes E hidden activations of width F where the one-hot
-        form makes C. A machine gains by it that does fewer operations in the time of moving a byte
+        more where those are computed again), but makes E hidden activations of width F where the
+        one-hot form makes C. A machine gains by it that does fewer operations in the time of moving a byte
         than the last column says. Memory is {memory[8]:.1f} times the one-hot form's at 8 experts
         and {memory[64]:.1f} times at 64.""",
         "## The grouped form",
