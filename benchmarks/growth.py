@@ -159,9 +159,9 @@ def as_markdown(
         _table(PER_EXPERT_HEADER, [per_expert_line(row) for row in per_expert]),
         f"""It needs fewer operations (9 D + 11 F for each of G against 9 D + 9 C F, and 2 (C - 1) F
         more where those are computed again), but makes E hidden activations of width F where the
-        one-hot form makes C. A machine gains by it that does fewer operations in the time of moving a byte
-        than the last column says. Memory is {memory[8]:.1f} times the one-hot form's at 8 experts
-        and {memory[64]:.1f} times at 64.""",
+        one-hot form makes C. A machine gains by it that does fewer operations in the time of moving
+        a byte than the last column says. Memory is {memory[8]:.1f} times the one-hot form's at 8
+        experts and {memory[64]:.1f} times at 64.""",
         "## The grouped form",
         f"""`grouped_mixlora.py` sorts the C slots of all tokens by expert, in blocks of rows that
         have one expert each, and computes codes, hidden activations and what the down projection
