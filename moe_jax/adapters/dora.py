@@ -14,6 +14,8 @@ a second frozen product. Without dropout the two are the same.)
 The gradient of m needs the frozen product, which LoRA does not keep for the backward pass.
 """
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -62,7 +64,7 @@ def column_norms(kernel: Kernel, lora_a: jax.Array, lora_b: jax.Array, scale: fl
     def einsum(equation: str, left: jax.Array, right: jax.Array) -> jax.Array:
         return jnp.einsum(equation, left, right, precision="highest", preferred_element_type=dtype)
 
-    constant = jnp.sum(jnp.square(kernel.astype(dtype)), axis=0)
+    constant = _squared_norms(kernel)
     cross = einsum("d...r,df->...rf", lora_a, kernel)
     gram = einsum("d...r,d...s->...rs", lora_a, lora_a)
     quadratic = scale**2 * jnp.sum(einsum("...rs,...sf->...rf", gram, lora_b) * lora_b, axis=-2)
@@ -101,10 +103,23 @@ def dora_gains(
         return known
     # Named so that rematerialisation keeps them: their thin product would cost more than they hold.
     norms = checkpoint_name(column_norms(kernel, lora_a, lora_b, scale), DORA_NORMS)
-    start = lambda *_: norms  # B is zero then
+
+    def start(*_: Any) -> jax.Array:
+        # Of W alone. `norms` would be the same, but its B is a constant of zeros when weights are
+        # initialised, and XLA for CPUs (jaxlib 0.10.2) fuses such products into one that reads
+        # past the constant's end: now and then, a column begins as NaN.
+        square = jnp.maximum(_squared_norms(dense_kernel(kernel)), jnp.finfo(norms.dtype).tiny)
+        return jnp.broadcast_to(jnp.sqrt(square), norms.shape)
+
     gains = adapter_leaf(module, "magnitude", start, norms.shape, axes) / norms
     remember(module, "gains", gains)
     return gains
+
+
+def _squared_norms(kernel: jax.Array) -> jax.Array:
+    """Squared lengths [out] of the columns of W, [in, out]; at least float32."""
+    dtype = jnp.promote_types(kernel.dtype, jnp.float32)
+    return jnp.sum(jnp.square(kernel.astype(dtype)), axis=0)
 
 
 def apply_gains(product: jax.Array, gains: jax.Array) -> jax.Array:
