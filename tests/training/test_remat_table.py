@@ -4,12 +4,15 @@ import importlib.metadata
 from pathlib import Path
 
 import jax
+import optax
 import pytest
 from jax.experimental import topologies
 from tolerances import COMPILED_BYTES
 
 from benchmarks import remat
 from benchmarks.remat import COLUMNS, POLICIES, StepCost, step_cost
+from moe_jax.layers.head import logits
+from moe_jax.models import causal_lm
 
 TABLE = Path(__file__).parents[2] / "benchmarks" / "remat.md"
 
@@ -56,6 +59,20 @@ def test_the_default_costs_little_of_either():
     assert 2 * 6.74e9 + rows["frozen"][4] / 2 * 2**30 < 24e9
 
 
+def test_the_loss_has_no_part_in_the_peak(monkeypatch):
+    calls = []
+
+    def plain(x, kernel, targets, **settings):
+        calls.append(targets.shape)
+        scores = logits(x, kernel, **settings)
+        return optax.softmax_cross_entropy_with_integer_labels(scores, targets)
+
+    monkeypatch.setattr(causal_lm, "token_losses", plain)
+    gib = _written()["full"][COLUMNS.index("GiB, MixLoRA")]
+    assert step_cost("MixLoRA", "full").temporary / 2**30 == pytest.approx(gib, rel=0.01)
+    assert calls  # the step has gone through the logits
+
+
 def test_without_a_compiler_for_tpus_it_says_what_to_install(monkeypatch, capsys):
     def refuse(*_, **__):
         raise RuntimeError("JAX TPU support not installed")
@@ -93,3 +110,13 @@ def test_a_table_for_a_tpu_says_so_and_what_does_not_fit(monkeypatch, tmp_path):
         *(f"| {policy} | does not fit |" for policy in ("none", "dots")),
         *(f"| {policy} | {figures} |" for policy in ("frozen", "narrow", "full")),
     ]
+
+
+def test_some_policies_are_not_the_table_that_is_held_true(monkeypatch, capsys):
+    monkeypatch.setattr(remat, "step_cost", lambda *_: StepCost(64e12, 2**30, 2**30))
+    assert remat.main(["--policies", "narrow", "full"]) == 0
+    printed = capsys.readouterr().out
+    assert "--policies narrow full" in printed
+    assert "a test holds" not in printed
+    assert remat.main([]) == 0
+    assert "a test holds it true" in capsys.readouterr().out
