@@ -31,7 +31,7 @@ import jax.numpy as jnp
 from benchmarks import dispatch_forms as forms
 from benchmarks.compiled_flops import compiled_flops
 from benchmarks.dispatch_forms import BATCHED, GROUPED, ONE_HOT, RAGGED, WALKS
-from benchmarks.grouped_mixlora import GroupedMixLora
+from benchmarks.grouped_mixlora import GroupedMixLora, in_grouped_form
 from benchmarks.layer_cost import METHODS, Shape, layer_step
 from benchmarks.layer_cost import ROUNDS as LAYERS
 from benchmarks.random_inputs import random_like
@@ -69,7 +69,7 @@ class Case(NamedTuple):
 
 def grouped_method(shape: Shape, form: str) -> GroupedMixLora:
     """MixLoRA with the top-k router, in one of the forms `WALKS`."""
-    return GroupedMixLora(**vars(METHODS["MixLoRA, top-k"](shape)), walk=WALKS[form])
+    return in_grouped_form(METHODS["MixLoRA, top-k"](shape), WALKS[form])
 
 
 def _method(shape: Shape, form: str) -> AdapterMethod:

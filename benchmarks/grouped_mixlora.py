@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from benchmarks.grouped_rows import Walk, group_rows, in_groups, rows_of_block
 from moe_jax.adapters.experts import ExpertPairs
 from moe_jax.adapters.frozen import AdapterContext, FrozenFFN
-from moe_jax.adapters.method import Finish
+from moe_jax.adapters.method import AdapterMethod, Finish
 from moe_jax.adapters.mixlora import MixLoraConfig, MixLoraMLP
 from moe_jax.adapters.targets import MLP_MODULES
 from moe_jax.config.parse import require
@@ -47,6 +47,12 @@ class GroupedMixLora(MixLoraConfig):
 
     def mlp_adapter(self) -> nn.Module | None:
         return GroupedMLP(self)
+
+
+def in_grouped_form(method: AdapterMethod, walk: Walk = "loop") -> GroupedMixLora:
+    """The same MixLoRA in the grouped form."""
+    assert isinstance(method, MixLoraConfig)
+    return GroupedMixLora(**vars(method), walk=walk)
 
 
 class Made(NamedTuple):

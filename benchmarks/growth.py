@@ -35,19 +35,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import jax
 
-from benchmarks.grouped_mixlora import GroupedMixLora
+from benchmarks.grouped_mixlora import in_grouped_form
 from benchmarks.growth_counts import (
     BLOCK,
     DEFAULT,
     EXPERTS,
     GROUPED,
     LORA,
-    ONE_HOT,
     PER_EXPERT,
-    PER_EXPERT_FORM,
     RANKS,
     SHAPE,
     SHARES,
+    SOFT,
+    TOP_K,
     GroupedCost,
     Growth,
     PerExpert,
@@ -234,14 +234,14 @@ def timed_rows(rounds: int) -> list[list[str]]:
     params: Any = None
     steps: dict[str, Callable[[], float]] = {}
     for experts in EXPERTS:
-        for name in (LORA, ONE_HOT, GROUPED_FORM, PER_EXPERT_FORM):
-            if name == PER_EXPERT_FORM and experts > MOST_TIMED_PER_EXPERT:
+        for name in (LORA, TOP_K, GROUPED_FORM, SOFT):
+            if name == SOFT and experts > MOST_TIMED_PER_EXPERT:
                 continue
             say(f"{name}, {experts} experts: compiling")
             shape = TIMED._replace(experts=experts)
-            method = METHODS[ONE_HOT if name == GROUPED_FORM else name](shape)
+            method = METHODS[TOP_K if name == GROUPED_FORM else name](shape)
             if name == GROUPED_FORM:
-                method = GroupedMixLora(**vars(method))
+                method = in_grouped_form(method)
             step, (adapters, frozen, *rest) = layer_step(method, shape, DEFAULT, None)
             params = random_like(frozen) if params is None else params
             compiled = jax.jit(step).lower(adapters, frozen, *rest).compile()

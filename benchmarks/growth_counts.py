@@ -8,7 +8,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from benchmarks.grouped_mixlora import GroupedMixLora
+from benchmarks.grouped_mixlora import in_grouped_form
 from benchmarks.layer_cost import METHODS, SHAPES, LayerCost, Shape, algebra, layer_cost
 from moe_jax.config.model import ComputeConfig
 
@@ -25,7 +25,7 @@ GROUPED = (
 )
 """Experts and ranks of the grouped form."""
 
-LORA, ONE_HOT, PER_EXPERT_FORM = "LoRA", "MixLoRA, top-k", "MixLoRA, soft"
+LORA, TOP_K, SOFT = "LoRA", "MixLoRA, top-k", "MixLoRA, soft"
 BLOCK = 64
 """Tokens that the one-hot form takes at a time in the backward pass, beside the grouped form, which
 takes `rows_of_block` of one expert."""
@@ -107,14 +107,14 @@ def cost(name: str | None, shape: Shape, remat: str = "none") -> LayerCost:
 def growth_of(experts: int, rank: int) -> Growth:
     """Compiles what a row of the first table needs, rounded as it is written."""
     shape = shape_of(experts, rank)
-    kept, lora_kept = cost(ONE_HOT, shape), cost(LORA, shape)
-    default, lora = cost(ONE_HOT, shape, DEFAULT), cost(LORA, shape, DEFAULT)
+    kept, lora_kept = cost(TOP_K, shape), cost(LORA, shape)
+    default, lora = cost(TOP_K, shape, DEFAULT), cost(LORA, shape, DEFAULT)
     ratios = (
         kept.flops / lora_kept.flops,
         default.flops / lora.flops,
         kept.flops / cost(None, SHAPE).flops,
         kept.flops / grouped_flops(shape),
-        kept.flops / algebra(ONE_HOT, shape),
+        kept.flops / algebra(TOP_K, shape),
         default.moved / lora.moved,
         kept.temporary / lora_kept.temporary,
         default.temporary / lora.temporary,
@@ -125,7 +125,7 @@ def growth_of(experts: int, rank: int) -> Growth:
 def per_expert_of(experts: int, rank: int) -> PerExpert:
     """Compiles what a row of the second table needs, rounded as it is written."""
     shape = shape_of(experts, rank)
-    own, one_hot = cost(PER_EXPERT_FORM, shape, DEFAULT), cost(ONE_HOT, shape, DEFAULT)
+    own, one_hot = cost(SOFT, shape, DEFAULT), cost(TOP_K, shape, DEFAULT)
     saved, more = one_hot.flops - own.flops, own.moved - one_hot.moved
     return PerExpert(
         experts,
@@ -140,11 +140,10 @@ def per_expert_of(experts: int, rank: int) -> PerExpert:
 def grouped_of(experts: int, rank: int) -> GroupedCost:
     """Compiles what a row of the fourth table needs, rounded as it is written."""
     shape = shape_of(experts, rank)
-    method = METHODS[ONE_HOT](shape)
+    method = METHODS[TOP_K](shape)
     one_hot = layer_cost(method, shape, DEFAULT, BLOCK)
     loop, batched = (
-        layer_cost(GroupedMixLora(**vars(method), walk=walk), shape, DEFAULT)
-        for walk in ("loop", "batch")
+        layer_cost(in_grouped_form(method, walk), shape, DEFAULT) for walk in ("loop", "batch")
     )
     ratios = (
         loop.flops / cost(LORA, shape, DEFAULT).flops,
@@ -167,12 +166,12 @@ def grouped_flops(shape: Shape) -> float:
     Finding the groups, and moving tokens there and back, is not among them.
     """
     chosen = shape._replace(experts=shape.top_k)
-    return cost(PER_EXPERT_FORM, chosen).flops + _router(shape) - _router(chosen)
+    return cost(SOFT, chosen).flops + _router(shape) - _router(chosen)
 
 
 def one_hot_algebra(shape: Shape) -> float:
     """Operations of the products that the one-hot form needs."""
-    return algebra(ONE_HOT, shape)
+    return algebra(TOP_K, shape)
 
 
 def grouped_algebra(shape: Shape) -> float:

@@ -104,7 +104,7 @@ def check(args: argparse.Namespace) -> None:
     buckets = args.buckets.replace(",", " ").split()
     if not all(bucket.isdigit() for bucket in buckets):
         raise ConfigError("--buckets: expected whole numbers, separated by commas")
-    args.buckets = list(map(int, buckets))
+    args.buckets = sorted(set(map(int, buckets)))
     for bucket in args.buckets:
         if not 0 < bucket < args.length:
             raise ConfigError(

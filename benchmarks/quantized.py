@@ -12,31 +12,44 @@ base in bfloat16, in two micro-batches.
 """
 
 import argparse
+import copy
 import json
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import moe_jax
+from benchmarks.loading import write_checkpoint
+from benchmarks.report import MEBIBYTE, check_output, machine, one_line, say, table, write_json
+from moe_jax.checkpoints.base import checked_leaves, load_base, read_leaf
+from moe_jax.checkpoints.hf_config import read_model_config
+from moe_jax.checkpoints.shards import open_shards
+from moe_jax.config.command_line import load_config_file
+from moe_jax.demo.corpus import write_corpus
+from moe_jax.errors import ConfigError, UserError, report
+from moe_jax.layers.quantized import dense_kernel
 
 ROOT = Path(__file__).resolve().parents[1]
 KINDS = ("bfloat16", "int8", "fp8", "nf4", "nf4_double")
 CONTROL = "control"
 # 8 D^2 of embedding and head beside 16 x 12.25 D^2 are 3.9%, as in Llama-2-7B.
 LAYERS = 16
+LEAST_MEGABYTES = 8
+CONFIG = load_config_file(str(ROOT / "configs" / "tiny_mixlora.py"))
+WARMUP = CONFIG["adapters"]["default"]["optimizer"]["schedule"]["warmup_steps"]
 
 
 def loaded(folder: Path, kind: str) -> dict[str, Any]:
     """What a base costs as `kind`, and how far its kernels are from those on disk."""
-    import jax
-    import jax.numpy as jnp
-    import numpy as np
-
-    from moe_jax.checkpoints.base import checked_leaves, load_base, read_leaf
-    from moe_jax.checkpoints.hf_config import read_model_config
-    from moe_jax.checkpoints.shards import open_shards
-    from moe_jax.layers.quantized import dense_kernel
-
     config = read_model_config(folder)
     start = time.perf_counter()
     params = load_base(folder, config, kind)
@@ -59,10 +72,7 @@ def loaded(folder: Path, kind: str) -> dict[str, Any]:
 
 def trained(kind: str, data: Path, workdir: Path, steps: int) -> dict[str, Any]:
     """The losses of the demo's run on its base as `kind`."""
-    import moe_jax
-    from moe_jax.config.command_line import load_config_file
-
-    raw = load_config_file(str(ROOT / "configs" / "tiny_mixlora.py"))
+    raw = copy.deepcopy(CONFIG)
     control = kind == CONTROL
     dtype = "bfloat16" if control else kind
     raw["base"] = {"path": str(ROOT / "moe_jax" / "demo" / "base"), "param_dtype": dtype}
@@ -79,50 +89,81 @@ def trained(kind: str, data: Path, workdir: Path, steps: int) -> dict[str, Any]:
     return {"losses": losses, "validation": validation}
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description="A quantised base against bfloat16.")
-    parser.add_argument("--megabytes", type=int, default=1024, help="size of the checkpoint")
-    parser.add_argument("--steps", type=int, default=400, help="of the training run; 0 leaves it")
-    parser.add_argument("--output", type=Path, help="JSON file for the results")
-    args = parser.parse_args()
-    from loading import write_checkpoint
+def loading_table(figures: dict[str, dict[str, Any]]) -> str:
+    """What each kind costs to hold and to load."""
+    lines = [
+        [
+            kind,
+            f"{own['bytes'] / MEBIBYTE:.1f}",
+            f"{own['bytes'] / figures['bfloat16']['bytes']:.3f}",
+            f"{own['error']:.2%}",
+            f"{own['seconds']:.1f}",
+        ]
+        for kind, own in figures.items()
+    ]
+    return table(("kept as", "MiB", "of bfloat16", "error of kernels", "seconds"), lines)
 
-    from moe_jax.demo.corpus import write_corpus
 
-    results: dict[str, dict[str, Any]] = {kind: {} for kind in KINDS}
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch) / "base"
-        write_checkpoint(folder, args.megabytes, "bfloat16", shards=5, layers=LAYERS)
-        print("kept as     MiB      of bfloat16  error of kernels  seconds")
-        for kind, result in results.items():
-            result |= loaded(folder, kind)
-            share = result["bytes"] / results["bfloat16"]["bytes"]
-            print(
-                f"{kind:10}  {result['bytes'] / 2**20:7.1f}  {share:11.3f}"
-                f"  {result['error']:16.2%}  {result['seconds']:7.1f}",
-                flush=True,
-            )
-        if args.steps:
-            data = Path(scratch) / "data"
-            write_corpus(data, 0)
-            results[CONTROL] = {}
-            for kind, result in results.items():
-                result |= trained(kind, data, Path(scratch) / kind, args.steps)
-            exact = results["bfloat16"]
-            print("\nkept as     last loss  difference of the curve  validation")
-            for kind, result in results.items():
-                pairs = zip(result["losses"], exact["losses"], strict=True)
-                distance = sum(abs(ours - theirs) for ours, theirs in pairs)
-                result["difference"] = distance / sum(exact["losses"])
-                print(
-                    f"{kind:10}  {result['losses'][-1]:9.4f}  {result['difference']:23.2%}"
-                    f"  {result['validation']:10.4f}"
-                )
-    if args.output:
-        args.output.write_text(json.dumps(results, indent=2))
+def training_table(figures: dict[str, dict[str, Any]]) -> str:
+    """How each kind's losses differ from bfloat16's."""
+    lines = [
+        [
+            kind,
+            f"{own['losses'][-1]:.4f}",
+            f"{_difference(own['losses'], figures['bfloat16']['losses']):.2%}",
+            f"{own['validation']:.4f}",
+        ]
+        for kind, own in figures.items()
+    ]
+    return table(("trained on", "last loss", "difference of the curve", "validation"), lines)
+
+
+def _difference(losses: list[float], exact: list[float]) -> float:
+    return sum(abs(own - other) for own, other in zip(losses, exact, strict=True)) / sum(exact)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
+    parser.add_argument("--megabytes", type=int, default=1024, help="of the checkpoint (1024)")
+    parser.add_argument(
+        "--steps", type=int, default=400, help="of the training run; 0 leaves it out (400)"
+    )
+    parser.add_argument("--output", type=Path, help="also write the figures here, as JSON")
+    args = parser.parse_args(argv)
+    try:
+        check_output(args.output)
+        if args.megabytes < LEAST_MEGABYTES:
+            raise ConfigError(f"--megabytes: must be at least {LEAST_MEGABYTES}")
+        if args.steps and args.steps <= WARMUP:
+            raise ConfigError(f"--steps: the run warms up for {WARMUP}; give more, or 0 for no run")
+        facts = machine()
+        print(f"a checkpoint of {args.megabytes} MiB; {one_line(facts)}")
+        trainings: dict[str, dict[str, Any]] = {}
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch) / "base"
+            say("writing the checkpoint")
+            write_checkpoint(folder, args.megabytes, "bfloat16", shards=5, layers=LAYERS)
+            loads = {kind: loaded(folder, kind) for kind in KINDS}
+            print(loading_table(loads), flush=True)
+            if args.steps:
+                data = Path(scratch) / "data"
+                write_corpus(data, 0)
+                for kind in (*KINDS, CONTROL):
+                    say(f"{kind}: training")
+                    trainings[kind] = trained(kind, data, Path(scratch) / kind, args.steps)
+                print(training_table(trainings))
+        write_json(
+            args.output,
+            args,
+            benchmark="quantized",
+            machine=facts,
+            loading=loads,
+            training=trainings,
+        )
+    except UserError as error:
+        return report(error)
     return 0
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))
     sys.exit(main())

@@ -31,6 +31,7 @@ def test_bad_flags_are_one_line(capsys, flags, words):
         ([], [128, 256, 512]),
         (["--length=256"], [128]),
         (["--length=256", "--buckets=32, 255"], [32, 255]),
+        (["--buckets=512,128,128"], [128, 512]),
         (["--buckets="], []),
     ],
 )
