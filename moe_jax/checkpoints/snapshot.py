@@ -27,22 +27,20 @@ class Snapshot:
     finite: Mapping[str, jax.Array]
     sums: Mapping[str, jax.Array]
 
-    def require_finite(self, step: int, kept: str = "") -> None:
+    def require_finite(self, step: int) -> None:
         """Waits for the leaves to be there, and refuses numbers that are not finite.
 
         Args:
           step: after which the tree was like this.
-          kept: which state is safe on the disk, in words.
 
         Raises:
           TrainingError: names the first leaf that holds a NaN or an infinity.
         """
         for path, ok in jax.device_get(dict(self.finite)).items():
             if not np.all(ok):
-                suffix = f"; {kept}" if kept else ""
                 raise TrainingError(
                     f"adapter weights {path!r} are not finite at step {step}, so they are not "
-                    f"saved; try a lower learning rate{suffix}"
+                    "saved; try a lower learning rate"
                 )
 
     def checksums(self) -> dict[str, int]:

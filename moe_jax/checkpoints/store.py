@@ -135,7 +135,7 @@ class TrainingStore:
         """
         if step == self.latest:
             return
-        state.adapters.require_finite(step, self.kept())
+        state.adapters.require_finite(step)
         sums = {name: own.checksums() for name, own in state._asdict().items()}
         header = {"format_version": FORMAT_VERSION, "checksums": sums}
         with disk_errors(self.folder / str(step), self.kept()):
