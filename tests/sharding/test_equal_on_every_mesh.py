@@ -14,12 +14,15 @@ MESHES = {
 }
 ROUTER = {"name": "top_k", "jitter_noise": 0.1}
 METHOD = {**tiny_program.MIXLORA, "dropout": 0.1, "router": ROUTER}
+# Here a slot is an expert, and all of them but the first are rounds of a loop.
+SOFT = {**METHOD, "router": {"name": "soft"}, "ffn_dropout": 0.1, "losses": {}}
+METHODS = {"default": METHOD, "soft": SOFT}
 
 
 def _run(mesh):
     """Metrics of the first step, the gradient of every leaf, and the fresh adapters."""
     program = tiny_program.program(
-        {"default": METHOD},
+        METHODS,
         rows=16,
         mesh=mesh,
         config=tiny_program.model_config(num_layers=2),
@@ -32,7 +35,7 @@ def _run(mesh):
     fresh = jax.tree.map(np.asarray, state.adapters)
     state = state.replace(adapters=tiny_program.random_adapters(program))
     before = jax.tree.map(np.asarray, state.adapters)
-    batch = program.put_train_batch(tiny_program.random_batch(16))
+    batch = program.put_train_batch(tiny_program.random_batch(32))
     state, metrics = program.train_step(state, params, batch)
     gradients = jax.tree.map(lambda old, new: old - np.asarray(new), before, state.adapters)
     return program, jax.tree.map(np.asarray, metrics), gradients, fresh, state
