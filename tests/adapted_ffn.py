@@ -56,16 +56,17 @@ def random_input(rows: int, length: int, width: int = TINY["hidden_size"]) -> ja
 class AdaptedFFN:
     """Our FFN with the weights of a PyTorch one and one adapter on all rows."""
 
-    def __init__(self, mlp: Any, method: Any, rows: int, **config: Any):
+    def __init__(self, mlp: Any, method: Any, rows: int, dtype: Any = "float32", **config: Any):
         """Takes over the weights of `mlp`.
 
         Args:
           mlp: with `gate_proj`, `up_proj` and `down_proj`.
           method: of the adapter.
           rows: B.
+          dtype: that it computes in.
           config: what differs from the tiny model.
         """
-        self.method, self.rows = method, rows
+        self.method, self.rows, self.dtype = method, rows, dtype
         wide, narrow = mlp.gate_proj.weight.shape
         self.width = narrow
         self.config = tiny_program.model_config(
@@ -114,7 +115,7 @@ class AdaptedFFN:
 
     def _module(self, deterministic: bool) -> GatedMLP:
         segments = (Segment(NAME, self.method, 0, self.rows),)
-        compute, storage = ComputeConfig(dtype="float32"), storage_of("float32")
+        compute, storage = ComputeConfig(dtype=self.dtype), storage_of("float32")
         return GatedMLP(LayerSettings(self.config, compute, storage, segments, deterministic))
 
     def _contexts(self, mask: jax.Array) -> dict[str, AdapterContext]:
