@@ -236,7 +236,8 @@ def _down_per_slot(
 ) -> tuple[jax.Array, Finish]:
     """The down projection of every slot; the first slot's goes with the rows of other adapters."""
     assert each.hidden is not None and each.codes is not None
-    hidden, codes = each.hidden, checkpoint_name(each.codes, CODES)
+    slots = each.hidden.shape[0]
+    hidden, codes = _parts(each.hidden), _parts(checkpoint_name(each.codes, CODES))
 
     def adapt(product: jax.Array, slot: int) -> jax.Array:
         # Linear in product and codes, so that both may come weighted.
@@ -247,12 +248,20 @@ def _down_per_slot(
 
     def finish(product: jax.Array) -> jax.Array:
         y = adapt(product, 0)
-        for slot in range(1, hidden.shape[0]):
+        for slot in range(1, slots):
             more = frozen_product(hidden[slot], ffn.down_kernel)
             y = y + adapt(checkpoint_name(more, NARROW_PRODUCT), slot)
         return y
 
     return hidden[0], finish
+
+
+def _parts(stacked: jax.Array) -> list[jax.Array]:
+    """`list(stacked)`, but with one gradient, that puts the parts' together.
+
+    That of `stacked[slot]` is as large as all slots, once for each of them.
+    """
+    return [part[0] for part in jax.lax.split(stacked, (1,) * stacked.shape[0])]
 
 
 def _around_experts(

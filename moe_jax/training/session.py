@@ -16,10 +16,10 @@ from moe_jax.checkpoints.adapter_files import (
     captured_adapter,
     save_adapter,
 )
+from moe_jax.checkpoints.replaced_folder import present_folder
 from moe_jax.checkpoints.store import TrainingStore, capture
 from moe_jax.config.registry import to_plain
 from moe_jax.config.run import RunConfig
-from moe_jax.errors import UserError
 from moe_jax.training.background import Background
 from moe_jax.training.inputs import Inputs
 from moe_jax.training.interrupts import Interrupts
@@ -120,7 +120,7 @@ class TrainingSession:
         """
         if jax.process_count() == 1:
             self.recorder.note_what_is_waited_for()
-        with contextlib.suppress(UserError):
+        with contextlib.suppress(Exception):
             self.store.wait()
 
     def _steps(self, phase: Phase, program: Program, state: TrainState) -> tuple[TrainState, bool]:
@@ -167,8 +167,10 @@ class TrainingSession:
                 unit = loss_unit(self.config.adapters[name].method)
                 pictures = adapter_pictures(self.work.folder / METRICS_FILE, name, unit)
                 # Before the final folder, without which the run counts as not finished.
-                if name in self.progress.best:
+                if present_folder(best).is_dir():
                     add_pictures(best, pictures)
+                elif name in self.progress.best:  # removed by hand; no reason to lose the final one
+                    self.say(f"adapter {name!r}: its best weights are no longer in {best}")
             save_adapter(folder, self._saved_adapter(name, state)._replace(pictures=pictures))
         self.say(f"adapter {name!r} finished at step {self.progress.step}; it is in {folder}")
 
@@ -256,6 +258,8 @@ class TrainingSession:
 
         def write() -> None:
             self.background.wait()  # the best, of which this state says how good it is
+            if self.background.failed:
+                return  # it is not there, and whoever asked before has been told why
             window = {"window": list(self.recorder.window.steps)}
             self.store.write(step, captured, data=position, metadata={**metadata, **window})
 

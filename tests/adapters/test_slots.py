@@ -56,6 +56,14 @@ def test_four_times_as_many_slots_hold_no_more_hidden_activations(few, many, dro
     assert many - few < 1.5 * HIDDEN_BYTES
 
 
+def test_slots_that_the_down_projection_meets_one_by_one_hold_their_own_activations_alone():
+    """With DoRA there, nothing can be added up before it: memory grows by what the slots are."""
+    few, many = (_temporary_bytes(mixlora(**SOFT, num_experts=n, dora=True)) for n in (4, 16))
+    # Of each one more: the activation and its gradient, its three projections' codes, and gradients
+    # of its own weights.
+    assert many - few < 12 * 4 * HIDDEN_BYTES
+
+
 def test_dropout_of_a_token_depends_on_its_number_alone():
     x, key, numbers = jnp.ones((6, 512)), jax.random.key(3), jnp.array([4, 0, 9, 2, 2, 7])
     all_at_once = drop(x, 0.25, key, numbers)

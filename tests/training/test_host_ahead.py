@@ -2,6 +2,8 @@
 
 import itertools
 import math
+import shutil
+import threading
 import time
 
 import jax
@@ -19,6 +21,7 @@ from moe_jax.training import recorder, session
 from moe_jax.training.loop import train
 from moe_jax.training.program import Program
 from moe_jax.training.recorder import Recorder
+from moe_jax.training.session import TrainingSession
 
 STEPS, AHEAD, MEASURED_EVERY = 16, 4, 8
 OVERRIDES = {
@@ -169,6 +172,47 @@ def test_the_first_error_is_the_one_that_is_raised(failing):
     error, folder = failing("both", BAD_ROW, full)
     assert error == "row 57 cannot be read"
     assert latest_step(folder) is None
+
+
+def test_no_state_knows_of_a_best_adapter_that_was_not_written(inputs, tmp_path, monkeypatch):
+    begun = threading.Event()
+
+    def captured(folder, adapter):
+        def write():
+            assert begun.wait(60)
+            raise CheckpointError("no space left for the best")
+
+        return write
+
+    def save(run, *arguments, original=TrainingSession._save):
+        original(run, *arguments)
+        if run.progress.step == 10:  # it waits for its metrics, and the best is of step 8
+            begun.set()
+
+    monkeypatch.setattr(session, "captured_adapter", captured)
+    monkeypatch.setattr(TrainingSession, "_save", save)
+    config = read_config(inputs, **OVERRIDES)
+    with one_device(), pytest.raises(CheckpointError, match="no space left for the best"):
+        train(config, tmp_path, lambda _: None)
+    folder = tmp_path / "checkpoints"
+    assert latest_step(folder) == 5
+    assert read_metadata(folder, 5)["best"] == {}
+
+
+def test_a_best_adapter_that_somebody_removed_does_not_cost_the_final_one(
+    inputs, tmp_path, monkeypatch
+):
+    best, said = tmp_path / "best" / "default", []
+
+    def finish(run, *arguments, original=TrainingSession._finish):
+        shutil.rmtree(best)
+        original(run, *arguments)
+
+    monkeypatch.setattr(TrainingSession, "_finish", finish)
+    with one_device():
+        train(read_config(inputs, **OVERRIDES), tmp_path, said.append)
+    assert final_adapter(tmp_path)
+    assert f"adapter 'default': its best weights are no longer in {best}" in said
 
 
 def test_the_share_of_the_time_that_the_host_was_busy(monkeypatch):
