@@ -157,9 +157,8 @@ def measure_setting(part: str, names: Sequence[str], shape: Shape, rounds: int) 
                 1, case.layers
             )
 
-        run()
         steps[form] = run
-    samples, failed = interleaved(steps, rounds)
+    samples, failed = interleaved(steps, rounds, untimed=1)
     for row in rows:
         own = samples.get(row["form"])
         if not own or row["form"] in failed:
@@ -273,6 +272,12 @@ def settings(args: argparse.Namespace) -> list[tuple[str, list[str], Shape]]:
                     top_k=args.top_k,
                 )
                 found.append((part, of_part, shape))
+    if not found:
+        of_parts = dict.fromkeys(form for part in parts for form in FORMS[part])
+        raise ConfigError(
+            f"--forms {args.forms}: none of them is a form of --parts {args.parts}, which are "
+            f"measured as {', '.join(of_parts)}"
+        )
     return found
 
 

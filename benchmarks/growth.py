@@ -250,19 +250,21 @@ def timed_rows(rounds: int) -> list[list[str]]:
             def run(call: Any = compiled, arguments: Any = arguments) -> float:
                 return seconds_of(lambda: jax.block_until_ready(call(*arguments)))
 
-            run()
             steps[f"{experts} {name}"] = run
     say(f"{rounds} rounds")
-    samples, failed = interleaved(steps, rounds)
+    samples, failed = interleaved(steps, rounds, untimed=1)
     lines = []
     for label, seconds in samples.items():
         if label in failed:
             lines.append([label, failed[label], "", "", ""])
             continue
-        lora = samples[f"{label.partition(' ')[0]} {LORA}"]
-        ratios = [own / other for own, other in zip(seconds, lora, strict=True)]
-        figures = (*spread(seconds), spread(ratios).median)
-        lines.append([label, *(f"{figure:.4g}" for figure in figures)])
+        figures = list(spread(seconds))
+        lora = f"{label.partition(' ')[0]} {LORA}"
+        if lora not in failed:
+            ratios = [own / other for own, other in zip(seconds, samples[lora], strict=True)]
+            figures.append(spread(ratios).median)
+        cells = [f"{figure:.4g}" for figure in figures]
+        lines.append([label, *cells, *[""] * (4 - len(cells))])
     return lines
 
 

@@ -252,8 +252,7 @@ def measure(args: argparse.Namespace, path: Path) -> dict[str, dict[str, Any]]:
     ways[BUCKETED] = Way(*data_of(BUCKETED, rows), params, args)
     say("timing")
     rounds = {way: ways[way].round for way in (BUCKETED, PACKED)}
-    interleaved(rounds, 1)
-    samples, failed = interleaved(rounds, args.rounds)
+    samples, failed = interleaved(rounds, args.rounds, untimed=1)
     for way in rounds:
         if way in failed:
             raise ConfigError(f"--rows: {way} steps ran out of memory; give fewer, or a --size")

@@ -1,7 +1,7 @@
 """Random weights, made where they are needed, and random batches; needs jax and flax only."""
 
 import functools
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,9 @@ from moe_jax.config.model import ModelConfig
 from moe_jax.data.batch import Batch
 from moe_jax.layers.quantized import QuantizedKernel, quantize
 from moe_jax.layers.storage import storage_of
-from moe_jax.training.program import Program
+
+if TYPE_CHECKING:
+    from moe_jax.training.program import Program
 
 DEVIATION = 0.02
 """Of all weights but those of norms, which are one."""
@@ -66,7 +68,7 @@ def random_params(abstract: Any, shardings: Any, param_dtype: str, seed: int = 0
     return jax.tree.unflatten(tree, values)
 
 
-def params_of(program: Program, seed: int = 0) -> Any:
+def params_of(program: "Program", seed: int = 0) -> Any:
     """A random base for a training program."""
     dtype = program.config.base.param_dtype
     return random_params(program.abstract_params, program.param_shardings, dtype, seed)

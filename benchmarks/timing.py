@@ -44,7 +44,7 @@ def seconds_of(function: Callable[[], object]) -> float:
 
 
 def interleaved(
-    steps: Mapping[str, Callable[[], float]], rounds: int
+    steps: Mapping[str, Callable[[], float]], rounds: int, untimed: int = 0
 ) -> tuple[dict[str, list[float]], dict[str, str]]:
     """Runs one step of each in turn, `rounds` times, so that what disturbs one disturbs all.
 
@@ -53,6 +53,7 @@ def interleaved(
     Args:
       steps: by name, functions that do one step and return its seconds.
       rounds: how often.
+      untimed: rounds before those, to warm up.
 
     Returns:
       The seconds of each step by name, and why steps failed, by name: those that ran out of memory
@@ -61,13 +62,15 @@ def interleaved(
     samples: dict[str, list[float]] = {name: [] for name in steps}
     failed: dict[str, str] = {}
     names = list(steps)
-    for turn in range(rounds):
+    for turn in range(-untimed, rounds):
         first = turn % len(names) if names else 0
         for name in names[first:] + names[:first]:
             if name in failed:
                 continue
             try:
-                samples[name].append(steps[name]())
+                seconds = steps[name]()
+                if turn >= 0:
+                    samples[name].append(seconds)
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise

@@ -5,6 +5,7 @@ on any Linux machine: what a program computes and how much memory it takes can b
 there, and only running it needs the chip. Needs jax and, when asked for a chip, `libtpu`.
 """
 
+import importlib.util
 import os
 from typing import Any
 
@@ -26,7 +27,7 @@ def tpu_chip(generation: str) -> Any:
       generation: one of `GENERATIONS`.
 
     Raises:
-      ConfigError: `libtpu` is not installed.
+      ConfigError: `libtpu` is not installed, or cannot be used.
     """
     # libtpu would look for the machine's own chips, at a server that answers in Google's cloud only
     # and with a lock that keeps a second process out.
@@ -40,7 +41,8 @@ def tpu_chip(generation: str) -> Any:
             name, platform="tpu", chips_per_host_bounds=(1, 1, 1)
         )
     except RuntimeError as error:
-        raise ConfigError(
-            f"--compile-for: needs the package libtpu, pip install 'jax[tpu]' ({error})"
-        ) from error
+        reason = str(error).partition("\n")[0]
+        if importlib.util.find_spec("libtpu") is None:
+            reason = f"needs the package libtpu, pip install 'jax[tpu]' ({reason})"
+        raise ConfigError(f"--compile-for: {reason}") from error
     return topology.devices[0]

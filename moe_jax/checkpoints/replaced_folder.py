@@ -45,10 +45,12 @@ def put_back(folder: Path) -> Path:
     """
     folder = behind_link(folder)
     former = _former(folder)
+    stale = former.with_suffix(".stale")
+    if stale.exists():  # half of it, left by who was killed below
+        shutil.rmtree(stale, ignore_errors=True)
     if former.is_dir():
         if folder.exists():
             # Killed once the new one was in its place. Should that go, this is not to come back.
-            stale = former.with_suffix(".stale")
             former.rename(stale)
             shutil.rmtree(stale, ignore_errors=True)
         else:

@@ -232,6 +232,14 @@ def quiet(show: bool = False) -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
+_ADVICE = {
+    errno.ENOSPC: "free some space there",
+    errno.EDQUOT: "free some space there",
+    errno.EEXIST: "move that file away",
+    errno.ENOTDIR: "move that file away",
+}
+
+
 @contextlib.contextmanager
 def cache_errors(cache_dir: str | None) -> Iterator[None]:
     """Unwraps what `datasets` raises around a DataError, and says which folder it cannot write."""
@@ -245,13 +253,12 @@ def cache_errors(cache_dir: str | None) -> Iterator[None]:
             raise cause from None
         if isinstance(cause, OSError):
             reason = os.strerror(cause.errno).lower() if cause.errno else first_line(cause)
-            is_full = cause.errno in (errno.ENOSPC, errno.EDQUOT)
+            advice = _ADVICE.get(cause.errno or 0, "make that folder writable")
             setting = "data.cache_dir" + (
                 "" if cache_dir else ", or the environment's HF_DATASETS_CACHE,"
             )
             raise DataError(
                 f"cannot keep the tokenised data in {cache_dir or HF_DATASETS_CACHE}: {reason}; "
-                f"{'free some space there' if is_full else 'make that folder writable'}, or set "
-                f"{setting} to another one"
+                f"{advice}, or set {setting} to another one"
             ) from error
         raise

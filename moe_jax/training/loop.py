@@ -129,6 +129,7 @@ def train(
             for label, text in start_up_table(config, inputs, program):
                 say(f"{label:<12} {text}")
 
+        starts = load_starts(program) if resume_step is None else {}
         writers = []
         if is_main_process():  # before the long work: a service may refuse
             # A new run also drops the line that stands for step 0, before any training.
@@ -144,7 +145,7 @@ def train(
         )
         with store, Background() as background, Interrupts() as interrupts:
             if resume_step is None:
-                state = program.init_state(params, load_starts(program))
+                state = program.init_state(params, starts)
             else:
                 state = restore(store, program, resume_step, inputs)
                 say(f"resumed at step {resume_step}")

@@ -120,3 +120,16 @@ def test_what_was_replaced_does_not_come_back(tmp_path):
     folder.rmdir()
     assert present_folder(folder) == folder
     assert not list(tmp_path.iterdir())
+
+
+def test_what_a_kill_left_of_the_stale_folder_is_in_nobodys_way(tmp_path):
+    folder, half = folder_of("old", tmp_path / "a"), tmp_path / ".a.stale"
+    folder_of("older", tmp_path / ".a.former")
+    folder_of("half of the oldest", half)
+    put_back(folder)
+    assert names(tmp_path) == ["a"]
+    assert text_in(folder) == "old"
+    folder_of("half of the oldest", half)
+    replace_folder(folder, folder_of("new", tmp_path / ".a.incomplete"))
+    assert names(tmp_path) == ["a"]
+    assert text_in(folder) == "new"

@@ -14,6 +14,7 @@ from moe_jax.checkpoints.adapter_files import save_adapter
 from moe_jax.checkpoints.training_record import read_record
 from moe_jax.demo.checkpoint import write_checkpoint
 from moe_jax.training.inputs import read_inputs
+from moe_jax.training.loop import train
 
 LORA = "adapters__lora__"
 UP = "adapters__up__"
@@ -95,6 +96,17 @@ def test_begins_at_its_loss_and_resumes_exactly(inputs, tmp_path):
         expected = final_adapter(whole.workdir, name)
         for path, leaf in final_adapter(tmp_path / "half", name).items():
             assert (leaf == expected[path]).all(), path
+
+
+def test_damaged_weights_are_refused_before_anything_is_left(inputs, tmp_path):
+    damaged = shutil.copytree(inputs.parent / "up", tmp_path / "damaged")
+    for file in damaged.glob("weights/**/d/*"):
+        content = file.read_bytes()
+        file.write_bytes(content[: len(content) // 2])
+    config = read_config(inputs, **{UP + "start_from": str(damaged)})
+    with pytest.raises(moe_jax.UserError, match=rf"^config\.adapters\.up\.start_from: .*{damaged}"):
+        train(config, tmp_path / "run", lambda line: None)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

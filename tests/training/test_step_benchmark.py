@@ -216,6 +216,11 @@ def test_rounds_take_turns_and_leave_out_what_does_not_fit():
     assert failed == {"b": "out of memory"}
     assert order == ["a", "b", "c", "c", "a", "c", "a"]
 
+    order.clear()
+    samples, failed = interleaved({name: lambda name=name: step(name) for name in "ab"}, 2, 1)
+    assert (samples, failed) == ({"a": [1.0] * 2, "b": []}, {"b": "out of memory"})
+    assert order.count("b") == 1, "it has failed while it warmed up, and is left out since"
+
 
 def test_a_method_without_memory_says_so_and_the_run_goes_on(monkeypatch, tmp_path, capsys):
     def refuse(name, args):
