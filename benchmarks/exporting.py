@@ -17,13 +17,17 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from loading import MEBIBYTE, SAMPLING_SECONDS, anonymous_bytes, write_checkpoint  # noqa: E402
+from benchmarks.loading import MEBIBYTE, SAMPLING_SECONDS, anonymous_bytes, write_checkpoint
+from benchmarks.report import check_output, machine, one_line, write_json
+from moe_jax.errors import ConfigError, UserError
+from moe_jax.errors import report as report_error
 
+LEAST_MEGABYTES = 8
 EXPERTS = 8
 RANK = 8
 FACTOR = 1.5
@@ -113,19 +117,32 @@ def measure(base: Path, output: Path, dtype: str, dora: bool) -> dict:
     }
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description="Peak host memory of exporting a Mixtral.")
-    parser.add_argument("--megabytes", type=int, default=1024, help="size of the base")
-    parser.add_argument("--shards", type=int, default=5, help="files that it is split into")
-    parser.add_argument("--output", type=Path, help="JSON file for the results")
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
+    parser.add_argument("--megabytes", type=int, default=1024, help="of the base (1024)")
+    parser.add_argument("--shards", type=int, default=5, help="files that it is split into (5)")
+    parser.add_argument("--output", type=Path, help="also write the figures here, as JSON")
     parser.add_argument("--export", nargs=4, help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.export:
         base, output, dtype, dora = args.export
         export(Path(base), Path(output), dtype, bool(int(dora)))
         return 0
+    try:
+        results = run(args)
+    except UserError as error:
+        return report_error(error)
+    return int(any(r["peak_above_idle_bytes"] > r["limit_bytes"] for r in results))
 
-    results = []
+
+def run(args: argparse.Namespace) -> list[dict]:
+    """Measures, prints, and writes what was found."""
+    check_output(args.output)
+    for flag, least in (("megabytes", LEAST_MEGABYTES), ("shards", 1)):
+        if getattr(args, flag) < least:
+            raise ConfigError(f"--{flag}: must be at least {least}")
+    facts, results = machine(), []
+    print(f"a base of {args.megabytes} MiB; {one_line(facts)}")
     print("tensors   DoRA   base MiB  layer MiB  output MiB  peak above idle MiB  limit  seconds")
     with tempfile.TemporaryDirectory() as scratch:
         for dtype, dora in (("float32", False), ("bfloat16", True)):
@@ -140,9 +157,8 @@ def main() -> int:
                 f"  {mib['limit_bytes']:5.0f}  {result['seconds']:7.2f}",
                 flush=True,
             )
-    if args.output:
-        args.output.write_text(json.dumps(results, indent=2))
-    return int(any(r["peak_above_idle_bytes"] > r["limit_bytes"] for r in results))
+    write_json(args.output, args, benchmark="exporting", machine=facts, figures=results)
+    return results
 
 
 if __name__ == "__main__":

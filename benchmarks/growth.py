@@ -18,8 +18,8 @@ The forms that experts can be computed in, with C slots a token:
                 not in the package, but built in `grouped_mixlora.py`. What it needs at least is
                 what C experts need that serve every token.
 
-`growth.md` also has the seconds that `grouped.py --size d512 --time` recorded in files called
-`grouped_*.json` beside it.
+`growth.md` also has the seconds that `grouped.py --time` recorded in files called `grouped_*.json`
+beside it.
 
 Needs jax and flax only.
 """
@@ -189,15 +189,15 @@ def as_markdown(
         stay in a cache, and with few experts of the highest rank, might `--time` say otherwise. It
         is for routers that choose any number of experts, which have those activations anyway.""",
         f"""- From E R of about D / {width / (quarter * 16):.0f} ({quarter * 16:.0f}) the one-hot
-        form needs a quarter more, and the grouped one takes over. It is there to be measured, and
-        not in the package. Grouping only the products with F, R by F, would leave 9 (E - C) R D of
-        the excess, which is 5%, 10% and 25% at E R of {", ".join(half)}; what goes to the groups
-        are then codes of rank R and not inputs of width D. On a mesh, each device would have to
-        group its own tokens.""",
+        form needs a quarter more, and the grouped one would take over. It is there to be measured,
+        and not in the package. Grouping only the products with F, R by F, would leave
+        9 (E - C) R D of the excess, which is 5%, 10% and 25% at E R of {", ".join(half)}; what goes
+        to the groups are then codes of rank R and not inputs of width D. On a mesh, each device
+        would have to group its own tokens.""",
         """- Until then, beyond it: a lower rank, or the `switch` router, whose one slot needs what
         LoRA of as many weights needs.""",
         """Operations and memory are counts. `python benchmarks/growth.py --time` has seconds of
-        this layer, on an idle machine.""",
+        this layer with few tokens, on an idle machine.""",
     )
 
 

@@ -76,20 +76,24 @@ def lines(runs: Sequence[Recorded]) -> list[str]:
 
 
 def in_words(run: Recorded) -> str:
-    """From where on the grouped form is faster, and by how much at most; of medians."""
+    """From where on the grouped form is faster, and by how much at most; of medians.
+
+    Faster is what was so in every round.
+    """
     ratios = {
-        (experts, rank): ratio["median"]
+        (experts, rank): ratio
         for experts, rank, form in run.rows
         if form == ONE_HOT and (ratio := _ratio(run, experts, rank, GROUPED))
     }
-    slower = [experts * rank for (experts, rank), ratio in ratios.items() if ratio >= 1.0]
+    slower = [e * r for (e, r), ratio in ratios.items() if ratio["highest"] >= 1.0]
     always = [e * r for e, r in ratios if e * r > max(slower, default=0)]
-    (experts, rank), least = min(ratios.items(), key=lambda item: item[1])
+    experts, rank = min(ratios, key=lambda setting: ratios[setting]["median"])
+    least = ratios[experts, rank]["median"]
+    faster = len(ratios) - len(slower)
     beyond = f"in all from E R of {min(always)} on" if always else "but not where E R is most"
     return (
-        f"Of `{run.size}` the grouped form is faster in {len(ratios) - len(slower)} of "
-        f"{len(ratios)} settings, {beyond}; in {least:.2f} of the time with {experts} experts of "
-        f"rank {rank}."
+        f"Of `{run.size}` the grouped form is, in every round, faster in {faster} of {len(ratios)} "
+        f"settings, {beyond}; in {least:.2f} of the time with {experts} experts of rank {rank}."
     )
 
 
