@@ -32,8 +32,7 @@ from benchmarks import dispatch_forms as forms
 from benchmarks.compiled_flops import compiled_flops
 from benchmarks.dispatch_forms import BATCHED, GROUPED, ONE_HOT, RAGGED, WALKS
 from benchmarks.grouped_mixlora import GroupedMixLora, in_grouped_form
-from benchmarks.layer_cost import METHODS, Shape, layer_step
-from benchmarks.layer_cost import ROUNDS as LAYERS
+from benchmarks.layer_cost import LAYERS, METHODS, Shape, layer_step
 from benchmarks.random_inputs import random_like
 from benchmarks.report import MEBIBYTE, check_output, machine, one_line, say, table, write_json
 from benchmarks.sizes import SIZE_HELP, model_of
@@ -43,12 +42,12 @@ from moe_jax.config.model import ComputeConfig
 from moe_jax.errors import ConfigError, UserError, report
 
 CODES, EXPANSION, LAYER, LORA = "codes", "expansion", "layer", "lora"
-FORMS = {
+FORMS_OF_PART = {
     CODES: (ONE_HOT, GROUPED, BATCHED, RAGGED),
     EXPANSION: (ONE_HOT, GROUPED, BATCHED, RAGGED),
     LAYER: (ONE_HOT, GROUPED, BATCHED, LORA),
 }
-ALL_FORMS = tuple(dict.fromkeys(form for of_part in FORMS.values() for form in of_part))
+ALL_FORMS = tuple(dict.fromkeys(form for of_part in FORMS_OF_PART.values() for form in of_part))
 REMAT = ComputeConfig(dtype="float32").remat
 MOST_OF_MEMORY = 0.8
 
@@ -118,7 +117,7 @@ def measure_setting(part: str, names: Sequence[str], shape: Shape, rounds: int) 
     """Rows of one part at some number of experts and rank, one for each form.
 
     Args:
-      part: of `FORMS`.
+      part: of `FORMS_OF_PART`.
       names: of the forms.
       shape: with the experts and their rank.
       rounds: that are timed; 0 counts only.
@@ -208,7 +207,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
     add = parser.add_argument
     add("--size", default="7b", help=SIZE_HELP)
-    add("--parts", default=",".join(FORMS), help="(%(default)s)")
+    add("--parts", default=",".join(FORMS_OF_PART), help="(%(default)s)")
     add("--forms", default=",".join(ALL_FORMS), help="(%(default)s)")
     add("--experts", default="8,32,128,512", help="(%(default)s)")
     add("--ranks", default="8,16,32,64", help="(%(default)s)")
@@ -252,13 +251,16 @@ def settings(args: argparse.Namespace) -> list[tuple[str, list[str], Shape]]:
     for flag in ("rows", "length", "top_k", "rounds"):
         if getattr(args, flag) < 1:
             raise ConfigError(f"--{flag.replace('_', '-')}: must be positive")
-    parts, names = _names("parts", args.parts, list(FORMS)), _names("forms", args.forms, ALL_FORMS)
+    parts, names = (
+        _names("parts", args.parts, list(FORMS_OF_PART)),
+        _names("forms", args.forms, ALL_FORMS),
+    )
     experts, ranks = _numbers("experts", args.experts), _numbers("ranks", args.ranks)
     if min(experts) < max(args.top_k, 2):
         raise ConfigError(f"--experts {args.experts}: must be at least 2, and at least --top-k")
     found = []
     for part in parts:
-        of_part = [form for form in FORMS[part] if form in names]
+        of_part = [form for form in FORMS_OF_PART[part] if form in names]
         for count in experts:
             for rank in ranks if of_part else ():
                 shape = Shape(
@@ -273,7 +275,7 @@ def settings(args: argparse.Namespace) -> list[tuple[str, list[str], Shape]]:
                 )
                 found.append((part, of_part, shape))
     if not found:
-        of_parts = dict.fromkeys(form for part in parts for form in FORMS[part])
+        of_parts = dict.fromkeys(form for part in parts for form in FORMS_OF_PART[part])
         raise ConfigError(
             f"--forms {args.forms}: none of them is a form of --parts {args.parts}, which are "
             f"measured as {', '.join(of_parts)}"

@@ -5,7 +5,7 @@
 
 One decoder layer forward and backward is compiled without any weights, as in `layer_cost.py`, and
 its operations, the bytes that they move and the memory that it takes are read from the compiled
-program, so that they are free of noise. `tests/training/test_growth.py` holds the written tables
+program, so that they are free of noise. `tests/benchmarks/test_growth.py` holds the written tables
 true. `--time` times such layers of random weights instead, and wants an idle machine.
 
 The forms that experts can be computed in, with C slots a token:
@@ -40,9 +40,9 @@ from benchmarks.growth_counts import (
     BLOCK,
     DEFAULT,
     EXPERTS,
-    GROUPED,
+    GROUPED_SETTINGS,
     LORA,
-    PER_EXPERT,
+    PER_EXPERT_SETTINGS,
     RANKS,
     SHAPE,
     SHARES,
@@ -230,7 +230,7 @@ def _blocks(*blocks: str) -> str:
 
 
 def timed_rows(rounds: int) -> list[list[str]]:
-    """Seconds of `ROUNDS` layers of few tokens, in turn, and their ratios to LoRA's."""
+    """Seconds of `LAYERS` layers of few tokens, in turn, and their ratios to LoRA's."""
     params: Any = None
     steps: dict[str, Callable[[], float]] = {}
     for experts in EXPERTS:
@@ -293,11 +293,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             say(f"{experts} experts of rank {rank}")
             rows.append(growth_of(experts, rank))
     per_expert = []
-    for experts, rank in PER_EXPERT:
+    for experts, rank in PER_EXPERT_SETTINGS:
         say(f"{experts} experts of rank {rank}, each by itself")
         per_expert.append(per_expert_of(experts, rank))
     grouped = []
-    for experts, rank in GROUPED:
+    for experts, rank in GROUPED_SETTINGS:
         say(f"{experts} experts of rank {rank}, grouped")
         grouped.append(grouped_of(experts, rank))
     text = as_markdown(rows, per_expert, grouped, recorded(FOLDER))

@@ -15,10 +15,10 @@ from moe_jax.config.model import ComputeConfig
 SHAPE = SHAPES["7B"]
 EXPERTS = (8, 16, 32, 64)
 RANKS = (8, 16, 32, 64)
-PER_EXPERT = (*((8, rank) for rank in RANKS), *((experts, 16) for experts in EXPERTS[1:]))
+PER_EXPERT_SETTINGS = (*((8, rank) for rank in RANKS), *((experts, 16) for experts in EXPERTS[1:]))
 """Experts and ranks of the per-expert form."""
 
-GROUPED = (
+GROUPED_SETTINGS = (
     *((8, rank) for rank in RANKS),
     *((experts, 16) for experts in (16, 32, 64, 128, 512)),
     (64, 64),

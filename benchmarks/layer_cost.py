@@ -5,7 +5,7 @@
 One layer forward and backward, to the adapter and to the layer's input, is compiled without any
 weights, and its operations are read from the compiled program. Each method stands beside plain
 LoRA of as many trainable weights, and beside what its own algebra needs: the matrix products that
-have to be there, see `algebra`. `tests/training/test_layer_cost.py` holds the written table true.
+have to be there, see `algebra`. `tests/benchmarks/test_layer_cost.py` holds the written table true.
 
 Needs jax and flax only.
 """
@@ -96,7 +96,7 @@ METHODS: dict[str, Callable[[Shape], AdapterMethod]] = {
 }
 
 
-ROUNDS = 2
+LAYERS = 2
 """Of the loop over layers that is compiled; all cost the same."""
 
 AT_ALL_SHAPES = ("LoRA", "MixLoRA, top-k", "MixLoRA, top-p", "MixDoRA, top-k", "LoRAMoE")
@@ -114,7 +114,7 @@ class LayerCost(NamedTuple):
     Attributes:
       flops: operations of the compiled program.
       moved: bytes that its operations read and write.
-      temporary: bytes that it holds besides arguments and results, of `ROUNDS` layers.
+      temporary: bytes that it holds besides arguments and results, of `LAYERS` layers.
       trainable: weights of the adapter.
     """
 
@@ -145,8 +145,8 @@ def layer_cost(
     flops = compiled_flops(compiled)
     assert not flops.unknown_loops
     return LayerCost(
-        flops=flops.total / ROUNDS,
-        moved=flops.moved / ROUNDS,
+        flops=flops.total / LAYERS,
+        moved=flops.moved / LAYERS,
         temporary=analysis.temp_size_in_bytes,
         trainable=sum(leaf.size for leaf in jax.tree.leaves(arguments[0])),
     )
@@ -155,7 +155,7 @@ def layer_cost(
 def layer_step(
     method: AdapterMethod | None, shape: Shape, remat: str, block_tokens: int | None
 ) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    """`ROUNDS` of one layer forward and backward, to the adapter and to the layer's input.
+    """`LAYERS` of one layer forward and backward, to the adapter and to the layer's input.
 
     Args:
       method, shape, remat: as in `layer_cost`.
@@ -212,7 +212,7 @@ def layer_step(
                 through = jax.checkpoint(through, policy=policy, prevent_cse=False)
             # In a loop, as in the model. A layer by itself would have what is computed again merged
             # with what was computed before.
-            y, sown = jax.lax.scan(through, x, length=ROUNDS)
+            y, sown = jax.lax.scan(through, x, length=LAYERS)
             return jnp.sum(y * cotangent) + sum(jnp.sum(leaf) for leaf in jax.tree.leaves(sown))
 
         # With the value: a gradient alone does not need the last product.

@@ -8,7 +8,7 @@ tokens, and that of `configs/llama7b_lora.py`, which trains as many weights, bes
 alone, no weights are made. Operations are counted with all rounds of all loops; memory is what the
 step holds at its peak besides its arguments. Both compute in float32: a CPU multiplies bfloat16 by
 way of float32 copies of the weights, which an accelerator does not make, and which would be
-counted. In bfloat16 what is kept takes half. `tests/training/test_remat_table.py` holds the written
+counted. In bfloat16 what is kept takes half. `tests/benchmarks/test_remat.py` holds the written
 table true.
 
 With `--compile-for` the same is compiled for a chip of a TPU, in bfloat16. That needs the package

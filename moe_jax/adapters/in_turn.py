@@ -32,13 +32,13 @@ class Operands(NamedTuple):
     constants: Any
 
 
-Slot = Callable[[int | jax.Array, Operands], tuple[Any, Any]]
+SlotFunction = Callable[[int | jax.Array, Operands], tuple[Any, Any]]
 """A slot: of its place and its operands (its own ones without the axis C) it makes a tree [T, ...]
 that is added up over the slots, and one of its own. The place is an int for the first slot, which
 may differ from the others. It treats all tokens alike, and knows of no other arrays."""
 
 
-def in_turn(slot: Slot, operands: Operands, block: int | None) -> tuple[Any, Any]:
+def in_turn(slot: SlotFunction, operands: Operands, block: int | None) -> tuple[Any, Any]:
     """The sum over the slots of what they make together [T, ...], and their own, [C, T, ...].
 
     A slot's part of the sum is held no longer than it takes to add it, and nothing of a slot is
@@ -70,7 +70,7 @@ def in_turn(slot: Slot, operands: Operands, block: int | None) -> tuple[Any, Any
     return run(operands)
 
 
-def _forward(slot: Slot, operands: Operands) -> tuple[Any, Any]:
+def _forward(slot: SlotFunction, operands: Operands) -> tuple[Any, Any]:
     def step(place: int | jax.Array, common: Operands, own: tuple[Any, Any]) -> tuple[Any, Any]:
         return slot(place, common._replace(own_tokens=own[0], own_weights=own[1]))
 
@@ -78,21 +78,23 @@ def _forward(slot: Slot, operands: Operands) -> tuple[Any, Any]:
     return _over_slots(step, operands._replace(own_tokens=None, own_weights=None), own)
 
 
-def _backward(slot: Slot, operands: Operands, cotangents: tuple[Any, Any], block: int) -> Operands:
+def _backward(
+    slot: SlotFunction, operands: Operands, cotangents: tuple[Any, Any], block: int
+) -> Operands:
     """The gradients of the operands, block by block."""
     assert operands.numbers is not None
     axis, length = operands.numbers.ndim - 1, operands.numbers.shape[-1]
     if block == length:
         return _pull_back(slot, operands, cotangents)
-    summed, own = cotangents
+    summed, of_each = cotangents
 
     def one_block(so_far: Any, number: jax.Array) -> tuple[Any, None]:
         numbers, tokens, own_summed = take_block(
             (operands.numbers, operands.tokens, summed), number, block, axis
         )
-        own_tokens, own_own = take_block((operands.own_tokens, own), number, block, axis + 1)
+        own_tokens, own_made = take_block((operands.own_tokens, of_each), number, block, axis + 1)
         part = operands._replace(numbers=numbers, tokens=tokens, own_tokens=own_tokens)
-        new = _pull_back(slot, part, (own_summed, own_own))
+        new = _pull_back(slot, part, (own_summed, own_made))
         tokens, own_tokens, *weights = so_far
         return (
             put_block(tokens, new.tokens, number, block, axis),
@@ -111,7 +113,7 @@ def _backward(slot: Slot, operands: Operands, cotangents: tuple[Any, Any], block
     return Operands(None, *gradients, constants=None)
 
 
-def _pull_back(slot: Slot, operands: Operands, cotangents: tuple[Any, Any]) -> Operands:
+def _pull_back(slot: SlotFunction, operands: Operands, cotangents: tuple[Any, Any]) -> Operands:
     """The gradients of the operands; None where there is none."""
 
     def step(place: int | jax.Array, common: Any, own: Any) -> tuple[Any, Any]:

@@ -85,7 +85,7 @@ class Router(abc.ABC):
     """A routing strategy: what all of them share.
 
     To add one, derive a frozen dataclass, decorate it with `@ROUTERS.register("its_name")` and
-    import its module; nothing else has to know of it.
+    import its module; nothing else that trains has to know of it.
 
     Attributes:
       init_std: standard deviation of the router's initial kernel.

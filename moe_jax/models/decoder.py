@@ -20,6 +20,7 @@ from moe_jax.layers.kv_cache import CachePlace, extend_cache, fill_cache
 from moe_jax.layers.norm import RMSNorm
 from moe_jax.layers.rope import apply_rope
 from moe_jax.layers.storage import Storage
+from moe_jax.models.remat import recomputes_experts
 from moe_jax.sharding.axes import (
     EMBED,
     HEADS,
@@ -263,7 +264,7 @@ def _adapter_context(
         segment_ids,
         segment.shards,
         settings.compute.block_tokens,
-        recomputes=settings.compute.remat not in ("none", "dots"),
+        recomputes=recomputes_experts(settings.compute.remat),
     )
 
 

@@ -36,3 +36,10 @@ REMAT_POLICIES: dict[str, Callable[..., Any]] = {
     "full": _POLICIES.save_only_these_names(DORA_NORMS),
 }
 """By `ComputeConfig.remat`; `none` is no policy, and keeps everything."""
+
+_KEEP_ALL_PRODUCTS = ("none", "dots")
+
+
+def recomputes_experts(remat: str) -> bool:
+    """Whether the experts' hidden activations are computed again: see `AdapterContext`."""
+    return remat not in _KEEP_ALL_PRODUCTS

@@ -1,6 +1,7 @@
 """What is kept for the backward pass changes what a step costs, and nothing that it computes."""
 
 import dataclasses
+import typing
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import tiny_program
 from tolerances import GRADIENT_ROUNDING
 
 from moe_jax.adapters.frozen import AdapterContext
+from moe_jax.config.model import ComputeConfig
 from moe_jax.models.remat import REMAT_POLICIES
 
 METHODS = {
@@ -58,6 +60,11 @@ def test_every_policy_makes_the_same_step(remat, start, expected, monkeypatch):
         _after_a_step(_program(remat), start),
         expected,
     )
+
+
+def test_the_configuration_offers_every_policy():
+    offered = typing.get_args(typing.get_type_hints(ComputeConfig)["remat"])
+    assert offered == ("none", *REMAT_POLICIES)
 
 
 def test_the_step_moves_every_leaf(start, expected):

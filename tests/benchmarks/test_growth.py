@@ -41,8 +41,8 @@ def grouped():
 
 def test_the_text_follows_from_its_tables_and_from_what_was_recorded(rows, per_expert, grouped):
     assert [row[:2] for row in rows] == [(e, r) for e in counts.EXPERTS for r in counts.RANKS]
-    assert tuple(row[:2] for row in per_expert) == counts.PER_EXPERT
-    assert tuple(row[:2] for row in grouped) == counts.GROUPED
+    assert tuple(row[:2] for row in per_expert) == counts.PER_EXPERT_SETTINGS
+    assert tuple(row[:2] for row in grouped) == counts.GROUPED_SETTINGS
     runs = growth_seconds.recorded(TABLE.parent)
     assert growth.as_markdown(rows, per_expert, grouped, runs) == TABLE.read_text()
 
