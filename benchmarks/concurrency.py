@@ -22,12 +22,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import jax
 
 from benchmarks.random_inputs import params_of, random_batch
-from benchmarks.report import MEBIBYTE, check_output, machine, one_line, write_json
+from benchmarks.report import MEBIBYTE, check_output, machine, one_line, refuse, write_json
 from benchmarks.sizes import SIZE_HELP, model_of
 from moe_jax.adapters import METHODS
 from moe_jax.adapters.targets import TARGET_MODULES
 from moe_jax.config.run import parse_run_config
-from moe_jax.errors import ConfigError, UserError, report
+from moe_jax.errors import ConfigError, UserError
 from moe_jax.training.program import Program, build_program
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -148,7 +148,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 )
         write_json(args.output, args, benchmark="concurrency", machine=facts, figures=figures)
     except UserError as error:
-        return report(error)
+        return refuse(error)
     return 0
 
 

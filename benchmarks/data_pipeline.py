@@ -23,12 +23,12 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.generated_run import ROWS, run_config, write_rows, write_tokenizer
-from benchmarks.report import check_output, machine, one_line, say, table, write_json
+from benchmarks.report import check_output, machine, one_line, refuse, say, table, write_json
 from benchmarks.timing import spread
 from moe_jax.config.data import DataConfig
 from moe_jax.data.pipeline import TrainData, load_train_data
 from moe_jax.data.tokenise import tokenise_source
-from moe_jax.errors import ConfigError, UserError, report
+from moe_jax.errors import ConfigError, UserError
 from moe_jax.training.rows import join_rows
 
 WARM_UP = 16
@@ -132,7 +132,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(table(headings, [shown(figure) for figure in figures]))
         write_json(args.output, args, benchmark="data_pipeline", machine=facts, figures=figures)
     except UserError as error:
-        return report(error)
+        return refuse(error)
     return 0
 
 

@@ -34,7 +34,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.random_inputs import random_params
-from benchmarks.report import MEBIBYTE, check_output, machine, one_line, write_json
+from benchmarks.report import MEBIBYTE, check_output, machine, one_line, refuse, write_json
 from benchmarks.sizes import SIZE_HELP, hf_fields, model_of
 from benchmarks.timing import OUT_OF_MEMORY, is_out_of_memory
 from moe_jax.adapters import METHODS
@@ -44,7 +44,7 @@ from moe_jax.checkpoints.expected_leaves import expected_leaves
 from moe_jax.checkpoints.leaves import named_leaves, nested
 from moe_jax.config.model import ComputeConfig, ModelConfig
 from moe_jax.config.parse import parse_member
-from moe_jax.errors import ConfigError, UserError, report
+from moe_jax.errors import ConfigError, UserError
 from moe_jax.inference.generator import Generator, Request
 from moe_jax.inference.sampling import SamplingConfig
 from moe_jax.layers.collections import PARAMS
@@ -262,7 +262,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         figures = measure(args, generator, theirs)
         write_json(args.output, args, benchmark="decode", machine=facts, figures=figures)
     except UserError as error:
-        return report(error)
+        return refuse(error)
     return 0
 
 

@@ -22,12 +22,16 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.loading import MEBIBYTE, SAMPLING_SECONDS, anonymous_bytes, write_checkpoint
-from benchmarks.report import check_output, machine, one_line, write_json
+from benchmarks.loading import (
+    LEAST_MEGABYTES,
+    MEBIBYTE,
+    SAMPLING_SECONDS,
+    anonymous_bytes,
+    write_checkpoint,
+)
+from benchmarks.report import check_output, machine, one_line, refuse, say, write_json
 from moe_jax.errors import ConfigError, UserError
-from moe_jax.errors import report as report_error
 
-LEAST_MEGABYTES = 8
 EXPERTS = 8
 RANK = 8
 FACTOR = 1.5
@@ -131,8 +135,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         results = run(args)
     except UserError as error:
-        return report_error(error)
-    return int(any(r["peak_above_idle_bytes"] > r["limit_bytes"] for r in results))
+        return refuse(error)
+    beyond = [r["dtype"] for r in results if r["peak_above_idle_bytes"] > r["limit_bytes"]]
+    for dtype in beyond:
+        say(f"{dtype}: the peak is above the limit; of a small base, most is the program's own")
+    return int(bool(beyond))
 
 
 def run(args: argparse.Namespace) -> list[dict]:

@@ -34,12 +34,21 @@ from benchmarks.dispatch_forms import BATCHED, GROUPED, ONE_HOT, RAGGED, WALKS
 from benchmarks.grouped_mixlora import GroupedMixLora, in_grouped_form
 from benchmarks.layer_cost import LAYERS, METHODS, Shape, layer_step
 from benchmarks.random_inputs import random_like
-from benchmarks.report import MEBIBYTE, check_output, machine, one_line, say, table, write_json
+from benchmarks.report import (
+    MEBIBYTE,
+    check_output,
+    machine,
+    one_line,
+    refuse,
+    say,
+    table,
+    write_json,
+)
 from benchmarks.sizes import SIZE_HELP, model_of
 from benchmarks.timing import interleaved, seconds_of, spread
 from moe_jax.adapters.method import AdapterMethod
 from moe_jax.config.model import ComputeConfig
-from moe_jax.errors import ConfigError, UserError, report
+from moe_jax.errors import ConfigError, UserError
 
 CODES, EXPANSION, LAYER, LORA = "codes", "expansion", "layer", "lora"
 FORMS_OF_PART = {
@@ -297,7 +306,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(as_table(rows))
         write_json(args.output, args, benchmark="grouped", machine=facts, rows=rows)
     except UserError as error:
-        return report(error)
+        return refuse(error)
     return 0
 
 

@@ -63,9 +63,9 @@ from benchmarks.growth_seconds import HEADER as SECONDS_HEADER
 from benchmarks.growth_seconds import Recorded, in_words, lines, recorded
 from benchmarks.layer_cost import METHODS, layer_step
 from benchmarks.random_inputs import random_like
-from benchmarks.report import check_output, machine, one_line, say, table
+from benchmarks.report import check_output, machine, one_line, refuse, say, table
 from benchmarks.timing import interleaved, seconds_of, spread
-from moe_jax.errors import ConfigError, UserError, report
+from moe_jax.errors import ConfigError, UserError
 
 FOLDER = Path(__file__).resolve().parent
 VARIED = ("experts", "rank")
@@ -281,7 +281,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.rounds < 1:
             raise ConfigError("--rounds: must be positive")
     except UserError as error:
-        return report(error)
+        return refuse(error)
     if args.time:
         print(f"{TIMED.rows} x {TIMED.length} tokens, float32; {one_line(machine())}")
         headings = ("experts of rank 16", "seconds", "least", "most", "/ LoRA")

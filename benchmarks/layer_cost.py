@@ -13,7 +13,7 @@ Needs jax and flax only.
 import argparse
 import dataclasses
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.compiled_flops import compiled_flops
+from benchmarks.report import check_output, refuse
 from moe_jax.adapters.lora import Lora, LoraConfig
 from moe_jax.adapters.loramoe import LoraMoeConfig
 from moe_jax.adapters.method import AdapterMethod
@@ -33,6 +34,7 @@ from moe_jax.adapters.routers import SoftRouter, SwitchRouter, TopKRouter, TopPR
 from moe_jax.adapters.segments import segments_of
 from moe_jax.adapters.targets import ATTENTION_MODULES, TARGET_MODULES
 from moe_jax.config.model import ComputeConfig, ModelConfig, RopeConfig
+from moe_jax.errors import UserError
 from moe_jax.layers.blocked_attention import BLOCK, block_pairs
 from moe_jax.layers.storage import storage_of
 from moe_jax.models.decoder import DecoderLayer, LayerSettings, TokenContext
@@ -347,15 +349,20 @@ def as_markdown(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
-    parser.add_argument("--output", type=Path, help="also write the table here")
-    args = parser.parse_args()
+    parser.add_argument("--output", type=Path, help="also write the table here, as Markdown")
+    args = parser.parse_args(argv)
+    try:
+        check_output(args.output)
+    except UserError as error:
+        return refuse(error)
     text = as_markdown(table_rows())
     print(text)
     if args.output:
         args.output.write_text(text)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

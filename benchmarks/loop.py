@@ -28,12 +28,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import jax
 
 from benchmarks.generated_run import BASE, ROWS, run_config, write_base, write_rows
-from benchmarks.report import check_output, machine, one_line, say, table, write_json
+from benchmarks.report import check_output, machine, one_line, refuse, say, table, write_json
 from benchmarks.sizes import SIZE_HELP, model_of
 from benchmarks.timing import spread
 from moe_jax.checkpoints.base import load_base
 from moe_jax.config.run import RunConfig
-from moe_jax.errors import ConfigError, UserError, report
+from moe_jax.errors import ConfigError, UserError
 from moe_jax.training.inputs import read_inputs
 from moe_jax.training.loop import train
 from moe_jax.training.program import build_program
@@ -108,7 +108,9 @@ def run(config: RunConfig) -> Timing:
             stamps[step] = time.perf_counter(), time.thread_time()
 
     with tempfile.TemporaryDirectory() as workdir:
-        train(config, Path(workdir), listen)
+        result = train(config, Path(workdir), listen)
+    if result.interrupted_by is not None:
+        raise SystemExit(128 + result.interrupted_by)
     first, last = min(step for step in stamps if step >= WARM_UP), max(stamps)
     pairs = zip(stamps[first], stamps[last], strict=True)
     return Timing(*((end - start) / (last - first) for start, end in pairs))
@@ -149,7 +151,10 @@ def require_whole_numbers(args: argparse.Namespace) -> None:
         if getattr(args, name) < 1:
             raise ConfigError(f"--{name.replace('_', '-')}: must be positive")
     if args.steps < 2 * args.log_every:
-        raise ConfigError(f"--steps: at least two lines of {args.log_every} steps are timed")
+        raise ConfigError(
+            f"--steps: two lines of --log-every {args.log_every} steps have to fit in; give "
+            f"{2 * args.log_every} or more"
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -183,7 +188,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(table(headings, [shown(figure) for figure in figures]))
         write_json(args.output, args, benchmark="loop", machine=facts, figures=figures)
     except UserError as error:
-        return report(error)
+        return refuse(error)
     return 0
 
 

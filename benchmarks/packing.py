@@ -39,6 +39,7 @@ from benchmarks.report import (
     compiling_anew,
     machine,
     one_line,
+    refuse,
     say,
     table,
     write_json,
@@ -53,7 +54,7 @@ from moe_jax.data.batch import Batch
 from moe_jax.data.pipeline import TrainData, load_train_data
 from moe_jax.data.tokenizer import load_tokenizer
 from moe_jax.demo.words import PLURALS
-from moe_jax.errors import ConfigError, UserError, report
+from moe_jax.errors import ConfigError, UserError
 from moe_jax.training.program import Program, build_program
 
 BUCKETED, PACKED = "bucketed", "packed"
@@ -307,7 +308,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(as_table(figures))
         write_json(args.output, args, machine=about, figures=figures)
     except UserError as error:
-        return report(error)
+        return refuse(error)
     return 0
 
 

@@ -28,14 +28,23 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import moe_jax
-from benchmarks.loading import write_checkpoint
-from benchmarks.report import MEBIBYTE, check_output, machine, one_line, say, table, write_json
+from benchmarks.loading import LEAST_MEGABYTES, write_checkpoint
+from benchmarks.report import (
+    MEBIBYTE,
+    check_output,
+    machine,
+    one_line,
+    refuse,
+    say,
+    table,
+    write_json,
+)
 from moe_jax.checkpoints.base import checked_leaves, load_base, read_leaf
 from moe_jax.checkpoints.hf_config import read_model_config
 from moe_jax.checkpoints.shards import open_shards
 from moe_jax.config.command_line import load_config_file
 from moe_jax.demo.corpus import write_corpus
-from moe_jax.errors import ConfigError, UserError, report
+from moe_jax.errors import ConfigError, UserError
 from moe_jax.layers.quantized import dense_kernel
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -43,7 +52,6 @@ KINDS = ("bfloat16", "int8", "fp8", "nf4", "nf4_double")
 CONTROL = "control"
 # 8 D^2 of embedding and head beside 16 x 12.25 D^2 are 3.9%, as in Llama-2-7B.
 LAYERS = 16
-LEAST_MEGABYTES = 8
 CONFIG = load_config_file(str(ROOT / "configs" / "tiny_mixlora.py"))
 WARMUP = CONFIG["adapters"]["default"]["optimizer"]["schedule"]["warmup_steps"]
 
@@ -161,7 +169,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             training=trainings,
         )
     except UserError as error:
-        return report(error)
+        return refuse(error)
     return 0
 
 

@@ -32,13 +32,13 @@ import jax
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.compiled_flops import compiled_flops
-from benchmarks.report import check_output, say
+from benchmarks.report import check_output, refuse, say
 from benchmarks.timing import is_out_of_memory
 from benchmarks.tpu_chip import GENERATIONS, tpu_chip
 from moe_jax.adapters import METHODS
 from moe_jax.checkpoints.hf_config import model_config_from_hf
 from moe_jax.config.run import MeshConfig, RunConfig, parse_run_config
-from moe_jax.errors import DeviceError, UserError, report
+from moe_jax.errors import DeviceError, UserError
 from moe_jax.models.remat import REMAT_POLICIES
 from moe_jax.training.program import build_program
 
@@ -189,7 +189,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_output(args.output)
         chip = tpu_chip(args.compile_for) if args.compile_for else None
     except UserError as error:
-        return report(error)
+        return refuse(error)
     costs: dict[str, list[StepCost] | None] = {}
     for policy in args.policies:
         say(f"{policy}: compiling")
@@ -200,7 +200,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 raise
             costs[policy] = None
     if not any(costs.values()):
-        return report(DeviceError("--compile-for: no policy fits into the chip"))
+        return refuse(DeviceError("--compile-for: no policy fits into the chip"))
     text = as_markdown(costs, args.compile_for)
     print(text)
     if args.output:

@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 
-from moe_jax.errors import ConfigError
+from moe_jax.errors import ConfigError, UserError, report
 
 MEBIBYTE = 2**20
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "torch", "transformers", "peft")
@@ -90,7 +90,7 @@ def check_output(output: Path | None) -> None:
     """Refuses, before anything is measured, a file that cannot be written afterwards.
 
     Raises:
-      ConfigError: its folder is missing, or it is a folder itself.
+      ConfigError: its folder is missing, it is a folder itself, or the system refuses it.
     """
     if output is None:
         return
@@ -98,6 +98,36 @@ def check_output(output: Path | None) -> None:
         raise ConfigError(f"--output {output}: there is no folder {output.absolute().parent}")
     if output.is_dir():
         raise ConfigError(f"--output {output}: is a folder; name a file")
+    existed = output.exists()
+    try:
+        output.open("ab").close()
+        if not existed:
+            output.unlink()
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise ConfigError(f"--output {output}: {reason}; name another file") from None
+
+
+_FLAG_OF_FIELD = {
+    "attention": "--attention",
+    "batch_size": "--rows",
+    "max_length": "--length",
+    "mesh": "--mesh",
+    "micro_batches": "--micro-batches",
+    "param_dtype": "--param-dtype",
+    "rank": "--rank",
+    "remat": "--remat",
+}
+
+
+def refuse(error: UserError) -> int:
+    """Prints what is wrong, by the flag that set the configuration's field; the exit status."""
+    field, colon, words = str(error).partition(": ")
+    if field.startswith("config."):
+        flags = [flag for name in field.split(".") if (flag := _FLAG_OF_FIELD.get(name))]
+        if flags and colon:
+            return report(ConfigError(f"{flags[0]}: {words}"))
+    return report(error)
 
 
 def write_json(output: Path | None, settings: Namespace, **content: Any) -> None:

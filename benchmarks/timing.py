@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-import jax
+from moe_jax.training import memory
 
 OUT_OF_MEMORY = "out of memory"
 
@@ -28,12 +28,7 @@ class OutOfMemory(Exception):
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory, of the host or of a device, did not do."""
-    if isinstance(error, MemoryError | OutOfMemory):
-        return True
-    text = str(error).lower()
-    return isinstance(error, jax.errors.JaxRuntimeError) and (
-        "resource_exhausted" in text or OUT_OF_MEMORY in text
-    )
+    return isinstance(error, OutOfMemory) or memory.is_out_of_memory(error)
 
 
 def seconds_of(function: Callable[[], object]) -> float:

@@ -42,6 +42,7 @@ from benchmarks.report import (
     compiling_anew,
     machine,
     one_line,
+    refuse,
     say,
     table,
     write_json,
@@ -58,7 +59,7 @@ from benchmarks.training_steps import (
     run_config,
 )
 from moe_jax.config.model import ComputeConfig, FloatType, StorageType
-from moe_jax.errors import ConfigError, UserError, report
+from moe_jax.errors import ConfigError, UserError
 
 
 def parser() -> argparse.ArgumentParser:
@@ -240,7 +241,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(as_table(figures))
         write_json(args.output, args, **figures)
     except UserError as error:
-        return report(error)
+        return refuse(error)
     return 0
 
 

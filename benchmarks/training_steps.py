@@ -164,11 +164,6 @@ def compiled_step(name: str, args: Namespace) -> CompiledStep:
     model = model_of(args.size, args.vocab)
     config = run_config(method_named(LORA if name == FROZEN else name, args), args)
     devices = jax.devices() if args.mesh else jax.devices()[:1]
-    if args.attention == "cudnn" and devices[0].platform != "gpu":
-        raise ConfigError(
-            f"--attention cudnn: needs an NVIDIA GPU, and jax runs on a {devices[0].platform}; "
-            "use xla"
-        )
     program = build_program(config, model, config.training.steps or 1, devices)
     if name == FROZEN:
         return CompiledStep(name, 0, program, lambda: _lower_frozen(program, args), _begin_frozen)

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 from jax.sharding import AxisType, Mesh
 
+from moe_jax.config.model import ComputeConfig
 from moe_jax.config.run import MeshConfig
 from moe_jax.errors import DeviceError
 
@@ -36,3 +37,17 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     # propagates layouts from the parameters and constraints.
     auto = (AxisType.Auto,) * len(MESH_AXES)
     return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=auto, devices=devices)
+
+
+def require_platform(compute: ComputeConfig, devices: Sequence[Any] | None = None) -> None:
+    """Refuses what the devices, all by default, have no kernel for.
+
+    Raises:
+      DeviceError: names the field.
+    """
+    platform = (jax.devices() if devices is None else devices)[0].platform
+    if compute.attention == "cudnn" and platform != "gpu":
+        raise DeviceError(
+            "config.compute.attention: 'cudnn' needs an NVIDIA GPU, and jax runs on a "
+            f"{platform}; use 'xla'"
+        )

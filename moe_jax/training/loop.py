@@ -13,9 +13,11 @@ from moe_jax.checkpoints.store import TrainingStore, latest_step, read_metadata
 from moe_jax.checkpoints.training_record import add_accuracies
 from moe_jax.config.run import RunConfig, to_json
 from moe_jax.errors import ConfigError, TrainingError
+from moe_jax.sharding.mesh import require_platform
 from moe_jax.training.background import Background
 from moe_jax.training.inputs import read_inputs, require_same_inputs
 from moe_jax.training.interrupts import Interrupts
+from moe_jax.training.memory import memory_errors
 from moe_jax.training.metrics import METRICS_FILE, Window, open_writers, require_writers
 from moe_jax.training.on_tasks import (
     FOLDER,
@@ -92,14 +94,16 @@ def train(
       on_tasks: measures adapters on tasks; `moe_jax.evaluation.in_training.OnTasks`.
 
     Raises:
-      UserError: the configuration, the base, the data, the devices or the disk will not do.
+      UserError: the configuration, the base, the data, the devices, their memory or the disk will
+        not do.
     """
     say = say if is_main_process() else lambda _: None
     require_writers(config.logging)
     if asks_for_tasks(config) and on_tasks is None:
         raise ValueError("an adapter is to be measured on tasks, but on_tasks is not given")
+    require_platform(config.compute)  # before the data is read
     settings = json.loads(to_json(config))
-    with WorkDir(workdir) as work, contextlib.ExitStack() as opened:
+    with WorkDir(workdir) as work, contextlib.ExitStack() as opened, memory_errors():
         resume_step = latest_step(work.checkpoints)
         metadata, ended = {}, False
         if resume_step is not None:

@@ -19,7 +19,7 @@ from moe_jax.data.batch import Batch
 from moe_jax.layers.collections import ADAPTERS, PARAMS
 from moe_jax.models.causal_lm import LlamaForCausalLM
 from moe_jax.models.fresh import fresh_adapter
-from moe_jax.sharding.mesh import make_mesh
+from moe_jax.sharding.mesh import make_mesh, require_platform
 from moe_jax.sharding.rules import BATCH_SPEC, shardings_of
 from moe_jax.training import step
 from moe_jax.training.evaluate import Evaluate, make_evaluate, twins, with_rules
@@ -280,9 +280,10 @@ def build_program(
       devices: for the mesh; all of all processes by default.
 
     Raises:
-      DeviceError: the devices do not fit the mesh, or the mesh does not fit the model.
+      DeviceError: the devices do not fit the mesh or the attention, or the mesh not the model.
       ConfigError: a batch does not divide over the mesh.
     """
+    require_platform(config.compute, devices)
     mesh = make_mesh(config.mesh, devices)
     require_fitting_methods(config, model_config)
     require_divisible_rows(config, mesh)

@@ -251,7 +251,7 @@ def test_peak_memory_is_of_what_comes_later():
         (["--size", "tny"], "--size: no size is called 'tny'; did you mean 'tiny'?"),
         (["--methods", "mixlra"], "--methods: no method is called 'mixlra'; did you mean"),
         (["--methods", "mixlora", "--top-k", "9"], "--methods mixlora.router.top_k: 9 experts"),
-        (["--remat", "fulll"], "config.compute.remat: 'fulll' is not one of"),
+        (["--remat", "fulll"], "--remat: 'fulll' is not one of"),
         (["--mesh", "fsdp=x"], "--mesh fsdp=x: expected AXIS=N,... with whole numbers"),
         (["--peft", "--methods", "frozen"], "--peft: is compared with 'lora'; name it"),
         (["--peft", "--peft-python", "nowhere/python"], "--peft-python nowhere/python: cannot"),
@@ -280,5 +280,5 @@ def test_a_kernel_of_gpus_is_refused_elsewhere(monkeypatch, capsys):
     monkeypatch.setitem(matrix_product._WIDTHS, "cpu", 256)
     flags = ["--size=tiny", "--no-peak", "--dtype=bfloat16", "--attention=cudnn"]
     assert train_step.main(flags) == 2
-    words = "error: --attention cudnn: needs an NVIDIA GPU, and jax runs on a cpu; use xla"
+    words = "error: --attention: 'cudnn' needs an NVIDIA GPU, and jax runs on a cpu; use 'xla'"
     assert capsys.readouterr().err.splitlines()[-1] == words

@@ -167,6 +167,14 @@ def test_also_where_an_earlier_step_has_gone_wrong(failing):
     assert latest_step(folder) == 5
 
 
+def test_also_where_memory_did_not_do(failing):
+    full = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")
+    error, folder = failing("memory", (Program, "train_step", 7, full))
+    assert error.startswith("memory does not do (RESOURCE_EXHAUSTED: Out of memory allocating 9")
+    assert "config.training.micro_batches" in error
+    assert latest_step(folder) == 5
+
+
 def test_the_first_error_is_the_one_that_is_raised(failing):
     full = (TrainingStore, "write", 1, CheckpointError("no space left"))
     error, folder = failing("both", BAD_ROW, full)

@@ -64,6 +64,19 @@ def refused(config, workdir, **overrides):
     return said[said.index("error: ") :].rstrip("\n")
 
 
+def test_a_kernel_of_gpus_is_refused_elsewhere_before_the_data_is_read(inputs, tmp_path):
+    error = refused(
+        inputs,
+        tmp_path / "run",
+        compute__dtype="bfloat16",
+        compute__attention="cudnn",
+        adapters__default__data__train__words__path="no_data.jsonl",
+    )
+    words = "'cudnn' needs an NVIDIA GPU, and jax runs on a cpu; use 'xla'"
+    assert error == f"error: config.compute.attention: {words}"
+    assert not (tmp_path / "run").exists()
+
+
 def test_what_a_run_leaves(finished, inputs):
     workdir = finished.workdir
     kept = sorted(p.name for p in workdir.iterdir() if not p.name.startswith("."))

@@ -1,0 +1,22 @@
+"""What a run says of itself before its first step."""
+
+import jax
+import pytest
+from tiny_run import read_config, write_inputs
+
+from moe_jax.training.inputs import read_inputs
+from moe_jax.training.program import build_program
+from moe_jax.training.summary import start_up_table
+
+
+@pytest.mark.parametrize(("length", "is_said"), [(256, False), (257, True)])
+def test_rows_longer_than_the_base_was_made_for(tmp_path, length, is_said):
+    overrides = {"max_length": length, "buckets": "()"}
+    fields = {f"adapters__default__data__{name}": value for name, value in overrides.items()}
+    config = read_config(write_inputs(tmp_path), **fields)
+    inputs = read_inputs(config, lambda _: None)
+    assert inputs.model.max_position_embeddings == 256
+    program = build_program(config, inputs.model, inputs.steps, jax.devices()[:1])
+    texts = [text for _, text in start_up_table(config, inputs, program)]
+    words = "its rows may be longer than the base has been made for, 256 positions"
+    assert (words in texts) == is_said
