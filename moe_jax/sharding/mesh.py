@@ -45,8 +45,10 @@ def require_platform(compute: ComputeConfig, devices: Sequence[Any] | None = Non
     Raises:
       DeviceError: names the field.
     """
+    if compute.attention != "cudnn":
+        return
     platform = (jax.devices() if devices is None else devices)[0].platform
-    if compute.attention == "cudnn" and platform != "gpu":
+    if platform != "gpu":
         raise DeviceError(
             "config.compute.attention: 'cudnn' needs an NVIDIA GPU, and jax runs on a "
             f"{platform}; use 'xla'"

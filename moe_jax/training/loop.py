@@ -101,7 +101,9 @@ def train(
     require_writers(config.logging)
     if asks_for_tasks(config) and on_tasks is None:
         raise ValueError("an adapter is to be measured on tasks, but on_tasks is not given")
-    require_platform(config.compute)  # before the data is read
+    if not any(own.data.num_workers for own in config.adapters.values()):
+        # Before the data is read; processes that read it are forked before JAX may start.
+        require_platform(config.compute)
     settings = json.loads(to_json(config))
     with WorkDir(workdir) as work, contextlib.ExitStack() as opened, memory_errors():
         resume_step = latest_step(work.checkpoints)

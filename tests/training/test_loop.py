@@ -77,6 +77,17 @@ def test_a_kernel_of_gpus_is_refused_elsewhere_before_the_data_is_read(inputs, t
     assert not (tmp_path / "run").exists()
 
 
+def test_and_afterwards_where_processes_read_the_data(inputs, tmp_path):
+    error = refused(
+        inputs,
+        tmp_path / "run",
+        compute__dtype="bfloat16",
+        compute__attention="cudnn",
+        adapters__default__data__num_workers=1,
+    )
+    assert error.startswith("error: config.compute.attention: 'cudnn' needs an NVIDIA GPU")
+
+
 def test_what_a_run_leaves(finished, inputs):
     workdir = finished.workdir
     kept = sorted(p.name for p in workdir.iterdir() if not p.name.startswith("."))
