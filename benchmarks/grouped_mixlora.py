@@ -49,10 +49,12 @@ class GroupedMixLora(MixLoraConfig):
         return GroupedMLP(self)
 
 
-def in_grouped_form(method: AdapterMethod, walk: Walk = "loop") -> GroupedMixLora:
+def in_grouped_form(
+    method: AdapterMethod, walk: Walk = "loop", block: int | None = None
+) -> GroupedMixLora:
     """The same MixLoRA in the grouped form."""
     assert isinstance(method, MixLoraConfig)
-    return GroupedMixLora(**vars(method), walk=walk)
+    return GroupedMixLora(**vars(method), walk=walk, block=block)
 
 
 class Made(NamedTuple):

@@ -143,7 +143,7 @@ def as_markdown(costs: dict[str, list[StepCost] | None], generation: str | None 
     """
     some = [] if len(costs) == len(POLICIES) else ["--policies", *costs]
     if generation is None:
-        flags = " ".join([*some, "--output", "benchmarks/remat.md"])
+        flags = " ".join(some) or "--output benchmarks/remat.md"
         held = "" if some else ", and a test holds it true"
         header = HEADER.format(flags=flags, held=held, length=LENGTH) + ("" if some else LOSS)
     else:

@@ -122,11 +122,12 @@ _FLAG_OF_FIELD = {
 
 def refuse(error: UserError) -> int:
     """Prints what is wrong, by the flag that set the configuration's field; the exit status."""
-    field, colon, words = str(error).partition(": ")
-    if field.startswith("config."):
-        flags = [flag for name in field.split(".") if (flag := _FLAG_OF_FIELD.get(name))]
-        if flags and colon:
-            return report(ConfigError(f"{flags[0]}: {words}"))
+    field, _, words = str(error).partition(": ")
+    names = field.split(".")
+    for place, name in enumerate(names):
+        if names[0] == "config" and name in _FLAG_OF_FIELD:
+            flag = " ".join([_FLAG_OF_FIELD[name], *names[place + 1 :]])
+            return report(ConfigError(f"{flag}: {words}"))
     return report(error)
 
 

@@ -1,7 +1,5 @@
 """Rows sorted by expert give what a plain loop over them gives, and so the one-hot form."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +8,7 @@ from adapted_ffn import AdaptedFFN, llama_mlp, mixlora, random_input
 from tolerances import GRADIENT_ROUNDING, ROUNDING
 
 from benchmarks import dispatch_forms as forms
-from benchmarks.grouped_mixlora import GroupedMixLora
+from benchmarks.grouped_mixlora import in_grouped_form
 from benchmarks.grouped_rows import block_count, group_rows, rows_of_block
 from moe_jax.config.parse import FieldError
 
@@ -129,7 +127,7 @@ def test_rows_of_a_block():
 )
 def test_the_routed_ffn_in_groups_is_that_of_the_package(router, walk):
     rows, mlp, method = 3, llama_mlp(), mixlora(router)
-    grouped = GroupedMixLora(**_fields(method), walk=walk, block=4)
+    grouped = in_grouped_form(method, walk, block=4)
     ours, plain = (AdaptedFFN(mlp, each, rows) for each in (grouped, method))
     tree, x = plain.random_tree(), random_input(rows, 10)
     cotangent = 0.1 * _random(*x.shape)
@@ -161,8 +159,4 @@ def test_the_routed_ffn_in_groups_is_that_of_the_package(router, walk):
 def test_what_the_grouped_form_is_not_written_for_is_refused(overrides):
     method = mixlora({"name": "top_k"}, **overrides)
     with pytest.raises(FieldError, match=next(iter(overrides))):
-        GroupedMixLora(**_fields(method))
-
-
-def _fields(method):
-    return {field.name: getattr(method, field.name) for field in dataclasses.fields(method)}
+        in_grouped_form(method)

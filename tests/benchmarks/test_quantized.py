@@ -23,6 +23,10 @@ def test_what_a_checkpoint_takes(tmp_path, capsys):
     assert f"{shares['nf4']:.3f}" in capsys.readouterr().out
 
 
+def test_the_difference_of_two_curves_by_hand():
+    assert quantized.difference([2.0, 1.5, 1.0], [2.5, 1.5, 0.0]) == pytest.approx(1.5 / 4.0)
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [

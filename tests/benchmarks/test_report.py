@@ -31,7 +31,7 @@ def test_an_output_that_the_system_refuses(tmp_path, monkeypatch):
     ("message", "printed"),
     [
         ("config.compute.remat: 'foo' is none", "--remat: 'foo' is none"),
-        ("config.mesh.foo: unknown field", "--mesh: unknown field"),
+        ("config.mesh.foo: unknown field", "--mesh foo: unknown field"),
         ("config.adapters.a.data.max_length: too short: 1", "--length: too short: 1"),
         ("config.training.steps: no flag's", "config.training.steps: no flag's"),
         ("--rows: must be positive", "--rows: must be positive"),

@@ -77,7 +77,7 @@ def test_a_kernel_of_gpus_is_refused_elsewhere_before_the_data_is_read(inputs, t
     assert not (tmp_path / "run").exists()
 
 
-def test_and_afterwards_where_processes_read_the_data(inputs, tmp_path):
+def test_a_kernel_of_gpus_is_refused_also_where_processes_read_the_data(inputs, tmp_path):
     error = refused(
         inputs,
         tmp_path / "run",

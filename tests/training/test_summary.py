@@ -18,5 +18,5 @@ def test_rows_longer_than_the_base_was_made_for(tmp_path, length, is_said):
     assert inputs.model.max_position_embeddings == 256
     program = build_program(config, inputs.model, inputs.steps, jax.devices()[:1])
     texts = [text for _, text in start_up_table(config, inputs, program)]
-    words = "its rows may be longer than the base has been made for, 256 positions"
+    words = "its data.max_length of 257 is beyond the 256 positions that the base was made for"
     assert (words in texts) == is_said
