@@ -21,9 +21,10 @@ from moe_jax.adapters import METHODS
 from moe_jax.checkpoints.disk import behind_link, disk_errors, require_space
 from moe_jax.checkpoints.fingerprint import BaseIdentity
 from moe_jax.checkpoints.leaves import LeafSpec, leaf_specs, nested
+from moe_jax.checkpoints.quiet import quiet_orbax
 from moe_jax.checkpoints.replaced_folder import present_folder, put_back, replace_folder
+from moe_jax.checkpoints.restored_tree import restore_tree
 from moe_jax.checkpoints.snapshot import Snapshot, take_snapshot, without_copy
-from moe_jax.checkpoints.store import restore_tree
 from moe_jax.checkpoints.training_record import (
     TrainingRecord,
     read_pictures,
@@ -127,6 +128,7 @@ def _write(folder: Path, adapter: SavedAdapter, weights: Snapshot) -> None:
     }
     require_space(folder, sum(leaf.nbytes for leaf in jax.tree.leaves(adapter.tree)))
     incomplete = folder.with_name(f".{folder.name}.incomplete")
+    quiet_orbax(incomplete)
     try:
         with disk_errors(folder):
             if jax.process_index() == 0:

@@ -16,14 +16,9 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
 from moe_jax.checkpoints.disk import disk_errors
-from moe_jax.checkpoints.leaves import (
-    checksums,
-    leaf_specs,
-    named_leaves,
-    nested,
-    require_same_leaves,
-)
+from moe_jax.checkpoints.leaves import named_leaves, nested
 from moe_jax.checkpoints.quiet import quiet_orbax
+from moe_jax.checkpoints.restored_tree import first_line, restore_tree
 from moe_jax.checkpoints.snapshot import Snapshot, take_snapshot
 from moe_jax.errors import CheckpointError
 
@@ -82,7 +77,7 @@ class TrainingStore:
           CheckpointError: `folder` cannot be made or written.
         """
         self.folder = folder.absolute()
-        quiet_orbax()
+        quiet_orbax(self.folder)
         with disk_errors(self.folder):
             self._manager = ocp.CheckpointManager(
                 self.folder,
@@ -250,7 +245,7 @@ def _read_json(folder: Path, step: int, item: str) -> dict[str, Any]:
         return dict(json.loads(file.read_text()))
     except (OSError, ValueError, TypeError) as error:
         raise CheckpointError(
-            f"{file} is damaged ({_first_line(error)}); {_advice(folder, step)}"
+            f"{file} is damaged ({first_line(error)}); {_advice(folder, step)}"
         ) from None
 
 
@@ -259,46 +254,3 @@ def _advice(folder: Path, step: int) -> str:
     return f"delete {folder / str(step)} to resume from " + (
         "the start" if older is None else f"step {older}"
     )
-
-
-def restore_tree(folder: Path, target: Any, sums: dict[str, int], advice: str) -> Any:
-    """Reads one saved tree as `target`, leaf for leaf.
-
-    Args:
-      folder: where Orbax wrote the tree.
-      target: a nested dict of `ShapeDtypeStruct`, with shardings where arrays are to be placed.
-      sums: the `checksums` of the tree when it was saved.
-      advice: what to do if it cannot be read, for the message.
-
-    Raises:
-      CheckpointError: missing, damaged, or not exactly these leaves, shapes and types.
-    """
-    quiet_orbax()
-    require_same_leaves(read_leaf_specs(folder, advice), leaf_specs(target), str(folder))
-    with ocp.StandardCheckpointer() as checkpointer:
-        try:
-            tree = checkpointer.restore(folder.absolute(), target)
-        except Exception as error:  # Orbax and TensorStore raise many kinds for damaged files
-            raise CheckpointError(
-                f"{folder} is damaged ({_first_line(error)}); {advice}"
-            ) from error
-    if (found := checksums(tree)) != sums:
-        bad = next((path for path in found if found[path] != sums.get(path)), "its list of sums")
-        raise CheckpointError(f"{folder} is damaged (checksum of {bad!r} differs); {advice}")
-    return tree
-
-
-def read_leaf_specs(folder: Path, advice: str) -> dict[str, Any]:
-    """Shape and dtype of every leaf that Orbax wrote to `folder`; errors as in `restore_tree`."""
-    try:
-        # The handler itself: the checkpointer around it turns its errors into an empty tree.
-        path: Any = folder.absolute()  # typed as etils' path, but any will do
-        metadata = ocp.StandardCheckpointHandler().metadata(path)
-        return leaf_specs(metadata.tree)
-    except Exception as error:  # see restore_tree
-        raise CheckpointError(f"{folder} is damaged ({_first_line(error)}); {advice}") from error
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip().partition(". See full")[0]  # TensorStore adds pages of its settings
-    return text.splitlines()[0][:120] if text else type(error).__name__
