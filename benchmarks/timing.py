@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-from moe_jax.training import memory
+from moe_jax.sharding import memory
 
 OUT_OF_MEMORY = "out of memory"
 

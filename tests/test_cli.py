@@ -144,3 +144,24 @@ def test_a_reader_that_leaves_is_no_error(folder):
         process.stdout.close()  # as `head` does, before the first line is written
         assert process.stderr.read() == b""
     assert process.returncode == 128 + signal.SIGPIPE
+
+
+@pytest.mark.parametrize(
+    ("command", "needy", "arguments"),
+    [
+        ("generate", "moe_jax.commands.answering.run", ["--prompt", "a"]),
+        ("evaluate", "moe_jax.evaluation.run.evaluate", ["--tasks", "boolq"]),
+        ("inspect", "moe_jax.inspection.routing.inspect_routing", ["--text", "a", "--output", "o"]),
+    ],
+)
+def test_memory_that_does_not_do(command, needy, arguments, folder, capsys, monkeypatch):
+    def take(*_, **__):
+        raise MemoryError
+
+    monkeypatch.setattr(needy, take)
+    assert main([command, "--adapter", str(folder / "mixlora"), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(
+        "error: memory does not do (out of memory): give a smaller --batch-size"
+    )
+    assert error.count("\n") == 1

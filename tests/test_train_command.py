@@ -40,7 +40,7 @@ def start(*arguments, devices=1):
 
 
 def finish(process):
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=600)
     assert "Traceback" not in err
     return process.returncode, out, err
 

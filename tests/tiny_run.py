@@ -178,7 +178,7 @@ class Run:
 
     def wait_until(self, words: str, times: int = 1) -> None:
         """Returns when the run has said `words` so many times."""
-        deadline = time.monotonic() + 180
+        deadline = time.monotonic() + 600
         while self.log.read_text().count(words) < times:
             assert self.process.is_alive(), self.log.read_text()
             assert time.monotonic() < deadline, self.log.read_text()

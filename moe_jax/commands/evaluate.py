@@ -122,7 +122,9 @@ def add(parser: argparse.ArgumentParser) -> Run:
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    from moe_jax.evaluation.run import evaluate  # with libraries that other commands do not need
+    # With libraries that other commands do not need.
+    from moe_jax.evaluation.run import evaluate
+    from moe_jax.sharding.memory import memory_errors
 
     split, limit, shots = arguments.split, arguments.limit, arguments.shots
     tasks = [
@@ -135,22 +137,24 @@ def _run(arguments: argparse.Namespace) -> None:
         raise ConfigError("--tasks: none is given; --help lists them")
     adapters = named_folders(arguments.adapter)
     base = base_path(arguments.base, adapters, arguments.revision)
+    advice = "give a smaller --batch-size, --dtype bfloat16, or --mesh fsdp=-1"
     try:
-        evaluation = evaluate(
-            base,
-            tasks,
-            adapters,
-            with_base=arguments.with_base,
-            protocols=listed(arguments.protocols),
-            output=arguments.output,
-            revision=arguments.revision,
-            dtype=arguments.dtype,
-            batch_size=arguments.batch_size,
-            buckets=numbers(arguments.buckets, "--buckets"),
-            truncate=arguments.truncate,
-            mesh=mesh_config(arguments.mesh),
-            say=lambda line: print(line, file=sys.stderr, flush=True),
-        )
+        with memory_errors(f"{advice} where there are several devices"):
+            evaluation = evaluate(
+                base,
+                tasks,
+                adapters,
+                with_base=arguments.with_base,
+                protocols=listed(arguments.protocols),
+                output=arguments.output,
+                revision=arguments.revision,
+                dtype=arguments.dtype,
+                batch_size=arguments.batch_size,
+                buckets=numbers(arguments.buckets, "--buckets"),
+                truncate=arguments.truncate,
+                mesh=mesh_config(arguments.mesh),
+                say=lambda line: print(line, file=sys.stderr, flush=True),
+            )
     except KeyboardInterrupt:
         kept = "the same command goes on from here" if arguments.output else "nothing is kept"
         print(f"stopped; {kept}", file=sys.stderr)

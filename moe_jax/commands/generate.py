@@ -124,6 +124,10 @@ def add(parser: argparse.ArgumentParser) -> Run:
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    from moe_jax.commands.answering import run  # with libraries that other commands do not need
+    # With libraries that other commands do not need.
+    from moe_jax.commands.answering import run
+    from moe_jax.sharding.memory import memory_errors
 
-    run(arguments)
+    advice = "give a smaller --batch-size or --max-new-tokens, --dtype bfloat16, or --mesh fsdp=-1"
+    with memory_errors(f"{advice} where there are several devices"):
+        run(arguments)

@@ -200,23 +200,25 @@ def _show_routing(arguments: argparse.Namespace) -> None:
     # With libraries that other commands, and --help, do not need.
     from moe_jax.checkpoints.new_folder import require_unused
     from moe_jax.inspection.routing import inspect_routing
+    from moe_jax.sharding.memory import memory_errors
 
     require_unused(arguments.output)
-    report = inspect_routing(
-        arguments.adapter,
-        data,
-        arguments.base,
-        revision=arguments.revision,
-        site=arguments.site,
-        schema=arguments.schema,
-        prompt=arguments.prompt,
-        columns=_columns(arguments.column),
-        limit=arguments.limit,
-        max_length=arguments.max_length,
-        keep_tokens=arguments.page_tokens,
-        batch_size=arguments.batch_size,
-        dtype=arguments.dtype,
-    )
+    with memory_errors("give a smaller --batch-size or --max-length, or --dtype bfloat16"):
+        report = inspect_routing(
+            arguments.adapter,
+            data,
+            arguments.base,
+            revision=arguments.revision,
+            site=arguments.site,
+            schema=arguments.schema,
+            prompt=arguments.prompt,
+            columns=_columns(arguments.column),
+            limit=arguments.limit,
+            max_length=arguments.max_length,
+            keep_tokens=arguments.page_tokens,
+            batch_size=arguments.batch_size,
+            dtype=arguments.dtype,
+        )
     for note in report.notes:
         print(note, file=sys.stderr)
     written = report.save(arguments.output)

@@ -13,11 +13,11 @@ from moe_jax.checkpoints.store import TrainingStore, latest_step, read_metadata
 from moe_jax.checkpoints.training_record import add_accuracies
 from moe_jax.config.run import RunConfig, to_json
 from moe_jax.errors import ConfigError, TrainingError
+from moe_jax.sharding.memory import memory_errors
 from moe_jax.sharding.mesh import require_platform
 from moe_jax.training.background import Background
 from moe_jax.training.inputs import read_inputs, require_same_inputs
 from moe_jax.training.interrupts import Interrupts
-from moe_jax.training.memory import memory_errors
 from moe_jax.training.metrics import METRICS_FILE, Window, open_writers, require_writers
 from moe_jax.training.on_tasks import (
     FOLDER,
@@ -45,6 +45,12 @@ from moe_jax.training.session import Progress, TrainingSession, restore
 from moe_jax.training.start import load_starts
 from moe_jax.training.summary import start_up_table
 from moe_jax.training.workdir import WorkDir, is_main_process, lengths, require_same_run
+
+_ADVICE = (
+    "give a larger config.training.micro_batches, a smaller batch_size or data.max_length, "
+    "config.compute.remat 'narrow' or 'full', or config.base.param_dtype 'nf4'; "
+    "train.py --plan says what a step takes"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +111,7 @@ def train(
         # Before the data is read; processes that read it are forked before JAX may start.
         require_platform(config.compute)
     settings = json.loads(to_json(config))
-    with WorkDir(workdir) as work, contextlib.ExitStack() as opened, memory_errors():
+    with WorkDir(workdir) as work, contextlib.ExitStack() as opened, memory_errors(_ADVICE):
         resume_step = latest_step(work.checkpoints)
         metadata, ended = {}, False
         if resume_step is not None:

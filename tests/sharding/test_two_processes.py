@@ -43,7 +43,7 @@ def test_loss_and_gradients_equal_one_device(tmp_path):
         for i in range(2)
     ]
     try:
-        outputs = [process.communicate(timeout=300) for process in processes]
+        outputs = [process.communicate(timeout=600) for process in processes]
     finally:
         for process in processes:
             process.kill()

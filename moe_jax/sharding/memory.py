@@ -1,4 +1,4 @@
-"""Words for a run that does not fit into memory."""
+"""Words for what does not fit into memory."""
 
 import contextlib
 from collections.abc import Iterator
@@ -19,8 +19,11 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 @contextlib.contextmanager
-def memory_errors() -> Iterator[None]:
+def memory_errors(advice: str) -> Iterator[None]:
     """Says what helps where memory runs out.
+
+    Args:
+      advice: what to give in place of what, as an order.
 
     Raises:
       DeviceError: in place of an error of jax or of Python for which memory did not do.
@@ -31,8 +34,4 @@ def memory_errors() -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         reason = str(error).partition("\n")[0] or "out of memory"
-        raise DeviceError(
-            f"memory does not do ({reason}): give a larger config.training.micro_batches, a "
-            "smaller batch_size or data.max_length, config.compute.remat 'narrow' or 'full', or "
-            "config.base.param_dtype 'nf4'; train.py --plan says what a step takes"
-        ) from error
+        raise DeviceError(f"memory does not do ({reason}): {advice}") from error
