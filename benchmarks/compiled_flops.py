@@ -118,7 +118,7 @@ def _loops(computations: dict[str, str], name: str, fixed_loops: bool) -> list[L
             trips = _TRIPS.search(line)
             count = int(trips[1]) if trips else None
             if count is None and fixed_loops:
-                count = _limit(computations[loop[1]])
+                count = _limit(computations, loop[1])
             found.append(Loop(count, loop[2]))
             continue
         called = _CALLED.findall(line)
@@ -129,7 +129,10 @@ def _loops(computations: dict[str, str], name: str, fixed_loops: bool) -> list[L
     return found
 
 
-def _limit(condition: str) -> int | None:
+def _limit(computations: dict[str, str], name: str) -> int | None:
     """N, where a loop's condition is that its counter is below the constant N."""
+    condition = computations[name]
     limits = _LIMIT.findall(condition)
-    return int(limits[0]) if len(limits) == 1 and _BELOW.search(condition) else None
+    fused = (computations[called] for called in _CALLED.findall(condition))
+    is_below = any(_BELOW.search(text) for text in (condition, *fused))
+    return int(limits[0]) if len(limits) == 1 and is_below else None

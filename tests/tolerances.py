@@ -3,6 +3,8 @@
 Plain numbers go to `atol` with `rtol=0`; dictionaries go to `np.testing.assert_allclose` whole.
 """
 
+import jax
+
 # Absolute, on float32 logits against transformers; the same sums in another order.
 FLOAT32_LOGITS = 1e-4
 
@@ -12,6 +14,10 @@ ROUNDING = {"rtol": 1e-5, "atol": 1e-6}
 
 # The same for gradients, whose sums run over all tokens of a batch.
 GRADIENT_ROUNDING = {"rtol": 1e-4, "atol": 1e-6}
+
+# The same, relative to the largest gradient of a leaf, where some are many times smaller than it:
+# six of the bits that float32 has.
+GRADIENT_OF_LARGEST = 2**-18
 
 # A float64 oracle against float64 code.
 FLOAT64_ROUNDING = {"rtol": 1e-10, "atol": 1e-12}
@@ -58,7 +64,9 @@ OF_SIX_DIGITS = 1e-5
 IN_A_BYTE = 1 / 255
 TWO_DIGITS = 0.01
 
-# Relative: operations that XLA counts and bytes that it plans. Another release may fuse, and so
-# count and keep, a little differently; loops have counters of their own.
+# Relative: operations that XLA counts and bytes that it moves and plans, against written tables.
+# Any release makes the same products; what it fuses, and so moves and keeps, is its own affair. The
+# tables are of one release, which Python 3.11 gets; memory as jax 0.12 plans it is up to 10% off.
+# Loops have counters of their own.
 COMPILED_COUNTS = 0.01
-COMPILED_BYTES = 0.02
+COMPILED_BYTES = 0.02 if jax.__version__.startswith("0.10.") else 0.12

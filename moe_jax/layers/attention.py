@@ -107,7 +107,7 @@ def _fused_attention(
 def _within_window(distance: jax.Array, window: int, slides: jax.Array | None) -> jax.Array:
     """Bool like `distance`, which is how far back keys are: whether a window reaches them."""
     within = distance < window
-    return within if slides is None else within | ~slides
+    return within if slides is None else within | jnp.logical_not(slides)
 
 
 def _einsum_attention(

@@ -50,8 +50,9 @@ def test_the_text_follows_from_its_tables_and_from_what_was_recorded(rows, per_e
 @pytest.mark.parametrize(("experts", "rank"), [(8, 16), (64, 64)])
 def test_the_first_table_is_true_at_its_corners(rows, experts, rank):
     written = next(row for row in rows if row[:2] == (experts, rank))
-    # Another release of XLA may fuse, and so count, a few elementwise operations differently.
-    assert counts.growth_of(experts, rank) == pytest.approx(written, rel=COMPILED_COUNTS)
+    made = counts.growth_of(experts, rank)
+    assert made[:7] == pytest.approx(written[:7], rel=COMPILED_COUNTS)
+    assert made == pytest.approx(written, rel=COMPILED_BYTES)
 
 
 def test_the_second_table_is_true_at_its_corner(per_expert):

@@ -7,7 +7,7 @@ import jax
 import optax
 import pytest
 from jax.experimental import topologies
-from tolerances import COMPILED_BYTES
+from tolerances import COMPILED_BYTES, COMPILED_COUNTS
 
 from benchmarks import remat
 from benchmarks.remat import COLUMNS, POLICIES, StepCost, step_cost
@@ -32,8 +32,8 @@ def _written():
 def test_the_table_is_true(method, policy):
     cost, row = step_cost(method, policy), _written()[policy]
     written = [row[COLUMNS.index(f"{unit}, {method}")] for unit in ("TFLOP", "GiB")]
-    # Another release of XLA may fuse, and so count and keep, a little differently.
-    assert [cost.flops / 1e12, cost.temporary / 2**30] == pytest.approx(written, rel=COMPILED_BYTES)
+    assert cost.flops / 1e12 == pytest.approx(written[0], rel=COMPILED_COUNTS)
+    assert cost.temporary / 2**30 == pytest.approx(written[1], rel=COMPILED_BYTES)
 
 
 def test_what_a_policy_keeps_it_need_not_compute_again():
@@ -60,6 +60,7 @@ def test_the_default_costs_little_of_either():
 
 
 def test_the_loss_has_no_part_in_the_peak(monkeypatch):
+    in_chunks = step_cost("MixLoRA", "full")
     calls = []
 
     def plain(x, kernel, targets, **settings):
@@ -68,8 +69,8 @@ def test_the_loss_has_no_part_in_the_peak(monkeypatch):
         return optax.softmax_cross_entropy_with_integer_labels(scores, targets)
 
     monkeypatch.setattr(causal_lm, "token_losses", plain)
-    gib = _written()["full"][COLUMNS.index("GiB, MixLoRA")]
-    assert step_cost("MixLoRA", "full").temporary / 2**30 == pytest.approx(gib, rel=0.01)
+    with_logits = step_cost("MixLoRA", "full")
+    assert with_logits.temporary == pytest.approx(in_chunks.temporary, rel=COMPILED_COUNTS)
     assert calls  # the step has gone through the logits
 
 
