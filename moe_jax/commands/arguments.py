@@ -77,6 +77,10 @@ def add_adapters(parser: argparse.ArgumentParser) -> None:
     )
 
 
+LESS_MEMORY = "--dtype bfloat16, or --mesh fsdp=-1 where there are several devices"
+"""What helps every command with `add_dtype` and `add_mesh` where memory does not do."""
+
+
 def add_dtype(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
     """Adds `--dtype`."""
     parser.add_argument(

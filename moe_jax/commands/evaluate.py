@@ -5,6 +5,7 @@ import sys
 
 from moe_jax.commands import Run
 from moe_jax.commands.arguments import (
+    LESS_MEMORY,
     add_adapters,
     add_dtype,
     add_mesh,
@@ -137,9 +138,8 @@ def _run(arguments: argparse.Namespace) -> None:
         raise ConfigError("--tasks: none is given; --help lists them")
     adapters = named_folders(arguments.adapter)
     base = base_path(arguments.base, adapters, arguments.revision)
-    advice = "give a smaller --batch-size, --dtype bfloat16, or --mesh fsdp=-1"
     try:
-        with memory_errors(f"{advice} where there are several devices"):
+        with memory_errors(f"give a smaller --batch-size, {LESS_MEMORY}"):
             evaluation = evaluate(
                 base,
                 tasks,

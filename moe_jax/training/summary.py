@@ -38,9 +38,9 @@ def start_up_table(config: RunConfig, inputs: Inputs, program: Program) -> list[
         table.append(("adapter", f"{name!r}: {method}, {trainable}{length}"))
         table.append(("", f"on {_modules(tree)}"))
         if adapter.data.max_length > model.max_position_embeddings:
-            length, known = adapter.data.max_length, model.max_position_embeddings
+            longest, known = adapter.data.max_length, model.max_position_embeddings
             beyond = f"beyond the {known:,} positions that the base was made for"
-            table.append(("", f"its data.max_length of {length:,} is {beyond}"))
+            table.append(("", f"its data.max_length of {longest:,} is {beyond}"))
     mesh = ", ".join(f"{axis} {size}" for axis, size in program.mesh.shape.items())
     kind = program.mesh.devices.flat[0].device_kind
     table.append(("devices", f"{program.mesh.size} x {kind} ({mesh})"))

@@ -10,6 +10,27 @@ import pytest
 
 from moe_jax.checkpoints.quiet import quiet_orbax
 
+REFUSED = """
+import gc, pathlib, resource, signal, sys
+import jax
+import orbax.checkpoint as ocp
+from moe_jax.checkpoints.quiet import quiet_orbax
+
+folder = pathlib.Path(sys.argv[1])
+quiet_orbax(folder)
+keys = jax.random.split(jax.random.key(0), 40)
+tree = {str(i): jax.random.normal(key, (64, 64)) for i, key in enumerate(keys)}
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # what is longer is an error, and not the end
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+for number in range(5):
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(folder / str(number), tree)
+    except ValueError:
+        print("refused")
+    gc.collect()
+"""
+
 
 def abandon(error):
     """Lets asyncio find a future that failed and that nobody waited for, as TensorStore leaves."""
@@ -26,6 +47,14 @@ def test_a_future_without_a_traceback(named, printed, tmp_path, caplog):
         abandon(ValueError(f'OUT_OF_RANGE: error writing local file "{tmp_path}/{named}/"'))
     assert len(caplog.records) == printed
     assert all(record.msg.startswith("Future exception") for record in caplog.records)
+
+
+def test_failed_writes_print_nothing(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", REFUSED, tmp_path], capture_output=True, text=True, check=False
+    )
+    assert done.stdout.splitlines() == ["refused"] * 5
+    assert done.stderr == ""
 
 
 @pytest.mark.parametrize("error", ["'Event loop is closed'", "'spilled'"])

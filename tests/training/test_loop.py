@@ -64,12 +64,14 @@ def refused(config, workdir, **overrides):
     return said[said.index("error: ") :].rstrip("\n")
 
 
+CUDNN = {"compute__dtype": "bfloat16", "compute__attention": "cudnn"}
+
+
 def test_a_kernel_of_gpus_is_refused_elsewhere_before_the_data_is_read(inputs, tmp_path):
     error = refused(
         inputs,
         tmp_path / "run",
-        compute__dtype="bfloat16",
-        compute__attention="cudnn",
+        **CUDNN,
         adapters__default__data__train__words__path="no_data.jsonl",
     )
     words = "'cudnn' needs an NVIDIA GPU, and jax runs on a cpu; use 'xla'"
@@ -81,8 +83,7 @@ def test_a_kernel_of_gpus_is_refused_also_where_processes_read_the_data(inputs, 
     error = refused(
         inputs,
         tmp_path / "run",
-        compute__dtype="bfloat16",
-        compute__attention="cudnn",
+        **CUDNN,
         adapters__default__data__num_workers=1,
     )
     assert error.startswith("error: config.compute.attention: 'cudnn' needs an NVIDIA GPU")
