@@ -19,12 +19,12 @@ import jax
 from absl import app, flags
 
 from moe_jax.adapters import METHODS
-from moe_jax.checkpoints.hf_config import model_config_from_hf, read_model_config
 from moe_jax.commands.compilation_cache import keep_compiled_programs
 from moe_jax.config.command_line import apply_overrides, load_config_file, split_overrides
 from moe_jax.config.model import ModelConfig
 from moe_jax.config.run import RunConfig, parse_run_config
 from moe_jax.errors import ConfigError, UserError, report
+from moe_jax.hf.config import model_config_from_hf, read_model_config
 
 CONFIG = flags.DEFINE_string(
     "config", None, "Python file with get_config(); --config.FIELD=VALUE overrides a field."
@@ -93,7 +93,7 @@ def run(config: RunConfig) -> int:
     """Trains, or goes on training."""
     # After set_up_jax: their libraries look at devices.
     from moe_jax.evaluation.in_training import OnTasks
-    from moe_jax.training.loop import train
+    from moe_jax.training.run.loop import train
 
     assert WORKDIR.value is not None
     result = train(config, Path(WORKDIR.value), on_tasks=OnTasks())
@@ -102,8 +102,8 @@ def run(config: RunConfig) -> int:
 
 def plan(config: RunConfig) -> int:
     """Compiles the step for the longest rows, from shapes alone."""
-    from moe_jax.training.plan import describe_plan
-    from moe_jax.training.program import build_program
+    from moe_jax.training.records.plan import describe_plan
+    from moe_jax.training.step.program import build_program
 
     # The number of steps only sets the schedule; an epoch's is unknown without the data. All
     # adapters are there, as they are when a run begins.
@@ -116,7 +116,7 @@ def plan(config: RunConfig) -> int:
 
 def planned_model(config: RunConfig) -> ModelConfig:
     """The base's architecture, from a local checkpoint or else from the configuration."""
-    from moe_jax.training.inputs import require_stated_architecture
+    from moe_jax.training.run.inputs import require_stated_architecture
 
     folder = Path(config.base.path).expanduser()
     if folder.is_dir():

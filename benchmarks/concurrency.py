@@ -25,10 +25,10 @@ from benchmarks.random_inputs import params_of, random_batch
 from benchmarks.report import MEBIBYTE, check_output, machine, one_line, refuse, write_json
 from benchmarks.sizes import SIZE_HELP, model_of
 from moe_jax.adapters import METHODS
-from moe_jax.adapters.targets import TARGET_MODULES
+from moe_jax.adapters.tree import TARGET_MODULES
 from moe_jax.config.run import parse_run_config
 from moe_jax.errors import ConfigError, UserError
-from moe_jax.training.program import Program, build_program
+from moe_jax.training.step.program import Program, build_program
 
 KINDS: dict[str, dict[str, Any]] = {
     "lora": {"name": "lora"},

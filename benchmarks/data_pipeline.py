@@ -29,7 +29,7 @@ from moe_jax.config.data import DataConfig
 from moe_jax.data.pipeline import TrainData, load_train_data
 from moe_jax.data.tokenise import tokenise_source
 from moe_jax.errors import ConfigError, UserError
-from moe_jax.training.rows import join_rows
+from moe_jax.training.step.micro_batches import join_rows
 
 WARM_UP = 16
 """Batches that are drawn before the clock starts: as many as are made ahead, and more."""

@@ -39,15 +39,15 @@ from benchmarks.sizes import SIZE_HELP, hf_fields, model_of
 from benchmarks.timing import OUT_OF_MEMORY, is_out_of_memory
 from moe_jax.adapters import METHODS
 from moe_jax.adapters.method import AdapterMethod
-from moe_jax.adapters.targets import TARGET_MODULES
-from moe_jax.checkpoints.expected_leaves import expected_leaves
+from moe_jax.adapters.tree import TARGET_MODULES
 from moe_jax.checkpoints.leaves import named_leaves, nested
 from moe_jax.config.model import ComputeConfig, ModelConfig
 from moe_jax.config.parse import parse_member
 from moe_jax.errors import ConfigError, UserError
 from moe_jax.inference.generator import Generator, Request
 from moe_jax.inference.sampling import SamplingConfig
-from moe_jax.layers.collections import PARAMS
+from moe_jax.layers.names import PARAMS
+from moe_jax.loaded.expected_leaves import expected_leaves
 from moe_jax.models.causal_lm import LlamaForCausalLM
 
 KINDS: dict[str, dict[str, Any] | None] = {

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.grouped_rows import Groups, Walk, group_rows, in_groups, rows_of_block
-from moe_jax.layers.token_product import token_product
+from moe_jax.layers.tokens import token_product
 
 ONE_HOT, GROUPED, BATCHED, RAGGED = "one-hot", "grouped", "batched", "ragged"
 FORMS = (ONE_HOT, GROUPED, BATCHED, RAGGED)

@@ -45,12 +45,12 @@ def export(base: Path, output: Path, dtype: str, dora: bool) -> None:
     import moe_jax
     from moe_jax.adapters import METHODS
     from moe_jax.checkpoints.adapter_files import SavedAdapter
-    from moe_jax.checkpoints.expected_leaves import expected_leaves
-    from moe_jax.checkpoints.fingerprint import BaseIdentity, base_fingerprint
-    from moe_jax.checkpoints.hf_config import read_model_config
     from moe_jax.checkpoints.leaves import nested
     from moe_jax.config.model import FloatType
     from moe_jax.config.parse import parse, parse_member
+    from moe_jax.hf.config import read_model_config
+    from moe_jax.hf.fingerprint import BaseIdentity, base_fingerprint
+    from moe_jax.loaded.expected_leaves import expected_leaves
 
     model = read_model_config(base)
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -73,7 +73,7 @@ def export(base: Path, output: Path, dtype: str, dora: bool) -> None:
 
 def sizes(output: Path, base: Path) -> dict[str, int]:
     """Bytes of one layer of the export, of all of it, and of the base."""
-    from moe_jax.checkpoints.shards import open_shards
+    from moe_jax.hf.shards import open_shards
 
     item = {"F32": 4, "F16": 2, "BF16": 2}
     found = {"layer_bytes": 0, "output_bytes": 0, "base_bytes": 0}

@@ -9,7 +9,7 @@ import numpy as np
 
 from benchmarks.sizes import hf_fields, model_of
 from moe_jax.adapters import METHODS
-from moe_jax.adapters.targets import TARGET_MODULES
+from moe_jax.adapters.tree import TARGET_MODULES
 from moe_jax.config.run import RunConfig, parse_run_config
 from moe_jax.demo.checkpoint import write_checkpoint
 from moe_jax.demo.tokenizer import save_tokenizer, train_tokenizer

@@ -14,11 +14,10 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.grouped_rows import Walk, group_rows, in_groups, rows_of_block
-from moe_jax.adapters.experts import ExpertPairs
-from moe_jax.adapters.frozen import AdapterContext, FrozenFFN
-from moe_jax.adapters.method import AdapterMethod, Finish
+from moe_jax.adapters.lora.low_rank import ExpertPairs
+from moe_jax.adapters.method import AdapterContext, AdapterMethod, Finish, FrozenFFN
 from moe_jax.adapters.mixlora import MixLoraConfig, MixLoraMLP
-from moe_jax.adapters.targets import MLP_MODULES
+from moe_jax.adapters.tree import MLP_MODULES
 from moe_jax.config.parse import require
 from moe_jax.layers.activation import gated
 from moe_jax.sharding.axes import EMBED, MLP

@@ -25,18 +25,18 @@ import jax.numpy as jnp
 
 from benchmarks.compiled_flops import compiled_flops
 from benchmarks.report import check_output, refuse
-from moe_jax.adapters.lora import Lora, LoraConfig
-from moe_jax.adapters.loramoe import LoraMoeConfig
+from moe_jax.adapters.lora.lora import Lora, LoraConfig
 from moe_jax.adapters.method import AdapterMethod
 from moe_jax.adapters.mixlora import MixLoraConfig
-from moe_jax.adapters.mola import MolaConfig
-from moe_jax.adapters.routers import SoftRouter, SwitchRouter, TopKRouter, TopPRouter
-from moe_jax.adapters.segments import segments_of
-from moe_jax.adapters.targets import ATTENTION_MODULES, TARGET_MODULES
+from moe_jax.adapters.mixtures.loramoe import LoraMoeConfig
+from moe_jax.adapters.mixtures.mola import MolaConfig
+from moe_jax.adapters.routing import SoftRouter, SwitchRouter, TopKRouter, TopPRouter
+from moe_jax.adapters.rows import segments_of
+from moe_jax.adapters.tree import ATTENTION_MODULES, TARGET_MODULES
 from moe_jax.config.model import ComputeConfig, ModelConfig, RopeConfig
 from moe_jax.errors import UserError
 from moe_jax.layers.blocked_attention import BLOCK, block_pairs
-from moe_jax.layers.storage import storage_of
+from moe_jax.layers.frozen import storage_of
 from moe_jax.models.decoder import DecoderLayer, LayerSettings, TokenContext
 from moe_jax.models.remat import REMAT_POLICIES
 

@@ -62,8 +62,8 @@ def write_model(folder: Path, fields: dict[str, Any], dtype: str, shards: int) -
     import numpy as np
     from safetensors.numpy import save_file
 
-    from moe_jax.checkpoints.hf_config import model_config_from_hf
-    from moe_jax.checkpoints.key_table import base_leaves
+    from moe_jax.hf.config import model_config_from_hf
+    from moe_jax.hf.key_table import base_leaves
 
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(fields))
@@ -97,8 +97,8 @@ def load(folder: Path, dtype: str, devices: int) -> None:
     import jax
     import jax.numpy as jnp
 
-    from moe_jax.checkpoints.base import abstract_base, load_base
-    from moe_jax.checkpoints.hf_config import read_model_config
+    from moe_jax.hf.config import read_model_config
+    from moe_jax.hf.load import abstract_base, load_base
 
     config = read_model_config(folder)
     assert jax.device_count() == devices

@@ -3,7 +3,7 @@
     python benchmarks/loop.py --output loop.json
     python benchmarks/loop.py --size d512 --steps 20
 
-A random base is trained by `moe_jax.training.loop.train` on generated rows: as it is, with a line
+A random base is trained by `moe_jax.training.run.loop.train` on generated rows: as it is, with a line
 of metrics after each step, with a state saved every few steps, and with several adapters at once.
 In turn with each of these runs, the same compiled step is called back to back on one batch that is
 on the device already; that is all that the device has to do. Their ratio is 1 where the device
@@ -31,13 +31,13 @@ from benchmarks.generated_run import BASE, ROWS, run_config, write_base, write_r
 from benchmarks.report import check_output, machine, one_line, refuse, say, table, write_json
 from benchmarks.sizes import SIZE_HELP, model_of
 from benchmarks.timing import spread
-from moe_jax.checkpoints.base import load_base
 from moe_jax.config.run import RunConfig
 from moe_jax.errors import ConfigError, UserError
-from moe_jax.training.inputs import read_inputs
-from moe_jax.training.loop import train
-from moe_jax.training.program import build_program
-from moe_jax.training.rows import join_rows
+from moe_jax.hf.load import load_base
+from moe_jax.training.run.inputs import read_inputs
+from moe_jax.training.run.loop import train
+from moe_jax.training.step.micro_batches import join_rows
+from moe_jax.training.step.program import build_program
 
 WARM_UP = 10
 """Steps before the clock starts; the first of them compiles."""

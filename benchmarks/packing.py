@@ -47,7 +47,7 @@ from benchmarks.report import (
 from benchmarks.sizes import SIZE_HELP, model_of
 from benchmarks.timing import interleaved, spread
 from moe_jax.adapters import METHODS
-from moe_jax.adapters.targets import TARGET_MODULES
+from moe_jax.adapters.tree import TARGET_MODULES
 from moe_jax.config.model import FloatType
 from moe_jax.config.run import RunConfig, parse_run_config
 from moe_jax.data.batch import Batch
@@ -55,7 +55,7 @@ from moe_jax.data.pipeline import TrainData, load_train_data
 from moe_jax.data.tokenizer import load_tokenizer
 from moe_jax.demo.words import PLURALS
 from moe_jax.errors import ConfigError, UserError
-from moe_jax.training.program import Program, build_program
+from moe_jax.training.step.program import Program, build_program
 
 BUCKETED, PACKED = "bucketed", "packed"
 """The ways to make batches of the same data."""

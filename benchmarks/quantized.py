@@ -39,12 +39,12 @@ from benchmarks.report import (
     table,
     write_json,
 )
-from moe_jax.checkpoints.base import checked_leaves, load_base, read_leaf
-from moe_jax.checkpoints.hf_config import read_model_config
-from moe_jax.checkpoints.shards import open_shards
 from moe_jax.config.command_line import load_config_file
 from moe_jax.demo.corpus import write_corpus
 from moe_jax.errors import ConfigError, UserError
+from moe_jax.hf.config import read_model_config
+from moe_jax.hf.load import checked_leaves, load_base, read_leaf
+from moe_jax.hf.shards import open_shards
 from moe_jax.layers.quantized import dense_kernel
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -9,11 +9,11 @@ import numpy as np
 
 from moe_jax.config.model import ModelConfig
 from moe_jax.data.batch import Batch
+from moe_jax.layers.frozen import storage_of
 from moe_jax.layers.quantized import QuantizedKernel, quantize
-from moe_jax.layers.storage import storage_of
 
 if TYPE_CHECKING:
-    from moe_jax.training.program import Program
+    from moe_jax.training.step.program import Program
 
 DEVIATION = 0.02
 """Of all weights but those of norms, which are one."""

@@ -36,11 +36,11 @@ from benchmarks.report import check_output, refuse, say
 from benchmarks.timing import is_out_of_memory
 from benchmarks.tpu_chip import GENERATIONS, tpu_chip
 from moe_jax.adapters import METHODS
-from moe_jax.checkpoints.hf_config import model_config_from_hf
 from moe_jax.config.run import MeshConfig, RunConfig, parse_run_config
 from moe_jax.errors import DeviceError, UserError
+from moe_jax.hf.config import model_config_from_hf
 from moe_jax.models.remat import REMAT_POLICIES
-from moe_jax.training.program import build_program
+from moe_jax.training.step.program import build_program
 
 LENGTH = 2048
 CONFIGS = {"LoRA": "llama7b_lora", "MixLoRA": "llama7b_mixlora"}

@@ -17,19 +17,19 @@ from jax.sharding import NamedSharding, PartitionSpec
 from benchmarks import layer_cost
 from benchmarks.random_inputs import random_batch
 from benchmarks.sizes import model_of
-from moe_jax.adapters.aux_losses import LoadBalance
 from moe_jax.adapters.method import AdapterMethod
-from moe_jax.adapters.targets import ATTENTION_MODULES, TARGET_MODULES
+from moe_jax.adapters.routing.losses import LoadBalance
+from moe_jax.adapters.tree import ATTENTION_MODULES, TARGET_MODULES
 from moe_jax.config.model import ModelConfig
 from moe_jax.config.parse import located, parse, suggest
 from moe_jax.config.run import RunConfig
 from moe_jax.errors import ConfigError
-from moe_jax.layers.embedding import TokenEmbedding
+from moe_jax.layers.vocabulary import TokenEmbedding
 from moe_jax.sharding.rules import BATCH_SPEC
-from moe_jax.training import step
-from moe_jax.training.evaluate import with_rules
-from moe_jax.training.plan import parameter_count
-from moe_jax.training.program import BATCH_TYPES, Program, build_program
+from moe_jax.training.records.plan import parameter_count
+from moe_jax.training.step import step
+from moe_jax.training.step.evaluate import with_rules
+from moe_jax.training.step.program import BATCH_TYPES, Program, build_program
 
 FROZEN = "frozen"
 LORA = "lora"

@@ -11,12 +11,12 @@ from moe_jax.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from moe_jax import surgery
-    from moe_jax.adapters.lora import LoraConfig
-    from moe_jax.adapters.loramoe import LoraMoeConfig
+    from moe_jax.adapters.lora.lora import LoraConfig
     from moe_jax.adapters.mixlora import ExpertLoraConfig, MixLoraConfig
-    from moe_jax.adapters.mola import MolaConfig
-    from moe_jax.adapters.routers import SoftRouter, SwitchRouter, TopKRouter, TopPRouter
-    from moe_jax.adapters.targets import TARGET_MODULES
+    from moe_jax.adapters.mixtures.loramoe import LoraMoeConfig
+    from moe_jax.adapters.mixtures.mola import MolaConfig
+    from moe_jax.adapters.routing import SoftRouter, SwitchRouter, TopKRouter, TopPRouter
+    from moe_jax.adapters.tree import TARGET_MODULES
     from moe_jax.errors import UserError
     from moe_jax.evaluation.run import evaluate
     from moe_jax.inference.calls import generate, generate_stream
@@ -62,14 +62,14 @@ __all__ = [
 ]
 
 _HOMES = {
-    "TARGET_MODULES": "moe_jax.adapters.targets",
+    "TARGET_MODULES": "moe_jax.adapters.tree",
     "ExpertLoraConfig": "moe_jax.adapters.mixlora",
     "MixLoraConfig": "moe_jax.adapters.mixlora",
-    "LoraConfig": "moe_jax.adapters.lora",
-    "LoraMoeConfig": "moe_jax.adapters.loramoe",
-    "MolaConfig": "moe_jax.adapters.mola",
+    "LoraConfig": "moe_jax.adapters.lora.lora",
+    "LoraMoeConfig": "moe_jax.adapters.mixtures.loramoe",
+    "MolaConfig": "moe_jax.adapters.mixtures.mola",
     **dict.fromkeys(
-        ("SoftRouter", "SwitchRouter", "TopKRouter", "TopPRouter"), "moe_jax.adapters.routers"
+        ("SoftRouter", "SwitchRouter", "TopKRouter", "TopPRouter"), "moe_jax.adapters.routing"
     ),
     "describe_base": "moe_jax.inspection.base",
     "evaluate": "moe_jax.evaluation.run",

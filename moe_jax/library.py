@@ -14,32 +14,32 @@ import numpy as np
 
 from moe_jax.adapters import METHODS
 from moe_jax.adapters.method import AdapterMethod
+from moe_jax.adapters.rows import Segment
 from moe_jax.adapters.score_head import Predictions
-from moe_jax.adapters.segments import Segment
-from moe_jax.adapters.sites import to_collection
+from moe_jax.adapters.tree import to_collection
 from moe_jax.checkpoints import adapter_files
 from moe_jax.checkpoints.adapter_files import SavedAdapter
-from moe_jax.checkpoints.base import load_base as load_params
-from moe_jax.checkpoints.fingerprint import BaseIdentity, base_fingerprint
-from moe_jax.checkpoints.formats import exchange
-from moe_jax.checkpoints.formats.format import Weighting
-from moe_jax.checkpoints.hf_config import read_model_config
-from moe_jax.checkpoints.hub import HubTarget, push_folder, require_access
-from moe_jax.checkpoints.loading import Adapter, BaseFiles
-from moe_jax.checkpoints.new_folder import require_unused
-from moe_jax.checkpoints.resolve import resolve_adapter, resolve_checkpoint
 from moe_jax.config.model import ComputeConfig, FloatType, ModelConfig, StorageType
 from moe_jax.config.parse import FieldError, located, suggest
 from moe_jax.config.run import RunConfig, parse_run_config
 from moe_jax.data.measuring_rows import measuring_rows
 from moe_jax.data.tokenizer import load_tokenizer
 from moe_jax.errors import CheckpointError, ConfigError, DataError
+from moe_jax.exchange import api as exchange
+from moe_jax.exchange.format import Weighting
+from moe_jax.exchange.hub import HubTarget, push_folder, require_access
+from moe_jax.files.new_folder import require_unused
+from moe_jax.hf.config import read_model_config
+from moe_jax.hf.fingerprint import BaseIdentity, base_fingerprint
+from moe_jax.hf.load import load_base as load_params
+from moe_jax.hf.resolve import resolve_adapter, resolve_checkpoint
 from moe_jax.inference.session import InferenceSession
-from moe_jax.layers.collections import ADAPTERS, PARAMS
+from moe_jax.layers.names import ADAPTERS, PARAMS
+from moe_jax.loaded.model import Adapter, BaseFiles
 from moe_jax.models.causal_lm import LlamaForCausalLM
 from moe_jax.models.fresh import fresh_adapter
-from moe_jax.training import loop
-from moe_jax.training.loop import TrainResult
+from moe_jax.training.run import loop
+from moe_jax.training.run.loop import TrainResult
 
 
 @dataclass(frozen=True)
@@ -325,7 +325,7 @@ def parse_config(config: Any) -> RunConfig:
 
 
 def train(config: Any, workdir: str | Path) -> TrainResult:
-    """The whole run of `train.py`: see `moe_jax.training.loop.train`.
+    """The whole run of `train.py`: see `moe_jax.training.run.loop.train`.
 
     Args:
       config: a `RunConfig`, or what `parse_config` takes.

@@ -13,13 +13,13 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from moe_jax.adapters import METHODS
-from moe_jax.adapters.frozen import AdapterContext
-from moe_jax.adapters.segments import Segment
-from moe_jax.adapters.sites import MOE, by_adapter, to_collection
-from moe_jax.adapters.statistics import RouterStatistics, collect_statistics
+from moe_jax.adapters.method import AdapterContext
+from moe_jax.adapters.routing.statistics import RouterStatistics, collect_statistics
+from moe_jax.adapters.rows import Segment
+from moe_jax.adapters.tree import MOE, by_adapter, to_collection
 from moe_jax.config.model import ComputeConfig
 from moe_jax.config.parse import parse_member
-from moe_jax.layers.storage import storage_of
+from moe_jax.layers.frozen import storage_of
 from moe_jax.models.decoder import GatedMLP, LayerSettings
 
 NAME = "x"

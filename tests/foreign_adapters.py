@@ -12,11 +12,11 @@ from transformers import LlamaForCausalLM
 
 from moe_jax.adapters import METHODS
 from moe_jax.checkpoints.adapter_files import SavedAdapter
-from moe_jax.checkpoints.expected_leaves import expected_leaves
-from moe_jax.checkpoints.fingerprint import BaseIdentity
 from moe_jax.checkpoints.leaves import named_leaves, nested
 from moe_jax.config.model import ModelConfig
 from moe_jax.config.parse import parse_member
+from moe_jax.hf.fingerprint import BaseIdentity
+from moe_jax.loaded.expected_leaves import expected_leaves
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 FFN = ["gate_proj", "up_proj", "down_proj"]

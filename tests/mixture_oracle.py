@@ -19,16 +19,16 @@ from moe_peft_oracle import BASE, as_tree, load_case
 from tolerances import FLOAT32_LOGITS, GRADIENT_ROUNDING, ROUNDING
 from torch import nn
 
-from moe_jax.adapters.aux_losses import LoadBalance
 from moe_jax.adapters.method import AdapterMethod
-from moe_jax.adapters.segments import Segment
-from moe_jax.checkpoints.base import load_base
-from moe_jax.checkpoints.hf_config import read_model_config
+from moe_jax.adapters.routing.losses import LoadBalance
+from moe_jax.adapters.rows import Segment
 from moe_jax.config.model import ComputeConfig
 from moe_jax.data.batch import Batch
+from moe_jax.hf.config import read_model_config
+from moe_jax.hf.load import load_base
 from moe_jax.models.causal_lm import LlamaForCausalLM
-from moe_jax.training.loss import row_losses
-from moe_jax.training.step import forward
+from moe_jax.training.step.loss import row_losses
+from moe_jax.training.step.step import forward
 
 Llama = transformers.LlamaForCausalLM
 

@@ -7,7 +7,8 @@ import jax
 import pytest
 
 from moe_jax.sharding.mesh import make_mesh
-from moe_jax.training import inputs, program
+from moe_jax.training.run import inputs
+from moe_jax.training.step import program
 
 
 @contextlib.contextmanager

@@ -9,15 +9,16 @@ from typing import get_args
 import pytest
 from foreign_adapters import LORA, MIXLORA, random_adapter, require_same_bits
 from hf_models import save_tiny_llama
+from moe_jax.checkpoints.formats import FORMATS
 
 import moe_jax
-from moe_jax.adapters.router import ROUTERS
+from moe_jax.adapters.routing.router import ROUTERS
 from moe_jax.checkpoints.adapter_files import save_adapter
-from moe_jax.checkpoints.formats import FORMATS, exchange
-from moe_jax.checkpoints.formats.format import Weighting as ExportWeighting
-from moe_jax.checkpoints.hf_config import read_model_config
 from moe_jax.cli import main
 from moe_jax.commands import choices
+from moe_jax.exchange import api as exchange
+from moe_jax.exchange.format import Weighting as ExportWeighting
+from moe_jax.hf.config import read_model_config
 from moe_jax.surgery.grow import DEFAULT_NOISE
 from moe_jax.surgery.merge import Weighting
 from moe_jax.surgery.upcycle import UPCYCLED

@@ -29,7 +29,7 @@ def test_every_name_is_there():
 def test_importing_the_model_code_imports_none_of_the_heavy_packages():
     heavy = ("datasets", "grain", "ml_collections", "torch", "transformers", "matplotlib")
     code = (
-        "import sys, moe_jax, moe_jax.models.causal_lm, moe_jax.training.program\n"
+        "import sys, moe_jax, moe_jax.models.causal_lm, moe_jax.training.step.program\n"
         f"print([name for name in {heavy} if name in sys.modules])"
     )
     result = subprocess.run(

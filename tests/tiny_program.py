@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.adapters import METHODS
-from moe_jax.adapters.frozen import AdapterContext, FrozenFFN, FrozenProjection
+from moe_jax.adapters.method import AdapterContext, FrozenFFN, FrozenProjection
 from moe_jax.config.model import ModelConfig, RopeConfig
 from moe_jax.config.run import parse_run_config
 from moe_jax.data.batch import Batch
-from moe_jax.training.program import Program, build_program
+from moe_jax.training.step.program import Program, build_program
 
 ALL_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 

@@ -126,7 +126,7 @@ def metric_lines(workdir: Path) -> list[dict[str, Any]]:
 
 
 _PRELOADED = [
-    "moe_jax.training.loop",
+    "moe_jax.training.run.loop",
     "transformers.models.auto.tokenization_auto",
     "transformers.models.llama.configuration_llama",
 ]
@@ -201,7 +201,7 @@ def _run(
 ) -> None:
     import jax
 
-    from moe_jax.training.loop import train
+    from moe_jax.training.run.loop import train
 
     cache = Path(os.environ["HF_HOME"]).with_name("compiled")  # shared by all runs of the session
     jax.config.update("jax_compilation_cache_dir", str(cache))

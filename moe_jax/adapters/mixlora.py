@@ -8,23 +8,20 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from moe_jax.adapters.aux_losses import RouterLoss, check_losses
-from moe_jax.adapters.expert_counts import route_and_count
-from moe_jax.adapters.experts import ExpertPairs
-from moe_jax.adapters.frozen import AdapterContext, FrozenFFN
 from moe_jax.adapters.in_turn import in_turn
-from moe_jax.adapters.lora import Lora
-from moe_jax.adapters.low_rank import LoraB, LowRankConfig, joint_codes
-from moe_jax.adapters.method import METHODS, AdapterMethod, Finish
-from moe_jax.adapters.router import Router, RouterLogits, Routing
-from moe_jax.adapters.routers.top_k import TopKRouter
+from moe_jax.adapters.lora.lora import Lora
+from moe_jax.adapters.lora.low_rank import ExpertPairs, LoraB, LowRankConfig, joint_codes
+from moe_jax.adapters.method import METHODS, AdapterContext, AdapterMethod, Finish, FrozenFFN
+from moe_jax.adapters.routing.losses import RouterLoss, check_losses
+from moe_jax.adapters.routing.router import Router, RouterLogits, Routing, route_and_count
+from moe_jax.adapters.routing.statistics import router_statistics, sow_statistics
+from moe_jax.adapters.routing.strategies import TopKRouter
+from moe_jax.adapters.routing.token_routing import sow_routing
 from moe_jax.adapters.slots import Slot, SlotInputs, SlotResult
-from moe_jax.adapters.statistics import router_statistics, sow_statistics
-from moe_jax.adapters.targets import ATTENTION_MODULES, MLP_MODULES
-from moe_jax.adapters.token_routing import sow_routing
+from moe_jax.adapters.tree import ATTENTION_MODULES, MLP_MODULES
 from moe_jax.config.model import ModelConfig
 from moe_jax.config.parse import require, within
-from moe_jax.layers.kept_names import CODES, NARROW_PRODUCT
+from moe_jax.layers.names import CODES, NARROW_PRODUCT
 from moe_jax.layers.quantized import frozen_product
 from moe_jax.layers.token_axes import TokenAxes
 from moe_jax.sharding.axes import EMBED, MLP

@@ -5,18 +5,17 @@ from collections.abc import Mapping
 import flax.linen as nn
 import jax
 
-from moe_jax.adapters.frozen import AdapterContext, FrozenProjection
-from moe_jax.adapters.method import Finish
-from moe_jax.adapters.segments import Segment, take_rows, update_rows
-from moe_jax.adapters.sites import module_name
-from moe_jax.layers.projection import FrozenLinear
+from moe_jax.adapters.method import AdapterContext, Finish, FrozenProjection
+from moe_jax.adapters.rows import Segment, take_rows, update_rows
+from moe_jax.adapters.tree import module_name
+from moe_jax.layers.frozen import FrozenLinear
 
 
 class AdaptedLinear(FrozenLinear):
     """The frozen product of all rows, once; then each adapter changes its own rows.
 
     Attributes:
-      segments: which rows belong to which adapter; see `moe_jax.adapters.segments`.
+      segments: which rows belong to which adapter; see `moe_jax.adapters.rows`.
 
     The module's own name (`q_proj`) is the target that the adapters are asked for.
     """

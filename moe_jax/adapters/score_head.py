@@ -7,11 +7,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from moe_jax.adapters.leaf import adapter_leaf
-from moe_jax.adapters.segments import Segment, take_rows
-from moe_jax.adapters.sites import module_name
+from moe_jax.adapters.rows import Segment, take_rows
+from moe_jax.adapters.tree import adapter_leaf, module_name
 from moe_jax.config.classification import ClassificationConfig
-from moe_jax.layers.head import logits
+from moe_jax.layers.vocabulary import logits
 from moe_jax.sharding.axes import EMBED, LABELS
 
 

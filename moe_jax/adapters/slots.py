@@ -9,9 +9,9 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from moe_jax.adapters.in_turn import Operands
-from moe_jax.adapters.low_rank import LoraA, LoraB
+from moe_jax.adapters.lora.low_rank import LoraA, LoraB
 from moe_jax.layers.activation import gated
-from moe_jax.layers.kept_names import WIDE_PRODUCT
+from moe_jax.layers.names import WIDE_PRODUCT
 from moe_jax.layers.token_axes import TokenAxes
 
 

@@ -18,11 +18,8 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from moe_jax.adapters import METHODS
-from moe_jax.checkpoints.disk import behind_link, disk_errors, require_space
-from moe_jax.checkpoints.fingerprint import BaseIdentity
 from moe_jax.checkpoints.leaves import LeafSpec, leaf_specs, nested
 from moe_jax.checkpoints.quiet import quiet_orbax
-from moe_jax.checkpoints.replaced_folder import present_folder, put_back, replace_folder
 from moe_jax.checkpoints.restored_tree import restore_tree
 from moe_jax.checkpoints.snapshot import Snapshot, take_snapshot, without_copy
 from moe_jax.checkpoints.training_record import (
@@ -35,6 +32,9 @@ from moe_jax.config.model import ModelConfig
 from moe_jax.config.parse import parse, parse_member
 from moe_jax.config.registry import to_plain
 from moe_jax.errors import CheckpointError, ConfigError
+from moe_jax.files.disk import behind_link, disk_errors, require_space
+from moe_jax.files.replaced_folder import present_folder, put_back, replace_folder
+from moe_jax.hf.fingerprint import BaseIdentity
 from moe_jax.version import __version__
 
 FORMAT_VERSION = 1

@@ -15,12 +15,12 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
-from moe_jax.checkpoints.disk import disk_errors
 from moe_jax.checkpoints.leaves import named_leaves, nested
 from moe_jax.checkpoints.quiet import quiet_orbax
 from moe_jax.checkpoints.restored_tree import first_line, restore_tree
 from moe_jax.checkpoints.snapshot import Snapshot, take_snapshot
 from moe_jax.errors import CheckpointError
+from moe_jax.files.disk import disk_errors
 
 FORMAT_VERSION = 1
 

@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from moe_jax.checkpoints.disk import disk_errors
 from moe_jax.config.parse import parse
 from moe_jax.errors import CheckpointError, ConfigError
+from moe_jax.files.disk import disk_errors
 
 RECORD_VERSION = 3
 RECORD = "training.json"

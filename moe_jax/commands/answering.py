@@ -3,7 +3,6 @@
 import argparse
 import sys
 
-from moe_jax.checkpoints.loading import BASE
 from moe_jax.commands.answers import Shown, Wanted, Written, check_output
 from moe_jax.commands.arguments import base_path, mesh_config, named_folders, unescaped
 from moe_jax.commands.interactive import Talk
@@ -13,6 +12,7 @@ from moe_jax.inference.prompts import Prompt, PromptEncoder, PromptFormat
 from moe_jax.inference.sampling import SamplingConfig
 from moe_jax.inference.session import InferenceSession
 from moe_jax.inference.text import GenerationConfig
+from moe_jax.loaded.model import BASE
 
 
 def run(arguments: argparse.Namespace) -> None:

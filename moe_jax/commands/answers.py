@@ -8,11 +8,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
-from moe_jax.checkpoints.disk import disk_errors
-from moe_jax.checkpoints.loading import BASE
 from moe_jax.commands.prompt_files import GivenPrompt
 from moe_jax.errors import ConfigError
+from moe_jax.files.disk import disk_errors
 from moe_jax.inference.text import Answer
+from moe_jax.loaded.model import BASE
 
 _SHOWN = 60
 """Characters of a prompt above its answer."""

@@ -146,7 +146,7 @@ def base_path(base: str | None, adapters: Mapping[str, str], revision: str | Non
     if not adapters:
         raise ConfigError("--base: give a folder or hub id; without --adapter there is none to use")
     from moe_jax.checkpoints.adapter_files import read_description
-    from moe_jax.checkpoints.resolve import resolve_adapter, resolve_checkpoint
+    from moe_jax.hf.resolve import resolve_adapter, resolve_checkpoint
 
     remembered = {
         name: read_description(resolve_adapter(folder)).base for name, folder in adapters.items()

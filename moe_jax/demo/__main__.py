@@ -21,7 +21,7 @@ from moe_jax.demo.corpus import write_corpus
 from moe_jax.demo.score import Examiner, Score
 from moe_jax.demo.tasks import write_tasks
 from moe_jax.errors import UserError, report
-from moe_jax.training.loop import train
+from moe_jax.training.run.loop import train
 
 DATA_SEED = 0
 ADAPTER = "default"

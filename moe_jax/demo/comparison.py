@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 
 from moe_jax.adapters import METHODS
 from moe_jax.checkpoints.adapter_files import load_adapter
-from moe_jax.checkpoints.disk import disk_errors
 from moe_jax.config.run import RunConfig
 from moe_jax.demo.paired import chance, spread, verdict
 from moe_jax.demo.score import Examiner, Score
-from moe_jax.training.plan import parameter_count
+from moe_jax.files.disk import disk_errors
+from moe_jax.training.records.plan import parameter_count
 
 ALL = "all"
 """The row of the mean over tasks, each counting the same."""

@@ -17,17 +17,17 @@ import numpy as np
 import optax
 from transformers import PreTrainedTokenizerFast
 
-from moe_jax.checkpoints.base import load_base
-from moe_jax.checkpoints.hf_config import read_model_config
-from moe_jax.checkpoints.key_table import hf_tensors
 from moe_jax.config.model import ComputeConfig
 from moe_jax.data.batch import Batch
 from moe_jax.data.prompt_template import load_prompt_template
 from moe_jax.demo.checkpoint import TINY_LLAMA, write_checkpoint, write_model
 from moe_jax.demo.corpus import instruction_rows, plain_sentences
 from moe_jax.demo.tokenizer import save_tokenizer, train_tokenizer
+from moe_jax.hf.config import read_model_config
+from moe_jax.hf.key_table import hf_tensors
+from moe_jax.hf.load import load_base
 from moe_jax.models.causal_lm import LlamaForCausalLM
-from moe_jax.training.loss import row_losses
+from moe_jax.training.step.loss import row_losses
 
 PROMPT = "bare"
 """The prompt template of the demo's instructions."""

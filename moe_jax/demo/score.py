@@ -9,17 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.adapters.method import AdapterMethod
-from moe_jax.adapters.segments import Segment
+from moe_jax.adapters.rows import Segment
 from moe_jax.checkpoints.adapter_files import SavedAdapter
-from moe_jax.checkpoints.base import load_base
-from moe_jax.checkpoints.hf_config import read_model_config
 from moe_jax.config.run import RunConfig
 from moe_jax.data.batch import Batch
 from moe_jax.data.pipeline import load_validation_data
 from moe_jax.data.tokenizer import load_tokenizer
+from moe_jax.hf.config import read_model_config
+from moe_jax.hf.load import load_base
 from moe_jax.models.causal_lm import LlamaForCausalLM
-from moe_jax.training.loss import row_losses
-from moe_jax.training.step import forward
+from moe_jax.training.step.loss import row_losses
+from moe_jax.training.step.step import forward
 
 
 class Score(NamedTuple):

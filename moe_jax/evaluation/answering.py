@@ -7,7 +7,6 @@ from typing import Any, Literal
 
 from tqdm import tqdm
 
-from moe_jax.checkpoints.loading import BASE, Adapter, BaseFiles, NamedAdapter
 from moe_jax.config.registry import to_plain
 from moe_jax.errors import ConfigError
 from moe_jax.evaluation.asking import Asked
@@ -16,8 +15,9 @@ from moe_jax.evaluation.journal import Journal, Record
 from moe_jax.evaluation.protocols import PROTOCOLS
 from moe_jax.evaluation.results import TaskOutcome, outcome
 from moe_jax.evaluation.scorer import Scorer
+from moe_jax.loaded.model import BASE, Adapter, BaseFiles, NamedAdapter
 from moe_jax.tasks.task import Question, Task
-from moe_jax.training.on_tasks import Stopped
+from moe_jax.training.run.task_evaluation import Stopped
 
 
 def name_of(adapter: NamedAdapter | None) -> str:

@@ -14,7 +14,6 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from moe_jax.adapters.method import require_language_model
-from moe_jax.checkpoints.loading import BaseFiles, NamedAdapter
 from moe_jax.config.classification import ClassificationConfig
 from moe_jax.data.texts import encode_texts
 from moe_jax.errors import ConfigError, DataError
@@ -24,6 +23,7 @@ from moe_jax.evaluation.items import Item
 from moe_jax.evaluation.journal import Journal, Record
 from moe_jax.evaluation.results import Accuracy, Metric, TaskOutcome
 from moe_jax.evaluation.scorer import Scorer
+from moe_jax.loaded.model import BaseFiles, NamedAdapter
 from moe_jax.tasks.classification import ClassificationTask, LabelledText
 from moe_jax.tasks.metrics import measure
 from moe_jax.tasks.task import Task

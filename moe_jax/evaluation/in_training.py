@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 
-from moe_jax.checkpoints.loading import BASE, Adapter, BaseFiles, NamedAdapter, load_adapters
 from moe_jax.config.evaluation import EvaluationConfig
 from moe_jax.config.registry import to_plain
 from moe_jax.config.run import RunConfig
@@ -25,10 +24,11 @@ from moe_jax.evaluation.items import whole_buckets
 from moe_jax.evaluation.journal import Journal, locked
 from moe_jax.evaluation.results import RESULTS, Accuracy, Evaluation, Metric
 from moe_jax.evaluation.scorer import Scorer
+from moe_jax.loaded.model import BASE, Adapter, BaseFiles, NamedAdapter, load_adapters
 from moe_jax.tasks.selection import named_task
 from moe_jax.tasks.task import Question, Task
-from moe_jax.training.inputs import Inputs
-from moe_jax.training.program import Program
+from moe_jax.training.run.inputs import Inputs
+from moe_jax.training.step.program import Program
 
 ASKED_FOR = "evaluation"
 """The field of `results.json` that holds each adapter's `EvaluationConfig`."""

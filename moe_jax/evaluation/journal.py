@@ -13,8 +13,8 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from moe_jax.checkpoints.disk import disk_errors
 from moe_jax.errors import CheckpointError, ConfigError
+from moe_jax.files.disk import disk_errors
 
 Record = dict[str, Any]
 

@@ -17,13 +17,6 @@ from tqdm import tqdm
 
 from moe_jax.adapters.method import require_language_model
 from moe_jax.checkpoints.adapter_files import SavedAdapter
-from moe_jax.checkpoints.loading import (
-    BaseInMemory,
-    build_model,
-    load_adapters,
-    load_params,
-    open_base,
-)
 from moe_jax.config.model import FloatType
 from moe_jax.config.run import MeshConfig
 from moe_jax.data.tokenizer import encode, end_of_text, leading_tokens, load_tokenizer
@@ -34,6 +27,13 @@ from moe_jax.evaluation.protocols import encode_pairs
 from moe_jax.evaluation.scorer import Score, Scorer
 from moe_jax.inference.prompts import Prompt
 from moe_jax.inference.session import InferenceSession
+from moe_jax.loaded.model import (
+    BaseInMemory,
+    build_model,
+    load_adapters,
+    load_params,
+    open_base,
+)
 from moe_jax.sharding.mesh import make_mesh
 
 try:

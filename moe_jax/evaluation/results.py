@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from moe_jax.checkpoints.disk import disk_errors
 from moe_jax.errors import ConfigError
+from moe_jax.files.disk import disk_errors
 from moe_jax.version import __version__
 
 RESULTS = "results.json"

@@ -7,15 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from moe_jax.checkpoints.adapter_files import SavedAdapter
-from moe_jax.checkpoints.loading import (
-    BASE,
-    BaseInMemory,
-    NamedAdapter,
-    build_model,
-    load_adapters,
-    load_params,
-    open_base,
-)
 from moe_jax.config.model import FloatType
 from moe_jax.config.parse import FieldError, suggest
 from moe_jax.config.run import MeshConfig
@@ -40,6 +31,15 @@ from moe_jax.evaluation.journal import locked
 from moe_jax.evaluation.protocols import PROTOCOLS
 from moe_jax.evaluation.results import Evaluation, require_no_others
 from moe_jax.evaluation.scorer import Scorer
+from moe_jax.loaded.model import (
+    BASE,
+    BaseInMemory,
+    NamedAdapter,
+    build_model,
+    load_adapters,
+    load_params,
+    open_base,
+)
 from moe_jax.sharding.mesh import make_mesh
 from moe_jax.tasks.selection import named_task, require_distinct
 from moe_jax.tasks.task import Task

@@ -10,12 +10,12 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
 from moe_jax.adapters.method import AdapterMethod
+from moe_jax.adapters.rows import Segment
 from moe_jax.adapters.score_head import Predictions
-from moe_jax.adapters.segments import Segment
-from moe_jax.adapters.sites import to_collection
-from moe_jax.checkpoints.loading import Adapter
+from moe_jax.adapters.tree import to_collection
 from moe_jax.evaluation.items import Item, ItemBatch, batched, bucket, item_batch
-from moe_jax.layers.collections import ADAPTERS, PARAMS
+from moe_jax.layers.names import ADAPTERS, PARAMS
+from moe_jax.loaded.model import Adapter
 from moe_jax.models.causal_lm import LlamaForCausalLM
 from moe_jax.sharding.rules import BATCH_SPEC, RULES
 

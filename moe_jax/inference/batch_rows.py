@@ -3,9 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from moe_jax.adapters.method import AdapterMethod
-from moe_jax.adapters.no_adapter import NoAdapter
-from moe_jax.adapters.segments import Segment, segments_of
+from moe_jax.adapters.method import AdapterMethod, NoAdapter
+from moe_jax.adapters.rows import Segment, segments_of
 
 
 class BatchRows(NamedTuple):

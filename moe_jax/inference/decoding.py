@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from moe_jax.adapters.sites import to_collection
+from moe_jax.adapters.tree import to_collection
 from moe_jax.inference.sampling import SamplingConfig, next_token
-from moe_jax.layers.collections import ADAPTERS, CACHE, CACHE_UPDATES, PARAMS
 from moe_jax.layers.kv_cache import CachePlace, updated
+from moe_jax.layers.names import ADAPTERS, CACHE, CACHE_UPDATES, PARAMS
 from moe_jax.models.causal_lm import LlamaForCausalLM
 from moe_jax.sharding.axes import BATCH, constrain
 

@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from moe_jax.adapters.method import AdapterMethod
-from moe_jax.adapters.segments import Segment
+from moe_jax.adapters.rows import Segment
 from moe_jax.config.model import ComputeConfig, FloatType, ModelConfig
 from moe_jax.config.parse import located
 from moe_jax.data.collate import PADDING_ID, padded_length

@@ -8,15 +8,6 @@ from jax.sharding import Mesh
 
 from moe_jax.adapters.method import require_language_model
 from moe_jax.checkpoints.adapter_files import SavedAdapter
-from moe_jax.checkpoints.loading import (
-    Adapter,
-    BaseFiles,
-    BaseInMemory,
-    build_model,
-    load_adapters,
-    load_params,
-    open_base,
-)
 from moe_jax.config.model import ComputeConfig, FloatType
 from moe_jax.config.run import MeshConfig
 from moe_jax.data.chat import end_of_turn
@@ -26,6 +17,15 @@ from moe_jax.inference.generator import Generator
 from moe_jax.inference.limits import check_prompts, frequency_switch
 from moe_jax.inference.prompts import Prompt, PromptEncoder, PromptFormat
 from moe_jax.inference.text import GenerationConfig, TextGenerator
+from moe_jax.loaded.model import (
+    Adapter,
+    BaseFiles,
+    BaseInMemory,
+    build_model,
+    load_adapters,
+    load_params,
+    open_base,
+)
 from moe_jax.sharding.mesh import make_mesh
 
 

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.gridspec import GridSpec
 
-from moe_jax.adapters.sites import expert_name
+from moe_jax.adapters.tree import expert_name
 from moe_jax.inspection.report import RoutingReport
 
 _MOST = 2.0

@@ -9,7 +9,18 @@ import numpy as np
 
 from moe_jax.adapters import METHODS
 from moe_jax.checkpoints.adapter_files import SavedAdapter, load_adapter
-from moe_jax.checkpoints.loading import (
+from moe_jax.config.data import Schema, SourceConfig
+from moe_jax.config.model import FloatType, ModelConfig
+from moe_jax.config.parse import FieldError, parse, suggest
+from moe_jax.data.tokenizer import load_tokenizer
+from moe_jax.errors import CheckpointError, ConfigError, DataError
+from moe_jax.hf.resolve import resolve_adapter
+from moe_jax.inspection.forward import Batches, route_rows, routing_sites
+from moe_jax.inspection.pieces import token_pieces
+from moe_jax.inspection.report import RoutedRow, RoutingReport
+from moe_jax.inspection.tally import Tally, merged, tally_tokens
+from moe_jax.inspection.texts import TokenRow, read_texts
+from moe_jax.loaded.model import (
     BaseFiles,
     BaseInMemory,
     build_model,
@@ -17,17 +28,6 @@ from moe_jax.checkpoints.loading import (
     load_params,
     open_base,
 )
-from moe_jax.checkpoints.resolve import resolve_adapter
-from moe_jax.config.data import Schema, SourceConfig
-from moe_jax.config.model import FloatType, ModelConfig
-from moe_jax.config.parse import FieldError, parse, suggest
-from moe_jax.data.tokenizer import load_tokenizer
-from moe_jax.errors import CheckpointError, ConfigError, DataError
-from moe_jax.inspection.forward import Batches, route_rows, routing_sites
-from moe_jax.inspection.pieces import token_pieces
-from moe_jax.inspection.report import RoutedRow, RoutingReport
-from moe_jax.inspection.tally import Tally, merged, tally_tokens
-from moe_jax.inspection.texts import TokenRow, read_texts
 from moe_jax.tasks.task import Task
 
 KEEP_TOKENS = 2000

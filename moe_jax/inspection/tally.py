@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from moe_jax.adapters.token_routing import TokenRouting
+from moe_jax.adapters.routing.token_routing import TokenRouting
 
 
 @dataclasses.dataclass

@@ -65,3 +65,17 @@ def _gated_silu_jvp(
         tangent = weight * up * slope * gate_dot + weight * gate * sigmoid * up_dot
         tangent += gate * up * sigmoid * weight_dot
     return _gated_silu(gate, up, weight), tangent
+
+
+# FIXME docstring of the merged layers.soft_cap:
+# """Keeps scores within bounds, smoothly."""
+
+
+def soft_cap(x: jax.Array, cap: float) -> jax.Array:
+    """`cap tanh(x / cap)`: near x where x is small, never beyond `cap` (arXiv:2408.00118, sec. 2).
+
+    Args:
+      x: any shape, float32.
+      cap: positive.
+    """
+    return cap * jnp.tanh(x / cap)

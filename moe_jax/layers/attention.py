@@ -5,9 +5,9 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from moe_jax.layers.activation import soft_cap
 from moe_jax.layers.blocked_attention import BLOCK, BlockSettings, blocked_attention
 from moe_jax.layers.kv_cache import CachePlace
-from moe_jax.layers.soft_cap import soft_cap
 
 
 def attention_mask(segment_ids: jax.Array) -> jax.Array:

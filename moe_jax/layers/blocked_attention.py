@@ -22,8 +22,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from moe_jax.layers.kept_names import ATTENTION
-from moe_jax.layers.soft_cap import soft_cap
+from moe_jax.layers.activation import soft_cap
+from moe_jax.layers.names import ATTENTION
 
 BLOCK = 256
 """Positions of a block, at most. The scores of 32 heads then take 8 MiB for each row of a batch."""

@@ -20,7 +20,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from moe_jax.layers.collections import CACHE, CACHE_UPDATES
+from moe_jax.layers.names import CACHE, CACHE_UPDATES
 from moe_jax.sharding.axes import BATCH, CACHE_KV_HEADS, HEAD_WIDTH, LENGTH, constrain
 
 _SLOTTED = ("key", "value")

@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from moe_jax.layers.leaf import frozen_leaf
+from moe_jax.layers.frozen import frozen_leaf
 from moe_jax.sharding.axes import NORM
 
 

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
-from moe_jax.layers.head import logits
+from moe_jax.layers.vocabulary import logits
 from moe_jax.sharding.axes import (
     ACTIVATION_EMBED,
     BATCH,

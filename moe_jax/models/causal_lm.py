@@ -6,13 +6,15 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from moe_jax.adapters.rows import Segment, take_rows_of
 from moe_jax.adapters.score_head import Predictions, ScoreHeads, classifying
-from moe_jax.adapters.segments import Segment, take_rows_of
-from moe_jax.adapters.sites import SCORE
+from moe_jax.adapters.tree import SCORE
 from moe_jax.config.model import ComputeConfig, ModelConfig
 from moe_jax.config.parse import located
 from moe_jax.layers.attention import positions_from_segments
-from moe_jax.layers.collections import (
+from moe_jax.layers.frozen import check_storage, storage_of
+from moe_jax.layers.kv_cache import CachePlace
+from moe_jax.layers.names import (
     ADAPTERS,
     CACHE,
     CACHE_UPDATES,
@@ -20,13 +22,10 @@ from moe_jax.layers.collections import (
     ROUTER,
     ROUTING,
 )
-from moe_jax.layers.embedding import TokenEmbedding
-from moe_jax.layers.head import LanguageModelHead, logits
-from moe_jax.layers.kv_cache import CachePlace
 from moe_jax.layers.norm import RMSNorm
 from moe_jax.layers.rope import rotary_tables
-from moe_jax.layers.storage import check_storage, storage_of
 from moe_jax.layers.vocab_loss import token_losses
+from moe_jax.layers.vocabulary import LanguageModelHead, TokenEmbedding, logits
 from moe_jax.models.decoder import DecoderLayer, LayerSettings, TokenContext
 from moe_jax.models.remat import REMAT_POLICIES
 from moe_jax.sharding.axes import LAYERS

@@ -7,19 +7,17 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from moe_jax.adapters.frozen import AdapterContext, FrozenFFN, FrozenProjection
-from moe_jax.adapters.method import Finish
+from moe_jax.adapters.method import AdapterContext, Finish, FrozenFFN, FrozenProjection
 from moe_jax.adapters.projection import AdaptedLinear
-from moe_jax.adapters.segments import Segment, take_rows, update_rows
-from moe_jax.adapters.sites import MOE, module_name
-from moe_jax.adapters.targets import MLP_MODULES
+from moe_jax.adapters.rows import Segment, take_rows, update_rows
+from moe_jax.adapters.tree import MLP_MODULES, MOE, module_name
 from moe_jax.config.model import ComputeConfig, ModelConfig
 from moe_jax.layers.activation import ACTIVATIONS, gated
 from moe_jax.layers.attention import cached_attention, causal_attention
+from moe_jax.layers.frozen import Storage
 from moe_jax.layers.kv_cache import CachePlace, extend_cache, fill_cache
 from moe_jax.layers.norm import RMSNorm
 from moe_jax.layers.rope import apply_rope
-from moe_jax.layers.storage import Storage
 from moe_jax.models.remat import recomputes_experts
 from moe_jax.sharding.axes import (
     EMBED,

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.adapters.method import AdapterMethod
-from moe_jax.adapters.segments import Segment
-from moe_jax.adapters.sites import by_adapter
-from moe_jax.layers.collections import ADAPTERS, PARAMS, ROUTER
+from moe_jax.adapters.rows import Segment
+from moe_jax.adapters.tree import by_adapter
+from moe_jax.layers.names import ADAPTERS, PARAMS, ROUTER
 from moe_jax.models.causal_lm import LlamaForCausalLM
 
 _NAME = "fresh"

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from moe_jax.layers.kept_names import (
+from moe_jax.layers.names import (
     ATTENTION,
     CODES,
     DORA_NORMS,

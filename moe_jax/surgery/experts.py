@@ -2,7 +2,7 @@
 
 Letters: L layers, E experts. All layers have leaves for the largest number of experts of any; in a
 layer with fewer, the experts that it has are the first, and the others are absent (see
-`moe_jax.adapters.mixture`).
+`moe_jax.adapters.mixtures.mixture`).
 """
 
 import dataclasses
@@ -10,13 +10,13 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from moe_jax.adapters.loramoe import LoraMoeConfig
-from moe_jax.adapters.low_rank import LowRankConfig
+from moe_jax.adapters.lora.low_rank import LowRankConfig
 from moe_jax.adapters.method import METHODS
 from moe_jax.adapters.mixlora import MixLoraConfig
-from moe_jax.adapters.mola import MolaConfig
-from moe_jax.adapters.router import Router
-from moe_jax.adapters.sites import MOE
+from moe_jax.adapters.mixtures.loramoe import LoraMoeConfig
+from moe_jax.adapters.mixtures.mola import MolaConfig
+from moe_jax.adapters.routing.router import Router
+from moe_jax.adapters.tree import MOE
 from moe_jax.checkpoints.adapter_files import SavedAdapter
 from moe_jax.checkpoints.leaves import named_leaves
 from moe_jax.config.parse import located

@@ -13,19 +13,19 @@ from pathlib import Path
 
 import numpy as np
 
-from moe_jax.adapters.lora import LoraConfig
-from moe_jax.adapters.targets import TARGET_MODULES
-from moe_jax.checkpoints.base import checked_leaves, read_leaf
-from moe_jax.checkpoints.base_folder import BaseFolder
-from moe_jax.checkpoints.fingerprint import BaseIdentity, base_fingerprint
-from moe_jax.checkpoints.hf_config import read_model_config
-from moe_jax.checkpoints.key_table import Leaf
-from moe_jax.checkpoints.new_folder import require_unused
-from moe_jax.checkpoints.resolve import resolve_checkpoint
-from moe_jax.checkpoints.shards import Shards, listed, open_shards
+from moe_jax.adapters.lora.lora import LoraConfig
+from moe_jax.adapters.tree import TARGET_MODULES
 from moe_jax.config.model import ModelConfig
 from moe_jax.config.parse import located
 from moe_jax.errors import CheckpointError
+from moe_jax.files.new_folder import require_unused
+from moe_jax.hf.config import read_model_config
+from moe_jax.hf.fingerprint import BaseIdentity, base_fingerprint
+from moe_jax.hf.key_table import Leaf
+from moe_jax.hf.load import checked_leaves, read_leaf
+from moe_jax.hf.resolve import resolve_checkpoint
+from moe_jax.hf.shards import Shards, listed, open_shards
+from moe_jax.loaded.base_folder import BaseFolder
 from moe_jax.surgery.experts import Leaves
 from moe_jax.surgery.outcome import SurgeryOutcome, finished, new_adapter, text_rows
 from moe_jax.surgery.truncation import Truncated, relative_error, truncated

@@ -22,8 +22,8 @@ from pathlib import Path
 
 import numpy as np
 
-from moe_jax.adapters.router import Router
-from moe_jax.adapters.routers import SoftRouter, SwitchRouter, TopKRouter, TopPRouter
+from moe_jax.adapters.routing import SoftRouter, SwitchRouter, TopKRouter, TopPRouter
+from moe_jax.adapters.routing.router import Router
 from moe_jax.checkpoints.adapter_files import SavedAdapter
 from moe_jax.config.parse import FieldError
 from moe_jax.surgery.experts import (

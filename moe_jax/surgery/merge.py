@@ -16,10 +16,9 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from moe_jax.adapters.lora import LoraConfig
+from moe_jax.adapters.lora.lora import LoraConfig
 from moe_jax.adapters.mixlora import MixLoraConfig
-from moe_jax.adapters.sites import MOE
-from moe_jax.adapters.targets import ATTENTION_MODULES
+from moe_jax.adapters.tree import ATTENTION_MODULES, MOE
 from moe_jax.checkpoints.adapter_files import SavedAdapter
 from moe_jax.config.parse import FieldError, located, suggest
 from moe_jax.errors import CheckpointError

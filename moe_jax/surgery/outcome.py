@@ -10,15 +10,15 @@ import numpy as np
 
 from moe_jax.adapters.method import METHODS, AdapterMethod, require_language_model
 from moe_jax.checkpoints.adapter_files import SavedAdapter, load_adapter, save_adapter
-from moe_jax.checkpoints.base_folder import BaseFolder, find_base
-from moe_jax.checkpoints.expected_leaves import expected_leaves
-from moe_jax.checkpoints.fingerprint import BaseIdentity
 from moe_jax.checkpoints.leaves import leaf_specs, nested, require_same_leaves
-from moe_jax.checkpoints.measuring import Change, Measuring
-from moe_jax.checkpoints.new_folder import require_unused
-from moe_jax.checkpoints.resolve import resolve_adapter
 from moe_jax.config.model import ModelConfig
 from moe_jax.config.parse import FieldError, located
+from moe_jax.files.new_folder import require_unused
+from moe_jax.hf.fingerprint import BaseIdentity
+from moe_jax.hf.resolve import resolve_adapter
+from moe_jax.loaded.base_folder import BaseFolder, find_base
+from moe_jax.loaded.comparison import Change, Measuring
+from moe_jax.loaded.expected_leaves import expected_leaves
 
 _LENGTH = 512
 _ROUNDING = 1e-7

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from moe_jax.adapters.router import ROUTERS, Router
-from moe_jax.adapters.routers import SwitchRouter, TopKRouter
+from moe_jax.adapters.routing import SwitchRouter, TopKRouter
+from moe_jax.adapters.routing.router import ROUTERS, Router
 from moe_jax.checkpoints.adapter_files import SavedAdapter
 from moe_jax.config.parse import FieldError
 from moe_jax.surgery.experts import (

@@ -11,14 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from moe_jax.adapters.lora import LoraConfig
+from moe_jax.adapters.lora.lora import LoraConfig
 from moe_jax.adapters.method import METHODS
 from moe_jax.adapters.mixlora import MixLoraConfig
-from moe_jax.adapters.mola import MolaConfig
-from moe_jax.adapters.router import ROUTERS, Router
-from moe_jax.adapters.routers import SoftRouter, SwitchRouter, TopKRouter, TopPRouter
-from moe_jax.adapters.sites import MOE
-from moe_jax.adapters.targets import MLP_MODULES, TARGET_MODULES
+from moe_jax.adapters.mixtures.mola import MolaConfig
+from moe_jax.adapters.routing import SoftRouter, SwitchRouter, TopKRouter, TopPRouter
+from moe_jax.adapters.routing.router import ROUTERS, Router
+from moe_jax.adapters.tree import MLP_MODULES, MOE, TARGET_MODULES
 from moe_jax.checkpoints.adapter_files import SavedAdapter
 from moe_jax.config.model import ModelConfig
 from moe_jax.config.parse import FieldError, located, parse_member, suggest

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.adapters.aux_losses import (
+from moe_jax.adapters.routing.losses import (
     ROUTER_LOSSES,
     ImportanceCv,
     LoadBalance,
@@ -15,7 +15,7 @@ from moe_jax.adapters.aux_losses import (
     RouterLoss,
     RouterZ,
 )
-from moe_jax.adapters.statistics import RouterStatistics, SequenceStatistics
+from moe_jax.adapters.routing.statistics import RouterStatistics, SequenceStatistics
 from moe_jax.config.parse import parse
 from moe_jax.errors import ConfigError
 

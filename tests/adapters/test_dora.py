@@ -10,11 +10,10 @@ import tiny_program
 import torch
 from tolerances import FLOAT64_ROUNDING, ROUNDING
 
-from moe_jax.adapters.dora import apply_gains, column_norms
-from moe_jax.adapters.experts import ExpertPairs
-from moe_jax.adapters.frozen import AdapterContext, FrozenProjection
-from moe_jax.adapters.lora import Lora, LoraConfig
-from moe_jax.adapters.low_rank import LowRankConfig
+from moe_jax.adapters.lora.dora import apply_gains, column_norms
+from moe_jax.adapters.lora.lora import Lora, LoraConfig
+from moe_jax.adapters.lora.low_rank import ExpertPairs, LowRankConfig
+from moe_jax.adapters.method import AdapterContext, FrozenProjection
 from moe_jax.models.fresh import fresh_adapter
 from moe_jax.sharding.axes import EMBED, MLP
 

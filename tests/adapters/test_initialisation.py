@@ -10,7 +10,7 @@ import pytest
 import tiny_program
 import torch
 
-from moe_jax.adapters.low_rank import LowRankConfig
+from moe_jax.adapters.lora.low_rank import LowRankConfig
 
 FAN_IN = {"o_proj": 48, "down_proj": 80}  # 48 for every other projection
 SMALL = {"num_layers": 2}

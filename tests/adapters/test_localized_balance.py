@@ -11,15 +11,14 @@ import torch
 from tolerances import GRADIENT_ROUNDING, ROUNDING
 
 from moe_jax.adapters import METHODS
-from moe_jax.adapters.aux_losses import ImportanceCv
-from moe_jax.adapters.localized_balance import LocalizedBalance
-from moe_jax.adapters.router import ABSENT
-from moe_jax.adapters.routers.soft import SoftRouter
-from moe_jax.adapters.statistics import RouterStatistics, router_statistics
+from moe_jax.adapters.routing.losses import ImportanceCv, LocalizedBalance
+from moe_jax.adapters.routing.router import ABSENT
+from moe_jax.adapters.routing.statistics import RouterStatistics, router_statistics
+from moe_jax.adapters.routing.strategies import SoftRouter
 from moe_jax.config.parse import parse, parse_member
 from moe_jax.config.run import parse_run_config
 from moe_jax.errors import ConfigError
-from moe_jax.training.step import forward
+from moe_jax.training.step.step import forward
 
 
 @jax.jit

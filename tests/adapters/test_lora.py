@@ -11,16 +11,16 @@ from hf_models import save_tiny_llama
 from jax.test_util import check_grads
 from tolerances import FLOAT32_LOGITS, FLOAT64_ROUNDING
 
-from moe_jax.adapters.frozen import FrozenProjection
-from moe_jax.adapters.lora import Lora, LoraConfig
-from moe_jax.adapters.low_rank import LowRankConfig
+from moe_jax.adapters.lora.lora import Lora, LoraConfig
+from moe_jax.adapters.lora.low_rank import LowRankConfig
+from moe_jax.adapters.method import FrozenProjection
 from moe_jax.adapters.mixlora import ExpertLoraConfig, MixLoraConfig, MixLoraMLP
-from moe_jax.adapters.routers import TopKRouter
-from moe_jax.adapters.segments import Segment
-from moe_jax.adapters.sites import to_collection
-from moe_jax.checkpoints.base import load_base
-from moe_jax.checkpoints.hf_config import read_model_config
+from moe_jax.adapters.routing import TopKRouter
+from moe_jax.adapters.rows import Segment
+from moe_jax.adapters.tree import to_collection
 from moe_jax.config.model import ComputeConfig
+from moe_jax.hf.config import read_model_config
+from moe_jax.hf.load import load_base
 from moe_jax.models.causal_lm import LlamaForCausalLM
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")

@@ -13,13 +13,13 @@ import torch
 from hf_models import save_tiny_llama
 from tolerances import FLOAT32_LOGITS, GRADIENT_ROUNDING, ROUNDING
 
-from moe_jax.adapters.lora import LoraConfig
-from moe_jax.adapters.segments import Segment
-from moe_jax.adapters.sites import to_collection
-from moe_jax.checkpoints.base import load_base
-from moe_jax.checkpoints.hf_config import read_model_config
+from moe_jax.adapters.lora.lora import LoraConfig
+from moe_jax.adapters.rows import Segment
+from moe_jax.adapters.tree import to_collection
 from moe_jax.config.model import ComputeConfig
 from moe_jax.data.batch import Batch
+from moe_jax.hf.config import read_model_config
+from moe_jax.hf.load import load_base
 from moe_jax.models.causal_lm import LlamaForCausalLM
 
 TARGETS = tiny_program.ALL_TARGETS

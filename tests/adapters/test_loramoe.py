@@ -11,10 +11,10 @@ import tiny_program
 from tolerances import ROUNDING
 
 from moe_jax.adapters import METHODS, LoraMoeConfig
-from moe_jax.adapters.frozen import AdapterContext, FrozenProjection
-from moe_jax.adapters.low_rank import LowRankConfig
-from moe_jax.adapters.mixture import ProjectionMixture
-from moe_jax.adapters.routers.soft import SoftRouter
+from moe_jax.adapters.lora.low_rank import LowRankConfig
+from moe_jax.adapters.method import AdapterContext, FrozenProjection
+from moe_jax.adapters.mixtures.mixture import ProjectionMixture
+from moe_jax.adapters.routing.strategies import SoftRouter
 from moe_jax.config.parse import parse_member
 from moe_jax.errors import ConfigError
 

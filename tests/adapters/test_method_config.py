@@ -7,11 +7,11 @@ import pytest
 import tiny_program
 
 from moe_jax.adapters import METHODS, LoraConfig, MixLoraConfig
-from moe_jax.adapters.lora import Lora
-from moe_jax.adapters.low_rank import LowRankConfig
+from moe_jax.adapters.lora.lora import Lora
+from moe_jax.adapters.lora.low_rank import LowRankConfig
 from moe_jax.adapters.method import AdapterMethod
 from moe_jax.adapters.mixlora import MixLoraMLP
-from moe_jax.adapters.routers import TopKRouter
+from moe_jax.adapters.routing import TopKRouter
 from moe_jax.config.parse import parse
 from moe_jax.errors import ConfigError
 

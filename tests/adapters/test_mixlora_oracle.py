@@ -10,8 +10,8 @@ from hf_models import save_tiny_llama
 from tolerances import GRADIENT_ROUNDING
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-from moe_jax.checkpoints.base import load_base
-from moe_jax.checkpoints.hf_config import read_model_config
+from moe_jax.hf.config import read_model_config
+from moe_jax.hf.load import load_base
 
 COEFFICIENTS = {"load_balance": 0.05, "importance_cv": 0.03, "router_z": 0.02}
 

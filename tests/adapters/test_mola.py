@@ -7,7 +7,7 @@ import pytest
 import tiny_program
 
 from moe_jax.adapters import METHODS
-from moe_jax.adapters.routers.top_k import TopKRouter
+from moe_jax.adapters.routing.strategies import TopKRouter
 from moe_jax.config.parse import parse_member
 from moe_jax.errors import ConfigError
 

@@ -13,14 +13,14 @@ import pytest
 import tiny_program
 
 from moe_jax.adapters import METHODS
-from moe_jax.adapters.aux_losses import ROUTER_LOSSES, RouterLoss
-from moe_jax.adapters.leaf import adapter_leaf
 from moe_jax.adapters.method import AdapterMethod
-from moe_jax.adapters.router import ROUTERS, Router, Routing
+from moe_jax.adapters.routing.losses import ROUTER_LOSSES, RouterLoss
+from moe_jax.adapters.routing.router import ROUTERS, Router, Routing
+from moe_jax.adapters.tree import adapter_leaf
 from moe_jax.checkpoints.adapter_files import SavedAdapter, load_adapter, save_adapter
-from moe_jax.checkpoints.fingerprint import BaseIdentity
 from moe_jax.config.parse import parse_member, require
 from moe_jax.errors import ConfigError
+from moe_jax.hf.fingerprint import BaseIdentity
 
 
 class Rescale(nn.Module):

@@ -10,7 +10,7 @@ import pytest
 import tiny_program
 from tolerances import GRADIENT_ROUNDING
 
-from moe_jax.adapters.frozen import AdapterContext
+from moe_jax.adapters.method import AdapterContext
 from moe_jax.config.model import ComputeConfig
 from moe_jax.models.remat import REMAT_POLICIES
 

@@ -8,8 +8,8 @@ import tiny_program
 from tolerances import ROUNDING
 
 from moe_jax.adapters.mixlora import MixLoraConfig, MixLoraMLP
-from moe_jax.adapters.router import RouterLogits, Routing
-from moe_jax.adapters.routers import TopKRouter
+from moe_jax.adapters.routing import TopKRouter
+from moe_jax.adapters.routing.router import RouterLogits, Routing
 
 RNG = np.random.default_rng(0)
 

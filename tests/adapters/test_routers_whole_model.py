@@ -16,15 +16,15 @@ from adapted_ffn import NAME, mixlora
 from hf_models import save_tiny_llama
 from tolerances import FLOAT32_LOGITS, GRADIENT_ROUNDING
 
-from moe_jax.adapters.segments import Segment
-from moe_jax.adapters.sites import to_collection
-from moe_jax.adapters.statistics import collect_statistics
-from moe_jax.checkpoints.base import load_base
-from moe_jax.checkpoints.hf_config import read_model_config
+from moe_jax.adapters.routing.statistics import collect_statistics
+from moe_jax.adapters.rows import Segment
+from moe_jax.adapters.tree import to_collection
 from moe_jax.config.model import ComputeConfig
+from moe_jax.hf.config import read_model_config
+from moe_jax.hf.load import load_base
 from moe_jax.models.causal_lm import LlamaForCausalLM
 from moe_jax.models.fresh import fresh_adapter
-from moe_jax.training.routing import routing_summary
+from moe_jax.training.step.router_metrics import routing_summary
 
 SITE = "mlp/moe"
 

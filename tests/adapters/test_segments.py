@@ -4,8 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.adapters.lora import LoraConfig
-from moe_jax.adapters.segments import Segment, segments_of, take_rows, update_rows
+from moe_jax.adapters.lora.lora import LoraConfig
+from moe_jax.adapters.rows import Segment, segments_of, take_rows, update_rows
 
 METHOD = LoraConfig(rank=2, alpha=4.0, target_modules=("q_proj",))
 OTHER = LoraConfig(rank=3, alpha=4.0, target_modules=("q_proj",))

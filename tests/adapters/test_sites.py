@@ -6,8 +6,8 @@ import pytest
 import tiny_program
 
 from moe_jax.adapters import METHODS
-from moe_jax.adapters.segments import segments_of
-from moe_jax.adapters.sites import by_adapter, to_collection
+from moe_jax.adapters.rows import segments_of
+from moe_jax.adapters.tree import by_adapter, to_collection
 from moe_jax.config.model import ComputeConfig
 from moe_jax.config.parse import parse_member
 from moe_jax.models.causal_lm import LlamaForCausalLM

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from adapted_ffn import mixlora
 
-from moe_jax.adapters.routers import SoftRouter
+from moe_jax.adapters.routing import SoftRouter
 from moe_jax.errors import ConfigError
 
 

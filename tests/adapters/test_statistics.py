@@ -11,13 +11,13 @@ import pytest
 import tiny_program
 
 from moe_jax.adapters import METHODS
-from moe_jax.adapters.routers import TopKRouter
-from moe_jax.adapters.segments import segments_of
-from moe_jax.adapters.statistics import collect_statistics, router_statistics
+from moe_jax.adapters.routing import TopKRouter
+from moe_jax.adapters.routing.statistics import collect_statistics, router_statistics
+from moe_jax.adapters.rows import segments_of
 from moe_jax.config.model import ComputeConfig
 from moe_jax.config.parse import parse_member
 from moe_jax.models.causal_lm import LlamaForCausalLM
-from moe_jax.training.step import _router_terms
+from moe_jax.training.step.step import _router_terms
 
 PROBABILITIES = np.array([[0.5, 0.3, 0.2], [0.1, 0.1, 0.8], [0.9, 0.05, 0.05]])
 LOG_PARTITION = np.array([[2.0], [-1.0], [7.0]])

@@ -10,8 +10,8 @@ import tiny_program
 from adapted_ffn import AdaptedFFN, llama_mlp, mixlora, random_input
 from tolerances import FEW_OPERATIONS, FEW_OPERATIONS_GRADIENT, ROUNDING
 
-from moe_jax.adapters.routers import SwitchRouter
-from moe_jax.adapters.statistics import router_statistics
+from moe_jax.adapters.routing import SwitchRouter
+from moe_jax.adapters.routing.statistics import router_statistics
 from moe_jax.errors import ConfigError
 
 # Which expert each of eight tokens chooses, with probability 0.7, and 0.3 shared by the others.

@@ -8,10 +8,11 @@ import pytest
 import tiny_program
 from tolerances import ROUNDING
 
-from moe_jax.adapters import METHODS, mixlora, mixture
-from moe_jax.adapters.sites import to_collection
-from moe_jax.adapters.statistics import collect_statistics
-from moe_jax.adapters.token_routing import collect_routing
+from moe_jax.adapters import METHODS, mixlora
+from moe_jax.adapters.mixtures import mixture
+from moe_jax.adapters.routing.statistics import collect_statistics
+from moe_jax.adapters.routing.token_routing import collect_routing
+from moe_jax.adapters.tree import to_collection
 from moe_jax.config.parse import parse_member
 
 _FFN = {**tiny_program.MIXLORA, "losses": {}}

@@ -7,7 +7,7 @@ import pytest
 from adapted_ffn import mixlora
 from tolerances import ROUNDING
 
-from moe_jax.adapters.routers import SoftRouter, TopKRouter, TopPRouter
+from moe_jax.adapters.routing import SoftRouter, TopKRouter, TopPRouter
 from moe_jax.errors import ConfigError
 
 RNG = np.random.default_rng(0)

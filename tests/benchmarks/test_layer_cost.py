@@ -53,7 +53,7 @@ def test_experts_cost_what_lora_of_their_size_costs(rows):
 def test_every_method_and_router_is_in_the_table():
     # By their words in the table; `lora` is there twice, plain and with DoRA.
     from moe_jax.adapters import METHODS as REGISTERED
-    from moe_jax.adapters.routers import ROUTERS
+    from moe_jax.adapters.routing import ROUTERS
 
     words = {re.sub(r"[^a-z]", "", name.lower()) for name in METHODS}
     ours = {n for n in REGISTERED if REGISTERED[n].__module__.startswith("moe_jax.")}

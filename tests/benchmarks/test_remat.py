@@ -11,7 +11,7 @@ from tolerances import COMPILED_BYTES, COMPILED_COUNTS
 
 from benchmarks import remat
 from benchmarks.remat import COLUMNS, POLICIES, StepCost, step_cost
-from moe_jax.layers.head import logits
+from moe_jax.layers.vocabulary import logits
 from moe_jax.models import causal_lm
 
 TABLE = Path(__file__).parents[2] / "benchmarks" / "remat.md"

@@ -22,7 +22,7 @@ from benchmarks.training_steps import needed_flops
 from moe_jax.config.model import ComputeConfig
 from moe_jax.layers.quantized import dense_kernel
 from moe_jax.models.causal_lm import LlamaForCausalLM
-from moe_jax.training.plan import parameter_count
+from moe_jax.training.records.plan import parameter_count
 
 ROOT = Path(__file__).parents[2]
 ROWS, LENGTH = 4, 16

@@ -18,11 +18,11 @@ from moe_jax.checkpoints.adapter_files import (
     load_adapter,
     save_adapter,
 )
-from moe_jax.checkpoints.fingerprint import BaseIdentity
 from moe_jax.checkpoints.leaves import named_leaves
 from moe_jax.config.model import ModelConfig, RopeConfig
 from moe_jax.config.parse import parse_member
 from moe_jax.errors import CheckpointError, TrainingError
+from moe_jax.hf.fingerprint import BaseIdentity
 
 MODEL = ModelConfig(
     vocab_size=10,

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.checkpoints.disk import disk_errors
 from moe_jax.checkpoints.store import TrainingStore, latest_step
 from moe_jax.errors import CheckpointError
+from moe_jax.files.disk import disk_errors
 
 # Text of TensorStore 0.1, as a write in the background raised it on a full disk.
 TENSORSTORE_TEXT = (

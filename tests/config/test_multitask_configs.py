@@ -6,10 +6,10 @@ import jax
 import pytest
 
 from moe_jax.adapters import METHODS
-from moe_jax.checkpoints.hf_config import model_config_from_hf, read_model_config
 from moe_jax.config.run import parse_run_config
 from moe_jax.errors import ConfigError
-from moe_jax.training.program import build_program
+from moe_jax.hf.config import model_config_from_hf, read_model_config
+from moe_jax.training.step.program import build_program
 
 NAMES = ("llama7b_mixlora_multitask", "tiny_multitask")
 

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from moe_jax.adapters import METHODS, LoraConfig, MixLoraConfig
-from moe_jax.adapters.aux_losses import LoadBalance
 from moe_jax.adapters.mixlora import ExpertLoraConfig
-from moe_jax.adapters.routers import TopKRouter
+from moe_jax.adapters.routing import TopKRouter
+from moe_jax.adapters.routing.losses import LoadBalance
 from moe_jax.config.model import ComputeConfig, ModelConfig, RopeConfig
 from moe_jax.config.optimizer import ScheduleConfig
 from moe_jax.config.parse import parse

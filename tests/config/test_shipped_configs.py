@@ -7,9 +7,9 @@ import jax
 import pytest
 
 from moe_jax.adapters import METHODS
-from moe_jax.checkpoints.hf_config import model_config_from_hf
 from moe_jax.config.run import RunConfig, parse_run_config
-from moe_jax.training.program import build_program
+from moe_jax.hf.config import model_config_from_hf
+from moe_jax.training.step.program import build_program
 
 NAMES = sorted(path.stem for path in (Path(__file__).parents[2] / "configs").glob("*.py"))
 

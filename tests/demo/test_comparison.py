@@ -10,7 +10,6 @@ import pytest
 import scipy.stats
 
 from moe_jax.adapters import METHODS
-from moe_jax.checkpoints.hf_config import read_model_config
 from moe_jax.config.run import parse_run_config
 from moe_jax.data.pipeline import load_train_data
 from moe_jax.data.tokenizer import load_tokenizer
@@ -18,8 +17,9 @@ from moe_jax.demo.comparison import Answers, Comparison
 from moe_jax.demo.corpus import write_corpus
 from moe_jax.demo.paired import Spread, chance, spread, verdict
 from moe_jax.demo.score import Score
-from moe_jax.training.plan import parameter_count
-from moe_jax.training.program import build_program
+from moe_jax.hf.config import read_model_config
+from moe_jax.training.records.plan import parameter_count
+from moe_jax.training.step.program import build_program
 
 
 def answers(method, table):

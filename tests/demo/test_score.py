@@ -7,15 +7,15 @@ from tolerances import FLOAT32_LOGITS
 from transformers import AutoModelForCausalLM
 
 from moe_jax.adapters.mixlora import MixLoraConfig
-from moe_jax.adapters.routers import TopKRouter
-from moe_jax.adapters.segments import Segment
-from moe_jax.adapters.sites import by_adapter
-from moe_jax.checkpoints.base import load_base
-from moe_jax.checkpoints.hf_config import read_model_config
+from moe_jax.adapters.routing import TopKRouter
+from moe_jax.adapters.rows import Segment
+from moe_jax.adapters.tree import by_adapter
 from moe_jax.config.model import ComputeConfig
 from moe_jax.data.batch import Batch
 from moe_jax.demo.checkpoint import write_checkpoint
 from moe_jax.demo.score import Scorer
+from moe_jax.hf.config import read_model_config
+from moe_jax.hf.load import load_base
 from moe_jax.models.causal_lm import LlamaForCausalLM
 
 QUESTION, ANSWER = 5, 3

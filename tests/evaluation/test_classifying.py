@@ -15,7 +15,7 @@ from moe_jax.data.texts import encode_texts
 from moe_jax.data.tokenizer import load_tokenizer
 from moe_jax.errors import ConfigError, DataError
 from moe_jax.evaluation.run import evaluate
-from moe_jax.training.loop import train
+from moe_jax.training.run.loop import train
 
 RNG = np.random.default_rng(0)
 

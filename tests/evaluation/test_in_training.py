@@ -18,15 +18,16 @@ from tolerances import ROUNDING
 from xla_flags import xla_flags
 
 from moe_jax.adapters import METHODS
-from moe_jax.checkpoints.hf_config import read_model_config
 from moe_jax.checkpoints.training_record import read_record
 from moe_jax.config.run import parse_run_config
 from moe_jax.demo.tasks import write_tasks
 from moe_jax.errors import UserError
 from moe_jax.evaluation.in_training import OnTasks
 from moe_jax.evaluation.scorer import Scorer
+from moe_jax.hf.config import read_model_config
 from moe_jax.sharding.mesh import make_mesh
-from moe_jax.training import inputs, loop, program
+from moe_jax.training.run import inputs, loop
+from moe_jax.training.step import program
 
 TASKS = ("colour", "opposite")
 STEPS, EVERY, FEW, LIMIT = 4, 2, 5, 12

@@ -18,7 +18,7 @@ from tolerances import FLOAT32_LOGITS, ROUNDING
 from xla_flags import xla_flags
 
 import moe_jax
-from moe_jax.adapters.routers import SwitchRouter
+from moe_jax.adapters.routing import SwitchRouter
 from moe_jax.config.run import MeshConfig
 from moe_jax.demo.tokenizer import save_tokenizer, train_tokenizer
 from moe_jax.errors import UserError

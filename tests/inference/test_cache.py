@@ -11,9 +11,9 @@ import tiny_program
 from tolerances import FLOAT32_LOGITS
 
 from moe_jax.adapters import METHODS
-from moe_jax.adapters.no_adapter import NoAdapter
-from moe_jax.adapters.segments import Segment
-from moe_jax.adapters.sites import to_collection
+from moe_jax.adapters.method import NoAdapter
+from moe_jax.adapters.rows import Segment
+from moe_jax.adapters.tree import to_collection
 from moe_jax.config.model import ComputeConfig, RopeConfig
 from moe_jax.config.parse import parse_member
 from moe_jax.layers.kv_cache import CachePlace, updated

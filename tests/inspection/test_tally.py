@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from tolerances import FEW_OPERATIONS, FLOAT64_ROUNDING
 
-from moe_jax.adapters.token_routing import TokenRouting
+from moe_jax.adapters.routing.token_routing import TokenRouting
 from moe_jax.inspection.tally import merged, specialisation, tally_tokens
 
 

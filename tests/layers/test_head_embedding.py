@@ -8,10 +8,8 @@ import pytest
 import torch
 from tolerances import ROUNDING
 
-from moe_jax.layers.embedding import TokenEmbedding
-from moe_jax.layers.head import LanguageModelHead, logits
-from moe_jax.layers.projection import FrozenLinear
-from moe_jax.layers.storage import storage_of
+from moe_jax.layers.frozen import FrozenLinear, storage_of
+from moe_jax.layers.vocabulary import LanguageModelHead, TokenEmbedding, logits
 
 RNG = np.random.default_rng(0)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers.models.gemma.modeling_gemma import GemmaTextScaledWordEmbedding
 
-from moe_jax.layers.embedding import TokenEmbedding
+from moe_jax.layers.vocabulary import TokenEmbedding
 
 WIDTH = 3072  # sqrt(3072) = 55.43 is 55.5 in bfloat16
 TOKENS = np.array([[3, 3, 0], [9, 1, 2]])

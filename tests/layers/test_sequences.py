@@ -4,7 +4,7 @@ import jax
 import numpy as np
 from tolerances import ROUNDING
 
-from moe_jax.layers.sequences import sequence_bounds, sequence_sums
+from moe_jax.layers.tokens import sequence_bounds, sequence_sums
 
 # Several sequences, one of a single token; padding on the right, on the left, and all of a row.
 IDS = np.array(

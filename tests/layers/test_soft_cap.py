@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.layers.soft_cap import soft_cap
+from moe_jax.layers.activation import soft_cap
 
 
 def test_by_hand():

@@ -19,8 +19,8 @@ from tolerances import (
 
 from moe_jax.config.run import MeshConfig
 from moe_jax.layers import vocab_loss
-from moe_jax.layers.head import logits
 from moe_jax.layers.vocab_loss import chunk_positions, token_losses
+from moe_jax.layers.vocabulary import logits
 from moe_jax.sharding.mesh import make_mesh
 from moe_jax.sharding.rules import BATCH_SPEC, RULES
 

@@ -16,16 +16,16 @@ from hf_models import merge_lora, tiny_model
 from tiny_program import ALL_TARGETS
 from tolerances import FLOAT32_LOGITS
 
-from moe_jax.adapters.lora import LoraConfig
+from moe_jax.adapters.lora.lora import LoraConfig
 from moe_jax.adapters.mixlora import MixLoraConfig
-from moe_jax.adapters.segments import Segment
-from moe_jax.adapters.sites import to_collection
-from moe_jax.checkpoints.base import abstract_base, load_base
-from moe_jax.checkpoints.hf_config import read_model_config
-from moe_jax.checkpoints.key_table import hf_tensors
+from moe_jax.adapters.rows import Segment
+from moe_jax.adapters.tree import to_collection
 from moe_jax.config.model import ComputeConfig, ModelConfig
 from moe_jax.config.parse import parse
 from moe_jax.config.run import MeshConfig
+from moe_jax.hf.config import read_model_config
+from moe_jax.hf.key_table import hf_tensors
+from moe_jax.hf.load import abstract_base, load_base
 from moe_jax.models.causal_lm import LlamaForCausalLM
 from moe_jax.models.fresh import fresh_adapter
 from moe_jax.sharding.mesh import make_mesh

@@ -7,7 +7,7 @@ import pytest
 import tiny_program
 
 from moe_jax.adapters import METHODS
-from moe_jax.adapters.segments import segments_of
+from moe_jax.adapters.rows import segments_of
 from moe_jax.config.model import ComputeConfig
 from moe_jax.config.parse import parse_member
 from moe_jax.models.causal_lm import LlamaForCausalLM

@@ -8,9 +8,9 @@ import torch
 from hf_models import save_tiny_llama
 from tolerances import FLOAT32_LOGITS
 
-from moe_jax.checkpoints.base import load_base
-from moe_jax.checkpoints.hf_config import read_model_config
 from moe_jax.config.model import ComputeConfig
+from moe_jax.hf.config import read_model_config
+from moe_jax.hf.load import load_base
 from moe_jax.models.causal_lm import LlamaForCausalLM
 
 LENGTH = 24

@@ -7,12 +7,12 @@ from hf_models import tiny_model
 from tiny_program import ALL_TARGETS
 from tolerances import FLOAT32_LOGITS, GRADIENT_ROUNDING
 
-from moe_jax.adapters.lora import LoraConfig
-from moe_jax.adapters.segments import Segment
-from moe_jax.adapters.sites import to_collection
-from moe_jax.checkpoints.base import load_base
-from moe_jax.checkpoints.hf_config import read_model_config
+from moe_jax.adapters.lora.lora import LoraConfig
+from moe_jax.adapters.rows import Segment
+from moe_jax.adapters.tree import to_collection
 from moe_jax.config.model import ComputeConfig
+from moe_jax.hf.config import read_model_config
+from moe_jax.hf.load import load_base
 from moe_jax.layers import attention
 from moe_jax.models.causal_lm import LlamaForCausalLM
 from moe_jax.models.fresh import fresh_adapter

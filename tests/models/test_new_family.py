@@ -11,21 +11,21 @@ from hf_models import tiny_model
 from safetensors.numpy import save_file
 from tolerances import FLOAT32_LOGITS
 
-from moe_jax.checkpoints.base import load_base
-from moe_jax.checkpoints.families import FAMILIES, model_family
-from moe_jax.checkpoints.hf_config import model_config_from_hf, read_model_config
-from moe_jax.checkpoints.key_table import hf_tensors
 from moe_jax.config.model import ComputeConfig
 from moe_jax.errors import CheckpointError
+from moe_jax.hf.config import model_config_from_hf, read_model_config
+from moe_jax.hf.families import FAMILIES, model_family
+from moe_jax.hf.key_table import hf_tensors
+from moe_jax.hf.load import load_base
 from moe_jax.models.causal_lm import LlamaForCausalLM
 
 # A Qwen3 by other names: fields and tensors are renamed, and two projections stored as one.
 FAMILY = '''
 """Quill: tensors under `decoder`, and up and gate in one, in this order."""
 
-from moe_jax.checkpoints.families import model_family
-from moe_jax.checkpoints.families.fields import known_activation
-from moe_jax.checkpoints.families.weights import WeightRule
+from moe_jax.hf.families import model_family
+from moe_jax.hf.families.fields import known_activation
+from moe_jax.hf.families.weights import WeightRule
 from moe_jax.config.model import ModelConfig, RopeConfig
 
 NAMES = {

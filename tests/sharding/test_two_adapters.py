@@ -9,7 +9,7 @@ import pytest
 import tiny_program
 from tolerances import GRADIENT_ROUNDING, ROUNDING
 
-from moe_jax.adapters.segments import segments_of
+from moe_jax.adapters.rows import segments_of
 
 TARGETS = ("q_proj", "up_proj", "down_proj")
 METHODS = {

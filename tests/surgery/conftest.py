@@ -15,7 +15,7 @@ from whole_models import adapter_of, saved_base
 import moe_jax
 from moe_jax.checkpoints.adapter_files import SavedAdapter
 from moe_jax.checkpoints.leaves import named_leaves
-from moe_jax.checkpoints.measuring import Change
+from moe_jax.loaded.comparison import Change
 from moe_jax.surgery import outcome
 
 

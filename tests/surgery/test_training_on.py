@@ -13,8 +13,8 @@ from moe_jax import surgery
 from moe_jax.checkpoints.adapter_files import save_adapter
 from moe_jax.checkpoints.training_record import read_record
 from moe_jax.demo.checkpoint import write_checkpoint
-from moe_jax.training.inputs import read_inputs
-from moe_jax.training.loop import train
+from moe_jax.training.run.inputs import read_inputs
+from moe_jax.training.run.loop import train
 
 LORA = "adapters__lora__"
 UP = "adapters__up__"

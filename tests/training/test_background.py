@@ -5,7 +5,7 @@ import threading
 import pytest
 
 from moe_jax.errors import CheckpointError
-from moe_jax.training.background import Background
+from moe_jax.training.run.background import Background
 
 
 def fail():

@@ -11,10 +11,10 @@ from torch_oracle import attach, gradients
 from transformers import LlamaForSequenceClassification
 
 import moe_jax
-from moe_jax.checkpoints.base import load_base
-from moe_jax.checkpoints.hf_config import read_model_config
 from moe_jax.config.classification import ClassificationConfig
-from moe_jax.training.rows import join_rows
+from moe_jax.hf.config import read_model_config
+from moe_jax.hf.load import load_base
+from moe_jax.training.step.micro_batches import join_rows
 
 SIZES = {"hidden_size": 32, "intermediate_size": 56, "num_hidden_layers": 2}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}

@@ -11,10 +11,10 @@ import pytest
 import tiny_program
 
 from moe_jax.adapters import METHODS
-from moe_jax.checkpoints.hf_config import model_config_from_hf
 from moe_jax.config.run import parse_run_config
-from moe_jax.training.plan import describe_plan, memory_plan
-from moe_jax.training.program import build_program
+from moe_jax.hf.config import model_config_from_hf
+from moe_jax.training.records.plan import describe_plan, memory_plan
+from moe_jax.training.step.program import build_program
 
 # Widths that occur in no adapter, so that a product of a frozen kernel's shape is recognised.
 _CONFIG = {"hidden_size": 48, "intermediate_size": 112, "num_heads": 5, "num_kv_heads": 5}

@@ -6,7 +6,7 @@ from one_device import one_device
 from tiny_run import final_adapter, metric_lines, read_config, write_inputs
 from tolerances import ROUNDING
 
-from moe_jax.training.loop import train
+from moe_jax.training.run.loop import train
 
 # No two of them have the same data, row length, batch size, length of training, optimiser,
 # schedule or seed. Dropout is off, and a large epsilon keeps rounding of gradients near zero small.

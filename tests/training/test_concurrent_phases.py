@@ -12,11 +12,11 @@ from tolerances import GRADIENT_ROUNDING
 
 from moe_jax.checkpoints.leaves import named_leaves
 from moe_jax.errors import ConfigError
-from moe_jax.training import program as program_module
-from moe_jax.training import step
-from moe_jax.training.loop import train
-from moe_jax.training.phases import phase_after, phases_of
-from moe_jax.training.state import carried_over
+from moe_jax.training.run.loop import train
+from moe_jax.training.run.phases import phase_after, phases_of
+from moe_jax.training.step import program as program_module
+from moe_jax.training.step import step
+from moe_jax.training.step.state import carried_over
 
 MODEL = tiny_program.model_config(
     num_layers=1, hidden_size=16, intermediate_size=24, num_heads=2, num_kv_heads=2

@@ -10,7 +10,7 @@ from tiny_run import final_adapter, metric_lines, write_inputs
 import moe_jax
 from moe_jax.config.command_line import load_config_file
 from moe_jax.data import pipeline
-from moe_jax.training.results import AdapterReport, table_lines, write_table
+from moe_jax.training.records.results import AdapterReport, table_lines, write_table
 
 SWEEP = """
 

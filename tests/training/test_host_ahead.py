@@ -17,11 +17,12 @@ from moe_jax.checkpoints.adapter_files import read_description
 from moe_jax.checkpoints.store import TrainingStore, latest_step, read_metadata
 from moe_jax.commands.compilation_cache import keep_compiled_programs
 from moe_jax.errors import CheckpointError, DataError, TrainingError, UserError
-from moe_jax.training import recorder, session
-from moe_jax.training.loop import train
-from moe_jax.training.program import Program
-from moe_jax.training.recorder import Recorder
-from moe_jax.training.session import TrainingSession
+from moe_jax.training.records import recorder
+from moe_jax.training.records.recorder import Recorder
+from moe_jax.training.run import session
+from moe_jax.training.run.loop import train
+from moe_jax.training.run.session import TrainingSession
+from moe_jax.training.step.program import Program
 
 STEPS, AHEAD, MEASURED_EVERY = 16, 4, 8
 OVERRIDES = {

@@ -12,7 +12,7 @@ from tiny_run import read_config, write_inputs
 from transformers import PreTrainedTokenizerFast
 
 from moe_jax.errors import CheckpointError, ConfigError, DataError
-from moe_jax.training.inputs import devices_in_use, read_inputs
+from moe_jax.training.run.inputs import devices_in_use, read_inputs
 
 DATA = "adapters__default__data"
 
@@ -174,7 +174,7 @@ def test_processes_are_not_forked_beside_jax(inputs):
 
 FRESH = """
 import jax
-from moe_jax.training.inputs import devices_in_use
+from moe_jax.training.run.inputs import devices_in_use
 assert [devices_in_use(), devices_in_use()] == [False, False]
 assert jax.device_count() == 8
 assert devices_in_use()

@@ -12,8 +12,8 @@ from tiny_run import Run, final_adapter, metric_lines, write_inputs
 from tolerances import FLOAT32_LOGITS, ROUNDING
 
 from moe_jax.checkpoints.adapter_files import load_adapter
-from moe_jax.checkpoints.fingerprint import base_fingerprint
 from moe_jax.checkpoints.store import TrainingStore
+from moe_jax.hf.fingerprint import base_fingerprint
 
 # Twice the adapter, each with data of its own; nothing random besides initialisation and order.
 TWO_ADAPTERS = """

@@ -11,7 +11,7 @@ from tolerances import ROUNDING
 
 from moe_jax.config.optimizer import OptimizerConfig, ScheduleConfig
 from moe_jax.errors import ConfigError
-from moe_jax.training.optimizer import build_optimizer
+from moe_jax.training.step.optimizer import build_optimizer
 
 CONSTANT = ScheduleConfig(kind="constant")
 BASE = {"kernel": np.zeros((2, 3), np.float32)}

@@ -7,7 +7,7 @@ import torch
 from tolerances import ROUNDING
 
 from moe_jax.data.batch import Batch
-from moe_jax.training.loss import row_losses, target_count
+from moe_jax.training.step.loss import row_losses, target_count
 
 RNG = np.random.default_rng(0)
 

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.training.loss_scale import GROWTH_INTERVAL, LossScale, initial_loss_scale, updated
+from moe_jax.training.step.loss_scale import GROWTH_INTERVAL, LossScale, initial_loss_scale, updated
 
 
 @pytest.mark.parametrize(

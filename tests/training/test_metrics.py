@@ -12,7 +12,7 @@ from tensorboardX.proto.event_pb2 import Event
 
 from moe_jax.config.run import LoggingConfig
 from moe_jax.errors import CheckpointError, ConfigError
-from moe_jax.training.metrics import (
+from moe_jax.training.records.metrics import (
     JsonLines,
     PendingMetrics,
     Window,

@@ -14,7 +14,7 @@ import transformers
 from tolerances import ROUNDING
 
 from moe_jax.config.optimizer import OptimizerConfig, ScheduleConfig
-from moe_jax.training.optimizer import (
+from moe_jax.training.step.optimizer import (
     build_optimizer,
     decay_mask,
     finite_check_state,

@@ -9,12 +9,12 @@ import pytest
 import tiny_program
 from tolerances import FEW_OPERATIONS, GRADIENT_ROUNDING, ROUNDING
 
-from moe_jax.adapters.segments import segments_of
+from moe_jax.adapters.rows import segments_of
 from moe_jax.data.batch import Batch
 from moe_jax.data.collate import Row, pack_rows, pad_rows
-from moe_jax.training.loss import row_losses
-from moe_jax.training.rows import join_rows
-from moe_jax.training.step import forward
+from moe_jax.training.step.loss import row_losses
+from moe_jax.training.step.micro_batches import join_rows
+from moe_jax.training.step.step import forward
 
 MODEL = tiny_program.model_config(
     num_layers=2, hidden_size=32, intermediate_size=56, num_heads=4, num_kv_heads=2,

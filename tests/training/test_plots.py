@@ -4,9 +4,9 @@ import math
 
 import numpy as np
 
-from moe_jax.adapters.lora import LoraConfig
+from moe_jax.adapters.lora.lora import LoraConfig
 from moe_jax.config.classification import ClassificationConfig
-from moe_jax.training.plots import draw_run, expert_map, loss_curves, loss_unit
+from moe_jax.training.records.plots import draw_run, expert_map, loss_curves, loss_unit
 
 
 def test_each_loss_is_a_line(tmp_path):

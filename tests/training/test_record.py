@@ -3,7 +3,7 @@
 import pytest
 
 from moe_jax.config.data import SourceConfig
-from moe_jax.training.record import data_set, last_accuracies, last_metrics
+from moe_jax.training.records.record import data_set, last_accuracies, last_metrics
 
 LINES = [  # the latest first
     {"step": 9, "x/loss": None, "validation/xy/a/loss": 7.0, "validation/xy/a/f1": 0.7},

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import tiny_program
 
-from moe_jax.adapters.statistics import RouterStatistics
-from moe_jax.training.routing import routing_summary, row_places
+from moe_jax.adapters.routing.statistics import RouterStatistics
+from moe_jax.training.step.router_metrics import routing_summary, row_places
 
 
 def _layer(tokens, load, entropy=0.0, present=(1, 1, 1, 1), routed=1, overflow=None):

@@ -3,7 +3,7 @@
 import numpy as np
 
 from moe_jax.data.batch import Batch
-from moe_jax.training.rows import join_rows, pad_to_multiple
+from moe_jax.training.step.micro_batches import join_rows, pad_to_multiple
 
 
 def batch(rows, length, fill):

@@ -10,12 +10,12 @@ import pytest
 import tiny_program
 from tolerances import GRADIENT_ROUNDING, ROUNDING
 
-from moe_jax.adapters.segments import Segment
+from moe_jax.adapters.rows import Segment
 from moe_jax.data.batch import Batch
-from moe_jax.training.loss import row_losses
-from moe_jax.training.loss_scale import initial_loss_scale
-from moe_jax.training.optimizer import finite_check_state
-from moe_jax.training.step import eval_step, forward
+from moe_jax.training.step.loss import row_losses
+from moe_jax.training.step.loss_scale import initial_loss_scale
+from moe_jax.training.step.optimizer import finite_check_state
+from moe_jax.training.step.step import eval_step, forward
 
 # No width equals another's, or a product of the adapters' ranks, so that shapes tell leaves apart.
 MODEL = tiny_program.model_config(

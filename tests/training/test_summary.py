@@ -4,9 +4,9 @@ import jax
 import pytest
 from tiny_run import read_config, write_inputs
 
-from moe_jax.training.inputs import read_inputs
-from moe_jax.training.program import build_program
-from moe_jax.training.summary import start_up_table
+from moe_jax.training.records.summary import start_up_table
+from moe_jax.training.run.inputs import read_inputs
+from moe_jax.training.step.program import build_program
 
 
 @pytest.mark.parametrize(("length", "is_said"), [(256, False), (257, True)])

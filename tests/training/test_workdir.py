@@ -11,7 +11,7 @@ from configs.tiny_mixlora import get_config
 from moe_jax.adapters import METHODS
 from moe_jax.config.run import parse_run_config, to_json
 from moe_jax.errors import ConfigError
-from moe_jax.training.workdir import WorkDir, require_same_run
+from moe_jax.training.run.workdir import WorkDir, require_same_run
 
 
 @pytest.fixture(scope="module")

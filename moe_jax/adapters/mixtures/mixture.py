@@ -1,0 +1,132 @@
+"""Experts on a single projection, mixed by a router on the projection's own input.
+
+What LoRAMoE and MoLA have in common. In contrast to MixLoRA, where one router decides for a whole
+FFN, every projection mixes the deltas of its own experts, so that there is one sum and no slots:
+
+    y = x W + s sum_e w_e(x) (x A_e) B_e
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from moe_jax.adapters.lora.low_rank import ExpertPairs, LowRankConfig
+from moe_jax.adapters.method import AdapterContext, AdapterMethod, FrozenProjection
+from moe_jax.adapters.routing.losses import RouterLoss, check_losses
+from moe_jax.adapters.routing.router import ROUTERS, Router, RouterLogits
+from moe_jax.adapters.routing.statistics import router_statistics, sow_statistics
+from moe_jax.adapters.routing.token_routing import sow_routing
+from moe_jax.config.model import ModelConfig
+from moe_jax.config.parse import require, within
+from moe_jax.layers.names import CODES
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixtureConfig(AdapterMethod):
+    """What the methods share that mix experts projection by projection.
+
+    Attributes:
+      router: the routing strategy, chosen by `router.name`; each projection has its own.
+      losses: the routers' auxiliary losses by name; see `moe_jax.adapters.routing.losses`. Of several
+        routers in a layer, losses are averaged.
+    """
+
+    router: Router
+    losses: dict[str, RouterLoss] = field(default_factory=dict)
+
+    @property
+    def routes(self) -> bool:
+        return True
+
+    @property
+    def router_losses(self) -> dict[str, RouterLoss]:
+        return self.losses
+
+    def check_model(self, model: ModelConfig) -> None:
+        super().check_model(model)
+        with within("router"):
+            self.router.check_depth(model.num_layers)
+
+    def _check_experts(self, counts: Sequence[int]) -> None:
+        """Refuses settings that do not go with layers of so many experts."""
+        require(min(counts) > 1, "num_experts", "must be at least 2; for one use 'lora'")
+        with within("router"):
+            require(
+                not self.router.limits_load,
+                "name",
+                f"{ROUTERS.name_of(self.router)!r} limits how many tokens an expert serves, which "
+                "only methods that route whole FFNs, like 'mixlora', can follow; use another",
+            )
+            self.router.check(min(counts))
+        for count in sorted(set(counts)):
+            check_losses(self.losses, count)
+
+
+class ProjectionMixture(nn.Module):
+    """One projection with experts.
+
+    Attributes:
+      low_rank: what each expert's pair is.
+      router: the routing strategy.
+      experts: numbers of experts, of equal groups of consecutive layers from the first on.
+      axes: logical axes of the projection's kernel, (in, out).
+
+    All layers have leaves for the largest of `experts`, E. Where a layer has fewer, the others are
+    the last of them: no token reaches them, their router logits are `ABSENT`, and their leaves
+    start at zero (a magnitude of DoRA at W's norms, like any) and get no gradient.
+
+    Leaves: `router/kernel` [in, E], and the pairs; see `ExpertPairs`.
+    """
+
+    low_rank: LowRankConfig
+    router: Router
+    experts: tuple[int, ...]
+    axes: tuple[str, str]
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        frozen: FrozenProjection,
+        context: AdapterContext,
+        *,
+        deterministic: bool,
+    ) -> jax.Array:
+        """See `AdapterMethod.projection_adapter`."""
+        router, num_experts = self.router, max(self.experts)
+        present = self._present(context)
+        logits = RouterLogits(router, num_experts, self.axes[0], name="router")(
+            x, deterministic=deterministic, present=present
+        )
+        routing = router.route(logits, context.token_mask)
+        routed = router.routes_layer(context.layer_index)
+        statistics = router_statistics(
+            routing,
+            context.token_mask,
+            routed=routed,
+            present=present,
+            expert_groups=context.expert_groups,
+            segment_ids=context.segment_ids,
+        )
+        sow_statistics(self, statistics)
+        sow_routing(self, routing, context.token_mask, routed=routed, present=present)
+
+        experts = ExpertPairs(self.low_rank, num_experts, self.axes)
+        nn.share_scope(self, experts)  # their leaves are this module's, as a single pair's would be
+        pairs = experts(frozen.kernel, present)
+        # One mask of dropout for all experts of a token.
+        x = nn.Dropout(self.low_rank.dropout)(x, deterministic=deterministic)
+        codes, combine = checkpoint_name((pairs.a.codes(x), routing.combine), CODES)
+        adapted = pairs.b.adapt(frozen.product, codes, combine)
+        return adapted if routed is None else jnp.where(routed, adapted, frozen.product)
+
+    def _present(self, context: AdapterContext) -> jax.Array | None:
+        """The experts that the layer has, bool [E]; None if all layers have as many."""
+        if len(set(self.experts)) == 1:
+            return None
+        group = context.layer_index * len(self.experts) // context.num_layers
+        return jnp.arange(max(self.experts)) < jnp.array(self.experts)[group]

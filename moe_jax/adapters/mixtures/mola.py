@@ -1,0 +1,64 @@
+"""MoLA: LoRA experts on every projection, more or fewer of them by depth (arXiv:2402.08562)."""
+
+from dataclasses import dataclass, field
+
+import flax.linen as nn
+
+from moe_jax.adapters.method import METHODS
+from moe_jax.adapters.mixtures.mixture import MixtureConfig, ProjectionMixture
+from moe_jax.adapters.routing.router import Router
+from moe_jax.adapters.routing.strategies import TopKRouter
+from moe_jax.config.model import ModelConfig
+from moe_jax.config.parse import require
+
+
+@METHODS.register("mola")
+@dataclass(frozen=True, kw_only=True)
+class MolaConfig(MixtureConfig):
+    """MoLA: on every targeted projection, attention included, experts behind a router of its own.
+
+    The paper divides 32 layers into four groups and gives them, from the bottom, 2-4-6-8 experts,
+    its best, or 8-6-4-2, 8-2-2-8 or 5-5-5-5, with two experts a token, rank 8 and alpha 16 on all
+    seven projections.
+
+    All layers run in one scanned program and so compute and store the same shapes: each has leaves,
+    moments of the optimiser and products for the largest number of experts, max(num_experts). The
+    experts that a layer does not have are zero, cost as much as the others, and change nothing:
+    2-4-6-8 costs what 8-8-8-8 does.
+
+    Losses are those of each router by itself, averaged (`per_layer`). The `pooled` scope adds up
+    the statistics of all layers at one projection, and so needs as many experts in all layers.
+
+    Attributes:
+      num_experts: of each of as many equal groups of consecutive layers, from the first layer on;
+        one entry stands for all layers.
+    """
+
+    num_experts: tuple[int, ...]
+    router: Router = field(default_factory=TopKRouter)
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(bool(self.num_experts), "num_experts", "names no number of experts")
+        self._check_experts(self.num_experts)
+        for name, loss in self.losses.items():
+            require(
+                loss.scope != "pooled" or len(set(self.num_experts)) == 1,
+                f"losses.{name}.scope",
+                "layers with different numbers of experts cannot be pooled; use 'per_layer'",
+            )
+
+    def check_model(self, model: ModelConfig) -> None:
+        super().check_model(model)
+        groups = len(self.num_experts)
+        require(
+            model.num_layers % groups == 0,
+            "num_experts",
+            f"the model's {model.num_layers} layers cannot be divided into {groups} equal groups; "
+            f"give a number of entries that divides {model.num_layers}",
+        )
+
+    def projection_adapter(self, target: str, axes: tuple[str, str]) -> nn.Module | None:
+        if target not in self.target_modules:
+            return None
+        return ProjectionMixture(self.low_rank, self.router, self.num_experts, axes)

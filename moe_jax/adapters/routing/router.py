@@ -1,0 +1,243 @@
+"""Routers: from a token's hidden state to the experts that serve it, and their weights."""
+
+import abc
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from moe_jax.adapters.tree import adapter_leaf
+from moe_jax.config.parse import require
+from moe_jax.config.registry import Registry
+from moe_jax.layers.kv_cache import cached, remember
+from moe_jax.layers.names import CODES
+from moe_jax.layers.tokens import token_product
+from moe_jax.sharding.axes import EXPERTS
+
+ROUTERS = Registry("router")
+"""The routing strategies by the name that `router.name` in a configuration gives."""
+
+ABSENT = -1e9
+"""The logit of an expert that a layer does not have: its probability is exactly zero, and unlike
+minus infinity it makes no NaN in an entropy or a gradient."""
+
+
+class Routing(NamedTuple):
+    """The decision of a router for every token; float32.
+
+    A slot is a place in a token's sum over experts. Either each of C slots is filled by an expert
+    of the router's choice (`dispatch` is one-hot), or slot c is expert c itself, for every token
+    (`dispatch` is None, C = E), where any number of experts may fire.
+
+    Attributes:
+      router_logits: [B, S, E].
+      router_probs: [B, S, E], softmax of the logits.
+      dispatch: [B, S, C, E], one-hot over E, or all zeros where the slot stays without an expert;
+        None if slot c is expert c.
+      weights: [B, S, C], the slot's share of the output.
+      load: [B, S, E], how much of each token the expert has to carry: 1 or 0 where experts are
+        chosen, the weight itself where all of them share.
+      bypass: [B, S], the share of the FFN's own input in its output; None if there is none.
+      overflow: [B, S], 1 for a token whose expert has no capacity left, 0 otherwise, any value at
+        padding; None if capacity is unlimited.
+    """
+
+    router_logits: jax.Array
+    router_probs: jax.Array
+    dispatch: jax.Array | None
+    weights: jax.Array
+    load: jax.Array
+    bypass: jax.Array | None = None
+    overflow: jax.Array | None = None
+
+    @property
+    def combine(self) -> jax.Array:
+        """Each expert's share of the output, [B, S, E]."""
+        if self.dispatch is None:
+            return self.weights
+        return jnp.einsum("bsc,bsce->bse", self.weights, self.dispatch)
+
+    def where(self, routed: jax.Array) -> "Routing":
+        """The same in a layer that is routed; in one that is not, the frozen FFN and nothing else.
+
+        There the first slot, without an expert, has all the weight.
+
+        Args:
+          routed: bool [].
+
+        Raises:
+          ValueError: slots are experts, none of which is the frozen FFN.
+        """
+        if self.dispatch is None:
+            raise ValueError("a router whose slots are the experts has to route every layer")
+        alone = jnp.zeros_like(self.weights).at[..., 0].set(1.0)
+        return self._replace(
+            dispatch=jnp.where(routed, self.dispatch, 0.0),
+            weights=jnp.where(routed, self.weights, alone),
+            bypass=None if self.bypass is None else jnp.where(routed, self.bypass, 0.0),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Router(abc.ABC):
+    """A routing strategy: what all of them share.
+
+    To add one, derive a frozen dataclass, decorate it with `@ROUTERS.register("its_name")` and
+    import its module; nothing else that trains has to know of it.
+
+    Attributes:
+      init_std: standard deviation of the router's initial kernel.
+      jitter_noise: while training, the router's own view of its input is multiplied by uniform
+        noise in [1 - jitter_noise, 1 + jitter_noise] (arXiv:2101.03961, section 2.2); the experts
+        see the input as it is.
+    """
+
+    registry: ClassVar[Registry] = ROUTERS
+    limits_load: ClassVar[bool] = False
+    """Whether tokens can overflow, for which only methods that route whole FFNs have an answer."""
+
+    init_std: float = 0.02
+    jitter_noise: float = 0.0
+
+    def __post_init__(self):
+        require(self.init_std > 0, "init_std", "must be positive")
+        require(0.0 <= self.jitter_noise < 1.0, "jitter_noise", "must lie in [0, 1)")
+
+    def check(self, num_experts: int) -> None:
+        """Refuses, with `require`, settings that do not go with so many experts."""
+        require(num_experts > 0, "num_experts", "must be positive")
+
+    def check_depth(self, num_layers: int) -> None:
+        """Refuses, with `require`, settings that do not go with a model of so many layers."""
+        require(num_layers > 0, "num_layers", "must be positive")
+
+    def routes_layer(self, layer_index: jax.Array) -> jax.Array | None:
+        """Whether a layer is routed at all, a boolean scalar; None stands for every layer.
+
+        Only routers that fill slots by choice may leave layers frozen; see `Routing.where`.
+
+        Args:
+          layer_index: int32 [], from 0.
+        """
+        return None
+
+    @abc.abstractmethod
+    def route(self, router_logits: jax.Array, token_mask: jax.Array) -> Routing:
+        """The decision for every token.
+
+        Args:
+          router_logits: float32 [B, S, E]; `ABSENT` where the layer has no such expert.
+          token_mask: bool [B, S], false at padding, which must not take capacity from real tokens.
+        """
+
+    def route_on(
+        self, router_logits: jax.Array, token_mask: jax.Array, earlier: jax.Array
+    ) -> Routing:
+        """The decision for tokens that follow others of the same rows, as in decoding.
+
+        Args:
+          router_logits: as in `route`.
+          token_mask: as in `route`.
+          earlier: int32 [B, E], how many of each row's tokens before chose each expert. Only
+            routers that limit load have a use for it.
+        """
+        return self.route(router_logits, token_mask)
+
+    def route_packed(
+        self, router_logits: jax.Array, token_mask: jax.Array, segment_ids: jax.Array
+    ) -> Routing:
+        """The decision for every token of rows that may hold several sequences.
+
+        Args:
+          router_logits: as in `route`.
+          token_mask: as in `route`.
+          segment_ids: int [B, S], see `Batch`. Only routers that limit load have a use for it.
+        """
+        return self.route(router_logits, token_mask)
+
+
+class RouterLogits(nn.Module):
+    """A linear layer over the hidden state, in float32 whatever the model computes in.
+
+    Attributes:
+      router: initialisation and jitter.
+      num_experts: E.
+      axis: logical axis of the input's width.
+
+    Leaf: `kernel` [D, E].
+    """
+
+    router: Router
+    num_experts: int
+    axis: str
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, *, deterministic: bool, present: jax.Array | None = None
+    ) -> jax.Array:
+        """Router logits, float32 [B, S, E], of x [B, S, D].
+
+        Args:
+          x: the hidden state.
+          deterministic: no jitter.
+          present: bool [E], the experts that this layer has; None stands for all. The kernel of
+            the others is zero, and stays so, as it gets no gradient.
+        """
+
+        def init(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+            drawn = nn.initializers.normal(self.router.init_std)(key, shape, dtype)
+            return drawn if present is None else drawn * present
+
+        shape = (x.shape[-1], self.num_experts)
+        kernel = adapter_leaf(self, "kernel", init, shape, (self.axis, EXPERTS))
+        x, jitter = x.astype(jnp.float32), self.router.jitter_noise
+        if jitter > 0.0 and not deterministic:
+            noise = jax.random.uniform(
+                self.make_rng("dropout"), x.shape, x.dtype, 1.0 - jitter, 1.0 + jitter
+            )
+            x = x * noise
+        logits = token_product(x, kernel, precision=jax.lax.Precision.HIGHEST)
+        logits = checkpoint_name(logits, CODES)
+        return logits if present is None else jnp.where(present, logits, ABSENT)
+
+
+# FIXME docstring of the merged adapters.expert_counts:
+# """How many tokens of a row have chosen each expert: what a limited load needs while decoding."""
+
+
+_NAME = "expert_counts"
+
+
+def route_and_count(
+    module: nn.Module,
+    router: Router,
+    router_logits: jax.Array,
+    token_mask: jax.Array,
+    segment_ids: jax.Array | None,
+) -> Routing:
+    """Routes tokens behind those that the cache knows of, and counts them there.
+
+    Args:
+      module: that keeps the counts, int32 [B, E], in the collection `cache`.
+      router: the strategy.
+      router_logits: float32 [B, S, E].
+      token_mask: bool [B, S], false at padding.
+      segment_ids: int [B, S], see `AdapterContext`; rows that a cache is filled with are of one
+        sequence each.
+    """
+    if not router.limits_load:
+        return router.route(router_logits, token_mask)
+    earlier = cached(module, _NAME)
+    if earlier is not None:
+        routing = router.route_on(router_logits, token_mask, earlier)
+    elif segment_ids is not None:
+        routing = router.route_packed(router_logits, token_mask, segment_ids)
+    else:
+        routing = router.route(router_logits, token_mask)
+    # The load is what tokens chose, served or not.
+    counts = jnp.sum(routing.load * token_mask[..., None], axis=1).astype(jnp.int32)
+    remember(module, _NAME, counts if earlier is None else earlier + counts)
+    return routing

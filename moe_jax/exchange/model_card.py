@@ -1,0 +1,227 @@
+"""The README.md of an export: what it is, where it comes from, and how far it is from it."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from moe_jax.checkpoints.adapter_files import SavedAdapter
+from moe_jax.checkpoints.training_record import PICTURES, DataSet, TrainingRecord
+from moe_jax.config.registry import to_plain
+from moe_jax.exchange.format import ExportOptions, ExportOutcome, Format
+from moe_jax.version import __version__
+
+CARD = "README.md"
+
+
+def model_card(
+    adapter: SavedAdapter,
+    options: ExportOptions,
+    written_by: Format,
+    outcome: ExportOutcome,
+    left_out: Sequence[str] = (),
+) -> str:
+    """The text of the card, with the header that the Hugging Face hub reads.
+
+    Args:
+      adapter: what was exported; `pictures_of` says which pictures have to lie beside the card.
+      options: of the export.
+      written_by: the format.
+      outcome: what came of it.
+      left_out: what the format leaves out or states in another way, one sentence each.
+    """
+    name = to_plain(adapter.method)["name"]
+    if outcome.whole:
+        title = f"{Path(options.base).name} with a {name} adapter, as one model"
+    else:
+        title = f"A {name} adapter of {Path(options.base).name}"
+    parts = [_header(adapter, options, written_by, outcome), f"# {title}"]
+    parts.append(_introduction(adapter, options, outcome))
+    code = written_by.loading(adapter, options)
+    if code:
+        parts += ["## How to load it", f"```python\n{code}\n```"]
+    parts += ["## Base", _base(adapter, options)]
+    method = to_plain(adapter.method)
+    parts += ["## Method", _table(("Setting", "Value"), _flat(method))]
+    record = adapter.training
+    if record is None:
+        unknown = "neither its data, nor its settings, nor its losses"
+        parts += ["## Training", f"How the adapter was trained is not on record: {unknown}."]
+    else:
+        if record.method != method:
+            parts.append(
+                "The adapter was changed after training. What follows is about its training, with "
+                "the method"
+            )
+            parts.append(_table(("Setting", "Value"), _flat(record.method)))
+        parts += ["## Training", _table(("Setting", "Value"), _settings(record))]
+        parts += ["## Data", _data(record)]
+        parts += ["## Metrics", _metrics(record)]
+    pictures = [f"![{PICTURES[name]}]({name})" for name in pictures_of(adapter)]
+    if pictures:
+        parts += ["## Pictures", *pictures]
+        if "experts.png" in pictures_of(adapter):
+            parts.append(
+                "The load of an expert is its share of what the router sent out in training, as a "
+                "multiple of an equal share."
+            )
+    left_out = [*left_out, "States of training, so that none can be resumed from here."]
+    parts += ["## What is not in it", "\n".join(f"- {_sentence(text)}" for text in left_out)]
+    return "\n\n".join(parts) + "\n"
+
+
+def pictures_of(adapter: SavedAdapter) -> dict[str, bytes]:
+    """The pictures that a card shows, which show the adapter as it is."""
+    record = adapter.training
+    changed = record is not None and record.method != to_plain(adapter.method)
+    return {k: v for k, v in adapter.pictures.items() if not (changed and k == "experts.png")}
+
+
+def _header(
+    adapter: SavedAdapter, options: ExportOptions, written_by: Format, outcome: ExportOutcome
+) -> str:
+    """YAML; JSON's texts and lists are YAML's too."""
+    fields: dict[str, Any] = {}
+    if written_by.library:
+        fields["library_name"] = written_by.library
+    classifies = adapter.method.classification is not None
+    fields["pipeline_tag"] = "text-classification" if classifies else "text-generation"
+    if not Path(options.base).expanduser().exists():  # the hub knows no folders of ours
+        fields["base_model"] = options.base
+        fields["base_model_relation"] = "finetune" if outcome.whole else "adapter"
+    if adapter.training is not None:
+        sets = (*adapter.training.train.values(), *adapter.training.validation.values())
+        on_hub = list(dict.fromkeys(each.path for each in sets if each.on_hub and each.path))
+        if on_hub:
+            fields["datasets"] = on_hub
+    fields["tags"] = ["moe_jax", to_plain(adapter.method)["name"]]
+    return "\n".join(["---", *(f"{k}: {json.dumps(v)}" for k, v in fields.items()), "---"])
+
+
+def _introduction(adapter: SavedAdapter, options: ExportOptions, outcome: ExportOutcome) -> str:
+    trained = f"was trained on it for {adapter.step} steps"
+    if adapter.training is None and adapter.step == 0:
+        trained = "has no steps of training on record"
+    origin = (
+        f"This is {outcome.product} in {options.dtype}, written by moe_jax {__version__} from a "
+        f"base and an adapter that {trained}."
+    )
+    if outcome.approximation is None:
+        faith = (
+            "It computes what the adapter computes on its base, but for the rounding of its "
+            f"tensors to {options.dtype}."
+        )
+    else:
+        faith = f"It approximates what the adapter computes on its base: {outcome.approximation}."
+    if outcome.divergence is not None and options.tokens is not None:
+        faith += (
+            f"\n\nKL divergence of its next-token distributions from those of the exact model: "
+            f"{outcome.divergence:.6g} nats per token, the mean over {options.tokens.size:,} "
+            f"tokens of `{options.data_name}`."
+        )
+    return f"{origin} {faith}"
+
+
+def _base(adapter: SavedAdapter, options: ExportOptions) -> str:
+    text = f"`{options.base}`, fingerprint `{adapter.base.fingerprint}`"
+    if adapter.training is not None:
+        revision, dtype = (adapter.training.base.get(k) for k in ("revision", "param_dtype"))
+        text += f", revision `{revision}`" if revision else ""
+        text += f", kept in {dtype} during training" if dtype else ""
+    return text
+
+
+def _settings(record: TrainingRecord) -> list[tuple[str, Any]]:
+    names = ("batch_size", "micro_batches", "max_length", "packing", "train_on_prompt")
+    # Where it lies is nobody else's business.
+    start = [] if record.start_from is None else [("start_from", Path(record.start_from).name)]
+    return [
+        *start,
+        ("steps", record.step),
+        *([] if record.step == record.total_steps else [("steps of the run", record.total_steps)]),
+        *((name, getattr(record, name)) for name in (*names, "compute_dtype", "seed")),
+        *_flat(record.optimizer, "optimizer."),
+        ("moe_jax", record.package_version),
+    ]
+
+
+def _data(record: TrainingRecord) -> str:
+    """Files and folders are called by their last name: where they lie is nobody else's business."""
+
+    def cells(use: str, name: str, data: DataSet) -> tuple[Any, ...]:
+        title = data.path if data.on_hub else Path(data.path).name
+        title = title or f"task {data.task}"
+        schema = f"{data.schema} {data.task}" if data.task else data.schema
+        return use, name, title, data.revision, data.split, schema, data.weight, data.rows
+
+    header = ("Use", "Name", "Data set", "Revision", "Split", "Schema", "Weight", "Rows")
+    rows = [cells("training", *item) for item in record.train.items()]
+    rows += [cells("validation", *item) for item in record.validation.items()]
+    return _table(header, rows)
+
+
+def _metrics(record: TrainingRecord) -> str:
+    sets = record.validation_losses.items()
+    rows: list[tuple[str, float | None]] = [("training", record.training_loss)]
+    rows += [(f"validation: {name}", loss) for name, loss in sets]
+    table = _table(
+        ("Loss", _unit(record)),
+        [(name, _number(loss)) for name, loss in rows],
+    )
+    parts = [table]
+    if record.best_loss is not None:
+        parts.append(f"The lowest mean validation loss up to then was {record.best_loss:.4f}.")
+    if record.validation_metrics:
+        parts.append(_table(("Validation", "Metric", "Value"), _values(record.validation_metrics)))
+    if record.accuracies:
+        parts.append(f"On evaluation tasks, after step {record.accuracies_step}:")
+        parts.append(_table(("Task", "Measure", "Value"), _values(record.accuracies)))
+    return "\n\n".join(parts)
+
+
+def _values(measured: Mapping[str, Mapping[str, float | None]]) -> list[tuple[str, str, str]]:
+    """The rows of a table."""
+    return [
+        (name, kind, _number(value))
+        for name, own in measured.items()
+        for kind, value in own.items()
+    ]
+
+
+def _number(value: float | None) -> str:
+    return "not known" if value is None else f"{value:.4f}"
+
+
+def _unit(record: TrainingRecord) -> str:
+    classification = record.method.get("classification")
+    if classification is None:
+        return "Nats per target token"
+    return "Mean squared error" if classification["regression"] else "Nats per row"
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    lines = [header, ["---"] * len(header)]
+    lines += [[str(row[0]), *map(_cell, row[1:])] for row in rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    text = value if isinstance(value, str) else json.dumps(value)
+    return f"`{text}`".replace("|", "\\|")
+
+
+def _sentence(text: str) -> str:
+    return text[0].upper() + text[1:].removesuffix(".") + "."
+
+
+def _flat(mapping: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """The settings of nested groups, each under its full name."""
+    rows = []
+    for name, value in mapping.items():
+        if isinstance(value, dict) and value:
+            rows += _flat(value, f"{prefix}{name}.")
+        else:
+            rows.append((f"{prefix}{name}", value))
+    return rows

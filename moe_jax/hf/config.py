@@ -1,0 +1,136 @@
+"""Reads a Hugging Face `config.json` into a `ModelConfig`."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from moe_jax.config.model import ModelConfig
+from moe_jax.config.parse import FieldError
+from moe_jax.errors import CheckpointError, ConfigError
+from moe_jax.hf.families import FAMILIES, Family
+from moe_jax.hf.families.fields import HF_NAMES
+from moe_jax.hf.fields import HFFields
+from moe_jax.hf.rope import SECTIONS
+
+# By each of these some architecture changes what is computed. A family that does not read one takes
+# only the value at which it changes nothing. (Not `sliding_window`: many files of families without
+# windows have it, and transformers does not read it there either.)
+_NEUTRAL: dict[str, Any] = {
+    "attn_logit_softcapping": None,
+    "final_logit_softcapping": None,
+    "query_pre_attn_scalar": None,
+    "use_bidirectional_attention": False,
+    "layer_types": "full_attention",  # of every layer
+    "use_qk_norm": False,
+    "qk_layernorm": False,
+    "no_rope_layers": None,
+    "rope_interleaved": False,
+    "lm_head_bias": False,
+    "attention_multiplier": None,
+    "embedding_multiplier": 1,
+    "residual_multiplier": 1,
+    "logits_scaling": 1,
+    "logit_scale": 1,
+    "num_experts": None,
+    "num_local_experts": None,
+}
+
+
+def read_model_config(folder: Path) -> ModelConfig:
+    """The architecture that `folder/config.json` states.
+
+    Raises:
+      CheckpointError: the file is missing or malformed, of an architecture that is not supported,
+        or lacks or contradicts a field.
+    """
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        if (Path(folder) / "adapter_config.json").is_file():
+            raise CheckpointError(
+                f"{folder}: holds an adapter (adapter_config.json), not a base model; give the "
+                f"folder or hub id of the model that it was trained on"
+            )
+        raise CheckpointError(
+            f"{path}: no such file; give a folder with a Hugging Face checkpoint "
+            f"(config.json and *.safetensors)"
+        )
+    try:
+        mapping = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path}: not valid JSON ({error}); download it again") from None
+    if not isinstance(mapping, dict):
+        raise CheckpointError(f"{path}: expected an object, got {type(mapping).__name__}")
+    return model_config_from_hf(mapping, str(path))
+
+
+def model_config_from_hf(mapping: Mapping[str, Any], where: str) -> ModelConfig:
+    """The architecture that the fields of a Hugging Face `config.json` state.
+
+    Args:
+      mapping: the fields, as read from JSON.
+      where: the file or configuration field that they come from, for messages.
+
+    Raises:
+      CheckpointError: an architecture that is not supported; a field that is missing, of the wrong
+        type, contradicted by another, or that asks for something which is not implemented.
+    """
+    family = _family(mapping, where)
+    fields = HFFields(mapping, where, family.defaults)
+    _require_constants(fields, family)
+    try:
+        config = family.read(fields)
+    except FieldError as error:
+        raise fields.error(_hf_name(error.field, mapping), error.reason) from None
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from None
+    for key, neutral in _NEUTRAL.items():
+        neutral = [neutral] * config.num_layers if key == "layer_types" else neutral
+        if key not in fields.seen and mapping.get(key) not in (None, neutral):
+            raise fields.error(
+                key, f"{mapping[key]!r} is not supported in a model of type {family.model_type!r}"
+            )
+    return dataclasses.replace(config, model_type=family.model_type)
+
+
+def _family(mapping: Mapping[str, Any], where: str) -> Family:
+    """The family of the checkpoint's model class."""
+    model_type = mapping.get("model_type")
+    named = mapping.get("architectures") or []
+    for family in FAMILIES.values():
+        # Early Llama files have no model_type; another one there means other mathematics. Files
+        # written by hand may have no architectures.
+        if (not named and model_type == family.model_type) or (
+            family.architecture in named and model_type in (None, family.model_type)
+        ):
+            return family
+    supported = ", ".join(f"{f.architecture} ({f.model_type})" for f in FAMILIES.values())
+    found = ", ".join(str(name) for name in named) or "none"
+    raise CheckpointError(
+        f"{where}: architecture {found} of model_type {model_type!r} is not supported; "
+        f"supported: {supported}"
+    )
+
+
+def _require_constants(fields: HFFields, family: Family) -> None:
+    if fields.mapping.get("quantization_config") is not None:
+        raise fields.error(
+            "quantization_config",
+            "the weights are stored quantised, which is not supported; use the float checkpoint "
+            "that they were made from",
+        )
+    for key, value in family.constants.items():
+        stated = fields.optional(key, Any)
+        if stated not in (None, value):
+            raise fields.error(
+                key, f"{stated!r} is not supported in a model of type {family.model_type!r}"
+            )
+
+
+def _hf_name(field: str, mapping: Mapping[str, Any]) -> str:
+    """What `config.json` calls a field of `ModelConfig`."""
+    if field.startswith("rope."):
+        section = next((name for name in SECTIONS if mapping.get(name)), SECTIONS[0])
+        return f"{section}.{field.removeprefix('rope.')}"
+    return HF_NAMES.get(field, field)

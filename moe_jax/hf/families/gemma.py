@@ -1,0 +1,59 @@
+"""Gemma: scaled embeddings, norms around one, and a gate of tanh-approximated GELU."""
+
+from moe_jax.config.model import ModelConfig
+from moe_jax.hf.families import fields as read
+from moe_jax.hf.families import weights
+from moe_jax.hf.families.family import model_family
+from moe_jax.hf.fields import HFFields
+from moe_jax.hf.rope import read_rope
+
+DEFAULTS = {
+    "hidden_act": "gelu_pytorch_tanh",
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10_000.0,
+    "attention_bias": False,
+    "tie_word_embeddings": True,
+}
+
+WEIGHTS = (
+    *weights.EMBEDDING,
+    *weights.PRE_NORMS,
+    *weights.ATTENTION,
+    *weights.ATTENTION_BIASES,
+    *weights.MLP,
+    *weights.HEAD,
+)
+
+
+@model_family(
+    "gemma",
+    "GemmaForCausalLM",
+    weights=WEIGHTS,
+    defaults=DEFAULTS,
+    constants={"mlp_bias": False, "use_bidirectional_attention": False},
+)
+def read_gemma(fields: HFFields) -> ModelConfig:
+    """See `Family.read`."""
+    return ModelConfig(
+        hidden_act=_activation(fields),
+        num_kv_heads=read.stated_kv_heads(fields),
+        head_dim=fields.get("head_dim", int),
+        rope=read_rope(fields),
+        attention_bias=fields.get("attention_bias", bool),
+        mlp_bias=False,
+        norm_unit_offset=True,
+        scale_embeddings=True,
+        **read.common(fields),
+    )
+
+
+def _activation(fields: HFFields) -> str:
+    name = fields.get("hidden_act", str)
+    if name == "gelu":  # the first releases wrote it and meant its approximation
+        name = DEFAULTS["hidden_act"]
+    # Former versions of transformers read the second name first.
+    other = fields.optional("hidden_activation", str)
+    if other not in (None, name):
+        raise fields.error("hidden_activation", f"{other!r} contradicts hidden_act; keep one")
+    return read.known_activation(fields, "hidden_act", name)

@@ -1,0 +1,109 @@
+"""Gemma 3, text only: Gemma 2 without caps, with normalised queries and keys and two RoPEs."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from moe_jax.config.model import LayerType, ModelConfig
+from moe_jax.hf.families import fields as read
+from moe_jax.hf.families import gemma2, weights
+from moe_jax.hf.families.family import model_family
+from moe_jax.hf.fields import HFFields
+from moe_jax.hf.rope import WHOLE_HEADS, rope_of_section
+
+DEFAULTS = {
+    "hidden_activation": "gelu_pytorch_tanh",
+    "max_position_embeddings": 131_072,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1_000_000.0,
+    "rope_local_base_freq": 10_000.0,
+    "attention_bias": False,
+    "tie_word_embeddings": True,
+    "query_pre_attn_scalar": 256.0,
+    "sliding_window": 4096,
+    "sliding_window_pattern": 6,
+    "final_logit_softcapping": None,
+}
+
+WEIGHTS = (
+    *weights.EMBEDDING,
+    *gemma2.NORMS,
+    *weights.ATTENTION,
+    *weights.ATTENTION_BIASES,
+    *weights.QK_NORMS,
+    *weights.MLP,
+    *weights.HEAD,
+)
+
+
+@model_family(
+    "gemma3_text",
+    "Gemma3ForCausalLM",
+    weights=WEIGHTS,
+    defaults=DEFAULTS,
+    # transformers' Gemma 3 has the field and does not apply it.
+    constants=gemma2.CONSTANTS | {"attn_logit_softcapping": None},
+)
+def read_gemma3(fields: HFFields) -> ModelConfig:
+    """See `Family.read`."""
+    layer_types = read.stated_layer_types(fields)
+    if layer_types is None:
+        period = fields.get("sliding_window_pattern", int)
+        if period < 1:
+            raise fields.error("sliding_window_pattern", "must be positive")
+        layer_types = gemma2.alternating(fields, period)
+    return ModelConfig(
+        hidden_act=gemma2.activation(fields),
+        num_kv_heads=read.stated_kv_heads(fields),
+        head_dim=fields.get("head_dim", int),
+        attention_bias=fields.get("attention_bias", bool),
+        mlp_bias=False,
+        qk_norm=True,
+        post_norms=True,
+        norm_unit_offset=True,
+        scale_embeddings=True,
+        query_pre_attn_scalar=fields.get("query_pre_attn_scalar", float),
+        final_logit_softcapping=fields.nullable("final_logit_softcapping", float),
+        **_ropes(fields, layer_types),
+        **read.sliding(fields, fields.nullable("sliding_window", int), layer_types),
+        **read.common(fields),
+    )
+
+
+def _ropes(
+    fields: HFFields, layer_types: tuple[LayerType, ...] | list[LayerType]
+) -> dict[str, Any]:
+    """`rope` and `sliding_rope`; a model all of whose layers are of one kind has one RoPE only."""
+    full, local = _sections(fields)
+    rope = rope_of_section(fields, *full, WHOLE_HEADS)
+    sliding_rope = rope_of_section(fields, *local, WHOLE_HEADS, theta_key="rope_local_base_freq")
+    kinds = set(layer_types)
+    if kinds == {"full_attention"} or rope == sliding_rope:
+        return {"rope": rope}
+    if kinds == {"sliding_attention"}:
+        return {"rope": sliding_rope}
+    return {"rope": rope, "sliding_rope": sliding_rope}
+
+
+Section = tuple[str, Mapping[str, Any]]
+
+
+def _sections(fields: HFFields) -> tuple[Section, Section]:
+    """Names and fields of the sections of full and of sliding layers.
+
+    transformers 5 has both in `rope_parameters`; `rope_scaling` of those before it is of the full
+    layers alone.
+    """
+    nested, former = fields.group("rope_parameters"), fields.group("rope_scaling")
+    if not nested:
+        return ("rope_scaling", former), ("rope_local_base_freq", {})
+    if former:
+        raise fields.error("rope_scaling", "stands beside rope_parameters; keep one of them")
+    for name, section in nested.items():
+        if name not in read.LAYER_TYPES or not isinstance(section, Mapping):
+            raise fields.error(
+                f"rope_parameters.{name}",
+                f"expected one group of fields for each of {', '.join(read.LAYER_TYPES)}",
+            )
+    groups = HFFields(nested, f"{fields.where}: rope_parameters", {})
+    full, local = ((f"rope_parameters.{name}", groups.group(name)) for name in read.LAYER_TYPES)
+    return full, local

@@ -1,0 +1,43 @@
+"""Llama 1 to 3, and what is stored as one: TinyLlama, Yi, Vicuna, SmolLM, ..."""
+
+from moe_jax.config.model import ModelConfig
+from moe_jax.hf.families import fields as read
+from moe_jax.hf.families import weights
+from moe_jax.hf.families.family import model_family
+from moe_jax.hf.fields import HFFields
+from moe_jax.hf.rope import read_rope
+
+# Llama 1 and 2 have no rope_theta, Llama 1 has no num_key_value_heads.
+DEFAULTS = {
+    "hidden_act": "silu",
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10_000.0,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "tie_word_embeddings": False,
+}
+
+WEIGHTS = (
+    *weights.EMBEDDING,
+    *weights.PRE_NORMS,
+    *weights.ATTENTION,
+    *weights.ATTENTION_BIASES,
+    *weights.MLP,
+    *weights.MLP_BIASES,
+    *weights.HEAD,
+)
+
+
+@model_family("llama", "LlamaForCausalLM", weights=WEIGHTS, defaults=DEFAULTS)
+def read_llama(fields: HFFields) -> ModelConfig:
+    """See `Family.read`."""
+    return ModelConfig(
+        hidden_act=read.activation(fields),
+        num_kv_heads=read.kv_heads_or_heads(fields),
+        head_dim=read.head_dim_or_quotient(fields),
+        rope=read_rope(fields),
+        attention_bias=fields.get("attention_bias", bool),
+        mlp_bias=fields.get("mlp_bias", bool),
+        **read.common(fields),
+    )

@@ -1,0 +1,48 @@
+"""Mistral 7B and its successors: Llama with a window that all layers share, or none."""
+
+from moe_jax.config.model import LayerType, ModelConfig
+from moe_jax.hf.families import fields as read
+from moe_jax.hf.families import weights
+from moe_jax.hf.families.family import model_family
+from moe_jax.hf.fields import HFFields
+from moe_jax.hf.rope import read_rope
+
+DEFAULTS = {
+    "hidden_act": "silu",
+    "max_position_embeddings": 131_072,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10_000.0,
+    "tie_word_embeddings": False,
+    "sliding_window": 4096,
+}
+
+WEIGHTS = (
+    *weights.EMBEDDING,
+    *weights.PRE_NORMS,
+    *weights.ATTENTION,
+    *weights.MLP,
+    *weights.HEAD,
+)
+
+
+@model_family(
+    "mistral",
+    "MistralForCausalLM",
+    weights=WEIGHTS,
+    defaults=DEFAULTS,
+    constants={"attention_bias": False, "mlp_bias": False, "layer_types": None},
+)
+def read_mistral(fields: HFFields) -> ModelConfig:
+    """See `Family.read`."""
+    window = fields.nullable("sliding_window", int)
+    kind: LayerType = "full_attention" if window is None else "sliding_attention"
+    return ModelConfig(
+        hidden_act=read.activation(fields),
+        num_kv_heads=read.stated_kv_heads(fields),
+        head_dim=read.head_dim_or_quotient(fields),
+        rope=read_rope(fields),
+        attention_bias=False,
+        mlp_bias=False,
+        **read.sliding(fields, window, [kind] * fields.get("num_hidden_layers", int)),
+        **read.common(fields),
+    )

@@ -1,0 +1,58 @@
+"""Phi-3, Phi-3.5, Phi-4 and Phi-4-mini: fused projections, partial RoPE and LongRoPE."""
+
+from moe_jax.config.model import LayerType, ModelConfig
+from moe_jax.hf.families import fields as read
+from moe_jax.hf.families import weights
+from moe_jax.hf.families.family import model_family
+from moe_jax.hf.fields import HFFields
+from moe_jax.hf.rope import RopeRules, read_rope
+
+DEFAULTS = {
+    "hidden_act": "silu",
+    "max_position_embeddings": 4096,
+    "original_max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10_000.0,
+    "tie_word_embeddings": False,
+    "sliding_window": None,
+}
+
+WEIGHTS = (
+    *weights.EMBEDDING,
+    *weights.PRE_NORMS,
+    *weights.FUSED_QKV,
+    *weights.OUTPUT,
+    *weights.FUSED_GATE_UP,
+    *weights.DOWN,
+    *weights.HEAD,
+)
+
+# Files of the first releases call LongRoPE by other names.
+ROPE = RopeRules(
+    partial_rotary_factor=1.0,
+    types=("default", "longrope"),
+    renamed={"su": "longrope", "yarn": "longrope"},
+)
+
+
+@model_family(
+    "phi3",
+    "Phi3ForCausalLM",
+    weights=WEIGHTS,
+    defaults=DEFAULTS,
+    constants={"attention_bias": False, "mlp_bias": False, "layer_types": None},
+)
+def read_phi3(fields: HFFields) -> ModelConfig:
+    """See `Family.read`."""
+    window = fields.nullable("sliding_window", int)
+    kind: LayerType = "full_attention" if window is None else "sliding_attention"
+    return ModelConfig(
+        hidden_act=read.activation(fields),
+        num_kv_heads=read.kv_heads_or_heads(fields),
+        head_dim=read.head_dim_or_quotient(fields),
+        rope=read_rope(fields, ROPE),
+        attention_bias=False,
+        mlp_bias=False,
+        **read.sliding(fields, window, [kind] * fields.get("num_hidden_layers", int)),
+        **read.common(fields),
+    )

@@ -1,0 +1,104 @@
+"""Qwen2 and Qwen2.5 (biases on query, key and value), and Qwen3 (normalised queries and keys)."""
+
+from typing import Any
+
+from moe_jax.config.model import LayerType, ModelConfig
+from moe_jax.hf.families import fields as read
+from moe_jax.hf.families import weights
+from moe_jax.hf.families.family import model_family
+from moe_jax.hf.fields import HFFields
+from moe_jax.hf.rope import read_rope
+
+DEFAULTS = {
+    "hidden_act": "silu",
+    "max_position_embeddings": 32_768,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10_000.0,
+    "tie_word_embeddings": False,
+    "use_sliding_window": False,
+    "sliding_window": 4096,
+    "max_window_layers": 28,
+}
+
+QWEN2_WEIGHTS = (
+    *weights.EMBEDDING,
+    *weights.PRE_NORMS,
+    *weights.ATTENTION,
+    *weights.qkv_biases(),
+    *weights.MLP,
+    *weights.HEAD,
+)
+QWEN3_WEIGHTS = (
+    *weights.EMBEDDING,
+    *weights.PRE_NORMS,
+    *weights.ATTENTION,
+    *weights.ATTENTION_BIASES,
+    *weights.QK_NORMS,
+    *weights.MLP,
+    *weights.HEAD,
+)
+
+
+@model_family(
+    "qwen2",
+    "Qwen2ForCausalLM",
+    weights=QWEN2_WEIGHTS,
+    defaults=DEFAULTS,
+    constants={"attention_bias": True, "mlp_bias": False, "use_mrope": False},
+)
+def read_qwen2(fields: HFFields) -> ModelConfig:
+    """See `Family.read`."""
+    return ModelConfig(
+        head_dim=read.head_dim_or_quotient(fields),
+        attention_bias=False,
+        qkv_bias=True,
+        **_common(fields),
+    )
+
+
+@model_family(
+    "qwen3",
+    "Qwen3ForCausalLM",
+    weights=QWEN3_WEIGHTS,
+    defaults=DEFAULTS | {"attention_bias": False},
+    constants={"mlp_bias": False},
+)
+def read_qwen3(fields: HFFields) -> ModelConfig:
+    """See `Family.read`."""
+    return ModelConfig(
+        head_dim=fields.get("head_dim", int),
+        attention_bias=fields.get("attention_bias", bool),
+        qk_norm=True,
+        **_common(fields),
+    )
+
+
+def _common(fields: HFFields) -> dict[str, Any]:
+    return {
+        "hidden_act": read.activation(fields),
+        "num_kv_heads": read.stated_kv_heads(fields),
+        "rope": read_rope(fields),
+        "mlp_bias": False,
+        **_sliding(fields),
+        **read.common(fields),
+    }
+
+
+def _sliding(fields: HFFields) -> dict[str, Any]:
+    """Which layers slide: none unless asked for, and then by default the last ones."""
+    window = None
+    if fields.get("use_sliding_window", bool):
+        window = fields.nullable("sliding_window", int)
+    layer_types = read.stated_layer_types(fields)
+    if layer_types is not None:
+        if window is None and "sliding_attention" in layer_types:
+            raise fields.error(
+                "layer_types", "has sliding layers, but use_sliding_window or sliding_window is off"
+            )
+        return read.sliding(fields, window, layer_types)
+    first = fields.get("max_window_layers", int)
+    types: list[LayerType] = [
+        "sliding_attention" if window is not None and layer >= first else "full_attention"
+        for layer in range(fields.get("num_hidden_layers", int))
+    ]
+    return read.sliding(fields, window, types)

@@ -1,0 +1,157 @@
+"""The leaves of a model's parameter tree, and the Hugging Face tensors that they are made of.
+
+Both directions follow from the key table of the model's family: `base_leaves` says where to read,
+`hf_tensors` undoes it.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from moe_jax.config.model import ModelConfig
+from moe_jax.hf.families.family import family_of
+from moe_jax.hf.families.weights import LAYER, Condition, WeightRule
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """One leaf of the parameter tree and the tensors that it is made of.
+
+    Attributes:
+      path: names from the tree's root to the leaf.
+      shape: the whole leaf, layers in front where it is `stacked`.
+      keys: the tensors, one a layer where it is `stacked`, else one.
+      stacked: tensor i is `leaf[i]`.
+      transposed: each tensor is stored with its two axes swapped.
+      first_row: where the leaf begins along the first axis of each stored tensor.
+      stored_rows: how long that axis is; more than the leaf takes where others share the tensor.
+    """
+
+    path: tuple[str, ...]
+    shape: tuple[int, ...]
+    keys: tuple[str, ...]
+    stacked: bool
+    transposed: bool
+    first_row: int
+    stored_rows: int
+
+    @property
+    def tensor_shape(self) -> tuple[int, ...]:
+        """The shape of each of the tensors, as stored."""
+        shape = self.shape[1:] if self.stacked else self.shape
+        return (self.stored_rows, *(shape[::-1] if self.transposed else shape)[1:])
+
+
+def _axis_sizes(config: ModelConfig) -> dict[str, int]:
+    return {
+        "V": config.vocab_size,
+        "D": config.hidden_size,
+        "F": config.intermediate_size,
+        "Q": config.num_heads * config.head_dim,
+        "K": config.num_kv_heads * config.head_dim,
+        "W": config.head_dim,
+    }
+
+
+def base_leaves(config: ModelConfig) -> list[Leaf]:
+    """All leaves of the parameter tree of a model of this configuration.
+
+    Raises:
+      CheckpointError: its family is not registered.
+    """
+    return [_leaf(rule, config) for rule in family_of(config).weights if _exists(rule, config)]
+
+
+def _exists(rule: WeightRule, config: ModelConfig) -> bool:
+    return rule.only_if is None or getattr(config, rule.only_if.field) == rule.only_if.value
+
+
+def _leaf(rule: WeightRule, config: ModelConfig) -> Leaf:
+    sizes = _axis_sizes(config)
+    shape, stacked = tuple(sizes[axis] for axis in rule.axes), "{layer}" in rule.key
+    rows = [sizes[axis] for axis in rule.fused] or [shape[-1] if rule.transposed else shape[0]]
+    return Leaf(
+        path=tuple(rule.path.split("/")),
+        shape=(config.num_layers, *shape) if stacked else shape,
+        keys=keys_of(rule.key, config),
+        stacked=stacked,
+        transposed=rule.transposed,
+        first_row=sum(rows[: rule.part]),
+        stored_rows=sum(rows),
+    )
+
+
+def keys_of(pattern: str, config: ModelConfig) -> tuple[str, ...]:
+    """The tensor names that a name with or without `{layer}` stands for."""
+    if "{layer}" not in pattern:
+        return (pattern,)
+    return tuple(pattern.format(layer=layer) for layer in range(config.num_layers))
+
+
+def key_of(path: str, config: ModelConfig) -> str | None:
+    """The name of the tensor of an unstacked leaf, whether or not this model has it.
+
+    None if none of the family has it.
+    """
+    return next((rule.key for rule in family_of(config).weights if rule.path == path), None)
+
+
+def not_weights(config: ModelConfig) -> set[str]:
+    """Tensors that may be stored and are not read."""
+    return {key for pattern in family_of(config).not_weights for key in keys_of(pattern, config)}
+
+
+def why_unexpected(key: str, config: ModelConfig) -> str:
+    """What in the configuration leaves no place for the tensor `key`: text for a message."""
+    family = family_of(config)
+    for rule in family.weights:
+        if not _exists(rule, config) and key in keys_of(rule.key, config):
+            condition = rule.only_if
+            assert condition is not None
+            return f"config.json says {condition.key} {_stated(condition, config)}"
+    if key.startswith(LAYER.split("{", maxsplit=1)[0]):
+        return f"config.json says num_hidden_layers {config.num_layers}"
+    return f"a model of type {family.model_type!r} has no such weights"
+
+
+def _stated(condition: Condition, config: ModelConfig) -> str:
+    return str(getattr(config, condition.field)).lower()
+
+
+TensorParts = tuple[tuple[Leaf, int], ...]
+"""The leaves that make up one tensor, in their order, each with the tensor's place in it."""
+
+
+def tensor_parts(config: ModelConfig) -> dict[str, TensorParts]:
+    """The tensors of a checkpoint of this model, by name, in the order of the key table."""
+    parts: dict[str, list[tuple[Leaf, int]]] = {}
+    for leaf in base_leaves(config):
+        for index, key in enumerate(leaf.keys):
+            parts.setdefault(key, []).append((leaf, index))
+    return {
+        key: tuple(sorted(shared, key=lambda part: part[0].first_row))
+        for key, shared in parts.items()
+    }
+
+
+def hf_tensor(params: Any, parts: TensorParts) -> np.ndarray:
+    """One tensor as Hugging Face stores it; of the leaves, only what it holds is copied.
+
+    Args:
+      params: the parameter tree.
+      parts: the tensor's entry in `tensor_parts`.
+    """
+    arrays = []
+    for leaf, index in parts:
+        array = params
+        for name in leaf.path:
+            array = array[name]
+        array = np.asarray(array[index] if leaf.stacked else array)
+        arrays.append(array.T if leaf.transposed else array)
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+
+
+def hf_tensors(params: Any, config: ModelConfig) -> dict[str, np.ndarray]:
+    """A parameter tree as the tensors of a Hugging Face checkpoint; undoes `load_base`."""
+    return {key: hf_tensor(params, parts) for key, parts in tensor_parts(config).items()}

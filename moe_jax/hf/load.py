@@ -1,0 +1,298 @@
+"""Loads the frozen base model from safetensors straight into sharded arrays.
+
+Everything that can be wrong is found from the files' headers before any tensor is read. Then one
+leaf at a time is read, transposed, converted and put on its devices, each process and device
+reading only its own part: beside the parameters themselves, the host holds one leaf.
+"""
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moe_jax.config.model import ModelConfig, StorageType
+from moe_jax.config.parse import located
+from moe_jax.errors import CheckpointError
+from moe_jax.hf.families.weights import EMBEDDING_PATH, HEAD_PATH
+from moe_jax.hf.key_table import (
+    Leaf,
+    base_leaves,
+    key_of,
+    not_weights,
+    why_unexpected,
+)
+from moe_jax.hf.shards import Shards, listed, open_shards
+from moe_jax.layers.frozen import Storage, check_storage, storage_of
+from moe_jax.layers.quantized import quantize
+
+_FLOAT_TYPES = {"F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
+
+# How much of a tensor is read at once. safetensors copies a slice twice on its way to numpy, so
+# that whole tensors would cost twice the largest one; larger blocks are no faster.
+_BLOCK_BYTES = 2**20
+
+Tree = dict[str, Any]
+
+
+def abstract_base(config: ModelConfig, dtype: str) -> Tree:
+    """The parameter tree that `load_base` returns, as `jax.ShapeDtypeStruct` leaves."""
+    storage = storage_of(dtype)
+
+    def abstract(leaf: Leaf) -> Any:
+        shape = jax.ShapeDtypeStruct(leaf.shape, storage.dtype)
+        return _abstract_quantized(shape, storage) if _quantized(leaf, storage) else shape
+
+    return _tree({leaf.path: abstract(leaf) for leaf in base_leaves(config)})
+
+
+def load_base(
+    folder: str | Path,
+    config: ModelConfig,
+    dtype: StorageType | str,
+    shardings: Tree | None = None,
+) -> Tree:
+    """Reads the weights of a model.
+
+    Args:
+      folder: a checkpoint with safetensors weights, in one file or several with an index, stored as
+        float32, float16 or bfloat16.
+      config: the architecture, from `read_model_config(folder)`.
+      dtype: how the parameters are kept. Kernels are quantised one layer at a time.
+      shardings: a tree like the returned one of `jax.sharding.Sharding`, or None, which puts all on
+        this process's first device.
+
+    Returns:
+      The parameter tree, kernels as `[in, out]`, decoder layers stacked as `[layers, ...]`.
+
+    Raises:
+      CheckpointError: the files are missing or damaged, a tensor is missing, left over, of another
+        shape or of a type that is not a float, or a value does not fit `dtype`.
+      ConfigError: there is no such `dtype`, or the model cannot be kept in it.
+    """
+    storage = storage_of(dtype)
+    with located("base"):
+        check_storage(storage, config)
+    with open_shards(Path(folder)) as shards:
+        leaves = checked_leaves(shards, config)
+        if shardings is None:
+            device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+            places = {leaf.path: device for leaf in leaves}
+        else:
+            places = {leaf.path: _at(shardings, leaf.path) for leaf in leaves}
+        arrays = {}
+        # The largest first: its host copy is held while little else is.
+        for leaf in sorted(leaves, key=lambda leaf: -np.prod(leaf.shape, dtype=float)):
+            place = places[leaf.path]
+            if _quantized(leaf, storage):
+                arrays[leaf.path] = _load_quantized(leaf, shards, storage, place)
+            else:
+                arrays[leaf.path] = _load_leaf(leaf, shards, storage.dtype, place)
+    return _tree({leaf.path: arrays[leaf.path] for leaf in leaves})
+
+
+def checked_leaves(shards: Shards, config: ModelConfig) -> list[Leaf]:
+    """The leaves to load, once every tensor is known to be there, in its shape, and wanted.
+
+    Raises:
+      CheckpointError: see `load_base`.
+    """
+    leaves = base_leaves(config)
+    present = dict(shards.tensors)
+    embedding, head = key_of(EMBEDDING_PATH, config), key_of(HEAD_PATH, config)
+    if config.tie_word_embeddings and embedding and head and head in present:
+        # A tied head that is stored all the same is either the only copy of the embedding or must
+        # equal it; anything else would be dropped in silence.
+        if embedding not in present:
+            leaves = [
+                dataclasses.replace(leaf, keys=(head,)) if leaf.keys == (embedding,) else leaf
+                for leaf in leaves
+            ]
+        else:
+            _check_tied_head(shards, embedding, head)
+            del present[head]
+    wanted = {key: leaf for leaf in leaves for key in leaf.keys}
+    ignored = not_weights(config)
+    missing = [key for key in wanted if key not in present]
+    if missing:
+        raise CheckpointError(
+            f"{shards.folder}: the weights lack {listed(missing)}; "
+            f"the checkpoint is incomplete or config.json is that of another model"
+        )
+    left_over = sorted(key for key in present if key not in wanted and key not in ignored)
+    if left_over:
+        raise CheckpointError(
+            f"{shards.folder}: the weights hold {listed(left_over)}, which would be dropped "
+            f"({why_unexpected(left_over[0], config)}); config.json is that of another model"
+        )
+    for key, leaf in wanted.items():
+        info = present[key]
+        if info.shape != leaf.tensor_shape:
+            raise CheckpointError(
+                f"{shards.folder / info.file}: {key}: has shape {list(info.shape)}, but by "
+                f"config.json it should have {list(leaf.tensor_shape)}"
+            )
+        if info.dtype not in _FLOAT_TYPES:
+            raise CheckpointError(
+                f"{shards.folder / info.file}: {key}: is stored as {info.dtype}; "
+                f"supported: {', '.join(_FLOAT_TYPES)}"
+            )
+    return leaves
+
+
+def _check_tied_head(shards: Shards, embedding_key: str, head_key: str) -> None:
+    head, embedding = shards.tensors[head_key], shards.tensors[embedding_key]
+    equal = head.shape == embedding.shape and len(head.shape) == 2
+    if equal:
+        head_view, embedding_view = shards.get_slice(head_key), shards.get_slice(embedding_key)
+        equal = all(
+            np.array_equal(head_view[start:stop], embedding_view[start:stop])
+            for start, stop in _blocks(0, head.shape[0], head.shape[1] * 4)
+        )
+    if not equal:
+        raise CheckpointError(
+            f"{shards.folder / head.file}: {head_key}: differs from {embedding_key}, although "
+            f"config.json says tie_word_embeddings true; set it to false to use this head"
+        )
+
+
+def _load_leaf(
+    leaf: Leaf, shards: Shards, dtype: np.dtype, sharding: jax.sharding.Sharding
+) -> jax.Array:
+    parts: dict[tuple, np.ndarray] = {}  # replicas of a part share one host copy
+
+    def read_part(index: tuple[slice, ...] | None) -> np.ndarray:
+        assert index is not None
+        ranges = tuple(part.indices(size)[:2] for part, size in zip(index, leaf.shape, strict=True))
+        if ranges not in parts:
+            parts[ranges] = _read_part(leaf, shards, dtype, ranges)
+        return parts[ranges]
+
+    array = jax.make_array_from_callback(leaf.shape, sharding, read_part, dtype=dtype)
+    # Transfers run behind Python's back; without waiting, several host copies pile up.
+    return jax.block_until_ready(array)
+
+
+def _quantized(leaf: Leaf, storage: Storage) -> bool:
+    """Whether the leaf is one that `storage` quantises: a projection's kernel of every layer."""
+    return storage.quantization is not None and leaf.stacked and leaf.path[-1] == "kernel"
+
+
+def _abstract_quantized(shape: jax.ShapeDtypeStruct, storage: Storage) -> Any:
+    assert storage.quantization is not None
+    layers, *matrix = shape.shape
+    kernel = jax.ShapeDtypeStruct(tuple(matrix), jnp.float32)
+    one = jax.eval_shape(functools.partial(quantize, kind=storage.quantization), kernel)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((layers, *x.shape), x.dtype), one)
+
+
+def _load_quantized(leaf: Leaf, shards: Shards, storage: Storage, places: Any) -> Any:
+    """A stacked kernel, quantised layer by layer; the host holds one layer of it as floats.
+
+    Every process reads and quantises all of it, since a scale spans what a device may hold a part
+    of, and keeps the parts of its own devices.
+
+    Args:
+      leaf, shards: see `read_leaf`.
+      storage: what to quantise to.
+      places: a `Sharding`, or a quantised kernel of them.
+    """
+    kind = storage.quantization
+    assert kind is not None
+    device = jax.local_devices()[0]
+    layers, *_ = leaf.shape
+    stack = None
+    for layer in range(layers):
+        kernel = jax.device_put(read_leaf(leaf, shards, np.dtype(np.float32), layer), device)
+        codes = jax.device_get(_quantize(kernel, kind))
+        if stack is None:
+            stack = jax.tree.map(lambda x: np.empty((layers, *x.shape), x.dtype), codes)
+        jax.tree.map(lambda whole, part, at=layer: whole.__setitem__(at, part), stack, codes)
+    if isinstance(places, jax.sharding.Sharding):
+        places = jax.tree.map(lambda _: places, stack)
+
+    def put(whole: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
+        return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
+
+    return jax.block_until_ready(jax.tree.map(put, stack, places))
+
+
+_quantize = jax.jit(quantize, static_argnums=1)
+
+
+def read_leaf(leaf: Leaf, shards: Shards, dtype: np.dtype, layer: int | None = None) -> np.ndarray:
+    """A whole leaf, or one layer of a stacked one, in memory of this process.
+
+    Args:
+      leaf: from `checked_leaves`.
+      shards: what that was given.
+      dtype: of the result.
+      layer: from 0; None where the leaf is not stacked, or all layers are wanted.
+    """
+    ranges = tuple((0, size) for size in leaf.shape)
+    if layer is None:
+        return _read_part(leaf, shards, dtype, ranges)
+    return _read_part(leaf, shards, dtype, ((layer, layer + 1), *ranges[1:]))[0]
+
+
+def _read_part(
+    leaf: Leaf, shards: Shards, dtype: np.dtype, ranges: tuple[tuple[int, int], ...]
+) -> np.ndarray:
+    """`leaf[start:stop, ...]` for the `(start, stop)` of each axis."""
+    part = np.empty([stop - start for start, stop in ranges], dtype)
+    if not leaf.stacked:
+        _read_tensor(leaf, leaf.keys[0], shards, part, ranges)
+        return part
+    first, last = ranges[0]
+    for layer in range(first, last):
+        _read_tensor(leaf, leaf.keys[layer], shards, part[layer - first], ranges[1:])
+    return part
+
+
+def _read_tensor(
+    leaf: Leaf, key: str, shards: Shards, out: np.ndarray, ranges: tuple[tuple[int, int], ...]
+) -> None:
+    """Fills `out` with a part of one tensor, converted to its type; `ranges` are those of `out`."""
+    info = shards.tensors[key]
+    source = _FLOAT_TYPES[info.dtype]
+    view = shards.get_slice(key)
+    if leaf.transposed:
+        out, ranges = out.T, ranges[::-1]
+    first, last = (row + leaf.first_row for row in ranges[0])
+    rest = tuple(slice(*part) for part in ranges[1:])
+    row_bytes = np.dtype(source).itemsize * int(np.prod([b - a for a, b in ranges[1:]]))
+    may_overflow = out.dtype == np.float16 and source is not np.float16
+    for start, stop in _blocks(first, last, row_bytes):
+        block = view[(slice(start, stop), *rest)]
+        with np.errstate(over="ignore"):  # looked for below, with a message that says where
+            out[start - first : stop - first] = block
+        if may_overflow and not np.isfinite(out[start - first : stop - first]).all():
+            raise CheckpointError(
+                f"{shards.folder / info.file}: {key}: has values that float16 cannot hold "
+                f"(beyond 65504); use base.param_dtype 'bfloat16' or 'float32'"
+            )
+
+
+def _blocks(first: int, last: int, row_bytes: int) -> list[tuple[int, int]]:
+    """Splits rows `first` to `last` into runs of about `_BLOCK_BYTES`."""
+    rows = max(1, _BLOCK_BYTES // max(1, row_bytes))
+    return [(start, min(start + rows, last)) for start in range(first, last, rows)]
+
+
+def _at(tree: Tree, path: tuple[str, ...]) -> Any:
+    for name in path:
+        tree = tree[name]
+    return tree
+
+
+def _tree(leaves: dict[tuple[str, ...], Any]) -> Tree:
+    tree: Tree = {}
+    for path, leaf in leaves.items():
+        branch = tree
+        for name in path[:-1]:
+            branch = branch.setdefault(name, {})
+        branch[path[-1]] = leaf
+    return tree

@@ -1,0 +1,85 @@
+"""From token ids to the first hidden state."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from moe_jax.layers.activation import soft_cap
+from moe_jax.layers.frozen import BASE_INIT, frozen_leaf
+from moe_jax.sharding.axes import ACTIVATION_EMBED, EMBED, HIDDEN_AXES, VOCAB, constrain
+
+
+class TokenEmbedding(nn.Module):
+    """Looks rows up in a table.
+
+    Attributes:
+      vocab_size: V.
+      features: D.
+      dtype: type of the result.
+      param_dtype: type of the stored table.
+      scale: what rows are multiplied by, itself rounded to `dtype`; None leaves them as they are.
+
+    Leaf: `embedding` [V, D].
+    """
+
+    vocab_size: int
+    features: int
+    dtype: jnp.dtype
+    param_dtype: jnp.dtype
+    scale: float | None = None
+
+    def setup(self) -> None:
+        shape = (self.vocab_size, self.features)
+        self.embedding = frozen_leaf(
+            self, "embedding", BASE_INIT, shape, (VOCAB, EMBED), self.param_dtype
+        )
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """[B, S, D] of tokens [B, S]."""
+        # Whole rows on every device before the look-up: a table split along D would give a result
+        # split along D, which the partitioner can only turn into one split along B by replicating.
+        table = constrain(self.embedding, (VOCAB, ACTIVATION_EMBED))
+        rows = constrain(jnp.take(table, tokens, axis=0).astype(self.dtype), HIDDEN_AXES)
+        return rows if self.scale is None else rows * jnp.asarray(self.scale, self.dtype)
+
+
+# FIXME docstring of the merged layers.head:
+# """From the last hidden state to logits over the vocabulary."""
+
+
+class LanguageModelHead(nn.Module):
+    """The kernel of `logits`, for models that do not reuse their embedding.
+
+    Attributes:
+      vocab_size: V.
+      features: D.
+      param_dtype: type of the stored kernel.
+
+    Leaf: `kernel` [D, V].
+    """
+
+    vocab_size: int
+    features: int
+    param_dtype: jnp.dtype
+
+    def setup(self) -> None:
+        shape = (self.features, self.vocab_size)
+        self.kernel = frozen_leaf(
+            self, "kernel", BASE_INIT, shape, (EMBED, VOCAB), self.param_dtype
+        )
+
+
+def logits(
+    x: jax.Array, kernel: jax.Array, *, tied: bool = False, cap: float | None = None
+) -> jax.Array:
+    """float32 [B, S, V] of x [B, S, D], multiplied in the type of `x`.
+
+    Args:
+      x: hidden states.
+      kernel: [D, V].
+      tied: the kernel is an embedding [V, D] instead.
+      cap: bound of the logits, see `soft_cap`; None for none.
+    """
+    axes = "...d,vd->...v" if tied else "...d,dv->...v"
+    scores = jnp.einsum(axes, x, kernel.astype(x.dtype), preferred_element_type=jnp.float32)
+    return scores if cap is None else soft_cap(scores, cap)

@@ -1,0 +1,164 @@
+"""A base and adapters to compute with: checked before, and loaded after, what they are to read."""
+
+import functools
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from moe_jax.adapters.method import AdapterMethod
+from moe_jax.checkpoints.adapter_files import SavedAdapter, load_adapter
+from moe_jax.checkpoints.leaves import checksums
+from moe_jax.config.model import ComputeConfig, FloatType, ModelConfig
+from moe_jax.config.parse import located
+from moe_jax.config.registry import to_plain
+from moe_jax.errors import CheckpointError
+from moe_jax.hf.config import read_model_config
+from moe_jax.hf.fingerprint import BaseIdentity, base_fingerprint
+from moe_jax.hf.load import load_base
+from moe_jax.hf.resolve import resolve_adapter, resolve_checkpoint
+from moe_jax.layers.names import PARAMS
+from moe_jax.models.causal_lm import LlamaForCausalLM
+from moe_jax.models.fresh import fresh_adapter
+from moe_jax.sharding.rules import shardings_of
+
+BASE = "base"
+"""What prompts and results call the base without an adapter."""
+
+
+class BaseInMemory(Protocol):
+    """A loaded base, such as `moe_jax.load_base` returns."""
+
+    @property
+    def folder(self) -> Path: ...
+    @property
+    def identity(self) -> BaseIdentity: ...
+    @property
+    def config(self) -> ModelConfig: ...
+    @property
+    def params(self) -> Any: ...
+
+
+class BaseFiles(NamedTuple):
+    """A base whose weights are not read yet, or are in memory already.
+
+    Attributes:
+      folder: its checkpoint.
+      identity: what adapters remember it by.
+      config: its architecture.
+      params: its weights; None until `load_params`.
+    """
+
+    folder: Path
+    identity: BaseIdentity
+    config: ModelConfig
+    params: Any
+
+
+class Adapter(NamedTuple):
+    """An adapter to compute with."""
+
+    method: AdapterMethod
+    tree: Any
+
+
+class NamedAdapter(NamedTuple):
+    """An adapter, and what results say of it.
+
+    Attributes:
+      name: what the user calls it.
+      origin: where it lies; None if it came from memory.
+      digest: of its method and weights.
+      saved: what was loaded.
+    """
+
+    name: str
+    origin: str | None
+    digest: str
+    saved: SavedAdapter
+
+    @property
+    def adapter(self) -> Adapter:
+        """What computing takes."""
+        return Adapter(self.saved.method, self.saved.tree)
+
+
+def open_base(base: str | Path | BaseInMemory, revision: str | None = None) -> BaseFiles:
+    """Finds a base and reads what it is, without its weights.
+
+    Raises:
+      CheckpointError: it is missing, damaged, or not of a known architecture.
+    """
+    if not isinstance(base, str | Path):
+        return BaseFiles(base.folder, base.identity, base.config, base.params)
+    folder = resolve_checkpoint(str(base), revision)
+    config = read_model_config(folder)
+    return BaseFiles(folder, BaseIdentity(str(base), base_fingerprint(folder)), config, None)
+
+
+def build_model(base: BaseFiles, dtype: FloatType) -> LlamaForCausalLM:
+    """The module that computes in `dtype`."""
+    return LlamaForCausalLM(base.config, ComputeConfig(dtype=dtype), param_dtype=dtype)
+
+
+def load_params(base: BaseFiles, model: LlamaForCausalLM, mesh: Mesh | None) -> Any:
+    """The weights, in the type that `model` keeps them in, on the mesh or on one device.
+
+    Raises:
+      CheckpointError: a file or tensor is missing or damaged.
+      DeviceError: the mesh does not divide a weight evenly.
+    """
+    shardings = None
+    if mesh is not None:
+        shardings = shardings_of(_boxed_params(model), mesh)
+    if base.params is None:
+        return load_base(base.folder, base.config, model.param_dtype, shardings)
+    return base.params if shardings is None else jax.device_put(base.params, shardings)
+
+
+def load_adapters(
+    adapters: Mapping[str, str | Path | SavedAdapter],
+    base: BaseFiles,
+    model: LlamaForCausalLM,
+    mesh: Mesh | None,
+) -> list[NamedAdapter]:
+    """Loads adapters, each from its folder or from memory.
+
+    Raises:
+      CheckpointError: a folder holds none, it is damaged, or it belongs to another base.
+    """
+    loaded = []
+    for name, adapter in adapters.items():
+        is_saved = isinstance(adapter, SavedAdapter)
+        saved = adapter if is_saved else load_adapter(resolve_adapter(adapter))
+        if saved.base.fingerprint != base.identity.fingerprint:
+            raise CheckpointError(
+                f"adapter {name!r}: was trained on the base {saved.base.path}, and the weights in "
+                f"{base.folder} differ from it; give that base"
+            )
+        with located(f"adapter {name!r}"):
+            saved.method.check_model(base.config)
+        parts = [to_plain(saved.method), checksums(saved.tree)]
+        digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+        if mesh is not None:
+            boxed = jax.eval_shape(
+                functools.partial(fresh_adapter, model, saved.method),
+                nn.meta.unbox(_boxed_params(model)),
+                jax.random.key(0),
+            )
+            saved = saved._replace(tree=jax.device_put(saved.tree, shardings_of(boxed, mesh)))
+        loaded.append(NamedAdapter(name, None if is_saved else str(adapter), digest, saved))
+    return loaded
+
+
+def _boxed_params(model: LlamaForCausalLM) -> Any:
+    """Shapes and types of the base's weights, with their logical axes around them."""
+    init = functools.partial(model.init, tokens=jnp.zeros((1, 2), jnp.int32))
+    boxed: Any = jax.eval_shape(init, jax.random.key(0))
+    return boxed[PARAMS]

@@ -1,0 +1,87 @@
+"""What a run will need, from the compiled step alone: no weights, no data, no accelerator."""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+
+from moe_jax.layers.quantized import QuantizedKernel
+from moe_jax.training.step.program import Program
+
+
+def readable(size: int) -> str:
+    """A number of bytes for people: in GiB, or in MiB below a tenth of that."""
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 / 10 else f"{size / 2**20:.2f} MiB"
+
+
+def parameter_count(tree: Any) -> int:
+    """Numbers in all leaves of a tree of arrays or of their shapes, however they are stored."""
+    leaves = jax.tree.leaves(tree, is_leaf=lambda leaf: isinstance(leaf, QuantizedKernel))
+    return sum(math.prod(leaf.shape) for leaf in leaves)
+
+
+class MemoryPlan(NamedTuple):
+    """Bytes on one device.
+
+    Attributes:
+      params: the frozen base.
+      adapters: the trainable leaves.
+      optimizer: the optimiser's state and counters.
+      temporary: what the compiled step needs besides its arguments, at its peak.
+      total: all of these.
+    """
+
+    params: int
+    adapters: int
+    optimizer: int
+    temporary: int
+    total: int
+
+
+def memory_plan(program: Program, row_length: int) -> MemoryPlan | None:
+    """Compiles the training step for rows of `row_length` tokens and reads its memory.
+
+    None where the backend does not report a compiled program's memory.
+    """
+    analysis = program.compiled_train_step(row_length).memory_analysis()
+    if analysis is None:
+        return None
+    temporary = analysis.temp_size_in_bytes
+    state, shardings = program.abstract_state, program.state_shardings
+    params = _bytes_per_device(program.abstract_params, program.param_shardings)
+    adapters = _bytes_per_device(state.adapters, shardings.adapters)
+    optimizer = _bytes_per_device(state, shardings) - adapters
+    total = params + adapters + optimizer + temporary
+    return MemoryPlan(params, adapters, optimizer, temporary, total)
+
+
+def describe_plan(program: Program, row_length: int) -> str:
+    """A table of `memory_plan` and of the parameter counts behind it, for people."""
+    plan = memory_plan(program, row_length)
+    base = parameter_count(program.abstract_params)
+    lines = [
+        "mesh            " + " x ".join(f"{n}={s}" for n, s in program.mesh.shape.items()),
+        f"base            {base:,} parameters, frozen, {program.config.base.param_dtype}",
+    ]
+    for name, tree in program.abstract_state.adapters.items():
+        own = parameter_count(tree)
+        lines.append(f"adapter         {name}: {own:,} parameters ({own / base:.2%} of the base)")
+    rows = sum(segment.rows for segment in program.segments)
+    micro = program.config.training.micro_batches
+    remat = program.config.compute.remat
+    lines += [
+        f"step            {rows} rows of {row_length} tokens in {micro} micro-batch(es)",
+        f"remat           {remat}",
+        f"memory of one device, compiled for {jax.default_backend()}",
+    ]
+    if plan is None:
+        return "\n".join([*lines, "  not reported by this backend"])
+    lines += [f"  {name:<14}{readable(size):>12}" for name, size in plan._asdict().items()]
+    return "\n".join(lines)
+
+
+def _bytes_per_device(tree: Any, shardings: Any) -> int:
+    def size(leaf: jax.ShapeDtypeStruct, sharding: jax.sharding.NamedSharding) -> int:
+        return math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+
+    return sum(jax.tree.leaves(jax.tree.map(size, tree, shardings)))

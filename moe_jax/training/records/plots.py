@@ -1,0 +1,198 @@
+"""Pictures of a run: how the losses went, and how the tokens spread over the experts."""
+
+import io
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from moe_jax.adapters.method import AdapterMethod
+from moe_jax.adapters.tree import expert_name
+from moe_jax.training.step.router_metrics import row_places
+
+_READABLE_ROWS = 40
+"""Rows of an expert map up to which they are drawn large."""
+
+
+PER_TOKEN = "nats per target token"
+"""The unit of a language model's loss."""
+
+Series = dict[str, list[tuple[int, float]]]
+"""Losses by name, each a list of steps and values."""
+
+
+def loss_unit(method: AdapterMethod) -> str:
+    """In what the loss of an adapter is measured."""
+    if method.classification is None:
+        return PER_TOKEN
+    return "squared error" if method.classification.regression else "nats per row"
+
+
+def loss_curves(metrics: Path, units: Mapping[str, str] | None = None) -> Figure:
+    """The training and validation losses over the steps, from a run's `metrics.jsonl`.
+
+    Of one adapter, each loss is a line. Of several, each adapter has a colour, its training loss a
+    solid line and the mean of its validation losses a dashed one.
+
+    Args:
+      metrics: the file.
+      units: of each adapter's losses, as `loss_unit` has them; others are in nats per target token.
+        Each unit has axes of its own.
+    """
+    return _loss_curves(_lines(metrics), units or {})
+
+
+def _loss_curves(lines: Iterable[dict[str, Any]], units: Mapping[str, str]) -> Figure:
+    training, validation = Series(), dict[str, Series]()
+    for line in lines:
+        for name, value in line.items():
+            if not name.endswith("/loss") or value is None:
+                continue
+            point, parts = (line["step"], value), name.split("/")
+            if parts[0] == "validation":
+                adapter, data_set = parts[1], "/".join(parts[2:-1])
+                validation.setdefault(adapter, {}).setdefault(data_set, []).append(point)
+            else:
+                training.setdefault("/".join(parts[:-1]), []).append(point)
+    several = len(training) > 1
+    unit_of = {adapter: units.get(adapter, PER_TOKEN) for adapter in training}
+    panels = list(dict.fromkeys(unit_of.values())) or [PER_TOKEN]
+    height = max(5, 3.5 * len(panels), 0.25 * len(training))
+    figure = Figure(figsize=(11 if several else 8, height), layout="constrained")
+    stacked = figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0]
+    axes_of = dict(zip(panels, stacked, strict=True))
+    for number, (adapter, points) in enumerate(training.items()):
+        colour, axes = f"C{number % 10}", axes_of[unit_of[adapter]]
+        sets = validation.get(adapter, {})
+        label = adapter if several else f"training/{adapter}"
+        axes.plot(*zip(*points, strict=True), label=label, color=colour if several else None)
+        if several:
+            mean = _mean(sets)
+            if mean:
+                axes.plot(*zip(*mean, strict=True), color=colour, marker="o", linestyle="--")
+            continue
+        for data_set, measured in sets.items():
+            label = f"validation/{adapter}/{data_set}"
+            axes.plot(*zip(*measured, strict=True), label=label, marker="o", linestyle="--")
+    title = "Loss in training (solid), and its mean in validation (dashed)" if several else "Loss"
+    stacked[0].set_title(title)
+    stacked[-1].set_xlabel("step")
+    for unit, axes in axes_of.items():
+        axes.set_ylabel(f"loss ({unit})")
+        # The untrained base is often ten times worse than what follows and would flatten it.
+        axes.set_yscale("log")
+        axes.grid(alpha=0.3)
+    if several:
+        figure.legend(fontsize="small", loc="outside right upper")
+    elif training:
+        stacked[0].legend(fontsize="small")
+    return figure
+
+
+def _mean(sets: Series) -> list[tuple[int, float]]:
+    """The mean over data sets that were measured at the same steps."""
+    return [
+        (points[0][0], sum(value for _, value in points) / len(points))
+        for points in zip(*sets.values(), strict=True)
+    ]
+
+
+def _lines(metrics: Path) -> Iterator[dict[str, Any]]:
+    for text in metrics.read_text(encoding="utf-8").splitlines():
+        yield json.loads(text)
+
+
+def draw_run(metrics: Path, folder: Path, units: Mapping[str, str] | None = None) -> list[Path]:
+    """Draws a run's losses, and the expert loads of its last line of metrics, into `folder`.
+
+    Args:
+      metrics: the run's `metrics.jsonl`.
+      folder: gets `loss.png`, and `experts_NAME.png` for each adapter that routes.
+      units: of the losses; see `loss_curves`.
+
+    Returns:
+      The files that were written.
+    """
+    figures = {"loss.png": loss_curves(metrics, units)}
+    for adapter, figure in _expert_maps(_lines(metrics)).items():
+        figures[f"experts_{adapter}.png"] = figure
+    for name, figure in figures.items():
+        figure.savefig(folder / name)
+    return [folder / name for name in figures]
+
+
+def adapter_pictures(metrics: Path, adapter: str, unit: str = PER_TOKEN) -> dict[str, bytes]:
+    """The pictures of one adapter of a run, PNG by file name: `loss.png`, and `experts.png`.
+
+    Args:
+      metrics: the run's `metrics.jsonl`.
+      adapter: its name; `experts.png` is there if it routes.
+      unit: of its losses; see `loss_unit`.
+    """
+    own = (f"{adapter}/", f"validation/{adapter}/")
+    lines = [
+        {k: v for k, v in line.items() if k == "step" or k.startswith(own)}
+        for line in _lines(metrics)
+    ]
+    figures = {"loss.png": _loss_curves(lines, {adapter: unit})}
+    for figure in _expert_maps(lines).values():  # one at most
+        figures["experts.png"] = figure
+    pictures = {}
+    for name, figure in figures.items():
+        stream = io.BytesIO()
+        figure.savefig(stream, format="png")
+        pictures[name] = stream.getvalue()
+    return pictures
+
+
+def _expert_maps(lines: Iterable[dict[str, Any]]) -> dict[str, Figure]:
+    """The map of each adapter that routes, by name, of the last line that has its loads."""
+    last: dict[str, dict[str, Any]] = {}
+    for line in lines:
+        for name, value in line.items():
+            adapter, _, kind = name.rpartition("/")
+            if kind == "expert_load" and value is not None:
+                last[adapter] = line
+    figures = {}
+    for adapter, line in last.items():
+        load = np.array(line[f"{adapter}/expert_load"], np.float64)  # None becomes NaN
+        title = f"Expert load of {adapter!r} in training, up to step {line['step']}"
+        figures[adapter] = expert_map(load, title, adapter, line[f"{adapter}/sites"])
+    return figures
+
+
+def expert_map(relative: np.ndarray, title: str, adapter: str, sites: Sequence[str]) -> Figure:
+    """A heat map of experts' loads.
+
+    Args:
+      relative: float [sites * L, E], the load of each expert as a multiple of an equal share; NaN,
+        which stays blank, where there is no such expert.
+      title: whose load it is.
+      adapter: whose experts they are.
+      sites: where the routers sit, each with its L layers.
+    """
+    rows, experts = relative.shape
+    dense = rows > _READABLE_ROWS
+    figure = Figure(
+        figsize=(3.5 + 0.7 * experts, 1.5 + (0.2 if dense else 0.4) * rows), layout="constrained"
+    )
+    axes = figure.subplots()
+    # White is an equal share, so that colour alone tells too much from too little; grey is nothing.
+    axes.set_facecolor("0.8")
+    image = axes.imshow(relative, cmap="RdBu_r", vmin=0.0, vmax=2.0, aspect="auto")
+    size = "xx-small" if dense else "medium"
+    for row, expert in np.argwhere(~np.isnan(relative)):
+        text = f"{relative[row, expert]:.2f}"
+        axes.text(expert, row, text, ha="center", va="center", fontsize=size)
+    labels, name = [str(layer) for _, layer in row_places(sites, rows)], "layer"
+    if len(sites) > 1:
+        labels = [f"{site} {layer}" for site, layer in row_places(sites, rows)]
+        name = "router and layer"
+    axes.set(xlabel=expert_name(adapter, "INDEX"), ylabel=name, title=title)
+    axes.set_xticks(range(experts))
+    axes.set_yticks(range(rows), labels, fontsize=size)
+    figure.colorbar(image, label="load / equal share", extend="max")
+    return figure

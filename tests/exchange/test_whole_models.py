@@ -1,0 +1,209 @@
+"""A base and its adapter as one model, which transformers loads and computes as we compute both."""
+
+import gc
+import json
+import tracemalloc
+
+import numpy as np
+import pytest
+import torch
+from foreign_adapters import LORA, MIXLORA
+from hf_models import TINY_SIZES, tiny_model
+from safetensors.torch import load_file
+from tolerances import BFLOAT16_TENSORS, FLOAT32_LOGITS
+from transformers import AutoModelForCausalLM, MixtralForCausalLM, Qwen3MoeForCausalLM
+from whole_models import adapter_of, saved_base, tensors_of
+
+import moe_jax
+from moe_jax.exchange import sharded_writer
+
+TOKENS = np.random.default_rng(0).integers(0, TINY_SIZES["vocab_size"], (2, 16))
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 5000.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+TOP_1_OF_3 = {"num_experts": 3, "router": {"name": "top_k", "top_k": 1, "jitter_noise": 0.1}}
+
+NOTES = ["no tokenizer: the base's folder holds none; copy one beside the model"]
+
+
+def ours(base, adapter=None):
+    if adapter is None:
+        return np.asarray(moe_jax.AdaptedModel(base, {})(TOKENS))
+    return np.asarray(moe_jax.AdaptedModel(base, {"x": adapter})(TOKENS, "x"))
+
+
+def theirs(folder, cls=AutoModelForCausalLM):
+    """The logits of a checkpoint, all of whose tensors the model had a place for, and no others."""
+    model, info = cls.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    assert not any(info.values()), info
+    with torch.no_grad():
+        return model.eval()(torch.tensor(TOKENS)).logits.numpy()
+
+
+@pytest.mark.parametrize(
+    ("model_type", "overrides", "method", "cls"),
+    [
+        ("llama", {"rope_parameters": LLAMA3, "head_dim": 12}, MIXLORA, MixtralForCausalLM),
+        (
+            "mistral",
+            {"sliding_window": 5, "tie_word_embeddings": True, "eos_token_id": 5},
+            {**MIXLORA, **TOP_1_OF_3, "rslora": True, "target_modules": ["v_proj", "down_proj"]},
+            MixtralForCausalLM,
+        ),
+        (
+            "llama",
+            {},
+            {**MIXLORA, "dora": True, "expert_lora": {"rank": 2, "alpha": 3.0}, "dropout": 0.2},
+            MixtralForCausalLM,
+        ),
+        (
+            "qwen3",
+            {"head_dim": 16, "attention_bias": True, "use_sliding_window": False},
+            {**MIXLORA, "expert_lora": {"dora": True}},
+            Qwen3MoeForCausalLM,
+        ),
+        (
+            "qwen3",
+            {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 0},
+            {**MIXLORA, **TOP_1_OF_3},
+            Qwen3MoeForCausalLM,
+        ),
+    ],
+)
+def test_a_mixlora_is_a_mixture_of_experts(tmp_path, model_type, overrides, method, cls):
+    base = saved_base(tmp_path / "base", model_type, **overrides)
+    adapter = adapter_of(base, method)
+    assert moe_jax.export_adapter(adapter, "mixtral", tmp_path / "out") == NOTES
+    expected = ours(base, adapter)
+    assert np.abs(expected - ours(base)).max() > 1.0
+    found = theirs(tmp_path / "out", cls)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=FLOAT32_LOGITS)
+    before, after = (
+        json.loads((tmp_path / name / "config.json").read_text()) for name in ("base", "out")
+    )
+    assert after["architectures"] == [cls.__name__]
+    assert after["eos_token_id"] == before["eos_token_id"]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "method"),
+    [
+        ("llama", LORA),
+        ("mistral", {**LORA, "rslora": True, "target_modules": ["q_proj", "up_proj"]}),
+        ("qwen2", {**LORA, "dora": True}),
+        # Stored fused with what is not adapted.
+        ("phi3", {**LORA, "dora": True, "target_modules": ["k_proj", "up_proj", "o_proj"]}),
+        ("gemma2", LORA),
+    ],
+)
+def test_a_lora_becomes_part_of_the_weights(tmp_path, model_type, method):
+    base = saved_base(tmp_path / "base", model_type)
+    adapter = adapter_of(base, method)
+    assert moe_jax.export_adapter(adapter, "llama", tmp_path / "out") == NOTES
+    expected = ours(base, adapter)
+    assert np.abs(expected - ours(base)).max() > 0.5
+    found = theirs(tmp_path / "out")
+    np.testing.assert_allclose(found, expected, rtol=0, atol=FLOAT32_LOGITS)
+    assert moe_jax.load_base(tmp_path / "out").config == base.config
+
+
+@pytest.mark.parametrize(("to", "method"), [("mixtral", MIXLORA), ("llama", LORA)])
+def test_bfloat16_is_the_merged_weights_rounded_once(tmp_path, to, method):
+    model = tiny_model("llama")
+    model.lm_head.weight.data *= 0.1  # logits of less than one, to which the tolerance belongs
+    model.to(torch.bfloat16).save_pretrained(tmp_path / "base")
+    base = moe_jax.load_base(tmp_path / "base")
+    adapter = adapter_of(base, method)
+    for dtype in ("float32", "bfloat16"):
+        moe_jax.export_adapter(adapter, to, tmp_path / dtype, dtype=dtype)
+    exact, rounded = tensors_of(tmp_path / "float32"), tensors_of(tmp_path / "bfloat16")
+    assert exact.keys() == rounded.keys()
+    for name, tensor in exact.items():
+        assert tensor.dtype == torch.float32
+        assert torch.equal(tensor.to(torch.bfloat16), rounded[name]), name
+    assert json.loads((tmp_path / "bfloat16" / "config.json").read_text())["dtype"] == "bfloat16"
+    expected = ours(base, adapter)
+    assert np.abs(expected - ours(base)).max() > 10 * BFLOAT16_TENSORS
+    found = theirs(tmp_path / "bfloat16")
+    np.testing.assert_allclose(found, expected, rtol=0, atol=BFLOAT16_TENSORS)
+
+
+def test_several_files_and_what_stands_beside_them(tmp_path, monkeypatch):
+    base = saved_base(tmp_path / "base", "llama")
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "LICENSE"):
+        (tmp_path / "base" / name).write_text(f'{{"from": "{name}"}}')
+    (tmp_path / "base" / "optimizer.pt").write_text("x")
+    adapter = adapter_of(base, MIXLORA)
+    assert moe_jax.export_adapter(adapter, "mixtral", tmp_path / "one") == []
+    whole = tensors_of(tmp_path / "one")
+    monkeypatch.setattr(sharded_writer, "MAX_SHARD_BYTES", 20_000)
+    moe_jax.export_adapter(adapter, "mixtral", tmp_path / "out")
+    files = sorted(file.name for file in (tmp_path / "out").glob("*.safetensors"))
+    assert len(files) > 3
+    count = len(files)
+    assert files == [f"model-{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1)]
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    places = {}
+    for file in files:
+        tensors = load_file(tmp_path / "out" / file)
+        assert sum(t.nbytes for t in tensors.values()) <= 20_000
+        places |= dict.fromkeys(tensors, file)
+    assert index["weight_map"] == places
+    assert index["metadata"]["total_size"] == sum(t.nbytes for t in whole.values())
+    for name, tensor in tensors_of(tmp_path / "out").items():
+        assert torch.equal(tensor, whole[name]), name
+    assert np.array_equal(theirs(tmp_path / "out"), theirs(tmp_path / "one"))
+    beside = {f.name for f in (tmp_path / "out").iterdir() if f.suffix != ".safetensors"}
+    assert beside == {
+        "README.md",
+        "LICENSE",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors.index.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+    assert (tmp_path / "out" / "LICENSE").read_text() == '{"from": "LICENSE"}'
+
+
+def test_the_card_says_what_it_is(tmp_path):
+    base = saved_base(tmp_path / "base", "llama")
+    adapter = adapter_of(base, {**MIXLORA, "losses": {"router_z": {"coefficient": 0.003}}})
+    moe_jax.export_adapter(adapter, "mixtral", tmp_path / "out", dtype="bfloat16")
+    card = (tmp_path / "out" / "README.md").read_text()
+    for words in (
+        "This is a `MixtralForCausalLM` in bfloat16",
+        "trained on it for 7 steps. It computes what the adapter computes on its base",
+        f"`{tmp_path / 'base'}`, fingerprint `{base.identity.fingerprint}`",
+        "| router.top_k | `2` |",
+        "| losses.router_z.coefficient | `0.003` |",
+        "| rank | `4` |",
+    ):
+        assert words in card
+    assert "KL" not in card
+    assert "base_model:" not in card  # which would have to be on the hub
+
+
+def test_memory_holds_a_few_matrices(tmp_path):
+    sizes = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 2}
+    base = saved_base(tmp_path / "base", "llama", **sizes)
+    adapter = adapter_of(base, {**MIXLORA, "num_experts": 8})
+    matrix = 4 * 128 * 512
+    often, former = 700, gc.get_threshold()
+    gc.set_threshold(often, *former[1:])  # as outside the tests, which look for garbage rarely
+    tracemalloc.start()
+    try:
+        moe_jax.export_adapter(adapter, "mixtral", tmp_path / "out")
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+        gc.set_threshold(*former)
+    # A layer is 24 matrices and attention; besides matrices there are files, traces and headers.
+    assert (tmp_path / "out" / "model.safetensors").stat().st_size > 48 * matrix
+    assert peak < 8 * matrix

@@ -1,0 +1,226 @@
+"""Loaded parameters, leaf by leaf, against the state dict of the torch model that was saved."""
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from safetensors.numpy import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from moe_jax.errors import CheckpointError
+from moe_jax.hf import load as base
+from moe_jax.hf.config import read_model_config
+from moe_jax.hf.load import abstract_base, load_base
+
+VARIANTS = {
+    "untied": {},
+    "tied": dict(tie_word_embeddings=True),
+    "biased": dict(attention_bias=True, mlp_bias=True),
+    "attention_bias": dict(attention_bias=True),
+    "mlp_bias": dict(mlp_bias=True),
+    "gqa_odd_head": dict(head_dim=10, num_key_value_heads=2),
+    "one_layer": dict(num_hidden_layers=1, num_key_value_heads=1),
+}
+TORCH_TYPES = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
+
+
+def save_llama(folder, shard_size="50GB", dtype="float32", **changes) -> dict[str, torch.Tensor]:
+    """Saves a random tiny Llama (every leaf random, norms and biases too) and returns its state."""
+    torch.manual_seed(0)
+    fields = dict(
+        vocab_size=96,
+        hidden_size=48,
+        intermediate_size=80,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=64,
+    )
+    model = LlamaForCausalLM(LlamaConfig(**fields | changes))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_()
+    model = model.to(TORCH_TYPES[dtype])
+    model.save_pretrained(folder, max_shard_size=shard_size)
+    return model.state_dict()
+
+
+def expected_tree(state: dict[str, torch.Tensor], config, dtype: str) -> dict:
+    """The parameter tree, put together by hand from torch's names."""
+
+    def get(name: str) -> np.ndarray:
+        value = state[name].to(TORCH_TYPES[dtype])
+        array = value.float().numpy().astype(jnp.dtype(dtype))  # exact: no wider than float32
+        return array.T if name.endswith("_proj.weight") or name == "lm_head.weight" else array
+
+    def stacked(name: str) -> np.ndarray:
+        return np.stack([get(f"model.layers.{i}.{name}") for i in range(config.num_layers)])
+
+    def projection(name: str, bias: bool) -> dict:
+        leaves = {"kernel": stacked(f"{name}.weight")}
+        return leaves | ({"bias": stacked(f"{name}.bias")} if bias else {})
+
+    tree = {
+        "embed_tokens": {"embedding": get("model.embed_tokens.weight")},
+        "layers": {
+            "input_layernorm": {"scale": stacked("input_layernorm.weight")},
+            "self_attn": {
+                name: projection(f"self_attn.{name}", config.attention_bias)
+                for name in ("q_proj", "k_proj", "v_proj", "o_proj")
+            },
+            "post_attention_layernorm": {"scale": stacked("post_attention_layernorm.weight")},
+            "mlp": {
+                name: projection(f"mlp.{name}", config.mlp_bias)
+                for name in ("gate_proj", "up_proj", "down_proj")
+            },
+        },
+        "norm": {"scale": get("model.norm.weight")},
+    }
+    if not config.tie_word_embeddings:
+        tree["lm_head"] = {"kernel": get("lm_head.weight")}
+    return tree
+
+
+def assert_equal(actual, expected) -> None:
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for (path, a), e in zip(
+        jax.tree_util.tree_leaves_with_path(actual), jax.tree.leaves(expected), strict=True
+    ):
+        assert a.dtype == e.dtype, path
+        np.testing.assert_array_equal(np.asarray(a), e, err_msg=jax.tree_util.keystr(path))
+
+
+@pytest.mark.parametrize("shard_size", ["50GB", "40KB", "12KB"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_leaves_equal_the_torch_model(variant: str, shard_size: str, tmp_path):
+    state = save_llama(tmp_path, shard_size, **VARIANTS[variant])
+    assert (shard_size == "50GB") == (tmp_path / "model.safetensors").exists()
+    config = read_model_config(tmp_path)
+    params = load_base(tmp_path, config, "float32")
+    assert_equal(params, expected_tree(state, config, "float32"))
+
+
+@pytest.mark.parametrize("dtype", TORCH_TYPES)
+@pytest.mark.parametrize("stored", TORCH_TYPES)
+def test_types_are_converted_as_torch_does(stored: str, dtype: str, tmp_path):
+    state = save_llama(tmp_path, dtype=stored)
+    config = read_model_config(tmp_path)
+    params = load_base(tmp_path, config, dtype)
+    assert_equal(params, expected_tree(state, config, dtype))
+
+
+def test_several_blocks_of_one_tensor(tmp_path, monkeypatch):
+    state = save_llama(tmp_path, dtype="bfloat16")
+    config = read_model_config(tmp_path)
+    monkeypatch.setattr("moe_jax.hf.load._BLOCK_BYTES", 1000)  # about 10 rows of 48
+    assert_equal(load_base(tmp_path, config, "float32"), expected_tree(state, config, "float32"))
+
+
+def test_abstract_tree_has_the_loaded_shapes(tmp_path):
+    save_llama(tmp_path, attention_bias=True, tie_word_embeddings=True)
+    config = read_model_config(tmp_path)
+    actual = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), load_base(tmp_path, config, "bfloat16")
+    )
+    assert actual == abstract_base(config, "bfloat16")
+
+
+MESHES = {
+    "all_on_one_axis": ((8, 1), lambda ndim: PartitionSpec(*[None] * (ndim - 1), "a")),
+    "both_axes": ((2, 4), lambda ndim: PartitionSpec(*[None] * (ndim - 2), *("a", "b")[-ndim:])),
+    "input_axis": ((2, 4), lambda ndim: PartitionSpec(None, "b") if ndim > 1 else PartitionSpec()),
+    "replicated": ((8, 1), lambda ndim: PartitionSpec()),
+    "partly_replicated": ((4, 2), lambda ndim: PartitionSpec(*[None] * (ndim - 1), "b")),
+}
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_sharded_equals_whole(name: str, tmp_path, devices):
+    state = save_llama(tmp_path, "12KB", attention_bias=True, num_hidden_layers=2)
+    config = read_model_config(tmp_path)
+    sizes, spec = MESHES[name]
+    mesh = jax.make_mesh(sizes, ("a", "b"), (AxisType.Auto,) * 2, devices=devices)
+    shardings = jax.tree.map(
+        lambda leaf: NamedSharding(mesh, spec(len(leaf.shape))), abstract_base(config, "float32")
+    )
+    params = load_base(tmp_path, config, "float32", shardings)
+    assert_equal(params, expected_tree(state, config, "float32"))
+    assert jax.tree.map(lambda leaf: leaf.sharding, params) == shardings
+
+
+def test_layers_can_be_sharded(tmp_path, devices):
+    state = save_llama(tmp_path, num_hidden_layers=8)
+    config = read_model_config(tmp_path)
+    mesh = jax.make_mesh((8,), ("a",), (AxisType.Auto,), devices=devices)
+    spec = {"layers": PartitionSpec("a")}
+    shardings = {
+        part: jax.tree.map(lambda _: NamedSharding(mesh, spec.get(part, PartitionSpec())), tree)  # noqa: B023
+        for part, tree in abstract_base(config, "float32").items()
+    }
+    params = load_base(tmp_path, config, "float32", shardings)
+    assert_equal(params, expected_tree(state, config, "float32"))
+
+
+def test_a_device_reads_its_own_part_only(tmp_path, devices, monkeypatch):
+    save_llama(tmp_path)
+    config = read_model_config(tmp_path)
+    mesh = jax.make_mesh((8,), ("a",), (AxisType.Auto,), devices=devices)
+    shardings = jax.tree.map(
+        lambda leaf: NamedSharding(mesh, PartitionSpec(*[None] * (len(leaf.shape) - 1), "a")),
+        abstract_base(config, "float32"),
+    )
+    sizes = []
+
+    def read(*args):
+        part = original(*args)
+        sizes.append(part.size)
+        return part
+
+    original = base._read_part
+    monkeypatch.setattr(base, "_read_part", read)
+    params = load_base(tmp_path, config, "float32", shardings)
+    assert sum(sizes) == sum(leaf.size for leaf in jax.tree.leaves(params))
+    assert max(sizes) == max(leaf.size for leaf in jax.tree.leaves(params)) // 8
+
+
+def test_old_rotary_buffers_are_no_weights(tmp_path):
+    state = save_llama(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    for layer in range(3):
+        name = f"model.layers.{layer}.self_attn.rotary_emb.inv_freq"
+        tensors[name] = np.ones(6, np.float32)
+    save_file(tensors, tmp_path / "model.safetensors")
+    config = read_model_config(tmp_path)
+    assert_equal(load_base(tmp_path, config, "float32"), expected_tree(state, config, "float32"))
+
+
+def test_tied_head_may_be_stored_if_it_is_the_embedding(tmp_path):
+    state = save_llama(tmp_path, tie_word_embeddings=True)
+    config = read_model_config(tmp_path)
+    expected = expected_tree(state, config, "float32")
+    tensors = load_file(tmp_path / "model.safetensors")
+    assert "lm_head.weight" not in tensors
+    both = tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].copy()}
+    save_file(both, tmp_path / "model.safetensors")
+    assert_equal(load_base(tmp_path, config, "float32"), expected)
+    del both["model.embed_tokens.weight"]
+    save_file(both, tmp_path / "model.safetensors")
+    assert_equal(load_base(tmp_path, config, "float32"), expected)
+
+
+def test_bfloat16_beyond_float16_is_refused(tmp_path):
+    save_llama(tmp_path, dtype="bfloat16")
+    config = read_model_config(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = ml_dtypes.bfloat16(1e5)
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.up_proj\.weight.*float16"):
+        load_base(tmp_path, config, "float16")
+    load_base(tmp_path, config, "float32")

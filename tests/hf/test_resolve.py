@@ -1,0 +1,171 @@
+"""From a folder's path or a hub id to a folder; the hub is a small server in this process."""
+
+import http.server
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from moe_jax.errors import CheckpointError
+from moe_jax.hf.resolve import resolve_checkpoint
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+FILES = {
+    "config.json": b"{}",
+    "model.safetensors": b"weights",
+    "model-00001-of-00002.safetensors": b"a shard",
+    "model.safetensors.index.json": b"{}",
+    "tokenizer.json": b"{}",
+    "tokenizer.model": b"pieces",
+    "tokenizer_config.json": b"{}",
+    "special_tokens_map.json": b"{}",
+    "chat_template.jinja": b"",
+    "pytorch_model.bin": b"legacy",
+    "consolidated.safetensors": b"a second copy",
+    "original/consolidated.00.pth": b"a third copy",
+    "original/model.safetensors": b"a fourth copy",
+    "README.md": b"text",
+}
+WANTED = {name for name in FILES if "/" not in name} - {
+    "pytorch_model.bin",
+    "consolidated.safetensors",
+    "README.md",
+}
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """The few requests of the hub's protocol that downloading a snapshot makes."""
+
+    def answer(self, status: int, body: bytes = b"", **headers: str) -> None:
+        self.send_response(status)
+        for name, value in (headers | {"Content-Length": str(len(body))}).items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def do_GET(self) -> None:
+        parts = self.path.split("?")[0].strip("/").split("/")
+        api = parts[0] == "api"
+        owner, name, kind, revision, *rest = [*parts[2 if api else 0 :], "", "", ""]
+        rest = [part for part in rest if part]
+        if name == "gated":
+            return self.answer(403, X_Error_Code="GatedRepo")
+        if (owner, name) != ("owner", "model"):
+            return self.answer(404, X_Error_Code="RepoNotFound")
+        if revision not in ("main", "v2", COMMIT):
+            return self.answer(404, X_Error_Code="RevisionNotFound")
+        if api and kind == "revision":
+            siblings = [{"rfilename": file} for file in FILES]
+            model = {"id": "owner/model", "sha": COMMIT, "siblings": siblings}
+            return self.answer(200, json.dumps(model).encode())
+        if api and kind == "tree":
+            tree = [
+                {"type": "file", "path": file, "size": len(body), "oid": "0" * 40}
+                for file, body in FILES.items()
+            ]
+            return self.answer(200, json.dumps(tree).encode())
+        body = FILES["/".join(rest)]
+        return self.answer(200, body, ETag=f'"{"/".join(rest)}"', X_Repo_Commit=COMMIT)
+
+    do_HEAD = do_GET
+
+    def log_message(self, *args) -> None:
+        pass
+
+
+# Run in a process of its own, because the hub's client reads its settings when it is imported.
+SCRIPT = """
+import json, sys
+from moe_jax.hf.resolve import resolve_checkpoint
+from moe_jax.errors import CheckpointError
+try:
+    print(json.dumps({"folder": str(resolve_checkpoint(*json.loads(sys.argv[1])))}))
+except CheckpointError as error:
+    print(json.dumps({"error": str(error)}))
+"""
+
+
+def resolve_in_process(endpoint: str, cache: Path, offline: bool, *arguments: str | None) -> dict:
+    settings = {
+        "HF_ENDPOINT": endpoint,
+        "HF_HOME": str(cache),
+        "HF_HUB_OFFLINE": str(int(offline)),
+        "HF_HUB_DISABLE_XET": "1",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, json.dumps(arguments)],
+        env=os.environ | settings,
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def hub() -> Iterator[str]:
+    """The address of the server."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def test_local_folder_is_used_as_it_is(tmp_path):
+    assert resolve_checkpoint(tmp_path) == tmp_path
+    assert resolve_checkpoint(str(tmp_path)) == tmp_path
+
+
+def test_hub_model_is_downloaded_once_and_without_what_is_not_needed(hub, tmp_path):
+    folder = Path(resolve_in_process(hub, tmp_path, False, "owner/model", "v2")["folder"])
+    assert {path.name for path in folder.iterdir()} == WANTED
+    assert (folder / "model.safetensors").read_bytes() == b"weights"
+    again = resolve_in_process(hub, tmp_path, True, "owner/model", COMMIT)
+    assert again == {"folder": str(folder)}
+
+
+@pytest.mark.parametrize(
+    ("name", "revision", "message"),
+    [
+        ("owner/modle", None, r"owner/modle: no such folder, and as a hub id: .*no such model"),
+        ("owner/gated", None, r"grants access on request"),
+        ("owner/model", "v3", r"no revision 'v3'"),
+        ("owner/mod--el", None, r"does not allow such a name"),
+    ],
+)
+def test_hub_refuses(hub, tmp_path, name: str, revision: str | None, message: str):
+    error = resolve_in_process(hub, tmp_path, False, name, revision)["error"]
+    assert re.search(message, error)
+    assert "\n" not in error
+
+
+@pytest.mark.parametrize("offline", [False, True])
+def test_hub_cannot_be_reached(offline: bool, tmp_path):
+    error = resolve_in_process("http://127.0.0.1:9", tmp_path, offline, "owner/model")["error"]
+    assert re.search(r"cannot be reached.*hf download owner/model", error)
+
+
+@pytest.mark.parametrize(
+    ("path", "revision", "message"),
+    [
+        ("./llama", None, r"\./llama: no such folder; give a folder, or a hub id owner/name$"),
+        ("/nowhere/llama", None, r"no such folder; give a folder, or a hub id owner/name$"),
+        ("a/b/c", None, r"no such folder; give a folder, or a hub id owner/name$"),
+        ("", None, r"path is empty"),
+        ("{folder}", "v2", r"is a local folder, which has no revision 'v2'"),
+        ("{folder}/config.json", None, r"is a file; give the folder"),
+    ],
+)
+def test_local_paths_that_cannot_be_used(path: str, revision, message: str, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=message):
+        resolve_checkpoint(path.format(folder=tmp_path), revision)
