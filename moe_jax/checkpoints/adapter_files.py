@@ -32,6 +32,7 @@ from moe_jax.config.model import ModelConfig
 from moe_jax.config.parse import parse, parse_member
 from moe_jax.config.registry import to_plain
 from moe_jax.errors import CheckpointError, ConfigError
+from moe_jax.files.atomic import write_atomic
 from moe_jax.files.disk import behind_link, disk_errors, require_space
 from moe_jax.files.replaced_folder import present_folder, put_back, replace_folder
 from moe_jax.hf.fingerprint import BaseIdentity
@@ -266,7 +267,5 @@ def add_pictures(folder: Path, pictures: Mapping[str, bytes]) -> None:
     """
     with disk_errors(folder):
         put_back(folder)
-        for name, picture in pictures.items():
-            beside = folder / f".{name}.tmp"
-            beside.write_bytes(picture)
-            beside.replace(folder / name)
+    for name, picture in pictures.items():
+        write_atomic(folder / name, picture)

@@ -13,7 +13,7 @@ from typing import Any
 
 from moe_jax.config.parse import parse
 from moe_jax.errors import CheckpointError, ConfigError
-from moe_jax.files.disk import disk_errors
+from moe_jax.files.atomic import write_atomic
 
 RECORD_VERSION = 3
 RECORD = "training.json"
@@ -164,10 +164,7 @@ def add_accuracies(folder: Path, step: int, accuracies: Mapping[str, Mapping[str
     former, record = record, dataclasses.replace(record, accuracies=measured, accuracies_step=step)
     if record == former:  # of a run that was stopped before it had all its results
         return
-    beside = folder / f".{RECORD}.tmp"
-    with disk_errors(folder):
-        beside.write_text(_text(record), encoding="utf-8")
-        beside.replace(folder / RECORD)
+    write_atomic(folder / RECORD, _text(record))
 
 
 def read_record(folder: Path) -> TrainingRecord | None:

@@ -1,7 +1,6 @@
 """Where answers go: on stdout in the order of their prompts, or into a file as they come."""
 
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any, NamedTuple, Self
 
 from moe_jax.commands.prompt_files import GivenPrompt
 from moe_jax.errors import ConfigError
+from moe_jax.files.atomic import write_atomic
 from moe_jax.files.disk import disk_errors
 from moe_jax.inference.text import Answer
 from moe_jax.loaded.model import BASE
@@ -108,12 +108,8 @@ class Written:
         if not self._lines:
             self._file.unlink()
         elif kind is None:
-            ordered = self._file.with_name(f".{self._file.name}.ordered")
-            with disk_errors(self._file, "all answers are there, but not in order"):
-                ordered.write_text(
-                    "".join(self._lines[place] for place in sorted(self._lines)), encoding="utf-8"
-                )
-                os.replace(ordered, self._file)
+            ordered = "".join(self._lines[place] for place in sorted(self._lines))
+            write_atomic(self._file, ordered, "all answers are there, but not in order")
             print(f"wrote {self._file}", file=sys.stderr)
         elif isinstance(error, KeyboardInterrupt):
             print(

@@ -1,7 +1,6 @@
 """MixLoRA beside LoRA of as many trainable parameters: several seeds of each, and what they say."""
 
 import json
-import os
 import statistics
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -14,7 +13,7 @@ from moe_jax.checkpoints.adapter_files import load_adapter
 from moe_jax.config.run import RunConfig
 from moe_jax.demo.paired import chance, spread, verdict
 from moe_jax.demo.score import Examiner, Score
-from moe_jax.files.disk import disk_errors
+from moe_jax.files.atomic import write_atomic
 from moe_jax.training.records.plan import parameter_count
 
 ALL = "all"
@@ -130,10 +129,7 @@ class Comparison:
             },
             "verdicts": self.verdicts(),
         }
-        with disk_errors(file):
-            beside = file.with_name(f".{file.name}.tmp")
-            beside.write_text(json.dumps(plain, indent=2) + "\n", encoding="utf-8")
-            os.replace(beside, file)
+        write_atomic(file, json.dumps(plain, indent=2) + "\n")
 
 
 def _plain(answers: Answers, measures: Sequence[str]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_jax.errors import CheckpointError, ConfigError
+from moe_jax.files.atomic import write_atomic
 from moe_jax.files.disk import disk_errors
 
 Record = dict[str, Any]
@@ -91,11 +92,9 @@ class Journal:
         records = [self.records[index] for index in range(self._questions)]
         if self._file is None:
             return records
-        beside = self._file.with_suffix(".tmp")
         with disk_errors(self._file):
             self._file.parent.mkdir(parents=True, exist_ok=True)
-            beside.write_bytes(b"".join(map(_line, [self._identity, *records])))
-            os.replace(beside, self._file)
+        write_atomic(self._file, b"".join(map(_line, [self._identity, *records])))
         return records
 
     def _read(self, file: Path) -> dict[int, Record]:

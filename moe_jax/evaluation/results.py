@@ -2,14 +2,13 @@
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from moe_jax.errors import ConfigError
-from moe_jax.files.disk import disk_errors
+from moe_jax.files.atomic import write_atomic
 from moe_jax.version import __version__
 
 RESULTS = "results.json"
@@ -244,10 +243,7 @@ class Evaluation:
             RESULTS: json.dumps(self.to_plain(), indent=2, ensure_ascii=False) + "\n",
         }
         for name, text in texts.items():
-            with disk_errors(folder / name):
-                beside = folder / f"{name}.tmp"
-                beside.write_text(text, encoding="utf-8")
-                os.replace(beside, folder / name)
+            write_atomic(folder / name, text)
 
     def _table(self, measure: str) -> str:
         counts = {}

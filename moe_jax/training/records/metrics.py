@@ -4,7 +4,6 @@ import collections
 import contextlib
 import importlib
 import json
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,6 +14,7 @@ import numpy as np
 from moe_jax.adapters.tree import expert_name
 from moe_jax.config.run import LoggingConfig
 from moe_jax.errors import ConfigError
+from moe_jax.files.atomic import write_atomic
 from moe_jax.files.disk import disk_errors
 from moe_jax.training.step.router_metrics import row_places
 
@@ -267,9 +267,7 @@ def _keep_until(file: Path, step: int) -> None:
             break
         if line["step"] <= step:
             kept.append(text + "\n")
-    beside = file.with_suffix(".tmp")
-    beside.write_text("".join(kept))
-    os.replace(beside, file)
+    write_atomic(file, "".join(kept))
 
 
 def _import(package: str, field: str, extra: str) -> Any:

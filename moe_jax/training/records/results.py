@@ -2,13 +2,12 @@
 
 import json
 import math
-import os
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from moe_jax.files.disk import disk_errors
+from moe_jax.files.atomic import write_atomic
 from moe_jax.training.run.session import Progress
 
 TABLE_FILES = ("adapters.json", "adapters.md")
@@ -91,10 +90,7 @@ def write_table(folder: Path, reports: Sequence[AdapterReport]) -> None:
     as_markdown = [f"| {' | '.join(cells)} |" for cells in (header, rule, *rows)]
     texts = (json.dumps(as_json, indent=2), "\n".join(as_markdown))
     for name, text in zip(TABLE_FILES, texts, strict=True):
-        with disk_errors(folder / name):
-            beside = folder / f".{name}.tmp"
-            beside.write_text(text + "\n", encoding="utf-8")
-            os.replace(beside, folder / name)
+        write_atomic(folder / name, text + "\n")
 
 
 def table_lines(reports: Sequence[AdapterReport]) -> list[str]:

@@ -16,6 +16,7 @@ from moe_jax.adapters import METHODS
 from moe_jax.checkpoints.adapter_files import DESCRIPTION, read_description
 from moe_jax.config.run import RunConfig, parse_run_config, to_json
 from moe_jax.errors import ConfigError
+from moe_jax.files.atomic import write_atomic
 from moe_jax.files.disk import disk_errors
 from moe_jax.files.replaced_folder import present_folder
 
@@ -115,10 +116,7 @@ class WorkDir:
         """Records the configuration that this run goes by."""
         file = self.folder / CONFIG_FILE
         if is_main_process():
-            with disk_errors(file):
-                beside = file.with_suffix(".tmp")
-                beside.write_text(json.dumps(settings, indent=2) + "\n")
-                os.replace(beside, file)
+            write_atomic(file, json.dumps(settings, indent=2) + "\n")
 
     def exported_step(self, name: str) -> int | None:
         """After which step the final folder of adapter `name` was written; None if it is not."""
