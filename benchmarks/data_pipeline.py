@@ -27,7 +27,7 @@ from benchmarks.report import check_output, machine, one_line, refuse, say, tabl
 from benchmarks.timing import spread
 from moe_jax.config.data import DataConfig
 from moe_jax.data.pipeline import TrainData, load_train_data
-from moe_jax.data.tokenise import tokenise_source
+from moe_jax.data.tokenised_source import tokenise_source
 from moe_jax.errors import ConfigError, UserError
 from moe_jax.training.step.micro_batches import join_rows
 

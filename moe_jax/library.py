@@ -22,13 +22,13 @@ from moe_jax.checkpoints.adapter_files import SavedAdapter
 from moe_jax.config.model import ComputeConfig, FloatType, ModelConfig, StorageType
 from moe_jax.config.parse import FieldError, located, suggest
 from moe_jax.config.run import RunConfig, parse_run_config
-from moe_jax.data.measuring_rows import measuring_rows
+from moe_jax.data.encoding import measuring_rows
 from moe_jax.data.tokenizer import load_tokenizer
 from moe_jax.errors import CheckpointError, ConfigError, DataError
 from moe_jax.exchange import api as exchange
 from moe_jax.exchange.format import Weighting
 from moe_jax.exchange.hub import HubTarget, push_folder, require_access
-from moe_jax.files.new_folder import require_unused
+from moe_jax.files.folders import require_unused
 from moe_jax.hf.config import read_model_config
 from moe_jax.hf.fingerprint import BaseIdentity, base_fingerprint
 from moe_jax.hf.load import load_base as load_params

@@ -21,8 +21,7 @@ from moe_jax.adapters import METHODS
 from moe_jax.checkpoints.adapter_files import FORMAT_VERSION, SavedAdapter, save_adapter
 from moe_jax.checkpoints.leaves import LeafSpec, nested
 from moe_jax.config.model import ModelConfig, RopeConfig
-from moe_jax.config.parse import parse_member
-from moe_jax.config.registry import to_plain
+from moe_jax.config.parse import parse_member, to_plain
 from moe_jax.hf.fingerprint import BaseIdentity
 from moe_jax.loaded.expected_leaves import expected_leaves
 

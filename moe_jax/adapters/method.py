@@ -15,8 +15,7 @@ from moe_jax.adapters.tree import TARGET_MODULES
 from moe_jax.config.classification import ClassificationConfig
 from moe_jax.config.data import DataConfig
 from moe_jax.config.model import ModelConfig
-from moe_jax.config.parse import require, suggest
-from moe_jax.config.registry import Registry
+from moe_jax.config.parse import Registry, require, suggest
 from moe_jax.errors import ConfigError
 from moe_jax.layers.quantized import Kernel
 from moe_jax.layers.token_blocks import block_length

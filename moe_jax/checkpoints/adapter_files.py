@@ -29,12 +29,11 @@ from moe_jax.checkpoints.training_record import (
     write_record,
 )
 from moe_jax.config.model import ModelConfig
-from moe_jax.config.parse import parse, parse_member
-from moe_jax.config.registry import to_plain
+from moe_jax.config.parse import parse, parse_member, to_plain
 from moe_jax.errors import CheckpointError, ConfigError
 from moe_jax.files.atomic import write_atomic
-from moe_jax.files.disk import behind_link, disk_errors, require_space
-from moe_jax.files.replaced_folder import present_folder, put_back, replace_folder
+from moe_jax.files.disk import disk_errors, require_space, resolve_link
+from moe_jax.files.folders import current_folder, replace_folder, restore_former_folder
 from moe_jax.hf.fingerprint import BaseIdentity
 from moe_jax.version import __version__
 
@@ -115,7 +114,7 @@ def captured_adapter(folder: Path, adapter: SavedAdapter) -> Callable[[], None]:
 
 
 def _write(folder: Path, adapter: SavedAdapter, weights: Snapshot) -> None:
-    folder = behind_link(folder)
+    folder = resolve_link(folder)
     weights.require_finite(adapter.step)
     description = {
         "format_version": FORMAT_VERSION,
@@ -133,7 +132,7 @@ def _write(folder: Path, adapter: SavedAdapter, weights: Snapshot) -> None:
     try:
         with disk_errors(folder):
             if jax.process_index() == 0:
-                put_back(folder)
+                restore_former_folder(folder)
                 shutil.rmtree(incomplete, ignore_errors=True)
                 incomplete.mkdir(parents=True)
                 (incomplete / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
@@ -160,7 +159,7 @@ def load_adapter(folder: Path, shardings: Any = None) -> SavedAdapter:
     Raises:
       CheckpointError: not such a folder, of another format version, incomplete or damaged.
     """
-    folder = present_folder(folder)
+    folder = current_folder(folder)
     description = read_description(folder)
     file = folder / DESCRIPTION
     try:
@@ -199,7 +198,7 @@ def read_description(folder: Path) -> Description:
 
     What the method's and the model's fields must be is left to `load_adapter`.
     """
-    file = present_folder(folder) / DESCRIPTION
+    file = current_folder(folder) / DESCRIPTION
     try:
         description = json.loads(file.read_text())
     except FileNotFoundError:
@@ -266,6 +265,6 @@ def add_pictures(folder: Path, pictures: Mapping[str, bytes]) -> None:
       CheckpointError: the disk is full or not writable.
     """
     with disk_errors(folder):
-        put_back(folder)
+        restore_former_folder(folder)
     for name, picture in pictures.items():
         write_atomic(folder / name, picture)

@@ -16,8 +16,8 @@ from moe_jax.commands.arguments import (
     numbers,
 )
 from moe_jax.errors import ConfigError
-from moe_jax.tasks.classification import ClassificationTask
 from moe_jax.tasks.families import TASKS
+from moe_jax.tasks.families.glue import ClassificationTask
 from moe_jax.tasks.selection import named_task, own_task, task_names
 
 EPILOG = """\

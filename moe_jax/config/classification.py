@@ -1,24 +1,66 @@
-"""What an adapter with a score head, in the place of the language model's, tells apart.
-
-A task of GLUE brings its labels, columns and metrics along:
-
-    adapter.method.classification = {"glue": "sst2"}
-    adapter.data.train = ConfigDict({"sst2": {"task": "sst2"}})
-
-Rows of one's own have the schema `classification`, `text`, perhaps `text_pair`, and `label`: a
-name, an index from 0, or a number.
-
-    adapter.method.classification = {"labels": ("spam", "ham")}
-    adapter.data.train = ConfigDict({"mine": {"path": "mail.jsonl", "schema": "classification"}})
-
-`moe-jax export --to peft` writes a LoRA with its head as `SEQ_CLS`; generating text, other formats
-and other tasks refuse such an adapter.
-"""
+"""The tasks of GLUE (arXiv:1804.07461) as facts: columns, labels and metrics of `nyu-mll/glue`."""
 
 from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
-from moe_jax.config.glue import GLUE, GlueName, MetricName
 from moe_jax.config.parse import require
+
+GlueName = Literal["cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte"]
+MetricName = Literal["accuracy", "f1", "matthews", "pearson", "spearman"]
+
+GLUE_HUB_ID = "nyu-mll/glue"
+
+
+class GlueTask(NamedTuple):
+    """One task.
+
+    Attributes:
+      columns: of the text, or of the two texts.
+      labels: names of the classes, in the order of the data set's numbers; none where the label is
+        itself a number to be predicted.
+      metrics: that the benchmark reports (arXiv:1804.07461, table 1).
+    """
+
+    columns: tuple[str, ...]
+    labels: tuple[str, ...]
+    metrics: tuple[MetricName, ...]
+
+
+_TWO_SENTENCES = ("sentence1", "sentence2")
+_ENTAILMENT = ("entailment", "not_entailment")
+
+GLUE: dict[str, GlueTask] = {
+    "cola": GlueTask(("sentence",), ("unacceptable", "acceptable"), ("matthews",)),
+    "sst2": GlueTask(("sentence",), ("negative", "positive"), ("accuracy",)),
+    "mrpc": GlueTask(_TWO_SENTENCES, ("not_equivalent", "equivalent"), ("accuracy", "f1")),
+    "qqp": GlueTask(("question1", "question2"), ("not_duplicate", "duplicate"), ("accuracy", "f1")),
+    "stsb": GlueTask(_TWO_SENTENCES, (), ("pearson", "spearman")),
+    "mnli": GlueTask(
+        ("premise", "hypothesis"), ("entailment", "neutral", "contradiction"), ("accuracy",)
+    ),
+    "qnli": GlueTask(("question", "sentence"), _ENTAILMENT, ("accuracy",)),
+    "rte": GlueTask(_TWO_SENTENCES, _ENTAILMENT, ("accuracy",)),
+}
+"""By the name that the data set's configuration has."""
+
+
+# FIXME docstring of the merged config.classification:
+# """What an adapter with a score head, in the place of the language model's, tells apart.
+#
+# A task of GLUE brings its labels, columns and metrics along:
+#
+#     adapter.method.classification = {"glue": "sst2"}
+#     adapter.data.train = ConfigDict({"sst2": {"task": "sst2"}})
+#
+# Rows of one's own have the schema `classification`, `text`, perhaps `text_pair`, and `label`: a
+# name, an index from 0, or a number.
+#
+#     adapter.method.classification = {"labels": ("spam", "ham")}
+#     adapter.data.train = ConfigDict({"mine": {"path": "mail.jsonl", "schema": "classification"}})
+#
+# `moe-jax export --to peft` writes a LoRA with its head as `SEQ_CLS`; generating text, other formats
+# and other tasks refuse such an adapter.
+# """
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from moe_jax.config.expand import SWEEP, SweepConfig
 from moe_jax.config.parse import ROOT, suggest
 from moe_jax.config.run import RunConfig
-from moe_jax.config.sweep import SWEEP, SweepConfig
 from moe_jax.errors import ConfigError
 
 _OVERRIDE = re.compile(rf"--?{ROOT}\.([^=]+)(?:=(.*))?", re.DOTALL)

@@ -9,12 +9,19 @@ from typing import Any
 
 from moe_jax.config.data import DataConfig
 from moe_jax.config.evaluation import EvaluationConfig
+from moe_jax.config.expand import expand_sweep, only_named
 from moe_jax.config.model import ComputeConfig, StorageType
-from moe_jax.config.only import only_named
 from moe_jax.config.optimizer import OptimizerConfig
-from moe_jax.config.parse import NOT_NONE, ROOT, parse, parse_member, require, within
-from moe_jax.config.registry import Registry, to_plain
-from moe_jax.config.sweep import expand_sweep
+from moe_jax.config.parse import (
+    NOT_NONE,
+    ROOT,
+    Registry,
+    parse,
+    parse_member,
+    require,
+    to_plain,
+    within,
+)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,13 +14,11 @@ from transformers import PreTrainedTokenizerBase
 
 from moe_jax.config.classification import ClassificationConfig
 from moe_jax.config.data import DataConfig, SourceConfig
-from moe_jax.data.batch import Batch
-from moe_jax.data.collate import Row, pack_rows, pad_rows, padded_length
-from moe_jax.data.grouping import LengthGroupedBatches
+from moe_jax.data.batch import Batch, Row, pack_rows, pad_rows, padded_length
+from moe_jax.data.grouping import LengthGroupedBatches, ShuffledRange
 from moe_jax.data.packing import PackedBatches
-from moe_jax.data.shuffle import ShuffledRange
 from moe_jax.data.sources import ReadSource, read_source
-from moe_jax.data.tokenise import TokenisedSource, flat_values, tokenise_source
+from moe_jax.data.tokenised_source import TokenisedSource, flat_values, tokenise_source
 from moe_jax.errors import named
 
 # Batches over which the padding is counted for the report, and whose order is compared.

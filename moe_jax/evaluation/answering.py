@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from tqdm import tqdm
 
-from moe_jax.config.registry import to_plain
+from moe_jax.config.parse import to_plain
 from moe_jax.errors import ConfigError
 from moe_jax.evaluation.asking import Asked
 from moe_jax.evaluation.items import items_digest

@@ -1,6 +1,6 @@
 """Adapters with a score head on tasks of texts with labels: read off the head, not asked in words.
 
-A text becomes ids as in training (`moe_jax.data.texts`), and what is too long loses its end, as it
+A text becomes ids as in training (`moe_jax.data.encoding`), and what is too long loses its end, as it
 does there.
 """
 
@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from moe_jax.adapters.method import require_language_model
 from moe_jax.config.classification import ClassificationConfig
-from moe_jax.data.texts import encode_texts
+from moe_jax.data.encoding import encode_texts
 from moe_jax.errors import ConfigError, DataError
 from moe_jax.evaluation.answering import announced, finite, journal_file, progress_bar
 from moe_jax.evaluation.asking import Limits
@@ -24,8 +24,8 @@ from moe_jax.evaluation.journal import Journal, Record
 from moe_jax.evaluation.results import Accuracy, Metric, TaskOutcome
 from moe_jax.evaluation.scorer import Scorer
 from moe_jax.loaded.model import BaseFiles, NamedAdapter
-from moe_jax.tasks.classification import ClassificationTask, LabelledText
-from moe_jax.tasks.metrics import measure
+from moe_jax.tasks.classification_metrics import measure
+from moe_jax.tasks.families.glue import ClassificationTask, LabelledText
 from moe_jax.tasks.task import Task
 
 PROTOCOL = "classification"

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from moe_jax.config.evaluation import EvaluationConfig
-from moe_jax.config.registry import to_plain
+from moe_jax.config.parse import to_plain
 from moe_jax.config.run import RunConfig
 from moe_jax.data.tokenizer import load_tokenizer
 from moe_jax.errors import ConfigError, named

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 
-from moe_jax.data.collate import PADDING_ID, doubled_lengths, padded_length
+from moe_jax.data.batch import PADDING_ID, doubled_lengths, padded_length
 
 SHORTEST_BUCKET = 32
 

@@ -11,7 +11,7 @@ likeliest after it. `acc` goes by the sum of their tokens' log-probabilities, `a
 divided by the number of characters (arXiv:2005.14165, section 2.4, divides by tokens; characters,
 as in lm-evaluation-harness, compare between tokenizers).
 
-Texts become ids as they do in training: see `moe_jax.data.tokenise`.
+Texts become ids as they do in training: see `moe_jax.data.tokenised_source`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -20,8 +20,8 @@ from typing import NamedTuple
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from moe_jax.data.examples import Example, Piece
-from moe_jax.data.tokenise import encode_examples
+from moe_jax.data.encoding import Example, Piece
+from moe_jax.data.tokenised_source import encode_examples
 from moe_jax.data.tokenizer import encode, leading_tokens
 from moe_jax.errors import DataError
 from moe_jax.evaluation.items import Item

@@ -19,17 +19,18 @@ from moe_jax.adapters.method import AdapterMethod
 from moe_jax.checkpoints.adapter_files import SavedAdapter
 from moe_jax.checkpoints.leaves import leaf_specs, named_leaves, nested, require_same_leaves
 from moe_jax.config.model import FloatType, ModelConfig
-from moe_jax.config.parse import located
-from moe_jax.config.registry import Registry
+from moe_jax.config.parse import Registry, located
 from moe_jax.errors import CheckpointError, ConfigError
 from moe_jax.exchange.adapter_folder import (
     CONFIG,
     AdapterFolder,
     Fields,
     require_tensors,
+    tensor_parts,
+    to_leaves,
+    to_tensors,
     write_adapter_folder,
 )
-from moe_jax.exchange.tensor_names import tensor_parts, to_leaves, to_tensors
 from moe_jax.hf.key_table import base_leaves
 from moe_jax.loaded.expected_leaves import expected_leaves
 

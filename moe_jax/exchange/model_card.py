@@ -7,7 +7,7 @@ from typing import Any
 
 from moe_jax.checkpoints.adapter_files import SavedAdapter
 from moe_jax.checkpoints.training_record import PICTURES, DataSet, TrainingRecord
-from moe_jax.config.registry import to_plain
+from moe_jax.config.parse import to_plain
 from moe_jax.exchange.format import ExportOptions, ExportOutcome, Format
 from moe_jax.version import __version__
 

@@ -16,7 +16,7 @@ from moe_jax.adapters.method import AdapterMethod
 from moe_jax.adapters.rows import Segment
 from moe_jax.config.model import ComputeConfig, FloatType, ModelConfig
 from moe_jax.config.parse import located
-from moe_jax.data.collate import PADDING_ID, padded_length
+from moe_jax.data.batch import PADDING_ID, padded_length
 from moe_jax.errors import CheckpointError
 from moe_jax.inference import decoding
 from moe_jax.inference.batch_rows import BatchRows, arrange_rows

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from moe_jax.adapters.method import AdapterMethod, require_language_model
 from moe_jax.config.model import ModelConfig
 from moe_jax.config.parse import suggest
-from moe_jax.data.collate import doubled_lengths
+from moe_jax.data.batch import doubled_lengths
 from moe_jax.errors import ConfigError, DataError
 
 SHORTEST_BUCKET = 16

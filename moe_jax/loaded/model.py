@@ -16,8 +16,7 @@ from moe_jax.adapters.method import AdapterMethod
 from moe_jax.checkpoints.adapter_files import SavedAdapter, load_adapter
 from moe_jax.checkpoints.leaves import checksums
 from moe_jax.config.model import ComputeConfig, FloatType, ModelConfig
-from moe_jax.config.parse import located
-from moe_jax.config.registry import to_plain
+from moe_jax.config.parse import located, to_plain
 from moe_jax.errors import CheckpointError
 from moe_jax.hf.config import read_model_config
 from moe_jax.hf.fingerprint import BaseIdentity, base_fingerprint

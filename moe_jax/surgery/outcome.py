@@ -13,7 +13,7 @@ from moe_jax.checkpoints.adapter_files import SavedAdapter, load_adapter, save_a
 from moe_jax.checkpoints.leaves import leaf_specs, nested, require_same_leaves
 from moe_jax.config.model import ModelConfig
 from moe_jax.config.parse import FieldError, located
-from moe_jax.files.new_folder import require_unused
+from moe_jax.files.folders import require_unused
 from moe_jax.hf.fingerprint import BaseIdentity
 from moe_jax.hf.resolve import resolve_adapter
 from moe_jax.loaded.base_folder import BaseFolder, find_base
@@ -117,7 +117,7 @@ def read_text(
 
 def text_rows(file: Path, base: BaseFolder) -> Text:
     """The same for a base that is known to be the right one."""
-    from moe_jax.data.measuring_rows import measuring_rows  # with libraries that nothing else needs
+    from moe_jax.data.encoding import measuring_rows  # with libraries that nothing else needs
     from moe_jax.data.tokenizer import load_tokenizer
 
     length = min(_LENGTH, base.model.max_position_embeddings)

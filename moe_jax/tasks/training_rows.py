@@ -9,7 +9,7 @@ import datasets
 from moe_jax.config.data import SourceConfig
 from moe_jax.data.sources import RowTable, cut, digest, read_source
 from moe_jax.errors import DataError
-from moe_jax.tasks.classification import ClassificationTask
+from moe_jax.tasks.families.glue import ClassificationTask
 from moe_jax.tasks.selection import named_task
 from moe_jax.tasks.task import TASKS, Question, Task
 

@@ -20,8 +20,7 @@ from record_adapter_format import (
 from moe_jax.adapters import METHODS
 from moe_jax.adapters.routing.router import ROUTERS
 from moe_jax.checkpoints.adapter_files import FORMAT_VERSION, load_adapter, save_adapter
-from moe_jax.config.parse import parse_member
-from moe_jax.config.registry import to_plain
+from moe_jax.config.parse import parse_member, to_plain
 
 RECORDED = ROOT / str(FORMAT_VERSION)
 

@@ -3,8 +3,7 @@
 import pytest
 
 from moe_jax.adapters import METHODS
-from moe_jax.config.parse import parse_member
-from moe_jax.config.registry import to_plain
+from moe_jax.config.parse import parse_member, to_plain
 from moe_jax.config.run import parse_run_config
 from moe_jax.errors import ConfigError
 

@@ -7,8 +7,7 @@ from typing import ClassVar
 
 import pytest
 
-from moe_jax.config.parse import parse, parse_member, require
-from moe_jax.config.registry import Registry, family_of, to_plain
+from moe_jax.config.parse import Registry, family_of, parse, parse_member, require, to_plain
 from moe_jax.errors import ConfigError
 
 SHAPES = Registry("shape")

@@ -11,7 +11,7 @@ from tolerances import CLASSIFIER_SCORES, SIX_DIGITS
 
 import moe_jax
 from moe_jax import cli
-from moe_jax.data.texts import encode_texts
+from moe_jax.data.encoding import encode_texts
 from moe_jax.data.tokenizer import load_tokenizer
 from moe_jax.errors import ConfigError, DataError
 from moe_jax.evaluation.run import evaluate

@@ -10,8 +10,8 @@ from evaluation.plain import choice_scores, label_logits, label_scores, per_char
 from tolerances import FLOAT32_LOGITS
 
 from moe_jax.evaluation.run import evaluate
-from moe_jax.tasks.classification import ClassificationTask
 from moe_jax.tasks.families import TASKS
+from moe_jax.tasks.families.glue import ClassificationTask
 from moe_jax.tasks.selection import make_task, task_names
 
 

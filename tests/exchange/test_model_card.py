@@ -9,7 +9,7 @@ from training_record import PICTURES, made_record
 from whole_models import adapter_of
 
 import moe_jax
-from moe_jax.config.registry import to_plain
+from moe_jax.config.parse import to_plain
 
 METRICS = """| Loss | Nats per target token |
 | --- | --- |

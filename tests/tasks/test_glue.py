@@ -4,13 +4,13 @@ import json
 
 import pytest
 
+from moe_jax.config.classification import GLUE
 from moe_jax.config.data import SourceConfig
-from moe_jax.config.glue import GLUE
 from moe_jax.errors import ConfigError, DataError
-from moe_jax.tasks.classification import ClassificationTask, LabelledText
-from moe_jax.tasks.rows import Row
+from moe_jax.tasks.families.glue import ClassificationTask, LabelledText
 from moe_jax.tasks.selection import named_task, task_names
 from moe_jax.tasks.task import TASKS, Choice
+from moe_jax.tasks.task_rows import Row
 from moe_jax.tasks.training_rows import read_source_or_task
 
 TASKS_OF_GLUE = [name for name, cls in TASKS.items() if issubclass(cls, ClassificationTask)]

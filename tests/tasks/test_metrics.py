@@ -7,7 +7,7 @@ import pytest
 import scipy.stats
 import sklearn.metrics
 
-from moe_jax.tasks.metrics import measure
+from moe_jax.tasks.classification_metrics import measure
 
 
 def noisy(rng, labels, classes, share):

@@ -9,11 +9,9 @@ from evaluation.families import ARC_ROWS, FAMILIES
 
 from moe_jax.config.parse import parse
 from moe_jax.errors import ConfigError, DataError
-from moe_jax.tasks.options import lettered_question
-from moe_jax.tasks.rows import Row
 from moe_jax.tasks.selection import make_task, named_task, task_names
-from moe_jax.tasks.sources import HubData, read_hub, read_local
-from moe_jax.tasks.task import TASKS, Question, Task
+from moe_jax.tasks.task import TASKS, Question, Task, lettered_question
+from moe_jax.tasks.task_rows import HubData, Row, read_hub, read_local
 
 
 def questions(tmp_path, name, rows):

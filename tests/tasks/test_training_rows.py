@@ -7,7 +7,7 @@ from evaluation.conftest import write_rows
 from evaluation.families import FAMILIES
 
 from moe_jax.config.data import DataConfig, SourceConfig
-from moe_jax.data.tokenise import tokenise_source
+from moe_jax.data.tokenised_source import tokenise_source
 from moe_jax.data.tokenizer import load_tokenizer
 from moe_jax.errors import UserError
 from moe_jax.evaluation.protocols import PROTOCOLS

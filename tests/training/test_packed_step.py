@@ -10,8 +10,7 @@ import tiny_program
 from tolerances import FEW_OPERATIONS, GRADIENT_ROUNDING, ROUNDING
 
 from moe_jax.adapters.rows import segments_of
-from moe_jax.data.batch import Batch
-from moe_jax.data.collate import Row, pack_rows, pad_rows
+from moe_jax.data.batch import Batch, Row, pack_rows, pad_rows
 from moe_jax.training.step.loss import row_losses
 from moe_jax.training.step.micro_batches import join_rows
 from moe_jax.training.step.step import forward

@@ -16,8 +16,7 @@ import jax.numpy as jnp
 
 from moe_jax.adapters.routing.statistics import RouterStatistics
 from moe_jax.config.data import DataConfig
-from moe_jax.config.parse import require, within
-from moe_jax.config.registry import Registry
+from moe_jax.config.parse import Registry, require, within
 
 ROUTER_LOSSES = Registry("loss")
 """The losses by the name that a configuration gives: `losses.NAME`, or the field `name` there."""

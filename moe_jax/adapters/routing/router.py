@@ -10,8 +10,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from moe_jax.adapters.tree import adapter_leaf
-from moe_jax.config.parse import require
-from moe_jax.config.registry import Registry
+from moe_jax.config.parse import Registry, require
 from moe_jax.layers.kv_cache import cached, remember
 from moe_jax.layers.names import CODES
 from moe_jax.layers.tokens import token_product

@@ -6,9 +6,8 @@ Asked without the passage that the data set has for each question, as in the ref
 from dataclasses import dataclass
 from typing import ClassVar
 
-from moe_jax.tasks.rows import Row
-from moe_jax.tasks.sources import HubData
 from moe_jax.tasks.task import TASKS, Choice, Question, Task
+from moe_jax.tasks.task_rows import HubData, Row
 
 PREFACE = "Say whether the answer to the question is true or false.\n\n"
 LABELS = ("true", "false")

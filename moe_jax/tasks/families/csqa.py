@@ -3,10 +3,8 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from moe_jax.tasks.options import labelled_choices, lettered_question
-from moe_jax.tasks.rows import Row
-from moe_jax.tasks.sources import HubData
-from moe_jax.tasks.task import TASKS, Question, Task
+from moe_jax.tasks.task import TASKS, Question, Task, labelled_choices, lettered_question
+from moe_jax.tasks.task_rows import HubData, Row
 
 PREFACE = "Use common sense to choose the option that answers the question.\n\n"
 

@@ -4,10 +4,8 @@ import re
 from dataclasses import dataclass
 from typing import ClassVar
 
-from moe_jax.tasks.options import lettered_question
-from moe_jax.tasks.rows import Row
-from moe_jax.tasks.sources import HubData
-from moe_jax.tasks.task import TASKS, Choice, Question, Task
+from moe_jax.tasks.task import TASKS, Choice, Question, Task, lettered_question
+from moe_jax.tasks.task_rows import HubData, Row
 
 PREFACE = "Choose the ending that the text goes on with.\n\n"
 LABELS = ("0", "1", "2", "3")

@@ -3,10 +3,8 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from moe_jax.tasks.options import labelled_choices, lettered_question
-from moe_jax.tasks.rows import Row
-from moe_jax.tasks.sources import HubData
-from moe_jax.tasks.task import TASKS, Choice, Question, Task
+from moe_jax.tasks.task import TASKS, Choice, Question, Task, labelled_choices, lettered_question
+from moe_jax.tasks.task_rows import HubData, Row
 
 PREFACE = "Choose the option that answers the question or completes the sentence.\n\n"
 

@@ -3,9 +3,8 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from moe_jax.tasks.rows import Row
-from moe_jax.tasks.sources import HubData
 from moe_jax.tasks.task import TASKS, Choice, Question, Task
+from moe_jax.tasks.task_rows import HubData, Row
 
 PREFACE = "Answer the medical question by the abstract: yes, no or maybe.\n\n"
 LABELS = ("yes", "no", "maybe")

@@ -3,10 +3,8 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from moe_jax.tasks.options import lettered_question
-from moe_jax.tasks.rows import Row
-from moe_jax.tasks.sources import HubData
-from moe_jax.tasks.task import TASKS, Question, Task
+from moe_jax.tasks.task import TASKS, Question, Task, lettered_question
+from moe_jax.tasks.task_rows import HubData, Row
 
 PREFACE = "Choose the option that answers the question about the situation.\n\n"
 LABELS = ("1", "2", "3")

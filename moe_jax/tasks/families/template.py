@@ -40,10 +40,8 @@ from typing import Any, ClassVar, NamedTuple
 
 from moe_jax.config.parse import require
 from moe_jax.errors import DataError
-from moe_jax.tasks.options import LETTERS, lettered
-from moe_jax.tasks.rows import Row, kind
-from moe_jax.tasks.sources import HubData
-from moe_jax.tasks.task import TASKS, Choice, Question, Task
+from moe_jax.tasks.task import LETTERS, TASKS, Choice, Question, Task, lettered
+from moe_jax.tasks.task_rows import HubData, Row, kind
 
 SECTIONS = ("choices", "answer")
 OPTIONS_LINE = "{options}"

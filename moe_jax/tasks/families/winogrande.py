@@ -4,10 +4,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from moe_jax.errors import DataError
-from moe_jax.tasks.options import lettered_question
-from moe_jax.tasks.rows import Row
-from moe_jax.tasks.sources import HubData
-from moe_jax.tasks.task import TASKS, Choice, Question, Task
+from moe_jax.tasks.task import TASKS, Choice, Question, Task, lettered_question
+from moe_jax.tasks.task_rows import HubData, Row
 
 PREFACE = "Choose the option that fills the blank, written as _, in the sentence.\n\n"
 LABELS = ("1", "2")

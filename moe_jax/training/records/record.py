@@ -8,7 +8,7 @@ from typing import Any
 
 from moe_jax.checkpoints.training_record import DataSet, TrainingRecord
 from moe_jax.config.data import SourceConfig
-from moe_jax.config.registry import to_plain
+from moe_jax.config.parse import to_plain
 from moe_jax.config.run import RunConfig
 from moe_jax.tasks.training_rows import source_task
 from moe_jax.training.run.inputs import Inputs

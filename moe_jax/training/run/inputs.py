@@ -18,7 +18,7 @@ from moe_jax.data.pipeline import (
     load_train_data,
     load_validation_data,
 )
-from moe_jax.data.tokenise import TokenisedSource
+from moe_jax.data.tokenised_source import TokenisedSource
 from moe_jax.data.tokenizer import load_tokenizer
 from moe_jax.errors import CheckpointError, ConfigError, DataError, named
 from moe_jax.hf.config import model_config_from_hf, read_model_config

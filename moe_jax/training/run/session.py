@@ -17,9 +17,9 @@ from moe_jax.checkpoints.adapter_files import (
     save_adapter,
 )
 from moe_jax.checkpoints.store import TrainingStore, capture
-from moe_jax.config.registry import to_plain
+from moe_jax.config.parse import to_plain
 from moe_jax.config.run import RunConfig
-from moe_jax.files.replaced_folder import present_folder
+from moe_jax.files.folders import current_folder
 from moe_jax.training.records.metrics import METRICS_FILE
 from moe_jax.training.records.plots import adapter_pictures, loss_unit
 from moe_jax.training.records.record import training_record
@@ -167,7 +167,7 @@ class TrainingSession:
                 unit = loss_unit(self.config.adapters[name].method)
                 pictures = adapter_pictures(self.work.folder / METRICS_FILE, name, unit)
                 # Before the final folder, without which the run counts as not finished.
-                if present_folder(best).is_dir():
+                if current_folder(best).is_dir():
                     add_pictures(best, pictures)
                 elif name in self.progress.best:  # removed by hand; no reason to lose the final one
                     self.say(f"adapter {name!r}: its best weights are no longer in {best}")

@@ -11,7 +11,7 @@ import numpy as np
 from moe_jax.config.classification import ClassificationConfig
 from moe_jax.data.batch import Batch
 from moe_jax.errors import DataError
-from moe_jax.tasks.metrics import metric_value
+from moe_jax.tasks.classification_metrics import metric_value
 from moe_jax.training.step.micro_batches import pad_to_multiple
 from moe_jax.training.step.program import Program
 

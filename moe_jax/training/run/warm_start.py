@@ -7,8 +7,7 @@ from typing import Any
 from moe_jax.adapters.method import METHODS
 from moe_jax.checkpoints.adapter_files import load_adapter, read_description
 from moe_jax.checkpoints.leaves import leaf_specs, require_same_leaves
-from moe_jax.config.parse import parse_member
-from moe_jax.config.registry import to_plain
+from moe_jax.config.parse import parse_member, to_plain
 from moe_jax.config.run import RunConfig
 from moe_jax.errors import CheckpointError, ConfigError, named
 from moe_jax.hf.fingerprint import BaseIdentity

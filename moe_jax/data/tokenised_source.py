@@ -28,11 +28,10 @@ from transformers import PreTrainedTokenizerBase
 from moe_jax.config.classification import ClassificationConfig
 from moe_jax.config.data import DataConfig, SourceConfig
 from moe_jax.data.chat import require_chat_template
-from moe_jax.data.examples import Example, make_examples
-from moe_jax.data.labels import label_number
+from moe_jax.data.encoding import Example, encode_texts, make_examples
 from moe_jax.data.prompt_template import PromptTemplate, load_prompt_template
+from moe_jax.data.schema import label_number
 from moe_jax.data.sources import ReadSource, cache_errors, digest, quiet, read_source
-from moe_jax.data.texts import encode_texts
 from moe_jax.data.tokenizer import encode, end_of_text, leading_tokens, tokenizer_digest
 from moe_jax.errors import DataError
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from moe_jax.config.glue import MetricName
+from moe_jax.config.classification import MetricName
 
 SAMPLES = 1000
 """Bootstrap samples; drawn alike every time."""

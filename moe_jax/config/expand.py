@@ -1,4 +1,4 @@
-"""A sweep: one adapter's description times a grid of values, each combination an adapter."""
+"""Some of the adapters that a configuration file describes."""
 
 import copy
 import dataclasses
@@ -11,9 +11,44 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from moe_jax.config.parse import ROOT, parse, suggest
-from moe_jax.config.registry import NAME, Registry, family_of, to_plain
+from moe_jax.config.parse import NAME, ROOT, Registry, family_of, parse, suggest, to_plain
 from moe_jax.errors import ConfigError
+
+ONLY = "only"
+"""The field of a configuration that names them."""
+
+
+def only_named(raw: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The configuration with the adapters that its field `only` names, and without that field.
+
+    A file can so describe adapters that are trained beside another one on demand: `only="lora"`
+    trains that one alone, `only=("mixlora", "lora")` both, and `only=None` all that there are.
+
+    Args:
+      raw: nested mappings, as `parse_run_config` takes them.
+
+    Raises:
+      ConfigError: there is no adapter of a given name, or none is named.
+    """
+    raw = {**raw}
+    names, adapters = raw.pop(ONLY, None), raw.get("adapters")
+    if names is None or not isinstance(adapters, Mapping):
+        return raw
+    names = [names] if isinstance(names, str) else names
+    if not isinstance(names, list | tuple) or not names:
+        raise ConfigError(f"{ROOT}.{ONLY}: expected names of adapters, or None, got {names!r}")
+    for name in names:
+        if name not in adapters:
+            raise ConfigError(
+                f"{ROOT}.{ONLY}: there is no adapter {name!r}; {suggest(str(name), adapters)}"
+            )
+    raw["adapters"] = {name: adapter for name, adapter in adapters.items() if name in names}
+    return raw
+
+
+# FIXME docstring of the merged config.sweep:
+# """A sweep: one adapter's description times a grid of values, each combination an adapter."""
+
 
 SWEEP = "sweep"
 """The group of a configuration that asks for one."""
