@@ -198,7 +198,7 @@ def _show_routing(arguments: argparse.Namespace) -> None:
             "with --text (moe-jax show says what an adapter's folder holds)"
         )
     # With libraries that other commands, and --help, do not need.
-    from moe_jax.files.new_folder import require_unused
+    from moe_jax.files.folders import require_unused
     from moe_jax.inspection.routing import inspect_routing
     from moe_jax.sharding.memory import memory_errors
 

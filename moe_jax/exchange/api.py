@@ -22,7 +22,7 @@ from moe_jax.exchange.format import (
 )
 from moe_jax.exchange.model_card import CARD, model_card, pictures_of
 from moe_jax.exchange.whole_model import ModelFormat
-from moe_jax.files.new_folder import new_folder
+from moe_jax.files.folders import new_folder
 from moe_jax.hf.config import read_model_config
 from moe_jax.hf.fingerprint import BaseIdentity, base_fingerprint
 from moe_jax.hf.resolve import resolve_checkpoint

@@ -1,7 +1,7 @@
-"""Failures of the disk as one-line errors.
+"""Disk errors as one-line messages, and the space that a write needs.
 
-A full disk shows up in many shapes: as `OSError` from Python's own writes, as `ValueError` with
-TensorStore's status text, raised at once or later from the thread that writes in the background.
+A full disk shows up as `OSError` from Python's own writes, or as `ValueError` with TensorStore's
+status text, raised at once or later by the thread that writes in the background.
 """
 
 import contextlib
@@ -22,11 +22,11 @@ def disk_errors(folder: Path, kept: str = "") -> Iterator[None]:
     """Turns a failure to write below `folder` into a `CheckpointError` that names it.
 
     Args:
-      folder: what was being written.
-      kept: what is still good, appended to the message.
+      folder: file or folder that is written, named in the message.
+      kept: what is still valid, appended to the message.
 
     Raises:
-      CheckpointError: the disk is full, read-only, gone, or not ours to write.
+      CheckpointError: the disk is full, read-only, missing or not writable.
     """
     try:
         yield
@@ -34,32 +34,32 @@ def disk_errors(folder: Path, kept: str = "") -> Iterator[None]:
         reason = _reason(error)
         if reason is None:
             raise
-        advice = "free some space and" if reason in _FULL.values() else "mend that and"
+        advice = "free some space and" if reason in _FULL.values() else "fix that and"
         suffix = f" ({kept})" if kept else ""
         raise CheckpointError(
             f"cannot write {folder}: {reason}; {advice} run the same command again{suffix}"
         ) from error
 
 
-def behind_link(folder: Path) -> Path:
-    """The absolute path of a folder that may be a symbolic link: what the link leads to, if so.
+def resolve_link(folder: Path) -> Path:
+    """Absolute path of `folder`, or of its target if it is a symbolic link.
 
-    A folder cannot be renamed onto a link, and one on another disk is to be written there.
+    A folder cannot be renamed onto a link, and a target on another disk must be written there.
     """
     folder = folder.absolute()
-    # Unlike `Path.resolve`, this raises nothing where links lead in a circle.
+    # Unlike `Path.resolve`, this raises nothing for a circle of links.
     return Path(os.path.realpath(folder)) if folder.is_symlink() else folder
 
 
 def require_space(folder: Path, num_bytes: int) -> None:
-    """Refuses to begin what the disk has no space for.
+    """Requires `num_bytes` of free disk space.
 
     Args:
-      folder: will be written to; need not exist yet.
-      num_bytes: that it will take, at most.
+      folder: folder to be written; need not exist yet.
+      num_bytes: upper bound of its size.
 
     Raises:
-      CheckpointError: the disk has less than that.
+      CheckpointError: the disk has less free space.
     """
     existing = folder.absolute()
     while not existing.exists() and existing != existing.parent:
@@ -74,7 +74,7 @@ def require_space(folder: Path, num_bytes: int) -> None:
 
 
 def _reason(error: BaseException) -> str | None:
-    """What the disk said, or None if this is not about the disk."""
+    """Reason that the operating system gives, or None for an error that is not the disk's."""
     chain: list[BaseException] = []
     link: BaseException | None = error
     while link is not None and link not in chain:
@@ -82,9 +82,7 @@ def _reason(error: BaseException) -> str | None:
         link = link.__cause__ or link.__context__
     for link in chain:
         number = link.errno if isinstance(link, OSError) else None
-        status = re.search(
-            r"os_error_code='(\d+)'", str(link)
-        )  # TensorStore's way of quoting errno
+        status = re.search(r"os_error_code='(\d+)'", str(link))  # TensorStore quotes errno so
         if number is None and status:
             number = int(status.group(1))
         if number is not None:

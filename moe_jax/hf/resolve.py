@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from moe_jax.errors import CheckpointError
-from moe_jax.files.replaced_folder import present_folder
+from moe_jax.files.folders import current_folder
 
 # What is downloaded of a hub model: no legacy weights, no second copy of the weights in another
 # format, no training states. `*` would match into folders, hence the second list.
@@ -76,7 +76,7 @@ def resolve_adapter(path: str | Path, revision: str | None = None) -> Path:
     Raises:
       CheckpointError: as in `resolve_checkpoint`.
     """
-    folder = present_folder(Path(path).expanduser())
+    folder = current_folder(Path(path).expanduser())
     if folder.exists() or "/" not in str(path) or not _HUB_ID.fullmatch(str(path)):
         return folder
     return _download(str(path), revision, _WANTED_OF_ADAPTERS, [])

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from moe_jax.adapters.tree import expert_name
-from moe_jax.files.new_folder import new_folder
+from moe_jax.files.folders import new_folder
 from moe_jax.inspection import plots
 from moe_jax.inspection.page_writer import routing_page
 from moe_jax.inspection.report import RoutingReport

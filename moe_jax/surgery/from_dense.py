@@ -18,7 +18,7 @@ from moe_jax.adapters.tree import TARGET_MODULES
 from moe_jax.config.model import ModelConfig
 from moe_jax.config.parse import located
 from moe_jax.errors import CheckpointError
-from moe_jax.files.new_folder import require_unused
+from moe_jax.files.folders import require_unused
 from moe_jax.hf.config import read_model_config
 from moe_jax.hf.fingerprint import BaseIdentity, base_fingerprint
 from moe_jax.hf.key_table import Leaf

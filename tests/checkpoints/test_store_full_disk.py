@@ -101,8 +101,8 @@ def chained(cause: Exception) -> Exception:
     [
         (OSError(errno.ENOSPC, "No space left on device"), "no space left on the disk"),
         (OSError(errno.EDQUOT, "Disk quota exceeded"), "the disk quota is used up"),
-        (OSError(errno.EROFS, "Read-only file system"), "read-only file system; mend that"),
-        (PermissionError(errno.EACCES, "Permission denied"), "permission denied; mend that"),
+        (OSError(errno.EROFS, "Read-only file system"), "read-only file system; fix that"),
+        (PermissionError(errno.EACCES, "Permission denied"), "permission denied; fix that"),
         (ValueError(TENSORSTORE_TEXT), "no space left on the disk"),
         (chained(OSError(errno.ENOSPC, "full")), "no space left on the disk"),
         (chained(chained(ValueError(TENSORSTORE_TEXT))), "no space left on the disk"),

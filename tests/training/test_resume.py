@@ -203,7 +203,7 @@ def test_a_file_that_cannot_be_written_keeps_the_former_state(inputs, halfway, f
     said = run.log.read_text() if run.join() == 2 else ""
     error = said[said.index("error: ") :].rstrip("\n")
     assert f"cannot write {halfway / 'checkpoints'}" in error
-    assert "file too large; mend that and run the same command again" in error
+    assert "file too large; fix that and run the same command again" in error
     assert "the state at step 5 is kept" in error
     assert "\n" not in error
     assert latest_step(halfway / "checkpoints") == 5

@@ -18,7 +18,7 @@ from moe_jax.config.run import RunConfig, parse_run_config, to_json
 from moe_jax.errors import ConfigError
 from moe_jax.files.atomic import write_atomic
 from moe_jax.files.disk import disk_errors
-from moe_jax.files.replaced_folder import present_folder
+from moe_jax.files.folders import current_folder
 
 CONFIG_FILE = "config.json"
 _LOCK = ".lock"
@@ -120,7 +120,7 @@ class WorkDir:
 
     def exported_step(self, name: str) -> int | None:
         """After which step the final folder of adapter `name` was written; None if it is not."""
-        folder = present_folder(self.adapters / name)
+        folder = current_folder(self.adapters / name)
         return read_description(folder).step if (folder / DESCRIPTION).exists() else None
 
 
