@@ -27,13 +27,14 @@ from moe_jax.exchange.format import (
     field_names,
     require_known,
 )
-from moe_jax.exchange.merging import Merger, expert_target
 from moe_jax.exchange.whole_model import (
+    Merger,
     ModelFormat,
     Plan,
     Recipe,
     as_stored,
     base_tensors,
+    expert_target,
     stored_shape,
 )
 from moe_jax.hf.key_table import TensorParts

@@ -14,7 +14,8 @@ from whole_models import adapter_of
 import moe_jax
 from moe_jax.adapters import METHODS
 from moe_jax.adapters.routing import TopKRouter
-from moe_jax.exchange import dense, mixtral, sharded_writer
+from moe_jax.exchange import dense, mixtral
+from moe_jax.exchange import whole_model as sharded_writer
 from moe_jax.exchange.format import field_names
 
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, MixtralForCausalLM, Qwen3MoeForCa
 from whole_models import adapter_of, saved_base, tensors_of
 
 import moe_jax
-from moe_jax.exchange import sharded_writer
+from moe_jax.exchange import whole_model as sharded_writer
 
 TOKENS = np.random.default_rng(0).integers(0, TINY_SIZES["vocab_size"], (2, 16))
 

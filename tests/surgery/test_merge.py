@@ -8,7 +8,7 @@ from tolerances import FLOAT32_LOGITS, ROUNDING
 from moe_jax import surgery
 from moe_jax.adapters.lora.lora import LoraConfig
 from moe_jax.checkpoints.leaves import named_leaves
-from moe_jax.surgery.similarity import product_gram, similar_groups
+from moe_jax.surgery.merge import product_gram, similar_groups
 from moe_jax.surgery.truncation import relative_error, truncated, truncated_product
 
 
