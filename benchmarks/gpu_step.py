@@ -1,0 +1,275 @@
+"""An estimate of a training step on an H200, from the program compiled for it without one.
+
+    python benchmarks/gpu_step.py
+    python benchmarks/gpu_step.py --methods mixlora,lora,frozen --rows 4 --kinds --output FILE.json
+
+The step of each method is compiled from shapes for the GPU that `benchmarks/gpu_chip.py` describes,
+and `benchmarks/roofline.py` models its time kernel by kernel. Nothing runs on a GPU, and the times
+are no measurement: they rank programs for the same chip. `benchmarks/train_step.py` measures.
+
+Columns: milliseconds of a step by the model; the share of them that the operations of
+`needed_flops` take at the rate of a large product; launches of kernels; TFLOP of matrix products
+and attention, recomputation with them; GB that kernels read and write by the model, and by XLA's
+own count, which is coarser; GiB of the program's arguments and temporaries; seconds of tracing and
+compiling. The workspaces that cuDNN asks for while the program runs are not among the temporaries.
+
+Needs Linux, jax with its CUDA plugin (`pip install 'jax[cuda13]'`), flax and optax; no GPU, and no
+network.
+"""
+
+import argparse
+import dataclasses
+import re
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import jax
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks import training_steps
+from benchmarks.compiled_flops import compiled_flops
+from benchmarks.gpu_chip import CHIPS, gpu_chip, plugin_version
+from benchmarks.report import (
+    check_output,
+    compiling_anew,
+    machine,
+    one_line,
+    refuse,
+    say,
+    table,
+    write_json,
+)
+from benchmarks.roofline import H200, Roofline, Totals, grouped, roofline
+from benchmarks.sizes import SIZE_HELP, model_of
+from benchmarks.training_steps import FROZEN, LORA, NAMES, method_named, needed_flops, run_config
+from moe_jax.config.model import ComputeConfig, StorageType
+from moe_jax.config.run import RunConfig
+from moe_jax.errors import ConfigError, UserError
+from moe_jax.training.step.program import build_program
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
+    add = parser.add_argument
+    add("--size", default="7b", help=SIZE_HELP)
+    add("--vocab", type=int, help="tokens of the vocabulary, if not the size's own")
+    add("--methods", default="mixlora,lora", help=f"of {', '.join(NAMES)} (%(default)s)")
+    # The model's rates are those of products in half precision.
+    add("--dtype", default="bfloat16", choices=("bfloat16", "float16"), help="of the computation")
+    add("--param-dtype", choices=get_args(StorageType), help="of the frozen weights (--dtype)")
+    add("--rows", type=int, default=1, help="of a step (1)")
+    add("--length", type=int, default=2048, help="tokens of a row (2048)")
+    add("--micro-batches", type=int, default=1, help="that a step's rows are cut into (1)")
+    add("--rank", type=int, default=16, help="on attention, and of each expert (16)")
+    add("--experts", type=int, default=8, help="of mixtures; LoRA's rank is so much larger (8)")
+    add("--top-k", type=int, default=2, help="experts of a token (2)")
+    usual = ComputeConfig(dtype="bfloat16")
+    add("--remat", default=usual.remat, help="see moe_jax/config/model.py (%(default)s)")
+    add("--attention", default="cudnn", help="see moe_jax/config/model.py (%(default)s)")
+    add("--compile-for", default="h200", metavar="CHIP", help=f"of {', '.join(CHIPS)} (h200)")
+    add(
+        "--dynamic-slice-fusion",
+        action="store_true",
+        help="leave XLA's fusion of products with slices of the stacked layers on",
+    )
+    add("--kinds", action="store_true", help="also list the kinds of kernels of each method")
+    add("--top", type=int, default=0, metavar="N", help="also the N longest groups of kernels")
+    add("--hlo", type=Path, metavar="FOLDER", help="also write the compiled programs here")
+    add("--output", type=Path, help="also write the figures here, as JSON")
+    parser.set_defaults(mesh=None)  # one device
+    return parser
+
+
+def check(args: argparse.Namespace) -> list[str]:
+    """The methods to compile; refuses flags that do not do before anything is compiled.
+
+    Raises:
+      UserError: names the flag or the field.
+    """
+    check_output(args.output)
+    if args.hlo and not args.hlo.is_dir():
+        raise ConfigError(f"--hlo {args.hlo}: there is no such folder")
+    for flag in ("rows", "length", "rank", "experts", "top_k", "micro_batches"):
+        if getattr(args, flag) < 1:
+            raise ConfigError(f"--{flag.replace('_', '-')}: must be positive")
+    if args.top < 0:
+        raise ConfigError("--top: must not be negative")
+    names = list(dict.fromkeys(filter(None, args.methods.split(","))))
+    if not names:
+        raise ConfigError("--methods: names no method")
+    for name in names:
+        _config_of(name, args)
+    return names
+
+
+def _config_of(name: str, args: argparse.Namespace) -> RunConfig:
+    """The configuration of a run; that of the frozen model has an adapter, for its base."""
+    config = run_config(method_named(LORA if name == FROZEN else name, args), args)
+    # What is left to the platform would be chosen for the CPU, as jax runs nothing else here.
+    tokens = args.rows * args.length
+    return dataclasses.replace(
+        config, compute=dataclasses.replace(config.compute, block_tokens=tokens)
+    )
+
+
+def lowered_step(name: str, args: argparse.Namespace, chip: Any) -> jax.stages.Lowered:
+    """The traced step of a method, or of the frozen model alone, for `chip`.
+
+    Raises:
+      UserError: the chip cannot do what the flags ask for.
+    """
+    config = _config_of(name, args)
+    steps = config.training.steps or 1
+    program = build_program(config, model_of(args.size, args.vocab), steps, [chip])
+    if name == FROZEN:
+        return training_steps._lower_frozen(program, args)
+    return program.lower_train_step(args.length)
+
+
+def compile_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Options of XLA's compiler for every program.
+
+    XLA of jaxlib 0.11 fuses a product with the slice of the stacked layers that it reads or writes,
+    and computes a product that is both kept for the backward pass and used at once twice: a quarter
+    more operations at 7B. 0.12 does so no longer. With the fusion off, programs of both compare.
+    """
+    return {} if args.dynamic_slice_fusion else {"xla_gpu_enable_dynamic_slice_fusion": False}
+
+
+def estimate(name: str, args: argparse.Namespace, chip: Any) -> tuple[dict[str, Any], Roofline]:
+    """The figures of one method, as they are written, and the model that they come from."""
+    start = time.perf_counter()
+    lowered = lowered_step(name, args, chip)
+    middle = time.perf_counter()
+    compiled = lowered.compile(compiler_options=compile_options(args))
+    end = time.perf_counter()
+    text, memory = compiled.as_text(), compiled.memory_analysis()
+    assert text is not None
+    assert memory is not None
+    if args.hlo:
+        (args.hlo / f"{name}.hlo").write_text(text)
+    model = roofline(text)
+    total = model.total
+    needed = needed_flops(model_of(args.size, args.vocab), args.rows, args.length)
+    return {
+        "method": name,
+        "modelled_seconds": total.seconds,
+        "needed_share": needed / H200.product / total.seconds,
+        "kernels": total.kernels,
+        "flops": total.flops,
+        "moved_bytes": total.moved,
+        "moved_bytes_by_xla": compiled_flops(compiled, fixed_loops=True).moved,
+        "loops_of_unknown_length": model.unknown_loops,
+        "argument_bytes": memory.argument_size_in_bytes,
+        "temporary_bytes": memory.temp_size_in_bytes,
+        "trace_seconds": middle - start,
+        "compile_seconds": end - middle,
+        "kinds": {kind: sums._asdict() for kind, sums in model.kinds.items()},
+    }, model
+
+
+COLUMNS: tuple[tuple[str, Callable[[dict[str, Any]], str]], ...] = (
+    ("method", lambda row: row["method"]),
+    ("model ms", lambda row: f"{row['modelled_seconds'] * 1e3:.1f}"),
+    ("needed", lambda row: f"{row['needed_share']:.1%}"),
+    ("kernels", lambda row: f"{row['kernels']}"),
+    ("TFLOP", lambda row: f"{row['flops'] / 1e12:.2f}"),
+    ("GB moved", lambda row: f"{row['moved_bytes'] / 1e9:.1f}"),
+    ("by XLA", lambda row: f"{row['moved_bytes_by_xla'] / 1e9:.1f}"),
+    ("arg. GiB", lambda row: f"{row['argument_bytes'] / 2**30:.2f}"),
+    ("temp. GiB", lambda row: f"{row['temporary_bytes'] / 2**30:.2f}"),
+    ("trace s", lambda row: f"{row['trace_seconds']:.1f}"),
+    ("compile s", lambda row: f"{row['compile_seconds']:.1f}"),
+)
+
+
+def as_table(rows: Sequence[dict[str, Any]]) -> str:
+    """The figures for people."""
+    lines = [
+        table([head for head, _ in COLUMNS], [[cell(row) for _, cell in COLUMNS] for row in rows])
+    ]
+    for row in rows:
+        if row["loops_of_unknown_length"]:
+            count = row["loops_of_unknown_length"]
+            lines.append(
+                f"{row['method']}: {count} loops of unknown length are counted as one round"
+            )
+    return "\n".join(lines)
+
+
+def breakdown(first: str, groups: dict[str, Totals]) -> str:
+    """Sums over groups of kernels, for people."""
+    cells = [
+        [
+            name,
+            f"{sums.seconds * 1e3:.2f}",
+            f"{sums.kernels}",
+            f"{sums.flops / 1e12:.2f}",
+            f"{sums.moved / 1e9:.1f}",
+        ]
+        for name, sums in groups.items()
+    ]
+    return table([first, "model ms", "kernels", "TFLOP", "GB moved"], cells)
+
+
+def details(name: str, model: Roofline, args: argparse.Namespace) -> list[str]:
+    """The lists that `--kinds` and `--top` ask for."""
+    lists = []
+    if args.kinds:
+        lists.append(breakdown(f"{name}: kind", model.kinds))
+    if args.top:
+        groups = grouped(
+            model.kernels,
+            lambda kernel: f"{kernel.kind}, {kernel.result[:40]}, {_short(kernel.origin)}",
+        )
+        longest = dict(list(groups.items())[: args.top])
+        lists.append(breakdown(f"{name}: kernels", longest))
+    return lists
+
+
+def _short(origin: str) -> str:
+    """The end of an operation's name, without what all of them have in common."""
+    return re.sub(r"jit\(\w+\)/|while/body/|eval_jaxpr/|closed_call/", "", origin)[-80:]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    try:
+        names = check(args)
+        chip = gpu_chip(args.compile_for)
+        rows, lists = [], []
+        with compiling_anew():
+            for name in names:
+                say(f"{name}: compiling")
+                row, model = estimate(name, args, chip)
+                rows.append(row)
+                lists += details(name, model, args)
+        facts = machine()
+        compiler = {"chip": chip.device_kind, "plugin": plugin_version()}
+        print(
+            f"estimate for {compiler['chip']}, compiled by {compiler['plugin']}, nothing was run: "
+            f"{args.size} in {args.dtype}, {args.rows} x {args.length} tokens, remat {args.remat}, "
+            f"attention {args.attention}; {one_line(facts)}"
+        )
+        print("\n\n".join([as_table(rows), *lists]))
+        write_json(
+            args.output,
+            args,
+            benchmark="gpu_step",
+            is_estimate=True,
+            compiled_for=compiler,
+            rates=H200._asdict(),
+            machine=facts,
+            rows=rows,
+        )
+    except UserError as error:
+        return refuse(error)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
