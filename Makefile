@@ -1,5 +1,5 @@
-# `make demo` and `make test` work from a fresh clone: each makes .venv, installs what it needs
-# (once per version of pyproject.toml), and runs. Another interpreter: make test PYTHON=python3.12
+# Each target works from a fresh clone: it creates .venv, installs what it needs (once per version of
+# pyproject.toml), and runs. Another interpreter: make test PYTHON=python3.12
 
 PYTHON ?= python3
 WORKERS ?= 2
@@ -8,9 +8,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN_STAMP := $(VENV)/.installed
 TEST_STAMP := $(VENV)/.installed-test
+DOCS_STAMP := $(VENV)/.installed-docs
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format clean
+.PHONY: help demo test docs lint format clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -18,26 +19,29 @@ help: ## show this list
 demo: $(RUN_STAMP) ## train MixLoRA on a tiny Llama, show what it learned, compare it with LoRA
 	$(BIN)/python -m moe_jax.demo --output demo_output
 
-# pytest comes last, so that its summary closes the output. A file's tests stay on one worker: what
-# they share is made once.
-test: lint ## format check, lint, types, import layers, tests
+# pytest runs last, so that its summary ends the output. The tests of one file stay on one worker,
+# because they share fixtures.
+test: lint docs ## format check, lint, types, import layers, documentation, tests
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-lint: $(TEST_STAMP) ## everything of `make test` but the tests
+docs: $(DOCS_STAMP) ## build the documentation in docs/_build/html, with warnings as errors
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --fresh-env --quiet docs docs/_build/html
+
+lint: $(TEST_STAMP) ## format check, lint, types, import layers
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/basedpyright
 	$(BIN)/lint-imports --no-cache
 
-format: $(TEST_STAMP) ## rewrite the code in the house format, with the fixes that ruff is sure of
+format: $(TEST_STAMP) ## format the code and apply ruff's safe fixes
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
 
-clean: ## remove caches and what the demo wrote; .venv stays
-	rm -rf demo_output notebooks/output build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache
+clean: ## remove caches, builds and the demo's output; .venv stays
+	rm -rf demo_output notebooks/output docs/_build build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache
 	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
-# pip is the last thing that `venv` writes: a folder without it is half made, and is made again.
+# `venv` writes pip last: a folder without pip is incomplete, and is created again.
 define make_venv
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v < (3, 14) \
 	    else f"Python 3.11 to 3.13 is needed, and $(PYTHON) is {v[0]}.{v[1]}: make PYTHON=python3.12")'
@@ -52,4 +56,9 @@ $(RUN_STAMP): pyproject.toml
 $(TEST_STAMP): pyproject.toml
 	$(make_venv)
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	@touch $(RUN_STAMP) $@
+
+$(DOCS_STAMP): pyproject.toml
+	$(make_venv)
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
 	@touch $(RUN_STAMP) $@
