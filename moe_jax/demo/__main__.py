@@ -13,13 +13,12 @@ import numpy as np
 
 from moe_jax.adapters import METHODS
 from moe_jax.checkpoints.adapter_files import load_adapter
-from moe_jax.commands.compilation_cache import keep_compiled_programs
+from moe_jax.commands.process import keep_compiled_programs
 from moe_jax.config.command_line import load_config_file
 from moe_jax.config.run import RunConfig, parse_run_config
-from moe_jax.demo.comparison import examine
-from moe_jax.demo.corpus import write_corpus
+from moe_jax.demo.compare import examine
+from moe_jax.demo.corpus import write_corpus, write_tasks
 from moe_jax.demo.score import Examiner, Score
-from moe_jax.demo.tasks import write_tasks
 from moe_jax.errors import UserError, report
 from moe_jax.training.run.loop import train
 

@@ -20,9 +20,14 @@ from transformers import PreTrainedTokenizerFast
 from moe_jax.config.model import ComputeConfig
 from moe_jax.data.batch import Batch
 from moe_jax.data.prompt_template import load_prompt_template
-from moe_jax.demo.checkpoint import TINY_LLAMA, write_checkpoint, write_model
 from moe_jax.demo.corpus import instruction_rows, plain_sentences
-from moe_jax.demo.tokenizer import save_tokenizer, train_tokenizer
+from moe_jax.demo.tiny_llama import (
+    TINY_LLAMA,
+    save_tokenizer,
+    train_tokenizer,
+    write_checkpoint,
+    write_model,
+)
 from moe_jax.hf.config import read_model_config
 from moe_jax.hf.key_table import hf_tensors
 from moe_jax.hf.load import load_base

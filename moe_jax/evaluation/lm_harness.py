@@ -10,6 +10,7 @@ Needs the extra `lm-eval`. From Python:
 """
 
 import itertools
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +19,16 @@ from tqdm import tqdm
 from moe_jax.adapters.method import require_language_model
 from moe_jax.checkpoints.adapter_files import SavedAdapter
 from moe_jax.config.model import FloatType
+from moe_jax.config.parse import located, suggest
 from moe_jax.config.run import MeshConfig
 from moe_jax.data.tokenizer import encode, end_of_text, leading_tokens, load_tokenizer
 from moe_jax.errors import ConfigError, DataError
-from moe_jax.evaluation.harness_requests import grouped
-from moe_jax.evaluation.items import Item, default_buckets
-from moe_jax.evaluation.protocols import encode_pairs
-from moe_jax.evaluation.scorer import Score, Scorer
+from moe_jax.evaluation.scorer import ScoredSequence, Scorer, SequenceScore, default_buckets
+from moe_jax.evaluation.scoring_protocols import encode_pairs
+from moe_jax.inference.api import InferenceSession
+from moe_jax.inference.decoding import SamplingConfig
 from moe_jax.inference.prompts import Prompt
-from moe_jax.inference.session import InferenceSession
+from moe_jax.inference.text_generator import GenerationConfig
 from moe_jax.loaded.model import (
     BaseInMemory,
     build_model,
@@ -138,7 +140,7 @@ class HarnessModel(TemplateLM):
     ) -> list[tuple[float, bool]]:
         del kwargs
         items = [
-            self._fitted(Item.continuation(context, continuation), texts)
+            self._fitted(ScoredSequence.continuation(context, continuation), texts)
             for texts, context, continuation in requests
         ]
         answers = [(score.values[0], score.is_greedy) for score in self._scores(items)]
@@ -155,7 +157,7 @@ class HarnessModel(TemplateLM):
                 ids, self.prefix_token_id, max_seq_len=self.max_length, context_len=1
             )
             for tokens, targets in windows:
-                items.append(Item(tuple(tokens), tuple(targets), ()))
+                items.append(ScoredSequence(tuple(tokens), tuple(targets), ()))
                 owners.append(number)
         sums = [0.0] * len(requests)
         for number, score in zip(owners, self._scores(items), strict=True):
@@ -216,14 +218,14 @@ class HarnessModel(TemplateLM):
             tokens = [*tokens[:lead], *tokens[len(tokens) - room + lead :]]
         return Prompt(tuple(tokens), self._adapter_name, where)
 
-    def _scores(self, items: list[Item]) -> list[Score]:
-        found: dict[int, Score] = {}
+    def _scores(self, items: list[ScoredSequence]) -> list[SequenceScore]:
+        found: dict[int, SequenceScore] = {}
         groups = [(item,) for item in items]
         for batch in self._scorer.scores(groups, self._adapter, [False] * len(items)):
             found |= {index: score for index, _, score in batch}
         return [found[index] for index in range(len(items))]
 
-    def _fitted(self, item: Item, texts: tuple[str, str]) -> Item:
+    def _fitted(self, item: ScoredSequence, texts: tuple[str, str]) -> ScoredSequence:
         if len(item.tokens) <= self.max_length:
             return item
         problem = f"a request of {len(item.tokens)} tokens ({texts[0][:40]!r}...)"
@@ -236,3 +238,64 @@ class HarnessModel(TemplateLM):
             return item.shortened(self.max_length, len(self._lead))
         except ValueError:
             raise DataError(f"{problem}: the text to score alone is too long") from None
+
+
+# FIXME docstring of the merged evaluation.harness_requests:
+# """What lm-evaluation-harness asks for when a task generates text, in this library's terms."""
+
+
+MAX_NEW_TOKENS = 256
+"""Where a task does not say how many; the harness's own default for models of transformers."""
+
+_LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+_DRAWING = ("temperature", "top_k", "top_p", "min_p")
+_KNOWN = ("until", "do_sample", "repetition_penalty", *_LENGTHS, *_DRAWING)
+
+
+def generation_config(asked: Mapping[str, Any]) -> GenerationConfig:
+    """How to generate, by a task's `generation_kwargs`.
+
+    Without `do_sample`, a positive temperature means to draw. Where nothing is drawn, what says how
+    to is left out, as the harness does.
+
+    Raises:
+      ConfigError: an argument is unknown or out of range.
+    """
+    for name in asked:
+        if name not in _KNOWN:
+            raise ConfigError(f"generation_kwargs.{name}: unknown; {suggest(name, _KNOWN)}")
+    until = asked.get("until") or ()
+    stops = (until,) if isinstance(until, str) else tuple(until)
+    lengths = [asked[name] for name in _LENGTHS if asked.get(name) is not None]
+    draws = asked.get("do_sample")
+    if draws is None:
+        draws = float(asked.get("temperature") or 0) > 0
+    drawing = {}
+    if draws:
+        drawing = {name: asked[name] for name in _DRAWING if asked.get(name) is not None}
+        drawing.setdefault("temperature", 1.0)
+        if drawing.get("top_k") == 0:  # transformers' way to say that there is no limit
+            del drawing["top_k"]
+    penalty = asked.get("repetition_penalty")
+    with located("generation_kwargs"):
+        return GenerationConfig(
+            sampling=SamplingConfig(
+                **drawing, repetition_penalty=1.0 if penalty is None else penalty
+            ),
+            max_new_tokens=lengths[0] if lengths else MAX_NEW_TOKENS,
+            stop=tuple(stop for stop in stops if stop),
+        )
+
+
+def grouped(
+    requests: Sequence[tuple[str, dict[str, Any]]],
+) -> dict[GenerationConfig, list[int]]:
+    """The requests that are asked for in the same way, by their place.
+
+    Raises:
+      ConfigError: as in `generation_config`.
+    """
+    groups: dict[GenerationConfig, list[int]] = {}
+    for place, (_, asked) in enumerate(requests):
+        groups.setdefault(generation_config(asked), []).append(place)
+    return groups

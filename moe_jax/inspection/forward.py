@@ -14,7 +14,7 @@ from moe_jax.adapters.routing.token_routing import TokenRouting, collect_routing
 from moe_jax.adapters.rows import Segment
 from moe_jax.adapters.tree import to_collection
 from moe_jax.data.batch import PADDING_ID, padded_length
-from moe_jax.inspection.texts import TokenRow
+from moe_jax.inspection.token_rows import TokenRow
 from moe_jax.layers.names import ADAPTERS, PARAMS, ROUTING
 from moe_jax.models.causal_lm import LlamaForCausalLM
 

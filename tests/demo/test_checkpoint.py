@@ -4,7 +4,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
-from moe_jax.demo.checkpoint import random_tensors, write_checkpoint, write_model
+from moe_jax.demo.tiny_llama import random_tensors, write_checkpoint, write_model
 
 
 @pytest.mark.parametrize(

@@ -3,9 +3,9 @@ import itertools
 import numpy as np
 import pytest
 
-from moe_jax.demo.checkpoint import random_tensors, write_checkpoint
 from moe_jax.demo.corpus import plain_sentences
 from moe_jax.demo.pretrain import demo_tokenizer, hf_tensors, packed_batches, pretrain
+from moe_jax.demo.tiny_llama import random_tensors, write_checkpoint
 from moe_jax.hf.config import read_model_config
 from moe_jax.hf.load import load_base
 

@@ -12,8 +12,8 @@ from moe_jax.adapters.rows import Segment
 from moe_jax.adapters.tree import by_adapter
 from moe_jax.config.model import ComputeConfig
 from moe_jax.data.batch import Batch
-from moe_jax.demo.checkpoint import write_checkpoint
 from moe_jax.demo.score import Scorer
+from moe_jax.demo.tiny_llama import write_checkpoint
 from moe_jax.hf.config import read_model_config
 from moe_jax.hf.load import load_base
 from moe_jax.models.causal_lm import LlamaForCausalLM

@@ -2,7 +2,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from moe_jax.demo.corpus import plain_sentences
-from moe_jax.demo.tokenizer import save_tokenizer, train_tokenizer
+from moe_jax.demo.tiny_llama import save_tokenizer, train_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from evaluation.families import FAMILIES
 from hf_models import save_tiny_llama
 
 import moe_jax
-from moe_jax.demo.tokenizer import save_tokenizer, train_tokenizer
+from moe_jax.demo.tiny_llama import save_tokenizer, train_tokenizer
 
 CONTEXT = 512
 METHOD = moe_jax.LoraConfig(rank=4, alpha=8.0, target_modules=("q_proj", "down_proj"))

@@ -15,9 +15,8 @@ from lm_eval.tasks import TaskManager
 from tolerances import FLOAT32_LOGITS
 
 from moe_jax.errors import UserError
-from moe_jax.evaluation.harness_requests import grouped
-from moe_jax.evaluation.lm_harness import HarnessModel
-from moe_jax.inference.text import Answer
+from moe_jax.evaluation.lm_harness import HarnessModel, grouped
+from moe_jax.inference.text_generator import Answer
 
 TASK = """
 task: local_quiz

@@ -6,10 +6,10 @@ The texts that the plain script scores are written out by hand in `families`.
 import numpy as np
 import pytest
 from evaluation.families import FAMILIES
-from evaluation.plain import choice_scores, label_logits, label_scores, per_character
+from evaluation.reference_scores import choice_scores, label_logits, label_scores, per_character
 from tolerances import FLOAT32_LOGITS
 
-from moe_jax.evaluation.run import evaluate
+from moe_jax.evaluation.model_evaluation import evaluate
 from moe_jax.tasks.families import TASKS
 from moe_jax.tasks.families.glue import ClassificationTask
 from moe_jax.tasks.selection import make_task, task_names

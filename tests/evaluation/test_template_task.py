@@ -2,10 +2,10 @@
 
 import pytest
 from evaluation.conftest import write_rows
-from evaluation.plain import choice_scores, label_logits
+from evaluation.reference_scores import choice_scores, label_logits
 
 from moe_jax.errors import UserError
-from moe_jax.evaluation.run import evaluate
+from moe_jax.evaluation.model_evaluation import evaluate
 from moe_jax.tasks.selection import own_task
 
 PLAIN = "Question: {question}\n{options}\nAnswer:\n"

@@ -14,10 +14,10 @@ import pytest
 import moe_jax
 from moe_jax.checkpoints.adapter_files import SavedAdapter, save_adapter
 from moe_jax.checkpoints.leaves import nested
+from moe_jax.hf.base_model import BaseIdentity, base_fingerprint
 from moe_jax.hf.config import read_model_config
-from moe_jax.hf.fingerprint import BaseIdentity, base_fingerprint
-from moe_jax.inspection.report import RoutingReport
-from moe_jax.loaded.expected_leaves import expected_leaves
+from moe_jax.inspection.routing_report import RoutingReport
+from moe_jax.loaded.adapter_base import expected_leaves
 
 BASE = Path(moe_jax.__file__).parent / "demo" / "base"
 METHODS = {

@@ -18,7 +18,7 @@ import pytest
 from inspection.conftest import TEXTS
 from tolerances import IN_A_BYTE, TWO_DIGITS
 
-from moe_jax.inspection.page_writer import routing_page
+from moe_jax.inspection.report_files import routing_page
 
 
 class _Reader(html.parser.HTMLParser):

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.gridspec import GridSpec
 
 from moe_jax.adapters.tree import expert_name
-from moe_jax.inspection.report import RoutingReport
+from moe_jax.inspection.routing_report import RoutingReport
 
 _MOST = 2.0
 """Where the colours of heat maps end; beyond it all is the darkest red."""

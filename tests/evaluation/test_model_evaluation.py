@@ -20,10 +20,10 @@ from xla_flags import xla_flags
 import moe_jax
 from moe_jax.adapters.routing import SwitchRouter
 from moe_jax.config.run import MeshConfig
-from moe_jax.demo.tokenizer import save_tokenizer, train_tokenizer
+from moe_jax.demo.tiny_llama import save_tokenizer, train_tokenizer
 from moe_jax.errors import UserError
-from moe_jax.evaluation import run
-from moe_jax.evaluation.run import evaluate
+from moe_jax.evaluation import model_evaluation as run
+from moe_jax.evaluation.model_evaluation import evaluate
 from moe_jax.evaluation.scorer import Scorer
 from moe_jax.tasks.selection import named_task
 
@@ -129,7 +129,7 @@ def _hang_after(base, data, output, batches):
 
 def test_a_killed_process_changes_nothing(setting, arc, whole, tmp_path):
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["moe_jax.evaluation.run"])
+    context.set_forkserver_preload(["moe_jax.evaluation.model_evaluation"])
     process = context.Process(target=_hang_after, args=(setting.base, arc, tmp_path, 4))
     process.start()
     journal = tmp_path / "predictions" / "base" / "arc_easy.labels.jsonl"

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from moe_jax.evaluation.results import Accuracy, Evaluation, outcome
+from moe_jax.evaluation.evaluation_results import Accuracy, Evaluation, outcome
 
 
 def examples(right: int, wrong: int, measure: str, subject: str = "") -> list[dict]:

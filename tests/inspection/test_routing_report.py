@@ -7,7 +7,7 @@ import pytest
 from tolerances import FEW_OPERATIONS, FLOAT64_ROUNDING
 
 from moe_jax.adapters.routing.token_routing import TokenRouting
-from moe_jax.inspection.tally import merged, specialisation, tally_tokens
+from moe_jax.inspection.routing_report import merged, specialisation, tally_tokens
 
 
 def _routing(weights, probabilities=None, load=None, routed=None, present=None):

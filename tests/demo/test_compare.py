@@ -13,9 +13,8 @@ from moe_jax.adapters import METHODS
 from moe_jax.config.run import parse_run_config
 from moe_jax.data.pipeline import load_train_data
 from moe_jax.data.tokenizer import load_tokenizer
-from moe_jax.demo.comparison import Answers, Comparison
+from moe_jax.demo.compare import Answers, Comparison, Spread, chance, spread, verdict
 from moe_jax.demo.corpus import write_corpus
-from moe_jax.demo.paired import Spread, chance, spread, verdict
 from moe_jax.demo.score import Score
 from moe_jax.hf.config import read_model_config
 from moe_jax.training.records.plan import parameter_count

@@ -17,12 +17,11 @@ from moe_jax.adapters.method import require_language_model
 from moe_jax.config.classification import ClassificationConfig
 from moe_jax.data.encoding import encode_texts
 from moe_jax.errors import ConfigError, DataError
-from moe_jax.evaluation.answering import announced, finite, journal_file, progress_bar
-from moe_jax.evaluation.asking import Limits
-from moe_jax.evaluation.items import Item
-from moe_jax.evaluation.journal import Journal, Record
-from moe_jax.evaluation.results import Accuracy, Metric, TaskOutcome
-from moe_jax.evaluation.scorer import Scorer
+from moe_jax.evaluation.answer_journal import Journal, Record
+from moe_jax.evaluation.evaluation_results import Accuracy, Metric, TaskOutcome
+from moe_jax.evaluation.question_runner import announced, finite, journal_file, progress_bar
+from moe_jax.evaluation.scorer import ScoredSequence, Scorer
+from moe_jax.evaluation.scoring_protocols import BaseLimits
 from moe_jax.loaded.model import BaseFiles, NamedAdapter
 from moe_jax.tasks.classification_metrics import measure
 from moe_jax.tasks.families.glue import ClassificationTask, LabelledText
@@ -32,7 +31,7 @@ PROTOCOL = "classification"
 """What results call this way of answering."""
 
 
-class Labelled(NamedTuple):
+class LabelledTask(NamedTuple):
     """A task's rows, ready for a score head.
 
     Attributes:
@@ -53,14 +52,14 @@ class Labelled(NamedTuple):
         return len(self.task.labels) or 1
 
 
-def tasks_of_classifiers(
+def match_classifiers(
     classifiers: Sequence[NamedAdapter],
     tasks: Sequence[Task],
     tokenizer: PreTrainedTokenizerBase,
-    limits: Limits,
+    limits: BaseLimits,
     *,
     answered: bool,
-) -> list[tuple[NamedAdapter, Labelled]]:
+) -> list[tuple[NamedAdapter, LabelledTask]]:
     """Each classifier with the rows of each task that has its labels.
 
     Args:
@@ -76,7 +75,7 @@ def tasks_of_classifiers(
     """
     matched = _matched(classifiers, tasks, answered)
     rows = {task.name: task for _, task in matched}
-    read = {name: read_labelled(task, tokenizer, limits) for name, task in rows.items()}
+    read = {name: read_labelled_task(task, tokenizer, limits) for name, task in rows.items()}
     return [(one, read[task.name]) for one, task in matched]
 
 
@@ -107,9 +106,9 @@ def _matched(
     return found
 
 
-def read_labelled(
-    task: ClassificationTask, tokenizer: PreTrainedTokenizerBase, limits: Limits
-) -> Labelled:
+def read_labelled_task(
+    task: ClassificationTask, tokenizer: PreTrainedTokenizerBase, limits: BaseLimits
+) -> LabelledTask:
     """A task's rows as ids, checked against the base's vocabulary and context.
 
     Raises:
@@ -133,11 +132,11 @@ def read_labelled(
                     f"task {task.name!r}: {row.where}: {len(ids)} tokens, and the base's context "
                     f"has {limits.context}; --truncate cuts its end off"
                 )
-    return Labelled(task, rows, [ids[: limits.context] for ids in encoded], cut)
+    return LabelledTask(task, rows, [ids[: limits.context] for ids in encoded], cut)
 
 
-def open_labels_journal(
-    folder: Path | None, base: BaseFiles, adapter: NamedAdapter, labelled: Labelled, dtype: str
+def open_classification_journal(
+    folder: Path | None, base: BaseFiles, adapter: NamedAdapter, labelled: LabelledTask, dtype: str
 ) -> Journal:
     """How a classifier has classified rows so far; see `answering.open_journal`."""
     content = json.dumps([labelled.tokens, [row.label for row in labelled.rows]])
@@ -151,14 +150,16 @@ def open_labels_journal(
     return Journal(file, identity, len(labelled.rows))
 
 
-def labels_announcement(adapter: NamedAdapter, labelled: Labelled, journal: Journal) -> str:
+def classification_announcement(
+    adapter: NamedAdapter, labelled: LabelledTask, journal: Journal
+) -> str:
     """What is about to be classified, for people."""
     title = f"{adapter.name}: {labelled.task.name}, {PROTOCOL}: {len(labelled.rows)} rows"
     return announced(title, journal, labelled.cut, "end")
 
 
-def classify(
-    scorer: Scorer | None, adapter: NamedAdapter, labelled: Labelled, journal: Journal
+def classify_rows(
+    scorer: Scorer | None, adapter: NamedAdapter, labelled: LabelledTask, journal: Journal
 ) -> TaskOutcome:
     """Has all rows classified that the journal does not know.
 
@@ -174,7 +175,7 @@ def classify(
     task, rows = labelled.task, labelled.rows
     own = adapter.saved.method.classification
     order = [own.labels.index(label) for label in task.labels] or [0]
-    groups = [(Item.next_token(ids, order),) for ids in labelled.tokens]
+    groups = [(ScoredSequence.next_token(ids, order),) for ids in labelled.tokens]
     known = [index in journal.records for index in range(len(rows))]
     batches = () if scorer is None or all(known) else scorer.scores(groups, adapter.adapter, known)
     with progress_bar(known, f"{adapter.name} {task.name} {PROTOCOL}", "row") as bar:

@@ -6,8 +6,13 @@ from tokenizers import models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from moe_jax.errors import DataError
-from moe_jax.evaluation.items import Item, batched, default_buckets, item_batch
-from moe_jax.evaluation.protocols import PROTOCOLS
+from moe_jax.evaluation.scorer import (
+    ScoredSequence,
+    default_buckets,
+    divide_into_batches,
+    sequence_batch,
+)
+from moe_jax.evaluation.scoring_protocols import SCORING_PROTOCOLS
 from moe_jax.tasks.task import Choice, Question, with_shots
 
 
@@ -34,28 +39,30 @@ def question(prompt: str, labels: tuple[str, ...]) -> Question:
 
 
 def label_items(tokenizer, *labels, prompt="q"):
-    ((_, items),) = PROTOCOLS["labels"].prepare("mine", [question(prompt, labels)], tokenizer)
+    ((_, items),) = SCORING_PROTOCOLS["labels"].prepare(
+        "mine", [question(prompt, labels)], tokenizer
+    )
     return items
 
 
 def test_labels_of_one_token_are_compared_at_the_end_of_the_prompt():
     #          3    4    5
     items = label_items(words("q", "A", "B"), "A", "B")
-    assert items == (Item(tokens=(1, 3), targets=(), candidates=(4, 5)),)
+    assert items == (ScoredSequence(tokens=(1, 3), targets=(), candidates=(4, 5)),)
 
 
 def test_what_all_labels_begin_with_ends_the_prompt():
     #                          3    4    5    6
     items = label_items(words("q", "_", "A", "B", split="characters"), "A", "B")
-    assert items == (Item(tokens=(1, 3, 4), targets=(), candidates=(5, 6)),)
+    assert items == (ScoredSequence(tokens=(1, 3, 4), targets=(), candidates=(5, 6)),)
 
 
 def test_labels_of_several_tokens_are_compared_as_a_whole():
     #                        3    4    5    6    7    8
     tokenizer = words("q", "_", "n", "o", "y", "e", split="characters")
     no, yes = label_items(tokenizer, "no", "ye")
-    assert no == Item(tokens=(1, 3, 4, 5), targets=(5, 6), candidates=())
-    assert yes == Item(tokens=(1, 3, 4, 7), targets=(7, 8), candidates=())
+    assert no == ScoredSequence(tokens=(1, 3, 4, 5), targets=(5, 6), candidates=())
+    assert yes == ScoredSequence(tokens=(1, 3, 4, 7), targets=(7, 8), candidates=())
 
 
 @pytest.mark.parametrize(
@@ -77,18 +84,18 @@ def test_choices_are_scored_token_by_token():
     #                 3    4    5    6
     tokenizer = words("q", "red", "dark", "blue")
     asked = [question("q q", ("red", "dark blue"))]
-    ((_, items),) = PROTOCOLS["choices"].prepare("mine", asked, tokenizer)
+    ((_, items),) = SCORING_PROTOCOLS["choices"].prepare("mine", asked, tokenizer)
     assert items == (
-        Item(tokens=(1, 3, 3), targets=(4,), candidates=()),
-        Item(tokens=(1, 3, 3, 5), targets=(5, 6), candidates=()),
+        ScoredSequence(tokens=(1, 3, 3), targets=(4,), candidates=()),
+        ScoredSequence(tokens=(1, 3, 3, 5), targets=(5, 6), candidates=()),
     )
 
 
 def test_a_task_without_labels_is_asked_by_choices_only():
     tokenizer = words("q", "red", "blue")
     asked = [question("q", ("red", "blue"))._replace(labels=())]
-    assert PROTOCOLS["labels"].prepare("mine", asked, tokenizer) == []
-    assert len(PROTOCOLS["choices"].prepare("mine", asked, tokenizer)) == 1
+    assert SCORING_PROTOCOLS["labels"].prepare("mine", asked, tokenizer) == []
+    assert len(SCORING_PROTOCOLS["choices"].prepare("mine", asked, tokenizer)) == 1
 
 
 def test_a_choice_without_tokens_is_refused():
@@ -96,14 +103,14 @@ def test_a_choice_without_tokens_is_refused():
     tokenizer = words("q", "red")
     tokenizer.backend_tokenizer.normalizer = tokenizers.normalizers.Replace("\u200b", "")
     with pytest.raises(DataError, match="'mine': rows: line 1: no token of the choice"):
-        PROTOCOLS["choices"].prepare("mine", asked, tokenizer)
+        SCORING_PROTOCOLS["choices"].prepare("mine", asked, tokenizer)
 
 
 def test_what_the_measures_pick():
     asked = question("q", ("red", "dark blue"))
-    assert PROTOCOLS["labels"].pick(asked, [-2.0, -1.0]) == {"label_acc": 1}
+    assert SCORING_PROTOCOLS["labels"].pick(asked, [-2.0, -1.0]) == {"label_acc": 1}
     # 3 and 9 characters: -2 / 3 = -0.67 and -3 / 9 = -0.33.
-    assert PROTOCOLS["choices"].pick(asked, [-2.0, -3.0]) == {"acc": 0, "acc_norm": 1}
+    assert SCORING_PROTOCOLS["choices"].pick(asked, [-2.0, -3.0]) == {"acc": 0, "acc_norm": 1}
 
 
 def test_shots_are_answered_in_the_way_of_the_question():
@@ -116,17 +123,17 @@ def test_shots_are_answered_in_the_way_of_the_question():
 
 def test_batches_hold_items_of_like_length():
     def group(*lengths):
-        return [Item((7,) * length, (), (1,)) for length in lengths]
+        return [ScoredSequence((7,) * length, (), (1,)) for length in lengths]
 
     groups = [group(3, 2), group(9), group(1, 5, 4)]
-    assert batched(groups, 4) == [[(1, 0), (2, 0), (2, 1), (2, 2)], [(0, 0), (0, 1)]]
+    assert divide_into_batches(groups, 4) == [[(1, 0), (2, 0), (2, 1), (2, 2)], [(0, 0), (0, 1)]]
     assert default_buckets(100) == (32, 64, 100)
     assert default_buckets(32) == (32,)
 
 
 def test_a_batch():
-    items = [Item((5, 6, 7), (7, 8), ()), Item((5,), (), (3, 4))]
-    batch = item_batch(items, rows=3, length=4, candidates=2)
+    items = [ScoredSequence((5, 6, 7), (7, 8), ()), ScoredSequence((5,), (), (3, 4))]
+    batch = sequence_batch(items, rows=3, length=4, candidates=2)
     assert batch.tokens.tolist() == [[5, 6, 7, 0], [5, 0, 0, 0], [0, 0, 0, 0]]
     assert batch.is_token.sum(axis=1).tolist() == [3, 1, 0]
     # After 6 comes 7, after 7 comes 8.
@@ -136,7 +143,7 @@ def test_a_batch():
 
 
 def test_cutting_leaves_what_leads_and_what_is_scored():
-    item = Item.continuation([1, 2, 3, 4], [5, 6])
+    item = ScoredSequence.continuation([1, 2, 3, 4], [5, 6])
     assert item.tokens == (1, 2, 3, 4, 5)
     assert item.shortened(5, lead=1) == item
     assert item.shortened(4, lead=1).tokens == (1, 3, 4, 5)

@@ -23,15 +23,15 @@ from transformers import PreTrainedTokenizerBase
 from moe_jax.data.encoding import Example, Piece
 from moe_jax.data.tokenised_source import encode_examples
 from moe_jax.data.tokenizer import encode, leading_tokens
-from moe_jax.errors import DataError
-from moe_jax.evaluation.items import Item
+from moe_jax.errors import ConfigError, DataError
+from moe_jax.evaluation.scorer import ScoredSequence
 from moe_jax.tasks.task import Question
 
 Measures = dict[str, int]
 """By the name of a measure, the index of the choice that it picks."""
 
 
-class Prepared(NamedTuple):
+class PreparedQuestion(NamedTuple):
     """A question as token ids.
 
     Attributes:
@@ -40,10 +40,10 @@ class Prepared(NamedTuple):
     """
 
     question: Question
-    items: tuple[Item, ...]
+    items: tuple[ScoredSequence, ...]
 
 
-class Protocol(NamedTuple):
+class ScoringProtocol(NamedTuple):
     """A way of asking.
 
     Attributes:
@@ -53,15 +53,15 @@ class Protocol(NamedTuple):
       pick: from a question and its choices' scores to what each measure picks.
     """
 
-    prepare: Callable[[str, Sequence[Question], PreTrainedTokenizerBase], list[Prepared]]
+    prepare: Callable[[str, Sequence[Question], PreTrainedTokenizerBase], list[PreparedQuestion]]
     measures: tuple[str, ...]
     pick: Callable[[Question, Sequence[float]], Measures]
 
 
 def prepare_labels(
     task: str, questions: Sequence[Question], tokenizer: PreTrainedTokenizerBase
-) -> list[Prepared]:
-    """See `Protocol`.
+) -> list[PreparedQuestion]:
+    """See `ScoringProtocol`.
 
     Raises:
       DataError: the tokenizer does not tell the labels apart.
@@ -79,17 +79,19 @@ def prepare_labels(
         if key not in known:
             known[key] = _label_ids(task, question, tokenizer)
         tokens = [*lead, *ids]
-        prepared.append(Prepared(question, _label_items(tokens, known[key])))
+        prepared.append(PreparedQuestion(question, _label_items(tokens, known[key])))
     return prepared
 
 
-def _label_items(prompt: list[int], labels: list[list[int]]) -> tuple[Item, ...]:
+def _label_items(prompt: list[int], labels: list[list[int]]) -> tuple[ScoredSequence, ...]:
     shared = _shared_prefix(labels)
     rest = [label[shared:] for label in labels]
     if all(len(ids) == 1 for ids in rest):
-        return (Item.next_token([*prompt, *labels[0][:shared]], [ids[0] for ids in rest]),)
+        return (
+            ScoredSequence.next_token([*prompt, *labels[0][:shared]], [ids[0] for ids in rest]),
+        )
     context = [*prompt, *labels[0][:shared]]
-    return tuple(Item.continuation(context, ids) for ids in rest)
+    return tuple(ScoredSequence.continuation(context, ids) for ids in rest)
 
 
 def _label_ids(
@@ -127,8 +129,8 @@ def _shared_prefix(sequences: Sequence[Sequence[int]]) -> int:
 
 def prepare_choices(
     task: str, questions: Sequence[Question], tokenizer: PreTrainedTokenizerBase
-) -> list[Prepared]:
-    """See `Protocol`.
+) -> list[PreparedQuestion]:
+    """See `ScoringProtocol`.
 
     Raises:
       DataError: a choice has no token.
@@ -144,8 +146,8 @@ def prepare_choices(
             if not context or not continuation:
                 part = "no token of the choice" if context else "no token before the choice"
                 raise DataError(f"task {task!r}: {question.where}: {part} {choice.continuation!r}")
-            items.append(Item.continuation(context, continuation))
-        prepared.append(Prepared(question, tuple(items)))
+            items.append(ScoredSequence.continuation(context, continuation))
+        prepared.append(PreparedQuestion(question, tuple(items)))
     return prepared
 
 
@@ -176,8 +178,124 @@ def _pick_choice(question: Question, scores: Sequence[float]) -> Measures:
     }
 
 
-PROTOCOLS: Mapping[str, Protocol] = {
-    "labels": Protocol(prepare_labels, ("label_acc",), _pick_label),
-    "choices": Protocol(prepare_choices, ("acc", "acc_norm"), _pick_choice),
+SCORING_PROTOCOLS: Mapping[str, ScoringProtocol] = {
+    "labels": ScoringProtocol(prepare_labels, ("label_acc",), _pick_label),
+    "choices": ScoringProtocol(prepare_choices, ("acc", "acc_norm"), _pick_choice),
 }
 """By the name that the user gives."""
+
+
+# FIXME docstring of the merged evaluation.asking:
+# """Tasks as token ids, checked against the base's vocabulary and context."""
+
+
+class BaseLimits(NamedTuple):
+    """What the base can take.
+
+    Attributes:
+      vocab_size: how many ids it knows.
+      context: how many tokens it was made for.
+      truncate: whether what is longer loses tokens at its start, or is refused.
+    """
+
+    vocab_size: int
+    context: int
+    truncate: bool
+
+
+class PreparedTask(NamedTuple):
+    """A task asked in one way.
+
+    Attributes:
+      task: the task's name.
+      protocol: see `protocols`.
+      prepared: its questions as token ids.
+      cut: how many of them lost tokens at their start.
+    """
+
+    task: str
+    protocol: str
+    prepared: list[PreparedQuestion]
+    cut: int
+
+    @property
+    def groups(self) -> list[tuple[ScoredSequence, ...]]:
+        """The items of each question."""
+        return [one.items for one in self.prepared]
+
+
+def ask(
+    questions: Mapping[str, Sequence[Question]],
+    protocols: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    limits: BaseLimits,
+) -> list[PreparedTask]:
+    """Each task in each way in which it can be asked.
+
+    Args:
+      questions: by task.
+      protocols: names of `SCORING_PROTOCOLS`.
+      tokenizer: the base's own.
+      limits: the base's.
+
+    Raises:
+      ConfigError: a task cannot be asked in any of the ways.
+      DataError: the tokenizer does not tell labels apart or does not fit the base, or a question is
+        longer than the base's context.
+    """
+    lead = len(leading_tokens(tokenizer))
+    asked = []
+    for task, own in questions.items():
+        before = len(asked)
+        for protocol in protocols:
+            prepared = SCORING_PROTOCOLS[protocol].prepare(task, own, tokenizer)
+            if prepared:
+                _check_vocabulary(prepared, tokenizer, limits.vocab_size)
+                asked.append(_fitted(task, protocol, prepared, lead, limits))
+        if len(asked) == before:
+            raise ConfigError(f"task {task!r}: has no labels; take the protocol 'choices'")
+    return asked
+
+
+def max_candidates(asked: Sequence[PreparedTask]) -> int:
+    """Of an item, at most."""
+    counts = (len(item.candidates) for one in asked for items in one.groups for item in items)
+    return max(counts, default=1)
+
+
+def _check_vocabulary(
+    prepared: Sequence[PreparedQuestion], tokenizer: PreTrainedTokenizerBase, vocab_size: int
+) -> None:
+    largest = max(
+        token
+        for one in prepared
+        for item in one.items
+        for token in (*item.tokens, *item.targets, *item.candidates)
+    )
+    if largest >= vocab_size:
+        raise DataError(
+            f"{tokenizer.name_or_path}: the tokenizer gives the id {largest}, but the base has "
+            f"embeddings for 0 to {vocab_size - 1}; take that base's own tokenizer"
+        )
+
+
+def _fitted(
+    task: str, protocol: str, prepared: Sequence[PreparedQuestion], lead: int, limits: BaseLimits
+) -> PreparedTask:
+    fitted, cut = [], 0
+    for question, items in prepared:
+        longest = max(len(item.tokens) for item in items)
+        if longest > limits.context:
+            problem = (
+                f"task {task!r}: {question.where}: {longest} tokens (protocol {protocol!r}), and "
+                f"the base's context has {limits.context}"
+            )
+            if not limits.truncate:
+                raise DataError(f"{problem}; take fewer shots, or --truncate to cut its start off")
+            try:
+                items = tuple(item.shortened(limits.context, lead) for item in items)
+            except ValueError:
+                raise DataError(f"{problem}; the choices alone are too long") from None
+            cut += 1
+        fitted.append(PreparedQuestion(question, items))
+    return PreparedTask(task, protocol, fitted, cut)

@@ -102,7 +102,7 @@ class TaskOutcome:
     examples: Sequence[Mapping[str, Any]]
 
 
-def require_no_others(folder: Path, tasks: Sequence[str], models: Sequence[str]) -> None:
+def require_nothing_lost(folder: Path, tasks: Sequence[str], models: Sequence[str]) -> None:
     """Refuses a folder whose results tell of more than would be told in their place.
 
     Args:

@@ -14,12 +14,10 @@ from moe_jax.config.model import FloatType, ModelConfig
 from moe_jax.config.parse import FieldError, parse, suggest
 from moe_jax.data.tokenizer import load_tokenizer
 from moe_jax.errors import CheckpointError, ConfigError, DataError
-from moe_jax.hf.resolve import resolve_adapter
+from moe_jax.hf.base_model import resolve_adapter
 from moe_jax.inspection.forward import Batches, route_rows, routing_sites
-from moe_jax.inspection.pieces import token_pieces
-from moe_jax.inspection.report import RoutedRow, RoutingReport
-from moe_jax.inspection.tally import Tally, merged, tally_tokens
-from moe_jax.inspection.texts import TokenRow, read_texts
+from moe_jax.inspection.routing_report import RoutedRow, RoutingReport, Tally, merged, tally_tokens
+from moe_jax.inspection.token_rows import TokenRow, read_texts, token_pieces
 from moe_jax.loaded.model import (
     BaseFiles,
     BaseInMemory,

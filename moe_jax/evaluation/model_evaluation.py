@@ -12,25 +12,23 @@ from moe_jax.config.parse import FieldError, suggest
 from moe_jax.config.run import MeshConfig
 from moe_jax.data.tokenizer import load_tokenizer
 from moe_jax.errors import ConfigError
-from moe_jax.evaluation.answering import (
+from moe_jax.evaluation.answer_journal import locked
+from moe_jax.evaluation.classifier_runner import (
+    classification_announcement,
+    classify_rows,
+    match_classifiers,
+    open_classification_journal,
+)
+from moe_jax.evaluation.evaluation_results import Evaluation, require_nothing_lost
+from moe_jax.evaluation.question_runner import (
     announcement,
     answer,
-    name_of,
+    model_name,
     open_journal,
     settings,
 )
-from moe_jax.evaluation.asking import Limits, ask, most_candidates
-from moe_jax.evaluation.classifying import (
-    classify,
-    labels_announcement,
-    open_labels_journal,
-    tasks_of_classifiers,
-)
-from moe_jax.evaluation.items import whole_buckets
-from moe_jax.evaluation.journal import locked
-from moe_jax.evaluation.protocols import PROTOCOLS
-from moe_jax.evaluation.results import Evaluation, require_no_others
-from moe_jax.evaluation.scorer import Scorer
+from moe_jax.evaluation.scorer import Scorer, complete_buckets
+from moe_jax.evaluation.scoring_protocols import SCORING_PROTOCOLS, BaseLimits, ask, max_candidates
 from moe_jax.loaded.model import (
     BASE,
     BaseInMemory,
@@ -55,7 +53,7 @@ def evaluate(
     split: str | None = None,
     limit: int | None = None,
     shots: int | None = None,
-    protocols: str | Sequence[str] = tuple(PROTOCOLS),
+    protocols: str | Sequence[str] = tuple(SCORING_PROTOCOLS),
     output: str | Path | None = None,
     revision: str | None = None,
     dtype: FloatType = "float32",
@@ -114,14 +112,14 @@ def evaluate(
     questions = {task.name: task.questions() for task in made if models}
 
     context = files.config.max_position_embeddings
-    limits = Limits(files.config.vocab_size, context, truncate)
+    limits = BaseLimits(files.config.vocab_size, context, truncate)
     tokenizer = load_tokenizer(files.folder)
     asked = ask(questions, protocols, tokenizer, limits)
-    to_classify = tasks_of_classifiers(classifiers, made, tokenizer, limits, answered=bool(models))
+    to_classify = match_classifiers(classifiers, made, tokenizer, limits, answered=bool(models))
     folder = None if output is None else Path(output).expanduser()
     if folder is not None:
-        names = [name_of(one) for one in [*models, *classifiers]]
-        require_no_others(folder, [task.name for task in made], names)
+        names = [model_name(one) for one in [*models, *classifiers]]
+        require_nothing_lost(folder, [task.name for task in made], names)
     with locked(folder) if folder is not None else contextlib.nullcontext():
         runs = [
             (one, asking, open_journal(folder, files, one, asking, dtype))
@@ -129,7 +127,7 @@ def evaluate(
             for asking in asked
         ]
         classifying = [
-            (one, rows, open_labels_journal(folder, files, one, rows, dtype))
+            (one, rows, open_classification_journal(folder, files, one, rows, dtype))
             for one, rows in to_classify
         ]
         scorer = None
@@ -138,18 +136,18 @@ def evaluate(
                 model,
                 load_params(files, model, devices),
                 batch_size=batch_size,
-                buckets=whole_buckets(buckets, context),
-                candidates=max([most_candidates(asked), *(r.num_scores for _, r in to_classify)]),
+                buckets=complete_buckets(buckets, context),
+                candidates=max([max_candidates(asked), *(r.num_scores for _, r in to_classify)]),
                 mesh=devices,
             )
         outcomes = []
         for one, asking, journal in runs:
-            name, adapter = name_of(one), None if one is None else one.adapter
+            name, adapter = model_name(one), None if one is None else one.adapter
             say(announcement(name, asking, journal))
             outcomes.append(answer(scorer, name, adapter, asking, journal))
         for one, rows, journal in classifying:
-            say(labels_announcement(one, rows, journal))
-            outcomes.append(classify(scorer, one, rows, journal))
+            say(classification_announcement(one, rows, journal))
+            outcomes.append(classify_rows(scorer, one, rows, journal))
         read = {rows.task.name: rows.rows for _, rows in to_classify} | questions
         said = settings(files, [*models, *classifiers], made, read, asked, dtype)
         evaluation = Evaluation(said, outcomes)
@@ -168,11 +166,11 @@ def _check(
     if not tasks:
         raise FieldError("tasks", "none is given")
     for protocol in protocols:
-        if protocol not in PROTOCOLS:
-            hint = suggest(protocol, PROTOCOLS)
+        if protocol not in SCORING_PROTOCOLS:
+            hint = suggest(protocol, SCORING_PROTOCOLS)
             raise FieldError("protocols", f"there is none called {protocol!r}; {hint}")
     if not protocols or len(set(protocols)) < len(protocols):
-        raise FieldError("protocols", f"give each once, of {', '.join(PROTOCOLS)}")
+        raise FieldError("protocols", f"give each once, of {', '.join(SCORING_PROTOCOLS)}")
     if batch_size < 1:
         raise FieldError("batch_size", f"must be positive, got {batch_size}")
     if list(buckets) != sorted(set(buckets)) or any(length < 1 for length in buckets):

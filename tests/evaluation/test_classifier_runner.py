@@ -14,7 +14,7 @@ from moe_jax import cli
 from moe_jax.data.encoding import encode_texts
 from moe_jax.data.tokenizer import load_tokenizer
 from moe_jax.errors import ConfigError, DataError
-from moe_jax.evaluation.run import evaluate
+from moe_jax.evaluation.model_evaluation import evaluate
 from moe_jax.training.run.loop import train
 
 RNG = np.random.default_rng(0)
@@ -170,7 +170,9 @@ def test_it_goes_on_where_it_was_stopped(setting, found, monkeypatch):
     file = setting[0] / "evaluation" / "predictions" / "mood" / "sst2.classification.jsonl"
     whole = file.read_text()
     assert len(whole.splitlines()) == 41
-    monkeypatch.setattr("moe_jax.evaluation.run.Scorer", None)  # nothing is left to compute
+    monkeypatch.setattr(
+        "moe_jax.evaluation.model_evaluation.Scorer", None
+    )  # nothing is left to compute
     options = {"adapters": ("mood", "number"), "output": setting[0] / "evaluation"}
     again = tasks(setting, "sst2", "stsb", **options)
     assert again.to_plain() == found.to_plain()

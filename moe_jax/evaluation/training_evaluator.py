@@ -12,18 +12,17 @@ from moe_jax.config.parse import to_plain
 from moe_jax.config.run import RunConfig
 from moe_jax.data.tokenizer import load_tokenizer
 from moe_jax.errors import ConfigError, named
-from moe_jax.evaluation.answering import (
+from moe_jax.evaluation.answer_journal import Journal, locked
+from moe_jax.evaluation.evaluation_results import RESULTS, Accuracy, Evaluation, Metric
+from moe_jax.evaluation.question_runner import (
     announcement,
     answer,
-    name_of,
+    model_name,
     open_journal,
     settings,
 )
-from moe_jax.evaluation.asking import Asked, Limits, ask, most_candidates
-from moe_jax.evaluation.items import whole_buckets
-from moe_jax.evaluation.journal import Journal, locked
-from moe_jax.evaluation.results import RESULTS, Accuracy, Evaluation, Metric
-from moe_jax.evaluation.scorer import Scorer
+from moe_jax.evaluation.scorer import Scorer, complete_buckets
+from moe_jax.evaluation.scoring_protocols import BaseLimits, PreparedTask, ask, max_candidates
 from moe_jax.loaded.model import BASE, Adapter, BaseFiles, NamedAdapter, load_adapters
 from moe_jax.tasks.selection import named_task
 from moe_jax.tasks.task import Question, Task
@@ -83,7 +82,7 @@ class TaskEvaluator:
         self._scorers: dict[tuple[int, tuple[int, ...]], Scorer] = {}
         self._tasks: dict[str, Task] = {}
         self._questions: dict[str, list[Question]] = {}
-        self._asked: dict[EvaluationConfig, list[Asked]] = {}
+        self._asked: dict[EvaluationConfig, list[PreparedTask]] = {}
         if jax.process_count() > 1:
             raise ConfigError(
                 f"config.adapters.{next(iter(self._own))}.evaluation: several processes cannot "
@@ -97,12 +96,12 @@ class TaskEvaluator:
             with named(f"{field}.evaluation"):
                 self._read(own)
                 if own not in self._asked:
-                    limits = Limits(
+                    limits = BaseLimits(
                         inputs.model.vocab_size, inputs.model.max_position_embeddings, own.truncate
                     )
                     questions = {task: self._questions[task] for task in own.tasks}
                     self._asked[own] = ask(questions, own.protocols, tokenizer, limits)
-        self._candidates = most_candidates([a for asked in self._asked.values() for a in asked])
+        self._candidates = max_candidates([a for asked in self._asked.values() for a in asked])
 
     def measure(
         self, name: str, tree: Any, params: Any, stop: Callable[[], bool]
@@ -150,7 +149,7 @@ class TaskEvaluator:
                 for one, own, asked in self._whom_to_ask(loaded)
             ]
             for one, own, asked, journal in runs:
-                name, adapter = name_of(one), None if one is None else one.adapter
+                name, adapter = model_name(one), None if one is None else one.adapter
                 say(announcement(name, asked, journal))
                 scorer = self._scorer(own, params)
                 outcomes.append(answer(scorer, name, adapter, asked, journal, stop))
@@ -185,7 +184,7 @@ class TaskEvaluator:
 
     def _whom_to_ask(
         self, loaded: Sequence[NamedAdapter]
-    ) -> Iterator[tuple[NamedAdapter | None, EvaluationConfig, Asked]]:
+    ) -> Iterator[tuple[NamedAdapter | None, EvaluationConfig, PreparedTask]]:
         """Whom to ask what, by whose settings; the base what adapters want it to be asked."""
         seen = set[tuple[str, str]]()
         for own in self._own.values():
@@ -198,7 +197,7 @@ class TaskEvaluator:
             yield from ((one, own, asked) for asked in self._asked[own])
 
     def _scorer(self, own: EvaluationConfig, params: Any) -> Scorer:
-        buckets = whole_buckets(own.buckets, self._base.config.max_position_embeddings)
+        buckets = complete_buckets(own.buckets, self._base.config.max_position_embeddings)
         key = (own.batch_size, buckets)
         if key not in self._scorers:
             self._scorers[key] = Scorer(

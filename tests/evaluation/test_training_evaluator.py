@@ -20,10 +20,10 @@ from xla_flags import xla_flags
 from moe_jax.adapters import METHODS
 from moe_jax.checkpoints.training_record import read_record
 from moe_jax.config.run import parse_run_config
-from moe_jax.demo.tasks import write_tasks
+from moe_jax.demo.corpus import write_tasks
 from moe_jax.errors import UserError
-from moe_jax.evaluation.in_training import OnTasks
 from moe_jax.evaluation.scorer import Scorer
+from moe_jax.evaluation.training_evaluator import OnTasks
 from moe_jax.hf.config import read_model_config
 from moe_jax.sharding.mesh import make_mesh
 from moe_jax.training.run import inputs, loop

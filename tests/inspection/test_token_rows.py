@@ -8,8 +8,7 @@ from inspection.conftest import BASE
 from moe_jax.config.data import SourceConfig
 from moe_jax.data.tokenizer import load_tokenizer
 from moe_jax.errors import DataError
-from moe_jax.inspection.pieces import token_pieces
-from moe_jax.inspection.texts import read_texts
+from moe_jax.inspection.token_rows import read_texts, token_pieces
 from moe_jax.tasks.selection import named_task
 
 

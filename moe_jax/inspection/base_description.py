@@ -13,13 +13,12 @@ from moe_jax.adapters.tree import TARGET_MODULES
 from moe_jax.checkpoints.leaves import LeafSpec
 from moe_jax.config.model import ModelConfig, RopeConfig
 from moe_jax.config.parse import located
+from moe_jax.hf.base_model import base_fingerprint, resolve_checkpoint
 from moe_jax.hf.config import read_model_config
 from moe_jax.hf.families.family import family_of
-from moe_jax.hf.fingerprint import base_fingerprint
 from moe_jax.hf.load import checked_leaves
-from moe_jax.hf.resolve import resolve_checkpoint
 from moe_jax.hf.shards import open_shards
-from moe_jax.loaded.expected_leaves import expected_leaves
+from moe_jax.loaded.adapter_base import expected_leaves
 
 _SIZES = {"F32": 4, "F16": 2, "BF16": 2}
 _TYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}

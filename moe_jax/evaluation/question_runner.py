@@ -9,18 +9,16 @@ from tqdm import tqdm
 
 from moe_jax.config.parse import to_plain
 from moe_jax.errors import ConfigError
-from moe_jax.evaluation.asking import Asked
-from moe_jax.evaluation.items import items_digest
-from moe_jax.evaluation.journal import Journal, Record
-from moe_jax.evaluation.protocols import PROTOCOLS
-from moe_jax.evaluation.results import TaskOutcome, outcome
-from moe_jax.evaluation.scorer import Scorer
+from moe_jax.evaluation.answer_journal import Journal, Record
+from moe_jax.evaluation.evaluation_results import TaskOutcome, outcome
+from moe_jax.evaluation.scorer import Scorer, sequences_digest
+from moe_jax.evaluation.scoring_protocols import SCORING_PROTOCOLS, PreparedTask
 from moe_jax.loaded.model import BASE, Adapter, BaseFiles, NamedAdapter
 from moe_jax.tasks.task import Question, Task
-from moe_jax.training.run.task_evaluation import Stopped
+from moe_jax.training.run.measurement import Stopped
 
 
-def name_of(adapter: NamedAdapter | None) -> str:
+def model_name(adapter: NamedAdapter | None) -> str:
     """What results call an adapter, or the base without one."""
     return BASE if adapter is None else adapter.name
 
@@ -29,7 +27,7 @@ def open_journal(
     folder: Path | None,
     base: BaseFiles,
     adapter: NamedAdapter | None,
-    asked: Asked,
+    asked: PreparedTask,
     dtype: str,
     anew: Collection[str] = (),
 ) -> Journal:
@@ -51,10 +49,10 @@ def open_journal(
     identity = {
         "base": base.identity.fingerprint,
         "adapter": None if adapter is None else adapter.digest,
-        "items": items_digest(asked.groups, answers),
+        "items": sequences_digest(asked.groups, answers),
         "dtype": dtype,
     }
-    file = journal_file(folder, name_of(adapter), asked.task, asked.protocol)
+    file = journal_file(folder, model_name(adapter), asked.task, asked.protocol)
     return Journal(file, identity, len(asked.prepared), anew)
 
 
@@ -63,7 +61,7 @@ def journal_file(folder: Path | None, model: str, task: str, protocol: str) -> P
     return None if folder is None else folder / "predictions" / model / f"{task}.{protocol}.jsonl"
 
 
-def announcement(name: str, asked: Asked, journal: Journal) -> str:
+def announcement(name: str, asked: PreparedTask, journal: Journal) -> str:
     """What is about to be asked, for people."""
     title = f"{name}: {asked.task}, {asked.protocol}: {len(asked.prepared)} questions"
     return announced(title, journal, asked.cut, "start")
@@ -87,7 +85,7 @@ def answer(
     scorer: Scorer | None,
     name: str,
     adapter: Adapter | None,
-    asked: Asked,
+    asked: PreparedTask,
     journal: Journal,
     stop: Callable[[], bool] = lambda: False,
 ) -> TaskOutcome:
@@ -106,7 +104,7 @@ def answer(
       ConfigError: a score is not finite.
     """
     groups = asked.groups
-    protocol = PROTOCOLS[asked.protocol]
+    protocol = SCORING_PROTOCOLS[asked.protocol]
     known = [index in journal.records for index in range(len(groups))]
     partial: dict[int, dict[int, tuple[float, ...]]] = {}
     batches = () if scorer is None or all(known) else scorer.scores(groups, adapter, known)
@@ -173,7 +171,7 @@ def settings(
     models: Sequence[NamedAdapter | None],
     tasks: Sequence[Task],
     questions: Mapping[str, Sequence[Any]],
-    asked: Sequence[Asked],
+    asked: Sequence[PreparedTask],
     dtype: str,
 ) -> dict[str, Any]:
     """What was evaluated and how, as plain JSON values."""

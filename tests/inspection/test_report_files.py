@@ -11,7 +11,7 @@ from tolerances import OF_SIX_DIGITS, SIX_DIGITS
 
 import moe_jax
 from moe_jax.cli import main
-from moe_jax.inspection import plots
+from moe_jax.inspection import routing_plots as plots
 
 
 @pytest.fixture(scope="module")
