@@ -10,8 +10,7 @@ from moe_jax.config.model import ModelConfig
 from moe_jax.config.parse import FieldError
 from moe_jax.errors import CheckpointError, ConfigError
 from moe_jax.hf.families import FAMILIES, Family
-from moe_jax.hf.families.fields import HF_NAMES
-from moe_jax.hf.fields import HFFields
+from moe_jax.hf.fields import HF_NAMES, HFFields
 from moe_jax.hf.rope import SECTIONS
 
 # By each of these some architecture changes what is computed. A family that does not read one takes

@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 
 from moe_jax.config.model import ModelConfig
-from moe_jax.hf.families.family import family_of
-from moe_jax.hf.families.weights import LAYER, Condition, WeightRule
+from moe_jax.hf.families.family import LAYER, Condition, WeightRule, family_of
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import numpy as np
 from moe_jax.config.model import ModelConfig, StorageType
 from moe_jax.config.parse import located
 from moe_jax.errors import CheckpointError
-from moe_jax.hf.families.weights import EMBEDDING_PATH, HEAD_PATH
+from moe_jax.hf.families.family import EMBEDDING_PATH, HEAD_PATH
 from moe_jax.hf.key_table import (
     Leaf,
     base_leaves,

@@ -17,7 +17,7 @@ from moe_jax.config.model import ComputeConfig
 from moe_jax.hf.config import read_model_config
 from moe_jax.hf.load import load_base
 from moe_jax.layers.names import ADAPTERS, PARAMS, ROUTER
-from moe_jax.loaded.base_folder import BaseFolder
+from moe_jax.loaded.adapter_base import BaseFolder
 from moe_jax.models.causal_lm import LlamaForCausalLM
 
 _NAME = "exported"

@@ -18,10 +18,14 @@ from moe_jax.checkpoints.leaves import checksums
 from moe_jax.config.model import ComputeConfig, FloatType, ModelConfig
 from moe_jax.config.parse import located, to_plain
 from moe_jax.errors import CheckpointError
+from moe_jax.hf.base_model import (
+    BaseIdentity,
+    base_fingerprint,
+    resolve_adapter,
+    resolve_checkpoint,
+)
 from moe_jax.hf.config import read_model_config
-from moe_jax.hf.fingerprint import BaseIdentity, base_fingerprint
 from moe_jax.hf.load import load_base
-from moe_jax.hf.resolve import resolve_adapter, resolve_checkpoint
 from moe_jax.layers.names import PARAMS
 from moe_jax.models.causal_lm import LlamaForCausalLM
 from moe_jax.models.fresh import fresh_adapter

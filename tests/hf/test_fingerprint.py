@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from moe_jax.demo.checkpoint import write_checkpoint
-from moe_jax.hf.fingerprint import base_fingerprint
+from moe_jax.demo.tiny_llama import write_checkpoint
+from moe_jax.hf.base_model import base_fingerprint
 
 SMALL = {"hidden_size": 16, "intermediate_size": 24, "head_dim": 4, "num_hidden_layers": 2}
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from moe_jax.errors import CheckpointError
-from moe_jax.hf.resolve import resolve_checkpoint
+from moe_jax.hf.base_model import resolve_checkpoint
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 FILES = {
@@ -83,7 +83,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
 # Run in a process of its own, because the hub's client reads its settings when it is imported.
 SCRIPT = """
 import json, sys
-from moe_jax.hf.resolve import resolve_checkpoint
+from moe_jax.hf.base_model import resolve_checkpoint
 from moe_jax.errors import CheckpointError
 try:
     print(json.dumps({"folder": str(resolve_checkpoint(*json.loads(sys.argv[1])))}))

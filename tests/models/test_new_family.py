@@ -24,8 +24,8 @@ FAMILY = '''
 """Quill: tensors under `decoder`, and up and gate in one, in this order."""
 
 from moe_jax.hf.families import model_family
-from moe_jax.hf.families.fields import known_activation
-from moe_jax.hf.families.weights import WeightRule
+from moe_jax.hf.fields import known_activation
+from moe_jax.hf.families.family import WeightRule
 from moe_jax.config.model import ModelConfig, RopeConfig
 
 NAMES = {

@@ -1,9 +1,16 @@
 """Gemma: scaled embeddings, norms around one, and a gate of tanh-approximated GELU."""
 
 from moe_jax.config.model import ModelConfig
-from moe_jax.hf.families import fields as read
-from moe_jax.hf.families import weights
-from moe_jax.hf.families.family import model_family
+from moe_jax.hf import fields as read
+from moe_jax.hf.families.family import (
+    ATTENTION,
+    ATTENTION_BIASES,
+    EMBEDDING,
+    HEAD,
+    MLP,
+    PRE_NORMS,
+    model_family,
+)
 from moe_jax.hf.fields import HFFields
 from moe_jax.hf.rope import read_rope
 
@@ -17,12 +24,12 @@ DEFAULTS = {
 }
 
 WEIGHTS = (
-    *weights.EMBEDDING,
-    *weights.PRE_NORMS,
-    *weights.ATTENTION,
-    *weights.ATTENTION_BIASES,
-    *weights.MLP,
-    *weights.HEAD,
+    *EMBEDDING,
+    *PRE_NORMS,
+    *ATTENTION,
+    *ATTENTION_BIASES,
+    *MLP,
+    *HEAD,
 )
 
 

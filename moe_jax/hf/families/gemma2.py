@@ -1,10 +1,16 @@
 """Gemma 2: Gemma with norms on both sides of a block, soft caps and alternating windows."""
 
 from moe_jax.config.model import LayerType, ModelConfig
-from moe_jax.hf.families import fields as read
-from moe_jax.hf.families import weights
-from moe_jax.hf.families.family import model_family
-from moe_jax.hf.families.weights import norm
+from moe_jax.hf import fields as read
+from moe_jax.hf.families.family import (
+    ATTENTION,
+    ATTENTION_BIASES,
+    EMBEDDING,
+    HEAD,
+    MLP,
+    model_family,
+    norm,
+)
 from moe_jax.hf.fields import HFFields
 from moe_jax.hf.rope import read_rope
 
@@ -29,12 +35,12 @@ NORMS = (
     norm("post_feedforward_layernorm", "post_mlp_layernorm"),
 )
 WEIGHTS = (
-    *weights.EMBEDDING,
+    *EMBEDDING,
     *NORMS,
-    *weights.ATTENTION,
-    *weights.ATTENTION_BIASES,
-    *weights.MLP,
-    *weights.HEAD,
+    *ATTENTION,
+    *ATTENTION_BIASES,
+    *MLP,
+    *HEAD,
 )
 CONSTANTS = {"mlp_bias": False, "use_bidirectional_attention": False}
 

@@ -4,9 +4,17 @@ from collections.abc import Mapping
 from typing import Any
 
 from moe_jax.config.model import LayerType, ModelConfig
-from moe_jax.hf.families import fields as read
-from moe_jax.hf.families import gemma2, weights
-from moe_jax.hf.families.family import model_family
+from moe_jax.hf import fields as read
+from moe_jax.hf.families import gemma2
+from moe_jax.hf.families.family import (
+    ATTENTION,
+    ATTENTION_BIASES,
+    EMBEDDING,
+    HEAD,
+    MLP,
+    QK_NORMS,
+    model_family,
+)
 from moe_jax.hf.fields import HFFields
 from moe_jax.hf.rope import WHOLE_HEADS, rope_of_section
 
@@ -25,13 +33,13 @@ DEFAULTS = {
 }
 
 WEIGHTS = (
-    *weights.EMBEDDING,
+    *EMBEDDING,
     *gemma2.NORMS,
-    *weights.ATTENTION,
-    *weights.ATTENTION_BIASES,
-    *weights.QK_NORMS,
-    *weights.MLP,
-    *weights.HEAD,
+    *ATTENTION,
+    *ATTENTION_BIASES,
+    *QK_NORMS,
+    *MLP,
+    *HEAD,
 )
 
 

@@ -3,10 +3,19 @@
 from typing import Any
 
 from moe_jax.config.model import ModelConfig
-from moe_jax.hf.families import fields as read
-from moe_jax.hf.families import weights
-from moe_jax.hf.families.family import model_family
-from moe_jax.hf.families.weights import Condition, norm
+from moe_jax.hf import fields as read
+from moe_jax.hf.families.family import (
+    ATTENTION,
+    DOWN,
+    EMBEDDING,
+    FUSED_GATE_UP,
+    HEAD,
+    PRE_NORMS,
+    Condition,
+    model_family,
+    norm,
+    qkv_biases,
+)
 from moe_jax.hf.fields import HFFields
 from moe_jax.hf.rope import RopeRules, read_rope
 
@@ -22,13 +31,13 @@ DEFAULTS = {
 ROPE = RopeRules(partial_rotary_factor=0.5, interleaved=True)
 
 GLM_WEIGHTS = (
-    *weights.EMBEDDING,
-    *weights.PRE_NORMS,
-    *weights.ATTENTION,
-    *weights.qkv_biases(Condition("qkv_bias", True, "attention_bias")),
-    *weights.FUSED_GATE_UP,
-    *weights.DOWN,
-    *weights.HEAD,
+    *EMBEDDING,
+    *PRE_NORMS,
+    *ATTENTION,
+    *qkv_biases(Condition("qkv_bias", True, "attention_bias")),
+    *FUSED_GATE_UP,
+    *DOWN,
+    *HEAD,
 )
 GLM4_WEIGHTS = (*GLM_WEIGHTS, norm("post_self_attn_layernorm"), norm("post_mlp_layernorm"))
 CONSTANTS = {"mlp_bias": False}

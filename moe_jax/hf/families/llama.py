@@ -1,9 +1,17 @@
 """Llama 1 to 3, and what is stored as one: TinyLlama, Yi, Vicuna, SmolLM, ..."""
 
 from moe_jax.config.model import ModelConfig
-from moe_jax.hf.families import fields as read
-from moe_jax.hf.families import weights
-from moe_jax.hf.families.family import model_family
+from moe_jax.hf import fields as read
+from moe_jax.hf.families.family import (
+    ATTENTION,
+    ATTENTION_BIASES,
+    EMBEDDING,
+    HEAD,
+    MLP,
+    MLP_BIASES,
+    PRE_NORMS,
+    model_family,
+)
 from moe_jax.hf.fields import HFFields
 from moe_jax.hf.rope import read_rope
 
@@ -19,13 +27,13 @@ DEFAULTS = {
 }
 
 WEIGHTS = (
-    *weights.EMBEDDING,
-    *weights.PRE_NORMS,
-    *weights.ATTENTION,
-    *weights.ATTENTION_BIASES,
-    *weights.MLP,
-    *weights.MLP_BIASES,
-    *weights.HEAD,
+    *EMBEDDING,
+    *PRE_NORMS,
+    *ATTENTION,
+    *ATTENTION_BIASES,
+    *MLP,
+    *MLP_BIASES,
+    *HEAD,
 )
 
 

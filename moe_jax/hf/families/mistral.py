@@ -1,9 +1,8 @@
 """Mistral 7B and its successors: Llama with a window that all layers share, or none."""
 
 from moe_jax.config.model import LayerType, ModelConfig
-from moe_jax.hf.families import fields as read
-from moe_jax.hf.families import weights
-from moe_jax.hf.families.family import model_family
+from moe_jax.hf import fields as read
+from moe_jax.hf.families.family import ATTENTION, EMBEDDING, HEAD, MLP, PRE_NORMS, model_family
 from moe_jax.hf.fields import HFFields
 from moe_jax.hf.rope import read_rope
 
@@ -17,11 +16,11 @@ DEFAULTS = {
 }
 
 WEIGHTS = (
-    *weights.EMBEDDING,
-    *weights.PRE_NORMS,
-    *weights.ATTENTION,
-    *weights.MLP,
-    *weights.HEAD,
+    *EMBEDDING,
+    *PRE_NORMS,
+    *ATTENTION,
+    *MLP,
+    *HEAD,
 )
 
 

@@ -1,9 +1,17 @@
 """Phi-3, Phi-3.5, Phi-4 and Phi-4-mini: fused projections, partial RoPE and LongRoPE."""
 
 from moe_jax.config.model import LayerType, ModelConfig
-from moe_jax.hf.families import fields as read
-from moe_jax.hf.families import weights
-from moe_jax.hf.families.family import model_family
+from moe_jax.hf import fields as read
+from moe_jax.hf.families.family import (
+    DOWN,
+    EMBEDDING,
+    FUSED_GATE_UP,
+    FUSED_QKV,
+    HEAD,
+    OUTPUT,
+    PRE_NORMS,
+    model_family,
+)
 from moe_jax.hf.fields import HFFields
 from moe_jax.hf.rope import RopeRules, read_rope
 
@@ -18,13 +26,13 @@ DEFAULTS = {
 }
 
 WEIGHTS = (
-    *weights.EMBEDDING,
-    *weights.PRE_NORMS,
-    *weights.FUSED_QKV,
-    *weights.OUTPUT,
-    *weights.FUSED_GATE_UP,
-    *weights.DOWN,
-    *weights.HEAD,
+    *EMBEDDING,
+    *PRE_NORMS,
+    *FUSED_QKV,
+    *OUTPUT,
+    *FUSED_GATE_UP,
+    *DOWN,
+    *HEAD,
 )
 
 # Files of the first releases call LongRoPE by other names.

@@ -3,9 +3,18 @@
 from typing import Any
 
 from moe_jax.config.model import LayerType, ModelConfig
-from moe_jax.hf.families import fields as read
-from moe_jax.hf.families import weights
-from moe_jax.hf.families.family import model_family
+from moe_jax.hf import fields as read
+from moe_jax.hf.families.family import (
+    ATTENTION,
+    ATTENTION_BIASES,
+    EMBEDDING,
+    HEAD,
+    MLP,
+    PRE_NORMS,
+    QK_NORMS,
+    model_family,
+    qkv_biases,
+)
 from moe_jax.hf.fields import HFFields
 from moe_jax.hf.rope import read_rope
 
@@ -21,21 +30,21 @@ DEFAULTS = {
 }
 
 QWEN2_WEIGHTS = (
-    *weights.EMBEDDING,
-    *weights.PRE_NORMS,
-    *weights.ATTENTION,
-    *weights.qkv_biases(),
-    *weights.MLP,
-    *weights.HEAD,
+    *EMBEDDING,
+    *PRE_NORMS,
+    *ATTENTION,
+    *qkv_biases(),
+    *MLP,
+    *HEAD,
 )
 QWEN3_WEIGHTS = (
-    *weights.EMBEDDING,
-    *weights.PRE_NORMS,
-    *weights.ATTENTION,
-    *weights.ATTENTION_BIASES,
-    *weights.QK_NORMS,
-    *weights.MLP,
-    *weights.HEAD,
+    *EMBEDDING,
+    *PRE_NORMS,
+    *ATTENTION,
+    *ATTENTION_BIASES,
+    *QK_NORMS,
+    *MLP,
+    *HEAD,
 )
 
 
