@@ -76,9 +76,9 @@ class Bare:
 
     def __init__(self, config: RunConfig):
         inputs = read_inputs(config, lambda _: None)
-        self._program = build_program(config, inputs.model, inputs.steps)
+        self._program = build_program(config, inputs.base.config, inputs.steps)
         shardings = self._program.param_shardings
-        self._params = load_base(inputs.base_folder, inputs.model, "float32", shardings)
+        self._params = load_base(inputs.base.folder, inputs.base.config, "float32", shardings)
         rows = join_rows([next(data.iterator) for data in inputs.train.values()])
         self._batch = self._program.put_train_batch(rows)
         self._state = self._program.init_state(self._params)

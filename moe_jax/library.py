@@ -3,7 +3,6 @@
 import functools
 import operator
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,57 +13,40 @@ import numpy as np
 
 from moe_jax.adapters import METHODS
 from moe_jax.adapters.method import AdapterMethod
-from moe_jax.adapters.rows import Segment
+from moe_jax.adapters.rows import AdapterRows
 from moe_jax.adapters.score_head import Predictions
 from moe_jax.adapters.tree import to_collection
 from moe_jax.checkpoints import adapter_files
 from moe_jax.checkpoints.adapter_files import SavedAdapter
-from moe_jax.config.model import ComputeConfig, FloatType, ModelConfig, StorageType
+from moe_jax.config.model import ComputeConfig, FloatType, StorageType
 from moe_jax.config.parse import FieldError, located, suggest
 from moe_jax.config.run import RunConfig, parse_run_config
-from moe_jax.data.encoding import measuring_rows
+from moe_jax.data.encoding import load_token_rows
 from moe_jax.data.tokenizer import load_tokenizer
-from moe_jax.errors import CheckpointError, ConfigError, DataError
+from moe_jax.errors import ConfigError, DataError
 from moe_jax.exchange import api as exchange
 from moe_jax.exchange.format import Weighting
 from moe_jax.exchange.hub import HubTarget, push_folder, require_access
 from moe_jax.files.folders import require_unused
-from moe_jax.hf.config import read_model_config
-from moe_jax.hf.fingerprint import BaseIdentity, base_fingerprint
+from moe_jax.hf.base_model import BaseModel, open_base, resolve_adapter, resolve_checkpoint
 from moe_jax.hf.load import load_base as load_params
-from moe_jax.hf.resolve import resolve_adapter, resolve_checkpoint
-from moe_jax.inference.session import InferenceSession
+from moe_jax.inference.api import InferenceSession
 from moe_jax.layers.names import ADAPTERS, PARAMS
-from moe_jax.loaded.model import Adapter, BaseFiles
+from moe_jax.loaded.model import Adapter
 from moe_jax.models.causal_lm import LlamaForCausalLM
 from moe_jax.models.fresh import fresh_adapter
 from moe_jax.training.run import loop
 from moe_jax.training.run.loop import TrainResult
 
 
-@dataclass(frozen=True)
-class Base:
-    """A frozen base model in memory.
-
-    Attributes:
-      folder: where its checkpoint lies.
-      identity: what adapters remember it by.
-      config: its architecture.
-      params: its parameters.
-    """
-
-    folder: Path
-    identity: BaseIdentity
-    config: ModelConfig
-    params: Any
+class Base(BaseModel):
+    """A base model with its parameters in memory; see `BaseModel` for its attributes."""
 
     @functools.cached_property
     def session(self) -> InferenceSession:
         """What `generate` uses; computes in the type that the parameters are kept in."""
         dtype = jax.tree.leaves(self.params)[0].dtype.name
-        return InferenceSession(
-            BaseFiles(self.folder, self.identity, self.config, self.params), {}, dtype=dtype
-        )
+        return InferenceSession(self, {}, dtype=dtype)
 
 
 def load_base(
@@ -80,10 +62,9 @@ def load_base(
     Raises:
       CheckpointError: the checkpoint is missing, damaged, or not of a known architecture.
     """
-    folder = resolve_checkpoint(str(path), revision)
-    config = read_model_config(folder)
-    identity = BaseIdentity(str(path), base_fingerprint(folder))
-    return Base(folder, identity, config, load_params(folder, config, dtype))
+    base = open_base(path, revision)
+    params = load_params(base.folder, base.config, dtype)
+    return Base(base.folder, base.identity, base.config, params)
 
 
 class AdaptedModel:
@@ -116,11 +97,7 @@ class AdaptedModel:
         """
         saved = {n: a for n, a in adapters.items() if isinstance(a, SavedAdapter)}
         for name, adapter in saved.items():
-            if adapter.base.fingerprint != base.identity.fingerprint:
-                raise CheckpointError(
-                    f"adapter {name!r}: was trained on the base {adapter.base.path}, and the "
-                    f"weights in {base.folder} differ from it; load that base"
-                )
+            base.require_trained_on(f"adapter {name!r}", adapter.base, "load that base")
         self.base = base
         self.methods: dict[str, AdapterMethod] = {
             name: a.method if isinstance(a, SavedAdapter) else a for name, a in adapters.items()
@@ -159,8 +136,8 @@ class AdaptedModel:
                 f"embeddings for 0 to {vocab_size - 1}; use that base's own tokenizer"
             )
         own = {} if adapter is None else {adapter: self._weights(adapter)}
-        segments = None if segment_ids is None else jnp.asarray(segment_ids)
-        return self._apply(adapter, self.base.params, own, jnp.asarray(tokens), segments)
+        adapter_rows = None if segment_ids is None else jnp.asarray(segment_ids)
+        return self._apply(adapter, self.base.params, own, jnp.asarray(tokens), adapter_rows)
 
     @property
     def session(self) -> InferenceSession:
@@ -170,10 +147,8 @@ class AdaptedModel:
             known_structure, known, session = self._opened
             if structure == known_structure and all(map(operator.is_, leaves, known)):
                 return session
-        base = self.base
-        files = BaseFiles(base.folder, base.identity, base.config, base.params)
         adapters = {name: Adapter(self.methods[name], tree) for name, tree in self.adapters.items()}
-        session = InferenceSession(files, adapters, dtype=self._compute_dtype)
+        session = InferenceSession(self.base, adapters, dtype=self._compute_dtype)
         self._opened = (structure, leaves, session)
         return session
 
@@ -193,9 +168,9 @@ class AdaptedModel:
         self, name: str | None, params: Any, adapters: Any, tokens: jax.Array, segment_ids: Any
     ) -> Any:
         rows = tokens.shape[0]
-        segments = () if name is None else (Segment(name, self.methods[name], 0, rows),)
+        adapter_rows = () if name is None else (AdapterRows(name, self.methods[name], 0, rows),)
         variables = {PARAMS: params, ADAPTERS: to_collection(adapters)}
-        computed = self._model.clone(segments=segments).apply(
+        computed = self._model.clone(adapter_rows=adapter_rows).apply(
             variables, tokens, segment_ids=segment_ids
         )
         if not isinstance(computed, Predictions):
@@ -240,7 +215,7 @@ def export_adapter(
         default the path it was trained with.
       weights: how `llama` merges experts: `average`, the default, or by their `utilisation`.
       data: a file of text, on which `llama` measures utilisation and what merging changes; see
-        `measuring_rows`. It is needed where there are experts.
+        `load_token_rows`. It is needed where there are experts.
       push_to_hub: `OWNER/NAME`, a model on the hub that the complete `output` is uploaded to.
         Whether that will be allowed is asked first, and `output` is kept in any case.
       private, revision, commit_message: see `HubTarget`; with `push_to_hub` only.
@@ -259,7 +234,7 @@ def export_adapter(
         require_unused(Path(output))
         folder = resolve_checkpoint(saved.base.path if base is None else base)
         length = min(512, saved.model.max_position_embeddings)
-        tokens = measuring_rows(Path(data), load_tokenizer(folder), length=length)
+        tokens = load_token_rows(Path(data), load_tokenizer(folder), length=length)
     notes = exchange.export_adapter(
         saved,
         to,
@@ -309,10 +284,7 @@ def import_adapter(
     if output is not None:
         require_unused(Path(output))
     source = resolve_adapter(source)
-    if isinstance(base, Base):
-        adapter = exchange.import_adapter(source, base.folder)._replace(base=base.identity)
-    else:
-        adapter = exchange.import_adapter(source, base)
+    adapter = exchange.import_adapter(source, base)
     if output is not None:
         adapter_files.save_adapter(Path(output), adapter)
     return adapter
@@ -332,6 +304,8 @@ def train(config: Any, workdir: str | Path) -> TrainResult:
       workdir: where everything is written; a run that was stopped goes on from there.
     """
     parsed = config if isinstance(config, RunConfig) else parse_config(config)
-    from moe_jax.evaluation.in_training import OnTasks  # with libraries that others do not need
+    from moe_jax.evaluation.training_evaluator import (
+        OnTasks,  # with libraries that others do not need
+    )
 
     return loop.train(parsed, Path(workdir), on_tasks=OnTasks())

@@ -25,17 +25,12 @@ from moe_jax.data.tokenizer import encode, end_of_text, leading_tokens, load_tok
 from moe_jax.errors import ConfigError, DataError
 from moe_jax.evaluation.scorer import ScoredSequence, Scorer, SequenceScore, default_buckets
 from moe_jax.evaluation.scoring_protocols import encode_pairs
+from moe_jax.hf.base_model import BaseModel, open_base
 from moe_jax.inference.api import InferenceSession
 from moe_jax.inference.decoding import SamplingConfig
 from moe_jax.inference.prompts import Prompt
 from moe_jax.inference.text_generator import GenerationConfig
-from moe_jax.loaded.model import (
-    BaseInMemory,
-    build_model,
-    load_adapters,
-    load_params,
-    open_base,
-)
+from moe_jax.loaded.model import build_model, load_adapters, load_params
 from moe_jax.sharding.mesh import make_mesh
 
 try:
@@ -59,7 +54,7 @@ class HarnessModel(TemplateLM):
 
     def __init__(
         self,
-        base: str | Path | BaseInMemory,
+        base: str | Path | BaseModel,
         adapter: str | Path | SavedAdapter | None = None,
         *,
         revision: str | None = None,

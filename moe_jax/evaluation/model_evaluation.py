@@ -29,22 +29,15 @@ from moe_jax.evaluation.question_runner import (
 )
 from moe_jax.evaluation.scorer import Scorer, complete_buckets
 from moe_jax.evaluation.scoring_protocols import SCORING_PROTOCOLS, BaseLimits, ask, max_candidates
-from moe_jax.loaded.model import (
-    BASE,
-    BaseInMemory,
-    NamedAdapter,
-    build_model,
-    load_adapters,
-    load_params,
-    open_base,
-)
+from moe_jax.hf.base_model import BaseModel, open_base
+from moe_jax.loaded.model import BASE, NamedAdapter, build_model, load_adapters, load_params
 from moe_jax.sharding.mesh import make_mesh
 from moe_jax.tasks.selection import named_task, require_distinct
 from moe_jax.tasks.task import Task
 
 
 def evaluate(
-    base: str | Path | BaseInMemory,
+    base: str | Path | BaseModel,
     tasks: str | Sequence[str | Task],
     adapters: Mapping[str, str | Path | SavedAdapter] | None = None,
     *,

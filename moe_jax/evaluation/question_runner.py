@@ -1,156 +1,154 @@
-"""Has a model answer the questions of a task, and writes each answer down at once."""
+"""Answers the questions of a task with a model and records each answer in a journal."""
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from tqdm import tqdm
 
-from moe_jax.config.parse import to_plain
 from moe_jax.errors import ConfigError
-from moe_jax.evaluation.answer_journal import Journal, Record
-from moe_jax.evaluation.evaluation_results import TaskOutcome, outcome
+from moe_jax.evaluation.answer_journal import Journal, Record, journal_file
+from moe_jax.evaluation.evaluation_results import TaskOutcome, count_correct
 from moe_jax.evaluation.scorer import Scorer, sequences_digest
 from moe_jax.evaluation.scoring_protocols import SCORING_PROTOCOLS, PreparedTask
-from moe_jax.loaded.model import BASE, Adapter, BaseFiles, NamedAdapter
-from moe_jax.tasks.task import Question, Task
+from moe_jax.hf.base_model import BaseModel
+from moe_jax.loaded.model import BASE, Adapter, NamedAdapter
+from moe_jax.tasks.task import Question
 from moe_jax.training.run.measurement import Stopped
 
 
 def model_name(adapter: NamedAdapter | None) -> str:
-    """What results call an adapter, or the base without one."""
+    """Name of a model in results: that of its adapter, or `base`."""
     return BASE if adapter is None else adapter.name
 
 
 def open_journal(
     folder: Path | None,
-    base: BaseFiles,
+    base: BaseModel,
     adapter: NamedAdapter | None,
-    asked: PreparedTask,
+    task: PreparedTask,
     dtype: str,
-    anew: Collection[str] = (),
+    replaceable: Collection[str] = (),
 ) -> Journal:
-    """What a model has answered so far.
+    """Opens the journal of a model and a task.
 
     Args:
-      folder: of the results; None keeps the answers in memory only.
-      base: the base.
-      adapter: on it, if there is one.
-      asked: the questions.
-      dtype: in which all is computed.
-      anew: see `Journal`.
+      folder: results folder; None keeps the answers in memory only.
+      base: base model.
+      adapter: adapter of the base; None is the base alone.
+      task: questions.
+      dtype: dtype of weights and computation.
+      replaceable: see `Journal`.
 
     Raises:
-      ConfigError: the answers in the folder belong to something else.
-      CheckpointError: they are damaged, or cannot be read.
+      ConfigError: the answers in the folder belong to another evaluation.
+      CheckpointError: the journal is damaged or cannot be read.
     """
-    answers = [question.answer for question, _ in asked.prepared]
+    answers = [prepared.question.answer for prepared in task.questions]
     identity = {
         "base": base.identity.fingerprint,
         "adapter": None if adapter is None else adapter.digest,
-        "items": sequences_digest(asked.groups, answers),
+        "items": sequences_digest(task.sequences, answers),
         "dtype": dtype,
     }
-    file = journal_file(folder, model_name(adapter), asked.task, asked.protocol)
-    return Journal(file, identity, len(asked.prepared), anew)
+    file = journal_file(folder, model_name(adapter), task.name, task.protocol)
+    return Journal(file, identity, len(task.questions), replaceable)
 
 
-def journal_file(folder: Path | None, model: str, task: str, protocol: str) -> Path | None:
-    """Where the answers of a model are in the folder of results; None if there is no folder."""
-    return None if folder is None else folder / "predictions" / model / f"{task}.{protocol}.jsonl"
+def question_announcement(model: str, task: PreparedTask, journal: Journal) -> str:
+    """Line printed before a model answers the questions of a task."""
+    title = f"{model}: {task.name}, {task.protocol}: {len(task.questions)} questions"
+    return announcement(title, journal, task.num_truncated, "start")
 
 
-def announcement(name: str, asked: PreparedTask, journal: Journal) -> str:
-    """What is about to be asked, for people."""
-    title = f"{name}: {asked.task}, {asked.protocol}: {len(asked.prepared)} questions"
-    return announced(title, journal, asked.cut, "start")
-
-
-def announced(title: str, journal: Journal, cut: int, end: Literal["start", "end"]) -> str:
-    """An announcement, for people.
+def announcement(
+    title: str, journal: Journal, num_truncated: int, side: Literal["start", "end"]
+) -> str:
+    """Line printed before a task is evaluated.
 
     Args:
-      title: says who is to answer what, and how much of it.
-      journal: knows what was answered before.
-      cut: how many questions or rows lost tokens.
-      end: where they lost them.
+      title: model, task, and number of questions or rows.
+      journal: journal with the answers of earlier runs.
+      num_truncated: number of questions or rows that exceed the context.
+      side: side at which these are cut.
     """
-    before = f", {len(journal.records)} answered before" if journal.records else ""
-    shortened = f", {cut} cut at their {end} to fit the context" if cut else ""
-    return title + before + shortened
+    resumed = f", {len(journal.records)} answered before" if journal.records else ""
+    truncated = f", {num_truncated} cut at their {side} to fit the context" if num_truncated else ""
+    return title + resumed + truncated
 
 
-def answer(
+def answer_questions(
     scorer: Scorer | None,
-    name: str,
+    model: str,
     adapter: Adapter | None,
-    asked: PreparedTask,
+    task: PreparedTask,
     journal: Journal,
     stop: Callable[[], bool] = lambda: False,
 ) -> TaskOutcome:
-    """Has all questions answered that the journal does not know the answers of.
+    """Answers all questions that the journal has no answer to.
 
     Args:
-      scorer: None where it knows all.
-      name: what results call the model.
-      adapter: None is the base as it is.
-      asked: the questions.
-      journal: gets the answers.
-      stop: asked after each batch.
+      scorer: scorer of the base; None if the journal is complete.
+      model: name of the model in results.
+      adapter: None scores the base.
+      task: questions.
+      journal: receives the answers.
+      stop: called after each batch; true ends the evaluation.
 
     Raises:
-      Stopped: `stop` said so, and questions are left; the journal has the answers so far.
+      Stopped: `stop` returned true before the last question; the journal has the answers so far.
       ConfigError: a score is not finite.
     """
-    groups = asked.groups
-    protocol = SCORING_PROTOCOLS[asked.protocol]
-    known = [index in journal.records for index in range(len(groups))]
-    partial: dict[int, dict[int, tuple[float, ...]]] = {}
-    batches = () if scorer is None or all(known) else scorer.scores(groups, adapter, known)
-    with progress_bar(known, f"{name} {asked.task} {asked.protocol}", "question") as bar:
+    groups = task.sequences
+    protocol = SCORING_PROTOCOLS[task.protocol]
+    answered = [index in journal.records for index in range(len(groups))]
+    incomplete: dict[int, dict[int, tuple[float, ...]]] = {}
+    batches = () if scorer is None or all(answered) else scorer.scores(groups, adapter, answered)
+    with progress_bar(answered, f"{model} {task.name} {task.protocol}", "question") as bar:
         for batch in batches:
-            done = []
-            for index, place, score in batch:
-                if known[index]:
-                    continue  # it only shared the batch
-                partial.setdefault(index, {})[place] = score.values
-                if len(partial[index]) == len(groups[index]):
-                    parts = partial.pop(index)
-                    scores = [value for place in sorted(parts) for value in parts[place]]
-                    question = asked.prepared[index].question
-                    picked = protocol.pick(question, finite(scores, question.where, name))
-                    done.append(_record(index, question, scores, picked))
-            journal.add(done)
-            bar.update(len(done))
+            records = []
+            for index, sequence, score in batch:
+                if answered[index]:
+                    continue  # shares a batch with unanswered questions
+                incomplete.setdefault(index, {})[sequence] = score.values
+                if len(incomplete[index]) == len(groups[index]):
+                    parts = sorted(incomplete.pop(index).items())
+                    values = [value for _, part in parts for value in part]
+                    question = task.questions[index].question
+                    scores = require_finite(values, question.where, model)
+                    picked = protocol.pick(question, scores)
+                    records.append(_record(index, question, scores, picked))
+            journal.add(records)
+            bar.update(len(records))
             if stop() and not journal.is_complete:
                 raise Stopped
-    return outcome(name, asked.task, asked.protocol, protocol.measures, journal.finish())
+    return count_correct(model, task.name, task.protocol, protocol.measures, journal.finish())
 
 
-def progress_bar(known: Sequence[bool], title: str, unit: str) -> tqdm:
-    """A bar of all that is to be answered, shown on a terminal only.
+def progress_bar(answered: Sequence[bool], title: str, unit: str) -> tqdm:
+    """Progress bar over questions or rows, shown on a terminal only.
 
     Args:
-      known: what was answered before.
-      title: says what.
-      unit: what is counted.
+      answered: true for those answered by an earlier run.
+      title: text before the bar.
+      unit: name of what is counted.
     """
     return tqdm(
-        total=len(known), initial=sum(known), desc=title, unit=unit, leave=False, disable=None
+        total=len(answered), initial=sum(answered), desc=title, unit=unit, leave=False, disable=None
     )
 
 
-def finite(scores: Sequence[float], where: str, model: str) -> list[float]:
-    """The scores that a model gives what stands in `where`.
+def require_finite(scores: Sequence[float], where: str, model: str) -> list[float]:
+    """Returns `scores`, or raises an error that names the model and the row.
 
     Raises:
-      ConfigError: one is not finite.
+      ConfigError: a score is not finite.
     """
     if not all(map(math.isfinite, scores)):
         raise ConfigError(
             f"{model}: the scores of {where} are not finite; take another dtype (bfloat16 or "
-            "float32), or look at the checkpoint's weights"
+            "float32), or check the checkpoint's weights"
         )
     return list(scores)
 
@@ -163,40 +161,4 @@ def _record(index: int, question: Question, scores: list[float], picked: dict[st
         "answer": question.answer,
         "picked": picked,
         "scores": scores,
-    }
-
-
-def settings(
-    base: BaseFiles,
-    models: Sequence[NamedAdapter | None],
-    tasks: Sequence[Task],
-    questions: Mapping[str, Sequence[Any]],
-    asked: Sequence[PreparedTask],
-    dtype: str,
-) -> dict[str, Any]:
-    """What was evaluated and how, as plain JSON values."""
-    return {
-        "base": base.identity._asdict(),
-        "dtype": dtype,
-        "models": [
-            {"name": BASE, "adapter": None}
-            if one is None
-            else {
-                "name": one.name,
-                "adapter": one.origin,
-                "digest": one.digest,
-                "method": to_plain(one.saved.method),
-                "step": one.saved.step,
-            }
-            for one in models
-        ],
-        "tasks": [
-            {
-                **to_plain(task),
-                "name": task.name,
-                "questions": len(questions[task.name]),
-                "cut": {a.protocol: a.cut for a in asked if a.task == task.name},
-            }
-            for task in tasks
-        ],
     }

@@ -23,7 +23,7 @@ from moe_jax.evaluation.question_runner import (
 )
 from moe_jax.evaluation.scorer import Scorer, complete_buckets
 from moe_jax.evaluation.scoring_protocols import BaseLimits, PreparedTask, ask, max_candidates
-from moe_jax.loaded.model import BASE, Adapter, BaseFiles, NamedAdapter, load_adapters
+from moe_jax.loaded.model import BASE, Adapter, NamedAdapter, load_adapters
 from moe_jax.tasks.selection import named_task
 from moe_jax.tasks.task import Question, Task
 from moe_jax.training.run.inputs import Inputs
@@ -75,7 +75,7 @@ class TaskEvaluator:
           DataError: the data cannot be used, or does not fit the base.
         """
         self._config = config
-        self._base = BaseFiles(inputs.base_folder, inputs.base, inputs.model, None)
+        self._base = inputs.base
         self._model = program.model
         self._mesh = program.mesh
         self._own: dict[str, EvaluationConfig] = _evaluations(config)
@@ -88,7 +88,7 @@ class TaskEvaluator:
                 f"config.adapters.{next(iter(self._own))}.evaluation: several processes cannot "
                 "evaluate yet; leave it out, and run `moe-jax evaluate` on the adapter afterwards"
             )
-        tokenizer = load_tokenizer(inputs.base_folder)
+        tokenizer = load_tokenizer(inputs.base.folder)
         for name, own in self._own.items():
             field = f"config.adapters.{name}"
             if name == BASE:
@@ -97,7 +97,9 @@ class TaskEvaluator:
                 self._read(own)
                 if own not in self._asked:
                     limits = BaseLimits(
-                        inputs.model.vocab_size, inputs.model.max_position_embeddings, own.truncate
+                        inputs.base.config.vocab_size,
+                        inputs.base.config.max_position_embeddings,
+                        own.truncate,
                     )
                     questions = {task: self._questions[task] for task in own.tasks}
                     self._asked[own] = ask(questions, own.protocols, tokenizer, limits)

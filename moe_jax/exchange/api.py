@@ -23,9 +23,8 @@ from moe_jax.exchange.format import (
 from moe_jax.exchange.model_card import CARD, model_card, pictures_of
 from moe_jax.exchange.whole_model import ModelFormat
 from moe_jax.files.folders import new_folder
+from moe_jax.hf.base_model import BaseModel, open_base
 from moe_jax.hf.config import read_model_config
-from moe_jax.hf.fingerprint import BaseIdentity, base_fingerprint
-from moe_jax.hf.resolve import resolve_checkpoint
 
 _OWN = "moe_jax"
 """The format that takes every adapter."""
@@ -145,12 +144,12 @@ def names_base(to: str) -> bool:
     return not issubclass(FORMATS[to], ModelFormat)
 
 
-def import_adapter(source: Path, base: str | Path) -> SavedAdapter:
+def import_adapter(source: Path, base: str | Path | BaseModel) -> SavedAdapter:
     """Reads an adapter that another tool wrote, for a base of ours.
 
     Args:
       source: a folder with `adapter_config.json` and `adapter_model.safetensors` or `.bin`.
-      base: the base's folder or hub id, whose weights are not loaded.
+      base: base model, or its folder or hub id; its weights are not loaded.
 
     Returns:
       The adapter, its step 0.
@@ -160,10 +159,9 @@ def import_adapter(source: Path, base: str | Path) -> SavedAdapter:
         what is not supported.
     """
     found = read_adapter_folder(source)
-    folder = resolve_checkpoint(base)
-    model = read_model_config(folder)
-    method, tree = _reader(found.config, source).read(found, model, str(base))
-    return SavedAdapter(method, tree, model, BaseIdentity(str(base), base_fingerprint(folder)), 0)
+    opened = open_base(base)
+    method, tree = _reader(found.config, source).read(found, opened.config, opened.identity.path)
+    return SavedAdapter(method, tree, opened.config, opened.identity, 0)
 
 
 def _reader(config: dict[str, Any], source: Path) -> AdapterFormat:

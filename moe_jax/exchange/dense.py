@@ -1,9 +1,9 @@
-"""A base and its adapter as one model of the base's own family, with its key table.
+"""The llama format: an adapter merged into its base, as a checkpoint of the base's own family.
 
-A LoRA, also as rsLoRA or DoRA, becomes part of the weights and nothing is lost. Experts behind a
-router have no such form: their matrices are averaged, or weighted by how much each is used on some
-text, and what that costs on that text is measured. (The mean is over weights, not outputs: gate and
-up enter the FFN through a product, so that even experts of equal use are not their mean.)
+A LoRA, rsLoRA or DoRA is merged exactly. Experts behind a router have no such form: their matrices
+are averaged, optionally weighted by their use on a text, and the divergence that this causes is
+measured on that text. (The mean is taken over weights, not outputs. Gate and up projections enter
+the FFN through a product, so the result is approximate even when all experts are used equally.)
 """
 
 import functools
@@ -23,27 +23,28 @@ from moe_jax.exchange.format import (
     FORMATS,
     ExportOptions,
     NotExpressible,
-    cannot,
     field_names,
+    not_expressible,
     require_known,
 )
 from moe_jax.exchange.whole_model import (
-    Merger,
+    LazyTensor,
+    MergedWeights,
     ModelFormat,
     Plan,
-    Recipe,
-    as_stored,
     base_tensors,
-    expert_target,
+    ffn_projection,
+    merged_tensor,
     stored_shape,
+    stored_tensor,
 )
+from moe_jax.hf.base_model import BaseModel
 from moe_jax.hf.key_table import TensorParts
-from moe_jax.loaded.base_folder import BaseFolder
 from moe_jax.loaded.comparison import Measuring
 
 _FORMAT = "llama"
 
-# A score head is refused for every format that does not say that it classifies.
+# A score head is refused for every format without `classifies`.
 _KNOWN_OF_LORA = (*field_names(LowRankConfig), "target_modules", "classification")
 _KNOWN_OF_MIXLORA = (
     *_KNOWN_OF_LORA,
@@ -53,13 +54,13 @@ _KNOWN_OF_MIXLORA = (
     "ffn_dropout",
     "losses",
 )
-# Those under which an FFN's output is a mean of experts' outputs, or nearly so.
-_MEANS = (TopKRouter, TopPRouter, SoftRouter)
+# Routers under which the FFN's output is a mean of the experts' outputs, or nearly so.
+_AVERAGING_ROUTERS = (TopKRouter, TopPRouter, SoftRouter)
 
-_WEIGHTINGS = {
+_APPROXIMATIONS = {
     "average": "the experts of a layer are one FFN with the mean of their weights",
     "utilisation": "the experts of a layer are one FFN with the mean of their weights, each "
-    "weighted by its share of the tokens that the divergence was measured on",
+    "weighted by its share of the tokens on which the divergence was measured",
 }
 
 
@@ -67,73 +68,69 @@ _WEIGHTINGS = {
 class DenseFormat(ModelFormat):
     """LoRA, rsLoRA and DoRA merged exactly, MixLoRA approximately, on bases of every family."""
 
-    measures = True
+    merges_experts = True
 
     def check(self, adapter: SavedAdapter, options: ExportOptions) -> None:
         method = adapter.method
         if isinstance(method, LoraConfig):
             require_known(method, _KNOWN_OF_LORA, "", _FORMAT)
             if options.weights is not None:
-                raise FieldError("weights", "a LoRA has no experts to be weighted; leave it out")
+                raise FieldError("weights", "a LoRA has no experts to weight; leave it out")
             return
         if not isinstance(method, MixLoraConfig):
             name = METHODS.name_of(method)
-            reason = "each projection has a router of its own there"
-            raise cannot(_FORMAT, f"method {name!r}", reason)
+            reason = "its experts are single projections with a router each, not FFNs"
+            raise not_expressible(_FORMAT, f"method {name!r}", reason)
         require_known(method, _KNOWN_OF_MIXLORA, "", _FORMAT)
-        if not isinstance(method.router, _MEANS):
+        if not isinstance(method.router, _AVERAGING_ROUTERS):
             name = ROUTERS.name_of(method.router)
-            raise cannot(_FORMAT, f"router {name!r}", "its output is no mean of its experts'")
+            reason = "the FFN's output is not a mean of its experts' outputs"
+            raise not_expressible(_FORMAT, f"router {name!r}", reason)
         if options.tokens is None:
             raise NotExpressible(
-                "data: experts can be merged approximately only, and what that costs has to be "
-                "measured; give a file of text with --data"
+                "data: merging experts is approximate, and the divergence has to be measured; give "
+                "a text file with --data"
             )
 
     def plan(
         self,
         adapter: SavedAdapter,
-        base: BaseFolder,
+        base: BaseModel,
         config: dict[str, Any],
         options: ExportOptions,
     ) -> Plan:
         method, tokens = adapter.method, options.tokens
         measuring = None if tokens is None else Measuring(adapter, base, tokens)
         measure = None if measuring is None else measuring.divergence
-        tensors = base_tensors(base.model)
+        tensors = base_tensors(base.config)
         if isinstance(method, LoraConfig):
-            recipes = [
-                Recipe(key, stored_shape(parts), functools.partial(_merged, parts))
-                for key, parts in tensors
-            ]
-            return Plan(config, recipes, measure=measure)
-        assert measuring is not None  # or `check` would have refused
+            merged = [merged_tensor(name, parts) for name, parts in tensors]
+            return Plan(config, merged, measure=measure)
+        assert measuring is not None  # `check` refuses this
         weighting = options.weights or "average"
         if weighting == "average":
             shares = np.full(
-                (base.model.num_layers, method.num_experts), 1.0 / method.num_experts, np.float32
+                (base.config.num_layers, method.num_experts), 1.0 / method.num_experts, np.float32
             )
         else:
             shares = measuring.utilisation()
-        mean = functools.partial(_mean, shares, method.expert_low_rank)
-        recipes = [
-            Recipe(key, stored_shape(parts), functools.partial(mean, parts))
-            for key, parts in tensors
+        compute = functools.partial(_with_mean_experts, shares, method.expert_low_rank)
+        merged = [
+            LazyTensor(name, stored_shape(parts), functools.partial(compute, parts))
+            for name, parts in tensors
         ]
-        return Plan(config, recipes, _WEIGHTINGS[weighting], measure)
+        return Plan(config, merged, _APPROXIMATIONS[weighting], measure)
 
 
-def _merged(parts: TensorParts, merger: Merger) -> np.ndarray:
-    return as_stored(parts, merger.merged)
-
-
-def _mean(
-    shares: np.ndarray, low_rank: LowRankConfig, parts: TensorParts, merger: Merger
+def _with_mean_experts(
+    shares: np.ndarray, low_rank: LowRankConfig, parts: TensorParts, weights: MergedWeights
 ) -> np.ndarray:
-    def make(path: str, layer: int) -> np.ndarray:
-        target = expert_target(path)
-        if target is None:
-            return merger.merged(path, layer)
-        return merger.mean_expert(target, layer, shares[layer], low_rank)
+    """A base's tensor; in FFN projections with the mean of the experts, `shares` being [L, E]."""
 
-    return as_stored(parts, make)
+    def compute(path: str, layer: int) -> np.ndarray:
+        projection = ffn_projection(path)
+        if projection is None:
+            return weights.merged(path, layer)
+        return weights.mean_expert(projection, layer, shares[layer], low_rank)
+
+    return stored_tensor(parts, compute)

@@ -1,10 +1,10 @@
-"""Mixtral and Qwen3-MoE: a MixLoRA adapter and its base as one mixture-of-experts model.
+"""The mixtral format: a MixLoRA and its base as one Mixtral or Qwen3-MoE checkpoint.
 
-With a top-k router a MixLoRA is such a model as it stands: softmax over all experts, the k most
-probable, their probabilities renormalised; each expert a gated FFN of its own, here the frozen one
-with the expert's pairs in it. What serves Mixtral therefore serves a MixLoRA.
+A MixLoRA with a top-k router is such a model: softmax over all experts, the k most probable, their
+probabilities renormalised. Each expert is a gated FFN, here the frozen FFN with the expert's pairs
+merged into it. Software that serves Mixtral therefore serves a MixLoRA.
 
-Checked with transformers 5.23, whose classes read the names below and join the experts on loading.
+Tested with transformers 5.23, whose classes read the tensor names below and stack the experts.
 """
 
 import functools
@@ -22,29 +22,29 @@ from moe_jax.config.model import ModelConfig, RopeConfig
 from moe_jax.exchange.format import (
     FORMATS,
     ExportOptions,
-    cannot,
     field_names,
+    not_expressible,
     require_known,
 )
 from moe_jax.exchange.whole_model import (
-    Merger,
+    LazyTensor,
+    MergedWeights,
     ModelFormat,
     Plan,
-    Recipe,
-    as_stored,
     base_tensors,
-    expert_target,
+    ffn_projection,
+    merged_tensor,
     stored_shape,
 )
-from moe_jax.loaded.base_folder import BaseFolder
+from moe_jax.hf.base_model import BaseModel
 
 _FORMAT = "mixtral"
 
-# All that a method may say: what is written, and what matters for training only.
+# Fields that are written, checked, or relevant for training only.
 _KNOWN = (
     *field_names(LowRankConfig),
     "target_modules",
-    "classification",  # refused for every format that does not say that it classifies
+    "classification",  # refused for every format without `classifies`
     "num_experts",
     "router",
     "expert_lora",
@@ -54,26 +54,26 @@ _KNOWN = (
 _KNOWN_OF_ROUTER = ("top_k", "init_std", "jitter_noise")
 
 
-class _Names(NamedTuple):
-    """What a model type calls its experts.
+class _ExpertNames(NamedTuple):
+    """Tensor names of the experts of a model type.
 
     Attributes:
-      block: where they are in a layer.
-      experts: tensors of one expert, by our projections.
+      block: name of the module in a layer.
+      experts: tensor names of one expert, by projection.
     """
 
     block: str
     experts: dict[str, str]
 
 
-_MIXTRAL = _Names("block_sparse_moe", {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"})
-_QWEN3_MOE = _Names("mlp", {name: name for name in _MIXTRAL.experts})
+_MIXTRAL = _ExpertNames("block_sparse_moe", {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"})
+_QWEN3_MOE = _ExpertNames("mlp", {name: name for name in _MIXTRAL.experts})
 
-_NAMES = {"llama": _MIXTRAL, "mistral": _MIXTRAL, "qwen3": _QWEN3_MOE}
-"""By the base's model type."""
+_EXPERT_NAMES = {"llama": _MIXTRAL, "mistral": _MIXTRAL, "qwen3": _QWEN3_MOE}
+"""Names by the model type of the base."""
 
-# Fields of the base's own that mean the same there; without them, defaults might differ.
-_KEPT = (
+# Fields of the base's config.json that are copied, since defaults of the two types may differ.
+_COPIED_FIELDS = (
     "bos_token_id",
     "eos_token_id",
     "pad_token_id",
@@ -91,17 +91,17 @@ class MixtralFormat(ModelFormat):
         method = adapter.method
         if not isinstance(method, MixLoraConfig):
             name = METHODS.name_of(method)
-            raise cannot(
+            raise not_expressible(
                 _FORMAT,
                 f"method {name!r}",
-                "its experts are whole FFNs behind one router, as MixLoRA has them",
+                "its experts are FFNs behind one router, as in MixLoRA",
             )
         require_known(method, _KNOWN, "", _FORMAT)
         if not isinstance(method.router, TopKRouter):
-            raise cannot(
+            raise not_expressible(
                 _FORMAT,
                 f"router {ROUTERS.name_of(method.router)!r}",
-                "it has top_k alone",
+                "it supports top_k only",
             )
         require_known(method.router, _KNOWN_OF_ROUTER, "router.", _FORMAT)
         _check_model(adapter.model)
@@ -109,34 +109,34 @@ class MixtralFormat(ModelFormat):
     def plan(
         self,
         adapter: SavedAdapter,
-        base: BaseFolder,
+        base: BaseModel,
         config: dict[str, Any],
         options: ExportOptions,
     ) -> Plan:
-        _check_model(base.model)
-        method, model = adapter.method, base.model
-        kept = {name: config[name] for name in _KEPT if name in config}
-        return Plan(kept | _config(model, method), _recipes(model, method))
+        _check_model(base.config)
+        method, model = adapter.method, base.config
+        copied = {name: config[name] for name in _COPIED_FIELDS if name in config}
+        return Plan(copied | _config_fields(model, method), _tensors(model, method))
 
 
 def _check_model(model: ModelConfig) -> None:
-    """Refuses bases that no mixture-of-experts architecture is equal to."""
+    """Refuses bases without an equivalent mixture-of-experts architecture."""
     kind = model.model_type
-    if kind not in _NAMES:
-        raise cannot(
+    if kind not in _EXPERT_NAMES:
+        raise not_expressible(
             _FORMAT,
             f"a base of type {kind!r}",
-            f"only {', '.join(_NAMES)} have a mixture of experts that is equal but for its FFN",
+            f"only {', '.join(_EXPERT_NAMES)} have a mixture-of-experts variant",
         )
     if model.mlp_bias:
-        raise cannot(_FORMAT, "a base with mlp_bias", "its experts have no biases")
+        raise not_expressible(_FORMAT, "a base with mlp_bias", "its experts have no biases")
     if model.attention_bias and kind != "qwen3":
-        raise cannot(_FORMAT, "a base with attention_bias", "Mixtral has no biases")
+        raise not_expressible(_FORMAT, "a base with attention_bias", "Mixtral has no biases")
     if len(set(model.sliding_layers)) > 1:
-        raise cannot(_FORMAT, "layer_types that differ", "its layers are all alike")
+        raise not_expressible(_FORMAT, "layer_types that differ", "all its layers are of one type")
 
 
-def _config(model: ModelConfig, method: MixLoraConfig) -> dict[str, Any]:
+def _config_fields(model: ModelConfig, method: MixLoraConfig) -> dict[str, Any]:
     router = method.router
     assert isinstance(router, TopKRouter)
     fields = {
@@ -154,7 +154,7 @@ def _config(model: ModelConfig, method: MixLoraConfig) -> dict[str, Any]:
         "sliding_window": model.sliding_window,
         "num_experts_per_tok": router.top_k,
         "output_router_logits": False,
-        **_rope(model.rope),
+        **_rope_fields(model.rope),
     }
     if model.model_type != "qwen3":
         return {
@@ -169,7 +169,7 @@ def _config(model: ModelConfig, method: MixLoraConfig) -> dict[str, Any]:
         **fields,
         "attention_bias": model.attention_bias,
         "use_sliding_window": model.sliding_window is not None,
-        "max_window_layers": 0,  # where layers begin to slide, for transformers before version 5
+        "max_window_layers": 0,  # first layer with a sliding window, for transformers before 5
         "moe_intermediate_size": model.intermediate_size,
         "num_experts": method.num_experts,
         "norm_topk_prob": True,
@@ -178,53 +178,50 @@ def _config(model: ModelConfig, method: MixLoraConfig) -> dict[str, Any]:
     }
 
 
-def _rope(rope: RopeConfig) -> dict[str, Any]:
-    """Rotary embeddings as transformers 5 reads them, and as versions before it do."""
+def _rope_fields(rope: RopeConfig) -> dict[str, Any]:
+    """Settings of rotary embeddings, for transformers 5 and for the versions before it."""
     fields = {name: getattr(rope, name) for name in field_names(RopeConfig)}
-    # What the bases of this format cannot choose, and a detail of YaRN.
+    # Fixed for the bases of this format; `truncate` belongs to YaRN.
     for name in ("partial_rotary_factor", "interleaved"):
         fields.pop(name)
     if rope.rope_type != "yarn":
         fields.pop("truncate")
-    stated = {name: value for name, value in fields.items() if value is not None}
-    older = {name: value for name, value in stated.items() if name != "rope_theta"}
+    current = {name: value for name, value in fields.items() if value is not None}
+    older = {name: value for name, value in current.items() if name != "rope_theta"}
     return {
-        "rope_parameters": stated,
+        "rope_parameters": current,
         "rope_theta": rope.rope_theta,
         "rope_scaling": None if rope.rope_type == "default" else older,
     }
 
 
-def _recipes(model: ModelConfig, method: MixLoraConfig) -> list[Recipe]:
-    names, experts = _NAMES[model.model_type], range(method.num_experts)
-    recipes = []
+def _tensors(model: ModelConfig, method: MixLoraConfig) -> list[LazyTensor]:
+    """Tensors of the checkpoint: those of the base, each FFN replaced by its router and experts."""
+    names = _EXPERT_NAMES[model.model_type]
+    tensors = []
     for key, parts in base_tensors(model):
         leaf, layer = parts[0]
-        target, shape = expert_target("/".join(leaf.path)), stored_shape(parts)
-        block = f"model.layers.{layer}.{names.block}"
-        if target is None:
-            recipes.append(Recipe(key, shape, functools.partial(_merged, parts)))
+        projection = ffn_projection("/".join(leaf.path))
+        if projection is None:
+            tensors.append(merged_tensor(key, parts))
             continue
-        if target == "gate_proj":  # once a layer
-            shape_of_router = (method.num_experts, model.hidden_size)
-            make = functools.partial(_router, layer)
-            recipes.append(Recipe(f"{block}.gate.weight", shape_of_router, make))
-        for expert in experts:
-            make = functools.partial(_expert, target, layer, expert, method.expert_low_rank)
-            name = f"{block}.experts.{expert}.{names.experts[target]}.weight"
-            recipes.append(Recipe(name, shape, make))
-    return recipes
+        block = f"model.layers.{layer}.{names.block}"
+        if projection == "gate_proj":  # once a layer
+            shape = (method.num_experts, model.hidden_size)
+            compute = functools.partial(_router, layer)
+            tensors.append(LazyTensor(f"{block}.gate.weight", shape, compute))
+        for expert in range(method.num_experts):
+            name = f"{block}.experts.{expert}.{names.experts[projection]}.weight"
+            compute = functools.partial(_expert, projection, layer, expert, method.expert_low_rank)
+            tensors.append(LazyTensor(name, stored_shape(parts), compute))
+    return tensors
 
 
-def _merged(parts: Any, merger: Merger) -> np.ndarray:
-    return as_stored(parts, merger.merged)
-
-
-def _router(layer: int, merger: Merger) -> np.ndarray:
-    return merger.router(layer).T
+def _router(layer: int, weights: MergedWeights) -> np.ndarray:
+    return weights.router(layer).T
 
 
 def _expert(
-    target: str, layer: int, expert: int, low_rank: LowRankConfig, merger: Merger
+    projection: str, layer: int, expert: int, low_rank: LowRankConfig, weights: MergedWeights
 ) -> np.ndarray:
-    return merger.expert(target, layer, expert, low_rank).T
+    return weights.expert(projection, layer, expert, low_rank).T

@@ -1,7 +1,13 @@
-"""What the formats have in common that write a whole model, and not an adapter alone."""
+"""The frame of formats that write a base and an adapter as one Hugging Face checkpoint.
+
+`MergedWeights` computes the weights of the base with the adapter's pairs in them, one matrix at a
+time: a pair on a frozen matrix W gives `W + s A B`, and with DoRA that matrix times the gains,
+`m / ||W + s A B||` for each column. `write_weights` writes them as safetensors, one tensor in
+memory at a time. (`safetensors.numpy.save_file` needs all tensors of a file at once. The format is
+simple: the length of a JSON header, the header with the offsets of every tensor, the data.)
+"""
 
 import abc
-import functools
 import json
 import math
 import re
@@ -23,15 +29,19 @@ from moe_jax.checkpoints.leaves import named_leaves
 from moe_jax.config.model import FloatType, ModelConfig
 from moe_jax.errors import CheckpointError
 from moe_jax.exchange.format import Export, ExportOptions, ExportOutcome, Format
+from moe_jax.hf.base_model import BaseModel
 from moe_jax.hf.key_table import Leaf, TensorParts, tensor_parts
 from moe_jax.hf.load import checked_leaves, read_leaf
 from moe_jax.hf.shards import INDEX_FILE, SINGLE_FILE, Shards, open_shards
-from moe_jax.loaded.base_folder import BaseFolder, find_base
+from moe_jax.loaded.adapter_base import open_adapter_base
 
-_CONFIG = "config.json"
+MAX_SHARD_BYTES = 5 * 10**9
+"""Maximum size of a safetensors file; the long-time default of transformers."""
 
-# What stands beside the weights of a checkpoint and goes with the model.
-_COPIED = (
+_CONFIG_FILE = "config.json"
+
+# Files of the base's checkpoint that are copied beside the weights.
+_COPIED_FILES = (
     "generation_config.json",
     "tokenizer*",
     "special_tokens_map.json",
@@ -44,164 +54,20 @@ _COPIED = (
     "NOTICE*",
 )
 
-_TOKENIZERS = ("tokenizer", "vocab.json", "spiece.model")
+_TOKENIZER_PREFIXES = ("tokenizer", "vocab.json", "spiece.model")
+_STORED_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+_BLOCK_BYTES = 2**22
+_FFN_KERNEL = re.compile(r"layers/mlp/(\w+_proj)/kernel")
 
 
-class Recipe(NamedTuple):
-    """A tensor of the checkpoint to be written.
+class MergedWeights:
+    """Matrices of a base, read from its files, with the pairs of an adapter merged into them.
 
-    Attributes:
-      name: in the checkpoint.
-      shape: as stored.
-      make: makes it.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    make: Callable[[Merger], np.ndarray]
-
-
-class Plan(NamedTuple):
-    """How an adapter and its base become another checkpoint.
-
-    Attributes:
-      config: its `config.json`, but for the type of its tensors.
-      recipes: its tensors, layer by layer.
-      approximation: in what it departs from the adapter on its base, for the model card; None if
-        the two compute the same.
-      measure: given the folder with the finished weights, the KL divergence from the exact model in
-        nats per token; None if it is not asked for.
-    """
-
-    config: dict[str, Any]
-    recipes: list[Recipe]
-    approximation: str | None = None
-    measure: Callable[[Path], float] | None = None
-
-
-class ModelFormat(Format):
-    """A format that holds a base and an adapter as one model, in Hugging Face's folder.
-
-    Memory holds a few copies of one matrix while it is written.
-    """
-
-    library = "transformers"
-
-    def loading(self, adapter: SavedAdapter, options: ExportOptions) -> str:
-        return (
-            "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-            f'tokenizer = AutoTokenizer.from_pretrained("{options.name}")\n'
-            f'model = AutoModelForCausalLM.from_pretrained("{options.name}")'
-        )
-
-    @abc.abstractmethod
-    def plan(
-        self,
-        adapter: SavedAdapter,
-        base: BaseFolder,
-        config: dict[str, Any],
-        options: ExportOptions,
-    ) -> Plan:
-        """Decides what is written.
-
-        Args:
-          adapter: passed `check`; its weights are those of its method.
-          base: the base that it was trained on.
-          config: the base's `config.json`.
-          options: of the export.
-
-        Raises:
-          CheckpointError: as in `Format.prepare`.
-        """
-
-    def prepare(self, adapter: SavedAdapter, options: ExportOptions) -> Export:
-        base = find_base(adapter, options.base)
-        stated = json.loads((base.folder / _CONFIG).read_text(encoding="utf-8"))
-        plan = self.plan(adapter, base, stated, options)
-        # Under both of the names that versions of transformers know it by.
-        config = {**plan.config, "dtype": options.dtype, "torch_dtype": options.dtype}
-        copied = {f for pattern in _COPIED for f in base.folder.glob(pattern) if f.is_file()}
-        notes: list[str] = []
-        if not any(file.name.startswith(_TOKENIZERS) for file in copied):
-            notes.append("no tokenizer: the base's folder holds none; copy one beside the model")
-
-        def write(folder: Path) -> ExportOutcome:
-            (folder / _CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-            for file in sorted(copied):
-                shutil.copyfile(file, folder / file.name)
-            with open_merger(base, adapter) as merger:
-                tensors = [
-                    LazyTensor(name, shape, functools.partial(make, merger))
-                    for name, shape, make in plan.recipes
-                ]
-                write_weights(folder, tensors, options.dtype)
-            divergence = None if plan.measure is None else plan.measure(folder)
-            if divergence is not None:
-                notes.append(
-                    f"KL divergence from the exact model, measured: {divergence:.4g} nats per token"
-                )
-            product = f"a `{config['architectures'][0]}`"
-            return ExportOutcome(product, True, plan.approximation, divergence)
-
-        size = weights_bytes([recipe.shape for recipe in plan.recipes], options.dtype)
-        size += sum(file.stat().st_size for file in copied) + 2**16
-        return Export(size, write, notes)
-
-
-def base_tensors(model: ModelConfig) -> list[tuple[str, TensorParts]]:
-    """A base's tensors: those outside its layers, then layer by layer."""
-
-    def layer(item: tuple[str, TensorParts]) -> int:
-        leaf, index = item[1][0]
-        return index if leaf.stacked else -1
-
-    return sorted(tensor_parts(model).items(), key=layer)
-
-
-def stored_shape(parts: TensorParts) -> tuple[int, ...]:
-    """The shape of a base's tensor as it is stored."""
-    return parts[0][0].tensor_shape
-
-
-def as_stored(parts: TensorParts, make: Callable[[str, int], np.ndarray]) -> np.ndarray:
-    """A base's tensor as it is stored, of its leaves.
-
-    Args:
-      parts: its entry in `tensor_parts`.
-      make: makes a leaf of its path and layer, as `Merger.merged` does.
-    """
-    arrays = []
-    for leaf, layer in parts:
-        array = make("/".join(leaf.path), layer)
-        arrays.append(array.T if leaf.transposed else array)
-    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
-
-
-# FIXME docstring of the merged exchange.merging:
-# """The weights of a base with an adapter's pairs in them, one matrix at a time.
-#
-# A pair on a frozen matrix W is one matrix again: `W + s A B`, and with DoRA that times the gains,
-# `m / ||W + s A B||` for each column. Where experts share W, each has such a matrix.
-# """
-
-
-_EXPERT = re.compile(r"layers/mlp/(\w+_proj)/kernel")
-
-
-def expert_target(path: str) -> str | None:
-    """The FFN projection whose kernel the base's leaf `path` is, or None if it is another leaf."""
-    match = _EXPERT.fullmatch(path)
-    return match[1] if match else None
-
-
-class Merger:
-    """Reads matrices of the base from its files, and puts an adapter's pairs into them.
-
-    All results are float32 and as leaves are, `[in, out]`.
+    All results are float32, `[in, out]` as in leaves.
     """
 
     def __init__(self, shards: Shards, leaves: Sequence[Leaf], adapter: SavedAdapter):
-        """See `open_merger`."""
+        """See `open_merged_weights`."""
         self._shards = shards
         self._leaves = {"/".join(leaf.path): leaf for leaf in leaves}
         self._method: AdapterMethod = adapter.method
@@ -210,12 +76,12 @@ class Merger:
         }
 
     def frozen(self, path: str, layer: int) -> np.ndarray:
-        """A leaf of the base, of one layer where it is stacked."""
+        """A leaf of the base; of one layer if the leaf is stacked."""
         leaf = self._leaves[path]
         return read_leaf(leaf, self._shards, np.dtype(np.float32), layer if leaf.stacked else None)
 
     def merged(self, path: str, layer: int) -> np.ndarray:
-        """The same with the pair that this projection has, if it has one."""
+        """A leaf of the base with the pair of its projection, if it has one."""
         site = path.removesuffix("/kernel")
         weight = self.frozen(path, layer)
         if not path.endswith("/kernel") or f"{site}/lora_A" not in self._adapter:
@@ -223,13 +89,13 @@ class Merger:
         return self._with_pair(weight, site, self._method.low_rank, (layer,), (layer,))
 
     def expert(self, target: str, layer: int, expert: int, low_rank: LowRankConfig) -> np.ndarray:
-        """The matrix of one expert of a layer.
+        """The matrix of one expert.
 
         Args:
           target: a projection of the FFN.
-          layer: from 0.
-          expert: from 0.
-          low_rank: the experts' pairs.
+          layer: index of the layer.
+          expert: index of the expert.
+          low_rank: settings of the experts' pairs.
         """
         weight = self.frozen(f"layers/mlp/{target}/kernel", layer)
         site = f"layers/mlp/{MOE}/{target}"
@@ -242,14 +108,14 @@ class Merger:
     def mean_expert(
         self, target: str, layer: int, shares: np.ndarray, low_rank: LowRankConfig
     ) -> np.ndarray:
-        """The mean of the experts' matrices, each expert weighted by its share of [E]."""
+        """The mean of the experts' matrices, weighted by `shares` [E]."""
         total = shares[0] * self.expert(target, layer, 0, low_rank)
         for expert in range(1, len(shares)):
             total += shares[expert] * self.expert(target, layer, expert, low_rank)
         return total
 
     def router(self, layer: int) -> np.ndarray:
-        """The kernel of the router that all experts of a layer share, [D, E]."""
+        """The router kernel of a layer's FFN, [D, E]."""
         return self._adapter[f"layers/mlp/{MOE}/router/kernel"][layer]
 
     def _with_pair(
@@ -257,15 +123,16 @@ class Merger:
         weight: np.ndarray,
         site: str,
         low_rank: LowRankConfig,
-        at_a: tuple[int | slice, ...],
-        at: tuple[int, ...],
+        index_a: tuple[int | slice, ...],
+        index_b: tuple[int, ...],
     ) -> np.ndarray:
-        lora_a, lora_b = self._adapter[f"{site}/lora_A"][at_a], self._adapter[f"{site}/lora_B"][at]
+        lora_a = self._adapter[f"{site}/lora_A"][index_a]
+        lora_b = self._adapter[f"{site}/lora_B"][index_b]
         gains = None
         if low_rank.dora:
             kernel, a, b = (jnp.asarray(array) for array in (weight, lora_a, lora_b))
             norms = np.asarray(column_norms(kernel, a, b, low_rank.scale))
-            gains = self._adapter[f"{site}/magnitude"][at] / norms
+            gains = self._adapter[f"{site}/magnitude"][index_b] / norms
         weight += (np.float32(low_rank.scale) * lora_a) @ lora_b
         if gains is not None:
             weight *= gains
@@ -273,81 +140,188 @@ class Merger:
 
 
 @contextmanager
-def open_merger(base: BaseFolder, adapter: SavedAdapter) -> Iterator[Merger]:
-    """Opens the base's files.
+def open_merged_weights(base: BaseModel, adapter: SavedAdapter) -> Iterator[MergedWeights]:
+    """Opens the files of a base.
 
     Args:
-      base: from `base_folder.find_base`.
-      adapter: of that base.
+      base: from `base_folder.open_adapter_base`.
+      adapter: an adapter of that base.
     """
     with open_shards(base.folder) as shards:
-        yield Merger(shards, checked_leaves(shards, base.model), adapter)
-
-
-# FIXME docstring of the merged exchange.sharded_writer:
-# """Writes the weights of a whole model as safetensors, one tensor in memory at a time.
-#
-# `safetensors.numpy.save_file` wants all tensors of a file at once. The format is simple enough to be
-# written as it goes: the length of a JSON header, the header with every tensor's place, the data.
-# """
-
-
-MAX_SHARD_BYTES = 5 * 10**9
-"""How large a file may get; transformers' own default for a long time."""
-
-_STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-_BLOCK_BYTES = 2**22
+        yield MergedWeights(shards, checked_leaves(shards, base.config), adapter)
 
 
 class LazyTensor(NamedTuple):
-    """A tensor that is made when its turn comes.
+    """A tensor of the checkpoint to be written, computed when its turn comes.
 
     Attributes:
-      name: in the checkpoint.
-      shape: as stored.
-      make: returns it; of any float type and memory order.
+      name: name in the checkpoint.
+      shape: stored shape.
+      compute: computes the tensor, of any float dtype and memory order.
     """
 
     name: str
     shape: tuple[int, ...]
-    make: Callable[[], np.ndarray]
+    compute: Callable[[MergedWeights], np.ndarray]
 
     def num_bytes(self, dtype: FloatType) -> int:
-        """Its size in a file."""
-        return tensor_bytes(self.shape, dtype)
+        """Size of the tensor in a file."""
+        return math.prod(self.shape) * jnp.dtype(dtype).itemsize
 
 
-def tensor_bytes(shape: tuple[int, ...], dtype: FloatType) -> int:
-    """The size of a tensor in a file."""
-    return math.prod(shape) * jnp.dtype(dtype).itemsize
+class Plan(NamedTuple):
+    """The checkpoint that an adapter and its base become.
+
+    Attributes:
+      config: its `config.json` without the dtype.
+      tensors: its tensors, layer by layer.
+      approximation: the approximation that was made, for the model card; None if the checkpoint
+        computes the same as the adapter on its base.
+      measure: computes the KL divergence from the exact model in nats per token, given the folder
+        with the finished weights; None if it is not measured.
+    """
+
+    config: dict[str, Any]
+    tensors: list[LazyTensor]
+    approximation: str | None = None
+    measure: Callable[[Path], float] | None = None
 
 
-def weights_bytes(shapes: Sequence[tuple[int, ...]], dtype: FloatType) -> int:
-    """What `write_weights` takes on the disk for tensors of these shapes, at most."""
-    # A tensor's entries in the header and the index take a few hundred bytes.
-    return sum(tensor_bytes(shape, dtype) + 512 for shape in shapes) + 4096
+class ModelFormat(Format):
+    """A format that stores a base and an adapter as one Hugging Face checkpoint.
+
+    Writing it needs memory for a few matrices.
+    """
+
+    library = "transformers"
+
+    def loading_code(self, adapter: SavedAdapter, options: ExportOptions) -> str:
+        return (
+            "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+            f'tokenizer = AutoTokenizer.from_pretrained("{options.location}")\n'
+            f'model = AutoModelForCausalLM.from_pretrained("{options.location}")'
+        )
+
+    @abc.abstractmethod
+    def plan(
+        self,
+        adapter: SavedAdapter,
+        base: BaseModel,
+        config: dict[str, Any],
+        options: ExportOptions,
+    ) -> Plan:
+        """The checkpoint to write.
+
+        Args:
+          adapter: an adapter that passed `check`, with the leaves of its method.
+          base: the base that the adapter was trained on.
+          config: the base's `config.json`.
+          options: options of the export.
+
+        Raises:
+          CheckpointError: see `Format.prepare`.
+        """
+
+    def prepare(self, adapter: SavedAdapter, options: ExportOptions) -> Export:
+        base = open_adapter_base(adapter, options.base)
+        base_config = json.loads((base.folder / _CONFIG_FILE).read_text(encoding="utf-8"))
+        plan = self.plan(adapter, base, base_config, options)
+        # transformers 5 reads `dtype`, the versions before it `torch_dtype`.
+        config = {**plan.config, "dtype": options.dtype, "torch_dtype": options.dtype}
+        copied = {f for pattern in _COPIED_FILES for f in base.folder.glob(pattern) if f.is_file()}
+        notes: list[str] = []
+        if not any(file.name.startswith(_TOKENIZER_PREFIXES) for file in copied):
+            notes.append("no tokenizer: the base's folder has none; copy one into the export")
+
+        def write(folder: Path) -> ExportOutcome:
+            (folder / _CONFIG_FILE).write_text(
+                json.dumps(config, indent=2) + "\n", encoding="utf-8"
+            )
+            for file in sorted(copied):
+                shutil.copyfile(file, folder / file.name)
+            with open_merged_weights(base, adapter) as weights:
+                write_weights(folder, plan.tensors, weights, options.dtype)
+            divergence = None if plan.measure is None else plan.measure(folder)
+            if divergence is not None:
+                notes.append(
+                    f"KL divergence from the exact model, measured: {divergence:.4g} nats per token"
+                )
+            description = f"a `{config['architectures'][0]}`"
+            return ExportOutcome(description, True, plan.approximation, divergence)
+
+        # A tensor's entries in the header and the index take a few hundred bytes.
+        size = sum(tensor.num_bytes(options.dtype) + 512 for tensor in plan.tensors) + 4096
+        size += sum(file.stat().st_size for file in copied) + 2**16
+        return Export(size, write, notes)
 
 
-def write_weights(folder: Path, tensors: Sequence[LazyTensor], dtype: FloatType) -> None:
+def base_tensors(model: ModelConfig) -> list[tuple[str, TensorParts]]:
+    """Stored tensors of a base: those outside the layers, then layer by layer."""
+
+    def layer(item: tuple[str, TensorParts]) -> int:
+        leaf, index = item[1][0]
+        return index if leaf.stacked else -1
+
+    return sorted(tensor_parts(model).items(), key=layer)
+
+
+def stored_shape(parts: TensorParts) -> tuple[int, ...]:
+    """Stored shape of a base's tensor."""
+    return parts[0][0].tensor_shape
+
+
+def stored_tensor(parts: TensorParts, compute: Callable[[str, int], np.ndarray]) -> np.ndarray:
+    """A base's tensor as it is stored, from its leaves.
+
+    Args:
+      parts: its entry in `tensor_parts`.
+      compute: computes a leaf from its path and layer, as `MergedWeights.merged` does.
+    """
+    arrays = []
+    for leaf, layer in parts:
+        array = compute("/".join(leaf.path), layer)
+        arrays.append(array.T if leaf.transposed else array)
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+
+
+def merged_tensor(name: str, parts: TensorParts) -> LazyTensor:
+    """A base's tensor with the pairs of its projections merged into it."""
+
+    def compute(weights: MergedWeights) -> np.ndarray:
+        return stored_tensor(parts, weights.merged)
+
+    return LazyTensor(name, stored_shape(parts), compute)
+
+
+def ffn_projection(path: str) -> str | None:
+    """The FFN projection whose kernel is the base's leaf `path`; None for other leaves."""
+    match = _FFN_KERNEL.fullmatch(path)
+    return match[1] if match else None
+
+
+def write_weights(
+    folder: Path, tensors: Sequence[LazyTensor], weights: MergedWeights, dtype: FloatType
+) -> None:
     """Writes `model.safetensors`, or several files and their index.
 
     Args:
-      folder: exists.
-      tensors: in the order in which they are made and stored.
-      dtype: of all of them.
+      folder: an existing folder.
+      tensors: tensors in the order in which they are computed and stored.
+      weights: argument of `LazyTensor.compute`.
+      dtype: dtype of the stored tensors.
 
     Raises:
       CheckpointError: a tensor has values that are not finite in `dtype`.
-      OSError: the disk's own.
+      OSError: the disk is full or not writable.
     """
     shards = _split(tensors, dtype)
     if len(shards) == 1:
-        _write_shard(folder / SINGLE_FILE, shards[0], dtype)
+        _write_shard(folder / SINGLE_FILE, shards[0], weights, dtype)
         return
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        _write_shard(folder / name, shard, dtype)
+        _write_shard(folder / name, shard, weights, dtype)
         weight_map.update(dict.fromkeys((tensor.name for tensor in shard), name))
     total = sum(tensor.num_bytes(dtype) for tensor in tensors)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
@@ -355,7 +329,7 @@ def write_weights(folder: Path, tensors: Sequence[LazyTensor], dtype: FloatType)
 
 
 def _split(tensors: Sequence[LazyTensor], dtype: FloatType) -> list[list[LazyTensor]]:
-    """Runs of tensors of at most `MAX_SHARD_BYTES`, or of a single larger one."""
+    """Consecutive tensors in groups of at most `MAX_SHARD_BYTES`, or of a single larger tensor."""
     shards: list[list[LazyTensor]] = []
     room = 0
     for tensor in tensors:
@@ -368,33 +342,37 @@ def _split(tensors: Sequence[LazyTensor], dtype: FloatType) -> list[list[LazyTen
     return shards
 
 
-def _write_shard(file: Path, tensors: Sequence[LazyTensor], dtype: FloatType) -> None:
+def _write_shard(
+    file: Path, tensors: Sequence[LazyTensor], weights: MergedWeights, dtype: FloatType
+) -> None:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for tensor in tensors:
-        start, end = end, end + tensor.num_bytes(dtype)
+        begin, end = end, end + tensor.num_bytes(dtype)
         header[tensor.name] = {
-            "dtype": _STORED[dtype],
+            "dtype": _STORED_DTYPES[dtype],
             "shape": list(tensor.shape),
-            "data_offsets": [start, end],
+            "data_offsets": [begin, end],
         }
     text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # so that the data is aligned
+    text += b" " * (-len(text) % 8)  # aligns the data
     with file.open("wb") as opened:
         opened.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors:
-            _write_tensor(opened, tensor, dtype)
+            _write_tensor(opened, tensor, weights, dtype)
 
 
-def _write_tensor(file: BinaryIO, tensor: LazyTensor, dtype: FloatType) -> None:
-    """Appends a tensor's data, converted a block of rows at a time."""
-    array = tensor.make()
+def _write_tensor(
+    file: BinaryIO, tensor: LazyTensor, weights: MergedWeights, dtype: FloatType
+) -> None:
+    """Appends a tensor's data, converted in blocks of rows."""
+    array = tensor.compute(weights)
     if array.shape != tensor.shape:
-        raise ValueError(f"{tensor.name}: made with shape {array.shape}, not {tensor.shape}")
+        raise ValueError(f"{tensor.name}: computed with shape {array.shape}, not {tensor.shape}")
     rows = max(1, _BLOCK_BYTES * array.shape[0] // max(1, array.nbytes))
-    for start in range(0, array.shape[0], rows):
-        with np.errstate(over="ignore"):  # looked for below, with a message that says where
-            block = array[start : start + rows].astype(jnp.dtype(dtype), order="C")
+    for row in range(0, array.shape[0], rows):
+        with np.errstate(over="ignore"):  # checked below, with a message that names the tensor
+            block = array[row : row + rows].astype(jnp.dtype(dtype), order="C")
         if not np.isfinite(block).all():
             raise CheckpointError(
                 f"{tensor.name}: has values that are not finite in {dtype}; use another dtype"

@@ -14,18 +14,11 @@ from moe_jax.config.model import FloatType, ModelConfig
 from moe_jax.config.parse import FieldError, parse, suggest
 from moe_jax.data.tokenizer import load_tokenizer
 from moe_jax.errors import CheckpointError, ConfigError, DataError
-from moe_jax.hf.base_model import resolve_adapter
+from moe_jax.hf.base_model import BaseModel, open_base, resolve_adapter
 from moe_jax.inspection.forward import Batches, route_rows, routing_sites
 from moe_jax.inspection.routing_report import RoutedRow, RoutingReport, Tally, merged, tally_tokens
 from moe_jax.inspection.token_rows import TokenRow, read_texts, token_pieces
-from moe_jax.loaded.model import (
-    BaseFiles,
-    BaseInMemory,
-    build_model,
-    load_adapters,
-    load_params,
-    open_base,
-)
+from moe_jax.loaded.model import build_model, load_adapters, load_params
 from moe_jax.tasks.task import Task
 
 KEEP_TOKENS = 2000
@@ -37,7 +30,7 @@ MAX_LENGTH = 512
 def inspect_routing(
     adapter: str | Path | SavedAdapter,
     data: Mapping[str, Any],
-    base: str | Path | BaseInMemory | None = None,
+    base: str | Path | BaseModel | None = None,
     *,
     revision: str | None = None,
     site: str | None = None,
@@ -134,8 +127,8 @@ def inspect_routing(
 
 
 def _open_base(
-    base: str | Path | BaseInMemory | None, saved: SavedAdapter, revision: str | None
-) -> BaseFiles:
+    base: str | Path | BaseModel | None, saved: SavedAdapter, revision: str | None
+) -> BaseModel:
     if base is not None:
         return open_base(base, revision)
     try:

@@ -1,8 +1,6 @@
-"""Which leaves an adapter has, without making any."""
+"""The base model of an adapter, and the leaves that an adapter must have."""
 
 import functools
-from pathlib import Path
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +10,7 @@ from moe_jax.adapters.method import AdapterMethod
 from moe_jax.checkpoints.adapter_files import SavedAdapter
 from moe_jax.checkpoints.leaves import LeafSpec, leaf_specs, require_same_leaves
 from moe_jax.config.model import ComputeConfig, ModelConfig
-from moe_jax.errors import CheckpointError
-from moe_jax.hf.base_model import base_fingerprint, resolve_checkpoint
-from moe_jax.hf.config import read_model_config
+from moe_jax.hf.base_model import BaseModel, open_base
 from moe_jax.hf.load import checked_leaves
 from moe_jax.hf.shards import open_shards
 from moe_jax.layers.names import PARAMS
@@ -25,7 +21,7 @@ from moe_jax.models.fresh import fresh_adapter
 def expected_leaves(model: ModelConfig, method: AdapterMethod) -> dict[str, LeafSpec]:
     """Shape and type of every leaf of an adapter of `method` on a base of this architecture.
 
-    Nothing is computed, nor compiled: the model is traced with shapes alone.
+    The model is traced with shapes only: nothing is computed or compiled.
     """
     language_model = LlamaForCausalLM(model, ComputeConfig(dtype="float32"))
     tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
@@ -35,42 +31,21 @@ def expected_leaves(model: ModelConfig, method: AdapterMethod) -> dict[str, Leaf
     return leaf_specs(nn.meta.unbox(tree))
 
 
-# FIXME docstring of the merged loaded.base_folder:
-# """A base that lies in a folder, known to be the one that an adapter belongs to."""
-
-
-class BaseFolder(NamedTuple):
-    """The base of an adapter.
-
-    Attributes:
-      folder: its checkpoint.
-      model: its architecture.
-    """
-
-    folder: Path
-    model: ModelConfig
-
-
-def find_base(adapter: SavedAdapter, base: str) -> BaseFolder:
-    """The base of an adapter, known to be the one that it was trained on.
+def open_adapter_base(adapter: SavedAdapter, base: str) -> BaseModel:
+    """Opens the base model of an adapter, and checks that the adapter was trained on it.
 
     Args:
-      adapter: whose leaves are checked too.
-      base: its folder or hub id.
+      adapter: adapter; its leaves are checked too.
+      base: folder or hub id of its base model.
 
     Raises:
-      CheckpointError: the base is missing, damaged, or another one; the adapter's weights are not
+      CheckpointError: the base is missing, damaged or another one; the adapter's leaves are not
         those of its method.
     """
-    folder = resolve_checkpoint(base)
-    model = read_model_config(folder)
-    if base_fingerprint(folder) != adapter.base.fingerprint:
-        raise CheckpointError(
-            f"{folder}: its weights differ from the base that the adapter was trained on "
-            f"({adapter.base.path}); give that base"
-        )
-    expected = expected_leaves(model, adapter.method)
+    opened = open_base(base)
+    opened.require_trained_on("the adapter", adapter.base, "give that base")
+    expected = expected_leaves(opened.config, adapter.method)
     require_same_leaves(leaf_specs(adapter.tree), expected, "its weights")
-    with open_shards(folder) as shards:
-        checked_leaves(shards, model)
-    return BaseFolder(folder, model)
+    with open_shards(opened.folder) as shards:
+        checked_leaves(shards, opened.config)
+    return opened

@@ -10,14 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.adapters.routing.statistics import collect_statistics
-from moe_jax.adapters.rows import Segment
+from moe_jax.adapters.rows import AdapterRows
 from moe_jax.adapters.tree import MOE, to_collection
 from moe_jax.checkpoints.adapter_files import SavedAdapter
 from moe_jax.config.model import ComputeConfig
+from moe_jax.hf.base_model import BaseModel
 from moe_jax.hf.config import read_model_config
 from moe_jax.hf.load import load_base
 from moe_jax.layers.names import ADAPTERS, PARAMS, ROUTER
-from moe_jax.loaded.adapter_base import BaseFolder
 from moe_jax.models.causal_lm import LlamaForCausalLM
 
 _NAME = "exported"
@@ -44,19 +44,19 @@ class Measuring:
     Rows go through it one at a time, so that beside the parameters memory holds the logits of one.
     """
 
-    def __init__(self, adapter: SavedAdapter, base: BaseFolder, tokens: np.ndarray):
+    def __init__(self, adapter: SavedAdapter, base: BaseModel, tokens: np.ndarray):
         """Loads the base.
 
         Args:
           adapter: of that base.
-          base: from `find_base`.
+          base: from `open_adapter_base`.
           tokens: int [N, S], rows of real tokens.
         """
         self._compute = ComputeConfig(dtype="float32")
         self._model = LlamaForCausalLM(
-            base.model, self._compute, segments=(Segment(_NAME, adapter.method, 0, 1),)
+            base.config, self._compute, adapter_rows=(AdapterRows(_NAME, adapter.method, 0, 1),)
         )
-        params = load_base(base.folder, base.model, "float32")
+        params = load_base(base.folder, base.config, "float32")
         self._variables = {PARAMS: params, ADAPTERS: to_collection({_NAME: adapter.tree})}
         self._rows = [jnp.asarray(row[None]) for row in tokens]
 
@@ -89,12 +89,14 @@ class Measuring:
 
     def change_to(self, adapter: SavedAdapter) -> Change:
         """How far another adapter on the same base is from this one, which is the exact model."""
-        segments = (Segment(_NAME, adapter.method, 0, 1),)
+        adapter_rows = (AdapterRows(_NAME, adapter.method, 0, 1),)
         variables = {
             PARAMS: self._variables[PARAMS],
             ADAPTERS: to_collection({_NAME: adapter.tree}),
         }
-        return self._change((self._model.clone(segments=segments), variables), exact_first=True)
+        return self._change(
+            (self._model.clone(adapter_rows=adapter_rows), variables), exact_first=True
+        )
 
     def change_from(self, folder: Path) -> Change:
         """How far this adapter on its base is from the model in `folder`, the exact one."""

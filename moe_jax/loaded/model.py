@@ -5,7 +5,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -15,16 +15,9 @@ from jax.sharding import Mesh
 from moe_jax.adapters.method import AdapterMethod
 from moe_jax.checkpoints.adapter_files import SavedAdapter, load_adapter
 from moe_jax.checkpoints.leaves import checksums
-from moe_jax.config.model import ComputeConfig, FloatType, ModelConfig
+from moe_jax.config.model import ComputeConfig, FloatType
 from moe_jax.config.parse import located, to_plain
-from moe_jax.errors import CheckpointError
-from moe_jax.hf.base_model import (
-    BaseIdentity,
-    base_fingerprint,
-    resolve_adapter,
-    resolve_checkpoint,
-)
-from moe_jax.hf.config import read_model_config
+from moe_jax.hf.base_model import BaseModel, resolve_adapter
 from moe_jax.hf.load import load_base
 from moe_jax.layers.names import PARAMS
 from moe_jax.models.causal_lm import LlamaForCausalLM
@@ -33,35 +26,6 @@ from moe_jax.sharding.rules import shardings_of
 
 BASE = "base"
 """What prompts and results call the base without an adapter."""
-
-
-class BaseInMemory(Protocol):
-    """A loaded base, such as `moe_jax.load_base` returns."""
-
-    @property
-    def folder(self) -> Path: ...
-    @property
-    def identity(self) -> BaseIdentity: ...
-    @property
-    def config(self) -> ModelConfig: ...
-    @property
-    def params(self) -> Any: ...
-
-
-class BaseFiles(NamedTuple):
-    """A base whose weights are not read yet, or are in memory already.
-
-    Attributes:
-      folder: its checkpoint.
-      identity: what adapters remember it by.
-      config: its architecture.
-      params: its weights; None until `load_params`.
-    """
-
-    folder: Path
-    identity: BaseIdentity
-    config: ModelConfig
-    params: Any
 
 
 class Adapter(NamedTuple):
@@ -92,25 +56,12 @@ class NamedAdapter(NamedTuple):
         return Adapter(self.saved.method, self.saved.tree)
 
 
-def open_base(base: str | Path | BaseInMemory, revision: str | None = None) -> BaseFiles:
-    """Finds a base and reads what it is, without its weights.
-
-    Raises:
-      CheckpointError: it is missing, damaged, or not of a known architecture.
-    """
-    if not isinstance(base, str | Path):
-        return BaseFiles(base.folder, base.identity, base.config, base.params)
-    folder = resolve_checkpoint(str(base), revision)
-    config = read_model_config(folder)
-    return BaseFiles(folder, BaseIdentity(str(base), base_fingerprint(folder)), config, None)
-
-
-def build_model(base: BaseFiles, dtype: FloatType) -> LlamaForCausalLM:
+def build_model(base: BaseModel, dtype: FloatType) -> LlamaForCausalLM:
     """The module that computes in `dtype`."""
     return LlamaForCausalLM(base.config, ComputeConfig(dtype=dtype), param_dtype=dtype)
 
 
-def load_params(base: BaseFiles, model: LlamaForCausalLM, mesh: Mesh | None) -> Any:
+def load_params(base: BaseModel, model: LlamaForCausalLM, mesh: Mesh | None) -> Any:
     """The weights, in the type that `model` keeps them in, on the mesh or on one device.
 
     Raises:
@@ -127,7 +78,7 @@ def load_params(base: BaseFiles, model: LlamaForCausalLM, mesh: Mesh | None) -> 
 
 def load_adapters(
     adapters: Mapping[str, str | Path | SavedAdapter],
-    base: BaseFiles,
+    base: BaseModel,
     model: LlamaForCausalLM,
     mesh: Mesh | None,
 ) -> list[NamedAdapter]:
@@ -140,11 +91,7 @@ def load_adapters(
     for name, adapter in adapters.items():
         is_saved = isinstance(adapter, SavedAdapter)
         saved = adapter if is_saved else load_adapter(resolve_adapter(adapter))
-        if saved.base.fingerprint != base.identity.fingerprint:
-            raise CheckpointError(
-                f"adapter {name!r}: was trained on the base {saved.base.path}, and the weights in "
-                f"{base.folder} differ from it; give that base"
-            )
+        base.require_trained_on(f"adapter {name!r}", saved.base, "give that base")
         with located(f"adapter {name!r}"):
             saved.method.check_model(base.config)
         parts = [to_plain(saved.method), checksums(saved.tree)]

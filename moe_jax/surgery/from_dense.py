@@ -19,13 +19,11 @@ from moe_jax.config.model import ModelConfig
 from moe_jax.config.parse import located
 from moe_jax.errors import CheckpointError
 from moe_jax.files.folders import require_unused
+from moe_jax.hf.base_model import open_base, resolve_checkpoint
 from moe_jax.hf.config import read_model_config
-from moe_jax.hf.fingerprint import BaseIdentity, base_fingerprint
 from moe_jax.hf.key_table import Leaf
 from moe_jax.hf.load import checked_leaves, read_leaf
-from moe_jax.hf.resolve import resolve_checkpoint
 from moe_jax.hf.shards import Shards, listed, open_shards
-from moe_jax.loaded.base_folder import BaseFolder
 from moe_jax.surgery.experts import Leaves
 from moe_jax.surgery.outcome import SurgeryOutcome, finished, new_adapter, text_rows
 from moe_jax.surgery.truncation import Truncated, relative_error, truncated
@@ -69,9 +67,8 @@ def from_dense(
     with located("the new lora"):
         scale = float(rank if alpha is None else alpha)
         method = LoraConfig(rank=rank, alpha=scale, target_modules=tuple(target_modules))
-    folders = [resolve_checkpoint(str(path)) for path in (base, dense)]
+    frozen, folders = open_base(base), [resolve_checkpoint(str(path)) for path in (base, dense)]
     model = _common_model(*folders)
-    frozen = BaseFolder(folders[0], model)
     text = None if data is None else text_rows(Path(data), frozen)
     with open_shards(folders[0]) as first, open_shards(folders[1]) as second:
         pair = _CheckpointPair(model, first, second)
@@ -89,8 +86,7 @@ def from_dense(
             f"{folders[1]}: does not differ from the base in {', '.join(method.target_modules)}; "
             "give a checkpoint that was fine-tuned"
         )
-    identity = BaseIdentity(str(base), base_fingerprint(folders[0]))
-    result = new_adapter(method, leaves, model, identity, 0)
+    result = new_adapter(method, leaves, model, frozen.identity, 0)
     errors = {name: relative_error(own) for name, own in parts.items()}
     overall = relative_error(every)
     notes = _notes(overall, others, rank)

@@ -14,11 +14,9 @@ from moe_jax.checkpoints.leaves import leaf_specs, nested, require_same_leaves
 from moe_jax.config.model import ModelConfig
 from moe_jax.config.parse import FieldError, located
 from moe_jax.files.folders import require_unused
-from moe_jax.hf.fingerprint import BaseIdentity
-from moe_jax.hf.resolve import resolve_adapter
-from moe_jax.loaded.base_folder import BaseFolder, find_base
+from moe_jax.hf.base_model import BaseIdentity, BaseModel, resolve_adapter
+from moe_jax.loaded.adapter_base import expected_leaves, open_adapter_base
 from moe_jax.loaded.comparison import Change, Measuring
-from moe_jax.loaded.expected_leaves import expected_leaves
 
 _LENGTH = 512
 _ROUNDING = 1e-7
@@ -55,7 +53,7 @@ class Text(NamedTuple):
     """
 
     name: str
-    base: BaseFolder
+    base: BaseModel
     rows: np.ndarray
 
     def measuring(self, adapter: SavedAdapter) -> Measuring:
@@ -111,17 +109,17 @@ def read_text(
             raise FieldError("data", f"{needed}; give a file of text with `data`")
         return None
     require_language_model(adapter.method, "given", "be measured on text")
-    found = find_base(adapter, str(adapter.base.path if base is None else base))
+    found = open_adapter_base(adapter, str(adapter.base.path if base is None else base))
     return text_rows(Path(data), found)
 
 
-def text_rows(file: Path, base: BaseFolder) -> Text:
+def text_rows(file: Path, base: BaseModel) -> Text:
     """The same for a base that is known to be the right one."""
-    from moe_jax.data.encoding import measuring_rows  # with libraries that nothing else needs
+    from moe_jax.data.encoding import load_token_rows  # with libraries that nothing else needs
     from moe_jax.data.tokenizer import load_tokenizer
 
-    length = min(_LENGTH, base.model.max_position_embeddings)
-    return Text(file.name, base, measuring_rows(file, load_tokenizer(base.folder), length=length))
+    length = min(_LENGTH, base.config.max_position_embeddings)
+    return Text(file.name, base, load_token_rows(file, load_tokenizer(base.folder), length=length))
 
 
 def new_adapter(

@@ -24,7 +24,7 @@ from moe_jax.demo.corpus import write_tasks
 from moe_jax.errors import UserError
 from moe_jax.evaluation.scorer import Scorer
 from moe_jax.evaluation.training_evaluator import OnTasks
-from moe_jax.hf.config import read_model_config
+from moe_jax.hf.base_model import open_base
 from moe_jax.sharding.mesh import make_mesh
 from moe_jax.training.run import inputs, loop
 from moe_jax.training.step import program
@@ -233,11 +233,7 @@ def test_adapters_that_a_table_cannot_hold(tasks):
         ({"lora": other, "mixlora": mixlora}, "mixlora.evaluation: other adapters are asked other"),
         ({"base": lora}, "config.adapters.base: results call the base so"),
     ):
-        inputs = SimpleNamespace(
-            base_folder=Path("moe_jax/demo/base"),
-            base=None,
-            model=read_model_config(Path("moe_jax/demo/base")),
-        )
+        inputs = SimpleNamespace(base=open_base("moe_jax/demo/base"))
         program = SimpleNamespace(model=None, mesh=None)
         with pytest.raises(UserError, match=message):
             OnTasks().prepare(replace(config, adapters=adapters), inputs, program)

@@ -16,9 +16,10 @@ import moe_jax
 from moe_jax.config.model import ComputeConfig, RopeConfig
 from moe_jax.config.run import MeshConfig
 from moe_jax.errors import CheckpointError, ConfigError, DataError
+from moe_jax.hf.base_model import open_base
+from moe_jax.inference.decoding import SamplingConfig
 from moe_jax.inference.generator import Generator, Request
-from moe_jax.inference.sampling import SamplingConfig
-from moe_jax.loaded.model import build_model, load_adapters, load_params, open_base
+from moe_jax.loaded.model import build_model, load_adapters, load_params
 from moe_jax.sharding.mesh import make_mesh
 
 NEW = 12

@@ -4,8 +4,8 @@ import jax
 import pytest
 from tiny_run import read_config, write_inputs
 
-from moe_jax.training.records.summary import start_up_table
 from moe_jax.training.run.inputs import read_inputs
+from moe_jax.training.run.start_up import start_up_table
 from moe_jax.training.step.program import build_program
 
 
@@ -15,8 +15,8 @@ def test_rows_longer_than_the_base_was_made_for(tmp_path, length, is_said):
     fields = {f"adapters__default__data__{name}": value for name, value in overrides.items()}
     config = read_config(write_inputs(tmp_path), **fields)
     inputs = read_inputs(config, lambda _: None)
-    assert inputs.model.max_position_embeddings == 256
-    program = build_program(config, inputs.model, inputs.steps, jax.devices()[:1])
+    assert inputs.base.config.max_position_embeddings == 256
+    program = build_program(config, inputs.base.config, inputs.steps, jax.devices()[:1])
     texts = [text for _, text in start_up_table(config, inputs, program)]
     words = "its data.max_length of 257 is beyond the 256 positions that the base was made for"
     assert (words in texts) == is_said

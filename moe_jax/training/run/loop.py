@@ -15,25 +15,21 @@ from moe_jax.errors import ConfigError, TrainingError
 from moe_jax.hf.load import load_base
 from moe_jax.sharding.memory import memory_errors
 from moe_jax.sharding.mesh import require_platform
-from moe_jax.training.records.metrics import METRICS_FILE, Window, open_writers, require_writers
+from moe_jax.training.records.metric_log import METRICS_FILE, Window, open_writers, require_writers
 from moe_jax.training.records.plots import draw_run, loss_unit
-from moe_jax.training.records.record import last_losses
-from moe_jax.training.records.recorder import Recorder
-from moe_jax.training.records.results import (
+from moe_jax.training.records.recorder import ProgressBar, Recorder, say
+from moe_jax.training.run.adapter_reports import (
     TABLE_FILES,
     AdapterReport,
     adapter_reports,
+    last_losses,
     table_lines,
     write_table,
 )
-from moe_jax.training.records.summary import start_up_table
-from moe_jax.training.run.background import Background
-from moe_jax.training.run.inputs import read_inputs, require_same_inputs
-from moe_jax.training.run.interrupts import Interrupts
-from moe_jax.training.run.phases import phase_after, phases_of
-from moe_jax.training.run.progress import ProgressBar, say
-from moe_jax.training.run.session import Progress, TrainingSession, restore
-from moe_jax.training.run.task_evaluation import (
+from moe_jax.training.run.asynchronous import Background, Interrupts
+from moe_jax.training.run.input_checks import load_starts
+from moe_jax.training.run.inputs import phase_after, phases_of, read_inputs, require_same_inputs
+from moe_jax.training.run.measurement import (
     FOLDER,
     EvaluationOfTasks,
     Evaluator,
@@ -42,7 +38,8 @@ from moe_jax.training.run.task_evaluation import (
     asks_for_tasks,
     by_task,
 )
-from moe_jax.training.run.warm_start import load_starts
+from moe_jax.training.run.session import Progress, TrainingSession, restore
+from moe_jax.training.run.start_up import start_up_table
 from moe_jax.training.run.workdir import WorkDir, is_main_process, lengths, require_same_run
 from moe_jax.training.step.program import build_program
 
@@ -97,7 +94,7 @@ def train(
         validation loss. Of several adapters, at the end also a table: `adapters.json` and
         `adapters.md`. What came of tasks is in `evaluation/`.
       say: takes the lines for people; only called in the main process.
-      on_tasks: measures adapters on tasks; `moe_jax.evaluation.in_training.OnTasks`.
+      on_tasks: measures adapters on tasks; `moe_jax.evaluation.training_evaluator.OnTasks`.
 
     Raises:
       UserError: the configuration, the base, the data, the devices, their memory or the disk will
@@ -131,7 +128,7 @@ def train(
             require_same_inputs(work.folder, metadata, config, inputs, resume_step)
         # The adapters whose steps are left, or ended with the state that was saved.
         phase = phase_after(phases_of(inputs.steps), resume_step or 0)
-        program = build_program(config.narrowed(phase.adapters), inputs.model, inputs.steps)
+        program = build_program(config.narrowed(phase.adapters), inputs.base.config, inputs.steps)
         evaluator = None
         if on_tasks is not None and asks_for_tasks(config):
             evaluator = on_tasks.prepare(config, inputs, program)
@@ -149,7 +146,7 @@ def train(
             writers = open_writers(work.folder, config.logging, settings, last_kept, opened)
 
         params = load_base(
-            inputs.base_folder, inputs.model, config.base.param_dtype, program.param_shardings
+            inputs.base.folder, inputs.base.config, config.base.param_dtype, program.param_shardings
         )
         work.write_settings(settings)
         store = TrainingStore(

@@ -20,16 +20,13 @@ from moe_jax.checkpoints.store import TrainingStore, capture
 from moe_jax.config.parse import to_plain
 from moe_jax.config.run import RunConfig
 from moe_jax.files.folders import current_folder
-from moe_jax.training.records.metrics import METRICS_FILE
+from moe_jax.training.records.metric_log import METRICS_FILE
 from moe_jax.training.records.plots import adapter_pictures, loss_unit
-from moe_jax.training.records.record import training_record
 from moe_jax.training.records.recorder import Recorder
-from moe_jax.training.run.background import Background
-from moe_jax.training.run.inputs import Inputs
-from moe_jax.training.run.interrupts import Interrupts
-from moe_jax.training.run.phases import Phase, phase_after, phases_of
-from moe_jax.training.run.task_evaluation import Evaluator, Stopped
-from moe_jax.training.run.validation import validate
+from moe_jax.training.run.adapter_reports import training_record
+from moe_jax.training.run.asynchronous import Background, Interrupts
+from moe_jax.training.run.inputs import Inputs, Phase, phase_after, phases_of
+from moe_jax.training.run.measurement import Evaluator, Stopped, validate
 from moe_jax.training.run.workdir import WorkDir, is_main_process, lengths
 from moe_jax.training.step.micro_batches import join_rows
 from moe_jax.training.step.program import Program
@@ -189,7 +186,7 @@ class TrainingSession:
             metrics=self.work.folder / METRICS_FILE,
         )
         tree, step = state.adapters[name], progress.step
-        return SavedAdapter(method, tree, inputs.model, inputs.base, step, record)
+        return SavedAdapter(method, tree, inputs.base.config, inputs.base.identity, step, record)
 
     def _due(self, every: int) -> bool:
         return every > 0 and self.progress.step % every == 0
@@ -247,7 +244,7 @@ class TrainingSession:
             captured = capture(state.adapters, _without_adapters(state))
         position = {name: data[name].iterator.get_state() for name in phase.adapters}
         metadata = {
-            "base": self.inputs.base._asdict(),
+            "base": self.inputs.base.identity._asdict(),
             "data": {name: self.inputs.data_fingerprint(name) for name in data},
             "steps": self.inputs.steps,
             "lengths": lengths(to_plain(self.config)),
