@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 from jax._src.cudnn import fused_attention_stablehlo
+from jax.experimental import topologies
 
 from moe_jax.config.parse import suggest
 from moe_jax.errors import ConfigError
@@ -55,8 +56,6 @@ def gpu_chip(name: str) -> Any:
     os.environ["XLA_FLAGS"] = " ".join([*_FLAGS, os.environ.get("XLA_FLAGS", "")]).strip()
     # The plugin would look for a driver otherwise.
     jax.config.update("jax_platforms", "cpu")
-    from jax.experimental import topologies
-
     try:
         topology = topologies.get_topology_desc(
             "", platform="cuda", target_config=description, topology="1x1x1"

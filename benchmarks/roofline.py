@@ -27,7 +27,7 @@ THIN = 512
 
 
 class Rates(NamedTuple):
-    """What a GPU reaches.
+    """Rates that a GPU reaches.
 
     Attributes:
       product: FLOP/s of a large matrix product in bfloat16.
@@ -143,7 +143,7 @@ def roofline(text: str, rates: Rates = H200) -> Roofline:
     return Roofline(kernels, unknown)
 
 
-# What takes no time on the GPU: names for buffers or parts of them, and waiting for what was begun.
+# These take no time on the GPU: they name buffers or parts of them, or wait for what was begun.
 _FREE = frozenset(
     "parameter constant tuple get-tuple-element bitcast after-all optimization-barrier "
     "partition-id replica-id".split()
@@ -202,7 +202,7 @@ def _kernel(
 
 
 def _body(module: Module, instruction: Instruction) -> Computation | None:
-    """What a fusion computes; None for any other instruction."""
+    """The computation of a fusion; None for any other instruction."""
     is_fusion = instruction.opcode in ("fusion", "fusion-start")
     return module.computations[instruction.called[0]] if is_fusion else None
 
@@ -274,7 +274,7 @@ def _product_sizes(scope: Computation, instruction: Instruction) -> list[int] | 
     shapes = [scope[operand].arrays[0].shape for operand in instruction.operands[:2]]
 
     def size(dimensions: str) -> int:
-        """How many elements the named dimensions of the first operand span."""
+        """The number of elements that the named dimensions of the first operand span."""
         found = re.search(pattern.format(f"lhs_{dimensions}"), attributes)
         indices = re.findall(r"\d+", found[1]) if found else []
         return math.prod(shapes[0][int(index)] for index in indices)
