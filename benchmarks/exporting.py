@@ -48,21 +48,19 @@ def export(base: Path, output: Path, dtype: str, dora: bool) -> None:
     from moe_jax.checkpoints.leaves import nested
     from moe_jax.config.model import FloatType
     from moe_jax.config.parse import parse, parse_member
-    from moe_jax.hf.config import read_model_config
-    from moe_jax.hf.fingerprint import BaseIdentity, base_fingerprint
-    from moe_jax.loaded.expected_leaves import expected_leaves
+    from moe_jax.hf.base_model import open_base
+    from moe_jax.loaded.adapter_base import expected_leaves
 
-    model = read_model_config(base)
+    opened = open_base(base)
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     fields = {"rank": RANK, "alpha": 16.0, "target_modules": targets, "dora": dora}
     method = parse_member(METHODS, {"name": "mixlora", "num_experts": EXPERTS, **fields}, "method")
     rng = np.random.default_rng(0)
     leaves = {
         path: jax.device_put(rng.standard_normal(spec.shape, np.float32))
-        for path, spec in expected_leaves(model, method).items()
+        for path, spec in expected_leaves(opened.config, method).items()
     }
-    identity = BaseIdentity(str(base), base_fingerprint(base))
-    adapter = SavedAdapter(method, nested(leaves), model, identity, 0)
+    adapter = SavedAdapter(method, nested(leaves), opened.config, opened.identity, 0)
     print("ready", flush=True)
     sys.stdin.readline()
     start = time.perf_counter()

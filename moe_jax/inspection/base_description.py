@@ -13,8 +13,7 @@ from moe_jax.adapters.tree import TARGET_MODULES
 from moe_jax.checkpoints.leaves import LeafSpec
 from moe_jax.config.model import ModelConfig, RopeConfig
 from moe_jax.config.parse import located
-from moe_jax.hf.base_model import base_fingerprint, resolve_checkpoint
-from moe_jax.hf.config import read_model_config
+from moe_jax.hf.base_model import open_base
 from moe_jax.hf.families.family import family_of
 from moe_jax.hf.load import checked_leaves
 from moe_jax.hf.shards import open_shards
@@ -131,8 +130,8 @@ def describe_base(base: str | Path, revision: str | None = None) -> BaseDescript
     Raises:
       CheckpointError: the checkpoint is missing, damaged, or not of a known architecture.
     """
-    folder = resolve_checkpoint(str(base), revision)
-    config = read_model_config(folder)
+    opened = open_base(base, revision)
+    folder, config = opened.folder, opened.config
     modules: collections.Counter[str] = collections.Counter()
     stored: collections.Counter[str] = collections.Counter()
     with open_shards(folder) as shards:
@@ -149,7 +148,7 @@ def describe_base(base: str | Path, revision: str | None = None) -> BaseDescript
         modules=dict(modules),
         stored=dict(stored),
         files={name: (folder / name).stat().st_size for name in files},
-        fingerprint=base_fingerprint(folder),
+        fingerprint=opened.identity.fingerprint,
     )
 
 

@@ -12,7 +12,7 @@ import moe_jax
 from moe_jax import surgery
 from moe_jax.checkpoints.adapter_files import save_adapter
 from moe_jax.checkpoints.training_record import read_record
-from moe_jax.demo.checkpoint import write_checkpoint
+from moe_jax.demo.tiny_llama import write_checkpoint
 from moe_jax.training.run.inputs import read_inputs
 from moe_jax.training.run.loop import train
 
@@ -116,7 +116,7 @@ def test_damaged_weights_are_refused_before_anything_is_left(inputs, tmp_path):
         ({UP + "method__rank": 8}, "up has method.rank 4, and the configuration 8; give the"),
         ({UP + "method__router__top_k": 1}, "up has method.router.top_k 2, and the configurat"),
         ({LORA + "method__name": "loramoe", LORA + "method__num_experts": 2}, "has method.name 'l"),
-        ({"base__path": "OTHER"}, "trained was trained on the base .* differ from it; give"),
+        ({"base__path": "OTHER"}, "trained: was trained on the base .* differ from it; give"),
     ],
 )
 def test_refused_before_the_data_is_read(inputs, tmp_path, overrides, words):
