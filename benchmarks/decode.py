@@ -2,11 +2,11 @@
 
     python benchmarks/decode.py --output decode.json
 
-A random Llama continues random prompts, by our `Generator` and by transformers' `generate` with the
-same weights, in turn in one process, so that only their ratio is quoted. Transformers decodes the
-base, which is also what a LoRA merged into it costs; ours decodes the base, and rows of a LoRA and
-of a MixLoRA beside it that stay unmerged. Reading the prompts and compilation are left out: the
-time is that between the first new token and the last.
+A random Llama continues random prompts, by our `TokenGenerator` and by transformers' `generate`
+with the same weights, in turn in one process, so that only their ratio is quoted. Transformers
+decodes the base, which is also what a LoRA merged into it costs; ours decodes the base, and rows of
+a LoRA and of a MixLoRA beside it that stay unmerged. Reading the prompts and compilation are left
+out: the time is that between the first new token and the last.
 
 Each step has to read every weight that it multiplies with, and the cache. What share of a step's
 time that alone would take is reported too, at the bandwidth of rewriting a large array (its bytes
@@ -44,10 +44,10 @@ from moe_jax.checkpoints.leaves import named_leaves, nested
 from moe_jax.config.model import ComputeConfig, ModelConfig
 from moe_jax.config.parse import parse_member
 from moe_jax.errors import ConfigError, UserError
-from moe_jax.inference.generator import Generator, Request
-from moe_jax.inference.sampling import SamplingConfig
+from moe_jax.inference.generator import Request, TokenGenerator
+from moe_jax.inference.settings import SamplingConfig
 from moe_jax.layers.names import PARAMS
-from moe_jax.loaded.expected_leaves import expected_leaves
+from moe_jax.loaded.adapter_base import expected_leaves
 from moe_jax.models.causal_lm import LlamaForCausalLM
 
 KINDS: dict[str, dict[str, Any] | None] = {
@@ -69,7 +69,7 @@ def random_adapter(fields: dict[str, Any], model: ModelConfig) -> tuple[AdapterM
     return method, nested(leaves)
 
 
-def ours(generator: Generator, requests: Sequence[Request], new_tokens: int) -> float:
+def ours(generator: TokenGenerator, requests: Sequence[Request], new_tokens: int) -> float:
     """Seconds a step."""
     steps = generator.stream(requests, SamplingConfig(), max_new_tokens=new_tokens, eos_ids=())
     next(steps)
@@ -78,7 +78,7 @@ def ours(generator: Generator, requests: Sequence[Request], new_tokens: int) -> 
     return (time.perf_counter() - start) / count
 
 
-def bytes_of_a_step(generator: Generator, requests: Sequence[Request], new_tokens: int) -> int:
+def bytes_of_a_step(generator: TokenGenerator, requests: Sequence[Request], new_tokens: int) -> int:
     """Weights and cache that a step multiplies with; of the embedding, only a row a token."""
     model, params = generator.model, dict(generator.params)
     if not model.tie_word_embeddings:
@@ -111,7 +111,7 @@ class Bandwidth:
         return (time.perf_counter() - start) / (2 * PASSES * COPIED_BYTES)
 
 
-def decoder(args: argparse.Namespace, model: ModelConfig) -> Generator:
+def decoder(args: argparse.Namespace, model: ModelConfig) -> TokenGenerator:
     """A random base and random adapters on it."""
     language_model = LlamaForCausalLM(model, ComputeConfig(dtype=args.dtype), (), args.dtype)
     tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
@@ -120,11 +120,11 @@ def decoder(args: argparse.Namespace, model: ModelConfig) -> Generator:
     adapters = {kind: random_adapter(fields, model) for kind, fields in KINDS.items() if fields}
     compute = ComputeConfig(dtype=args.dtype)
     longest = args.prompt + args.new_tokens
-    return Generator(model, params, adapters, compute=compute, max_length=longest)
+    return TokenGenerator(model, params, adapters, compute=compute, max_length=longest)
 
 
 def transformers_step(
-    args: argparse.Namespace, generator: Generator
+    args: argparse.Namespace, generator: TokenGenerator
 ) -> Callable[[Sequence[Request], int], float]:
     """A function that decodes with the same base in transformers; gives seconds a step."""
     from benchmarks.torch_generation import seconds_a_step
@@ -141,7 +141,7 @@ def transformers_step(
 
 def measure(
     args: argparse.Namespace,
-    generator: Generator,
+    generator: TokenGenerator,
     theirs: Callable[[Sequence[Request], int], float] | None,
 ) -> list[dict[str, Any]]:
     """The figures of every kind at every batch size; one that does not fit says so."""
@@ -167,7 +167,7 @@ def measure(
 
 def one_kind(
     args: argparse.Namespace,
-    generator: Generator,
+    generator: TokenGenerator,
     requests: Sequence[Request],
     theirs: Callable[[Sequence[Request], int], float] | None,
     bandwidth: "Bandwidth",

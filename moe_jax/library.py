@@ -136,8 +136,8 @@ class AdaptedModel:
                 f"embeddings for 0 to {vocab_size - 1}; use that base's own tokenizer"
             )
         own = {} if adapter is None else {adapter: self._weights(adapter)}
-        adapter_rows = None if segment_ids is None else jnp.asarray(segment_ids)
-        return self._apply(adapter, self.base.params, own, jnp.asarray(tokens), adapter_rows)
+        segment_ids = None if segment_ids is None else jnp.asarray(segment_ids)
+        return self._apply(adapter, self.base.params, own, jnp.asarray(tokens), segment_ids)
 
     @property
     def session(self) -> InferenceSession:

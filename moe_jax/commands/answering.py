@@ -8,10 +8,10 @@ from moe_jax.commands.arguments import base_path, mesh_config, named_folders, un
 from moe_jax.commands.interactive import Talk
 from moe_jax.commands.prompt_files import GivenPrompt, read_prompts
 from moe_jax.errors import ConfigError
+from moe_jax.inference.api import InferenceSession
+from moe_jax.inference.decoding import SamplingConfig
 from moe_jax.inference.prompts import Prompt, PromptEncoder, PromptFormat
-from moe_jax.inference.sampling import SamplingConfig
-from moe_jax.inference.session import InferenceSession
-from moe_jax.inference.text import GenerationConfig
+from moe_jax.inference.text_generator import GenerationConfig
 from moe_jax.loaded.model import BASE
 
 

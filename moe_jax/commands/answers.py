@@ -11,7 +11,7 @@ from moe_jax.commands.prompt_files import GivenPrompt
 from moe_jax.errors import ConfigError
 from moe_jax.files.atomic import write_atomic
 from moe_jax.files.disk import disk_errors
-from moe_jax.inference.text import Answer
+from moe_jax.inference.text_generator import Answer
 from moe_jax.loaded.model import BASE
 
 _SHOWN = 60

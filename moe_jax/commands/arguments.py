@@ -77,7 +77,7 @@ def add_adapters(parser: argparse.ArgumentParser) -> None:
     )
 
 
-LESS_MEMORY = "--dtype bfloat16, or --mesh fsdp=-1 where there are several devices"
+LESS_MEMORY_FLAGS = "--dtype bfloat16, or --mesh fsdp=-1 where there are several devices"
 """What helps every command with `add_dtype` and `add_mesh` where memory does not do."""
 
 
@@ -146,7 +146,7 @@ def base_path(base: str | None, adapters: Mapping[str, str], revision: str | Non
     if not adapters:
         raise ConfigError("--base: give a folder or hub id; without --adapter there is none to use")
     from moe_jax.checkpoints.adapter_files import read_description
-    from moe_jax.hf.resolve import resolve_adapter, resolve_checkpoint
+    from moe_jax.hf.base_model import resolve_adapter, resolve_checkpoint
 
     remembered = {
         name: read_description(resolve_adapter(folder)).base for name, folder in adapters.items()

@@ -5,7 +5,7 @@ import sys
 
 from moe_jax.commands import Run
 from moe_jax.commands.arguments import (
-    LESS_MEMORY,
+    LESS_MEMORY_FLAGS,
     add_adapters,
     add_dtype,
     add_mesh,
@@ -124,7 +124,7 @@ def add(parser: argparse.ArgumentParser) -> Run:
 
 def _run(arguments: argparse.Namespace) -> None:
     # With libraries that other commands do not need.
-    from moe_jax.evaluation.run import evaluate
+    from moe_jax.evaluation.model_evaluation import evaluate
     from moe_jax.sharding.memory import memory_errors
 
     split, limit, shots = arguments.split, arguments.limit, arguments.shots
@@ -139,7 +139,7 @@ def _run(arguments: argparse.Namespace) -> None:
     adapters = named_folders(arguments.adapter)
     base = base_path(arguments.base, adapters, arguments.revision)
     try:
-        with memory_errors(f"give a smaller --batch-size, {LESS_MEMORY}"):
+        with memory_errors(f"give a smaller --batch-size, {LESS_MEMORY_FLAGS}"):
             evaluation = evaluate(
                 base,
                 tasks,

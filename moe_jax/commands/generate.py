@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from moe_jax.commands import Run
-from moe_jax.commands.arguments import LESS_MEMORY, add_adapters, add_dtype, add_mesh
+from moe_jax.commands.arguments import LESS_MEMORY_FLAGS, add_adapters, add_dtype, add_mesh
 
 EPILOG = """\
 prompts:
@@ -128,5 +128,5 @@ def _run(arguments: argparse.Namespace) -> None:
     from moe_jax.commands.answering import run
     from moe_jax.sharding.memory import memory_errors
 
-    with memory_errors(f"give a smaller --batch-size or --max-new-tokens, {LESS_MEMORY}"):
+    with memory_errors(f"give a smaller --batch-size or --max-new-tokens, {LESS_MEMORY_FLAGS}"):
         run(arguments)

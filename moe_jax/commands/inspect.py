@@ -199,7 +199,7 @@ def _show_routing(arguments: argparse.Namespace) -> None:
         )
     # With libraries that other commands, and --help, do not need.
     from moe_jax.files.folders import require_unused
-    from moe_jax.inspection.routing import inspect_routing
+    from moe_jax.inspection.routing_inspection import inspect_routing
     from moe_jax.sharding.memory import memory_errors
 
     require_unused(arguments.output)
@@ -254,7 +254,7 @@ def _columns(given: list[str]) -> dict[str, str]:
 
 def _show_base(arguments: argparse.Namespace) -> None:
     # With libraries that other commands do not need.
-    from moe_jax.inspection.base import describe_base, fit_lines
+    from moe_jax.inspection.base_description import describe_base, fit_lines
 
     methods = _methods(arguments)
     base = describe_base(arguments.base, arguments.revision)

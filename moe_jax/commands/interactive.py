@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator
 
 from moe_jax.config.parse import suggest
 from moe_jax.errors import DataError, UserError, report
+from moe_jax.inference.api import InferenceSession
 from moe_jax.inference.prompts import Message, Prompt, PromptEncoder, PromptFormat
-from moe_jax.inference.session import InferenceSession
-from moe_jax.inference.text import GenerationConfig, TextGenerator
+from moe_jax.inference.text_generator import GenerationConfig, TextGenerator
 from moe_jax.loaded.model import BASE
 
 HELP = """\

@@ -18,8 +18,8 @@ def add(parser: argparse.ArgumentParser) -> Run:
 def _run(arguments: argparse.Namespace) -> None:
     from moe_jax.checkpoints.adapter_files import read_description
     from moe_jax.checkpoints.training_record import read_record
-    from moe_jax.hf.resolve import resolve_adapter
-    from moe_jax.inspection.base import leaf_modules, module_lines
+    from moe_jax.hf.base_model import resolve_adapter
+    from moe_jax.inspection.base_description import leaf_modules, module_lines
 
     folder = resolve_adapter(arguments.folder)
     description, record = read_description(folder), read_record(folder)

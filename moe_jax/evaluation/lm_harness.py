@@ -27,9 +27,8 @@ from moe_jax.evaluation.scorer import ScoredSequence, Scorer, SequenceScore, def
 from moe_jax.evaluation.scoring_protocols import encode_pairs
 from moe_jax.hf.base_model import BaseModel, open_base
 from moe_jax.inference.api import InferenceSession
-from moe_jax.inference.decoding import SamplingConfig
 from moe_jax.inference.prompts import Prompt
-from moe_jax.inference.text_generator import GenerationConfig
+from moe_jax.inference.settings import GenerationConfig, SamplingConfig
 from moe_jax.loaded.model import build_model, load_adapters, load_params
 from moe_jax.sharding.mesh import make_mesh
 

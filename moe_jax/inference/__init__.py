@@ -1,1 +1,1 @@
-"""From prompts to text: a cache of keys and values, sampling, and the loop that joins them."""
+"""Text generation: prompts, the cache of keys and values, sampling and detokenisation."""

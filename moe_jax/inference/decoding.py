@@ -1,6 +1,6 @@
-"""What is compiled for generation: reading the prompts, and steps of one token each.
+"""Compiled functions of generation: prefill, sampling and the decoding loop.
 
-Letters: B rows, S slots of the padded prompts, M of the whole cache, V vocabulary.
+Letters: B rows, S tokens of the padded prompts, M length of the cache, V vocabulary.
 """
 
 from collections.abc import Mapping
@@ -10,24 +10,27 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.adapters.tree import to_collection
-from moe_jax.inference.sampling import SamplingConfig, next_token
+from moe_jax.inference.settings import SamplingConfig
 from moe_jax.layers.kv_cache import CachePlace, updated
 from moe_jax.layers.names import ADAPTERS, CACHE, CACHE_UPDATES, PARAMS
 from moe_jax.models.causal_lm import LlamaForCausalLM
 from moe_jax.sharding.axes import BATCH, constrain
 
 MAX_STEPS = 32
-"""Tokens of a row that one call of `decode` makes, at most."""
+"""Largest number of tokens per row that one call of `decode` generates."""
+
+NOT_FINITE = -1
+"""Token id that `next_token` returns for a row whose logits are not finite; no token has it."""
 
 
-class Drawing(NamedTuple):
-    """What each row's random numbers come from, and where its prompt starts.
+class RowConstants(NamedTuple):
+    """Per-row inputs that stay the same while a batch is decoded.
 
     Attributes:
-      seed: uint32 [].
-      number: int32 [B], of the prompt.
-      sample: int32 [B], which of its continuations.
-      start: int32 [B], the first slot that is not padding.
+      seed: uint32 [], the random seed.
+      number: int32 [B], index of the row's prompt.
+      sample: int32 [B], index of the row among the continuations of its prompt.
+      start: int32 [B], first cache position that is not padding.
     """
 
     seed: Any
@@ -36,29 +39,29 @@ class Drawing(NamedTuple):
     start: Any
 
 
-class State(NamedTuple):
-    """How far decoding is.
+class DecodeState(NamedTuple):
+    """State of the decoding loop.
 
     Attributes:
-      cache: of the slots before `slot`.
+      cache: keys and values of the positions before `position`.
       tokens: int32 [B], each row's newest token, which is not in the cache yet.
-      slot: int32 [], its place.
-      seen: bool [B, V], the tokens of each row so far; [B, 1] where nobody reads them.
-      done: bool [B], the rows that have ended; what they go on to make is not read.
+      position: int32 [], cache position of `tokens`.
+      seen: bool [B, V], tokens in the row's prompt or answer; [B, 1] without a repetition penalty.
+      done: bool [B], rows that have ended; their further tokens are ignored.
     """
 
     cache: Any
     tokens: jax.Array
-    slot: jax.Array
+    position: jax.Array
     seen: jax.Array
     done: jax.Array
 
 
-_Carry = tuple[State, jax.Array, jax.Array]
-"""The state, the tokens made and how many they are."""
+_Carry = tuple[DecodeState, jax.Array, jax.Array]
+"""The state, the generated tokens and their number."""
 
 
-def read_prompts(
+def prefill(
     model: LlamaForCausalLM,
     cache_length: int,
     params: Any,
@@ -66,21 +69,21 @@ def read_prompts(
     tokens: jax.Array,
     start: jax.Array,
 ) -> tuple[jax.Array, Any]:
-    """Fills the cache.
+    """Computes the prompts and fills the cache.
 
     Args:
-      model: with segments that fit the rows.
+      model: model with the layout of these rows.
       cache_length: M.
-      params: the base's.
-      adapters: `{segment: tree}`.
+      params: parameters of the base.
+      adapters: adapter trees by their name in `AdapterRows`.
       tokens: int32 [B, S], padded on the left.
-      start: int32 [B], each row's first token.
+      start: int32 [B], position of each row's first token.
 
     Returns:
       The logits after the last token, float32 [B, V], and the cache.
     """
     is_token = jnp.arange(tokens.shape[1]) >= start[:, None]
-    logits, made = model.apply(
+    logits, collections = model.apply(
         {PARAMS: params, ADAPTERS: to_collection(adapters)},
         tokens,
         segment_ids=is_token.astype(jnp.int32),
@@ -89,21 +92,21 @@ def read_prompts(
         mutable=[CACHE],
     )
     assert isinstance(logits, jax.Array)
-    return logits[:, -1], made[CACHE]
+    return logits[:, -1], collections[CACHE]
 
 
 def first_tokens(
     sampling: SamplingConfig,
     logits: jax.Array,
     cache: Any,
-    slot: jax.Array,
+    position: jax.Array,
     seen: jax.Array,
     done: jax.Array,
-    drawing: Drawing,
+    rows: RowConstants,
     eos_ids: jax.Array,
-) -> State:
-    """The state at the first token of each row, from what `read_prompts` returned."""
-    return _picked(sampling, logits, State(cache, done, slot, seen, done), drawing, eos_ids)
+) -> DecodeState:
+    """Samples the first token of each row from the logits of `prefill`."""
+    return _sample(sampling, logits, DecodeState(cache, done, position, seen, done), rows, eos_ids)
 
 
 def decode(
@@ -111,71 +114,135 @@ def decode(
     sampling: SamplingConfig,
     params: Any,
     adapters: Mapping[str, Any],
-    state: State,
-    drawing: Drawing,
+    state: DecodeState,
+    rows: RowConstants,
     eos_ids: jax.Array,
     steps: jax.Array,
-) -> tuple[State, jax.Array, jax.Array]:
-    """So many further tokens of each row, or fewer if all rows end before.
+) -> tuple[DecodeState, jax.Array, jax.Array]:
+    """Generates `steps` more tokens of each row, or fewer if all rows end before.
 
     Args:
-      model: with segments that fit the rows.
-      sampling: how tokens are picked.
-      params: the base's.
-      adapters: `{segment: tree}`.
-      state: where decoding stands.
-      drawing: of the rows.
-      eos_ids: int32 [n], the ids that end a row.
+      model: model with the layout of these rows.
+      sampling: rule by which tokens are chosen.
+      params: parameters of the base.
+      adapters: adapter trees by their name in `AdapterRows`.
+      state: state to continue from.
+      rows: per-row constants.
+      eos_ids: int32 [n], ids that end a row.
       steps: int32 [], at most `MAX_STEPS`.
 
     Returns:
-      The new state, the tokens int32 [MAX_STEPS, B], and how many of those are there.
+      The new state, the tokens, int32 [MAX_STEPS, B], and the number of valid steps in them.
     """
     variables = {PARAMS: params, ADAPTERS: to_collection(adapters)}
 
-    def goes_on(carry: _Carry) -> jax.Array:
+    def is_running(carry: _Carry) -> jax.Array:
         state, _, count = carry
         return (count < steps) & ~jnp.all(state.done)
 
     def step(carry: _Carry) -> _Carry:
-        state, made, count = carry
-        place = CachePlace(state.slot, drawing.start)
+        state, generated, count = carry
+        place = CachePlace(state.position, rows.start)
         logits, updates = model.apply(
             {**variables, CACHE: state.cache},
-            # Of a row whose logits were not finite, any token will do.
+            # A row whose logits were not finite has no valid token; its output is discarded.
             jnp.maximum(state.tokens, 0)[:, None],
-            positions=(state.slot - drawing.start)[:, None],
+            positions=(state.position - rows.start)[:, None],
             token_mask=~state.done[:, None],
             place=place,
             mutable=[CACHE_UPDATES],
         )
         assert isinstance(logits, jax.Array)
         cache = updated(state.cache, updates[CACHE_UPDATES], place)
-        state = state._replace(cache=cache, slot=state.slot + 1)
-        state = _picked(sampling, logits[:, -1], state, drawing, eos_ids)
-        return state, made.at[count].set(state.tokens), count + 1
+        state = state._replace(cache=cache, position=state.position + 1)
+        state = _sample(sampling, logits[:, -1], state, rows, eos_ids)
+        return state, generated.at[count].set(state.tokens), count + 1
 
-    made = jnp.zeros((MAX_STEPS, state.tokens.shape[0]), jnp.int32)
-    return jax.lax.while_loop(goes_on, step, (state, made, jnp.int32(0)))
+    generated = jnp.zeros((MAX_STEPS, state.tokens.shape[0]), jnp.int32)
+    return jax.lax.while_loop(is_running, step, (state, generated, jnp.int32(0)))
 
 
-def _picked(
+def _sample(
     sampling: SamplingConfig,
     logits: jax.Array,
-    state: State,
-    drawing: Drawing,
+    state: DecodeState,
+    rows: RowConstants,
     eos_ids: jax.Array,
-) -> State:
-    """`state` with the token that comes to stand at its slot."""
+) -> DecodeState:
+    """`state` with the token of its position sampled."""
 
     def key(number: jax.Array, sample: jax.Array, start: jax.Array) -> jax.Array:
-        key = jax.random.fold_in(jax.random.key(drawing.seed), number)
-        return jax.random.fold_in(jax.random.fold_in(key, sample), state.slot - start)
+        key = jax.random.fold_in(jax.random.key(rows.seed), number)
+        return jax.random.fold_in(jax.random.fold_in(key, sample), state.position - start)
 
-    keys = jax.vmap(key)(drawing.number, drawing.sample, drawing.start)
+    keys = jax.vmap(key)(rows.number, rows.sample, rows.start)
     tokens = constrain(next_token(logits, state.seen, keys, sampling), (BATCH,))
     seen = state.seen
     if sampling.repetition_penalty != 1:
         seen = seen | (tokens[:, None] == jnp.arange(seen.shape[1]))
     done = state.done | jnp.any(tokens[:, None] == eos_ids, axis=-1)
     return state._replace(tokens=tokens, seen=seen, done=done)
+
+
+def next_token(
+    logits: jax.Array, seen: jax.Array, keys: jax.Array, config: SamplingConfig
+) -> jax.Array:
+    """Samples a token for each row, from that row's logits, `seen` and key alone.
+
+    Args:
+      logits: float32 [B, V].
+      seen: bool [B, V], tokens in the row's prompt or answer so far.
+      keys: random keys [B]; unused by greedy decoding.
+      config: sampling rule; static.
+
+    Returns:
+      Token ids, int32 [B]; `NOT_FINITE` where a logit is NaN or positive infinity.
+    """
+    filtered = filtered_logits(logits, seen, config)
+    if config.is_greedy:
+        tokens = jnp.argmax(filtered, axis=-1)
+    else:
+        tokens = jax.vmap(jax.random.categorical)(keys, filtered)
+    # If any logit is NaN, so is the maximum, and the comparison is false.
+    is_valid = jnp.max(logits, axis=-1) < jnp.inf
+    return jnp.where(is_valid, tokens, NOT_FINITE).astype(jnp.int32)
+
+
+def filtered_logits(logits: jax.Array, seen: jax.Array, config: SamplingConfig) -> jax.Array:
+    """Logits of the distribution to sample from, float32 [B, V]; -inf at excluded tokens.
+
+    Filters are applied in the order of transformers' `generate`: repetition penalty, temperature,
+    top-k, top-p, min-p. Each works on the output of the one before.
+
+    Args: see `next_token`.
+    """
+    if config.repetition_penalty != 1:
+        penalty = config.repetition_penalty
+        penalised = jnp.where(logits < 0, logits * penalty, logits / penalty)
+        logits = jnp.where(seen, penalised, logits)
+    if config.is_greedy:
+        return logits
+    if config.temperature != 1:
+        logits = logits / config.temperature
+    if config.top_k is not None and config.top_k < logits.shape[-1]:
+        smallest = jax.lax.top_k(logits, config.top_k)[0][:, -1:]
+        logits = jnp.where(logits < smallest, -jnp.inf, logits)
+    if config.top_p < 1:
+        logits = jnp.where(_in_nucleus(logits, config.top_p), logits, -jnp.inf)
+    if config.min_p > 0:
+        probs = jax.nn.softmax(logits, axis=-1)
+        is_unlikely = probs < config.min_p * jnp.max(probs, axis=-1, keepdims=True)
+        logits = jnp.where(is_unlikely, -jnp.inf, logits)
+    return logits
+
+
+def _in_nucleus(logits: jax.Array, top_p: float) -> jax.Array:
+    """Mask of the most likely tokens whose cumulative probability passes `top_p`, bool [B, V].
+
+    Among equally likely tokens at the boundary, larger ids come first, as in transformers.
+    """
+    order = jnp.argsort(logits, axis=-1)  # ascending; stable, so that ties go by id
+    probs = jax.nn.softmax(jnp.take_along_axis(logits, order, axis=-1), axis=-1)
+    is_in = jnp.cumsum(probs, axis=-1) > 1 - top_p
+    is_in = is_in.at[:, -1].set(True)
+    return jnp.take_along_axis(is_in, jnp.argsort(order, axis=-1), axis=-1)

@@ -1,4 +1,4 @@
-"""Decoding: many prompts side by side, through different adapters or none, token by token."""
+"""Generation of tokens: many prompts side by side, each with an adapter or with the base alone."""
 
 import contextlib
 import functools
@@ -12,38 +12,36 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from moe_jax.adapters.method import AdapterMethod
-from moe_jax.adapters.rows import Segment
+from moe_jax.adapters.method import AdapterMethod, NoAdapter
+from moe_jax.adapters.rows import AdapterRows, divide_rows
 from moe_jax.config.model import ComputeConfig, FloatType, ModelConfig
 from moe_jax.config.parse import located
 from moe_jax.data.batch import PADDING_ID, padded_length
 from moe_jax.errors import CheckpointError
 from moe_jax.inference import decoding
-from moe_jax.inference.batch_rows import BatchRows, arrange_rows
-from moe_jax.inference.decoding import MAX_STEPS, Drawing, State
+from moe_jax.inference.decoding import MAX_STEPS, DecodeState, RowConstants
 from moe_jax.inference.limits import check_buckets, check_requests, context_of, default_buckets
-from moe_jax.inference.sampling import SamplingConfig
+from moe_jax.inference.settings import SamplingConfig
 from moe_jax.models.causal_lm import LlamaForCausalLM
 from moe_jax.sharding import axes
 from moe_jax.sharding.rules import BATCH_SPEC, RULES
 
 _SECONDS_PER_CALL = 0.05
-"""How long the device may work before tokens are handed out: it is to look like streaming."""
+"""Target duration of one call of `decode`: short enough that output looks like a stream."""
 
-_CACHE_STEP = 64
-"""Caches have a multiple of so many slots, so that prompts and answers of like lengths share one
-compiled program."""
+_CACHE_MULTIPLE = 64
+"""Cache lengths are multiples of this, so that similar lengths share one compiled program."""
 
 
 class Request(NamedTuple):
-    """A prompt to be continued.
+    """Prompt to continue.
 
     Attributes:
-      tokens: of the prompt; at least one.
-      adapter: whose rows it belongs to; None is the base as it is.
-      sample: which of several continuations of the same prompt this is.
-      number: of the prompt among all that the user gave, over all batches. What is drawn depends on
-        the seed, `number`, `sample` and the position, so not on what else is in the batch.
+      tokens: token ids of the prompt; at least one.
+      adapter: name of the adapter; None is the base alone.
+      sample: index among several continuations of the same prompt.
+      number: index of the prompt among all prompts, over all batches. Random draws depend on the
+        seed, `number`, `sample` and the position, so not on the rest of the batch.
     """
 
     tokens: tuple[int, ...]
@@ -52,19 +50,78 @@ class Request(NamedTuple):
     number: int = 0
 
 
-class Generator:
-    """A base and adapters on it, ready to continue prompts.
-
-    Prompts are padded on the left to the length of a bucket. Reading them is compiled once for each
-    bucket and division of the rows over adapters, and the loop over new tokens once for each length
-    of the cache and division; what adapters are called and what they weigh does not matter.
+class BatchLayout(NamedTuple):
+    """Assignment of requests to the rows of a batch.
 
     Attributes:
-      model: the base's architecture.
-      params: the base's weights.
-      adapters: each adapter's weights.
-      mesh: where they are; None is one device.
-      context: tokens of a prompt and its continuation together, at most.
+      adapter_rows: rows of each adapter; empty if all rows are the base's. Their names do not name
+        adapters, so that adapters of equal methods share compiled programs.
+      adapters: adapter of each name in `adapter_rows`; the base is absent.
+      requests: index of each row's request; None is a padding row.
+    """
+
+    adapter_rows: tuple[AdapterRows, ...]
+    adapters: dict[str, str]
+    requests: tuple[int | None, ...]
+
+
+def batch_layout(
+    names: Sequence[str | None], methods: Mapping[str, AdapterMethod], shards: int
+) -> BatchLayout:
+    """Sorts requests by adapter and distributes them over the shards.
+
+    Args:
+      names: adapter of each request; None is the base.
+      methods: method of each adapter.
+      shards: number of shards of the batch axis; an adapter has equally many rows in each.
+    """
+    methods_by_label: dict[str, AdapterMethod] = {}
+    adapters: dict[str, str] = {}
+    groups: list[list[int | None]] = []
+    for name in (*methods, None):
+        group: list[int | None] = [i for i, other in enumerate(names) if other == name]
+        if not group:
+            continue
+        group += [None] * (-len(group) % shards)
+        label = f"group{len(groups)}"
+        methods_by_label[label] = NoAdapter() if name is None else methods[name]
+        if name is not None:
+            adapters[label] = name
+        groups.append(group)
+    requests: list[int | None] = []
+    for shard in range(shards):
+        for group in groups:
+            size = len(group) // shards
+            requests += group[shard * size : (shard + 1) * size]
+    rows = dict(zip(methods_by_label, map(len, groups), strict=True))
+    adapter_rows = divide_rows(methods_by_label, rows, shards) if adapters else ()
+    return BatchLayout(adapter_rows, adapters, tuple(requests))
+
+
+class _Batch(NamedTuple):
+    """Requests that are decoded together, with the arguments of `TokenGenerator.stream`."""
+
+    requests: Sequence[Request]
+    layout: BatchLayout
+    sampling: SamplingConfig
+    max_new_tokens: int
+    eos_ids: tuple[int, ...]
+    seed: int
+
+
+class TokenGenerator:
+    """A base and its adapters, ready to continue prompts.
+
+    Prompts are padded on the left to the length of a bucket. Prefill is compiled once per bucket
+    and layout of the batch, the decoding loop once per length of the cache and layout. Names and
+    weights of adapters do not cause recompilation.
+
+    Attributes:
+      model: architecture of the base.
+      params: parameters of the base.
+      adapters: parameters of each adapter.
+      mesh: mesh of the parameters; None is one device.
+      context: largest number of tokens of a prompt and its continuation together.
       buckets: lengths that prompts are padded to.
     """
 
@@ -79,21 +136,21 @@ class Generator:
         mesh: Mesh | None = None,
         buckets: Sequence[int] | None = None,
     ):
-        """Prepares; nothing is compiled yet.
+        """Checks the arguments; compiles nothing yet.
 
         Args:
-          model: the base's architecture.
-          params: its weights, on `mesh` if there is one.
-          adapters: the method and the weights of each adapter, by name; on `mesh` too.
-          compute: in which type to compute. New tokens always attend with the `xla` kernel.
-          max_length: tokens of a prompt and its continuation together, at most; by default the
-            model's context, and never more than it.
+          model: architecture of the base.
+          params: parameters of the base, on `mesh` if there is one.
+          adapters: method and parameters of each adapter, by name; on `mesh` too.
+          compute: dtype and kernels. New tokens always attend with the `xla` kernel.
+          max_length: largest number of tokens of a prompt and its continuation together; by
+            default the model's context.
           mesh: None computes on the device that holds `params`.
           buckets: ascending lengths that prompts are padded to; by default powers of two.
 
         Raises:
-          ConfigError: the model cannot be computed so, an adapter does not go with the model, or a
-            length exceeds its context.
+          ConfigError: `compute` or an adapter does not fit the model, or a length exceeds its
+            context.
         """
         with located("compute"):
             compute.check_model(model)
@@ -124,25 +181,25 @@ class Generator:
         seed: int = 0,
         stop: Callable[[int, list[int]], bool] | None = None,
     ) -> Iterator[list[int | None]]:
-        """Continues all requests side by side; everything is checked before the first step.
+        """Continues all requests side by side; checks everything before the first step.
 
         Args:
-          requests: one for each row.
-          sampling: how tokens are chosen.
-          max_new_tokens: of each row, at most.
-          eos_ids: a row ends with the first of these, which is given too.
-          seed: of what is drawn, from 0 to 2^32 - 1.
-          stop: asked after each new token, with the row and all its new tokens; true ends the row.
+          requests: one per row.
+          sampling: rule by which tokens are chosen.
+          max_new_tokens: largest number of new tokens of a row.
+          eos_ids: token ids that end a row; the token itself is part of the output.
+          seed: random seed, from 0 to 2^32 - 1.
+          stop: called after each new token with the index of the request and all its new tokens;
+            returns True to end the row.
 
         Yields:
-          The next token of each row, None for rows that have ended. The last yield is the one at
-          which the last row ends.
+          The next token of each request, None for those that have ended, until the last one ends.
 
         Raises:
-          ConfigError: an adapter that is unknown or a classifier, or a number out of range.
-          DataError: a prompt is empty, has ids that the model lacks, or is too long for its
+          ConfigError: an adapter is unknown or a classifier, or a number is out of range.
+          DataError: a prompt is empty, has token ids beyond the vocabulary, or is too long for its
             continuation to fit into the context.
-          CheckpointError: while decoding, logits are not finite.
+          CheckpointError: logits are not finite, found while decoding.
         """
         prompts = [request.tokens for request in requests]
         names = [request.adapter for request in requests]
@@ -151,82 +208,70 @@ class Generator:
         )
         if not requests:
             return iter(())
-        return self._stream(requests, sampling, max_new_tokens, tuple(eos_ids), seed, stop)
+        layout = batch_layout(names, self._methods, self._shards)
+        batch = _Batch(requests, layout, sampling, max_new_tokens, tuple(eos_ids), seed)
+        return self._stream(batch, stop)
 
     @property
     def dtype(self) -> FloatType:
-        """In which type is computed and remembered."""
+        """Dtype of the computation and of the cache."""
         return self._model.compute.dtype
 
     def cache_length(self, prompt: int, new_tokens: int) -> int:
-        """Slots of the cache for prompts of so many tokens at most and so many new ones."""
-        slots = padded_length(prompt, self.buckets) + new_tokens
-        return -(-slots // _CACHE_STEP) * _CACHE_STEP
+        """Length of the cache for prompts of at most `prompt` tokens and `new_tokens` more."""
+        length = padded_length(prompt, self.buckets) + new_tokens
+        return -(-length // _CACHE_MULTIPLE) * _CACHE_MULTIPLE
 
     def compilations(self) -> int:
-        """How many programs were compiled so far."""
+        """Number of programs compiled so far."""
         return sum(function._cache_size() for _, function in self._functions)  # type: ignore[attr-defined]
 
     def _stream(
-        self,
-        requests: Sequence[Request],
-        sampling: SamplingConfig,
-        max_new_tokens: int,
-        eos_ids: tuple[int, ...],
-        seed: int,
-        stop: Callable[[int, list[int]], bool] | None,
+        self, batch: _Batch, stop: Callable[[int, list[int]], bool] | None
     ) -> Iterator[list[int | None]]:
-        rows = arrange_rows([r.adapter for r in requests], self._methods, self._shards)
-        made: list[list[int]] = [[] for _ in requests]
-        ended = [False] * len(requests)
-        for tokens in self._tokens(requests, rows, sampling, max_new_tokens, eos_ids, seed, ended):
-            step: list[int | None] = [None] * len(requests)
-            for row, number in enumerate(rows.requests):
+        generated: list[list[int]] = [[] for _ in batch.requests]
+        ended = [False] * len(batch.requests)
+        for tokens in self._tokens(batch, ended):
+            step: list[int | None] = [None] * len(ended)
+            for row, number in enumerate(batch.layout.requests):
                 if number is None or ended[number]:
                     continue
                 token = int(tokens[row])
                 if token < 0:
                     raise CheckpointError(
                         f"prompt {number + 1}: the model's logits are not finite; its weights, or "
-                        "the adapter's, are damaged or too large for the type it computes in"
+                        "the adapter's, are damaged or too large for the dtype of the computation"
                     )
                 step[number] = token
-                made[number].append(token)
+                generated[number].append(token)
                 ended[number] = (
-                    token in eos_ids
-                    or len(made[number]) == max_new_tokens
-                    or (stop is not None and stop(number, made[number]))
+                    token in batch.eos_ids
+                    or len(generated[number]) == batch.max_new_tokens
+                    or (stop is not None and stop(number, generated[number]))
                 )
             yield step
             if all(ended):
                 return
 
-    def _tokens(
-        self,
-        requests: Sequence[Request],
-        rows: BatchRows,
-        sampling: SamplingConfig,
-        max_new_tokens: int,
-        eos_ids: tuple[int, ...],
-        seed: int,
-        ended: Sequence[bool],
-    ) -> Iterator[np.ndarray]:
-        """The next token of each row [B], at most `max_new_tokens` times; `ended` may change."""
-        adapters = {segment: self.adapters[name] for segment, name in rows.adapters.items()}
-        state, drawing = self._start(
-            requests, rows, adapters, sampling, max_new_tokens, eos_ids, seed
-        )
-        decode = self._function(decoding.decode, rows.segments, sampling)
-        eos = np.array(eos_ids, np.int32)
+    def _tokens(self, batch: _Batch, ended: Sequence[bool]) -> Iterator[np.ndarray]:
+        """Yields the next token of each row, int32 [B].
+
+        The caller sets `ended` between steps; rows of ended requests are no longer computed.
+        """
+        layout = batch.layout
+        adapters = {label: self.adapters[name] for label, name in layout.adapters.items()}
+        state, constants = self._prefill(batch, adapters)
+        decode = self._function(decoding.decode, layout.adapter_rows, batch.sampling)
+        eos_ids = np.array(batch.eos_ids, np.int32)
         yield np.asarray(state.tokens)
-        left, steps = max_new_tokens - 1, 1
+        left, steps = batch.max_new_tokens - 1, 1
         while left > 0:
-            done = np.array([number is None or ended[number] for number in rows.requests])
+            done = np.array([number is None or ended[number] for number in layout.requests])
             state = state._replace(done=self._put(done))
             begin = time.perf_counter()
             now = np.int32(min(steps, left))
             with self._context():
-                state, tokens, count = decode(self.params, adapters, state, drawing, eos, now)
+                state, tokens, count = decode(self.params, adapters, state, constants, eos_ids, now)
             yield from np.asarray(tokens)[: int(count)]
             left -= int(count)
             seconds = time.perf_counter() - begin
@@ -235,62 +280,51 @@ class Generator:
             elif seconds > 2 * _SECONDS_PER_CALL:
                 steps = max(steps // 2, 1)
 
-    def _start(
-        self,
-        requests: Sequence[Request],
-        rows: BatchRows,
-        adapters: Mapping[str, Any],
-        sampling: SamplingConfig,
-        max_new_tokens: int,
-        eos_ids: tuple[int, ...],
-        seed: int,
-    ) -> tuple[State, Drawing]:
-        """Reads the prompts, and picks the first token of each row."""
-        filler = Request((PADDING_ID,))
-        batch = [filler if number is None else requests[number] for number in rows.requests]
-        width = padded_length(max(len(request.tokens) for request in batch), self.buckets)
-        prompts = np.full((len(batch), width), PADDING_ID, np.int32)
-        seen = np.zeros((len(batch), 1), bool)
+    def _prefill(
+        self, batch: _Batch, adapters: Mapping[str, Any]
+    ) -> tuple[DecodeState, RowConstants]:
+        """Computes the prompts and samples the first token of each row."""
+        sampling, layout = batch.sampling, batch.layout
+        padding = Request((PADDING_ID,))
+        rows = [padding if i is None else batch.requests[i] for i in layout.requests]
+        width = padded_length(max(len(row.tokens) for row in rows), self.buckets)
+        prompts = np.full((len(rows), width), PADDING_ID, np.int32)
+        seen = np.zeros((len(rows), 1), bool)
         if sampling.repetition_penalty != 1:
-            seen = np.zeros((len(batch), self.model.vocab_size), bool)
-        for row, (tokens, *_) in enumerate(batch):
+            seen = np.zeros((len(rows), self.model.vocab_size), bool)
+        for row, (tokens, *_) in enumerate(rows):
             prompts[row, width - len(tokens) :] = tokens
             if sampling.repetition_penalty != 1:
                 seen[row, list(tokens)] = True
-        drawing = Drawing(
-            np.uint32(seed),
-            *map(
-                self._put,
-                (
-                    np.array([request.number for request in batch], np.int32),
-                    np.array([request.sample for request in batch], np.int32),
-                    np.array([width - len(request.tokens) for request in batch], np.int32),
-                ),
-            ),
+        constants = RowConstants(
+            np.uint32(batch.seed),
+            self._put(np.array([row.number for row in rows], np.int32)),
+            self._put(np.array([row.sample for row in rows], np.int32)),
+            self._put(np.array([width - len(row.tokens) for row in rows], np.int32)),
         )
-        done = np.array([number is None for number in rows.requests])
-        slots = self.cache_length(width, max_new_tokens)
-        read = self._function(decoding.read_prompts, rows.segments, slots)
-        first = self._function(decoding.first_tokens, None, sampling)
+        done = np.array([number is None for number in layout.requests])
+        length = self.cache_length(width, batch.max_new_tokens)
+        prefill = self._function(decoding.prefill, layout.adapter_rows, length)
+        first_tokens = self._function(decoding.first_tokens, None, sampling)
         with self._context():
-            logits, cache = read(self.params, adapters, self._put(prompts), drawing.start)
-            state = first(
+            logits, cache = prefill(self.params, adapters, self._put(prompts), constants.start)
+            state = first_tokens(
                 logits,
                 cache,
                 np.int32(width),
                 self._put(seen),
                 self._put(done),
-                drawing,
-                np.array(eos_ids, np.int32),
+                constants,
+                np.array(batch.eos_ids, np.int32),
             )
-        return state, drawing
+        return state, constants
 
     @property
     def _shards(self) -> int:
         return 1 if self.mesh is None else self.mesh.shape["data"] * self.mesh.shape["fsdp"]
 
     def _put(self, array: np.ndarray) -> Any:
-        """An array of rows, divided over the mesh."""
+        """Shards an array [B, ...] over the mesh."""
         if self.mesh is None:
             return array
         return jax.device_put(array, NamedSharding(self.mesh, BATCH_SPEC))
@@ -301,15 +335,19 @@ class Generator:
     def _function(
         self,
         function: Callable[..., Any],
-        segments: tuple[Segment, ...] | None,
+        adapter_rows: tuple[AdapterRows, ...] | None,
         *static: Any,
     ) -> Callable[..., Any]:
-        """`function`, compiled for a division of the rows and for settings."""
-        wanted = (function, segments, static)  # methods have no hash, but they compare
+        """Compiled `function` for the layout of a batch and static arguments."""
+        key = (function, adapter_rows, static)  # methods have no hash, but they compare
         for known, jitted in self._functions:
-            if known == wanted:
+            if known == key:
                 return jitted
-        arguments = static if segments is None else (self._model.clone(segments=segments), *static)
+        arguments = (
+            static
+            if adapter_rows is None
+            else (self._model.clone(adapter_rows=adapter_rows), *static)
+        )
 
         @functools.wraps(function)
         def with_rules(*args: Any) -> Any:
@@ -318,12 +356,12 @@ class Generator:
 
         donated = {decoding.decode: (2,), decoding.first_tokens: (1,)}.get(function, ())
         jitted = jax.jit(with_rules, donate_argnums=donated)
-        self._functions.append((wanted, jitted))
+        self._functions.append((key, jitted))
         return jitted
 
     @property
     def _rules(self) -> tuple[tuple[str, Any], ...]:
-        """Heads of the cache stay whole where the devices do not divide them."""
+        """Sharding rules; the cache's heads are replicated if the mesh does not divide them."""
         parts = 1 if self.mesh is None else self.mesh.shape["tensor"]
         if self.model.num_kv_heads % parts == 0:
             return RULES

@@ -1,4 +1,4 @@
-"""What can be asked of a model's context, and what cannot."""
+"""Checks of prompts against the model's context and vocabulary."""
 
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -10,12 +10,12 @@ from moe_jax.errors import ConfigError, DataError
 
 SHORTEST_BUCKET = 16
 
-PromptLike = tuple[Sequence[int], str | None, str]
-"""The ids of a prompt, whose it is (None is the base's), and what names it in messages."""
+EncodedPrompt = tuple[Sequence[int], str | None, str]
+"""Token ids, name of the adapter (None is the base) and name of the prompt in error messages."""
 
 
 def context_of(model: ModelConfig, max_length: int | None) -> int:
-    """Tokens of a prompt and its continuation together, at most.
+    """Largest number of tokens of a prompt and its continuation together.
 
     Raises:
       ConfigError: `max_length` is not positive, or more than the model's context.
@@ -32,15 +32,15 @@ def context_of(model: ModelConfig, max_length: int | None) -> int:
 
 
 def default_buckets(context: int) -> tuple[int, ...]:
-    """Lengths that prompts are padded to, each twice the one before, up to the context."""
+    """Lengths that prompts are padded to: powers of two up to the context."""
     return doubled_lengths(SHORTEST_BUCKET, context)
 
 
 def check_buckets(buckets: Sequence[int], context: int) -> tuple[int, ...]:
-    """The buckets, with the context as the last one.
+    """Returns the buckets, with the context appended.
 
     Raises:
-      ConfigError: they do not ascend, or exceed the context.
+      ConfigError: the buckets do not ascend, or exceed the context.
     """
     lengths = list(buckets)
     if lengths != sorted(set(lengths)) or any(not 0 < length <= context for length in lengths):
@@ -52,7 +52,7 @@ def check_buckets(buckets: Sequence[int], context: int) -> tuple[int, ...]:
 
 
 def check_prompts(
-    prompts: Iterable[PromptLike],
+    prompts: Iterable[EncodedPrompt],
     *,
     max_new_tokens: int,
     context: int,
@@ -60,33 +60,32 @@ def check_prompts(
     adapters: Mapping[str, AdapterMethod],
     switch: int | None = None,
 ) -> None:
-    """Refuses, before anything is computed, what could not be continued.
+    """Rejects prompts that cannot be continued, before anything is computed.
 
     Args:
-      prompts: all of them.
-      max_new_tokens: that are to follow each.
-      context: tokens of a prompt and its continuation together, at most.
-      vocab_size: the model's number of embeddings.
-      adapters: those that are loaded, by name.
+      prompts: prompts to check.
+      max_new_tokens: number of tokens that may follow each prompt.
+      context: largest number of tokens of a prompt and its continuation together.
+      vocab_size: number of embeddings of the base.
+      adapters: methods of the loaded adapters, by name.
       switch: see `frequency_switch`.
 
     Raises:
       ConfigError: an adapter is not loaded, or is a classifier.
-      DataError: a prompt is empty, has ids that the model lacks, is longer than the context, alone
-        or with what is to follow, or its answer would pass `switch`.
+      DataError: a prompt is empty, has token ids beyond the vocabulary, does not fit into the
+        context together with its continuation, or the continuation would pass `switch`.
     """
     for tokens, adapter, where in prompts:
         if adapter is not None:
             if adapter not in adapters:
                 raise ConfigError(
-                    f"{where}: adapter {adapter!r}: none of that name is loaded; "
-                    f"{suggest(adapter, adapters)}"
+                    f"{where}: adapter {adapter!r}: is not loaded; {suggest(adapter, adapters)}"
                 )
             require_language_model(adapters[adapter], adapter, "generate text")
         length = len(tokens)
         if not length:
             raise DataError(
-                f"{where}: has no tokens; give at least one, such as the tokenizer's bos"
+                f"{where}: has no tokens; give at least one, such as the tokenizer's BOS token"
             )
         if not 0 <= min(tokens) <= max(tokens) < vocab_size:
             raise DataError(
@@ -95,33 +94,33 @@ def check_prompts(
             )
         if length >= context:
             raise DataError(
-                f"{where}: has {length} tokens, but the context holds {context}, and the answer "
-                "needs room too; shorten it"
+                f"{where}: has {length} tokens, but the context holds {context}, answer included; "
+                "shorten it"
             )
         if length + max_new_tokens > context:
             raise DataError(
-                f"{where}: has {length} tokens, and with {max_new_tokens} new ones does not fit "
+                f"{where}: has {length} tokens, and with {max_new_tokens} new tokens does not fit "
                 f"into the context of {context}; shorten it, or ask for at most "
                 f"{context - length} new tokens"
             )
         if switch is not None and length <= switch < length + max_new_tokens:
             raise DataError(
-                f"{where}: has {length} tokens, and with {max_new_tokens} new ones passes "
-                f"{switch}, from which on this model's longrope changes all frequencies; "
-                + _ways_around(switch, length, max_new_tokens, context)
+                f"{where}: has {length} tokens, and with {max_new_tokens} new tokens passes "
+                f"{switch}, where this model's longrope changes all frequencies; "
+                + _remedies(switch, length, max_new_tokens, context)
             )
 
 
-def _ways_around(switch: int, length: int, max_new_tokens: int, context: int) -> str:
-    """What helps a prompt whose answer would pass `switch`."""
-    ways = []
+def _remedies(switch: int, length: int, max_new_tokens: int, context: int) -> str:
+    """Advice for a prompt whose continuation would pass `switch`."""
+    remedies = []
     if length < switch:
-        ways.append(f"ask for at most {switch - length} new tokens")
+        remedies.append(f"ask for at most {switch - length} new tokens")
     if max_new_tokens < switch:
-        ways.append(f"shorten it to {switch - max_new_tokens} tokens")
+        remedies.append(f"shorten it to {switch - max_new_tokens} tokens")
     if switch + max_new_tokens < context:
-        ways.append(f"give a prompt of more than {switch} tokens")
-    return ", or ".join(ways) or "shorten it, and ask for fewer new tokens"
+        remedies.append(f"give a prompt of more than {switch} tokens")
+    return ", or ".join(remedies) or "shorten it, and ask for fewer new tokens"
 
 
 def check_requests(
@@ -133,21 +132,21 @@ def check_requests(
     seed: int,
     context: int,
 ) -> None:
-    """Refuses rows that cannot be continued side by side.
+    """Rejects rows that cannot be continued side by side.
 
     Args:
-      model: the base's architecture.
-      adapters: those that there are, by name.
-      prompts: of each row.
-      names: of each row's adapter; None is the base.
-      max_new_tokens: of each row.
-      seed: of what is drawn.
-      context: of a prompt and its continuation together, at most.
+      model: architecture of the base.
+      adapters: methods of the loaded adapters, by name.
+      prompts: token ids of each row's prompt.
+      names: adapter of each row; None is the base.
+      max_new_tokens: number of tokens that may follow each prompt.
+      seed: random seed.
+      context: largest number of tokens of a prompt and its continuation together.
 
     Raises:
-      ConfigError: an adapter that is unknown or a classifier, or a number out of range.
-      DataError: a prompt is empty, has ids that the model lacks, is too long, or does not go with
-        the others.
+      ConfigError: an adapter is unknown or a classifier, or a number is out of range.
+      DataError: a prompt is empty, has token ids beyond the vocabulary, is too long, or is on
+        another side of `frequency_switch` than the others.
     """
     if max_new_tokens < 1:
         raise ConfigError(f"max_new_tokens: must be positive, got {max_new_tokens}")
@@ -170,7 +169,7 @@ def check_requests(
 
 
 def frequency_switch(model: ModelConfig) -> int | None:
-    """Tokens from which on longrope changes all frequencies of rotary embeddings; None if never."""
+    """Length beyond which longrope changes all rotary frequencies; None without longrope."""
     for rope in (model.rope, model.sliding_rope):
         if rope is not None and rope.rope_type == "longrope":
             return rope.original_max_position_embeddings
@@ -178,16 +177,16 @@ def frequency_switch(model: ModelConfig) -> int | None:
 
 
 def _check_sides(switch: int, lengths: Sequence[int]) -> None:
-    """Refuses rows of both sides of a change of frequencies.
+    """Rejects rows on both sides of a change of frequencies.
 
-    The frequencies follow from the longest row of a batch, and changing them midway would need all
-    keys anew: all rows have to stay within the length of the short ones, or start beyond it.
+    The frequencies follow from the longest row of a batch, and a change midway would invalidate all
+    cached keys. So all rows stay within `switch`, or all start beyond it.
     """
     short = [(number, length) for number, length in enumerate(lengths, 1) if length <= switch]
     if short and len(short) < len(lengths):
         number, length = short[-1]
         raise DataError(
-            f"prompt {number}: its {length} tokens stay below {switch} tokens, from which on this "
-            "model's longrope changes all frequencies, and another prompt does not; generate from "
-            "them apart"
+            f"prompt {number}: its {length} tokens stay below {switch}, where this model's "
+            "longrope changes all frequencies, and another prompt does not; generate from each "
+            "separately"
         )

@@ -1,59 +1,28 @@
-"""What a user says as the tokens that the model reads, just as training would have shown them."""
+"""Prompts as token ids, in the format that training used."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from moe_jax.config.parse import FieldError, require
+from moe_jax.config.parse import FieldError
 from moe_jax.data.chat import render
 from moe_jax.data.prompt_template import load_prompt_template
 from moe_jax.data.tokenizer import encode, encode_prompt
 from moe_jax.errors import DataError
+from moe_jax.inference.settings import PromptFormat
 
 Message = dict[str, Any]
-"""A turn of a conversation: `role` and `content`."""
-
-
-@dataclass(frozen=True)
-class PromptFormat:
-    """How a text becomes a prompt.
-
-    Attributes:
-      chat: it is a user's turn, and the tokenizer's chat template says what stands around it.
-      system: the system message that conversations begin with; with `chat` only.
-      template: it is an instruction, for a prompt template as in training: the name of one in
-        `moe_jax/data/prompts/`, or a file. Without `chat` and `template` the text is the prompt.
-
-    Raises:
-      ConfigError: fields contradict each other.
-    """
-
-    chat: bool = False
-    system: str | None = None
-    template: str | None = None
-
-    def __post_init__(self):
-        require(
-            not (self.chat and self.template),
-            "template",
-            "is for prompts without a chat template; give it or `chat`, not both",
-        )
-        require(
-            self.chat or self.system is None,
-            "system",
-            "a system message is for conversations; give `chat` too",
-        )
+"""Turn of a conversation, with the keys `role` and `content`."""
 
 
 class Prompt(NamedTuple):
-    """A prompt as the model reads it.
+    """Encoded prompt.
 
     Attributes:
-      tokens: its ids.
-      adapter: whose it is; None is the base as it is.
-      where: names it in messages.
+      tokens: token ids.
+      adapter: name of the adapter; None is the base alone.
+      where: name of the prompt in error messages.
     """
 
     tokens: tuple[int, ...]
@@ -62,14 +31,14 @@ class Prompt(NamedTuple):
 
 
 class PromptEncoder:
-    """Makes prompts of texts and of conversations."""
+    """Encoder of texts and conversations."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt_format: PromptFormat):
-        """Reads the prompt template, if there is one.
+        """Loads the prompt template, if the format has one.
 
         Raises:
           ConfigError: the tokenizer has no chat template.
-          DataError: there is no such template.
+          DataError: the prompt template does not exist.
         """
         self._tokenizer = tokenizer
         self._format = prompt_format
@@ -79,20 +48,22 @@ class PromptEncoder:
             raise FieldError("chat", self._no_chat_template())
 
     def text(self, text: str, where: str, material: str = "") -> tuple[int, ...]:
-        """The ids of a text in the encoder's format.
+        """Encodes a text in the encoder's format.
 
         Args:
-          text: a prompt, an instruction, or what a user says.
-          where: for messages.
-          material: the instruction's input; for a prompt template only.
+          text: a prompt, an instruction, or a user's turn.
+          where: name of the prompt in error messages.
+          material: input of the instruction; for prompt templates only.
 
         Raises:
-          DataError: the text is empty, or does not go with the format.
+          DataError: the text is empty, or does not fit the format.
         """
         if not text.strip():
-            raise DataError(f"{where}: is empty; write something for the model to continue")
+            raise DataError(f"{where}: is empty; give some text")
         if material and self._template is None:
-            raise DataError(f"{where}: has an input, which only a prompt template has a place for")
+            raise DataError(
+                f"{where}: has an input, which only a prompt template takes; give a template too"
+            )
         if self._format.chat:
             return self.conversation([{"role": "user", "content": text}], where)
         if self._template is not None:
@@ -100,11 +71,11 @@ class PromptEncoder:
         return tuple(encode_prompt(self._tokenizer, text))
 
     def conversation(self, messages: Sequence[Message], where: str) -> tuple[int, ...]:
-        """The ids of a conversation that the assistant is to go on with.
+        """Encodes a conversation that ends before the assistant's turn.
 
         Raises:
-          DataError: the tokenizer has no chat template, it refuses the conversation, or that is
-            none.
+          DataError: the conversation is invalid, or the tokenizer has no chat template or its
+            template rejects the conversation.
         """
         if not self._tokenizer.chat_template:
             raise DataError(f"{where}: {self._no_chat_template()}")
@@ -130,8 +101,8 @@ def _check_messages(messages: Any, where: str) -> None:
         fields = (message.get("role"), message.get("content")) if is_object else (None,)
         if not all(isinstance(text, str) for text in fields):
             raise DataError(
-                f"{where}: message {number}: must have the texts 'role' and 'content', got "
+                f"{where}: message {number}: must have the strings 'role' and 'content', got "
                 f"{message!r:.60}"
             )
     if messages[-1]["role"] == "assistant":
-        raise DataError(f"{where}: ends with the assistant, which then has nothing to answer")
+        raise DataError(f"{where}: ends with the assistant's turn; end it with the user's")

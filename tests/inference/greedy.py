@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedModel
 
-from moe_jax.inference.generator import Generator, Request
-from moe_jax.inference.sampling import SamplingConfig
+from moe_jax.inference.generator import Request, TokenGenerator
+from moe_jax.inference.settings import SamplingConfig
 
 NOWHERE = 10**6
 """The id of no token, so that only their number ends continuations."""
@@ -15,7 +15,7 @@ GREEDY = SamplingConfig()
 
 
 def continuations(
-    generator: Generator,
+    generator: TokenGenerator,
     requests: Sequence[Request],
     new_tokens: int,
     *,

@@ -12,7 +12,7 @@ from tolerances import FLOAT32_LOGITS
 
 from moe_jax.adapters import METHODS
 from moe_jax.adapters.method import NoAdapter
-from moe_jax.adapters.rows import Segment
+from moe_jax.adapters.rows import AdapterRows
 from moe_jax.adapters.tree import to_collection
 from moe_jax.config.model import ComputeConfig, RopeConfig
 from moe_jax.config.parse import parse_member
@@ -80,10 +80,11 @@ def computed():
         for name, method in methods.items()
     }
     everyone = {**methods, "base": NoAdapter()}
-    segments = tuple(
-        Segment(name, method, row, row + 1) for row, (name, method) in enumerate(everyone.items())
+    adapter_rows = tuple(
+        AdapterRows(name, method, row, row + 1)
+        for row, (name, method) in enumerate(everyone.items())
     )
-    model = bare.clone(segments=segments)
+    model = bare.clone(adapter_rows=adapter_rows)
     variables = {"params": params, "adapters": to_collection(trees)}
     # All rows are the same tokens, so that logits tell methods apart.
     tokens = np.tile(np.random.default_rng(0).integers(0, 96, LENGTH), (len(everyone), 1))

@@ -5,7 +5,7 @@ import pytest
 from inference.tokenizers_to_try import byte_level, sentence_piece
 
 from moe_jax.data.tokenizer import encode, encode_prompt
-from moe_jax.inference.detokenise import Detokeniser
+from moe_jax.inference.text_generator import Detokeniser
 
 TEXTS = [
     "an ant",

@@ -12,7 +12,7 @@ from whole_models import adapter_of, tiny_model
 
 import moe_jax
 from moe_jax.config.model import ComputeConfig
-from moe_jax.inference.generator import Generator, Request
+from moe_jax.inference.generator import Request, TokenGenerator
 
 WINDOW, NEW = 5, 14
 SEED = 5  # of models that do not fall into saying one token again and again
@@ -68,7 +68,7 @@ def test_rows_of_a_base_and_of_its_adapter_equal_transformers(case, tmp_path):
         tuple(np.random.default_rng(n).integers(1, 64, length).tolist())
         for n, length in enumerate((5, 11, 7))
     ]
-    generator = Generator(
+    generator = TokenGenerator(
         base.config,
         base.params,
         {"x": (adapter.method, adapter.tree)},

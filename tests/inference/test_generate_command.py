@@ -12,7 +12,7 @@ from inference.tokenizers_to_try import DEMO_BASE, byte_level
 import moe_jax
 from moe_jax.cli import main
 from moe_jax.config.classification import ClassificationConfig
-from moe_jax.inference import session as sessions
+from moe_jax.inference import api as sessions
 
 TOKENIZER = byte_level()
 LORA = moe_jax.LoraConfig(rank=2, alpha=4.0, target_modules=("q_proj",))
@@ -46,7 +46,7 @@ def answer(request):
 @pytest.fixture
 def scripted(monkeypatch):
     generator = ScriptedGenerator(answer)
-    monkeypatch.setattr(sessions, "Generator", lambda *_, **__: generator)
+    monkeypatch.setattr(sessions, "TokenGenerator", lambda *_, **__: generator)
     monkeypatch.setattr(sessions, "load_params", lambda *_: None)
     return generator
 
@@ -297,7 +297,7 @@ def test_adapters_of_several_bases_and_none_at_all(scripted, adapters, capsys):
         ({"promt": "a"}, "line 1: unknown column 'promt'; did you mean 'prompt'"),
         ({"prompt": 3}, "line 1: column 'prompt' must be text, got 3"),
         ({}, "must have either the column 'prompt' or the column 'messages'"),
-        ({"prompt": "a", "adapter": "twoo"}, "line 1: adapter 'twoo': none of that name is loaded"),
+        ({"prompt": "a", "adapter": "twoo"}, "line 1: adapter 'twoo': is not loaded"),
         ({"messages": []}, "line 1: a conversation must be a list of messages"),
         ([1], "line 1: a row must be an object"),
     ],

@@ -17,8 +17,8 @@ from moe_jax.config.model import ComputeConfig, RopeConfig
 from moe_jax.config.run import MeshConfig
 from moe_jax.errors import CheckpointError, ConfigError, DataError
 from moe_jax.hf.base_model import open_base
-from moe_jax.inference.decoding import SamplingConfig
-from moe_jax.inference.generator import Generator, Request
+from moe_jax.inference.generator import Request, TokenGenerator
+from moe_jax.inference.settings import SamplingConfig
 from moe_jax.loaded.model import build_model, load_adapters, load_params
 from moe_jax.sharding.mesh import make_mesh
 
@@ -54,7 +54,7 @@ def adapters(base):
 @pytest.fixture(scope="module")
 def generator(base, adapters):
     own = {name: (adapter.method, adapter.tree) for name, adapter in adapters.items()}
-    return Generator(base.config, base.params, own, compute=COMPUTE)
+    return TokenGenerator(base.config, base.params, own, compute=COMPUTE)
 
 
 @pytest.fixture(scope="module")
@@ -134,14 +134,14 @@ def test_a_mesh_gives_the_same(folder, adapters, greedy):
     loaded = load_adapters(adapters, files, model, mesh)
     own = {one.name: (one.saved.method, one.saved.tree) for one in loaded}
     params = load_params(files, model, mesh)
-    generator = Generator(files.config, params, own, compute=COMPUTE, mesh=mesh)
+    generator = TokenGenerator(files.config, params, own, compute=COMPUTE, mesh=mesh)
     assert continuations(generator, REQUESTS, NEW) == greedy
 
 
 def test_what_cannot_be_asked_for_is_said_before_anything_runs(base, adapters):
     def refused(message, *requests, error=DataError, new_tokens=4, seed=0, config=base.config):
         own = {"mix": (adapters["mix"].method, adapters["mix"].tree)}
-        generator = Generator(config, base.params, own, compute=COMPUTE)
+        generator = TokenGenerator(config, base.params, own, compute=COMPUTE)
         with pytest.raises(error, match=message):
             generator.stream(
                 [Request(*request) for request in requests],
@@ -154,7 +154,7 @@ def test_what_cannot_be_asked_for_is_said_before_anything_runs(base, adapters):
     refused("prompt 2: has no tokens", [(1,)], [()])
     refused("prompt 1: has ids from 3 to 64, .* for 0 to 63", [(3, 64)])
     refused(
-        "prompt 1: has 62 tokens, and with 4 new ones does not fit into the context of 64; "
+        "prompt 1: has 62 tokens, and with 4 new tokens does not fit into the context of 64; "
         "shorten it, or ask for at most 2 new tokens",
         [(1,) * 62],
     )
@@ -171,9 +171,9 @@ def test_what_cannot_be_asked_for_is_said_before_anything_runs(base, adapters):
         original_max_position_embeddings=8,
     )
     long = dataclasses.replace(base.config, rope=rope)
-    refused("has 6 tokens, and with 4 new ones passes 8, .* at most 2", [(1,) * 6], config=long)
+    refused("has 6 tokens, and with 4 new tokens passes 8, .* at most 2", [(1,) * 6], config=long)
     refused("prompt 2: its 2 tokens stay below 8", [(1,) * 9], [(1, 2)], config=long)
-    Generator(long, base.params, {}, compute=COMPUTE).stream(
+    TokenGenerator(long, base.params, {}, compute=COMPUTE).stream(
         [Request((1,) * 4), Request((2,))], SamplingConfig(), max_new_tokens=4, eos_ids=()
     )
 
@@ -182,11 +182,11 @@ def test_what_cannot_be_asked_for_is_said_before_anything_runs(base, adapters):
         ("buckets: .* got 16, 8", {"buckets": (16, 8)}),
     ):
         with pytest.raises(ConfigError, match=message):
-            Generator(base.config, base.params, {}, compute=COMPUTE, **options)
+            TokenGenerator(base.config, base.params, {}, compute=COMPUTE, **options)
 
 
 def test_logits_that_are_not_finite_end_it(base):
     params = jax.tree.map(lambda leaf: np.full_like(leaf, np.nan), base.params)
-    generator = Generator(base.config, params, {}, compute=COMPUTE)
+    generator = TokenGenerator(base.config, params, {}, compute=COMPUTE)
     with pytest.raises(CheckpointError, match="prompt 1: the model's logits are not finite"):
         continuations(generator, [Request((1, 2))], 1)

@@ -10,7 +10,8 @@ from moe_jax.config.classification import ClassificationConfig
 from moe_jax.data.chat import end_of_turn
 from moe_jax.errors import UserError
 from moe_jax.inference.limits import check_prompts
-from moe_jax.inference.prompts import Prompt, PromptEncoder, PromptFormat
+from moe_jax.inference.prompts import Prompt, PromptEncoder
+from moe_jax.inference.settings import PromptFormat
 
 CHAT = byte_level()  # <s> is 0, </s> is 1, and there is a chat template
 LORA = moe_jax.LoraConfig(rank=2, alpha=4.0, target_modules=("q_proj",))
@@ -86,8 +87,8 @@ def test_without_a_chat_template():
     [
         ("hello", "must be a list of messages, got 'hello'"),
         ([], "must be a list of messages"),
-        ([{"role": "user"}], "message 1: must have the texts 'role' and 'content'"),
-        (["hi"], "message 1: must have the texts"),
+        ([{"role": "user"}], "message 1: must have the strings 'role' and 'content'"),
+        (["hi"], "message 1: must have the strings"),
         ([{"role": "assistant", "content": "a"}], "ends with the assistant"),
     ],
 )
@@ -110,12 +111,12 @@ def test_an_input_needs_a_template():
 @pytest.mark.parametrize(
     ("tokens", "adapter", "message"),
     [
-        ([1] * 20, None, "x: has 20 tokens, but the context holds 20, and the answer"),
-        ([1] * 16, None, "x: has 16 tokens, and with 5 new ones .* 20; .* at most 4 new tokens"),
+        ([1] * 20, None, "x: has 20 tokens, but the context holds 20, answer included"),
+        ([1] * 16, None, "x: has 16 tokens, and with 5 new tokens .* 20; .* at most 4 new tokens"),
         ([1, 9], None, "x: has ids from 1 to 9, but the base has embeddings for 0 to 8"),
         ([], None, "x: has no tokens"),
         ([1], "judge", "adapter 'judge': is a classifier .*, and cannot generate text"),
-        ([1], "mne", "x: adapter 'mne': none of that name is loaded; did you mean 'mine'"),
+        ([1], "mne", "x: adapter 'mne': is not loaded; did you mean 'mine'"),
     ],
 )
 def test_prompts_that_cannot_be_answered(tokens, adapter, message):
@@ -143,7 +144,7 @@ def test_an_answer_does_not_pass_a_change_of_frequencies(length, new_tokens, con
         limits = dict(context=context, vocab_size=9, adapters={}, switch=8)
         check_prompts([prompt], max_new_tokens=new_tokens, **limits)
 
-    with pytest.raises(UserError, match="passes 8, from which on") as refused:
+    with pytest.raises(UserError, match="passes 8, where this") as refused:
         check(length, new_tokens)
     given = str(refused.value).split("frequencies; ")[1].split(", or ")
     assert len(given) == len(ways)

@@ -11,7 +11,8 @@ from transformers.generation import logits_process as theirs
 
 from moe_jax.config.parse import parse
 from moe_jax.errors import UserError
-from moe_jax.inference.sampling import NOT_FINITE, SamplingConfig, filtered_logits, next_token
+from moe_jax.inference.decoding import NOT_FINITE, filtered_logits, next_token
+from moe_jax.inference.settings import SamplingConfig
 
 ROWS, VOCABULARY = 4, 50
 CONFIGS = [

@@ -93,7 +93,7 @@ def test_conversations_need_no_flag(base, monkeypatch):
             seen.append((requests[0].tokens, eos_ids))
             return iter([[1]])
 
-    monkeypatch.setattr("moe_jax.inference.session.Generator", Nothing)
+    monkeypatch.setattr("moe_jax.inference.api.TokenGenerator", Nothing)
     opened = moe_jax.load_base(DEMO_BASE)
     messages = [{"role": "user", "content": "Who?"}]
     assert moe_jax.generate(opened, [messages]) == [""]
@@ -106,10 +106,10 @@ def test_conversations_need_no_flag(base, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (([],), "prompts: none is given"),
+        (([],), "prompts: the list is empty"),
         ((["a", ""],), "prompt 2: is empty"),
         (("",), "the prompt: is empty"),
-        (("a", "mne"), "the prompt: adapter 'mne': none of that name is loaded; did you mean"),
+        (("a", "mne"), "the prompt: adapter 'mne': is not loaded; did you mean"),
         ((["a", "b"], ["mine"]), "adapter: 1 names for 2 prompts"),
         (("a " * 300,), "the prompt: has .* tokens, but the context holds 256"),
     ],

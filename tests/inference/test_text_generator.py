@@ -6,8 +6,8 @@ from inference.tokenizers_to_try import byte_level
 
 from moe_jax.errors import UserError
 from moe_jax.inference.prompts import Prompt
-from moe_jax.inference.sampling import SamplingConfig
-from moe_jax.inference.text import Answer, GenerationConfig, Piece, TextGenerator
+from moe_jax.inference.settings import GenerationConfig, SamplingConfig
+from moe_jax.inference.text_generator import Answer, Piece, TextGenerator
 
 TOKENIZER = byte_level()
 END = TOKENIZER.eos_token_id
@@ -126,7 +126,7 @@ def test_prompts_on_either_side_of_a_change_of_frequencies_are_batched_apart():
         ({"samples": 3}, "samples: with temperature 0 all 3 would be the same"),
         ({"seed": -1}, "seed: must be between 0 and"),
         ({"stop": ("",)}, "stop: a stop string is empty"),
-        ({"stop": "text"}, "stop: must be texts"),
+        ({"stop": "text"}, "stop: must be strings"),
     ],
 )
 def test_bad_values(fields, message):

@@ -1,0 +1,101 @@
+"""End of an answer: end tokens and stop strings."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from moe_jax.errors import CheckpointError
+
+_FIELD = "eos_token_id"
+
+
+def end_tokens(folder: Path, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Token ids that end an answer of the base in `folder`.
+
+    They are those of `generation_config.json` and `config.json`, at which transformers stops, and
+    the tokenizer's end-of-text token, which training puts after a completion.
+
+    Returns:
+      The ids; empty if no file names any, so that only the length ends an answer.
+
+    Raises:
+      CheckpointError: a file is unreadable, or its `eos_token_id` is invalid.
+    """
+    ids = {tokenizer.eos_token_id} if isinstance(tokenizer.eos_token_id, int) else set()
+    for name in ("generation_config.json", "config.json"):
+        file = folder / name
+        if not file.is_file():
+            continue
+        try:
+            fields = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{file}: cannot be read as JSON ({error})") from None
+        if not isinstance(fields, dict):
+            raise CheckpointError(f"{file}: expected a JSON object")
+        # Models that also read images keep the fields of their text model in a group.
+        for group in (fields, fields.get("text_config")):
+            if isinstance(group, dict):
+                ids |= _ids(group.get(_FIELD), file)
+    return frozenset(ids)
+
+
+def _ids(value: Any, file: Path) -> set[int]:
+    ids = [] if value is None else value if isinstance(value, list) else [value]
+    for token in ids:
+        if not isinstance(token, int) or isinstance(token, bool) or token < 0:
+            raise CheckpointError(
+                f"{file}: {_FIELD}: expected a token id or a list of them, got {value!r}"
+            )
+    return set(ids)
+
+
+class StopStrings:
+    """Filter that passes a stream of text on up to the first stop string.
+
+    Text that may be the beginning of a stop string is held back, so no part of a stop string is
+    passed on. If several stop strings occur, the one that is complete first ends the text. The
+    output does not depend on how the text is split into pieces.
+
+    Attributes:
+      found: stop string that ended the text; None before that.
+    """
+
+    def __init__(self, stops: Sequence[str]):
+        """Starts an empty text; `stops` are not empty strings."""
+        self._stops = tuple(stops)
+        self._held = ""
+        self.found: str | None = None
+
+    def push(self, piece: str) -> str:
+        """Adds a piece of text; returns the text that is safe to pass on."""
+        if self.found is not None:
+            return ""
+        text = self._held + piece
+        matches = [
+            (start + len(stop), start, stop)
+            for stop in self._stops
+            if (start := text.find(stop)) >= 0
+        ]
+        if matches:
+            _, start, self.found = min(matches)
+            self._held = ""
+            return text[:start]
+        keep = len(text) - self._partial_match(text)
+        self._held = text[keep:]
+        return text[:keep]
+
+    def finish(self) -> str:
+        """Returns the text held back; call it when the text is complete."""
+        held, self._held = self._held, ""
+        return held
+
+    def _partial_match(self, text: str) -> int:
+        """Length of the longest end of `text` that begins a stop string."""
+        longest = max((len(stop) for stop in self._stops), default=0) - 1
+        for size in range(min(longest, len(text)), 0, -1):
+            if any(stop.startswith(text[-size:]) for stop in self._stops):
+                return size
+        return 0
