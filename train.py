@@ -19,7 +19,8 @@ import jax
 from absl import app, flags
 
 from moe_jax.adapters import METHODS
-from moe_jax.commands.compilation_cache import keep_compiled_programs
+from moe_jax.checkpoints.late_errors import silence_late_errors
+from moe_jax.commands.process import keep_compiled_programs
 from moe_jax.config.command_line import apply_overrides, load_config_file, split_overrides
 from moe_jax.config.model import ModelConfig
 from moe_jax.config.run import RunConfig, parse_run_config
@@ -92,7 +93,7 @@ def set_up_jax() -> None:
 def run(config: RunConfig) -> int:
     """Trains, or goes on training."""
     # After set_up_jax: their libraries look at devices.
-    from moe_jax.evaluation.in_training import OnTasks
+    from moe_jax.evaluation.training_evaluator import OnTasks
     from moe_jax.training.run.loop import train
 
     assert WORKDIR.value is not None
@@ -116,7 +117,7 @@ def plan(config: RunConfig) -> int:
 
 def planned_model(config: RunConfig) -> ModelConfig:
     """The base's architecture, from a local checkpoint or else from the configuration."""
-    from moe_jax.training.run.inputs import require_stated_architecture
+    from moe_jax.training.run.input_checks import require_stated_architecture
 
     folder = Path(config.base.path).expanduser()
     if folder.is_dir():
@@ -132,4 +133,5 @@ def planned_model(config: RunConfig) -> ModelConfig:
 
 
 if __name__ == "__main__":
+    silence_late_errors()
     sys.exit(main(sys.argv))

@@ -51,8 +51,10 @@ def main(arguments: list[str] | None = None) -> int:
         command.set_defaults(run=add(command))
     chosen = parser.parse_args(arguments)
     if arguments is None:  # a program that calls this decides on such things itself
-        from moe_jax.commands.compilation_cache import keep_compiled_programs  # with jax
+        from moe_jax.checkpoints.late_errors import silence_late_errors
+        from moe_jax.commands.process import keep_compiled_programs  # with jax
 
+        silence_late_errors()
         keep_compiled_programs()
     try:
         with _sigterm_unwinds(), naming_flags(chosen):

@@ -18,8 +18,8 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from moe_jax.adapters import METHODS
+from moe_jax.checkpoints.late_errors import register_folder
 from moe_jax.checkpoints.leaves import LeafSpec, leaf_specs, nested
-from moe_jax.checkpoints.quiet import quiet_orbax
 from moe_jax.checkpoints.restored_tree import restore_tree
 from moe_jax.checkpoints.snapshot import Snapshot, take_snapshot, without_copy
 from moe_jax.checkpoints.training_record import (
@@ -34,7 +34,7 @@ from moe_jax.errors import CheckpointError, ConfigError
 from moe_jax.files.atomic import write_atomic
 from moe_jax.files.disk import disk_errors, require_space, resolve_link
 from moe_jax.files.folders import current_folder, replace_folder, restore_former_folder
-from moe_jax.hf.fingerprint import BaseIdentity
+from moe_jax.hf.base_model import BaseIdentity
 from moe_jax.version import __version__
 
 FORMAT_VERSION = 1
@@ -128,7 +128,7 @@ def _write(folder: Path, adapter: SavedAdapter, weights: Snapshot) -> None:
     }
     require_space(folder, sum(leaf.nbytes for leaf in jax.tree.leaves(adapter.tree)))
     incomplete = folder.with_name(f".{folder.name}.incomplete")
-    quiet_orbax(incomplete)
+    register_folder(incomplete)
     try:
         with disk_errors(folder):
             if jax.process_index() == 0:

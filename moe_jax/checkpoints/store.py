@@ -15,8 +15,8 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
+from moe_jax.checkpoints.late_errors import register_folder
 from moe_jax.checkpoints.leaves import named_leaves, nested
-from moe_jax.checkpoints.quiet import quiet_orbax
 from moe_jax.checkpoints.restored_tree import first_line, restore_tree
 from moe_jax.checkpoints.snapshot import Snapshot, take_snapshot
 from moe_jax.errors import CheckpointError
@@ -77,7 +77,7 @@ class TrainingStore:
           CheckpointError: `folder` cannot be made or written.
         """
         self.folder = folder.absolute()
-        quiet_orbax(self.folder)
+        register_folder(self.folder)
         with disk_errors(self.folder):
             self._manager = ocp.CheckpointManager(
                 self.folder,

@@ -22,7 +22,7 @@ from moe_jax.checkpoints.leaves import named_leaves
 from moe_jax.config.model import ModelConfig, RopeConfig
 from moe_jax.config.parse import parse_member
 from moe_jax.errors import CheckpointError, TrainingError
-from moe_jax.hf.fingerprint import BaseIdentity
+from moe_jax.hf.base_model import BaseIdentity
 
 MODEL = ModelConfig(
     vocab_size=10,
