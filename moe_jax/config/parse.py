@@ -162,7 +162,7 @@ def parse(hint: Any, value: Any, path: str = ROOT) -> Any:
         if not isinstance(value, list | tuple):
             raise ConfigError(f"{path}: expected a tuple, got {_describe(value)}")
         return tuple(parse(args[0], item, f"{path}[{i}]") for i, item in enumerate(value))
-    if origin is dict:
+    if origin in (dict, Mapping):
         mapping = _as_mapping(value, path)
         for key in mapping:
             if not isinstance(key, str):

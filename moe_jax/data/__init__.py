@@ -1,6 +1,6 @@
-"""Text in, batches out."""
+"""Text in, batches out: sources, prompts, tokenised data sets, and padded or packed batches."""
 
 import os
 
-# Before anything here imports transformers, which advises to install PyTorch; tokenizers need none.
+# Set before any import of transformers, which otherwise advises to install PyTorch.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")

@@ -1,30 +1,34 @@
-"""The one form in which training text reaches the device."""
+"""Batches of token sequences, padded or packed: the form in which training text reaches the device.
+
+A padded row holds one sequence. A packed row holds several, one behind another.
+"""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
+# Padding is masked everywhere, so any id serves; 0 is in every vocabulary.
+PADDING_ID = 0
+
 
 class Batch(NamedTuple):
     """Rows of tokens, padded to a common length; NumPy on the host, jax arrays on the device.
-
-    A row is one sequence, or several where rows are packed.
 
     All fields have shape [B, S] (B rows of S tokens). The target of position s is the token at
     s + 1.
 
     Attributes:
       tokens: int32 token ids; the id at a padding position is never read.
-      loss_mask: bool, true where the token *at that position* is to be predicted; false at the
-        first token of a sequence behind another.
-      segment_ids: int32, 0 at padding, otherwise the number of the sequence within its row, from 1.
-        Tokens attend within their own segment only.
-      positions: int32, the token's place within its own sequence, from 0.
-      expert_groups: int32, the group of experts that the token's sequence belongs to, the same
-        for all of its tokens, and 0 at padding; see `SourceConfig.expert_group`.
-      labels: float32, 0 but at the last token of a row that is to be classified: there the index of
-        its class or its number stands, and `loss_mask` is true.
+      loss_mask: bool, true where the token *at that position* is a target; false at the first token
+        of every sequence but the first of a row.
+      segment_ids: int32, number of the sequence within its row, from 1; 0 at padding. Tokens attend
+        within their own segment only.
+      positions: int32, position of the token within its sequence, from 0.
+      expert_groups: int32, group of experts of the token's sequence, equal for all of its tokens;
+        0 at padding. See `SourceConfig.expert_group`.
+      labels: float32, class index or number at the last token of a row to classify, where
+        `loss_mask` is true; 0 elsewhere.
     """
 
     tokens: Any
@@ -35,22 +39,14 @@ class Batch(NamedTuple):
     labels: Any
 
 
-# FIXME docstring of the merged data.collate:
-# """From sequences of different lengths to one batch, each in a row of its own or several in one."""
-
-
-# Padding is masked everywhere, so any id of the vocabulary will do; 0 is in all of them.
-PADDING_ID = 0
-
-
-class Row(NamedTuple):
-    """One sequence.
+class TokenSequence(NamedTuple):
+    """One sequence before it is padded or packed.
 
     Attributes:
       tokens: int32 token ids, [n].
       loss_mask: bool [n], as in `Batch`.
-      expert_group: of the data set that it is from; see `SourceConfig.expert_group`.
-      label: of a row that is to be classified; see `Batch.labels`.
+      expert_group: group of experts of the sequence's data set; see `SourceConfig.expert_group`.
+      label: class index or number of a sequence to classify; see `Batch.labels`.
     """
 
     tokens: np.ndarray
@@ -60,12 +56,12 @@ class Row(NamedTuple):
 
 
 def padded_length(longest: int, lengths: Sequence[int]) -> int:
-    """The smallest of the ascending `lengths` that holds a row of `longest` tokens."""
+    """Smallest of the ascending `lengths` that holds a row of `longest` tokens."""
     return next(length for length in lengths if length >= longest)
 
 
 def doubled_lengths(shortest: int, longest: int) -> tuple[int, ...]:
-    """Lengths to pad to, each twice the one before, from `shortest` on; `longest` is the last."""
+    """Padded lengths `shortest`, 2 `shortest`, 4 `shortest`, ...; the last one is `longest`."""
     lengths = []
     length = shortest
     while length < longest:
@@ -74,13 +70,13 @@ def doubled_lengths(shortest: int, longest: int) -> tuple[int, ...]:
     return (*lengths, longest)
 
 
-def pad_rows(rows: Sequence[Row], batch_size: int, lengths: Sequence[int]) -> Batch:
-    """A batch [batch_size, S] of at most that many rows; S is one of `lengths`.
+def pad_rows(rows: Sequence[TokenSequence], batch_size: int, lengths: Sequence[int]) -> Batch:
+    """Pads up to `batch_size` sequences to a batch [batch_size, S]; S is one of `lengths`.
 
     Args:
-      rows: at least one.
+      rows: at least one sequence.
       batch_size: rows of the batch; those beyond `rows` are empty (segment 0, no target).
-      lengths: the padded lengths that may occur, ascending.
+      lengths: allowed padded lengths, ascending.
     """
     width = padded_length(max(len(tokens) for tokens, *_ in rows), lengths)
     batch = _padding((batch_size, width))
@@ -89,22 +85,22 @@ def pad_rows(rows: Sequence[Row], batch_size: int, lengths: Sequence[int]) -> Ba
     return batch
 
 
-def pack_rows(rows: Sequence[Sequence[Row]], length: int) -> Batch:
-    """A batch [len(rows), length] whose rows hold several sequences each, one behind the other.
+def pack_rows(rows: Sequence[Sequence[TokenSequence]], length: int) -> Batch:
+    """Packs sequences one behind another into a batch [len(rows), length].
 
-    A sequence's first token is not predicted, as what stands before it is another sequence.
+    The first token of a sequence is no target, since it follows another sequence.
 
     Args:
-      rows: the sequences of each row of the batch, of at most `length` tokens together.
+      rows: sequences of each row, of at most `length` tokens together.
       length: tokens of a row.
     """
     batch = _padding((len(rows), length))
     for number, sequences in enumerate(rows):
         start = 0
-        for segment, row in enumerate(sequences, start=1):
-            _write(batch, number, start, segment, row)
+        for segment, sequence in enumerate(sequences, start=1):
+            _write(batch, number, start, segment, sequence)
             batch.loss_mask[number, start] = False
-            start += len(row.tokens)
+            start += len(sequence.tokens)
     return batch
 
 
@@ -119,13 +115,13 @@ def _padding(shape: tuple[int, int]) -> Batch:
     )
 
 
-def _write(batch: Batch, number: int, start: int, segment: int, row: Row) -> None:
-    """Puts a sequence into row `number` of a batch, from place `start` on."""
-    stop = start + len(row.tokens)
-    place = (number, slice(start, stop))
-    batch.tokens[place] = row.tokens
-    batch.loss_mask[place] = row.loss_mask
-    batch.segment_ids[place] = segment
-    batch.positions[place] = np.arange(stop - start)
-    batch.expert_groups[place] = row.expert_group
-    batch.labels[number, stop - 1] = row.label
+def _write(batch: Batch, number: int, start: int, segment: int, sequence: TokenSequence) -> None:
+    """Writes a sequence into row `number` of a batch, from position `start`."""
+    stop = start + len(sequence.tokens)
+    span = (number, slice(start, stop))
+    batch.tokens[span] = sequence.tokens
+    batch.loss_mask[span] = sequence.loss_mask
+    batch.segment_ids[span] = segment
+    batch.positions[span] = np.arange(stop - start)
+    batch.expert_groups[span] = sequence.expert_group
+    batch.labels[number, stop - 1] = sequence.label

@@ -1,14 +1,14 @@
-"""Which part of a rendered conversation the assistant wrote, for any chat template.
+"""Conversations rendered by a chat template, divided into prompts and the assistant's turns.
 
-A template is a program that renders a list of messages. Rendering the messages before an assistant
-turn with `add_generation_prompt` gives exactly what the model will see when it is to answer; what
-the rendering up to and including that turn has beyond it is the target: the content and the
-template's end of turn. This needs two properties of the template, both checked for every row:
+A chat template is a program that renders a list of messages. Rendering the messages before an
+assistant turn with `add_generation_prompt` gives exactly the prompt that the model sees at
+inference. The target is the remainder of the rendering up to and including that turn: its content
+and the template's end of turn. Two properties of the template are checked for every row:
 
-- the generation prompt is how the rendered answer begins; a template without this property would
-  be trained on another prompt than it is used with, and is refused;
-- a turn is rendered alike whatever follows it. A template without this property (some take the
-  reasoning out of earlier turns) gives one example per assistant turn instead of one for all.
+- The rendered answer begins with the generation prompt. A template without this property would
+  train the model on another prompt than the one it sees at inference, and is refused.
+- A turn is rendered alike whatever follows it. A template without this property (some remove the
+  reasoning from earlier turns) gives one example per assistant turn instead of one for all turns.
 """
 
 from collections.abc import Sequence
@@ -20,15 +20,15 @@ from transformers import PreTrainedTokenizerBase
 from moe_jax.data.tokenizer import first_line
 from moe_jax.errors import DataError
 
-# (text, is it a target) in order, and whether an end-of-text token is still to be added.
+# Spans (text, is a target) in order, and true if an end-of-text token is still to be added.
 Conversation = tuple[list[tuple[str, bool]], bool]
 
 
 def require_chat_template(tokenizer: PreTrainedTokenizerBase, path: str) -> None:
-    """Refuses a tokenizer without chat template for the data set at `path`.
+    """Refuses a tokenizer without a chat template for the data set at `path`.
 
     Raises:
-      DataError: there is none.
+      DataError: the tokenizer has no chat template.
     """
     if not tokenizer.chat_template:
         raise DataError(
@@ -38,21 +38,21 @@ def require_chat_template(tokenizer: PreTrainedTokenizerBase, path: str) -> None
         )
 
 
-def conversation_pieces(
+def conversation_spans(
     messages: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, where: str
 ) -> list[Conversation]:
-    """Cuts a conversation into what is given and what the assistant wrote.
+    """Divides a conversation into spans of prompt and spans that the assistant wrote.
 
-    Messages after the last assistant turn are left out: nothing is learnt from them.
+    Messages after the last assistant turn are dropped: they hold no target.
 
     Args:
-      messages: with role and content; the first is not the assistant's, at least one is.
-      tokenizer: has a chat template.
+      messages: messages with role and content; at least one is the assistant's, and not the first.
+      tokenizer: tokenizer with a chat template.
       where: file and row, for messages.
 
     Raises:
-      DataError: the template refuses the conversation, or its generation prompt is not how its
-        answers begin.
+      DataError: the template refuses the conversation, or its rendered answers do not begin with
+        its generation prompt.
     """
     turns = []
     for number, message in enumerate(messages):
@@ -61,33 +61,33 @@ def conversation_pieces(
             through = render(messages[: number + 1], tokenizer, where)
             if not through.startswith(before):
                 raise DataError(
-                    f"{where}: message {number + 1}: the chat template's generation prompt is not "
-                    "how it renders this answer, so training would see another prompt than use; "
+                    f"{where}: message {number + 1}: the chat template renders this answer without "
+                    "its generation prompt, so training would see another prompt than inference; "
                     "give the tokenizer another template"
                 )
             turns.append((before, through))
-    whole = turns[-1][1]
-    ends = _end_of_turns(tokenizer)
-    if all(whole.startswith(text) for turn in turns for text in turn):
-        return [_cut(turns, ends)]
-    return [_cut([turn], ends) for turn in turns]
+    rendered = turns[-1][1]
+    ends = _end_of_turn_texts(tokenizer)
+    if all(rendered.startswith(text) for turn in turns for text in turn):
+        return [_divide(turns, ends)]
+    return [_divide([turn], ends) for turn in turns]
 
 
-def _cut(turns: list[tuple[str, str]], ends: tuple[str, ...]) -> Conversation:
-    whole = turns[-1][1]
-    pieces, done = [], 0
+def _divide(turns: list[tuple[str, str]], ends: tuple[str, ...]) -> Conversation:
+    rendered = turns[-1][1]
+    spans, done = [], 0
     for before, through in turns:
-        # Line breaks after the end of the turn are the template's, not the answer's.
+        # Line breaks after the end of the turn belong to the template, not to the answer.
         answer = through.rstrip()
         stop = len(answer) if answer.endswith(ends) else len(through)
-        pieces.append((whole[done : len(before)], False))
-        pieces.append((whole[len(before) : stop], True))
+        spans.append((rendered[done : len(before)], False))
+        spans.append((rendered[len(before) : stop], True))
         done = stop
-    return pieces, not whole.rstrip().endswith(ends)
+    return spans, not rendered.rstrip().endswith(ends)
 
 
-def _end_of_turns(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
-    """Texts of the tokens that can end a turn: the special and the added ones."""
+def _end_of_turn_texts(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+    """Texts of the tokens that can end a turn: special and added tokens."""
     added = [token.content for token in tokenizer.added_tokens_decoder.values()]
     return tuple({*added, *tokenizer.all_special_tokens} - {""})
 
@@ -98,13 +98,13 @@ def render(
     where: str,
     answer_follows: bool = False,
 ) -> str:
-    """A conversation as the model reads it, by the tokenizer's chat template.
+    """Renders a conversation with the tokenizer's chat template.
 
     Args:
-      messages: with role and content.
-      tokenizer: has a chat template.
-      where: for messages.
-      answer_follows: ends with what stands before the assistant's next answer.
+      messages: messages with role and content.
+      tokenizer: tokenizer with a chat template.
+      where: file and row, for messages.
+      answer_follows: if true, the text ends with the generation prompt of the next answer.
 
     Raises:
       DataError: the template refuses the conversation.
@@ -120,14 +120,14 @@ def render(
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The token with which the chat template ends an assistant's turn; None if it writes none.
+    """Id of the token with which the chat template ends an assistant turn; None if it writes none.
 
     Raises:
       DataError: the template refuses a short conversation.
     """
     conversation = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "answer"}]
     after = render(conversation, tokenizer, "a conversation").rpartition("answer")[2].strip()
-    ends = [text for text in _end_of_turns(tokenizer) if after.startswith(text)]
+    ends = [text for text in _end_of_turn_texts(tokenizer) if after.startswith(text)]
     if not ends:
         return None
     token = tokenizer.convert_tokens_to_ids(max(ends, key=len))

@@ -1,6 +1,6 @@
-"""Rows of fixed length that hold several examples each, out of an endless shuffled stream.
+"""Packed batches: rows of fixed length that hold several examples of a shuffled stream each.
 
-An example is a row of a data set; a row here is one of a batch.
+Here an example is a row of a data set, and a row is a row of a batch.
 """
 
 import bisect
@@ -15,22 +15,21 @@ import numpy as np
 
 
 class PackedBatches(grain.MapDataset[list[np.ndarray]]):
-    """Packs a stream of example numbers into rows, and cuts these into batches.
+    """Batches of rows packed from a stream of example numbers.
 
-    Within a window of examples, the longest first and those of one length in the stream's order,
-    each goes into the first row that has room for it (first-fit decreasing: Johnson, Near-optimal
-    bin packing algorithms, 1973). The window's rows are then shuffled, since the later ones hold
-    the shorter examples. No example is lost or repeated, only moved within its window, and a window
-    lies within one epoch, so that no example comes again before all others have come; only a batch
-    with the end of one epoch and the start of the next has examples of both. A window's last row
-    stays as empty as it is, which is why windows should not be small.
+    Within a window of examples, each example goes into the first row that has room for it, longest
+    first and examples of equal length in the stream's order (first-fit decreasing: Johnson,
+    Near-optimal bin packing algorithms, 1973). The window's rows are then shuffled, since later
+    ones hold shorter examples. No example is lost or repeated, only moved within its window. A
+    window lies within one epoch, so that every example comes once before any comes again; only a
+    batch across the boundary of two epochs has examples of both. The last row of a window stays
+    partly empty, so windows should not be small.
 
-    Every batch is a function of its index alone, which is what makes the position in the stream all
-    there is to checkpoint, and how many batches an epoch has is known before the first of them,
-    which the learning rate's schedule asks for. (`grain.experimental.FirstFitPackIterDataset`
-    offers neither: it packs an iterator as it comes.) How many rows a window has is found by
-    packing all windows before it, as far as is asked for: some ten microseconds an example, once.
-    The last few windows are remembered.
+    Every batch is a function of its index alone, so a checkpoint needs only the position in the
+    stream. The number of batches of an epoch is known in advance, as the learning rate's schedule
+    requires. (`grain.experimental.FirstFitPackIterDataset` offers neither: it packs an iterator as
+    it comes.) Finding the first row of a window takes packing all windows before it, once, in about
+    ten microseconds per example. The last few windows are cached.
     """
 
     def __init__(
@@ -46,13 +45,13 @@ class PackedBatches(grain.MapDataset[list[np.ndarray]]):
         """Wraps a stream.
 
         Args:
-          examples: example numbers, an index into `lengths`, in shuffled order.
+          examples: example numbers, indices into `lengths`, in shuffled order.
           lengths: tokens of every example, at most `row_length`.
           row_length: tokens of a row.
           batch_size: rows per batch.
-          sort_window: about so many batches per window.
-          epoch_examples: examples of the stream after which it starts over.
-          seed: of the order of a window's rows.
+          sort_window: approximate number of batches per window.
+          epoch_examples: examples of the stream in an epoch.
+          seed: seed of the order of a window's rows.
         """
         super().__init__(examples)
         if lengths.max() > row_length:
@@ -63,12 +62,12 @@ class PackedBatches(grain.MapDataset[list[np.ndarray]]):
         self._batch_size = batch_size
         self._epoch_examples = epoch_examples
         self._seed = seed
-        # So many examples have the tokens of `sort_window` batches, on average.
+        # Average number of examples in `sort_window` full batches.
         tokens = sort_window * batch_size * row_length
-        most = max(1, tokens * len(lengths) // int(lengths.sum()))
-        # Windows of nearly equal size: a small rest would leave much of its rows empty.
-        self._windows_of_epoch = -(-epoch_examples // most)
-        self._ends: list[int] = []  # rows up to the end of each window
+        window_examples = max(1, tokens * len(lengths) // int(lengths.sum()))
+        # Windows of nearly equal size: a small remainder would leave much of its rows empty.
+        self._windows_of_epoch = -(-epoch_examples // window_examples)
+        self._ends: list[int] = []  # number of rows up to the end of each window
         self._lock = threading.Lock()  # two threads make batches
         self._plan = functools.lru_cache(maxsize=8)(self._pack_window)
 
@@ -76,16 +75,16 @@ class PackedBatches(grain.MapDataset[list[np.ndarray]]):
         return len(self._examples) // self._batch_size
 
     def __getitem__(self, index: Any) -> Any:
-        """The example numbers of each row of a batch."""
+        """Example numbers of each row of a batch."""
         if isinstance(index, slice):
             return self.slice(index)
         rows = range(index * self._batch_size, (index + 1) * self._batch_size)
         return [self._row(row) for row in rows]
 
     def batches_of(self, examples: float) -> int:
-        """How many batches it takes to go through the first `examples` examples of the stream.
+        """Number of batches that hold the first `examples` examples of the stream.
 
-        Within a window, whose examples are in no order, rows are counted in proportion.
+        Within a window, which packs its examples in another order, rows are counted in proportion.
         """
         number = self._window_with(math.floor(examples))
         first, stop = self.window(number)
@@ -96,14 +95,14 @@ class PackedBatches(grain.MapDataset[list[np.ndarray]]):
 
     def window(self, number: int) -> tuple[int, int]:
         """First example and end of a window."""
-        epoch, place = divmod(number, self._windows_of_epoch)
+        epoch, index = divmod(number, self._windows_of_epoch)
         size, count = self._epoch_examples, self._windows_of_epoch
-        return epoch * size + place * size // count, epoch * size + (place + 1) * size // count
+        return epoch * size + index * size // count, epoch * size + (index + 1) * size // count
 
     def _window_with(self, example: int) -> int:
-        """The number of the window that holds the example at this place of the stream."""
-        epoch, place = divmod(example, self._epoch_examples)
-        within = ((place + 1) * self._windows_of_epoch - 1) // self._epoch_examples
+        """Number of the window that holds the example at this position of the stream."""
+        epoch, position = divmod(example, self._epoch_examples)
+        within = ((position + 1) * self._windows_of_epoch - 1) // self._epoch_examples
         return epoch * self._windows_of_epoch + within
 
     def _row(self, row: int) -> np.ndarray:
@@ -119,28 +118,31 @@ class PackedBatches(grain.MapDataset[list[np.ndarray]]):
                 self._ends.append(before + len(self._plan(len(self._ends))))
 
     def _pack_window(self, number: int) -> list[np.ndarray]:
-        """The example numbers of each of a window's rows."""
+        """Example numbers of each of a window's rows."""
         first, stop = self.window(number)
-        examples = np.array([self._examples[place] for place in range(first, stop)])
+        examples = np.array([self._examples[index] for index in range(first, stop)])
         examples = examples[np.argsort(-self._lengths[examples], kind="stable")]
-        places = first_fit(self._lengths[examples], self._row_length)
-        ends = np.cumsum(np.bincount(places))
-        rows = np.split(examples[np.argsort(places, kind="stable")], ends[:-1])
+        row_numbers = first_fit(self._lengths[examples], self._row_length)
+        ends = np.cumsum(np.bincount(row_numbers))
+        rows = np.split(examples[np.argsort(row_numbers, kind="stable")], ends[:-1])
         order = np.random.default_rng([self._seed, number]).permutation(len(rows))
-        return [rows[place] for place in order]
+        return [rows[number] for number in order]
 
 
 def first_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:
-    """The row of each item, in their order: the first that still has room for it, or a new one.
+    """Packs items in order, each into the first row that still has room for it, or a new one.
 
     Args:
-      lengths: of the items, at most `capacity`.
-      capacity: of a row.
+      lengths: length of each item, at most `capacity`.
+      capacity: capacity of a row.
+
+    Returns:
+      Row number of each item.
     """
     room = np.full(len(lengths), capacity)
-    places, used = np.empty(len(lengths), np.int64), 0
+    row_numbers, used = np.empty(len(lengths), np.int64), 0
     for item, length in enumerate(lengths):
-        place = int(np.argmax(room[: used + 1] >= length))
-        room[place] -= length
-        places[item], used = place, max(used, place + 1)
-    return places
+        row = int(np.argmax(room[: used + 1] >= length))
+        room[row] -= length
+        row_numbers[item], used = row, max(used, row + 1)
+    return row_numbers

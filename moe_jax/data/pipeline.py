@@ -1,4 +1,4 @@
-"""From the configuration of the data to batches: endless for training, one pass for validation."""
+"""Batches from the configured data: endless for training, one pass for validation."""
 
 import hashlib
 import json
@@ -14,43 +14,46 @@ from transformers import PreTrainedTokenizerBase
 
 from moe_jax.config.classification import ClassificationConfig
 from moe_jax.config.data import DataConfig, SourceConfig
-from moe_jax.data.batch import Batch, Row, pack_rows, pad_rows, padded_length
+from moe_jax.data.batch import Batch, TokenSequence, pack_rows, pad_rows, padded_length
 from moe_jax.data.grouping import LengthGroupedBatches, ShuffledRange
 from moe_jax.data.packing import PackedBatches
 from moe_jax.data.sources import ReadSource, read_source
 from moe_jax.data.tokenised_source import TokenisedSource, flat_values, tokenise_source
 from moe_jax.errors import named
 
-# Batches over which the padding is counted for the report, and whose order is compared.
 SAMPLED_BATCHES = 256
-# What is not about one data set in `TrainData.fingerprint`.
+"""Batches over which the padding is averaged for the report, and whose order is fingerprinted."""
+
 ORDER = "order"
-# Batches made ahead of the step: collating one is far cheaper than a step on it.
+"""Key of `TrainData.fingerprint` for the order of the rows of all data sets."""
+
+# Batches are made ahead of the step; collating one is far cheaper than a step on it.
 PREFETCH = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
 
-Rows = np.ndarray | list[np.ndarray]
-"""The numbers of a batch's rows [batch_size], or where rows are packed those in each."""
+RowNumbers = np.ndarray | list[np.ndarray]
+"""Row numbers of a batch: [batch_size], or where rows are packed an array for each of its rows."""
 
 
 @dataclass(frozen=True)
 class TrainData:
-    """Training batches without end.
+    """Endless training batches.
 
     Attributes:
-      iterator: yields `Batch`es of NumPy arrays [batch_size, S], S in `config.lengths`, or the
-        last of them where rows are packed. Its `get_state` is a small dict of plain numbers, and
-        `set_state` continues exactly there, as long as `fingerprint` is the same.
-      num_rows: rows of all sources that are trained on; with weights, an epoch of the mixture does
-        not pass each of them once.
-      longest: tokens of the longest of them.
-      batches_of_epochs: how many batches it takes to pass over so many times `num_rows` rows.
+      iterator: iterator of `Batch`es of NumPy arrays [batch_size, S], S in `config.lengths`, or
+        `config.max_length` where rows are packed. Its `get_state` is a small dict of plain numbers,
+        and `set_state` resumes exactly there, if `fingerprint` is the same.
+      num_rows: training rows of all sources; an epoch of a weighted mixture does not pass each of
+        them once.
+      longest: tokens of the longest row.
+      batches_of_epochs: function from a number of epochs to the number of batches that pass that
+        many times `num_rows` rows.
       padding_share: expected share of padding among the tokens of a batch.
-      report: lines on what became of the rows.
-      fingerprint: digests of all that decides the batches: `train/SOURCE` of each data set's
-        rows, and `ORDER` of how they are mixed and batched. By content: it is the same wherever
-        the files lie and whichever libraries read them.
-      largest_tokens: the largest token id of each data set.
-      source_rows: rows of each data set that are trained on.
+      report: lines on rows, shares of the sources and padding.
+      fingerprint: digests of everything that decides the batches: `train/SOURCE` of each data set's
+        rows, and `ORDER` of their mixing and batching. They depend on content alone, not on file
+        locations or library versions.
+      largest_tokens: largest token id of each data set.
+      source_rows: training rows of each data set.
     """
 
     iterator: grain.DatasetIterator[Batch]
@@ -70,10 +73,10 @@ class ValidationData:
     Rows are sorted by length. The last batch is filled up with empty rows (segment 0, no target).
 
     Attributes:
-      num_rows: rows that are measured.
-      report: a line on what became of the rows.
-      digest: of the rows' tokens, in their order.
-      largest_token: the largest token id.
+      num_rows: number of rows.
+      report: line on truncated and dropped rows.
+      digest: digest of the rows' tokens, in their order.
+      largest_token: largest token id.
     """
 
     def __init__(self, source: TokenisedSource, batch_size: int, lengths: Sequence[int]):
@@ -87,7 +90,7 @@ class ValidationData:
         self.largest_token = source.largest_token
 
     def __len__(self) -> int:
-        """How many batches a pass has."""
+        """Number of batches of a pass."""
         return math.ceil(self.num_rows / self._batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
@@ -103,84 +106,50 @@ def load_train_data(
     seed: int,
     field: str = "data",
     *,
-    place_seed: int | None = None,
+    grouping_seed: int | None = None,
     known: dict[str, TokenisedSource] | None = None,
     read: ReadSource = read_source,
     classification: ClassificationConfig | None = None,
 ) -> TrainData:
     """Reads, tokenises and mixes `config.train`.
 
-    Each source is shuffled anew every epoch and repeated; the mixture draws rows by the sources'
-    weights. With `config.num_workers` processes are forked, so call this before JAX has started
-    its threads; without, a fast tokenizer uses all cores by itself.
+    Each source is shuffled again every epoch and repeated; the mixture draws rows by the sources'
+    weights. With `config.num_workers` processes are forked, so call this before JAX has started its
+    threads; without, a fast tokenizer uses all cores by itself.
 
     Args:
-      config: what to read and how to batch it.
-      tokenizer: of the base model.
+      config: data sets and batching.
+      tokenizer: tokenizer of the base model.
       batch_size: rows per batch.
-      seed: of the order of rows.
-      field: where `config` stands in the run's configuration, for messages.
-      place_seed: of where batches of short and of long rows come, see `LengthGroupedBatches`; the
-        same for all adapters that share a batch. None is `seed`. Packed rows are all of one length.
-      known: data sets that were tokenised before, which are taken from here; new ones are added.
-      read: reads the rows of a data set.
-      classification: what the rows' labels are, where they are to be classified.
+      seed: seed of the order of rows.
+      field: path of `config` in the run's configuration, for messages.
+      grouping_seed: seed of the positions of batches of short and of long rows, see
+        `LengthGroupedBatches`; equal for all adapters that share a batch. None takes `seed`. Packed
+        rows all have one length and ignore it.
+      known: data sets tokenised before, which are reused; new ones are added.
+      read: reader of a data set's rows.
+      classification: classes of the rows' labels, for rows to classify.
 
     Raises:
-      DataError: a source cannot be used; the message names its field, file, row and column.
+      DataError: a source is invalid; the message names its field, file, row and column.
     """
-    more = field, known, read, classification
-    sources = _tokenise("train", config.train, config, tokenizer, *more)
+    sources = _tokenise(
+        "train", config.train, config, tokenizer, field, known, read, classification
+    )
     weights = [source.weight for source in config.train.values()]
     store = _RowStore(sources)
-    stream, epoch_rows = _row_stream(sources, weights, seed), _epoch_rows(sources, weights)
-    if config.is_packed:
-        batches = PackedBatches(
-            stream,
-            lengths=store.lengths,
-            row_length=config.max_length,
-            batch_size=batch_size,
-            sort_window=config.sort_window,
-            epoch_examples=epoch_rows,
-            seed=seed,
-        )
-    else:
-        batches = LengthGroupedBatches(
-            stream,
-            lengths=store.lengths,
-            batch_size=batch_size,
-            sort_window=config.sort_window,
-            epoch_rows=epoch_rows,
-            seed=seed if place_seed is None else place_seed,
-        )
-
-    def collate(rows: Rows) -> Batch:
-        if isinstance(rows, np.ndarray):
-            return pad_rows(store.fetch(rows), batch_size, config.lengths)
-        fetched = iter(store.fetch(np.concatenate(rows)))
-        return pack_rows([[next(fetched) for _ in row] for row in rows], config.max_length)
-
+    group_seed = seed if grouping_seed is None else grouping_seed
+    batches = _batch_order(sources, weights, store.lengths, config, batch_size, seed, group_seed)
     sample = [batches[index] for index in range(SAMPLED_BATCHES)]
     padding_share = _padding_share(sample, store.lengths, config.lengths)
-    report = [source.report for source in sources]
-    if len(sources) > 1:
-        shares = ", ".join(
-            f"{source.name} {weight / sum(weights):.1%}"
-            for source, weight in zip(sources, weights, strict=True)
-        )
-        report.append(f"share of the rows of a batch: {shares}")
-    rows = f"padded to {', '.join(map(str, config.lengths))} tokens"
-    if config.is_packed:
-        share = sum(len(np.concatenate(batch)) for batch in sample) / len(sample) / batch_size
-        rows = f"packed, {share:.1f} to a row of {config.max_length} tokens"
-    report.append(f"{rows}: {padding_share:.1%} of a batch is padding")
+    collated = batches.map(lambda numbers: _collate(numbers, store, config, batch_size))
     return TrainData(
-        iterator=iter(batches.map(collate).to_iter_dataset(PREFETCH)),
+        iterator=iter(collated.to_iter_dataset(PREFETCH)),
         num_rows=len(store.lengths),
         longest=int(store.lengths.max()),
         batches_of_epochs=lambda epochs: batches.batches_of(epochs * len(store.lengths)),
         padding_share=padding_share,
-        report="\n".join(report),
+        report=_train_report(sources, weights, sample, config, padding_share),
         fingerprint={
             **{f"train/{source.name}": source.digest for source in sources},
             ORDER: _order_digest(sample, weights, config, batch_size, seed),
@@ -200,16 +169,17 @@ def load_validation_data(
     read: ReadSource = read_source,
     classification: ClassificationConfig | None = None,
 ) -> dict[str, ValidationData]:
-    """Reads and tokenises each data set of `config.validation`; weights are not looked at.
+    """Reads and tokenises each data set of `config.validation`; ignores weights.
 
     Args:
       config, tokenizer, batch_size, field, known, read, classification: see `load_train_data`.
 
     Raises:
-      DataError: a source cannot be used; the message names its field, file, row and column.
+      DataError: a source is invalid; the message names its field, file, row and column.
     """
-    more = field, known, read, classification
-    sources = _tokenise("validation", config.validation, config, tokenizer, *more)
+    sources = _tokenise(
+        "validation", config.validation, config, tokenizer, field, known, read, classification
+    )
     return {s.name: ValidationData(s, batch_size, config.lengths) for s in sources}
 
 
@@ -238,7 +208,7 @@ def _tokenise(
 
 
 class _RowStore:
-    """The rows of several sources under one numbering, source after source.
+    """Rows of several sources, numbered consecutively, source after source.
 
     Attributes:
       lengths: tokens of every row.
@@ -249,18 +219,18 @@ class _RowStore:
         self._starts = np.cumsum([0, *(len(source.kept) for source in sources)])
         self.lengths = np.concatenate([source.lengths for source in sources])
 
-    def fetch(self, rows: np.ndarray) -> list[Row]:
-        """The rows of these numbers, in their order."""
-        out: list[Row | None] = [None] * len(rows)
+    def fetch(self, rows: np.ndarray) -> list[TokenSequence]:
+        """Rows of these numbers, in their order."""
+        out: list[TokenSequence | None] = [None] * len(rows)
         owners = np.searchsorted(self._starts, rows, side="right") - 1
         for number in np.unique(owners):
-            places = np.flatnonzero(owners == number)
+            indices = np.flatnonzero(owners == number)
             source = self._sources[number]
-            table = source.table[source.kept[rows[places] - self._starts[number]].tolist()]
+            table = source.table[source.kept[rows[indices] - self._starts[number]].tolist()]
             tokens, masks = _arrays(table["tokens"]), _arrays(table["loss_mask"])
             labels = table["label"].to_pylist()
-            for place, ids, mask, label in zip(places, tokens, masks, labels, strict=True):
-                out[place] = Row(ids, mask, source.expert_group, label)
+            for index, ids, mask, label in zip(indices, tokens, masks, labels, strict=True):
+                out[index] = TokenSequence(ids, mask, source.expert_group, label)
         return [row for row in out if row is not None]
 
 
@@ -269,13 +239,74 @@ def _arrays(column: pa.ChunkedArray) -> list[np.ndarray]:
     return np.split(flat_values(column), np.cumsum(lengths)[:-1])
 
 
+def _batch_order(
+    sources: Sequence[TokenisedSource],
+    weights: Sequence[float],
+    lengths: np.ndarray,
+    config: DataConfig,
+    batch_size: int,
+    seed: int,
+    grouping_seed: int,
+) -> PackedBatches | LengthGroupedBatches:
+    """Endless stream of the row numbers of each batch."""
+    stream, epoch_rows = _row_stream(sources, weights, seed), _epoch_rows(sources, weights)
+    if config.is_packed:
+        return PackedBatches(
+            stream,
+            lengths=lengths,
+            row_length=config.max_length,
+            batch_size=batch_size,
+            sort_window=config.sort_window,
+            epoch_examples=epoch_rows,
+            seed=seed,
+        )
+    return LengthGroupedBatches(
+        stream,
+        lengths=lengths,
+        batch_size=batch_size,
+        sort_window=config.sort_window,
+        epoch_rows=epoch_rows,
+        seed=grouping_seed,
+    )
+
+
+def _collate(numbers: RowNumbers, store: _RowStore, config: DataConfig, batch_size: int) -> Batch:
+    if isinstance(numbers, np.ndarray):
+        return pad_rows(store.fetch(numbers), batch_size, config.lengths)
+    fetched = iter(store.fetch(np.concatenate(numbers)))
+    return pack_rows([[next(fetched) for _ in row] for row in numbers], config.max_length)
+
+
+def _train_report(
+    sources: Sequence[TokenisedSource],
+    weights: Sequence[float],
+    sample: Sequence[RowNumbers],
+    config: DataConfig,
+    padding_share: float,
+) -> str:
+    """Lines on the rows of each source, their shares of a batch, and the padding."""
+    lines = [source.report for source in sources]
+    if len(sources) > 1:
+        shares = ", ".join(
+            f"{source.name} {weight / sum(weights):.1%}"
+            for source, weight in zip(sources, weights, strict=True)
+        )
+        lines.append(f"share of the rows of a batch: {shares}")
+    rows = f"padded to {', '.join(map(str, config.lengths))} tokens"
+    if config.is_packed:
+        packed = [len(row) for batch in sample for row in batch]
+        rows = f"packed, {sum(packed) / len(packed):.1f} to a row of {config.max_length} tokens"
+    return "\n".join([*lines, f"{rows}: {padding_share:.1%} of a batch is padding"])
+
+
 def _row_stream(
     sources: Sequence[TokenisedSource], weights: Sequence[float], seed: int
 ) -> grain.MapDataset[int]:
-    """An endless stream of row numbers, source after source numbered as in `_RowStore`."""
+    """Endless stream of row numbers, numbered as in `_RowStore`."""
     streams, start = [], 0
     for source in sources:
-        # Sources of equal size must not be shuffled alike, nor all anew when one is added.
+        # Seeded by name: sources of equal size get different orders, and adding a source leaves
+        # the others' orders unchanged.
         stop = start + len(source.kept)
         streams.append(ShuffledRange(start, stop, [seed, zlib.crc32(source.name.encode())]))
         start = stop
@@ -283,7 +314,7 @@ def _row_stream(
 
 
 def _epoch_rows(sources: Sequence[TokenisedSource], weights: Sequence[float]) -> int:
-    """Rows of the mixture after which the first of the sources starts over."""
+    """Rows of the mixture until the first source is exhausted."""
     total = sum(weights)
     return max(
         1,
@@ -297,13 +328,13 @@ def _epoch_rows(sources: Sequence[TokenisedSource], weights: Sequence[float]) ->
 
 
 def _order_digest(
-    sample: Sequence[Rows],
+    sample: Sequence[RowNumbers],
     weights: Sequence[float],
     config: DataConfig,
     batch_size: int,
     seed: int,
 ) -> str:
-    """Of the settings of the order, and of a sample of it, which another shuffle would not give."""
+    """Digest of the settings of the order, and of a sample of it, which depends on the shuffle."""
     settings = [weights, config.lengths, config.sort_window, batch_size, seed]
     if config.is_packed:
         settings = [weights, config.packing, config.max_length, *settings[2:]]
@@ -316,7 +347,7 @@ def _order_digest(
 
 
 def _padding_share(
-    sample: Sequence[Rows], row_lengths: np.ndarray, padded_lengths: Sequence[int]
+    sample: Sequence[RowNumbers], row_lengths: np.ndarray, padded_lengths: Sequence[int]
 ) -> float:
     tokens = padded = 0
     for rows in sample:

@@ -1,9 +1,9 @@
-"""Prompt templates: how an instruction and its input become the text before the answer.
+"""Prompt templates, which turn an instruction and its input into the text before the answer.
 
-A template is a text file. `{instruction}` and `{input}` stand for the row's fields; a brace that is
-meant as such is written twice. Everything else is taken as it is, the last line break included. A
-line `--- without input ---` ends the text for rows with an input; what follows it is the text for
-rows without one. A template that never says `{input}` serves rows without input only.
+A template is a text file. `{instruction}` and `{input}` stand for the row's fields; a literal brace
+is written twice. All other text is taken verbatim, including the last line break. A line
+`--- without input ---` ends the text for rows with an input; the text after it is for rows without
+one. A template without `{input}` fits only rows without an input.
 """
 
 import string
@@ -17,7 +17,7 @@ SEPARATOR = "--- without input ---\n"
 PLACEHOLDERS = ("instruction", "input")
 FOLDER = Path(__file__).parent / "prompts"
 
-# Literal text and the placeholder after it, in order.
+# Pairs (literal text, placeholder after it or None), in order.
 Parts = tuple[tuple[str, str | None], ...]
 
 
@@ -26,30 +26,35 @@ class PromptTemplate:
     """A parsed template.
 
     Attributes:
-      path: the file, for messages.
-      with_input: the text for rows that have an input.
-      without_input: the text for rows that have none.
+      path: template file, for messages.
+      with_input: text for rows that have an input.
+      without_input: text for rows that have no input.
     """
 
     path: str
     with_input: Parts
     without_input: Parts
 
-    def fill(self, instruction: str, material: str, where: str) -> str:
-        """The prompt of one row, which stands at `where`; `material` is its input.
+    def fill(self, instruction: str, input_text: str, where: str) -> str:
+        """Prompt of one row.
+
+        Args:
+          instruction: the row's instruction.
+          input_text: the row's input; empty if it has none.
+          where: file and row, for messages.
 
         Raises:
-          DataError: the row has an input and the template has no place for it.
+          DataError: the row has an input and the template has no `{input}`.
         """
-        parts = self.with_input if material else self.without_input
-        if material and not any(name == "input" for _, name in parts):
+        parts = self.with_input if input_text else self.without_input
+        if input_text and not any(name == "input" for _, name in parts):
             raise DataError(f"{where}: has an input, and {self.path} has no place for {{input}}")
-        values = {"instruction": instruction, "input": material, None: ""}
+        values = {"instruction": instruction, "input": input_text, None: ""}
         return "".join(text + values[name] for text, name in parts)
 
 
 def load_prompt_template(name: str) -> PromptTemplate:
-    """The template of that name in `moe_jax/data/prompts/`, or else the file at that path.
+    """Loads the template `name` from `moe_jax/data/prompts/`, or else from the file at that path.
 
     Raises:
       DataError: there is no such template, or it does not parse.
@@ -79,7 +84,7 @@ def _parse(text: str, path: Path) -> Parts:
     try:
         parts = list(string.Formatter().parse(text))
     except ValueError as error:
-        raise DataError(f"{path}: {error}; write a brace that is meant as such twice") from None
+        raise DataError(f"{path}: {error}; write a literal brace twice") from None
     for _, name, spec, conversion in parts:
         if name is not None and (name not in PLACEHOLDERS or spec or conversion):
             raise DataError(

@@ -1,4 +1,4 @@
-"""One reader for each kind of local file; each yields rows with the place they came from.
+"""Readers of local data files, one for each kind; each yields rows with their file and line.
 
 `datasets` could read these files itself, but it reports a bad row by an Arrow offset or not at all,
 guesses types (a column of ISO dates becomes timestamps), and gives all rows the keys of every row.
@@ -22,7 +22,7 @@ def read_rows(path: Path) -> Rows:
     """Yields `(where, row)` for every row of a data file; `where` counts lines and rows from 1.
 
     Raises:
-      DataError: the file cannot be read, or is not what its ending says.
+      DataError: the file cannot be read, or its content does not match its extension.
     """
     try:
         yield from READERS[path.suffix.lower()](path)
@@ -31,7 +31,7 @@ def read_rows(path: Path) -> Rows:
 
 
 def _read_json(path: Path) -> Rows:
-    """A list of objects, or one object a line: the ending `.json` is used for both."""
+    """Reads a list of objects, or one object per line: both are common in `.json` files."""
     with path.open("rb") as file:
         start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
     if start != b"[":
@@ -50,7 +50,7 @@ def _read_json(path: Path) -> Rows:
 
 
 def _read_json_lines(path: Path) -> Rows:
-    # Lines are cut in bytes: text may hold other line separators than \n inside its strings.
+    # Lines are split as bytes: strings may hold line separators other than \n.
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             where = f"{path}: line {number}"
@@ -67,7 +67,7 @@ def _read_json_lines(path: Path) -> Rows:
 
 
 def _read_text(path: Path) -> Rows:
-    """Blocks of lines between blank lines; line breaks inside a block are kept."""
+    """Reads blocks of lines between blank lines; line breaks inside a block are kept."""
     block, first = [], 0
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):

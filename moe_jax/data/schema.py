@@ -1,7 +1,8 @@
-"""What a row must hold under each schema; every row passes here before anything else reads it.
+"""Fields of each schema, and checks of rows and labels against them.
 
-A checked row holds text only. Chat messages stay JSON text: Arrow would give every message the keys
-of all messages, and chat templates ask whether a key is there.
+Every row is checked here before any other module reads it. A checked row holds text only. Chat
+messages stay JSON text: Arrow would give every message the keys of all messages, and chat templates
+test for the presence of a key.
 """
 
 import json
@@ -22,16 +23,16 @@ FIELDS: dict[Schema, tuple[str, ...]] = {
     "classification": ("text", "text_pair", "label"),
     "task": ("prompt", "completion"),
 }
-# A row without it is a task that needs no material, or a single text, unless `columns` says where
-# it stands.
+# May be missing from a row (an instruction without input, a single text), unless `columns` names
+# the column.
 OPTIONAL = ("input", "text_pair")
 
 
 def column_names(source: SourceConfig) -> dict[str, str]:
-    """The row's own name of each field of the source's schema.
+    """Column name of each field of the source's schema.
 
     Raises:
-      DataError: `columns` renames something that is no field of the schema.
+      DataError: a key of `columns` is not a field of the schema.
     """
     fields = FIELDS[source.schema]
     for field in source.columns:
@@ -44,25 +45,27 @@ def column_names(source: SourceConfig) -> dict[str, str]:
 
 
 def check_row(row: Any, source: SourceConfig, where: str) -> dict[str, str]:
-    """The fields of the source's schema out of `row`, as text.
+    """Fields of the source's schema from `row`, as text.
 
     Args:
-      row: a row as its file has it.
-      source: says the schema and the columns' names.
+      row: row as read from its file.
+      source: data set, with its schema and column names.
       where: file and row, for messages.
 
     Raises:
       DataError: a column is missing, null or of the wrong type.
     """
     if not isinstance(row, Mapping):
-        raise DataError(f"{where}: a row must be an object with named columns, got {_kind(row)}")
+        raise DataError(
+            f"{where}: a row must be an object with named columns, got {describe_value(row)}"
+        )
     checked = {}
     for field, column in column_names(source).items():
         optional = field in OPTIONAL and field not in source.columns
         if column not in row and not optional:
             raise DataError(
                 f"{where}: no column {column!r} (it has: {', '.join(map(str, row)) or 'none'}); "
-                f"say in `columns` which one is the {field}, or mend the row"
+                f"name the column of the {field} in `columns`, or fix the row"
             )
         value = row.get(column)
         if field == "messages":
@@ -78,23 +81,23 @@ def check_row(row: Any, source: SourceConfig, where: str) -> dict[str, str]:
 
 def _check_text(value: Any, where: str) -> str:
     if not isinstance(value, str):
-        raise DataError(f"{where} must be text, got {_kind(value)}")
+        raise DataError(f"{where} must be text, got {describe_value(value)}")
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise DataError(f"{where} holds half a surrogate pair, which is no character") from None
+        raise DataError(f"{where} holds an unpaired surrogate, which is not a character") from None
     return value
 
 
 def _check_messages(value: Any, where: str) -> list[dict[str, Any]]:
     if not isinstance(value, list):
-        raise DataError(f"{where} must be a list of messages, got {_kind(value)}")
+        raise DataError(f"{where} must be a list of messages, got {describe_value(value)}")
     messages = []
     for number, message in enumerate(value, 1):
         place = f"{where}, message {number}"
         if not isinstance(message, Mapping):
             raise DataError(
-                f"{place} must be an object with role and content, got {_kind(message)}"
+                f"{place} must be an object with role and content, got {describe_value(message)}"
             )
         for key in ("role", "content"):
             if key not in message:
@@ -110,30 +113,27 @@ def _check_messages(value: Any, where: str) -> list[dict[str, Any]]:
     return messages
 
 
-def _kind(value: Any) -> str:
+def describe_value(value: Any) -> str:
+    """Type and beginning of a value, for messages."""
     if value is None:
         return "null"
     text = repr(value)
     return f"{type(value).__name__} ({text if len(text) <= 40 else text[:37] + '...'})"
 
 
-# FIXME docstring of the merged data.labels:
-# """The label of a row that is to be classified, as a number."""
-
-
 def label_number(value: Any, classification: ClassificationConfig, where: str) -> float:
-    """The index of a row's class, or its number.
+    """Class index of a label, or its number for regression.
 
-    A text is the name of a class. So is a number that the names themselves are; any other is an
-    index from 0.
+    A string is a class name. An integer is a class index from 0, unless class names are numeric:
+    then it is a class name too.
 
     Args:
-      value: what stands in the row.
-      classification: the classes.
+      value: label as read from the row.
+      classification: class names, or regression.
       where: file, row and column, for messages.
 
     Raises:
-      DataError: it is none of the classes, or no number.
+      DataError: the label is not a class, or not a finite number for regression.
     """
     if classification.regression:
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -149,16 +149,16 @@ def label_number(value: Any, classification: ClassificationConfig, where: str) -
             return float(value)
     hint = "; take a split whose answers are public" if value == -1 else ""
     raise DataError(
-        f"{where} is {json.dumps(value)}, which is none of the labels ({', '.join(labels)}), nor "
-        f"the index of one{hint}"
+        f"{where} is {json.dumps(value)}, which is not one of the labels ({', '.join(labels)}) "
+        f"nor the index of one{hint}"
     )
 
 
 def check_label(value: Any, where: str) -> str:
-    """A label as JSON text, whatever it stands for.
+    """A label as JSON text.
 
     Raises:
-      DataError: it is neither text nor a number.
+      DataError: the label is neither text nor a number.
     """
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise DataError(f"{where} must be a label's name, its index or a number, got {value!r}")

@@ -1,8 +1,8 @@
-"""From a configured source to a cached table of checked rows.
+"""Data sets as cached tables of checked rows, read from local files or from the hub.
 
-Local files are read by this package's readers and hub data sets by `datasets`; both end as a
-memory-mapped `datasets.Dataset` whose columns are the fields of the schema plus `where`, the place
-a row came from.
+Local files are read by this package's readers and hub data sets by `datasets`. Both give a
+memory-mapped `datasets.Dataset` whose columns are the fields of the schema plus `where`, the file
+and line of a row.
 """
 
 import contextlib
@@ -25,7 +25,16 @@ from moe_jax.data.schema import FIELDS, check_row, column_names
 from moe_jax.data.tokenizer import first_line
 from moe_jax.errors import DataError
 
-# What file names call the splits; the names that the hub knows too.
+TOKEN_CACHE_VERSION = 1
+"""Version of the cached tables, part of every cache key.
+
+Raise it with every change to this package that gives equal data other checked rows, token ids, loss
+masks or labels, or that changes a table's columns: tables in users' caches are then made again.
+Everything else that decides a table's content (data, schema, tokenizer, prompt template, lengths,
+labels, version of `datasets`) is in the key already.
+"""
+
+# Words in file names for each split; the keys are the hub's names.
 SPLIT_WORDS = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev"),
@@ -35,25 +44,25 @@ HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 class RowTable(NamedTuple):
-    """Checked rows, and the key under which they are cached: equal rows may have several."""
+    """Checked rows, and their cache key; equal rows may have different keys."""
 
     rows: datasets.Dataset
-    digest: str
+    key: str
 
 
 ReadSource = Callable[[SourceConfig, str | None], RowTable]
-"""See `read_source`, which knows no tasks; `moe_jax.tasks.training_rows` has one that does."""
+"""A reader of data sets: `read_source`, or `read_source_or_task` of `moe_jax.tasks`."""
 
 
 def read_source(source: SourceConfig, cache_dir: str | None) -> RowTable:
-    """All rows of a source's split, checked against its schema.
+    """Reads all rows of a source's split and checks them against its schema.
 
     Args:
-      source: what to read.
-      cache_dir: where the table is kept; None leaves it to `datasets`.
+      source: data set to read.
+      cache_dir: cache folder of the table; None takes that of `datasets`.
 
     Raises:
-      DataError: nothing is there, it cannot be read, a row does not fit, or no row is left.
+      DataError: the data set is missing or unreadable, a row does not fit, or the split is empty.
     """
     if source.task is not None:
         raise ValueError(f"{source.title}: tasks are read by moe_jax.tasks.training_rows")
@@ -63,7 +72,7 @@ def read_source(source: SourceConfig, cache_dir: str | None) -> RowTable:
         split, _, _ = source.split.partition("[")
         files = _files(path, split)
         table = _read_files(files, source, cache_dir)
-        table = cut(table, source, split)
+        table = select_part(table, source, split)
     elif _looks_local(source.path):
         raise DataError(f"{source.path}: no such file or folder")
     else:
@@ -86,7 +95,7 @@ def _looks_local(path: str) -> bool:
 
 
 def _files(path: Path, split: str) -> list[Path]:
-    """The data files of one split, in the order of their names."""
+    """Data files of one split, sorted by name."""
     if path.is_file():
         if path.suffix.lower() not in READERS:
             raise DataError(f"{path}: unknown kind of file; known: {', '.join(READERS)}")
@@ -99,14 +108,14 @@ def _files(path: Path, split: str) -> list[Path]:
     files = sorted(f for f in path.rglob("*") if f.is_file() and f.suffix.lower() in READERS)
     if not files:
         raise DataError(f"{path}: the folder holds no {', '.join(READERS)} file")
-    wanted = [f for f in files if _is_named(f.relative_to(path), split)]
-    if wanted:
-        return wanted
-    named = [s for s in SPLIT_WORDS if any(_is_named(f.relative_to(path), s) for f in files)]
-    if named or split != "train":
+    split_files = [f for f in files if _is_named(f.relative_to(path), split)]
+    if split_files:
+        return split_files
+    splits = [s for s in SPLIT_WORDS if any(_is_named(f.relative_to(path), s) for f in files)]
+    if splits or split != "train":
         raise DataError(
             f"{path}: no file is named after the split {split!r}; "
-            f"splits found: {', '.join(named) or 'none, which counts as train'}"
+            f"splits found: {', '.join(splits) or 'none, which counts as train'}"
         )
     return files
 
@@ -124,17 +133,17 @@ def _read_files(files: list[Path], source: SourceConfig, cache_dir: str | None) 
                 parts.append((str(file), hashlib.file_digest(content, "sha256").hexdigest()))
         except OSError as error:
             raise DataError(f"{file}: cannot be read ({error.strerror or error})") from error
-    table_digest = digest(parts, source.schema, column_names(source))
-    with quiet(), cache_errors(cache_dir):
+    key = cache_key(parts, source.schema, column_names(source))
+    with progress_bars(), cache_errors(cache_dir):
         rows = datasets.Dataset.from_generator(
             _checked_rows,
             features=_features(source),
             cache_dir=cache_dir or str(HF_DATASETS_CACHE),
-            # A tuple: lists would be taken for shards.
+            # A tuple, because `datasets` takes lists for shards.
             gen_kwargs={"files": tuple(files), "source": source},
-            fingerprint=table_digest,
+            fingerprint=key,
         )
-    return RowTable(rows, table_digest)
+    return RowTable(rows, key)
 
 
 def _checked_rows(files: tuple[Path, ...], source: SourceConfig) -> Iterator[dict[str, str]]:
@@ -143,14 +152,14 @@ def _checked_rows(files: tuple[Path, ...], source: SourceConfig) -> Iterator[dic
         for where, row in read_rows(file):
             is_empty = False
             yield {**check_row(row, source, where), "where": where}
-    if is_empty:  # which the cache builder does not take
+    if is_empty:  # the cache builder refuses a generator without rows
         raise _no_rows(source)
 
 
 def _read_hub(source: SourceConfig, cache_dir: str | None) -> RowTable:
     # The hub's libraries raise many types, for no network, no such id, no such split and no access.
     try:
-        with quiet():
+        with progress_bars():
             raw = datasets.load_dataset(
                 source.path,
                 name=source.name,
@@ -163,19 +172,19 @@ def _read_hub(source: SourceConfig, cache_dir: str | None) -> RowTable:
             f"{source.path}: no such file or folder, and not readable as a hub data set "
             f"({first_line(error)})"
         ) from error
-    # The library's own cache keeps what it downloaded in folders named after the content's version.
+    # `datasets` keeps downloads in folders named after the content's version.
     files = [file["filename"] for file in raw.cache_files]
-    table_digest = digest(files, source.path, source.split, source.schema, column_names(source))
-    with quiet(), cache_errors(cache_dir):
+    key = cache_key(files, source.path, source.split, source.schema, column_names(source))
+    with progress_bars(), cache_errors(cache_dir):
         rows = raw.map(
             _check_hub_row,
             with_indices=True,
             fn_kwargs={"source": source},
             remove_columns=raw.column_names,
             features=_features(source),
-            new_fingerprint=table_digest,
+            new_fingerprint=key,
         )
-    return RowTable(rows, table_digest)
+    return RowTable(rows, key)
 
 
 def _check_hub_row(row: Any, index: int, source: SourceConfig) -> dict[str, str]:
@@ -183,8 +192,13 @@ def _check_hub_row(row: Any, index: int, source: SourceConfig) -> dict[str, str]
     return {**check_row(dict(row), source, where), "where": where}
 
 
-def cut(table: RowTable, source: SourceConfig, split: str) -> RowTable:
-    """The part of a whole split's table that a split like `train[:90%]` asks for.
+def select_part(table: RowTable, source: SourceConfig, split: str) -> RowTable:
+    """Selects the rows of a part of a split, such as `train[:90%]`, from the split's table.
+
+    Args:
+      table: rows of the full split.
+      source: data set, whose `split` names the part.
+      split: name of the full split.
 
     Raises:
       DataError: there is no such part.
@@ -200,7 +214,7 @@ def cut(table: RowTable, source: SourceConfig, split: str) -> RowTable:
             f"({first_line(error)})"
         ) from None
     kept = [row for part in parts for row in range(part.from_ or 0, part.to or 0)]
-    return RowTable(table.rows.select(kept), digest(table.digest, source.split))
+    return RowTable(table.rows.select(kept), cache_key(table.key, source.split))
 
 
 def _features(source: SourceConfig) -> datasets.Features:
@@ -208,20 +222,16 @@ def _features(source: SourceConfig) -> datasets.Features:
     return datasets.Features(dict.fromkeys((*FIELDS[source.schema], "where"), text))
 
 
-def digest(*parts: Any) -> str:
-    """A name for a cached table made from `parts`, plain data, by the code of this package.
-
-    The code is part of it: a table that an older version made must not be taken for a new one.
-    """
-    folder = Path(__file__).parent
-    code = [file.read_text() for file in sorted(folder.glob("*.py"))]
-    content = json.dumps([code, datasets.__version__, parts], sort_keys=True, default=str)
+def cache_key(*parts: Any) -> str:
+    """Cache key of a table made from `parts`, plain data; see `TOKEN_CACHE_VERSION`."""
+    versions = [TOKEN_CACHE_VERSION, datasets.__version__]
+    content = json.dumps([*versions, parts], sort_keys=True, default=str)
     return hashlib.sha256(content.encode()).hexdigest()[:32]
 
 
 @contextlib.contextmanager
-def quiet(show: bool = False) -> Iterator[None]:
-    """Hides the progress bars of `datasets`, unless `show`."""
+def progress_bars(show: bool = False) -> Iterator[None]:
+    """Shows the progress bars of `datasets` within this context only if `show`."""
     hidden_before = datasets.are_progress_bars_disabled()
     if not show:
         datasets.disable_progress_bars()
@@ -242,7 +252,7 @@ _ADVICE = {
 
 @contextlib.contextmanager
 def cache_errors(cache_dir: str | None) -> Iterator[None]:
-    """Unwraps what `datasets` raises around a DataError, and says which folder it cannot write."""
+    """Unwraps a DataError that `datasets` wraps, and names a cache folder that is not writable."""
     try:
         yield
     except (DatasetGenerationError, OSError) as error:

@@ -1,9 +1,10 @@
-"""Loading a checkpoint's tokenizer, and what the rest of the package asks of it."""
+"""A checkpoint's tokenizer: loading it, encoding texts, and a digest of its behaviour."""
 
 import hashlib
 import json
 from pathlib import Path
 
+import tokenizers
 import transformers
 from transformers import PreTrainedTokenizerBase
 
@@ -19,14 +20,14 @@ TOKENIZER_FILES = (
 
 
 def load_tokenizer(path: str | Path, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer of a checkpoint.
+    """Loads the tokenizer of a checkpoint.
 
     Args:
-      path: a folder with a Hugging Face checkpoint, or a hub id.
-      revision: the hub revision; a local folder has none.
+      path: folder with a Hugging Face checkpoint, or a hub id.
+      revision: revision on the hub; ignored for a local folder.
 
     Raises:
-      CheckpointError: there is no tokenizer, or it cannot be read.
+      CheckpointError: the tokenizer is missing or cannot be read.
     """
     folder = Path(path).expanduser()
     if folder.is_dir():
@@ -38,7 +39,7 @@ def load_tokenizer(path: str | Path, revision: str | None = None) -> PreTrainedT
         path = folder
     elif str(path).startswith((".", "/", "~")):
         raise CheckpointError(f"{path}: no such folder; give a folder, or a hub id owner/name")
-    # Libraries behind this call raise nearly every built-in type for a damaged or missing file.
+    # The libraries behind this call raise nearly every built-in error for a damaged file.
     try:
         return transformers.AutoTokenizer.from_pretrained(str(path), revision=revision or "main")
     except Exception as error:
@@ -49,10 +50,10 @@ def load_tokenizer(path: str | Path, revision: str | None = None) -> PreTrainedT
 
 
 def end_of_text(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id of the token that ends a completion.
+    """Id of the token that ends a completion.
 
     Raises:
-      DataError: the tokenizer names none, so that a model could not learn where to stop.
+      DataError: the tokenizer has none, so that a model could not learn where to stop.
     """
     if not isinstance(tokenizer.eos_token_id, int):
         raise DataError(
@@ -63,28 +64,28 @@ def end_of_text(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def leading_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What this tokenizer puts before a text by its own convention: `[bos]` or nothing.
+    """Ids that this tokenizer puts before every text: `[bos]`, or an empty list.
 
-    Read off an encoded text, because the flags that promise it (`add_bos_token`) and what the
-    tokenizer does are set in different files and do not always agree.
+    Taken from an encoded text, because the flag for it (`add_bos_token`) and the tokenizer's
+    behaviour are set in different files and do not always agree.
     """
     plain = encode(tokenizer, ["a"])[0]
-    dressed = list(tokenizer("a", verbose=False)["input_ids"])
-    for start in range(len(dressed) - len(plain) + 1):
-        if dressed[start : start + len(plain)] == plain:
-            return dressed[:start]
+    with_special = list(tokenizer("a", verbose=False)["input_ids"])
+    for start in range(len(with_special) - len(plain) + 1):
+        if with_special[start : start + len(plain)] == plain:
+            return with_special[:start]
     return []
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    """Token ids of each text alone, without the tokens that a tokenizer adds around a text."""
+    """Token ids of each text, without the special tokens that a tokenizer adds around it."""
     if not texts:
         return []
     return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    """Token ids of a prompt as training shows it to the model; a completion follows directly.
+    """Token ids of a prompt, as in training; a completion follows directly.
 
     For a prompt rendered by a chat template use `encode`: the template writes every special token.
     """
@@ -92,16 +93,17 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A digest of everything that decides which ids a text becomes, equal between processes."""
+    """Digest of everything that decides the token ids of a text; equal in every process."""
     if isinstance(tokenizer, transformers.PreTrainedTokenizerFast):
         content = json.loads(tokenizer.backend_tokenizer.to_str())
-        # Left behind by earlier calls, and overridden by each of ours.
+        # State that earlier calls left behind; every call of ours overrides it.
         content.pop("truncation", None)
         content.pop("padding", None)
     else:
         content = [tokenizer.get_vocab(), repr(sorted(tokenizer.init_kwargs.items(), key=str))]
     state = [
         transformers.__version__,
+        tokenizers.__version__,
         type(tokenizer).__qualname__,
         content,
         {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
@@ -112,6 +114,6 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """An error's type and the first line of its text, for a message of one line."""
+    """Type and first line of an error, for a message of one line."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -9,7 +9,7 @@ from typing import ClassVar, NamedTuple
 
 from moe_jax.config.parse import Registry, require
 from moe_jax.errors import DataError
-from moe_jax.tasks.task_rows import HubData, Row, read_hub, read_local
+from moe_jax.tasks.task_rows import HubData, TaskRow, read_hub, read_local
 
 TASKS = Registry("task")
 
@@ -91,14 +91,14 @@ class Task(abc.ABC):
         return self.registry.name_of(self)
 
     @abc.abstractmethod
-    def question(self, row: Row) -> Question:
+    def question(self, row: TaskRow) -> Question:
         """A row as text, without shots.
 
         Raises:
           DataError: the row does not fit the task's schema.
         """
 
-    def rows(self) -> list[Row]:
+    def rows(self) -> list[TaskRow]:
         """The rows that are evaluated.
 
         Raises:
@@ -143,7 +143,7 @@ class Task(abc.ABC):
                 )
         return [with_shots(question, shots[question.subject]) for question in questions]
 
-    def _read(self, split: str, limit: int | None) -> list[Row]:
+    def _read(self, split: str, limit: int | None) -> list[TaskRow]:
         if self.path is None:
             return read_hub(self.hub, split, limit)
         return read_local(Path(self.path), self.hub.config, split, limit)
@@ -177,7 +177,7 @@ def lettered(texts: Sequence[str]) -> str:
 
 
 def lettered_question(
-    row: Row,
+    row: TaskRow,
     *,
     preface: str,
     stem: str,
@@ -209,7 +209,7 @@ def lettered_question(
     return Question(row.where, preface, prompt, labels, choices, answer, subject)
 
 
-def labelled_choices(row: Row) -> tuple[tuple[str, ...], int]:
+def labelled_choices(row: TaskRow) -> tuple[tuple[str, ...], int]:
     """Texts and right index of a row with `choices` (`text`, `label`) and `answerKey`."""
     choices = row.group("choices")
     texts = choices.texts("text")

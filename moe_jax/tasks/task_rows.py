@@ -12,7 +12,7 @@ from moe_jax.errors import DataError
 
 
 @dataclass(frozen=True)
-class Row:
+class TaskRow:
     """A row and the place that it came from.
 
     Every method raises a `DataError` that names the place and the column where the row does not
@@ -27,7 +27,7 @@ class Row:
     fields: Mapping[str, Any]
 
     @classmethod
-    def checked(cls, where: str, value: Any) -> "Row":
+    def checked(cls, where: str, value: Any) -> "TaskRow":
         """A row out of whatever a file holds."""
         if not isinstance(value, Mapping):
             raise DataError(
@@ -61,12 +61,12 @@ class Row:
             for number, value in enumerate(values, 1)
         )
 
-    def group(self, column: str) -> "Row":
+    def group(self, column: str) -> "TaskRow":
         """A column that has columns of its own."""
         value = self.value(column)
         if not isinstance(value, Mapping):
             raise DataError(f"{self.where}: column {column!r} must be an object, got {kind(value)}")
-        return Row(f"{self.where}: {column}", value)
+        return TaskRow(f"{self.where}: {column}", value)
 
     def position(self, column: str, known: Sequence[str]) -> int:
         """Which of the `known` values a column holds; a number counts as its digits."""
@@ -75,7 +75,7 @@ class Row:
         if text is None or text not in known:
             raise DataError(
                 f"{self.where}: column {column!r} is {kind(value)}, not one of {', '.join(known)}; "
-                "take a split whose answers are public, or mend the row"
+                "take a split whose answers are public, or fix the row"
             )
         return list(known).index(text)
 
@@ -85,7 +85,7 @@ class Row:
         if not isinstance(value, bool):
             raise DataError(
                 f"{self.where}: column {column!r} must be true or false, got {kind(value)}; take a "
-                "split whose answers are public, or mend the row"
+                "split whose answers are public, or fix the row"
             )
         return value
 
@@ -98,7 +98,7 @@ class Row:
             value.encode()
         except UnicodeEncodeError:
             raise DataError(
-                f"{self.where}: {what} holds half a surrogate pair, which is no character"
+                f"{self.where}: {what} holds an unpaired surrogate, which is not a character"
             ) from None
         return value.strip()
 
@@ -139,7 +139,7 @@ class HubData(NamedTuple):
     shots_split: str
 
 
-def read_hub(hub: HubData, split: str, limit: int | None) -> list[Row]:
+def read_hub(hub: HubData, split: str, limit: int | None) -> list[TaskRow]:
     """The first `limit` rows of a hub data set's split.
 
     Raises:
@@ -147,12 +147,12 @@ def read_hub(hub: HubData, split: str, limit: int | None) -> list[Row]:
     """
     import datasets
 
-    from moe_jax.data.sources import quiet
+    from moe_jax.data.sources import progress_bars
     from moe_jax.data.tokenizer import first_line
 
     # The hub's libraries raise many types, for no network, no such id, no such split and no access.
     try:
-        with quiet():
+        with progress_bars():
             table = datasets.load_dataset(hub.dataset, name=hub.config, split=split)
     except Exception as error:
         raise DataError(
@@ -161,10 +161,12 @@ def read_hub(hub: HubData, split: str, limit: int | None) -> list[Row]:
         ) from error
     where = f"{hub.dataset}, {split}"
     rows = itertools.islice(table, limit)
-    return [Row.checked(f"{where}: row {number}", dict(row)) for number, row in enumerate(rows, 1)]
+    return [
+        TaskRow.checked(f"{where}: row {number}", dict(row)) for number, row in enumerate(rows, 1)
+    ]
 
 
-def read_local(path: Path, config: str | None, split: str, limit: int | None) -> list[Row]:
+def read_local(path: Path, config: str | None, split: str, limit: int | None) -> list[TaskRow]:
     """The first `limit` rows of a local split.
 
     Args:
@@ -187,7 +189,7 @@ def read_local(path: Path, config: str | None, split: str, limit: int | None) ->
         problem = "unknown kind of file" if path.is_file() else "no such file or folder"
         raise DataError(f"{path}: {problem}; give a {', '.join(KINDS)} file or a folder of these")
     pairs: Iterator = itertools.chain.from_iterable(read_rows(file) for file in files)
-    rows = [Row.checked(where, row) for where, row in itertools.islice(pairs, limit)]
+    rows = [TaskRow.checked(where, row) for where, row in itertools.islice(pairs, limit)]
     if not rows:
         raise DataError(f"{path}: the split {split!r} holds no rows")
     return rows

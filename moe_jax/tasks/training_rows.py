@@ -7,7 +7,7 @@ from typing import Literal
 import datasets
 
 from moe_jax.config.data import SourceConfig
-from moe_jax.data.sources import RowTable, cut, digest, read_source
+from moe_jax.data.sources import RowTable, cache_key, read_source, select_part
 from moe_jax.errors import DataError
 from moe_jax.tasks.families.glue import ClassificationTask
 from moe_jax.tasks.selection import named_task
@@ -34,8 +34,8 @@ def read_source_or_task(
     split, _, _ = source.split.partition("[")
     task = source_task(source, folder)
     rows = labelled_rows(task) if classified else task_rows(task, source.answer)
-    table = RowTable(datasets.Dataset.from_list(rows), digest(rows))
-    return cut(table, source, split)
+    table = RowTable(datasets.Dataset.from_list(rows), cache_key(rows))
+    return select_part(table, source, split)
 
 
 def source_task(source: SourceConfig, folder: str | None) -> Task:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from moe_jax.data.chat import conversation_pieces, require_chat_template
+from moe_jax.data.chat import conversation_spans, require_chat_template
 from moe_jax.errors import DataError
 
 TALK = [
@@ -31,16 +31,16 @@ PLAIN = (
 
 
 @pytest.fixture
-def pieces(byte_tokenizer, monkeypatch):
+def spans(byte_tokenizer, monkeypatch):
     def cut(messages, template=None):
         if template is not None:
             monkeypatch.setattr(byte_tokenizer, "chat_template", template)
-        return conversation_pieces(messages, byte_tokenizer, "c.json: row 1")
+        return conversation_spans(messages, byte_tokenizer, "c.json: row 1")
 
     return cut
 
 
-def test_every_assistant_turn_with_its_end_is_a_target(pieces):
+def test_every_assistant_turn_with_its_end_is_a_target(spans):
     expected = [
         ("<|start|>system\nS<|stop|>\n<|start|>user\nU1<|stop|>\n<|start|>assistant\n", False),
         ("A1<|stop|>", True),
@@ -48,15 +48,15 @@ def test_every_assistant_turn_with_its_end_is_a_target(pieces):
         ("A2<|stop|>", True),
     ]
     # The template ends the turn with a token of its own: no end of text is added.
-    assert pieces(TALK) == [(expected, False)]
+    assert spans(TALK) == [(expected, False)]
 
 
-def test_messages_after_the_last_answer_are_left_out(pieces):
-    assert pieces(TALK[:4]) == pieces(TALK[:3])
+def test_messages_after_the_last_answer_are_left_out(spans):
+    assert spans(TALK[:4]) == spans(TALK[:3])
 
 
-def test_template_without_generation_prompt(pieces):
-    cut, ends = pieces(TALK[1:], INSTRUCT)[0]
+def test_template_without_generation_prompt(spans):
+    cut, ends = spans(TALK[1:], INSTRUCT)[0]
     # "</s>" is no token of this tokenizer, so its own end-of-text token is still to be added.
     assert ends
     assert cut == [
@@ -67,15 +67,15 @@ def test_template_without_generation_prompt(pieces):
     ]
 
 
-def test_template_without_special_tokens_gets_an_end_of_text(pieces):
-    assert pieces(TALK[1:3], PLAIN) == [([("user: U1\nassistant: ", False), ("A1\n", True)], True)]
+def test_template_without_special_tokens_gets_an_end_of_text(spans):
+    assert spans(TALK[1:3], PLAIN) == [([("user: U1\nassistant: ", False), ("A1\n", True)], True)]
 
 
-def test_template_that_rewrites_earlier_turns_gives_one_example_per_turn(pieces):
+def test_template_that_rewrites_earlier_turns_gives_one_example_per_turn(spans):
     talk = [dict(message) for message in TALK[1:]]
     talk[1]["thinking"], talk[3]["thinking"] = "T1", "T2"
     user, assistant = "<|start|>user\n", "<|start|>assistant\n"
-    assert pieces(talk, REASONING) == [
+    assert spans(talk, REASONING) == [
         ([(f"{user}U1<|stop|>\n{assistant}", False), ("[T1]A1<|stop|>", True)], False),
         (
             [
@@ -86,19 +86,19 @@ def test_template_that_rewrites_earlier_turns_gives_one_example_per_turn(pieces)
         ),
     ]
     # Without reasoning the same template renders all turns alike: one example.
-    assert len(pieces(TALK, REASONING)) == 1
+    assert len(spans(TALK, REASONING)) == 1
 
 
-def test_template_whose_generation_prompt_is_not_kept_is_refused(pieces):
+def test_template_whose_generation_prompt_is_not_kept_is_refused(spans):
     template = PLAIN.replace("assistant: {% endif %}", "assistant: <think>{% endif %}")
     with pytest.raises(DataError, match=r"^c\.json: row 1: message 2: .* generation prompt"):
-        pieces(TALK[1:3], template)
+        spans(TALK[1:3], template)
 
 
-def test_refusal_of_the_template_names_the_row(pieces):
+def test_refusal_of_the_template_names_the_row(spans):
     template = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(DataError, match=r"^c\.json: row 1: .*roles must alternate") as caught:
-        pieces(TALK, template)
+        spans(TALK, template)
     assert "\n" not in str(caught.value)
 
 

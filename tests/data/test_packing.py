@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from tolerances import PADDING_SHARE, WITHIN_A_WINDOW
 
+from moe_jax.data.grouping import ShuffledRange
 from moe_jax.data.packing import PackedBatches, first_fit
 from moe_jax.data.pipeline import load_train_data, load_validation_data
-from moe_jax.data.shuffle import ShuffledRange
 
 ROW = 50
 

@@ -41,7 +41,7 @@ def test_template_without_a_place_for_input_refuses_a_row_with_one(write):
         ("{instruction} {inputs}", "unknown placeholder {inputs}; did you mean 'input'"),
         ("{instruction!r}", "unknown placeholder {instruction}"),
         ("{}", "unknown placeholder {}"),
-        ("{instruction} {", "write a brace that is meant as such twice"),
+        ("{instruction} {", "write a literal brace twice"),
         ("nothing", "has no place for {instruction}"),
         ("{instruction}\n--- without input ---\nnothing", "has no place for {instruction}"),
         ("{instruction}\n--- without input ---\n{instruction}{input}", "uses {input} after"),

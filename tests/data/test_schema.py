@@ -56,7 +56,7 @@ ANSWER = {"role": "assistant", "content": "ho"}
         ("completion", {"prompt": "p", "completion": None}, "must be text, got null"),
         ("instruction", {"instruction": "i", "input": ["x"], "output": ""}, "'input' must be text"),
         ("text", ["text"], "a row must be an object with named columns, got list"),
-        ("text", {"text": "\ud800"}, "half a surrogate pair"),
+        ("text", {"text": "\ud800"}, "an unpaired surrogate"),
         ("chat", {"messages": "hi"}, "'messages' must be a list of messages, got str"),
         ("chat", {"messages": []}, "no message of the role 'assistant'"),
         ("chat", {"messages": [USER]}, "no message of the role 'assistant'"),

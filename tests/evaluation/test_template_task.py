@@ -94,7 +94,7 @@ def test_shots_come_from_a_folder(make, tmp_path):
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        ("{question\n", "quiz.txt: .* write a brace that is meant as such twice"),
+        ("{question\n", "quiz.txt: .* write a literal brace twice"),
         ("{question!r}", "quiz.txt: a placeholder is {column} and nothing else"),
         ("{}", "quiz.txt: a placeholder is {column} and nothing else"),
         ("Q {options}\nAnswer:", "quiz.txt: {options} must be a line by itself"),

@@ -10,7 +10,7 @@ from moe_jax.errors import ConfigError, DataError
 from moe_jax.tasks.families.glue import ClassificationTask, LabelledText
 from moe_jax.tasks.selection import named_task, task_names
 from moe_jax.tasks.task import TASKS, Choice
-from moe_jax.tasks.task_rows import Row
+from moe_jax.tasks.task_rows import TaskRow
 from moe_jax.tasks.training_rows import read_source_or_task
 
 TASKS_OF_GLUE = [name for name, cls in TASKS.items() if issubclass(cls, ClassificationTask)]
@@ -106,7 +106,7 @@ def test_all_tasks_are_here():
 @pytest.mark.parametrize("name", ROWS)
 def test_rows(name):
     fields, (text, pair, label), prompt, word = ROWS[name]
-    task, row = named_task(name), Row("here: row 1", fields)
+    task, row = named_task(name), TaskRow("here: row 1", fields)
     assert task.labelled(row) == LabelledText("here: row 1", text, pair, label)
     if prompt is None:
         with pytest.raises(DataError, match="asks for a number, which only an adapter with"):
@@ -130,7 +130,7 @@ def test_the_hub():
     ("name", "fields", "words"),
     [
         ("sst2", {"sentence": "x", "label": -1}, "take a split whose answers are public"),
-        ("sst2", {"sentence": "x", "label": "good"}, "none of the labels (negative, positive)"),
+        ("sst2", {"sentence": "x", "label": "good"}, "not one of the labels (negative, positive)"),
         ("sst2", {"text": "x", "label": 1}, "no column 'sentence' (it has: text, label)"),
         ("sst2", {"sentence": 3, "label": 1}, "column 'sentence' must be text, got int (3)"),
         ("stsb", {"sentence1": "x", "sentence2": "y", "label": "3"}, "must be a finite number"),
@@ -138,7 +138,7 @@ def test_the_hub():
 )
 def test_rows_that_do_not_fit_are_named(name, fields, words):
     with pytest.raises(DataError) as error:
-        named_task(name).labelled(Row("rows.jsonl: line 7", fields))
+        named_task(name).labelled(TaskRow("rows.jsonl: line 7", fields))
     assert str(error.value).startswith("rows.jsonl: line 7: ")
     assert words in str(error.value)
 

@@ -11,7 +11,7 @@ from moe_jax.config.parse import parse
 from moe_jax.errors import ConfigError, DataError
 from moe_jax.tasks.selection import make_task, named_task, task_names
 from moe_jax.tasks.task import TASKS, Question, Task, lettered_question
-from moe_jax.tasks.task_rows import HubData, Row, read_hub, read_local
+from moe_jax.tasks.task_rows import HubData, TaskRow, read_hub, read_local
 
 
 def questions(tmp_path, name, rows):
@@ -26,7 +26,7 @@ def questions(tmp_path, name, rows):
         ("arc_easy", {"answerKey": "E"}, "'answerKey' is str .'E'., not one of A, B, C;"),
         ("arc_easy", {"question": None}, "column 'question' must be a text .* got null"),
         ("arc_easy", {"question": " "}, "column 'question' must be a text that is not blank"),
-        ("arc_easy", {"question": "\ud800"}, "'question' holds half a surrogate pair"),
+        ("arc_easy", {"question": "\ud800"}, "'question' holds an unpaired surrogate"),
         ("arc_easy", {"choices": ["a"]}, "column 'choices' must be an object, got list"),
         ("arc_easy", {"choices": {"text": ["a"]}}, "choices: column 'text' must hold at least 2"),
         (
@@ -126,7 +126,7 @@ def test_a_task_from_outside_the_package(tmp_path):
     class Parity(Task):
         hub: ClassVar[HubData] = HubData("nobody/parity", None, "test", "train")
 
-        def question(self, row: Row) -> Question:
+        def question(self, row: TaskRow) -> Question:
             stem, answer = f"Is {row.text('number')} even?", int(row.text("number")) % 2
             return lettered_question(row, preface="", stem=stem, texts=("yes", "no"), answer=answer)
 

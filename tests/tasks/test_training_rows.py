@@ -10,7 +10,7 @@ from moe_jax.config.data import DataConfig, SourceConfig
 from moe_jax.data.tokenised_source import tokenise_source
 from moe_jax.data.tokenizer import load_tokenizer
 from moe_jax.errors import UserError
-from moe_jax.evaluation.protocols import PROTOCOLS
+from moe_jax.evaluation.scoring_protocols import SCORING_PROTOCOLS
 from moe_jax.tasks.selection import named_task
 from moe_jax.tasks.training_rows import read_source_or_task, task_rows
 
@@ -54,7 +54,7 @@ def test_training_reads_what_evaluation_scores(task, answer, folder, tokenizer):
     split = named_task(task).hub.split if task in FAMILIES else "test"
     source = SourceConfig(task=task, split=split, answer=answer)
     rows = _tokenised(source, folder, tokenizer)
-    scored = PROTOCOLS[f"{answer}s"].prepare(task, questions, tokenizer)
+    scored = SCORING_PROTOCOLS[f"{answer}s"].prepare(task, questions, tokenizer)
     assert len(rows) == len(scored) == len(questions)
     for (tokens, mask), (question, items) in zip(rows, scored, strict=True):
         # One item with a candidate for each label, or one item for each choice.

@@ -9,8 +9,8 @@ import pytest
 import tiny_program
 from tolerances import FEW_OPERATIONS, GRADIENT_ROUNDING, ROUNDING
 
-from moe_jax.adapters.rows import segments_of
-from moe_jax.data.batch import Batch, Row, pack_rows, pad_rows
+from moe_jax.adapters.rows import divide_rows
+from moe_jax.data.batch import Batch, TokenSequence, pack_rows, pad_rows
 from moe_jax.training.step.loss import row_losses
 from moe_jax.training.step.micro_batches import join_rows
 from moe_jax.training.step.step import forward
@@ -48,7 +48,7 @@ LENGTHS = (16, 9, 12, 7)
 def _sequences(seed):
     rng = np.random.default_rng(seed)
     return [
-        Row(
+        TokenSequence(
             tokens=rng.integers(0, 96, length).astype(np.int32),
             loss_mask=np.arange(length) >= length // 3,
             expert_group=number % 2,
@@ -163,11 +163,13 @@ def test_metrics_are_those_of_unpacked_rows(steps):
 
 def test_each_sequence_has_its_own_loss(programs, params):
     program, name = programs["packed"], "switch"
-    (method,) = (segment.method for segment in program.segments if segment.name == name)
+    (method,) = (segment.method for segment in program.adapter_rows if segment.name == name)
     adapters = {name: tiny_program.random_adapters(program)[name]}
 
     def logits(batch, *, packed):
-        model = program.model.clone(segments=segments_of({name: method}, {name: len(batch.tokens)}))
+        model = program.model.clone(
+            adapter_rows=divide_rows({name: method}, {name: len(batch.tokens)})
+        )
         run = lambda *args: forward(model, *args, None, packed=packed)[0]
         return np.array(jax.jit(run)(params, adapters, batch))
 

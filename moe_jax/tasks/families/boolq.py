@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from moe_jax.tasks.task import TASKS, Choice, Question, Task
-from moe_jax.tasks.task_rows import HubData, Row
+from moe_jax.tasks.task_rows import HubData, TaskRow
 
 PREFACE = "Say whether the answer to the question is true or false.\n\n"
 LABELS = ("true", "false")
@@ -21,7 +21,7 @@ class BoolQ(Task):
 
     hub: ClassVar[HubData] = HubData("google/boolq", None, "validation", "train")
 
-    def question(self, row: Row) -> Question:
+    def question(self, row: TaskRow) -> Question:
         prompt = f"Question: {row.text('question').rstrip('? ')}?\nAnswer:"
         choices = tuple(Choice(prompt, f" {word}") for word in WORDS)
         answer = 0 if row.flag("answer") else 1

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from moe_jax.tasks.task import TASKS, Question, Task, labelled_choices, lettered_question
-from moe_jax.tasks.task_rows import HubData, Row
+from moe_jax.tasks.task_rows import HubData, TaskRow
 
 PREFACE = "Use common sense to choose the option that answers the question.\n\n"
 
@@ -16,7 +16,7 @@ class CommonsenseQA(Task):
 
     hub: ClassVar[HubData] = HubData("tau/commonsense_qa", None, "validation", "train")
 
-    def question(self, row: Row) -> Question:
+    def question(self, row: TaskRow) -> Question:
         texts, answer = labelled_choices(row)
         stem = f"Question: {row.text('question')}"
         return lettered_question(row, preface=PREFACE, stem=stem, texts=texts, answer=answer)

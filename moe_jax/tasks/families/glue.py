@@ -11,7 +11,7 @@ from moe_jax.config.classification import GLUE, GLUE_HUB_ID, ClassificationConfi
 from moe_jax.data.schema import label_number
 from moe_jax.errors import DataError
 from moe_jax.tasks.task import TASKS, Choice, Question, Task
-from moe_jax.tasks.task_rows import HubData, Row, kind
+from moe_jax.tasks.task_rows import HubData, TaskRow, kind
 
 
 class LabelledText(NamedTuple):
@@ -56,7 +56,7 @@ class ClassificationTask(Task, abc.ABC):
         """What is measured."""
         return GLUE[self.glue].metrics
 
-    def labelled(self, row: Row) -> LabelledText:
+    def labelled(self, row: TaskRow) -> LabelledText:
         """A row as text and label.
 
         Raises:
@@ -79,7 +79,7 @@ class ClassificationTask(Task, abc.ABC):
             raise DataError(f"task {self.name!r}: a classifier sees no shots; set shots to 0")
         return [self.labelled(row) for row in self.rows()]
 
-    def question(self, row: Row) -> Question:
+    def question(self, row: TaskRow) -> Question:
         if not self.words:
             raise DataError(
                 f"task {self.name!r}: asks for a number, which only an adapter with "
@@ -95,7 +95,7 @@ class ClassificationTask(Task, abc.ABC):
         return Question(row.where, self.preface, prompt, self.words, choices, answer)
 
 
-def _text(row: Row, column: str) -> str:
+def _text(row: TaskRow, column: str) -> str:
     """A column's text, which may be blank: a few rows of QQP have no second question."""
     value = row.value(column)
     if isinstance(value, str) and not value.strip():

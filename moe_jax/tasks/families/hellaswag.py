@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from moe_jax.tasks.task import TASKS, Choice, Question, Task, lettered_question
-from moe_jax.tasks.task_rows import HubData, Row
+from moe_jax.tasks.task_rows import HubData, TaskRow
 
 PREFACE = "Choose the ending that the text goes on with.\n\n"
 LABELS = ("0", "1", "2", "3")
@@ -18,7 +18,7 @@ class HellaSwag(Task):
 
     hub: ClassVar[HubData] = HubData("Rowan/hellaswag", None, "validation", "train")
 
-    def question(self, row: Row) -> Question:
+    def question(self, row: TaskRow) -> Question:
         text = plain(f"{row.text('activity_label')}: {row.text('ctx')}")
         endings = tuple(plain(ending) for ending in row.texts("endings", len(LABELS)))
         return lettered_question(

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from moe_jax.tasks.task import TASKS, Question, Task, lettered_question
-from moe_jax.tasks.task_rows import HubData, Row
+from moe_jax.tasks.task_rows import HubData, TaskRow
 
 PREFACE = "Choose the right option for each question about {subject}.\n\n"
 LABELS = ("0", "1", "2", "3")
@@ -22,7 +22,7 @@ class Mmlu(Task):
 
     shots: int = 5
 
-    def question(self, row: Row) -> Question:
+    def question(self, row: TaskRow) -> Question:
         subject = row.text("subject").replace("_", " ")
         return lettered_question(
             row,

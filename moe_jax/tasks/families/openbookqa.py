@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from moe_jax.tasks.task import TASKS, Choice, Question, Task, labelled_choices, lettered_question
-from moe_jax.tasks.task_rows import HubData, Row
+from moe_jax.tasks.task_rows import HubData, TaskRow
 
 PREFACE = "Choose the option that answers the question or completes the sentence.\n\n"
 
@@ -16,7 +16,7 @@ class OpenBookQA(Task):
 
     hub: ClassVar[HubData] = HubData("allenai/openbookqa", "main", "test", "train")
 
-    def question(self, row: Row) -> Question:
+    def question(self, row: TaskRow) -> Question:
         texts, answer = labelled_choices(row)
         stem = row.text("question_stem")
         return lettered_question(

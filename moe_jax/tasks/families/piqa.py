@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from moe_jax.tasks.task import TASKS, Choice, Question, Task, lettered_question
-from moe_jax.tasks.task_rows import HubData, Row
+from moe_jax.tasks.task_rows import HubData, TaskRow
 
 PREFACE = "Choose the solution that reaches the goal.\n\n"
 LABELS = ("0", "1")
@@ -18,7 +18,7 @@ class Piqa(Task):
     # The authors' own `ybisk/piqa` is a script, which `datasets` no longer runs.
     hub: ClassVar[HubData] = HubData("baber/piqa", None, "validation", "train")
 
-    def question(self, row: Row) -> Question:
+    def question(self, row: TaskRow) -> Question:
         stem = f"Goal: {row.text('goal')}"
         solutions = (row.text("sol1"), row.text("sol2"))
         return lettered_question(

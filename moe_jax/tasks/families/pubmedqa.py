@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from moe_jax.tasks.task import TASKS, Choice, Question, Task
-from moe_jax.tasks.task_rows import HubData, Row
+from moe_jax.tasks.task_rows import HubData, TaskRow
 
 PREFACE = "Answer the medical question by the abstract: yes, no or maybe.\n\n"
 LABELS = ("yes", "no", "maybe")
@@ -20,7 +20,7 @@ class PubMedQA(Task):
 
     hub: ClassVar[HubData] = HubData("qiaojin/PubMedQA", "pqa_labeled", "train", "train")
 
-    def question(self, row: Row) -> Question:
+    def question(self, row: TaskRow) -> Question:
         context = row.group("context")
         parts = context.texts("contexts")
         names = context.texts("labels", len(parts))

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from moe_jax.tasks.task import TASKS, Question, Task, lettered_question
-from moe_jax.tasks.task_rows import HubData, Row
+from moe_jax.tasks.task_rows import HubData, TaskRow
 
 PREFACE = "Choose the option that answers the question about the situation.\n\n"
 LABELS = ("1", "2", "3")
@@ -18,7 +18,7 @@ class SocialIQA(Task):
     # The authors' own `allenai/social_i_qa` is a script, which `datasets` no longer runs.
     hub: ClassVar[HubData] = HubData("lighteval/siqa", None, "validation", "train")
 
-    def question(self, row: Row) -> Question:
+    def question(self, row: TaskRow) -> Question:
         return lettered_question(
             row,
             preface=PREFACE,

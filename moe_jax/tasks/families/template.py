@@ -41,7 +41,7 @@ from typing import Any, ClassVar, NamedTuple
 from moe_jax.config.parse import require
 from moe_jax.errors import DataError
 from moe_jax.tasks.task import LETTERS, TASKS, Choice, Question, Task, lettered
-from moe_jax.tasks.task_rows import HubData, Row, kind
+from moe_jax.tasks.task_rows import HubData, TaskRow, kind
 
 SECTIONS = ("choices", "answer")
 OPTIONS_LINE = "{options}"
@@ -93,7 +93,7 @@ class TemplateTask(Task):
         """The template file; raises `DataError` if it cannot be used."""
         return load_template(Path(self.template).expanduser())
 
-    def question(self, row: Row) -> Question:
+    def question(self, row: TaskRow) -> Question:
         template = self.parsed
         texts = _choices(template.choices, row)
         lines = template.prompt.split("\n")
@@ -140,7 +140,7 @@ def load_template(path: Path) -> Template:
         for line in (template.prompt, *choices, template.answer):
             _columns(line)
     except ValueError as error:
-        raise DataError(f"{path}: {error}; write a brace that is meant as such twice") from None
+        raise DataError(f"{path}: {error}; write a literal brace twice") from None
     lines = template.prompt.split("\n")
     if lines.count(OPTIONS_LINE) != template.prompt.count(OPTIONS_LINE) or (
         lines.count(OPTIONS_LINE) > 1
@@ -161,7 +161,7 @@ def _columns(template: str) -> list[str]:
     return names
 
 
-def _fill(template: str, row: Row, extra: Mapping[str, str] | None = None) -> str:
+def _fill(template: str, row: TaskRow, extra: Mapping[str, str] | None = None) -> str:
     filled = []
     for literal, name, _, _ in string.Formatter().parse(template):
         filled.append(literal)
@@ -171,13 +171,13 @@ def _fill(template: str, row: Row, extra: Mapping[str, str] | None = None) -> st
     return "".join(filled)
 
 
-def _text(row: Row, column: str) -> str:
+def _text(row: TaskRow, column: str) -> str:
     value = row.value(column)
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     return str(value) if is_number else row.text(column)
 
 
-def _choices(templates: tuple[str, ...], row: Row) -> tuple[str, ...]:
+def _choices(templates: tuple[str, ...], row: TaskRow) -> tuple[str, ...]:
     texts: list[str] = []
     for template in templates:
         value = _lone_value(template, row)
@@ -197,7 +197,7 @@ def _choices(templates: tuple[str, ...], row: Row) -> tuple[str, ...]:
     return tuple(texts)
 
 
-def _answer(template: str, row: Row, texts: tuple[str, ...]) -> int:
+def _answer(template: str, row: TaskRow, texts: tuple[str, ...]) -> int:
     value = _lone_value(template, row)
     if type(value) is int:
         if 0 <= value < len(texts):
@@ -220,7 +220,7 @@ def _answer(template: str, row: Row, texts: tuple[str, ...]) -> int:
     )
 
 
-def _lone_value(template: str, row: Row) -> Any:
+def _lone_value(template: str, row: TaskRow) -> Any:
     """The value of the column that is all of a template; None where it is more than that."""
     names = _columns(template)
     return row.value(names[0]) if names and template == f"{{{names[0]}}}" else None

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from moe_jax.errors import DataError
 from moe_jax.tasks.task import TASKS, Choice, Question, Task, lettered_question
-from moe_jax.tasks.task_rows import HubData, Row
+from moe_jax.tasks.task_rows import HubData, TaskRow
 
 PREFACE = "Choose the option that fills the blank, written as _, in the sentence.\n\n"
 LABELS = ("1", "2")
@@ -25,7 +25,7 @@ class WinoGrande(Task):
         "allenai/winogrande", "winogrande_debiased", "validation", "train"
     )
 
-    def question(self, row: Row) -> Question:
+    def question(self, row: TaskRow) -> Question:
         sentence = row.text("sentence")
         options = (row.text("option1"), row.text("option2"))
         before, blank, after = sentence.partition(BLANK)

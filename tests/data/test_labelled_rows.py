@@ -7,9 +7,9 @@ import pytest
 
 from moe_jax.config.classification import ClassificationConfig
 from moe_jax.config.data import SourceConfig
-from moe_jax.data.labels import label_number
+from moe_jax.data.encoding import encode_texts
 from moe_jax.data.pipeline import load_train_data, load_validation_data
-from moe_jax.data.texts import encode_texts
+from moe_jax.data.schema import label_number
 from moe_jax.errors import DataError
 
 MOODS = ClassificationConfig(labels=("sad", "glad"))
@@ -110,7 +110,7 @@ def test_labels(value, labels, number):
     if number is not None:
         assert label_number(value, classification, "here") == number
         return
-    with pytest.raises(DataError, match=r"^here is .*none of the labels \("):
+    with pytest.raises(DataError, match=r"^here is .*not one of the labels \("):
         label_number(value, classification, "here")
 
 
@@ -119,7 +119,7 @@ def test_labels(value, labels, number):
     [
         ({"text": "a"}, MOODS, "line 2: no column 'label' (it has: text)"),
         ({"text": 5, "label": 1}, MOODS, "line 2: column 'text' must be text, got int (5)"),
-        ({"text": "a", "label": "gald"}, MOODS, 'line 2: the label is "gald", which is none of'),
+        ({"text": "a", "label": "gald"}, MOODS, 'line 2: the label is "gald", which is not one of'),
         ({"text": "a", "label": -1}, MOODS, "take a split whose answers are public"),
         ({"text": "a", "label": None}, MOODS, "line 2: column 'label' must be a label's name"),
         ({"text": "a", "label": "3"}, NUMBER, "line 2: the label must be a finite number"),

@@ -1,14 +1,19 @@
 """Token ids, loss masks, truncation and the cache, against counting by hand."""
 
 import datetime
+from dataclasses import replace
+from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
+import tokenizers
+import transformers
 
 from moe_jax.config.data import SourceConfig
-from moe_jax.data import tokenise
-from moe_jax.data.examples import Example, Piece
-from moe_jax.data.tokenise import encode_examples, tokenise_source
+from moe_jax.data import sources, tokenised_source
+from moe_jax.data.encoding import Example, TextSpan, encode_examples
+from moe_jax.data.tokenised_source import tokenise_source
 from moe_jax.data.tokenizer import encode_prompt
 from moe_jax.errors import DataError
 
@@ -132,7 +137,7 @@ PAIRS = [
 def test_boundary_is_exact(request, fixture, prompt, completion):
     """A row begins with what generation sees, and reads as prompt and completion joined."""
     tokenizer = request.getfixturevalue(fixture)
-    example = Example((Piece(prompt, False), Piece(completion, True)), leads=True, ends=True)
+    example = Example((TextSpan(prompt, False), TextSpan(completion, True)), leads=True, ends=True)
     ((ids, mask),) = encode_examples([example], tokenizer, train_on_prompt=False)
     seen = encode_prompt(tokenizer, prompt)
     assert ids[: len(seen)] == seen
@@ -156,11 +161,11 @@ def test_pairs_do_fuse_across_the_boundary(byte_tokenizer, metaspace_tokenizer):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Counts the batches that are really tokenised."""
+    """Counts the batches that are tokenised, not read from the cache."""
     counted = []
-    original = tokenise.encode_examples
+    original = tokenised_source.encode_examples
     monkeypatch.setattr(
-        tokenise,
+        tokenised_source,
         "encode_examples",
         lambda *arguments: counted.append(len(arguments[0])) or original(*arguments),
     )
@@ -174,6 +179,43 @@ def test_second_call_is_served_from_the_cache(run, completions, calls):
     assert calls == [2]
     assert first == second
     assert (again.report, again.digest) == (result.report, result.digest)
+
+
+def test_tables_are_made_again_for_another_version_data_or_tokenizer_alone(
+    run, completions, calls, monkeypatch, tmp_path, word_tokenizer
+):
+    source = completions([("a", "b"), ("c", "d")])
+    run(source)
+    assert calls == [2]
+
+    with monkeypatch.context() as unreadable:  # a key does not depend on the package's own files
+        unreadable.setattr(Path, "read_text", None)
+        unreadable.setattr(Path, "read_bytes", None)
+        run(replace(source, weight=2.0, expert_group=1))
+        run(source, sort_window=1, buckets=(8,), packing="first_fit", num_workers=1)
+    assert calls == [2]
+
+    for module, name, value in [
+        (sources, "TOKEN_CACHE_VERSION", sources.TOKEN_CACHE_VERSION + 1),
+        (datasets, "__version__", "99"),
+        (transformers, "__version__", "99"),
+        (tokenizers, "__version__", "99"),
+    ]:
+        with monkeypatch.context() as other:
+            other.setattr(module, name, value)
+            run(source)
+            assert calls == [2, 2], name
+            calls.pop()
+    run(source)
+    assert calls == [2]
+
+    word_tokenizer.save_pretrained(tmp_path / "other")
+    tokenizer = type(word_tokenizer).from_pretrained(tmp_path / "other")
+    tokenizer.add_tokens(["new"])
+    run(source, tokenizer)
+    assert calls == [2, 2]
+    run(completions([("a", "b"), ("c", "e")]))
+    assert calls == [2, 2, 2]
 
 
 def test_every_input_of_the_tokens_changes_the_cache(run, write, calls, tmp_path, word_tokenizer):
@@ -224,7 +266,7 @@ def test_problems_of_template_and_tokenizer_come_before_the_data(run, word_token
         run(SourceConfig(**gone, schema="text"), tokenizer)
 
 
-def test_tokenizer_without_a_pad_token_will_do(run, completions, word_tokenizer):
+def test_tokenizer_needs_no_pad_token(run, completions, word_tokenizer):
     assert word_tokenizer.pad_token is None
     _, result = run(completions([("a", "b")]))
     assert result.table[0]["tokens"].to_pylist() == [[1, 3, 4, 2]]

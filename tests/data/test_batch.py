@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from moe_jax.data.collate import Row, pad_rows, padded_length
+from moe_jax.data.batch import TokenSequence, pad_rows, padded_length
 
 
 def test_smallest_length_that_holds_the_longest_row():
@@ -11,8 +11,8 @@ def test_smallest_length_that_holds_the_longest_row():
 
 def test_rows_are_padded_and_missing_rows_are_empty():
     rows = [
-        Row(np.array([7, 8, 9]), np.array([False, True, True]), expert_group=2),
-        Row(np.array([5]), np.array([False]), expert_group=1, label=1.5),
+        TokenSequence(np.array([7, 8, 9]), np.array([False, True, True]), expert_group=2),
+        TokenSequence(np.array([5]), np.array([False]), expert_group=1, label=1.5),
     ]
     batch = pad_rows(rows, 3, (4, 8))
     assert batch.tokens.tolist() == [[7, 8, 9, 0], [5, 0, 0, 0], [0, 0, 0, 0]]
