@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-from moe_jax.sharding import memory
+from moe_jax import errors
 
 OUT_OF_MEMORY = "out of memory"
 
@@ -28,7 +28,7 @@ class OutOfMemory(Exception):
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory, of the host or of a device, did not do."""
-    return isinstance(error, OutOfMemory) or memory.is_out_of_memory(error)
+    return isinstance(error, OutOfMemory) or errors.is_out_of_memory(error)
 
 
 def seconds_of(function: Callable[[], object]) -> float:

@@ -1,8 +1,8 @@
 """Errors whose cause lies with the user's input.
 
 Every command catches `UserError`, prints its one-line message and exits with status 2, without a
-traceback. A message names the file, field or key at fault and says what to do about it. Anything
-that is not a `UserError` is a defect of this library and keeps its traceback.
+traceback. A message names the file, field or key at fault and the remedy. Any other exception is a
+defect of this library and keeps its traceback.
 """
 
 import contextlib
@@ -11,15 +11,15 @@ from collections.abc import Iterator
 
 
 class UserError(Exception):
-    """Something the user gave cannot be used as it is."""
+    """An input of the user is invalid."""
 
 
 class ConfigError(UserError):
-    """A field of the run's configuration is unknown, of the wrong type or out of range."""
+    """A configuration field is unknown, of the wrong type or out of range."""
 
 
 class CheckpointError(UserError):
-    """A checkpoint is missing, incomplete, damaged or belongs to something else."""
+    """A checkpoint is missing, incomplete, damaged or does not match."""
 
 
 class DataError(UserError):
@@ -27,24 +27,55 @@ class DataError(UserError):
 
 
 class DeviceError(UserError):
-    """The devices at hand do not fit the mesh that the configuration asks for."""
+    """The available devices do not fit the mesh, or ran out of memory."""
 
 
 class TrainingError(UserError):
-    """Training cannot go on, for example because every recent gradient was not finite."""
+    """Training cannot continue, for example because all recent gradients were not finite."""
 
 
 def report(error: UserError) -> int:
-    """Prints what the user got wrong as one line on stderr; returns the exit status."""
+    """Prints the error as one line on stderr; returns the exit status."""
     print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
     return 2
 
 
 @contextlib.contextmanager
 def named(field: str) -> Iterator[None]:
-    """Puts the field of the configuration that an error is about in front of its message."""
+    """Prefixes the message of a `UserError` with the configuration field that it is about."""
     try:
         yield
     except UserError as error:
         error.args = (f"{field}: {error}",)
         raise
+
+
+@contextlib.contextmanager
+def memory_errors(advice: str) -> Iterator[None]:
+    """Turns running out of memory, of the host or of a device, into a `DeviceError`.
+
+    Args:
+      advice: settings to try, as a noun phrase.
+
+    Raises:
+      DeviceError: in place of a `MemoryError` or of jax's out-of-memory error.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = str(error).partition("\n")[0]
+        details = f" ({reason})" if reason else ""
+        raise DeviceError(f"out of memory{details}: try {advice}") from error
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """True if `error` reports that the host or a device ran out of memory."""
+    if isinstance(error, MemoryError):
+        return True
+    import jax  # here, so that commands can answer --help without it
+
+    text = str(error).lower()
+    signs = ("resource_exhausted", "out of memory")
+    return isinstance(error, jax.errors.JaxRuntimeError) and any(sign in text for sign in signs)

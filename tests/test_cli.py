@@ -151,8 +151,12 @@ def test_a_reader_that_leaves_is_no_error(folder):
     ("command", "needy", "arguments"),
     [
         ("generate", "moe_jax.commands.answering.run", ["--prompt", "a"]),
-        ("evaluate", "moe_jax.evaluation.run.evaluate", ["--tasks", "boolq"]),
-        ("inspect", "moe_jax.inspection.routing.inspect_routing", ["--text", "a", "--output", "o"]),
+        ("evaluate", "moe_jax.evaluation.model_evaluation.evaluate", ["--tasks", "boolq"]),
+        (
+            "inspect",
+            "moe_jax.inspection.routing_inspection.inspect_routing",
+            ["--text", "a", "--output", "o"],
+        ),
     ],
 )
 def test_memory_that_does_not_do(command, needy, arguments, folder, capsys, monkeypatch):
@@ -162,7 +166,5 @@ def test_memory_that_does_not_do(command, needy, arguments, folder, capsys, monk
     monkeypatch.setattr(needy, take)
     assert main([command, "--adapter", str(folder / "mixlora"), *arguments]) == 2
     error = capsys.readouterr().err
-    assert error.startswith(
-        "error: memory does not do (out of memory): give a smaller --batch-size"
-    )
+    assert error.startswith("error: out of memory: try a smaller --batch-size")
     assert error.count("\n") == 1

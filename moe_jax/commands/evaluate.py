@@ -124,8 +124,8 @@ def add(parser: argparse.ArgumentParser) -> Run:
 
 def _run(arguments: argparse.Namespace) -> None:
     # With libraries that other commands do not need.
+    from moe_jax.errors import memory_errors
     from moe_jax.evaluation.model_evaluation import evaluate
-    from moe_jax.sharding.memory import memory_errors
 
     split, limit, shots = arguments.split, arguments.limit, arguments.shots
     tasks = [
@@ -139,7 +139,7 @@ def _run(arguments: argparse.Namespace) -> None:
     adapters = named_folders(arguments.adapter)
     base = base_path(arguments.base, adapters, arguments.revision)
     try:
-        with memory_errors(f"give a smaller --batch-size, {LESS_MEMORY_FLAGS}"):
+        with memory_errors(f"a smaller --batch-size, {LESS_MEMORY_FLAGS}"):
             evaluation = evaluate(
                 base,
                 tasks,

@@ -198,12 +198,12 @@ def _show_routing(arguments: argparse.Namespace) -> None:
             "with --text (moe-jax show says what an adapter's folder holds)"
         )
     # With libraries that other commands, and --help, do not need.
+    from moe_jax.errors import memory_errors
     from moe_jax.files.folders import require_unused
     from moe_jax.inspection.routing_inspection import inspect_routing
-    from moe_jax.sharding.memory import memory_errors
 
     require_unused(arguments.output)
-    with memory_errors("give a smaller --batch-size or --max-length, or --dtype bfloat16"):
+    with memory_errors("a smaller --batch-size or --max-length, or --dtype bfloat16"):
         report = inspect_routing(
             arguments.adapter,
             data,

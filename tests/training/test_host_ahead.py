@@ -15,7 +15,7 @@ from tiny_run import final_adapter, metric_lines, read_config, write_inputs
 
 from moe_jax.checkpoints.adapter_files import read_description
 from moe_jax.checkpoints.store import TrainingStore, latest_step, read_metadata
-from moe_jax.commands.compilation_cache import keep_compiled_programs
+from moe_jax.commands.process import keep_compiled_programs
 from moe_jax.errors import CheckpointError, DataError, TrainingError, UserError
 from moe_jax.training.records import recorder
 from moe_jax.training.records.recorder import Recorder
@@ -171,7 +171,7 @@ def test_also_where_an_earlier_step_has_gone_wrong(failing):
 def test_also_where_memory_did_not_do(failing):
     full = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")
     error, folder = failing("memory", (Program, "train_step", 7, full))
-    assert error.startswith("memory does not do (RESOURCE_EXHAUSTED: Out of memory allocating 9")
+    assert error.startswith("out of memory (RESOURCE_EXHAUSTED: Out of memory allocating 9")
     assert "config.training.micro_batches" in error
     assert latest_step(folder) == 5
 
