@@ -1,11 +1,24 @@
-"""The folder that PEFT and MoE-PEFT keep an adapter in: a configuration and one file of weights."""
+"""The adapter folder of PEFT and MoE-PEFT: its configuration, weights file and tensor names.
+
+Both tools store one matrix `[out, in]` for each layer and expert, for example
+
+    base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight          a LoRA pair
+    mixlora.layers.0.mlp.gate_proj.experts.0.lora_B.weight                  an expert's pair
+    mixlora.layers.0.mlp.moe_gate.weight                                    the router of an FFN
+    mola.layers.0.self_attn.q_proj.moe_gate.weight                          a projection's router
+    base_model.model.score.weight                                           a score head
+
+moe_jax stores `[in, out]` with layers and experts stacked: `lora_A` `[L, in, R]` or
+`[L, in, E, R]`, `lora_B` `[L, R, out]` or `[L, E, R, out]`, `router/kernel` `[L, in, E]`,
+`magnitude` `[L, out]`, `score/kernel` `[in, out]`.
+"""
 
 import json
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import ml_dtypes  # noqa: F401  # importing it is what lets safetensors return bfloat16 arrays
+import ml_dtypes  # noqa: F401  # safetensors returns bfloat16 arrays once this is imported
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
@@ -18,40 +31,47 @@ from moe_jax.exchange.torch_files import read_torch_file, write_torch_file
 from moe_jax.hf.fields import HFFields
 from moe_jax.hf.shards import listed
 
-CONFIG = "adapter_config.json"
-SAFETENSORS = "adapter_model.safetensors"
+CONFIG_FILE = "adapter_config.json"
+SAFETENSORS_FILE = "adapter_model.safetensors"
 TORCH_FILE = "adapter_model.bin"
 
 NO_DROPOUT = 1e-9
-"""The `lora_dropout` that stands for none in MoE-PEFT's files, since its readers want a positive
-one."""
+"""The `lora_dropout` that means no dropout in MoE-PEFT's files, whose readers require > 0."""
+
+TENSOR_PREFIXES = {
+    "LORA": "base_model.model.model",
+    "MIXLORA": "mixlora",
+    "LORAMOE": "loramoe",
+    "MOLA": "mola",
+}
+"""Prefix of an adapter's tensor names, by `peft_type`."""
 
 _FLOATS = ("F32", "F16", "BF16")
 _REQUIRED = object()
 
 
-class Fields(HFFields):
-    """The fields of an adapter's configuration, every one of which has to be asked for.
+class ConfigFields(HFFields):
+    """The fields of an adapter's configuration, each of which has to be read.
 
-    What nobody asked for may be there only if it says nothing: null, false, zero or empty. Anything
-    else might change what the adapter computes, in a way that would be lost.
+    A field that is not read is accepted only if it is null, false, zero or empty. Any other value
+    might change what the adapter computes.
     """
 
     def __init__(self, fields: Mapping[str, Any], where: str):
-        """Nothing is asked for yet.
+        """Wraps a configuration.
 
         Args:
-          fields: from JSON.
-          where: the file and, if it is a part of it, the field; for messages.
+          fields: the parsed JSON object.
+          where: path of the file, and name of the group in it, for messages.
         """
         super().__init__(fields, where, {})
 
     def take(self, name: str, hint: Any, default: Any = _REQUIRED) -> Any:
-        """A field's value, of the type `hint`; the default where it is missing or null.
+        """A field's value, of the type `hint`; the default if the field is missing or null.
 
         Raises:
-          CheckpointError: it is missing and has no default.
-          ConfigError: it is of another type.
+          CheckpointError: the field is missing and has no default.
+          ConfigError: the value is of another type.
         """
         if default is _REQUIRED:
             return self.get(name, hint)
@@ -59,62 +79,62 @@ class Fields(HFFields):
         return default if value is None else value
 
     def choose(self, name: str, choices: Collection[str], default: Any = _REQUIRED) -> Any:
-        """A field that has to be one of `choices`."""
+        """A field whose value has to be one of `choices`."""
         value = self.take(name, str, default)
         if value not in choices and value is not default:
             raise self.error(name, f"{value!r} is not supported; {suggest(value, choices)}")
         return value
 
-    def part(self, name: str) -> "Fields | None":
-        """A field that is a group of fields; None if it is not there."""
+    def subgroup(self, name: str) -> "ConfigFields | None":
+        """A field that is itself a group of fields; None if it is missing."""
         group = self.optional(name, dict[str, Any])
-        return None if group is None else Fields(group, f"{self.where}: {name}")
+        return None if group is None else ConfigFields(group, f"{self.where}: {name}")
 
     def ignore(self, *names: str) -> None:
-        """Says of fields that they do not matter, whatever they are."""
+        """Accepts fields with any value."""
         self.seen.update(names)
 
-    def finish(self) -> None:
-        """Refuses what nobody asked for.
+    def refuse_unread(self) -> None:
+        """Refuses fields that were not read and have a value.
 
         Raises:
-          CheckpointError: the first such field.
+          CheckpointError: the message names the first such field.
         """
         for name, value in self.mapping.items():
             if name not in self.seen and value:
                 raise self.error(
                     name,
-                    f"{json.dumps(value)[:60]} asks for something that is not supported here; only "
-                    f"adapters without it can be read",
+                    f"{json.dumps(value)[:60]} is not supported; only adapters without it can be "
+                    "read",
                 )
 
 
-def read_dropout(fields: Fields, default: Any = _REQUIRED) -> float:
-    """The dropout that a configuration states."""
+def read_dropout(fields: ConfigFields, default: Any = _REQUIRED) -> float:
+    """The dropout rate of a configuration."""
     dropout = fields.take("lora_dropout", float, default)
     return 0.0 if dropout == NO_DROPOUT else dropout
 
 
-def read_targets(fields: Fields) -> tuple[str, ...]:
-    """The projections that a configuration names: a list, or MoE-PEFT's names with true or false.
+def read_target_modules(fields: ConfigFields) -> tuple[str, ...]:
+    """Names of the adapted projections: a list, or MoE-PEFT's names with true or false.
 
-    Of paths such as `self_attn.q_proj`, the last name counts; which layers have it is found from
-    the tensors.
+    Paths such as `self_attn.q_proj` are reduced to their last name. The tensors determine which
+    layers are adapted.
     """
-    stated = fields.take("target_modules", Any)
-    if isinstance(stated, dict):
-        stated = [name for name, adapted in stated.items() if adapted]
-    names = parse(tuple[str, ...], stated, f"{fields.where}: target_modules")
+    value = fields.take("target_modules", Any)
+    if isinstance(value, dict):
+        value = [name for name, adapted in value.items() if adapted]
+    names = parse(tuple[str, ...], value, f"{fields.where}: target_modules")
     return tuple(dict.fromkeys(name.rpartition(".")[2] for name in names))
 
 
 class AdapterFolder(NamedTuple):
-    """What such a folder holds.
+    """Contents of an adapter folder.
 
     Attributes:
-      config_file, weights_file: where it was read from.
-      config: the configuration, raw.
-      tensors: by name; float32, float16 or `ml_dtypes.bfloat16`.
+      config_file, weights_file: the files that were read.
+      config: the configuration as parsed JSON.
+      tensors: tensors by name; float32, float16 or `ml_dtypes.bfloat16`.
     """
 
     config_file: Path
@@ -124,29 +144,29 @@ class AdapterFolder(NamedTuple):
 
 
 def read_adapter_folder(folder: Path) -> AdapterFolder:
-    """Reads a folder; of weights in both kinds of file, safetensors is read, as in PEFT.
+    """Reads an adapter folder; safetensors take precedence over `.bin`, as in PEFT.
 
     Raises:
-      CheckpointError: a file is missing, unreadable or damaged, or holds what is not a tensor of
-        floats; see also `read_torch_file`.
+      CheckpointError: a file is missing, unreadable or damaged, or holds other data than float
+        tensors; see also `read_torch_file`.
     """
-    config_file = folder / CONFIG
+    config_file = folder / CONFIG_FILE
     if not config_file.is_file():
         if (folder / "adapter.json").is_file():
             raise CheckpointError(
-                f"{folder}: is an adapter of this library already; use it as it is"
+                f"{folder}: is already an adapter of this library; use it directly"
             )
-        raise CheckpointError(f"{folder}: no adapter here, {CONFIG} is missing")
+        raise CheckpointError(f"{folder}: no adapter here, {CONFIG_FILE} is missing")
     try:
         config = json.loads(config_file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:  # the last if it is nested deeply
+    except (OSError, ValueError, RecursionError) as error:  # RecursionError: nested too deeply
         raise CheckpointError(f"{config_file}: cannot be read ({error})") from None
     if not isinstance(config, dict):
         raise CheckpointError(f"{config_file}: expected an object, got {type(config).__name__}")
-    for name, read in ((SAFETENSORS, _read_safetensors), (TORCH_FILE, read_torch_file)):
+    for name, read in ((SAFETENSORS_FILE, _read_safetensors), (TORCH_FILE, read_torch_file)):
         if (folder / name).is_file():
             return AdapterFolder(config_file, folder / name, config, read(folder / name))
-    raise CheckpointError(f"{folder}: has neither {SAFETENSORS} nor {TORCH_FILE}")
+    raise CheckpointError(f"{folder}: has neither {SAFETENSORS_FILE} nor {TORCH_FILE}")
 
 
 def _read_safetensors(file: Path) -> dict[str, np.ndarray]:
@@ -160,24 +180,26 @@ def _read_safetensors(file: Path) -> dict[str, np.ndarray]:
                     )
             return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file}: truncated or damaged ({error}); get it again") from None
+        raise CheckpointError(
+            f"{file}: truncated or damaged ({error}); download it again"
+        ) from None
 
 
 def write_adapter_folder(
     folder: Path, config: Mapping[str, Any], tensors: Mapping[str, np.ndarray], weights_file: str
 ) -> None:
-    """Writes what `read_adapter_folder` reads.
+    """Writes a configuration and a weights file for `read_adapter_folder`.
 
     Args:
-      folder: exists and is empty.
-      config: of JSON values.
-      tensors: by name; contiguous.
-      weights_file: `SAFETENSORS` or `TORCH_FILE`.
+      folder: an existing, empty folder.
+      config: a JSON object.
+      tensors: contiguous tensors by name.
+      weights_file: `SAFETENSORS_FILE` or `TORCH_FILE`.
 
     Raises:
-      OSError: the disk's own.
+      OSError: the disk is full or not writable.
     """
-    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     if weights_file == TORCH_FILE:
         write_torch_file(folder / weights_file, tensors)
         return
@@ -190,15 +212,15 @@ def write_adapter_folder(
 def require_tensors(
     source: AdapterFolder, expected: Mapping[str, tuple[int, ...]], base: str
 ) -> None:
-    """Refuses tensors that are not exactly the expected ones.
+    """Requires an adapter to have exactly the expected tensors.
 
     Args:
-      source: the adapter.
-      expected: shapes by name, as stored.
-      base: the base that they follow from, for messages.
+      source: the adapter's folder.
+      expected: stored shapes by name.
+      base: name of the base in messages.
 
     Raises:
-      CheckpointError: a tensor is missing, left over, of another shape, or not finite.
+      CheckpointError: a tensor is missing, unexpected, of another shape, or not finite.
     """
     file, tensors = source.weights_file, source.tensors
     missing = [name for name in expected if name not in tensors]
@@ -211,7 +233,7 @@ def require_tensors(
     if unused:
         raise CheckpointError(
             f"{file}: holds {listed(unused, 2)}, which would be dropped; {source.config_file.name} "
-            f"belongs to another adapter, or this one to another base than {base}"
+            f"belongs to another adapter, or this adapter to another base than {base}"
         )
     for name, shape in expected.items():
         if tensors[name].shape != shape:
@@ -224,115 +246,89 @@ def require_tensors(
             raise CheckpointError(f"{file}: {name}: has values that are not finite")
 
 
-# FIXME docstring of the merged exchange.tensor_names:
-# """What PEFT and MoE-PEFT call the parts of our leaves, in both directions.
-#
-# They store one matrix `[out, in]` for each layer and expert, for example
-#
-#     base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight          LoRA
-#     mixlora.layers.0.mlp.gate_proj.experts.0.lora_B.weight                  an expert's pair
-#     mixlora.layers.0.mlp.moe_gate.weight                                    one router for the FFN
-#     mola.layers.0.self_attn.q_proj.moe_gate.weight                          one for each projection
-#     base_model.model.score.weight                                           a score head
-#
-# Ours are `[in, out]`, with layers and experts stacked: `lora_A` `[L, in, R]` or `[L, in, E, R]`,
-# `lora_B` `[L, R, out]` or `[L, E, R, out]`, `router/kernel` `[L, in, E]`, `magnitude` `[L, out]`,
-# `score/kernel` `[in, out]`.
-# """
-
-
-PREFIXES = {
-    "LORA": "base_model.model.model",
-    "MIXLORA": "mixlora",
-    "LORAMOE": "loramoe",
-    "MOLA": "mola",
-}
-"""What the names of an adapter's tensors begin with, by its `peft_type`."""
-
-_EVERY = slice(None)
-
-
-class TensorPart(NamedTuple):
-    """A tensor and the part of a leaf that it is.
+class AdapterTensor(NamedTuple):
+    """A stored tensor and its place in a leaf.
 
     Attributes:
-      name: the tensor's.
-      path: of the leaf.
-      at: `leaf[at]` is the tensor transposed.
-      shape: of the tensor, as stored.
+      name: name of the tensor.
+      path: path of the leaf.
+      indices: `leaf[indices]` is the transposed tensor.
+      shape: stored shape of the tensor.
     """
 
     name: str
     path: str
-    at: tuple[int | slice, ...]
+    indices: tuple[int | slice, ...]
     shape: tuple[int, ...]
 
 
-def tensor_parts(leaves: Mapping[str, LeafSpec], peft_type: str) -> list[TensorPart]:
-    """All tensors of an adapter with these leaves, layer by layer.
+def adapter_tensors(leaves: Mapping[str, LeafSpec], peft_type: str) -> list[AdapterTensor]:
+    """All stored tensors of an adapter with the given leaves, layer by layer.
 
     Args:
-      leaves: shapes by path.
-      peft_type: a key of `PREFIXES`.
+      leaves: leaf shapes by path.
+      peft_type: a key of `TENSOR_PREFIXES`.
 
     Raises:
-      ValueError: the format has no name for a leaf, which its caller should have refused.
+      ValueError: the format has no name for a leaf; the caller should have refused it.
     """
     stacked = {path: spec for path, spec in leaves.items() if not path.startswith(f"{SCORE}/")}
     num_layers = max(spec.shape[0] for spec in stacked.values())
-    parts = [
-        TensorPart("base_model.model.score.weight", path, (), spec.shape[::-1])
+    tensors = [
+        AdapterTensor("base_model.model.score.weight", path, (), spec.shape[::-1])
         for path, spec in leaves.items()
         if path not in stacked
     ]
     for layer in range(num_layers):
         for path, spec in stacked.items():
             root, block, *rest = path.split("/")
-            # The site of experts that share a router is no module of its own there.
-            names = [PREFIXES[peft_type], root, str(layer), block, *(p for p in rest if p != MOE)]
-            for name, index in _parts_of_layer(names, spec.shape):
-                shape = np.broadcast_to(0, spec.shape)[(layer, *index)].T.shape
-                parts.append(TensorPart(name, path, (layer, *index), shape))
-    return parts
+            # Experts that share a router have no module of their own in the other tools.
+            rest = [part for part in rest if part != MOE]
+            names = [TENSOR_PREFIXES[peft_type], root, str(layer), block, *rest]
+            for name, indices in _layer_tensors(names, spec.shape):
+                shape = np.broadcast_to(0, spec.shape)[(layer, *indices)].T.shape
+                tensors.append(AdapterTensor(name, path, (layer, *indices), shape))
+    return tensors
 
 
-def _parts_of_layer(
+def _layer_tensors(
     names: list[str], shape: tuple[int, ...]
 ) -> Iterable[tuple[str, tuple[int | slice, ...]]]:
+    """Tensor names of one layer of a leaf, with their indices below the layer axis."""
     *module, leaf = names
     ndim = len(shape)
-    where = ".".join(module)
+    prefix = ".".join(module)
     if leaf == "kernel" and module[-1] == "router":
-        yield f"{where.removesuffix('router')}moe_gate.weight", ()
+        yield f"{prefix.removesuffix('router')}moe_gate.weight", ()
     elif leaf in ("lora_A", "lora_B") and ndim == 3:
-        yield f"{where}.{leaf}.weight", ()
+        yield f"{prefix}.{leaf}.weight", ()
     elif leaf in ("lora_A", "lora_B") and ndim == 4:
         for expert in range(shape[2 if leaf == "lora_A" else 1]):
-            index = (_EVERY, expert) if leaf == "lora_A" else (expert,)
-            yield f"{where}.experts.{expert}.{leaf}.weight", index
+            index = (slice(None), expert) if leaf == "lora_A" else (expert,)
+            yield f"{prefix}.experts.{expert}.{leaf}.weight", index
     elif leaf == "magnitude" and ndim == 2:
-        yield f"{where}.lora_magnitude_vector", ()
+        yield f"{prefix}.lora_magnitude_vector", ()
     else:
-        raise ValueError(f"no tensor's name stands for {'.'.join(names)}")
+        raise ValueError(f"no tensor name for the leaf {'.'.join(names)}")
 
 
-def to_tensors(
-    leaves: Mapping[str, np.ndarray], parts: Iterable[TensorPart], dtype: np.dtype
+def tensors_from_leaves(
+    leaves: Mapping[str, np.ndarray], layout: Iterable[AdapterTensor], dtype: np.dtype
 ) -> dict[str, np.ndarray]:
-    """The tensors, contiguous, of leaves by path."""
+    """Contiguous tensors by name, from leaves by path."""
     return {
-        part.name: np.ascontiguousarray(leaves[part.path][part.at].T.astype(dtype))
-        for part in parts
+        tensor.name: np.ascontiguousarray(leaves[tensor.path][tensor.indices].T.astype(dtype))
+        for tensor in layout
     }
 
 
-def to_leaves(
+def leaves_from_tensors(
     tensors: Mapping[str, np.ndarray],
-    parts: Iterable[TensorPart],
-    leaves: Mapping[str, LeafSpec],
+    layout: Iterable[AdapterTensor],
+    specs: Mapping[str, LeafSpec],
 ) -> dict[str, np.ndarray]:
-    """The leaves by path, of their own types, of tensors whose names and shapes are the parts'."""
-    result = {path: np.zeros(spec.shape, spec.dtype) for path, spec in leaves.items()}
-    for part in parts:
-        result[part.path][part.at] = tensors[part.name].T
-    return result
+    """Leaves by path, of the dtypes of `specs`, from tensors that match the layout."""
+    leaves = {path: np.zeros(spec.shape, spec.dtype) for path, spec in specs.items()}
+    for tensor in layout:
+        leaves[tensor.path][tensor.indices] = tensors[tensor.name].T
+    return leaves

@@ -1,4 +1,4 @@
-"""Adapters out to other tools, and in from them."""
+"""Exports adapters to the formats of other tools, and imports adapters from them."""
 
 import contextlib
 from pathlib import Path
@@ -11,26 +11,26 @@ from moe_jax.config.model import FloatType
 from moe_jax.config.parse import FieldError, suggest
 from moe_jax.errors import CheckpointError
 from moe_jax.exchange import FORMATS
-from moe_jax.exchange.adapter_folder import CONFIG, read_adapter_folder
+from moe_jax.exchange.adapter_folder import CONFIG_FILE, read_adapter_folder
 from moe_jax.exchange.format import (
     AdapterFormat,
     ExportOptions,
     Format,
     NotExpressible,
     Weighting,
-    cannot,
+    not_expressible,
 )
-from moe_jax.exchange.model_card import CARD, model_card, pictures_of
+from moe_jax.exchange.model_card import CARD_FILE, card_pictures, model_card
 from moe_jax.exchange.whole_model import ModelFormat
 from moe_jax.files.folders import new_folder
 from moe_jax.hf.base_model import BaseModel, open_base
 from moe_jax.hf.config import read_model_config
 
-_OWN = "moe_jax"
-"""The format that takes every adapter."""
+_NATIVE = "moe_jax"
+"""Name of the format that can express every adapter."""
 
-_FOR_THE_CARD = 2**16
-"""More bytes than a model card has."""
+_CARD_BYTES = 2**16
+"""Upper bound of the size of a model card."""
 
 
 def export_adapter(
@@ -49,87 +49,84 @@ def export_adapter(
 
     Args:
       adapter: from `load_adapter`.
-      to: the format, a key of `FORMATS`.
-      output: a folder that does not exist yet, or is empty; it appears complete or not at all.
-      dtype: the type of the tensors that are written.
-      base: the base's folder or hub id as the receiving tool will know it; by default the path that
-        it had in training. A format that writes a whole model reads the base there.
-      weights: how a format that merges experts weights them; "average" by default.
-      tokens: int [N, S], rows that such a format measures on what merging changes.
-      data_name: what they are called in messages.
-      known_as: where the receiving tool will find it, by default in `output`; for the model card.
+      to: name of the format, a key of `FORMATS`.
+      output: a folder that does not exist or is empty; it is written completely or not at all.
+      dtype: dtype of the written tensors.
+      base: folder or hub id of the base as the receiving tool will find it; by default the path
+        that it had in training. A format that writes a whole model reads the base there.
+      weights: weighting of experts in a format that merges them; "average" by default.
+      tokens: int [N, S], rows on which such a format measures the divergence.
+      data_name: name of the source of `tokens` in messages.
+      known_as: folder or hub id of the export for the model card; by default `output`.
 
     Returns:
-      What the format leaves out or states in another way, and what was measured, one sentence each.
+      Properties that the format drops or changes, and measurements, one sentence each.
 
     Raises:
       CheckpointError: the format is unknown or cannot express the adapter; `base` is a folder with
         another model; `output` is not empty; the disk is too small, full or not writable.
-      ConfigError: an option is of no use to the format.
+      ConfigError: an option does not apply to the format.
     """
     if to not in FORMATS:
         raise CheckpointError(f"unknown format {to!r}; {suggest(to, FORMATS)}")
     if dtype not in get_args(FloatType):
         raise CheckpointError(f"unknown dtype {dtype!r}; {suggest(dtype, get_args(FloatType))}")
-    chosen: Format = FORMATS[to]()
+    export_format: Format = FORMATS[to]()
     if weights is not None and weights not in get_args(Weighting):
         raise CheckpointError(
             f"unknown weights {weights!r}; {suggest(weights, get_args(Weighting))}"
         )
     for name, value in (("weights", weights), ("data", tokens)):
-        if value is not None and not chosen.measures:
-            raise FieldError(
-                name, f"the {to} format merges no experts and measures nothing; leave it out"
-            )
+        if value is not None and not export_format.merges_experts:
+            raise FieldError(name, f"the {to} format does not merge experts; leave the option out")
     known_base = adapter.base.path if base is None else base
-    place = str(output) if known_as is None else known_as
-    options = ExportOptions(known_base, dtype, weights, tokens, data_name, place)
+    location = str(output) if known_as is None else known_as
+    options = ExportOptions(known_base, dtype, weights, tokens, data_name, location)
     try:
         _check(adapter, to, options)
     except NotExpressible as error:
-        raise CheckpointError(f"{error}; {_others(adapter, to, options)}") from None
+        raise CheckpointError(f"{error}; {_advice(adapter, to, options)}") from None
     if base is not None and names_base(to):
         _require_same_architecture(adapter, base)
-    export = chosen.prepare(adapter, options)
-    left_out, pictures = list(export.notes), pictures_of(adapter)
-    beside = _FOR_THE_CARD + sum(map(len, pictures.values()))
-    with new_folder(output, export.num_bytes + beside) as folder:
+    export = export_format.prepare(adapter, options)
+    left_out, pictures = list(export.notes), card_pictures(adapter)
+    card_bytes = _CARD_BYTES + sum(map(len, pictures.values()))
+    with new_folder(output, export.num_bytes + card_bytes) as folder:
         outcome = export.write(folder)
-        card = model_card(adapter, options, chosen, outcome, left_out)
-        (folder / CARD).write_text(card, encoding="utf-8")
+        card = model_card(adapter, options, export_format, outcome, left_out)
+        (folder / CARD_FILE).write_text(card, encoding="utf-8")
         for file, picture in pictures.items():
             (folder / file).write_bytes(picture)
     return export.notes
 
 
 def _check(adapter: SavedAdapter, to: str, options: ExportOptions) -> None:
-    """Refuses what a format cannot express; see `Format.check`."""
-    chosen: Format = FORMATS[to]()
+    """Refuses an adapter that a format cannot express; see `Format.check`."""
+    export_format: Format = FORMATS[to]()
     classification = adapter.method.classification
-    if classification is not None and not chosen.classifies:
-        raise cannot(to, f"a classifier ({classification.describe()})", "it has no score heads")
-    chosen.check(adapter, options)
+    if classification is not None and not export_format.classifies:
+        feature = f"a classifier ({classification.describe()})"
+        raise not_expressible(to, feature, "it has no score heads")
+    export_format.check(adapter, options)
 
 
-def _others(adapter: SavedAdapter, to: str, options: ExportOptions) -> str:
-    """Which formats take an adapter that `to` does not."""
-    # What they would be given by default, and a text to measure on where they ask for one.
-    usual = options._replace(dtype="float32", weights=None, tokens=np.zeros((1, 1), np.int32))
-    takers = []
+def _advice(adapter: SavedAdapter, to: str, options: ExportOptions) -> str:
+    """Names the formats that can express an adapter that `to` cannot."""
+    # Default options, with a text for formats that require one.
+    defaults = options._replace(dtype="float32", weights=None, tokens=np.zeros((1, 1), np.int32))
+    possible = []
     for name in FORMATS:
         with contextlib.suppress(NotExpressible):
-            _check(adapter, name, usual)
-            takers.append(name)
-    other_tools = [f"--to {name}" for name in takers if name not in (to, _OWN)]
-    if not other_tools:
-        return f"only --to {_OWN} takes it"
-    return f"{' and '.join(other_tools)} take{'' if other_tools[1:] else 's'} it"
+            _check(adapter, name, defaults)
+            possible.append(name)
+    other_tools = [f"--to {name}" for name in possible if name not in (to, _NATIVE)]
+    return f"formats that can: {', '.join(other_tools or [f'--to {_NATIVE}'])}"
 
 
 def _require_same_architecture(adapter: SavedAdapter, base: str) -> None:
-    """Refuses a folder here with another model; of hub ids and places elsewhere nothing is known.
+    """Refuses a local folder with a model of another architecture; hub ids are not looked up.
 
-    The same weights in another type may be meant, so that fingerprints are not compared.
+    Fingerprints are not compared, since the same weights in another dtype are valid.
     """
     folder = Path(base).expanduser()
     if folder.is_dir() and read_model_config(folder) != adapter.model:
@@ -140,39 +137,41 @@ def _require_same_architecture(adapter: SavedAdapter, base: str) -> None:
 
 
 def names_base(to: str) -> bool:
-    """Whether an export in this format is of use only with a base that it names."""
+    """True if an export in this format refers to its base instead of including it."""
     return not issubclass(FORMATS[to], ModelFormat)
 
 
 def import_adapter(source: Path, base: str | Path | BaseModel) -> SavedAdapter:
-    """Reads an adapter that another tool wrote, for a base of ours.
+    """Reads an adapter that PEFT or MoE-PEFT wrote.
 
     Args:
       source: a folder with `adapter_config.json` and `adapter_model.safetensors` or `.bin`.
       base: base model, or its folder or hub id; its weights are not loaded.
 
     Returns:
-      The adapter, its step 0.
+      The adapter, with step 0.
 
     Raises:
-      CheckpointError: the adapter is damaged, of an unknown kind, not of this base, or asks for
-        what is not supported.
+      CheckpointError: the adapter is damaged, of an unknown type, does not belong to this base, or
+        has unsupported settings.
     """
-    found = read_adapter_folder(source)
-    opened = open_base(base)
-    method, tree = _reader(found.config, source).read(found, opened.config, opened.identity.path)
-    return SavedAdapter(method, tree, opened.config, opened.identity, 0)
+    contents = read_adapter_folder(source)
+    model = open_base(base)
+    import_format = _import_format(contents.config, source)
+    method, tree = import_format.read(contents, model.config, model.identity.path)
+    return SavedAdapter(method, tree, model.config, model.identity, 0)
 
 
-def _reader(config: dict[str, Any], source: Path) -> AdapterFormat:
-    """The format whose adapters have the `peft_type` that `config` states."""
-    kinds = {}
+def _import_format(config: dict[str, Any], source: Path) -> AdapterFormat:
+    """The format that reads the `peft_type` of a configuration."""
+    formats = {}
     for cls in FORMATS.values():
         if issubclass(cls, AdapterFormat):
-            kinds |= dict.fromkeys(cls.reads, cls)
-    kind = config.get("peft_type")
-    if not isinstance(kind, str) or kind not in kinds:
+            formats |= dict.fromkeys(cls.peft_types, cls)
+    name = config.get("peft_type")
+    if not isinstance(name, str) or name not in formats:
         raise CheckpointError(
-            f"{source / CONFIG}: peft_type: {kind!r} is not supported; {suggest(str(kind), kinds)}"
+            f"{source / CONFIG_FILE}: peft_type: {name!r} is not supported; "
+            f"{suggest(str(name), formats)}"
         )
-    return kinds[kind]()
+    return formats[name]()

@@ -1,9 +1,4 @@
-"""What a format has to provide.
-
-A format is one file of this package: a class derived from `Format`, or from `AdapterFormat` if
-adapters are read from it too, decorated with `@FORMATS.register("its_name")`, and one line in the
-package's `__init__`.
-"""
+"""The interface of an export format; the package's docstring says how to add one."""
 
 import abc
 import dataclasses
@@ -22,47 +17,47 @@ from moe_jax.config.model import FloatType, ModelConfig
 from moe_jax.config.parse import Registry, located
 from moe_jax.errors import CheckpointError, ConfigError
 from moe_jax.exchange.adapter_folder import (
-    CONFIG,
+    CONFIG_FILE,
     AdapterFolder,
-    Fields,
+    ConfigFields,
+    adapter_tensors,
+    leaves_from_tensors,
     require_tensors,
-    tensor_parts,
-    to_leaves,
-    to_tensors,
+    tensors_from_leaves,
     write_adapter_folder,
 )
 from moe_jax.hf.key_table import base_leaves
-from moe_jax.loaded.expected_leaves import expected_leaves
+from moe_jax.loaded.adapter_base import expected_leaves
 
 FORMATS = Registry("format")
-"""The formats by the name that `moe-jax export --to NAME` gives."""
+"""Format classes by the name that `moe-jax export --to NAME` takes."""
 
 
 class NotExpressible(CheckpointError):
-    """An adapter is nothing for a format; `exchange.export_adapter` adds which ones it is for."""
+    """A format cannot express an adapter; `export_adapter` adds the formats that can."""
 
 
-def cannot(format_name: str, feature: str, reason: str) -> NotExpressible:
-    """The error for an adapter that a format cannot express."""
+def not_expressible(format_name: str, feature: str, reason: str) -> NotExpressible:
+    """The error for a feature of an adapter that a format cannot express."""
     return NotExpressible(f"the {format_name} format cannot express {feature}; {reason}")
 
 
 def field_names(cls: Any) -> tuple[str, ...]:
-    """The fields of a dataclass, to be named as known."""
+    """Names of the fields of a dataclass."""
     return tuple(field.name for field in dataclasses.fields(cls))
 
 
-def require_known(config: Any, known: Collection[str], where: str, format_name: str) -> None:
-    """Refuses fields of a method or router that a format knows nothing of.
+def require_known(config: Any, known: Collection[str], prefix: str, format_name: str) -> None:
+    """Refuses fields of a method or router that a format does not handle.
 
-    So that a field that is added one day is not dropped in silence: until its meaning in the format
-    has been thought of, it must have its default.
+    A field that is added to the method later must have its default value until the format handles
+    it. Otherwise an export would drop it silently.
 
     Args:
       config: the method or router.
-      known: the fields that the format writes, refuses itself, or leaves out on purpose.
-      where: in front of a field's name in messages.
-      format_name: for messages.
+      known: the fields that the format writes, checks itself, or leaves out deliberately.
+      prefix: prefix of field names in messages.
+      format_name: name of the format in messages.
 
     Raises:
       CheckpointError: another field has a value that is not its default.
@@ -70,24 +65,26 @@ def require_known(config: Any, known: Collection[str], where: str, format_name: 
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if field.name not in known and value != field.default:
-            raise cannot(format_name, f"{where}{field.name} {value!r}", "train without it")
+            raise not_expressible(
+                format_name, f"{prefix}{field.name} {value!r}", "train without it"
+            )
 
 
 Weighting = Literal["average", "utilisation"]
-"""How experts become one: all alike, or each by its share of the tokens."""
+"""Weights of the experts in a merge: equal, or proportional to each expert's share of tokens."""
 
 
 class ExportOptions(NamedTuple):
-    """What is asked of an export.
+    """Options of an export.
 
     Attributes:
-      base: the base's folder or hub id, as the receiving tool will know it; where a whole model is
-        written, it is read from there.
-      dtype: the type of the tensors that are written.
-      weights: how experts are merged where they are; None leaves it to the format.
-      tokens: int [N, S], what a merged model is measured on; None where nothing is measured.
-      data_name: what the tokens are called in messages.
-      name: where the receiving tool will find the export: its folder, or `OWNER/NAME` on the hub.
+      base: folder or hub id of the base, as the receiving tool will find it. A format that writes
+        a whole model reads the base there.
+      dtype: dtype of the written tensors.
+      weights: weighting of merged experts; None selects the format's default.
+      tokens: int [N, S], rows on which a merged model is measured; None measures nothing.
+      data_name: name of the tokens' source in messages.
+      location: folder or hub id where the receiving tool will find the export.
     """
 
     base: str
@@ -95,32 +92,32 @@ class ExportOptions(NamedTuple):
     weights: Weighting | None = None
     tokens: np.ndarray | None = None
     data_name: str = ""
-    name: str = "exported"
+    location: str = "exported"
 
 
 class ExportOutcome(NamedTuple):
-    """What came of an export.
+    """Description of a finished export, for its model card.
 
     Attributes:
-      product: what was written, in words.
-      whole: whether that is a model that needs no base beside it.
-      approximation: in what it departs from the adapter on its base; None if in nothing.
-      divergence: KL from the exact model, in nats per token; None if it was not measured.
+      description: the written files, in words.
+      is_whole_model: whether the export includes the base.
+      approximation: the approximation that was made; None if the export is exact.
+      divergence: KL divergence from the exact model in nats per token; None if not measured.
     """
 
-    product: str
-    whole: bool
+    description: str
+    is_whole_model: bool
     approximation: str | None = None
     divergence: float | None = None
 
 
 class Export(NamedTuple):
-    """An export that is known to be possible, before anything is written.
+    """An export that passed all checks and is ready to be written.
 
     Attributes:
-      num_bytes: that it takes on the disk, at most.
-      write: fills the empty folder that it is given; it may add notes.
-      notes: what the format leaves out or states in another way, one sentence each, for the user.
+      num_bytes: upper bound of its size on disk.
+      write: fills an empty folder; it may append to `notes`.
+      notes: properties that the format drops or changes, one sentence each, for the user.
     """
 
     num_bytes: int
@@ -129,24 +126,24 @@ class Export(NamedTuple):
 
 
 class Format(abc.ABC):
-    """A format that adapters are written in.
+    """A format that adapters are exported to.
 
     Attributes:
-      measures: whether it has a use for `ExportOptions.weights` and `tokens`.
-      classifies: whether it expresses a score head.
-      library: what loads it, as the hub calls it; empty if the hub knows no name for that.
+      merges_experts: whether the format uses `ExportOptions.weights` and `tokens`.
+      classifies: whether the format can express a score head.
+      library: the hub's `library_name` for it; empty if the hub has none.
     """
 
-    measures: ClassVar[bool] = False
+    merges_experts: ClassVar[bool] = False
     classifies: ClassVar[bool] = False
     library: ClassVar[str] = ""
 
-    def loading(self, adapter: SavedAdapter, options: ExportOptions) -> str:
-        """A few lines of Python that load the export, for its model card; empty if there are none.
+    def loading_code(self, adapter: SavedAdapter, options: ExportOptions) -> str:
+        """Python code that loads the export, for its model card; empty if there is none.
 
         Args:
-          adapter: what was exported.
-          options: of the export.
+          adapter: the exported adapter.
+          options: options of the export.
         """
         return ""
 
@@ -155,70 +152,70 @@ class Format(abc.ABC):
         """Refuses an adapter that the format cannot express, before any file is read.
 
         Raises:
-          NotExpressible: it cannot; the message names the feature and says why.
-          ConfigError: an option is of no use.
+          NotExpressible: the message names the feature and the reason.
+          ConfigError: an option does not apply.
         """
 
     @abc.abstractmethod
     def prepare(self, adapter: SavedAdapter, options: ExportOptions) -> Export:
-        """Finds everything else that stands in the way of an export.
+        """Runs the remaining checks and returns the export, not yet written.
 
         Args:
-          adapter: passed `check`.
-          options: of the export.
+          adapter: an adapter that passed `check`.
+          options: options of the export.
 
         Raises:
-          CheckpointError: something does; the message says what to do about it.
+          CheckpointError: the export is not possible; the message says how to make it so.
         """
 
 
 class AdapterFormat(Format):
-    """A format that holds adapters alone, in the folder of PEFT, and is read too.
+    """A format that stores an adapter alone, in PEFT's folder, and can be imported.
 
     Attributes:
-      reads: the `peft_type`s that it reads.
-      weights_file: the file of weights that it writes.
+      peft_types: the values of `peft_type` that it reads.
+      weights_file: name of the weights file that it writes.
     """
 
-    reads: ClassVar[tuple[str, ...]]
+    peft_types: ClassVar[tuple[str, ...]]
     weights_file: ClassVar[str]
 
     @abc.abstractmethod
-    def config_of(self, adapter: SavedAdapter, base: str) -> tuple[dict[str, Any], list[str]]:
-        """The configuration that is written, with its `peft_type`, and notes; see `Export.notes`.
+    def adapter_config(self, adapter: SavedAdapter, base: str) -> tuple[dict[str, Any], list[str]]:
+        """The `adapter_config.json` to write, with its `peft_type`, and notes (`Export.notes`).
 
         Raises:
-          NotExpressible: as in `check`.
+          NotExpressible: see `check`.
         """
 
     @abc.abstractmethod
-    def method_of(
-        self, peft_type: str, fields: Fields, source: AdapterFolder, model: ModelConfig
+    def parse_method(
+        self, peft_type: str, fields: ConfigFields, source: AdapterFolder, model: ModelConfig
     ) -> AdapterMethod:
-        """The method that computes what the adapter computes in the tool that it comes from.
+        """The method that computes what the adapter computes in its original tool.
 
         Args:
-          peft_type: one of `reads`.
-          fields: of the configuration; what is not asked for here is refused.
-          source: the rest of the adapter.
-          model: the base.
+          peft_type: one of `peft_types`.
+          fields: the configuration; fields that are not read here are refused afterwards.
+          source: the adapter's folder.
+          model: architecture of the base.
 
         Raises:
-          CheckpointError, ConfigError: a field is missing or asks for what is not supported.
+          CheckpointError, ConfigError: a field is missing or its value is not supported.
         """
 
     def check(self, adapter: SavedAdapter, options: ExportOptions) -> None:
-        self.config_of(adapter, options.base)
-        _require_own_projections(adapter)
+        self.adapter_config(adapter, options.base)
+        _require_unfused_projections(adapter)
 
     def prepare(self, adapter: SavedAdapter, options: ExportOptions) -> Export:
-        config, notes = self.config_of(adapter, options.base)
-        leaves = expected_leaves(adapter.model, adapter.method)
-        require_same_leaves(leaf_specs(adapter.tree), leaves, "its weights")
-        values = {path: np.asarray(leaf) for path, leaf in named_leaves(adapter.tree).items()}
-        parts = tensor_parts(leaves, config["peft_type"])
+        config, notes = self.adapter_config(adapter, options.base)
+        specs = expected_leaves(adapter.model, adapter.method)
+        require_same_leaves(leaf_specs(adapter.tree), specs, "its weights")
+        leaves = {path: np.asarray(leaf) for path, leaf in named_leaves(adapter.tree).items()}
+        layout = adapter_tensors(specs, config["peft_type"])
         with np.errstate(over="ignore"):
-            tensors = to_tensors(values, parts, jnp.dtype(options.dtype))
+            tensors = tensors_from_leaves(leaves, layout, jnp.dtype(options.dtype))
         for name, tensor in tensors.items():
             if not np.all(np.isfinite(tensor)):
                 raise CheckpointError(
@@ -227,52 +224,52 @@ class AdapterFormat(Format):
 
         def write(folder: Path) -> ExportOutcome:
             write_adapter_folder(folder, config, tensors, self.weights_file)
-            return ExportOutcome(f"`{CONFIG}` and `{self.weights_file}`", whole=False)
+            return ExportOutcome(f"`{CONFIG_FILE}` and `{self.weights_file}`", is_whole_model=False)
 
-        # Names, shapes and the frame of the files take a few hundred bytes a tensor.
+        # Names, shapes and file headers take a few hundred bytes a tensor.
         size = sum(tensor.nbytes for tensor in tensors.values()) + 1024 * (len(tensors) + 16)
         return Export(size, write, notes)
 
     def read(
         self, source: AdapterFolder, model: ModelConfig, base: str
     ) -> tuple[AdapterMethod, dict[str, Any]]:
-        """The method and the weights of an adapter of this format.
+        """Reads the method and the weights of an adapter in this format.
 
         Args:
-          source: its `peft_type` is one of `reads`.
-          model: the architecture of the base.
-          base: the base, for messages.
+          source: a folder whose `peft_type` is one of `peft_types`.
+          model: architecture of the base.
+          base: name of the base in messages.
 
         Raises:
-          CheckpointError: the adapter is not of this base, or not what this format can be read as.
+          CheckpointError: the adapter does not belong to this base, or has unsupported settings.
         """
-        fields = Fields(source.config, str(source.config_file))
+        fields = ConfigFields(source.config, str(source.config_file))
         try:
-            peft_type = fields.choose("peft_type", self.reads)
+            peft_type = fields.choose("peft_type", self.peft_types)
             with located(str(source.config_file)):
-                method = self.method_of(peft_type, fields, source, model)
+                method = self.parse_method(peft_type, fields, source, model)
                 method.check_model(model)
         except ConfigError as error:
             raise CheckpointError(str(error)) from None
-        fields.finish()
-        leaves = expected_leaves(model, method)
-        parts = tensor_parts(leaves, peft_type)
-        require_tensors(source, {part.name: part.shape for part in parts}, base)
-        values = to_leaves(source.tensors, parts, leaves)
-        return method, nested({path: jax.device_put(value) for path, value in values.items()})
+        fields.refuse_unread()
+        specs = expected_leaves(model, method)
+        layout = adapter_tensors(specs, peft_type)
+        require_tensors(source, {tensor.name: tensor.shape for tensor in layout}, base)
+        leaves = leaves_from_tensors(source.tensors, layout, specs)
+        return method, nested({path: jax.device_put(leaf) for path, leaf in leaves.items()})
 
 
-def _require_own_projections(adapter: SavedAdapter) -> None:
-    """Refuses targets that the base's checkpoint stores fused with others, as Phi-3 does.
+def _require_unfused_projections(adapter: SavedAdapter) -> None:
+    """Refuses targets that the base stores as part of a fused projection, as Phi-3 does.
 
-    PEFT and MoE-PEFT adapt the modules that transformers has, by their names. A pair on a part of
-    one of them is no pair of the whole.
+    PEFT and MoE-PEFT adapt the modules of transformers by name. A pair on a part of a fused module
+    is not a pair on the whole module.
     """
     for leaf in base_leaves(adapter.model):
         *_, target, name = leaf.path
         module = leaf.keys[0].split(".")[-2]
         if name == "kernel" and target in adapter.method.target_modules and module != target:
             raise NotExpressible(
-                f"target_modules: {target!r} is no module of a {adapter.model.model_type} in other "
-                f"tools, but a part of {module}; leave it out in training"
+                f"target_modules: {target!r} is no module of {adapter.model.model_type} in other "
+                f"tools, but part of {module}; train without it"
             )

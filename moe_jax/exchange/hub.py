@@ -1,4 +1,4 @@
-"""Exports on their way to the Hugging Face hub: what can be known before, and the upload."""
+"""Uploads exports to the Hugging Face hub, after checks of name, token and visibility."""
 
 import contextlib
 import re
@@ -12,13 +12,14 @@ _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 class HubTarget(NamedTuple):
-    """Where an export is pushed to.
+    """A repository on the hub that an export is uploaded to.
 
     Attributes:
-      repository: a model on the hub, `OWNER/NAME`; made if there is none.
-      private: whether it is to be seen by its owner alone.
-      revision: the branch, made from the main one if there is none; None is the main one.
-      commit_message: None leaves it to `push_folder`.
+      repository: name of a model repository, `OWNER/NAME`; created if it does not exist.
+      private: whether the repository has to be private.
+      revision: name of the branch, created from the main branch if it does not exist; None is the
+        main branch.
+      commit_message: message of the commit; None selects a default.
     """
 
     repository: str
@@ -28,11 +29,11 @@ class HubTarget(NamedTuple):
 
 
 def require_access(target: HubTarget) -> None:
-    """Finds what would keep an export from being pushed, and changes nothing on the hub.
+    """Checks that an export can be uploaded, without changing anything on the hub.
 
     Raises:
-      CheckpointError: the name is none of a repository, nobody is logged in, the token may not
-        write there, the repository is public and is to be private, or the hub cannot be reached.
+      CheckpointError: the repository name is invalid, there is no login, the token has no write
+        access, the repository is public but has to be private, or the hub cannot be reached.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
@@ -45,45 +46,48 @@ def require_access(target: HubTarget) -> None:
         validate_repo_id(name)
     except HFValidationError:
         raise CheckpointError(
-            f"push to hub: {name!r} is no name of a repository; give OWNER/NAME, of letters, "
-            "digits, '-', '_' and '.'"
+            f"push to hub: {name!r} is not a repository name; give OWNER/NAME, with letters, "
+            "digits, '-', '_' and '.' only"
         ) from None
     api = HfApi()
     with _hub_errors(f"push to hub: {name}"):
-        me = api.whoami()
-        _require_writing(name, me)
+        user = api.whoami()
+        _require_write_access(name, user)
         try:
-            found = api.model_info(name)
+            repository = api.model_info(name)
         except RepositoryNotFoundError:
             return
-    if target.private and not found.private:
+    if target.private and not repository.private:
         raise CheckpointError(
-            f"push to hub: {name} is there already and public; make it private on its page, or "
+            f"push to hub: {name} already exists and is public; make it private on its page, or "
             "give another name"
         )
 
 
 def push_folder(folder: Path, target: HubTarget) -> str:
-    """Uploads all of a folder, and returns where it can be seen.
+    """Uploads a folder to the hub.
 
-    Files of the same name are replaced, others stay.
+    Files of the same name are replaced, others are kept.
 
     Args:
       folder: a finished export.
-      target: which passed `require_access`.
+      target: a target that passed `require_access`.
+
+    Returns:
+      URL of the repository.
 
     Raises:
-      CheckpointError: the hub did not take it; the message says that `folder` is complete, and how
-        to push it by hand.
+      CheckpointError: the upload failed; the message says that `folder` is complete, and gives the
+        command that uploads it.
     """
     from huggingface_hub import HfApi
 
     api, name, branch = HfApi(), target.repository, target.revision
-    again = ["hf upload", name, str(folder), "."]
-    again += ["--private"] * target.private + [f"--revision {branch}"] * (branch is not None)
-    what = f"{folder} is complete and stays, but pushing it to {name} failed"
-    with _hub_errors(what, f"; push it with `{' '.join(again)}`"):
-        # Of a repository that exists, the visibility stays as it is.
+    command = ["hf upload", name, str(folder), "."]
+    command += ["--private"] * target.private + [f"--revision {branch}"] * (branch is not None)
+    failure = f"{folder} is complete, but pushing it to {name} failed"
+    with _hub_errors(failure, f"; push it with `{' '.join(command)}`"):
+        # The visibility of an existing repository does not change.
         api.create_repo(name, private=True if target.private else None, exist_ok=True)
         if branch is not None:
             api.create_branch(name, branch=branch, exist_ok=True)
@@ -96,27 +100,27 @@ def push_folder(folder: Path, target: HubTarget) -> str:
     return str(commit.repo_url)
 
 
-def _require_writing(name: str, me: dict[str, Any]) -> None:
-    """Refuses a token that may not write to `name`, as far as the hub says so."""
+def _require_write_access(name: str, user: dict[str, Any]) -> None:
+    """Refuses a token without write access to `name`, as far as the hub reports it."""
     owner = name.partition("/")[0]
-    groups = {group["name"]: group.get("roleInOrg") for group in me.get("orgs", [])}
-    if owner != me["name"] and owner not in groups:
-        known = ", ".join([me["name"], *groups])
+    groups = {group["name"]: group.get("roleInOrg") for group in user.get("orgs", [])}
+    if owner != user["name"] and owner not in groups:
+        known = ", ".join([user["name"], *groups])
         raise CheckpointError(
-            f"push to hub: {name}: you are logged in as {me['name']!r}, who owns no {owner!r}; "
-            f"give one of {known} as the owner, or log in with `hf auth login`"
+            f"push to hub: {name}: you are logged in as {user['name']!r}, which is not a member of "
+            f"{owner!r}; give one of {known} as the owner, or log in with `hf auth login`"
         )
-    role = me.get("auth", {}).get("accessToken", {}).get("role")
-    if role == "read" or (owner != me["name"] and groups[owner] == "read"):
+    role = user.get("auth", {}).get("accessToken", {}).get("role")
+    if role == "read" or (owner != user["name"] and groups[owner] == "read"):
         raise CheckpointError(
-            f"push to hub: {name}: you may read there, but not write; log in with `hf auth login` "
-            "and a token that may write"
+            f"push to hub: {name}: you have read access only; log in with `hf auth login` and a "
+            "token with write access"
         )
 
 
 @contextlib.contextmanager
-def _hub_errors(what: str, advice: str = "") -> Iterator[None]:
-    """Turns what the hub's client raises into one line."""
+def _hub_errors(failure: str, advice: str = "") -> Iterator[None]:
+    """Turns errors of the hub's client into one line."""
     from huggingface_hub.errors import (
         HfHubHTTPError,
         HTTPError,
@@ -128,25 +132,27 @@ def _hub_errors(what: str, advice: str = "") -> Iterator[None]:
         yield
     except LocalTokenNotFoundError:
         raise CheckpointError(
-            f"{what}: not logged in to the hub; run `hf auth login`{advice}"
+            f"{failure}: not logged in to the hub; run `hf auth login`{advice}"
         ) from None
     except OfflineModeIsEnabled:
-        raise CheckpointError(
-            f"{what}: HF_HUB_OFFLINE is set, so the hub is not asked; unset it{advice}"
-        ) from None
+        raise CheckpointError(f"{failure}: HF_HUB_OFFLINE is set; unset it{advice}") from None
     except HfHubHTTPError as error:
         status = error.response.status_code
         reason = {
-            401: "the hub does not know your token; log in again with `hf auth login`",
-            403: "your token may not do that; log in with `hf auth login` and one that may write",
+            401: "your token is invalid; log in again with `hf auth login`",
+            403: "no write access; log in with `hf auth login` and a token with write access",
         }.get(status, f"the hub answered {status} ({_first_line(error)})")
-        raise CheckpointError(f"{what}: {reason}{advice}") from None
+        raise CheckpointError(f"{failure}: {reason}{advice}") from None
     except HTTPError as error:
         raise CheckpointError(
-            f"{what}: the hub cannot be reached ({_first_line(error)}){advice}"
+            f"{failure}: the hub cannot be reached ({_first_line(error)}){advice}"
         ) from None
-    except (OSError, RuntimeError, ValueError) as error:  # of the client, and of its fast transfer
-        raise CheckpointError(f"{what} ({_first_line(error)}){advice}") from None
+    except (
+        OSError,
+        RuntimeError,
+        ValueError,
+    ) as error:  # from the client or its fast transfer
+        raise CheckpointError(f"{failure} ({_first_line(error)}){advice}") from None
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,4 +1,4 @@
-"""The README.md of an export: what it is, where it comes from, and how far it is from it."""
+"""The model card of an export: description, origin, settings, data, metrics and accuracy."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,33 +11,33 @@ from moe_jax.config.parse import to_plain
 from moe_jax.exchange.format import ExportOptions, ExportOutcome, Format
 from moe_jax.version import __version__
 
-CARD = "README.md"
+CARD_FILE = "README.md"
 
 
 def model_card(
     adapter: SavedAdapter,
     options: ExportOptions,
-    written_by: Format,
+    export_format: Format,
     outcome: ExportOutcome,
     left_out: Sequence[str] = (),
 ) -> str:
-    """The text of the card, with the header that the Hugging Face hub reads.
+    """The text of the card, with the metadata header of the Hugging Face hub.
 
     Args:
-      adapter: what was exported; `pictures_of` says which pictures have to lie beside the card.
-      options: of the export.
-      written_by: the format.
-      outcome: what came of it.
-      left_out: what the format leaves out or states in another way, one sentence each.
+      adapter: the exported adapter; its `card_pictures` belong beside the card.
+      options: options of the export.
+      export_format: the format.
+      outcome: the result of the export.
+      left_out: properties that the format drops or changes, one sentence each.
     """
     name = to_plain(adapter.method)["name"]
-    if outcome.whole:
+    if outcome.is_whole_model:
         title = f"{Path(options.base).name} with a {name} adapter, as one model"
     else:
         title = f"A {name} adapter of {Path(options.base).name}"
-    parts = [_header(adapter, options, written_by, outcome), f"# {title}"]
+    parts = [_header(adapter, options, export_format, outcome), f"# {title}"]
     parts.append(_introduction(adapter, options, outcome))
-    code = written_by.loading(adapter, options)
+    code = export_format.loading_code(adapter, options)
     if code:
         parts += ["## How to load it", f"```python\n{code}\n```"]
     parts += ["## Base", _base(adapter, options)]
@@ -45,53 +45,53 @@ def model_card(
     parts += ["## Method", _table(("Setting", "Value"), _flat(method))]
     record = adapter.training
     if record is None:
-        unknown = "neither its data, nor its settings, nor its losses"
-        parts += ["## Training", f"How the adapter was trained is not on record: {unknown}."]
+        unknown = "The data, settings and losses of the adapter's training are not recorded."
+        parts += ["## Training", unknown]
     else:
         if record.method != method:
             parts.append(
-                "The adapter was changed after training. What follows is about its training, with "
-                "the method"
+                "The adapter was modified after training. The following sections describe its "
+                "training, with this method:"
             )
             parts.append(_table(("Setting", "Value"), _flat(record.method)))
         parts += ["## Training", _table(("Setting", "Value"), _settings(record))]
         parts += ["## Data", _data(record)]
         parts += ["## Metrics", _metrics(record)]
-    pictures = [f"![{PICTURES[name]}]({name})" for name in pictures_of(adapter)]
+    pictures = [f"![{PICTURES[name]}]({name})" for name in card_pictures(adapter)]
     if pictures:
         parts += ["## Pictures", *pictures]
-        if "experts.png" in pictures_of(adapter):
+        if "experts.png" in card_pictures(adapter):
             parts.append(
-                "The load of an expert is its share of what the router sent out in training, as a "
+                "The load of an expert is its share of the routed tokens in training, as a "
                 "multiple of an equal share."
             )
-    left_out = [*left_out, "States of training, so that none can be resumed from here."]
-    parts += ["## What is not in it", "\n".join(f"- {_sentence(text)}" for text in left_out)]
+    left_out = [*left_out, "Training state: a run cannot be resumed from this export."]
+    parts += ["## Limitations", "\n".join(f"- {_sentence(text)}" for text in left_out)]
     return "\n\n".join(parts) + "\n"
 
 
-def pictures_of(adapter: SavedAdapter) -> dict[str, bytes]:
-    """The pictures that a card shows, which show the adapter as it is."""
+def card_pictures(adapter: SavedAdapter) -> dict[str, bytes]:
+    """Pictures for the card, by file name; without those of experts that were changed later."""
     record = adapter.training
     changed = record is not None and record.method != to_plain(adapter.method)
     return {k: v for k, v in adapter.pictures.items() if not (changed and k == "experts.png")}
 
 
 def _header(
-    adapter: SavedAdapter, options: ExportOptions, written_by: Format, outcome: ExportOutcome
+    adapter: SavedAdapter, options: ExportOptions, export_format: Format, outcome: ExportOutcome
 ) -> str:
-    """YAML; JSON's texts and lists are YAML's too."""
+    """The YAML header; strings and lists are written as JSON, which is valid YAML."""
     fields: dict[str, Any] = {}
-    if written_by.library:
-        fields["library_name"] = written_by.library
+    if export_format.library:
+        fields["library_name"] = export_format.library
     classifies = adapter.method.classification is not None
     fields["pipeline_tag"] = "text-classification" if classifies else "text-generation"
-    if not Path(options.base).expanduser().exists():  # the hub knows no folders of ours
+    if not Path(options.base).expanduser().exists():  # the hub does not know local folders
         fields["base_model"] = options.base
-        fields["base_model_relation"] = "finetune" if outcome.whole else "adapter"
+        fields["base_model_relation"] = "finetune" if outcome.is_whole_model else "adapter"
     if adapter.training is not None:
         sets = (*adapter.training.train.values(), *adapter.training.validation.values())
-        on_hub = list(dict.fromkeys(each.path for each in sets if each.on_hub and each.path))
+        on_hub = list(dict.fromkeys(data.path for data in sets if data.on_hub and data.path))
         if on_hub:
             fields["datasets"] = on_hub
     fields["tags"] = ["moe_jax", to_plain(adapter.method)["name"]]
@@ -101,25 +101,25 @@ def _header(
 def _introduction(adapter: SavedAdapter, options: ExportOptions, outcome: ExportOutcome) -> str:
     trained = f"was trained on it for {adapter.step} steps"
     if adapter.training is None and adapter.step == 0:
-        trained = "has no steps of training on record"
+        trained = "has no recorded training steps"
     origin = (
-        f"This is {outcome.product} in {options.dtype}, written by moe_jax {__version__} from a "
-        f"base and an adapter that {trained}."
+        f"This is {outcome.description} in {options.dtype}, written by moe_jax {__version__} from "
+        f"a base and an adapter that {trained}."
     )
     if outcome.approximation is None:
-        faith = (
-            "It computes what the adapter computes on its base, but for the rounding of its "
-            f"tensors to {options.dtype}."
+        accuracy = (
+            "It is equivalent to the adapter on its base, up to the rounding of its tensors to "
+            f"{options.dtype}."
         )
     else:
-        faith = f"It approximates what the adapter computes on its base: {outcome.approximation}."
+        accuracy = f"It approximates the adapter on its base: {outcome.approximation}."
     if outcome.divergence is not None and options.tokens is not None:
-        faith += (
+        accuracy += (
             f"\n\nKL divergence of its next-token distributions from those of the exact model: "
             f"{outcome.divergence:.6g} nats per token, the mean over {options.tokens.size:,} "
             f"tokens of `{options.data_name}`."
         )
-    return f"{origin} {faith}"
+    return f"{origin} {accuracy}"
 
 
 def _base(adapter: SavedAdapter, options: ExportOptions) -> str:
@@ -133,10 +133,10 @@ def _base(adapter: SavedAdapter, options: ExportOptions) -> str:
 
 def _settings(record: TrainingRecord) -> list[tuple[str, Any]]:
     names = ("batch_size", "micro_batches", "max_length", "packing", "train_on_prompt")
-    # Where it lies is nobody else's business.
-    start = [] if record.start_from is None else [("start_from", Path(record.start_from).name)]
+    # A local path is private; the last name is enough.
+    start_from = [] if record.start_from is None else [("start_from", Path(record.start_from).name)]
     return [
-        *start,
+        *start_from,
         ("steps", record.step),
         *([] if record.step == record.total_steps else [("steps of the run", record.total_steps)]),
         *((name, getattr(record, name)) for name in (*names, "compute_dtype", "seed")),
@@ -146,7 +146,7 @@ def _settings(record: TrainingRecord) -> list[tuple[str, Any]]:
 
 
 def _data(record: TrainingRecord) -> str:
-    """Files and folders are called by their last name: where they lie is nobody else's business."""
+    """A table of the data sets; local paths are private and reduced to their last name."""
 
     def cells(use: str, name: str, data: DataSet) -> tuple[Any, ...]:
         title = data.path if data.on_hub else Path(data.path).name
@@ -170,26 +170,26 @@ def _metrics(record: TrainingRecord) -> str:
     )
     parts = [table]
     if record.best_loss is not None:
-        parts.append(f"The lowest mean validation loss up to then was {record.best_loss:.4f}.")
+        parts.append(f"The lowest mean validation loss so far was {record.best_loss:.4f}.")
     if record.validation_metrics:
         parts.append(_table(("Validation", "Metric", "Value"), _values(record.validation_metrics)))
     if record.accuracies:
-        parts.append(f"On evaluation tasks, after step {record.accuracies_step}:")
+        parts.append(f"Evaluation tasks, after step {record.accuracies_step}:")
         parts.append(_table(("Task", "Measure", "Value"), _values(record.accuracies)))
     return "\n\n".join(parts)
 
 
 def _values(measured: Mapping[str, Mapping[str, float | None]]) -> list[tuple[str, str, str]]:
-    """The rows of a table."""
+    """Rows of a table of measured values."""
     return [
         (name, kind, _number(value))
-        for name, own in measured.items()
-        for kind, value in own.items()
+        for name, metrics in measured.items()
+        for kind, value in metrics.items()
     ]
 
 
 def _number(value: float | None) -> str:
-    return "not known" if value is None else f"{value:.4f}"
+    return "unknown" if value is None else f"{value:.4f}"
 
 
 def _unit(record: TrainingRecord) -> str:
@@ -217,7 +217,7 @@ def _sentence(text: str) -> str:
 
 
 def _flat(mapping: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """The settings of nested groups, each under its full name."""
+    """Settings of nested groups by their full names."""
     rows = []
     for name, value in mapping.items():
         if isinstance(value, dict) and value:

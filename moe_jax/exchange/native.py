@@ -1,4 +1,4 @@
-"""Our own format, as an export: with a model card, to be given away."""
+"""The moe_jax format: an adapter folder of this library with a model card, for publication."""
 
 from pathlib import Path
 
@@ -10,10 +10,10 @@ from moe_jax.exchange.format import FORMATS, Export, ExportOptions, ExportOutcom
 
 
 @FORMATS.register("moe_jax")
-class OwnFormat(Format):
-    """Every adapter, as `save_adapter` writes it, without the places where its data lay.
+class NativeFormat(Format):
+    """Every adapter, as `save_adapter` writes it, without the local paths of its data.
 
-    The base's path may become another.
+    The path of the base may be replaced.
     """
 
     library = "moe_jax"
@@ -22,28 +22,28 @@ class OwnFormat(Format):
     def check(self, adapter: SavedAdapter, options: ExportOptions) -> None:
         if options.dtype != "float32":
             raise FieldError(
-                "dtype", "the moe_jax format keeps the weights as they are; leave it out"
+                "dtype", "the moe_jax format stores weights unchanged; leave the option out"
             )
 
     def prepare(self, adapter: SavedAdapter, options: ExportOptions) -> Export:
         record = adapter.training
-        known = adapter._replace(
+        published = adapter._replace(
             base=adapter.base._replace(path=options.base),
             training=None if record is None else record.to_give_away(options.base),
         )
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(adapter.tree)) + 2**20
 
         def write(folder: Path) -> ExportOutcome:
-            save_adapter(folder, known)
-            return ExportOutcome("`adapter.json` and `weights/`", whole=False)
+            save_adapter(folder, published)
+            return ExportOutcome("`adapter.json` and `weights/`", is_whole_model=False)
 
         return Export(size, write, [])
 
-    def loading(self, adapter: SavedAdapter, options: ExportOptions) -> str:
+    def loading_code(self, adapter: SavedAdapter, options: ExportOptions) -> str:
         return (
             "import moe_jax\n\n"
             f'base = moe_jax.load_base("{options.base}")\n'
-            f'adapter = moe_jax.load_adapter("{options.name}")\n'
-            'model = moe_jax.AdaptedModel(base, {"it": adapter})\n'
-            'logits = model([[0, 1, 2]], "it")  # of token ids'
+            f'adapter = moe_jax.load_adapter("{options.location}")\n'
+            'model = moe_jax.AdaptedModel(base, {"tuned": adapter})\n'
+            'logits = model([[0, 1, 2]], "tuned")  # rows of token ids'
         )

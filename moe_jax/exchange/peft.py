@@ -1,6 +1,6 @@
-"""PEFT: LoRA, rsLoRA and DoRA as `adapter_config.json` and `adapter_model.safetensors`.
+"""The peft format: LoRA, rsLoRA and DoRA in `adapter_config.json` and `adapter_model.safetensors`.
 
-Checked with peft 0.21. `adapter_model.bin` of older versions, and of MoE-PEFT, is read too.
+Tested with peft 0.21. `adapter_model.bin` of older versions and of MoE-PEFT can be imported too.
 """
 
 import re
@@ -13,27 +13,27 @@ from moe_jax.adapters.tree import TARGET_MODULES
 from moe_jax.checkpoints.adapter_files import SavedAdapter
 from moe_jax.config.model import ModelConfig
 from moe_jax.exchange.adapter_folder import (
-    SAFETENSORS,
+    SAFETENSORS_FILE,
     AdapterFolder,
-    Fields,
+    ConfigFields,
     read_dropout,
-    read_targets,
+    read_target_modules,
 )
 from moe_jax.exchange.format import (
     FORMATS,
     AdapterFormat,
     ExportOptions,
-    cannot,
     field_names,
+    not_expressible,
     require_known,
 )
 
-# What `init_lora_weights` may have been: ways to draw A and B that leave the base as it is. Others
-# (pissa, olora, corda, loftq) change it, and their pairs mean nothing on the original.
+# Values of `init_lora_weights` that leave the base unchanged. The others (pissa, olora, corda,
+# loftq) modify the base, so that their pairs are invalid on the original.
 _INITS = (True, False, "gaussian", "eva", "orthogonal")
 
-# Of the program that wrote it, or read only if another field says so.
-_NOTES = (
+# Fields about the program that wrote the adapter, or without effect on their own.
+_IGNORED_FIELDS = (
     "auto_mapping",
     "base_model_name_or_path",
     "eva_config",
@@ -47,20 +47,20 @@ _NOTES = (
     "task_name",
 )
 
-_PAIR = re.compile(r"base_model\.model\.(.*\.(\w+))\.lora_A\.weight")
-_ALL = "all-linear"
+_LORA_A = re.compile(r"base_model\.model\.(.*\.(\w+))\.lora_A\.weight")
+_ALL_LINEAR = "all-linear"
 
 
 @FORMATS.register("peft")
 class PeftFormat(AdapterFormat):
-    """One pair a projection; PEFT has no experts."""
+    """LoRA, rsLoRA and DoRA, one pair a projection; PEFT has no experts behind routers."""
 
-    reads = ("LORA",)
-    weights_file = SAFETENSORS
+    peft_types = ("LORA",)
+    weights_file = SAFETENSORS_FILE
     classifies = True
     library = "peft"
 
-    def loading(self, adapter: SavedAdapter, options: ExportOptions) -> str:
+    def loading_code(self, adapter: SavedAdapter, options: ExportOptions) -> str:
         classification = adapter.method.classification
         kind = "CausalLM" if classification is None else "SequenceClassification"
         labels = "" if classification is None else f", num_labels={classification.num_scores}"
@@ -68,14 +68,14 @@ class PeftFormat(AdapterFormat):
             "from peft import PeftModel\n"
             f"from transformers import AutoModelFor{kind}\n\n"
             f'base = AutoModelFor{kind}.from_pretrained("{options.base}"{labels})\n'
-            f'model = PeftModel.from_pretrained(base, "{options.name}").eval()'
+            f'model = PeftModel.from_pretrained(base, "{options.location}").eval()'
         )
 
-    def config_of(self, adapter: SavedAdapter, base: str) -> tuple[dict[str, Any], list[str]]:
+    def adapter_config(self, adapter: SavedAdapter, base: str) -> tuple[dict[str, Any], list[str]]:
         method = adapter.method
         if not isinstance(method, LoraConfig):
             name = METHODS.name_of(method)
-            raise cannot("peft", f"method {name!r}", "PEFT has no experts behind routers")
+            raise not_expressible("peft", f"method {name!r}", "PEFT has no experts behind routers")
         known = (*field_names(LowRankConfig), "target_modules", "classification")
         require_known(method, known, "", "peft")
         alpha = method.alpha
@@ -99,22 +99,22 @@ class PeftFormat(AdapterFormat):
             config |= {"task_type": "SEQ_CLS", "modules_to_save": ["score"]}
             count, labels = method.classification.num_scores, method.classification.describe()
             notes.append(
-                f"peft keeps no names of labels: load the base with num_labels={count} ({labels}), "
-                "and set its pad_token_id, by which transformers finds the last token"
+                f"peft does not store label names: load the base with num_labels={count} "
+                f"({labels}), and set its pad_token_id, by which transformers finds the last token"
             )
         return config, notes
 
-    def method_of(
-        self, peft_type: str, fields: Fields, source: AdapterFolder, model: ModelConfig
+    def parse_method(
+        self, peft_type: str, fields: ConfigFields, source: AdapterFolder, model: ModelConfig
     ) -> LoraConfig:
         fields.choose("task_type", ("CAUSAL_LM",), None)
         fields.choose("bias", ("none",), "none")
-        fields.ignore(*_NOTES)
+        fields.ignore(*_IGNORED_FIELDS)
         init = fields.take("init_lora_weights", Any, True)
         if init not in _INITS:
             raise fields.error(
                 "init_lora_weights",
-                f"{init!r} changes the base's weights too; convert the adapter with peft's "
+                f"{init!r} changes the weights of the base; convert the adapter with peft's "
                 f"save_pretrained(path_initial_model_for_weight_conversion=...)",
             )
         init = fields.choose("lora_init", ("original", "gaussian"), init)  # MoE-PEFT's name
@@ -123,7 +123,7 @@ class PeftFormat(AdapterFormat):
             raise fields.error(
                 "use_dora",
                 f"{source.weights_file.name} has no magnitudes, which MoE-PEFT does not save; to "
-                f"read it as the LoRA that MoE-PEFT itself makes of it, set use_dora to false",
+                f"read it as a LoRA, as MoE-PEFT itself does, set use_dora to false",
             )
         return LoraConfig(
             rank=fields.take("r", int),
@@ -132,25 +132,27 @@ class PeftFormat(AdapterFormat):
             init="gaussian" if init == "gaussian" else "kaiming",
             rslora=fields.take("use_rslora", bool, False),
             dora=dora,
-            target_modules=_targets(fields, source),
+            target_modules=_target_modules(fields, source),
         )
 
 
-def _targets(fields: Fields, source: AdapterFolder) -> tuple[str, ...]:
-    """The adapted projections; a pattern is resolved by the tensors that there are.
+def _target_modules(fields: ConfigFields, source: AdapterFolder) -> tuple[str, ...]:
+    """Names of the adapted projections; a pattern is resolved against the names of the tensors.
 
-    Pairs of modules that it does not match are left out here and refused as left over: PEFT would
-    not use them.
+    PEFT does not use pairs of modules that the pattern does not match. They are left out here and
+    refused later as unexpected tensors.
     """
-    stated = fields.take("target_modules", Any)
-    if not isinstance(stated, str):
-        return read_targets(fields)
+    value = fields.take("target_modules", Any)
+    if not isinstance(value, str):
+        return read_target_modules(fields)
     try:
-        pattern = re.compile(".*" if stated == _ALL else stated)
+        pattern = re.compile(".*" if value == _ALL_LINEAR else value)
     except re.error as error:
-        raise fields.error("target_modules", f"{stated!r} is no pattern ({error})") from None
-    pairs = (match for name in source.tensors if (match := _PAIR.fullmatch(name)))
-    found = {pair[2] for pair in pairs if pattern.fullmatch(pair[1])}
-    if not found:
-        raise fields.error("target_modules", f"{stated!r} matches no module of the adapter")
-    return tuple(name for name in TARGET_MODULES if name in found)
+        raise fields.error(
+            "target_modules", f"{value!r} is not a valid pattern ({error})"
+        ) from None
+    pairs = (match for name in source.tensors if (match := _LORA_A.fullmatch(name)))
+    matched = {pair[2] for pair in pairs if pattern.fullmatch(pair[1])}
+    if not matched:
+        raise fields.error("target_modules", f"{value!r} matches no module of the adapter")
+    return tuple(name for name in TARGET_MODULES if name in matched)

@@ -1,13 +1,15 @@
-"""Files of `torch.save`, read and written without PyTorch and without running what is in them.
+"""Reads and writes files of `torch.save` without PyTorch.
 
-Such a file is a zip archive: `data.pkl`, a pickle that names tensors, and `data/0`, `data/1`, ...,
-their bytes. A pickle is a program for a stack machine, which Python's own machine lets call any
-function there is. So it is not given to that machine: of its opcodes, the ones that make plain
-values are carried out here, and where it calls a function, the name has to be one of four, each of
-which stands for a few lines of this file. Anything else is refused; nothing is ever imported.
+`torch.load` would make PyTorch a dependency for this one type of file. It also hands the pickle in
+the file to an unpickler that calls functions, whereas this reader calls nothing that a file names.
 
-The format has no specification but PyTorch's source (`torch/serialization.py`, and
-`torch/_weights_only_unpickler.py` for what a file of weights may hold).
+Such a file is a zip archive of `data.pkl`, a pickle that describes tensors, and `data/0`, `data/1`,
+..., their bytes. A pickle is a program for a stack machine. The reader interprets only the opcodes
+for plain values and calls of three named functions, implemented here. It refuses everything else
+and never imports a module.
+
+The format is specified by PyTorch's source only (`torch/serialization.py`, and
+`torch/_weights_only_unpickler.py` for the contents of weight files).
 """
 
 import math
@@ -23,19 +25,31 @@ import numpy as np
 
 from moe_jax.errors import CheckpointError
 
-_STORAGES = {
+_STORAGE_DTYPES = {
     "torch FloatStorage": np.dtype(np.float32),
     "torch HalfStorage": np.dtype(np.float16),
     "torch BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
 }
-_STORAGE_NAMES = {dtype: name for name, dtype in _STORAGES.items()}
+_STORAGE_NAMES = {dtype: name for name, dtype in _STORAGE_DTYPES.items()}
 
-_TENSOR = "torch._utils _rebuild_tensor_v2"
-_PARAMETER = "torch._utils _rebuild_parameter"
+_REBUILD_TENSOR = "torch._utils _rebuild_tensor_v2"
+_REBUILD_PARAMETER = "torch._utils _rebuild_parameter"
 _ORDERED_DICT = "collections OrderedDict"
-_FUNCTIONS = (_TENSOR, _PARAMETER, _ORDERED_DICT)
 
-_SAFER = "only tensors by name are read; get the adapter as adapter_model.safetensors"
+_ADVICE = "only tensors by name are read; get the adapter as adapter_model.safetensors"
+
+# Errors of zipfile, pickletools and the interpreter below on a damaged archive or pickle.
+_DAMAGE_ERRORS = (
+    ArithmeticError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    NotImplementedError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 
 
 class _Global(NamedTuple):
@@ -45,59 +59,60 @@ class _Global(NamedTuple):
 
 
 class _Storage(NamedTuple):
-    """The numbers that one or several tensors are views of."""
+    """The data of one or several tensors."""
 
     values: np.ndarray
 
 
 class _Refused(Exception):
-    """Something that a file of weights does not hold."""
+    """The file holds something other than named tensors."""
 
 
 _MARK = object()
+_CONSTANTS: dict[str, Callable[[], Any]] = {
+    "EMPTY_DICT": dict,
+    "EMPTY_TUPLE": tuple,
+    "MARK": lambda: _MARK,
+    "NEWFALSE": lambda: False,
+    "NEWTRUE": lambda: True,
+    "NONE": lambda: None,
+}
+_LITERALS = ("BINUNICODE", "BININT", "BININT1", "BININT2", "LONG1")
 
 
 def read_torch_file(file: Path) -> dict[str, np.ndarray]:
-    """The tensors that `torch.save` wrote, by name: float32, float16 or `ml_dtypes.bfloat16`.
+    """Reads a file of `torch.save`.
+
+    Returns:
+      Tensors by name; float32, float16 or `ml_dtypes.bfloat16`.
 
     Raises:
-      CheckpointError: it is no such file, it is damaged, or it holds anything but a dictionary of
-        tensors, code above all. None of that code has run.
+      CheckpointError: the file is of another format, is damaged, or holds anything but a dictionary
+        of tensors. Code in the file never runs.
     """
     try:
         with zipfile.ZipFile(file) as archive:
             return _Reader(archive).tensors()
     except _Refused as error:
-        raise CheckpointError(f"{file}: {error}; {_SAFER}") from None
+        raise CheckpointError(f"{file}: {error}; {_ADVICE}") from None
     except zipfile.BadZipFile:
         raise CheckpointError(
-            f"{file}: is no file that PyTorch 1.6 or later wrote, or it is truncated or damaged; "
-            f"get it again, or as adapter_model.safetensors"
+            f"{file}: is not a file of PyTorch 1.6 or later, or is truncated or damaged; download "
+            "it again, or get adapter_model.safetensors"
         ) from None
-    # What a damaged archive or pickle leads to, from zipfile, pickletools and the stack here.
-    except (
-        ArithmeticError,
-        AttributeError,
-        EOFError,
-        LookupError,
-        NotImplementedError,
-        OSError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-    ) as error:
-        raise CheckpointError(f"{file}: is damaged ({error}); get it again") from None
+    except _DAMAGE_ERRORS as error:
+        raise CheckpointError(f"{file}: is damaged ({error}); download it again") from None
 
 
 class _Reader:
-    """One file being read."""
+    """Interprets the pickle of an open archive."""
 
     def __init__(self, archive: zipfile.ZipFile):
         self._archive = archive
         self._entries = {entry.filename: entry for entry in archive.infolist()}
         pickles = [name for name in self._entries if name.endswith("/data.pkl")]
         if len(pickles) != 1 or pickles[0].count("/") != 1:
-            raise _Refused("is a zip archive, but not one of torch.save's")
+            raise _Refused("is a zip archive, but not from torch.save")
         self._prefix = pickles[0].removesuffix("data.pkl")
         if self._prefix + "constants.pkl" in self._entries:
             raise _Refused("is a TorchScript program, not weights")
@@ -107,6 +122,7 @@ class _Reader:
         self._storages: dict[str, _Storage] = {}
 
     def tensors(self) -> dict[str, np.ndarray]:
+        """All tensors of the archive by name."""
         result = self._interpret(self._read(self._prefix + "data.pkl"))
         if not isinstance(result, dict):
             raise _Refused(f"holds a {type(result).__name__} and not a dictionary of tensors")
@@ -116,7 +132,7 @@ class _Reader:
         return result
 
     def _interpret(self, pickle: bytes) -> Any:
-        """What the pickle describes, of plain values and tensors."""
+        """The value that the pickle describes, made of plain values and tensors."""
         stack: list[Any] = []
         memo: dict[int, Any] = {}
         for opcode, argument, _ in pickletools.genops(pickle):
@@ -134,12 +150,12 @@ class _Reader:
             elif name in ("TUPLE1", "TUPLE2", "TUPLE3"):
                 stack[-int(name[-1]) :] = [tuple(stack[-int(name[-1]) :])]
             elif name == "TUPLE":
-                stack.append(tuple(_from_mark(stack)))
+                stack.append(tuple(_pop_to_mark(stack)))
             elif name == "SETITEM":
                 value, key = stack.pop(), stack.pop()
                 _set_item(stack[-1], key, value)
             elif name == "SETITEMS":
-                items = _from_mark(stack)
+                items = _pop_to_mark(stack)
                 for key, value in zip(items[::2], items[1::2], strict=True):
                     _set_item(stack[-1], key, value)
             elif name == "BINPERSID":
@@ -148,7 +164,7 @@ class _Reader:
                 arguments, function = stack.pop(), stack.pop()
                 stack.append(_call(function, arguments))
             elif name == "BUILD" and isinstance(stack[-2], dict):
-                stack.pop()  # versions of modules, which `Module.state_dict` adds; no weights
+                stack.pop()  # module versions from `Module.state_dict`, not weights
             elif name == "STOP":
                 return stack.pop()
             elif name != "PROTO":
@@ -156,11 +172,11 @@ class _Reader:
         raise ValueError("its pickle has no end")
 
     def _storage(self, kind: str, storage: Any, key: str, location: str, size: int) -> _Storage:
-        """The storage that a persistent id of PyTorch's names."""
-        if kind != "storage" or getattr(storage, "name", None) not in _STORAGES:
-            raise _Refused("holds a tensor of a kind that adapters do not have")
+        """The storage that a persistent id of PyTorch names."""
+        if kind != "storage" or getattr(storage, "name", None) not in _STORAGE_DTYPES:
+            raise _Refused("holds a tensor of an unsupported type")
         if key not in self._storages:
-            dtype, name = _STORAGES[storage.name], f"{self._prefix}data/{key}"
+            dtype, name = _STORAGE_DTYPES[storage.name], f"{self._prefix}data/{key}"
             data = self._read(name)
             if len(data) != size * dtype.itemsize:
                 raise ValueError(f"{name} has {len(data)} bytes")
@@ -174,42 +190,31 @@ class _Reader:
         return self._archive.read(entry)
 
 
-_CONSTANTS: dict[str, Callable[[], Any]] = {
-    "EMPTY_DICT": dict,
-    "EMPTY_TUPLE": tuple,
-    "MARK": lambda: _MARK,
-    "NEWFALSE": lambda: False,
-    "NEWTRUE": lambda: True,
-    "NONE": lambda: None,
-}
-_LITERALS = ("BINUNICODE", "BININT", "BININT1", "BININT2", "LONG1")
-
-
 def _known_global(argument: str) -> _Global:
     name = argument.replace(" ", ".")
-    if argument in _STORAGES or argument in _FUNCTIONS:
+    if argument in (*_STORAGE_DTYPES, _REBUILD_TENSOR, _REBUILD_PARAMETER, _ORDERED_DICT):
         return _Global(argument)
     if name.startswith("torch.") and name.endswith("Storage"):
-        raise _Refused(f"holds a {name}; float32, float16 and bfloat16 are read")
+        raise _Refused(f"holds a {name}; supported: float32, float16, bfloat16")
     raise _Refused(f"holds a pickle that calls {name}, which was not run")
 
 
 def _call(function: Any, arguments: Any) -> Any:
-    """What calling one of `_FUNCTIONS` gives."""
+    """The result of a call of one of the three known functions."""
     name = getattr(function, "name", None)
     if name == _ORDERED_DICT and arguments == ():
         return {}
-    if name == _PARAMETER:
+    if name == _REBUILD_PARAMETER:
         return arguments[0]
-    if name == _TENSOR:
+    if name == _REBUILD_TENSOR:
         return _view(*arguments[:4])
-    raise _Refused("holds a pickle that calls something else than the makers of tensors")
+    raise _Refused("holds a pickle that calls something other than tensor constructors")
 
 
 def _view(
     storage: _Storage, offset: int, size: tuple[int, ...], stride: tuple[int, ...]
 ) -> np.ndarray:
-    """The tensor of `size` and `stride`, in elements, that begins at `offset` of its storage."""
+    """A tensor of `size` and `stride`, in elements, that begins at `offset` of its storage."""
     values = storage.values
     counts = [_int(count) for count in (offset, *size, *stride)]
     if len(size) != len(stride) or min(counts) < 0:
@@ -223,11 +228,11 @@ def _view(
     return np.lib.stride_tricks.as_strided(values[offset:], size, steps, writeable=False)
 
 
-def _from_mark(stack: list[Any]) -> list[Any]:
-    """Takes everything above the topmost mark, and the mark, off the stack."""
-    at = max(i for i, value in enumerate(stack) if value is _MARK)
-    values = stack[at + 1 :]
-    del stack[at:]
+def _pop_to_mark(stack: list[Any]) -> list[Any]:
+    """Removes the values above the topmost mark, and the mark, from the stack."""
+    position = max(i for i, value in enumerate(stack) if value is _MARK)
+    values = stack[position + 1 :]
+    del stack[position:]
     return values
 
 
@@ -235,13 +240,13 @@ def _set_item(target: Any, key: Any, value: Any) -> None:
     if not isinstance(target, dict) or not isinstance(key, str):
         raise _Refused("holds something else than tensors by name")
     if key in target:
-        raise ValueError(f"{key} is there twice")
+        raise ValueError(f"{key} occurs twice")
     target[key] = value
 
 
 def _int(value: Any) -> int:
     if type(value) is not int:
-        raise ValueError(f"{value!r} is not a whole number")
+        raise ValueError(f"{value!r} is not an integer")
     return value
 
 
@@ -249,11 +254,11 @@ def write_torch_file(file: Path, tensors: Mapping[str, np.ndarray]) -> None:
     """Writes tensors as `torch.save` does, for `torch.load(file, weights_only=True)`.
 
     Args:
-      file: is created.
-      tensors: by name; float32, float16 or `ml_dtypes.bfloat16`.
+      file: path of the new file.
+      tensors: tensors by name; float32, float16 or `ml_dtypes.bfloat16`.
 
     Raises:
-      OSError: the disk's own.
+      OSError: the disk is full or not writable.
     """
     pickle = [b"\x80\x02}("]  # protocol 2, an empty dict, a mark for its items
     for index, (name, tensor) in enumerate(tensors.items()):
@@ -273,7 +278,7 @@ def write_torch_file(file: Path, tensors: Mapping[str, np.ndarray]) -> None:
 
 
 def _pickled_tensor(key: str, tensor: np.ndarray) -> bytes:
-    """Opcodes that leave the tensor with the bytes `data/<key>` on the stack."""
+    """Opcodes that push the tensor with the bytes `data/<key>` onto the stack."""
     strides = [math.prod(tensor.shape[axis + 1 :]) for axis in range(tensor.ndim)]
     storage_id = (
         _text("storage"),
@@ -287,10 +292,10 @@ def _pickled_tensor(key: str, tensor: np.ndarray) -> bytes:
         _number(0),
         _tuple(*map(_number, tensor.shape)),
         _tuple(*map(_number, strides)),
-        b"\x89",  # requires no gradient
-        _global(_ORDERED_DICT) + b")R",  # and has no hooks
+        b"\x89",  # requires_grad=False
+        _global(_ORDERED_DICT) + b")R",  # no hooks
     )
-    return _global(_TENSOR) + _tuple(*arguments) + b"R"
+    return _global(_REBUILD_TENSOR) + _tuple(*arguments) + b"R"
 
 
 def _tuple(*items: bytes) -> bytes:

@@ -1,4 +1,4 @@
-"""Tiny bases that the tests of formats share."""
+"""Tiny bases for the tests of formats."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -19,14 +19,14 @@ from moe_jax.checkpoints.adapter_files import SavedAdapter
 
 
 class Tiny(NamedTuple):
-    """A base in both libraries, and what it computes.
+    """A base in transformers and moe_jax, and its logits.
 
     Attributes:
-      folder: its checkpoint.
-      reference: in transformers.
-      base: in ours.
-      tokens: [2, 12].
-      logits: of the base alone, as transformers computes them.
+      folder: folder of the checkpoint.
+      reference: the base in transformers.
+      base: the base in moe_jax.
+      tokens: token ids, [2, 12].
+      logits: logits of the base without an adapter, from transformers.
     """
 
     folder: Path
@@ -36,19 +36,19 @@ class Tiny(NamedTuple):
     logits: np.ndarray
 
     def with_adapter(self, adapter: SavedAdapter) -> np.ndarray:
-        """What we compute with an adapter on it."""
+        """Logits of moe_jax with an adapter on the base."""
         adapter = adapter._replace(base=self.base.identity)
         return np.asarray(moe_jax.AdaptedModel(self.base, {"x": adapter})(self.tokens, "x"))
 
 
 class Mixture(NamedTuple):
-    """A base with a tokenizer, and what is needed to merge experts on it.
+    """A base with a tokenizer, an adapter with experts to merge, and a text.
 
     Attributes:
       base: the base.
-      adapter: a MixLoRA on it.
-      text: a file.
-      rows: its tokens, as they are measured on, [2, 64].
+      adapter: a MixLoRA of the base.
+      text: a text file.
+      rows: tokens of the text in rows for measuring, [2, 64].
     """
 
     base: moe_jax.Base
@@ -69,7 +69,6 @@ def tiny(tmp_path_factory) -> Tiny:
 
 @pytest.fixture(scope="session")
 def mixture(tmp_path_factory) -> Mixture:
-    """Such a mixture."""
     folder = tmp_path_factory.mktemp("mixture")
     base = saved_base(folder / "base", "llama")
     words = WordLevel({f"w{n}": n for n in range(64)}, unk_token="w0")
@@ -77,7 +76,7 @@ def mixture(tmp_path_factory) -> Mixture:
     tokenizer.pre_tokenizer = WhitespaceSplit()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder / "base")
     tokens = np.random.default_rng(1).integers(0, 64, 150)
-    # Two texts; 64 tokens are a row of this base, and the last 22 fill none.
+    # Two texts. A row of this base has 64 tokens; the last 22 do not fill a row.
     texts = [" ".join(f"w{n}" for n in part) for part in (tokens[:100], tokens[100:])]
     (folder / "text.txt").write_text("\n\n".join(texts))
     rows = tokens[:128].reshape(2, 64)

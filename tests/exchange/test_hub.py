@@ -1,7 +1,7 @@
-"""Pushing exports to the hub, and adapters from it; the hub is a small server in this process.
+"""Uploads of exports to the hub and downloads from it, against a small server in this process.
 
-The client is `huggingface_hub` itself, over HTTP; only its fast transfer is switched off, so that
-large files go the way of Git LFS.
+The client is `huggingface_hub`, over HTTP, with its fast transfer switched off, so that large files
+are sent as Git LFS objects.
 """
 
 import base64
@@ -27,10 +27,10 @@ TOKENS = {"write": "write", "read": "read", "fine": "fineGrained"}
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """What creating a repository, uploading to it and downloading from it take.
+    """The endpoints that create a repository, upload to it and download from it.
 
-    `me` is whoever sends a token of `TOKENS`; `me/public` is there already, `me/refused` and
-    `me/broken` take no commit.
+    Every token of `TOKENS` belongs to the user `me`. `me/public` exists at the beginning;
+    `me/refused` and `me/broken` reject commits.
     """
 
     repositories: ClassVar[dict[str, dict[str, Any]]] = {}
@@ -85,19 +85,19 @@ class Hub(http.server.BaseHTTPRequestHandler):
             assert json.loads(body)["content"].startswith("---\n")
             return self.answer(200, {"errors": [], "warnings": []})
         if path == "/api/repos/create":
-            asked = json.loads(body)
-            name = f"{asked.get('organization') or 'me'}/{asked['name']}"
+            request = json.loads(body)
+            name = f"{request.get('organization') or 'me'}/{request['name']}"
             url = f"http://{self.headers['Host']}/{name}"
             if name in self.repositories:
                 return self.answer(409, {"error": "You already created this model repo"})
-            private = asked.get("private") or asked.get("visibility") == "private"
+            private = request.get("private") or request.get("visibility") == "private"
             self.repositories[name] = {"files": {}, "private": bool(private)}
             return self.answer(200, {"url": url})
         if path.endswith("/info/lfs/objects/batch"):
             host = f"http://{self.headers['Host']}/objects"
             objects = [
-                {**one, "actions": {"upload": {"href": f"{host}/{one['oid']}"}}}
-                for one in json.loads(body)["objects"]
+                {**item, "actions": {"upload": {"href": f"{host}/{item['oid']}"}}}
+                for item in json.loads(body)["objects"]
             ]
             return self.answer(200, {"transfer": "basic", "objects": objects})
         parts = path.removeprefix("/api/models/").split("/")
@@ -108,12 +108,12 @@ class Hub(http.server.BaseHTTPRequestHandler):
         if action == "preupload":
             files = [
                 {
-                    "path": one["path"],
-                    "uploadMode": "lfs" if one["path"].endswith(".safetensors") else "regular",
+                    "path": item["path"],
+                    "uploadMode": "lfs" if item["path"].endswith(".safetensors") else "regular",
                     "shouldIgnore": False,
                     "oid": None,
                 }
-                for one in json.loads(body)["files"]
+                for item in json.loads(body)["files"]
             ]
             return self.answer(200, {"files": files})
         assert action == "commit", path
@@ -147,7 +147,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    """The server, which the hub's client in this process talks to, logged in."""
+    """The server, with the hub's client of this process logged in to it."""
 
     monkeypatch.setattr(Hub, "repositories", {"me/public": {"files": {}, "private": False}})
     monkeypatch.setattr(Hub, "objects", {})
@@ -169,7 +169,7 @@ def hub(monkeypatch, tmp_path):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A base, and an adapter of it; not to be changed."""
+    """Read-only folder with a base and an adapter of it."""
     folder = tmp_path_factory.mktemp("pushed")
     save_tiny_llama(folder / "base")
     model = read_model_config(folder / "base")
@@ -191,7 +191,7 @@ def contents(folder):
     }
 
 
-def test_an_export_is_pushed_and_found_again(hub, folder, tmp_path, capsys):
+def test_an_export_is_pushed(hub, folder, tmp_path, capsys):
     options = ["--push-to-hub", "me/mine", "--private", "--commit-message", "the first one"]
     assert export(folder, tmp_path / "out", *options, "--revision", "wip") == 0
     first, pushed, wrote = capsys.readouterr().out.splitlines()[-3:]
@@ -236,19 +236,23 @@ def test_adapters_are_read_from_the_hub(hub, folder, tmp_path, monkeypatch, caps
 @pytest.mark.parametrize(
     ("name", "token", "words"),
     [
-        ("mine", "write", "'mine' is no name of a repository; give OWNER/NAME"),
-        ("me/a/b", "write", "'me/a/b' is no name of a repository; give OWNER/NAME"),
-        ("me/my adapter", "write", "'me/my adapter' is no name of a repository"),
-        ("me/a--b", "write", "'me/a--b' is no name of a repository"),
-        ("you/mine", "write", "logged in as 'me', who owns no 'you'; give one of me, team, club"),
-        ("me/mine", "read", "me/mine: you may read there, but not write; log in with `hf auth"),
-        ("team/mine", "write", "team/mine: you may read there, but not write"),
-        ("me/mine", "old", "the hub does not know your token; log in again with `hf auth login`"),
+        ("mine", "write", "'mine' is not a repository name; give OWNER/NAME"),
+        ("me/a/b", "write", "'me/a/b' is not a repository name; give OWNER/NAME"),
+        ("me/my adapter", "write", "'me/my adapter' is not a repository name"),
+        ("me/a--b", "write", "'me/a--b' is not a repository name"),
+        (
+            "you/mine",
+            "write",
+            "'me', which is not a member of 'you'; give one of me, team, club",
+        ),
+        ("me/mine", "read", "me/mine: you have read access only; log in with `hf auth"),
+        ("team/mine", "write", "team/mine: you have read access only"),
+        ("me/mine", "old", "your token is invalid; log in again with `hf auth login`"),
         ("me/mine", None, "not logged in to the hub; run `hf auth login`"),
-        ("me/public", "write", "is there already and public; make it private on its page"),
+        ("me/public", "write", "already exists and is public; make it private on its page"),
     ],
 )
-def test_what_is_refused_before_anything_is_done(
+def test_refusals_before_anything_is_written(
     hub, folder, tmp_path, monkeypatch, capsys, name, token, words
 ):
     monkeypatch.delenv("HF_TOKEN") if token is None else monkeypatch.setenv("HF_TOKEN", token)
@@ -262,7 +266,7 @@ def test_what_is_refused_before_anything_is_done(
 
 
 @pytest.mark.parametrize(("owner", "token"), [("club", "write"), ("me", "fine")])
-def test_who_may_write(hub, monkeypatch, owner, token):
+def test_write_access(hub, monkeypatch, owner, token):
     monkeypatch.setenv("HF_TOKEN", token)
     require_access(HubTarget(f"{owner}/mine", private=True))
     require_access(HubTarget("me/public"))
@@ -272,18 +276,18 @@ def test_who_may_write(hub, monkeypatch, owner, token):
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("refused", "your token may not do that; log in with `hf auth login`"),
+        ("refused", "no write access; log in with `hf auth login`"),
         ("broken", "the hub answered 400"),
     ],
 )
-def test_a_push_that_fails_leaves_the_export(hub, folder, tmp_path, capsys, name, words):
+def test_a_failed_push_keeps_the_export(hub, folder, tmp_path, capsys, name, words):
     out, branch = tmp_path / "out", ["--revision", "wip"]
     assert export(folder, out, "--push-to-hub", f"me/{name}", "--private", *branch) == 2
     captured = capsys.readouterr()
     (error,) = [line for line in captured.err.splitlines() if line.startswith("error: ")]
-    assert f"{out} is complete and stays, but pushing it to me/{name} failed: {words}" in error
-    again = f"push it with `hf upload me/{name} {out} . --private --revision wip`"
-    assert error.endswith(again)
+    assert f"{out} is complete, but pushing it to me/{name} failed: {words}" in error
+    command = f"push it with `hf upload me/{name} {out} . --private --revision wip`"
+    assert error.endswith(command)
     assert (
         moe_jax.import_adapter(out, folder / "base").method
         == moe_jax.load_adapter(folder / "adapter").method
@@ -295,14 +299,16 @@ def test_without_a_network(hub, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(CheckpointError, match=r"me/mine: the hub cannot be reached \("):
         require_access(target)
-    with pytest.raises(CheckpointError, match=r"stays, .*failed: the hub cannot be .*push it with"):
+    with pytest.raises(
+        CheckpointError, match=r"complete, but .*: the hub cannot be .*push it with"
+    ):
         push_folder(tmp_path, target)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(CheckpointError, match=r"HF_HUB_OFFLINE is set, so the hub is not asked"):
+    with pytest.raises(CheckpointError, match=r"HF_HUB_OFFLINE is set; unset it"):
         require_access(target)
 
 
-def test_options_of_a_push_that_is_not_asked_for(folder, tmp_path, capsys):
+def test_options_without_a_push(folder, tmp_path, capsys):
     assert export(folder, tmp_path / "out", "--private") == 2
     assert "private: nothing is pushed; leave it out, or say where" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

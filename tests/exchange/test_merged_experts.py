@@ -1,4 +1,4 @@
-"""Experts merged into one FFN: with which weights, and what it costs."""
+"""Experts merged into one FFN: weights of the mean and measured divergence."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ from moe_jax.cli import main
 
 
 def experts_of(folder, projection):
-    """[L, E, out, in] of a Mixtral's file."""
+    """Matrices of a Mixtral checkpoint, [L, E, out, in]."""
     tensors = tensors_of(folder)
     name = "model.layers.{}.block_sparse_moe.experts.{}.{}.weight"
     return np.stack(
@@ -30,7 +30,7 @@ def log_probs(logits):
 
 
 @pytest.mark.parametrize("weights", [None, "utilisation"])
-def test_experts_merged_and_what_it_costs(mixture, tmp_path, weights):
+def test_merged_experts_and_their_divergence(mixture, tmp_path, weights):
     _, adapter, text, rows = mixture
     notes = moe_jax.export_adapter(adapter, "llama", tmp_path / "out", weights=weights, data=text)
     moe_jax.export_adapter(adapter, "mixtral", tmp_path / "exact")
@@ -55,14 +55,14 @@ def test_experts_merged_and_what_it_costs(mixture, tmp_path, weights):
     number = note.removeprefix("KL divergence from the exact model, measured: ")
     assert float(number.removesuffix(" nats per token")) == pytest.approx(divergence, rel=1e-3)
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "It approximates what the adapter computes on its base: the experts of a lay" in card
+    assert "It approximates the adapter on its base: the experts of a lay" in card
     assert ("each weighted by its share of the tokens" in card) == (weights == "utilisation")
     stated = card.split("exact model: ")[1].split(" nats per token, the mean over 128 tokens")[0]
     assert float(stated) == pytest.approx(divergence, rel=1e-4)
     assert "tokens of `text.txt`" in card
 
 
-def test_what_is_exact_measures_nothing(mixture, tmp_path):
+def test_the_divergence_of_an_exact_merge_is_zero(mixture, tmp_path):
     base, _, text, _ = mixture
     notes = moe_jax.export_adapter(adapter_of(base, LORA), "llama", tmp_path / "out", data=text)
     (note,) = notes
@@ -78,4 +78,4 @@ def test_the_command(mixture, tmp_path, capsys):
     assert first.startswith("note: KL divergence from the exact model, measured: ")
     assert last == f"wrote {tmp_path / 'out'} (llama, bfloat16)"
     assert main(["export", *map(str, (*paths[:2], "--output", tmp_path / "x", *paths[4:]))]) == 2
-    assert "give a file of text with --data" in capsys.readouterr().err
+    assert "give a text file with --data" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The mixlora package reads what we write, and computes what we compute."""
+"""The mixlora package reads exported adapters and computes equal logits."""
 
 import json
 
@@ -14,7 +14,7 @@ import moe_jax
     "method",
     [
         pytest.param(MIXLORA, id="attention and FFN"),
-        # Without attention, the experts' own settings are the only ones.
+        # Without attention, only the experts have settings.
         pytest.param(
             {**MIXLORA, "target_modules": FFN[:2], "expert_lora": {"rank": 2, "alpha": 6.0}},
             id="gate and up, experts of another rank",
@@ -27,12 +27,12 @@ def test_equal_logits(tiny, tmp_path, method):
     moe_jax.export_adapter(adapter, "mixlora", tmp_path / "out")
     expected = tiny.with_adapter(adapter)
     assert np.abs(expected - tiny.logits).max() > 1.0
-    # Not even its experts' dropout, which stays on, tells them apart.
+    # The package keeps dropout on, so the exported rate has to be negligible.
     found = mixlora_logits(tmp_path / "out", tiny.tokens)
     np.testing.assert_allclose(found, expected, rtol=0, atol=FLOAT32_LOGITS)
 
 
-def test_bfloat16_is_read_as_the_same_numbers(tiny, tmp_path):
+def test_bfloat16_is_read_exactly(tiny, tmp_path):
     adapter = random_adapter(MIXLORA, tiny.base.config, str(tiny.folder))
     moe_jax.export_adapter(adapter, "mixlora", tmp_path / "out", dtype="bfloat16")
     imported = moe_jax.import_adapter(tmp_path / "out", tiny.base)
@@ -40,7 +40,7 @@ def test_bfloat16_is_read_as_the_same_numbers(tiny, tmp_path):
     np.testing.assert_allclose(found, tiny.with_adapter(imported), rtol=0, atol=FLOAT32_LOGITS)
 
 
-def test_the_base_is_called_what_the_user_says(tiny, tmp_path):
+def test_the_path_of_the_base_can_be_replaced(tiny, tmp_path):
     adapter = random_adapter(MIXLORA, tiny.base.config, "/gone")
     moe_jax.export_adapter(adapter, "mixlora", tmp_path / "out", base="owner/name")
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())

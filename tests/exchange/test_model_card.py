@@ -1,4 +1,4 @@
-"""What an export's model card says; its header is read as the hub's client reads it."""
+"""Model cards of exports; the header is read with the hub's client."""
 
 import dataclasses
 
@@ -18,7 +18,7 @@ METRICS = """| Loss | Nats per target token |
 
 
 def trained(mixture, method):
-    """An adapter with a record of its training, and pictures."""
+    """An adapter with a training record and pictures."""
     adapter = adapter_of(mixture.base, method)
     record = dataclasses.replace(made_record(), method=to_plain(adapter.method))
     return adapter._replace(training=record, pictures=PICTURES)
@@ -43,7 +43,7 @@ def test_every_format_has_a_card(mixture, tmp_path, to, method, library, code):
     assert header["pipeline_tag"] == "text-generation"
     assert header["datasets"] == ["owner/rows"]
     assert header["tags"] == ["moe_jax", method["name"]]
-    assert "base_model" not in header  # a folder of ours, which the hub does not know
+    assert "base_model" not in header  # a local folder
     for words in (
         code.format(out=out),
         f"`{mixture.base.folder}`, fingerprint `{mixture.base.identity.fingerprint}`",
@@ -54,16 +54,16 @@ def test_every_format_has_a_card(mixture, tmp_path, to, method, library, code):
         "| training | `words` | `words.jsonl` |  | `train` | `completion` | `2.0` | `100` |",
         "| training | `more` | `owner/rows` | `v1` | `train` | `text` | `1.0` | `20` |",
         METRICS,
-        "The lowest mean validation loss up to then was 1.4000.",
-        "| held_out | `accuracy` | `0.7500` |\n| held_out | `f1` | `not known` |",
-        "On evaluation tasks, after step 5:",
+        "The lowest mean validation loss so far was 1.4000.",
+        "| held_out | `accuracy` | `0.7500` |\n| held_out | `f1` | `unknown` |",
+        "Evaluation tasks, after step 5:",
         "| boolq | `label_acc` | `0.5000` |\n| boolq | `acc` | `0.6250` |",
         "| start_from | `upcycled` |",
-        "- States of training, so that none can be resumed from here.",
+        "- Training state: a run cannot be resumed from this export.",
     ):
         assert words in text, words
     assert "/home/someone" not in text
-    compile(text.split("```python\n")[1].split("```")[0], "the lines that load it", "exec")
+    compile(text.split("```python\n")[1].split("```")[0], "loading code", "exec")
     for name, picture in PICTURES.items():
         assert f"]({name})" in text
         assert (out / name).read_bytes() == picture
@@ -73,7 +73,7 @@ def test_every_format_has_a_card(mixture, tmp_path, to, method, library, code):
     ("classification", "unit"),
     [({"glue": "sst2"}, "Nats per row"), ({"regression": True}, "Mean squared error")],
 )
-def test_losses_of_a_classifier_have_their_own_unit(mixture, tmp_path, classification, unit):
+def test_unit_of_a_classifiers_losses(mixture, tmp_path, classification, unit):
     adapter = trained(mixture, {**LORA, "classification": classification})
     moe_jax.export_adapter(adapter, "moe_jax", tmp_path / "out")
     assert (
@@ -88,10 +88,10 @@ def test_a_hub_base_is_linked(mixture, tmp_path):
     assert card.data.base_model == "some/base"
     assert card.data.to_dict()["base_model_relation"] == "adapter"
     assert "# A mixlora adapter of base\n" in card.text
-    assert "- Left out, as it matters for further training only: dropout.\n" in card.text
+    assert "- Left out, relevant for further training only: dropout.\n" in card.text
 
 
-def test_our_own_format_is_given_away_without_places(mixture, tmp_path):
+def test_the_native_format_has_no_local_paths(mixture, tmp_path):
     moe_jax.export_adapter(trained(mixture, LORA), "moe_jax", tmp_path / "out", base="some/base")
     found = moe_jax.load_adapter(tmp_path / "out")
     assert found.base.path == found.training.base["path"] == "some/base"
@@ -100,24 +100,24 @@ def test_our_own_format_is_given_away_without_places(mixture, tmp_path):
     assert "/home/someone" not in (tmp_path / "out" / "training.json").read_text()
 
 
-def test_what_is_not_known_is_said(mixture, tmp_path):
+def test_an_adapter_without_a_training_record(mixture, tmp_path):
     adapter = adapter_of(mixture.base, LORA)._replace(step=0)
     moe_jax.export_adapter(adapter, "peft", tmp_path / "out")
     text = (tmp_path / "out" / "README.md").read_text()
-    assert "from a base and an adapter that has no steps of training on record." in text
-    assert "is not on record: neither its data, nor its settings, nor its losses." in text
+    assert "from a base and an adapter that has no recorded training steps." in text
+    assert "The data, settings and losses of the adapter's training are not recorded." in text
     assert "## Metrics" not in text
     assert "## Pictures" not in text
     assert "datasets" not in metadata_load(tmp_path / "out" / "README.md")
 
 
-def test_an_adapter_that_was_changed_after_training(mixture, tmp_path):
-    """As surgery does: the settings are its own, the picture of other experts is left out."""
+def test_an_adapter_modified_after_training(mixture, tmp_path):
+    """Surgery does this. The card shows both methods and no picture of the former experts."""
     before = trained(mixture, {**MIXLORA, "num_experts": 2})
     adapter = trained(mixture, MIXLORA)._replace(training=before.training)
     moe_jax.export_adapter(adapter, "mixlora", tmp_path / "out")
     text = (tmp_path / "out" / "README.md").read_text()
-    ours, theirs = text.split("The adapter was changed after training.")
+    ours, theirs = text.split("The adapter was modified after training.")
     assert "| num_experts | `4` |" in ours
     assert "| num_experts | `2` |" in theirs
     assert (tmp_path / "out" / "loss.png").exists()

@@ -1,4 +1,4 @@
-"""Adapters of MoE-PEFT as it wrote them: what it computed, and the same files back."""
+"""Adapters written by MoE-PEFT: equal logits after import, equal tensors after export."""
 
 import json
 
@@ -21,7 +21,7 @@ def base():
 
 
 def write(case, folder):
-    """The adapter as MoE-PEFT writes it."""
+    """Writes the adapter as MoE-PEFT does."""
     folder.mkdir()
     config = {**case.config, "task_type": "CAUSAL_LM", "base_model_name_or_path": "some/base"}
     (folder / "adapter_config.json").write_text(json.dumps(config))
@@ -34,7 +34,7 @@ def logits(base, adapter, case):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_in_with_its_logits_and_out_with_its_bits(name, base, tmp_path):
+def test_import_keeps_logits_and_export_keeps_bits(name, base, tmp_path):
     case = load_case(name)
     adapter = moe_jax.import_adapter(write(case, tmp_path / "in"), base)
     np.testing.assert_allclose(

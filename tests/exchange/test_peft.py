@@ -1,4 +1,4 @@
-"""PEFT reads what we write and we read what it writes, and both compute the same."""
+"""PEFT reads exported adapters, and its adapters can be imported, with equal logits."""
 
 import numpy as np
 import peft
@@ -30,7 +30,7 @@ def test_equal_logits(tiny, tmp_path, method):
 
 
 @pytest.mark.parametrize("labels", [3, 1])
-def test_a_classifier_is_one_in_peft(tiny, tmp_path, labels):
+def test_classifiers(tiny, tmp_path, labels):
     head = {"labels": ["a", "b", "c"]} if labels > 1 else {"regression": True}
     method = {**LORA, "classification": head}
     adapter = random_adapter(method, tiny.base.config, str(tiny.folder))
@@ -46,7 +46,7 @@ def test_a_classifier_is_one_in_peft(tiny, tmp_path, labels):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_half_precision_is_read_as_the_same_numbers(tiny, tmp_path, dtype):
+def test_half_precision_is_read_exactly(tiny, tmp_path, dtype):
     adapter = random_adapter(LORA, tiny.base.config, str(tiny.folder), spread=0.07)
     moe_jax.export_adapter(adapter, "peft", tmp_path / "out", dtype=dtype)
     found = peft_logits(tiny.reference, tmp_path / "out", tiny.tokens)
@@ -65,7 +65,7 @@ def test_half_precision_is_read_as_the_same_numbers(tiny, tmp_path, dtype):
         ({"lora_alpha": 3.5, "use_rslora": True, "init_lora_weights": "gaussian"}, False, ()),
     ],
 )
-def test_what_peft_writes(tiny, tmp_path, settings, safe, targets):
+def test_import_of_adapters_written_by_peft(tiny, tmp_path, settings, safe, targets):
     """Safetensors with a list of modules, and a pickle with a pattern of names."""
     torch.manual_seed(1)
     modules = list(targets) or r".*(k_proj|up_proj)"

@@ -1,4 +1,4 @@
-"""What a format cannot express, and adapters that are not what they say: one line, nothing left."""
+"""Refusals of inexpressible adapters and of invalid adapter folders: one line, no files left."""
 
 import dataclasses
 import json
@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 import moe_jax
 from moe_jax.adapters import METHODS
 from moe_jax.adapters.routing.router import Router
-from moe_jax.exchange import moe_peft as mixlora
+from moe_jax.exchange import moe_peft
 from moe_jax.exchange.format import field_names
 
 SOFT = {"name": "soft"}
@@ -33,23 +33,23 @@ def refusal(function, *arguments, **keywords):
     [
         ("peft", MIXLORA, "cannot express method 'mixlora'; PEFT has no experts behind routers; "),
         ("peft", MOLA, "cannot express method 'mola'"),
-        ("peft", LORAMOE, "no experts behind routers; --to mixlora takes it"),
+        ("peft", LORAMOE, "no experts behind routers; formats that can: --to mixlora"),
         ("mixlora", {**LORA, "dora": True}, "cannot express DoRA (dora True); MoE-PEFT does not"),
         ("mixlora", {**MIXLORA, "dora": True}, "cannot express DoRA"),
         ("mixlora", {**MIXLORA, "expert_lora": {"dora": True}}, "cannot express DoRA"),
-        ("mixlora", {**MIXLORA, "alpha": 2.5}, "alpha 2.5; its readers take whole numbers only"),
+        ("mixlora", {**MIXLORA, "alpha": 2.5}, "alpha 2.5; its readers require an integer"),
         ("mixlora", {**MIXLORA, "router": SOFT}, "router 'soft' of a MixLoRA; MoE-PEFT has top_k"),
         (
             "mixlora",
             {**MIXLORA, "router": {**TOP_P, "renormalise": True}},
-            "router.renormalise True; MoE-PEFT's router does what False does; train with that",
+            "router.renormalise True; MoE-PEFT's router behaves as False; train with that",
         ),
         ("mixlora", {**MIXLORA, "router": {**TOP_P, "temperature": 0.5}}, "router.temperature 0.5"),
         ("mixlora", {**MIXLORA, "router": {**SWITCH, "overflow": "residual"}}, "router.overflow"),
         (
             "mixlora",
             {**MIXLORA, "router": {**SWITCH, "weights": "straight_through"}},
-            "router.weights 'straight_through'; MoE-PEFT's router does what 'probability' does",
+            "router.weights 'straight_through'; MoE-PEFT's router behaves as 'probability'",
         ),
         ("mixlora", {**MIXLORA, "router": {**SWITCH, "sparse_step": 2}}, "router.sparse_step 2"),
         (
@@ -72,15 +72,15 @@ def test_features_that_a_format_cannot_express(tiny, tmp_path, to, method, words
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_field_added_later_is_not_dropped_in_silence():
-    """Every field of every method and router is in the formats' lists, or must have its default."""
+def test_every_field_is_handled():
+    """Every field of every method and router is in the lists of fields that the format handles."""
     for name in ("lora", "mixlora", "loramoe", "mola"):
-        assert set(field_names(METHODS[name])) <= set(mixlora._KNOWN)
-    for router, fields in mixlora._KNOWN_OF_ROUTERS.items():
+        assert set(field_names(METHODS[name])) <= set(moe_peft._KNOWN)
+    for router, fields in moe_peft._KNOWN_OF_ROUTERS.items():
         assert set(field_names(router)) == {*field_names(Router), *fields}
 
 
-def test_where_an_export_cannot_go(tiny, tmp_path, monkeypatch):
+def test_invalid_outputs_and_options(tiny, tmp_path, monkeypatch):
     adapter = random_adapter(LORA, tiny.base.config)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine").write_text("x")
@@ -117,18 +117,18 @@ def _times(tree, factor):
     }
 
 
-def test_a_projection_that_other_tools_know_fused(tiny, tmp_path):
+def test_fused_projections_are_refused(tiny, tmp_path):
     phi = dataclasses.replace(tiny.base.config, model_type="phi3")
     adapter = random_adapter({**LORA, "target_modules": ["k_proj", "o_proj"]}, phi)
     message = refusal(moe_jax.export_adapter, adapter, "peft", tmp_path / "out")
-    assert "'k_proj' is no module of a phi3 in other tools, but a part of qkv_proj" in message
+    assert "'k_proj' is no module of phi3 in other tools, but part of qkv_proj" in message
     adapter = random_adapter({**LORA, "target_modules": ["o_proj", "down_proj"]}, phi)
     assert moe_jax.export_adapter(adapter, "peft", tmp_path / "out") == []
 
 
 @pytest.fixture(scope="module")
 def written(tiny, tmp_path_factory):
-    """Adapters as other tools write them, by `peft_type`; not to be changed."""
+    """Read-only folders of adapters as other tools write them, one for each `peft_type`."""
     folder = tmp_path_factory.mktemp("written")
     cases = {
         "LORA": ("peft", LORA),
@@ -144,7 +144,7 @@ def written(tiny, tmp_path_factory):
 
 
 def with_config(source, target, **changes):
-    """A copy of an adapter with other fields; `...` takes one out."""
+    """A copy of an adapter with changed fields; `...` removes a field."""
     shutil.copytree(source, target)
     file = target / "adapter_config.json"
     config = {**json.loads(file.read_text()), **changes}
@@ -181,14 +181,18 @@ def with_config(source, target, **changes):
             "layers.0.mlp.down_proj.lora_B.weight and 4 more, which would be dropped",
         ),
         ("LORA", {"target_modules": ".*fc1"}, "target_modules: '.*fc1' matches no module"),
-        ("LORA", {"target_modules": "(q_proj"}, "target_modules: '(q_proj' is no pattern (missing"),
+        ("LORA", {"target_modules": "(q_proj"}, "target_modules: '(q_proj' is not a valid pattern"),
         ("LORA", {"bias": "all"}, "bias: 'all' is not supported"),
         ("LORA", {"task_type": "SEQ_CLS"}, "task_type: 'SEQ_CLS' is not supported"),
-        ("LORA", {"rank_pattern": {"q_proj": 8}}, 'rank_pattern: {"q_proj": 8} asks for something'),
-        ("LORA", {"layers_to_transform": [0, 1]}, "layers_to_transform: [0, 1] asks for"),
+        (
+            "LORA",
+            {"rank_pattern": {"q_proj": 8}},
+            'rank_pattern: {"q_proj": 8} is not supported; only adapters',
+        ),
+        ("LORA", {"layers_to_transform": [0, 1]}, "layers_to_transform: [0, 1] is not supported"),
         ("LORA", {"modules_to_save": ["lm_head"]}, "modules_to_save: "),
-        ("LORA", {"some_new_field": 1}, "some_new_field: 1 asks for something"),
-        ("LORA", {"init_lora_weights": "pissa"}, "'pissa' changes the base's weights too"),
+        ("LORA", {"some_new_field": 1}, "some_new_field: 1 is not supported"),
+        ("LORA", {"init_lora_weights": "pissa"}, "'pissa' changes the weights of the base"),
         ("LORA", {"use_dora": True}, "use_dora: adapter_model.safetensors has no magnitudes"),
         ("DORA", {"use_dora": False}, "lora_magnitude_vector and "),
         ("MIXLORA", {"use_dora": True}, "use_dora: MoE-PEFT does not save the magnitudes"),
@@ -198,21 +202,25 @@ def with_config(source, target, **changes):
         ("MIXLORA", {"num_experts": 3}, "experts.3.lora_A.weight"),
         ("MIXLORA", {"num_experts": ...}, "num_experts: this field is required"),
         ("MIXLORA", {"top_k": 5}, "top_k: 5 experts per token, but there are only 4"),
-        ("MIXLORA", {"top_p": 0.5}, "top_p: 0.5 asks for something"),
+        ("MIXLORA", {"top_p": 0.5}, "top_p: 0.5 is not supported"),
         ("MIXLORA", {"act_fn": "gelu"}, "act_fn: 'gelu' in the experts' FFN is not supported"),
         ("MIXLORA", {"expert_lora": {"r": 8}}, "experts.0.lora_A.weight: has shape [4, 80], but"),
-        ("MIXLORA", {"expert_lora": {"rr": 8}}, "expert_lora: rr: 8 asks for something"),
+        ("MIXLORA", {"expert_lora": {"rr": 8}}, "expert_lora: rr: 8 is not supported"),
         ("MIXLORA", {"expert_lora": 3}, "expert_lora: expected a group of fields"),
         ("MIXLORA", {"target_modules": ["q_proj"]}, "MixLoRA needs at least one of gate_proj"),
         ("MIXLORA", {"peft_type": "MOLA"}, "routing_strategy: 'mixlora' is not supported"),
         ("DYNAMIC", {"temperature": 0.5}, "temperature: 0.5 divides probabilities in MoE-PEFT"),
         ("DYNAMIC", {"top_p": 1.5}, "top_p: must lie in (0, 1]"),
-        ("LORAMOE", {"top_k": 2}, "top_k: 2 asks for something"),
+        ("LORAMOE", {"top_k": 2}, "top_k: 2 is not supported"),
         ("MOLA", {"num_experts": [2, 4]}, "num_experts: expected int, got list ([2, 4])"),
-        ("MOLA", {"peft_type": "LORAMOE", "routing_strategy": "loramoe"}, "top_k: 2 asks for"),
+        (
+            "MOLA",
+            {"peft_type": "LORAMOE", "routing_strategy": "loramoe"},
+            "top_k: 2 is not supported",
+        ),
     ],
 )
-def test_configurations(tiny, written, tmp_path, name, changes, words):
+def test_invalid_configurations(tiny, written, tmp_path, name, changes, words):
     source = with_config(written / name, tmp_path / "in", **changes)
     message = refusal(moe_jax.import_adapter, source, tiny.folder, tmp_path / "out")
     assert words in message
@@ -220,9 +228,9 @@ def test_configurations(tiny, written, tmp_path, name, changes, words):
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
-def test_fields_that_say_nothing_are_no_obstacle(tiny, written, tmp_path):
-    nothing = {"rank_pattern": {}, "modules_to_save": None, "lora_bias": False, "layers": []}
-    source = with_config(written / "LORA", tmp_path / "in", **nothing, peft_version="0.99")
+def test_empty_fields_are_accepted(tiny, written, tmp_path):
+    empty = {"rank_pattern": {}, "modules_to_save": None, "lora_bias": False, "layers": []}
+    source = with_config(written / "LORA", tmp_path / "in", **empty, peft_version="0.99")
     assert moe_jax.import_adapter(source, tiny.folder).method.rank == 4
     source = with_config(written / "LORA", tmp_path / "all", target_modules="all-linear")
     assert len(moe_jax.import_adapter(source, tiny.folder).method.target_modules) == 7
@@ -232,7 +240,7 @@ def test_fields_that_say_nothing_are_no_obstacle(tiny, written, tmp_path):
     assert list(method.target_modules) == MIXLORA["target_modules"]
 
 
-def test_tensors(tiny, written, tmp_path):
+def test_invalid_tensors(tiny, written, tmp_path):
     source = with_config(written / "LORA", tmp_path / "in")
     file = source / "adapter_model.safetensors"
     tensors = load_file(file)
@@ -267,7 +275,7 @@ def test_another_base(written, tmp_path):
         assert str(tmp_path / name) in message
 
 
-def test_folders(tiny, written, tmp_path):
+def test_invalid_folders(tiny, written, tmp_path):
     message = refusal(moe_jax.import_adapter, tmp_path / "gone", tiny.folder)
     assert "no adapter here, adapter_config.json is missing" in message
     source = with_config(written / "MIXLORA", tmp_path / "in")
@@ -283,7 +291,7 @@ def test_folders(tiny, written, tmp_path):
     (source / "adapter_config.json").unlink()
     (source / "adapter.json").write_text("{}")
     message = refusal(moe_jax.import_adapter, source, tiny.folder)
-    assert "is an adapter of this library already" in message
+    assert "is already an adapter of this library" in message
     message = refusal(moe_jax.import_adapter, written / "LORA", tmp_path / "no base")
     assert "no such folder" in message
     message = refusal(moe_jax.import_adapter, written / "LORA", tiny.folder, source)

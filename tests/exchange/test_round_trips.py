@@ -1,4 +1,4 @@
-"""Out to a format and back: every leaf is the same bits, and the method the same."""
+"""Export and import: every leaf has the same bits, and the method is the same."""
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +46,7 @@ BOTH = {**BALANCE, "router_z": {"coefficient": 0.003, "scope": "pooled"}}
         ("mixlora", {**MOLA, "target_modules": ATTENTION, "rslora": True, "losses": BALANCE}),
     ],
 )
-def test_every_leaf_is_the_same_bits(tiny, tmp_path, to, method):
+def test_every_leaf_has_the_same_bits(tiny, tmp_path, to, method):
     adapter = random_adapter(method, tiny.base.config, str(tiny.folder))
     moe_jax.export_adapter(adapter, to, tmp_path / "out")
     again = moe_jax.import_adapter(tmp_path / "out", tiny.base)
@@ -58,7 +58,7 @@ def test_every_leaf_is_the_same_bits(tiny, tmp_path, to, method):
 
 @pytest.mark.parametrize("to", ["peft", "mixlora"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_other_types_round_each_number_once(tiny, tmp_path, to, dtype):
+def test_other_dtypes_round_once(tiny, tmp_path, to, dtype):
     adapter = random_adapter(LORA, tiny.base.config)
     moe_jax.export_adapter(adapter, to, tmp_path / "out", dtype=dtype)
     again = moe_jax.import_adapter(tmp_path / "out", tiny.base)
@@ -68,14 +68,14 @@ def test_other_types_round_each_number_once(tiny, tmp_path, to, dtype):
         assert not np.array_equal(named_leaves(again.tree)[path], leaf)
 
 
-def test_what_matters_for_training_only_is_said_to_be_left_out(tiny, tmp_path):
+def test_training_settings_that_are_left_out_are_noted(tiny, tmp_path):
     router = {"name": "top_k", "top_k": 2, "jitter_noise": 0.1}
     losses = {"load_balance": {"coefficient": 0.1}, "router_entropy": {"coefficient": 0.1}}
     method = {**MIXLORA, "router": router, "losses": losses, "ffn_dropout": 0.1, "dropout": 0.1}
     method["expert_lora"] = {"alpha": 4.0}
     adapter = random_adapter(method, tiny.base.config)
     left_out, package = moe_jax.export_adapter(adapter, "mixlora", tmp_path / "out")
-    assert left_out.removeprefix("left out, as it matters for further training only: ") == (
+    assert left_out.removeprefix("left out, relevant for further training only: ") == (
         "ffn_dropout, dropout, router.jitter_noise, losses.load_balance.scope, "
         "losses.router_entropy"
     )

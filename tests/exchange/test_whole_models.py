@@ -1,4 +1,4 @@
-"""A base and its adapter as one model, which transformers loads and computes as we compute both."""
+"""Exports of a base and its adapter as one model, compared with transformers."""
 
 import gc
 import json
@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, MixtralForCausalLM, Qwen3MoeForCa
 from whole_models import adapter_of, saved_base, tensors_of
 
 import moe_jax
-from moe_jax.exchange import whole_model as sharded_writer
+from moe_jax.exchange import whole_model
 
 TOKENS = np.random.default_rng(0).integers(0, TINY_SIZES["vocab_size"], (2, 16))
 
@@ -29,7 +29,7 @@ LLAMA3 = {
 }
 TOP_1_OF_3 = {"num_experts": 3, "router": {"name": "top_k", "top_k": 1, "jitter_noise": 0.1}}
 
-NOTES = ["no tokenizer: the base's folder holds none; copy one beside the model"]
+NOTES = ["no tokenizer: the base's folder has none; copy one into the export"]
 
 
 def ours(base, adapter=None):
@@ -39,7 +39,7 @@ def ours(base, adapter=None):
 
 
 def theirs(folder, cls=AutoModelForCausalLM):
-    """The logits of a checkpoint, all of whose tensors the model had a place for, and no others."""
+    """Logits of a checkpoint in transformers, without missing or unexpected tensors."""
     model, info = cls.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     assert not any(info.values()), info
     with torch.no_grad():
@@ -76,7 +76,7 @@ def theirs(folder, cls=AutoModelForCausalLM):
         ),
     ],
 )
-def test_a_mixlora_is_a_mixture_of_experts(tmp_path, model_type, overrides, method, cls):
+def test_mixlora_as_a_mixture_of_experts(tmp_path, model_type, overrides, method, cls):
     base = saved_base(tmp_path / "base", model_type, **overrides)
     adapter = adapter_of(base, method)
     assert moe_jax.export_adapter(adapter, "mixtral", tmp_path / "out") == NOTES
@@ -97,12 +97,12 @@ def test_a_mixlora_is_a_mixture_of_experts(tmp_path, model_type, overrides, meth
         ("llama", LORA),
         ("mistral", {**LORA, "rslora": True, "target_modules": ["q_proj", "up_proj"]}),
         ("qwen2", {**LORA, "dora": True}),
-        # Stored fused with what is not adapted.
+        # k_proj and up_proj are stored fused with projections that are not adapted.
         ("phi3", {**LORA, "dora": True, "target_modules": ["k_proj", "up_proj", "o_proj"]}),
         ("gemma2", LORA),
     ],
 )
-def test_a_lora_becomes_part_of_the_weights(tmp_path, model_type, method):
+def test_lora_merged_into_the_weights(tmp_path, model_type, method):
     base = saved_base(tmp_path / "base", model_type)
     adapter = adapter_of(base, method)
     assert moe_jax.export_adapter(adapter, "llama", tmp_path / "out") == NOTES
@@ -114,9 +114,9 @@ def test_a_lora_becomes_part_of_the_weights(tmp_path, model_type, method):
 
 
 @pytest.mark.parametrize(("to", "method"), [("mixtral", MIXLORA), ("llama", LORA)])
-def test_bfloat16_is_the_merged_weights_rounded_once(tmp_path, to, method):
+def test_bfloat16_rounds_merged_weights_once(tmp_path, to, method):
     model = tiny_model("llama")
-    model.lm_head.weight.data *= 0.1  # logits of less than one, to which the tolerance belongs
+    model.lm_head.weight.data *= 0.1  # logits below one, for which the tolerance holds
     model.to(torch.bfloat16).save_pretrained(tmp_path / "base")
     base = moe_jax.load_base(tmp_path / "base")
     adapter = adapter_of(base, method)
@@ -134,7 +134,7 @@ def test_bfloat16_is_the_merged_weights_rounded_once(tmp_path, to, method):
     np.testing.assert_allclose(found, expected, rtol=0, atol=BFLOAT16_TENSORS)
 
 
-def test_several_files_and_what_stands_beside_them(tmp_path, monkeypatch):
+def test_several_shards_and_copied_files(tmp_path, monkeypatch):
     base = saved_base(tmp_path / "base", "llama")
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "LICENSE"):
         (tmp_path / "base" / name).write_text(f'{{"from": "{name}"}}')
@@ -142,19 +142,19 @@ def test_several_files_and_what_stands_beside_them(tmp_path, monkeypatch):
     adapter = adapter_of(base, MIXLORA)
     assert moe_jax.export_adapter(adapter, "mixtral", tmp_path / "one") == []
     whole = tensors_of(tmp_path / "one")
-    monkeypatch.setattr(sharded_writer, "MAX_SHARD_BYTES", 20_000)
+    monkeypatch.setattr(whole_model, "MAX_SHARD_BYTES", 20_000)
     moe_jax.export_adapter(adapter, "mixtral", tmp_path / "out")
     files = sorted(file.name for file in (tmp_path / "out").glob("*.safetensors"))
     assert len(files) > 3
     count = len(files)
     assert files == [f"model-{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1)]
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
-    places = {}
+    weight_map = {}
     for file in files:
         tensors = load_file(tmp_path / "out" / file)
         assert sum(t.nbytes for t in tensors.values()) <= 20_000
-        places |= dict.fromkeys(tensors, file)
-    assert index["weight_map"] == places
+        weight_map |= dict.fromkeys(tensors, file)
+    assert index["weight_map"] == weight_map
     assert index["metadata"]["total_size"] == sum(t.nbytes for t in whole.values())
     for name, tensor in tensors_of(tmp_path / "out").items():
         assert torch.equal(tensor, whole[name]), name
@@ -172,14 +172,14 @@ def test_several_files_and_what_stands_beside_them(tmp_path, monkeypatch):
     assert (tmp_path / "out" / "LICENSE").read_text() == '{"from": "LICENSE"}'
 
 
-def test_the_card_says_what_it_is(tmp_path):
+def test_the_card_of_a_whole_model(tmp_path):
     base = saved_base(tmp_path / "base", "llama")
     adapter = adapter_of(base, {**MIXLORA, "losses": {"router_z": {"coefficient": 0.003}}})
     moe_jax.export_adapter(adapter, "mixtral", tmp_path / "out", dtype="bfloat16")
     card = (tmp_path / "out" / "README.md").read_text()
     for words in (
         "This is a `MixtralForCausalLM` in bfloat16",
-        "trained on it for 7 steps. It computes what the adapter computes on its base",
+        "trained on it for 7 steps. It is equivalent to the adapter on its base",
         f"`{tmp_path / 'base'}`, fingerprint `{base.identity.fingerprint}`",
         "| router.top_k | `2` |",
         "| losses.router_z.coefficient | `0.003` |",
@@ -187,23 +187,23 @@ def test_the_card_says_what_it_is(tmp_path):
     ):
         assert words in card
     assert "KL" not in card
-    assert "base_model:" not in card  # which would have to be on the hub
+    assert "base_model:" not in card  # only bases on the hub have this field
 
 
-def test_memory_holds_a_few_matrices(tmp_path):
+def test_memory_of_an_export_is_a_few_matrices(tmp_path):
     sizes = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 2}
     base = saved_base(tmp_path / "base", "llama", **sizes)
     adapter = adapter_of(base, {**MIXLORA, "num_experts": 8})
     matrix = 4 * 128 * 512
-    often, former = 700, gc.get_threshold()
-    gc.set_threshold(often, *former[1:])  # as outside the tests, which look for garbage rarely
+    threshold = gc.get_threshold()
+    gc.set_threshold(700, *threshold[1:])  # Python's default; the tests collect less often
     tracemalloc.start()
     try:
         moe_jax.export_adapter(adapter, "mixtral", tmp_path / "out")
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-        gc.set_threshold(*former)
-    # A layer is 24 matrices and attention; besides matrices there are files, traces and headers.
+        gc.set_threshold(*threshold)
+    # A layer has 24 matrices and attention. The rest is files, traces and headers.
     assert (tmp_path / "out" / "model.safetensors").stat().st_size > 48 * matrix
     assert peak < 8 * matrix
