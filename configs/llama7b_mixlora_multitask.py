@@ -10,9 +10,9 @@ command goes on where it was stopped, in the evaluation too.
 One override adds LoRA with as many trainable parameters: it trains beside MixLoRA in the same step,
 on the same rows, and is a row of the same table:
 
-    --config.only=None
+    --config.train_only=None
 
-`--config.only=lora` trains it alone. Tasks come from the hub; `--config.tasks_folder=FOLDER` takes
+`--config.train_only=lora` trains it alone. Tasks come from the hub; `--config.tasks_folder=FOLDER` takes
 their rows from `FOLDER/TASK/` instead, files with the hub's columns named after their split.
 
 Everything but the data, the evaluation and the second method is `llama7b_mixlora.py`'s.
@@ -82,5 +82,5 @@ def get_config() -> ConfigDict:
     )
     config.adapters = ConfigDict({"mixlora": mixlora, "lora": lora})
     # Which of the two train; see above.
-    config.only = "mixlora"
+    config.train_only = "mixlora"
     return config

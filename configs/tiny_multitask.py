@@ -4,8 +4,8 @@
     python train.py --config configs/tiny_multitask.py --workdir demo_output/multitask
 
 The table at the end is also in `demo_output/multitask/evaluation`. LoRA of as many trainable
-parameters trains beside it, in the same step, with `--config.only=None`, and alone with
-`--config.only=lora`.
+parameters trains beside it, in the same step, with `--config.train_only=None`, and alone with
+`--config.train_only=lora`.
 """
 
 import copy
@@ -48,6 +48,6 @@ def get_config() -> ml_collections.ConfigDict:
     config.adapters = {
         name: copy.deepcopy(adapter) | {"method": method} for name, method in methods.items()
     }
-    config.only = "mixlora"
+    config.train_only = "mixlora"
     config.training.eval_every = 0  # there are no validation sets
     return config

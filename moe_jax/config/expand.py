@@ -1,4 +1,8 @@
-"""Some of the adapters that a configuration file describes."""
+"""Fields that change the set of adapters before a configuration is parsed.
+
+`train_only` selects some of the adapters of a file. `sweep` replaces one adapter by a grid: an
+adapter for each combination of values.
+"""
 
 import copy
 import dataclasses
@@ -14,59 +18,61 @@ from typing import Any
 from moe_jax.config.parse import NAME, ROOT, Registry, family_of, parse, suggest, to_plain
 from moe_jax.errors import ConfigError
 
-ONLY = "only"
-"""The field of a configuration that names them."""
+TRAIN_ONLY = "train_only"
+"""Field of a configuration that names the adapters to train."""
+
+SWEEP = "sweep"
+"""Group of a configuration that describes a sweep."""
+
+MAX_SWEEP_ADAPTERS = 64
+"""Largest number of adapters of a sweep; more are likely a mistake."""
+
+_GRID = f"{ROOT}.{SWEEP}.grid"
 
 
-def only_named(raw: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The configuration with the adapters that its field `only` names, and without that field.
+def select_adapters(raw: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Selects the adapters that the field `train_only` names, and removes that field.
 
-    A file can so describe adapters that are trained beside another one on demand: `only="lora"`
-    trains that one alone, `only=("mixlora", "lora")` both, and `only=None` all that there are.
+    A file can thus describe adapters that are trained beside another one on demand:
+    `train_only="lora"` trains that one alone, `train_only=("mixlora", "lora")` both, and
+    `train_only=None` all adapters of the file.
 
     Args:
       raw: nested mappings, as `parse_run_config` takes them.
 
     Raises:
-      ConfigError: there is no adapter of a given name, or none is named.
+      ConfigError: an unknown adapter, or an empty list of names.
     """
     raw = {**raw}
-    names, adapters = raw.pop(ONLY, None), raw.get("adapters")
+    names, adapters = raw.pop(TRAIN_ONLY, None), raw.get("adapters")
     if names is None or not isinstance(adapters, Mapping):
         return raw
     names = [names] if isinstance(names, str) else names
     if not isinstance(names, list | tuple) or not names:
-        raise ConfigError(f"{ROOT}.{ONLY}: expected names of adapters, or None, got {names!r}")
+        raise ConfigError(
+            f"{ROOT}.{TRAIN_ONLY}: expected names of adapters, or None, got {names!r}"
+        )
     for name in names:
         if name not in adapters:
             raise ConfigError(
-                f"{ROOT}.{ONLY}: there is no adapter {name!r}; {suggest(str(name), adapters)}"
+                f"{ROOT}.{TRAIN_ONLY}: unknown adapter {name!r}; {suggest(str(name), adapters)}"
             )
     raw["adapters"] = {name: adapter for name, adapter in adapters.items() if name in names}
     return raw
 
 
-# FIXME docstring of the merged config.sweep:
-# """A sweep: one adapter's description times a grid of values, each combination an adapter."""
-
-
-SWEEP = "sweep"
-"""The group of a configuration that asks for one."""
-
-MOST = 64
-"""Adapters that a sweep may make: more are more likely a slip than meant."""
-
-_GRID = f"{ROOT}.{SWEEP}.grid"
-
-
 @dataclass(frozen=True, kw_only=True)
 class SweepConfig:
-    """Takes the place of one adapter's description; see `expand_sweep`.
+    """A sweep: an adapter for each combination of the values of a grid.
+
+    The swept adapters train together in one run, on one base model.
 
     Attributes:
-      grid: the values of any fields of the adapter, `{"optimizer.learning_rate": (1e-4, 3e-4)}` or,
-        the same, `{"optimizer": {"learning_rate": (1e-4, 3e-4)}}`.
-      adapter: the adapter that is described; None is the only one there is.
+      grid: tuple of values for each swept field of the adapter, by dotted name or in nested groups:
+        `{"optimizer.learning_rate": (1e-4, 3e-4)}` or
+        `{"optimizer": {"learning_rate": (1e-4, 3e-4)}}`. At most 64 combinations. Required.
+      adapter: name of the adapter that is the template; all fields outside of the grid are its own.
+        Default None: the file's single adapter.
     """
 
     grid: dict[str, Any]
@@ -76,19 +82,19 @@ class SweepConfig:
 def expand_sweep(
     raw: Mapping[str, Any], adapter_type: type, methods: Registry
 ) -> Mapping[str, Any]:
-    """The configuration with an adapter for each combination of the grid's values.
+    """Replaces the sweep's template by an adapter for each combination of the grid's values.
 
-    They stand where the adapter of the description stood, which is removed, and are named after it
-    and their values: `default-learning_rate=0.0001-rank=4`.
+    The new adapters take the template's place and are named after it and their values:
+    `default-learning_rate=0.0001-rank=4`.
 
     Args:
-      raw: nested mappings, as `parse_run_config` takes them; one without a sweep comes back.
-      adapter_type: the dataclass of an adapter's description.
-      methods: the adapter methods.
+      raw: nested mappings, as `parse_run_config` takes them; returned unchanged without a sweep.
+      adapter_type: dataclass of an adapter.
+      methods: adapter methods.
 
     Raises:
       ConfigError: an unknown field or adapter, a field without values, too many combinations, or
-        two of the same name.
+        two adapters of the same name.
     """
     raw = {**raw}
     swept, adapters = raw.pop(SWEEP, None), raw.get("adapters")
@@ -98,7 +104,27 @@ def expand_sweep(
     template = _template(sweep, adapters)
     description = to_plain(adapters[template])
     if not isinstance(description, Mapping):
-        return raw  # `parse` says what is wrong with it
+        return raw  # `parse` refuses it with a message
+    members = _members(
+        template, description, _checked_grid(sweep, description, adapter_type, methods)
+    )
+    raw["adapters"] = {}
+    for name, adapter in adapters.items():
+        new = members if name == template else [(name, adapter)]
+        for member, fields in new:
+            if member in raw["adapters"] or (name == template and member in adapters):
+                raise ConfigError(
+                    f"{_GRID}: makes the adapter {member!r}, which already exists; remove "
+                    "duplicate values, or rename that adapter"
+                )
+            raw["adapters"][member] = fields
+    return raw
+
+
+def _checked_grid(
+    sweep: SweepConfig, description: Any, adapter_type: type, methods: Registry
+) -> dict[str, Any]:
+    """Values of each dotted field of the grid; raises `ConfigError` if the grid is invalid."""
     grid = dict[str, Any]()
     for field, values in _fields(sweep.grid):
         if field in grid:
@@ -113,23 +139,13 @@ def expand_sweep(
         if not values:
             raise ConfigError(f"{_GRID}.{field}: names no value")
     sizes = [len(values) for values in grid.values()]
-    if math.prod(sizes) > MOST:
+    if math.prod(sizes) > MAX_SWEEP_ADAPTERS:
         product = " x ".join(map(str, sizes))
         raise ConfigError(
-            f"{_GRID}: {product} = {math.prod(sizes)} adapters, more than {MOST}; leave values out"
+            f"{_GRID}: {product} = {math.prod(sizes)} adapters, more than {MAX_SWEEP_ADAPTERS}; "
+            "leave values out"
         )
-    members = _members(template, description, grid)
-    raw["adapters"] = {}
-    for name, adapter in adapters.items():
-        new = members if name == template else [(name, adapter)]
-        for member, fields in new:
-            if member in raw["adapters"] or (name == template and member in adapters):
-                raise ConfigError(
-                    f"{_GRID}: makes the adapter {member!r}, which there is already; leave out "
-                    "values that are the same, or rename that adapter"
-                )
-            raw["adapters"][member] = fields
-    return raw
+    return grid
 
 
 def _template(sweep: SweepConfig, adapters: Mapping[str, Any]) -> str:
@@ -137,14 +153,14 @@ def _template(sweep: SweepConfig, adapters: Mapping[str, Any]) -> str:
     if name is None and len(adapters) == 1:
         return next(iter(adapters))
     if name is None or name not in adapters:
-        what = "is not given" if name is None else f"unknown adapter {name!r}"
+        problem = "is not given" if name is None else f"unknown adapter {name!r}"
         hint = suggest(name or "", map(str, adapters))
-        raise ConfigError(f"{ROOT}.{SWEEP}.adapter: {what}; {hint}")
+        raise ConfigError(f"{ROOT}.{SWEEP}.adapter: {problem}; {hint}")
     return name
 
 
 def _fields(grid: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The dotted fields of a grid with their values."""
+    """Dotted fields of a grid with their values."""
     for name, values in grid.items():
         if isinstance(values, Mapping):
             yield from _fields(values, f"{prefix}{name}.")
@@ -153,7 +169,7 @@ def _fields(grid: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 
 def _require_field(field: str, description: Any, adapter_type: type, methods: Registry) -> None:
-    """Refuses a dotted field that such an adapter does not have."""
+    """Refuses a dotted field that the adapter does not have."""
     hint: Any = adapter_type
     node = description
     for part in field.split("."):
@@ -162,7 +178,7 @@ def _require_field(field: str, description: Any, adapter_type: type, methods: Re
         if registry is not None:
             name = node.get(NAME)
             if not isinstance(name, str) or name not in registry:
-                return  # whatever is wrong there is found when it is parsed
+                return  # `parse` refuses it with a message
             hint = registry[name]
         if dataclasses.is_dataclass(hint):
             hints = {f.name: typing.get_type_hints(hint)[f.name] for f in dataclasses.fields(hint)}
@@ -175,7 +191,7 @@ def _require_field(field: str, description: Any, adapter_type: type, methods: Re
                 raise ConfigError(f"{_GRID}.{field}: unknown field {part!r}; {near}")
             hint, named = hints[part], {}
         elif typing.get_origin(hint) is dict:
-            # The key stands for a name that is left out, see `parse`.
+            # The key is the default of the member's `name`, see `parse`.
             hint, named = typing.get_args(hint)[1], {NAME: part}
         elif hint is Any:
             return
@@ -194,7 +210,7 @@ def _without_none(hint: Any) -> Any:
 def _members(
     template: str, description: Mapping[str, Any], grid: Mapping[str, Any]
 ) -> list[tuple[str, dict[str, Any]]]:
-    """Name and description of each combination, the last field's values changing first."""
+    """Name and description of each combination; the last field's values vary fastest."""
     keys, members = _short_names(list(grid)), []
     for values in itertools.product(*grid.values()):
         fields = dict(copy.deepcopy(description))
@@ -219,7 +235,7 @@ def _set(fields: dict[str, Any], field: str, value: Any) -> None:
 
 
 def _short_names(fields: list[str]) -> dict[str, str]:
-    """Each field by as many of its last parts as tell it from the others."""
+    """Shortest suffix of each dotted field that tells it from the others."""
     names = {}
     for field in fields:
         parts, count = field.split("."), 1
@@ -230,12 +246,12 @@ def _short_names(fields: list[str]) -> dict[str, str]:
 
 
 def _label(value: Any, field: str) -> str:
-    """A value as a part of a name, which is that of a folder."""
+    """A value as part of an adapter's name, which is also a folder's name."""
     if isinstance(value, Mapping):
         if not isinstance(value.get(NAME), str):
             raise ConfigError(
-                f"{_GRID}.{field}: a value is a group of fields without a name that could tell "
-                f"it apart; give it {NAME!r}, or sweep over its fields"
+                f"{_GRID}.{field}: a value is a group of fields without a name; give it {NAME!r}, "
+                "or sweep over its fields"
             )
         return _label(value[NAME], field)
     if isinstance(value, list | tuple):

@@ -1,15 +1,15 @@
-"""The whole configuration of a training run, parsed once from a `configs/*.py` file."""
+"""How an adapter is measured on tasks, during training and at its end."""
 
 import dataclasses
 import json
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
+from moe_jax.config.classification import ClassificationConfig
 from moe_jax.config.data import DataConfig
-from moe_jax.config.evaluation import EvaluationConfig
-from moe_jax.config.expand import expand_sweep, only_named
+from moe_jax.config.expand import expand_sweep, select_adapters
 from moe_jax.config.model import ComputeConfig, StorageType
 from moe_jax.config.optimizer import OptimizerConfig
 from moe_jax.config.parse import (
@@ -22,6 +22,63 @@ from moe_jax.config.parse import (
     to_plain,
     within,
 )
+
+ProtocolName = Literal["labels", "choices"]
+
+_END_ONLY = "0 measures at the end only"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """The tasks that an adapter is measured on, as by `moe-jax evaluate`.
+
+    Attributes:
+      tasks: their names. Their rows are those of `tasks_folder`, or else of the hub.
+      every: steps between two measurements while training; 0 measures at the end only, once all
+        adapters have finished.
+      limit: only so many of each task's first rows.
+      limit_between: the same for the measurements before the end; None is `limit`.
+      protocols: how the tasks are asked. `labels` gives `label_acc`, `choices` gives `acc` and
+        `acc_norm`. A task that a protocol does not fit is left out of it.
+      split: another split than each task's own.
+      shots: answered examples before each question; None leaves each task's own number.
+      batch_size: sequences computed at once, over all devices.
+      buckets: ascending lengths that sequences are padded to; by default 32, 64, ... The base's
+        context is always the last one. Each is one compilation.
+      truncate: cuts the start off a prompt longer than the base's context, which is refused else.
+      with_base: at the end, the base without an adapter is measured on these tasks too.
+    """
+
+    tasks: tuple[str, ...]
+    every: int = field(default=0, metadata={NOT_NONE: _END_ONLY})
+    limit: int | None = None
+    limit_between: int | None = None
+    protocols: tuple[ProtocolName, ...] = ("labels", "choices")
+    split: str | None = None
+    shots: int | None = None
+    batch_size: int = 16
+    buckets: tuple[int, ...] = ()
+    truncate: bool = False
+    with_base: bool = False
+
+    def __post_init__(self):
+        for given in ("tasks", "protocols"):
+            names = getattr(self, given)
+            require(bool(names), given, "names none")
+            repeated = sorted({name for name in names if names.count(name) > 1})
+            require(not repeated, given, f"names {', '.join(repeated)} more than once")
+        require(self.every >= 0, "every", f"must not be negative; {_END_ONLY}")
+        for given in ("limit", "limit_between"):
+            number = getattr(self, given)
+            require(number is None or number > 0, given, "must be positive, or None for all")
+        require(self.shots is None or self.shots >= 0, "shots", "must not be negative")
+        require(self.batch_size > 0, "batch_size", "must be positive")
+        ascends = list(self.buckets) == sorted(set(self.buckets))
+        require(ascends and all(b > 0 for b in self.buckets), "buckets", "must ascend strictly")
+
+
+# FIXME docstring of the merged config.run:
+# """The whole configuration of a training run, parsed once from a `configs/*.py` file."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,12 +156,38 @@ class AdapterConfig:
         _require_length(self, "or neither for those of training")
         require(self.seed is None or self.seed >= 0, "seed", "must not be negative")
         with within("data"):
-            self.method.check_data(self.data)
+            _check_labels(self.method.classification, self.data)
+            groups = {name: source.expert_group for name, source in self.data.train.items()}
+            self.method.check_expert_groups(groups)
         require(
             self.evaluation is None or self.method.classification is None,
             "evaluation",
             "a classifier answers no questions; name its task's validation rows in data.validation",
         )
+
+
+def _check_labels(classification: ClassificationConfig | None, data: DataConfig) -> None:
+    """Refuses data sets without labels for a classifier, and with labels for a language model."""
+    require(
+        classification is None or not data.is_packed,
+        "packing",
+        "a classifier has one answer for each row, which can then hold one sequence only; "
+        "leave packing out, and set buckets",
+    )
+    for split, sources in (("train", data.train), ("validation", data.validation)):
+        for name, source in sources.items():
+            has_labels = source.schema == "classification"
+            require(
+                has_labels or classification is None or source.task is not None,
+                f"{split}.{name}.schema",
+                f"{source.schema!r}, but method.classification learns rows of the schema "
+                "'classification' or of a GLUE task",
+            )
+            require(
+                not has_labels or classification is not None,
+                f"{split}.{name}.schema",
+                "'classification' needs method.classification, which names the labels",
+            )
 
 
 _NOT_BETWEEN = "0 measures only before the first step and after the last"
@@ -283,7 +366,7 @@ def parse_run_config(raw: Mapping[str, Any], methods: Registry) -> RunConfig:
     Raises:
       ConfigError: with the path of the offending field.
     """
-    raw = {**expand_sweep(only_named(raw), AdapterConfig, methods)}
+    raw = {**expand_sweep(select_adapters(raw), AdapterConfig, methods)}
     adapters = raw.get("adapters")
     if isinstance(adapters, Mapping):
         raw["adapters"] = {

@@ -21,10 +21,10 @@ def _config(name, **fields):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_one_override_adds_lora(name):
-    alone, both = _config(name).adapters, _config(name, only=None).adapters
+    alone, both = _config(name).adapters, _config(name, train_only=None).adapters
     assert list(alone) == ["mixlora"]
     assert set(both) == {"mixlora", "lora"}
-    assert list(_config(name, only="lora").adapters) == ["lora"]
+    assert list(_config(name, train_only="lora").adapters) == ["lora"]
     assert both["mixlora"] == alone["mixlora"]
     # Nothing but the method differs.
     assert both["lora"].method != both["mixlora"].method
@@ -43,7 +43,7 @@ def test_one_override_adds_lora(name):
     ],
 )
 def test_lora_is_of_mixloras_size(name, layers, unit):
-    config = _config(name, only=None)
+    config = _config(name, train_only=None)
     stated = config.base.hf_config
     model = model_config_from_hf(stated, name) if stated else read_model_config(config.base.path)
     program = build_program(config, model, total_steps=100)
@@ -58,13 +58,13 @@ def test_lora_is_of_mixloras_size(name, layers, unit):
 
 
 @pytest.mark.parametrize(
-    ("only", "message"),
+    ("train_only", "message"),
     [
-        ("lra", "config.only: there is no adapter 'lra'; did you mean 'lora'?"),
-        ((), r"config.only: expected names of adapters, or None, got \(\)"),
-        (3, "config.only: expected names of adapters, or None, got 3"),
+        ("lra", "config.train_only: unknown adapter 'lra'; did you mean 'lora'?"),
+        ((), r"config.train_only: expected names of adapters, or None, got \(\)"),
+        (3, "config.train_only: expected names of adapters, or None, got 3"),
     ],
 )
-def test_adapters_that_there_are_not(only, message):
+def test_adapters_that_there_are_not(train_only, message):
     with pytest.raises(ConfigError, match=message):
-        _config("tiny_multitask", only=only)
+        _config("tiny_multitask", train_only=train_only)

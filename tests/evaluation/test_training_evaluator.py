@@ -23,7 +23,7 @@ from moe_jax.config.run import parse_run_config
 from moe_jax.demo.corpus import write_tasks
 from moe_jax.errors import UserError
 from moe_jax.evaluation.scorer import Scorer
-from moe_jax.evaluation.training_evaluator import OnTasks
+from moe_jax.evaluation.training_evaluator import TrainingTaskEvaluation
 from moe_jax.hf.base_model import open_base
 from moe_jax.sharding.mesh import make_mesh
 from moe_jax.training.run import inputs, loop
@@ -47,7 +47,7 @@ def _config(tasks, evaluation=None, **fields):
     from configs import tiny_multitask
 
     raw = tiny_multitask.get_config().to_dict()
-    raw |= {"only": None, "tasks_folder": str(tasks), **fields}
+    raw |= {"train_only": None, "tasks_folder": str(tasks), **fields}
     raw["training"] = {"steps": STEPS, "log_every": 2}
     raw["mesh"] = {"data": 1, "fsdp": 2}
     for adapter in raw["adapters"].values():
@@ -65,7 +65,7 @@ def _train(config, workdir, lines=None):
     with pytest.MonkeyPatch.context() as patch:
         for module in (inputs, program):
             patch.setattr(module, "make_mesh", lambda mesh, _=None: make_mesh(mesh, DEVICES))
-        return loop.train(config, workdir, say, OnTasks())
+        return loop.train(config, workdir, say, TrainingTaskEvaluation())
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +121,7 @@ def test_a_fresh_process_finds_what_training_reported(run, tasks, tmp_path):
             before[f"{one}/colour"][0]["scores"], before[f"{other}/colour"][0]["scores"], **ROUNDING
         )
     share = sum(e["picked"]["acc"] == e["answer"] for e in before["mixlora/colour"]) / LIMIT
-    assert result.evaluation.shares("mixlora")["colour/acc"].value == share
+    assert result.evaluation.scores("mixlora")["colour/acc"].value == share
 
 
 def test_what_is_recorded(run):
@@ -230,10 +230,13 @@ def test_adapters_that_a_table_cannot_hold(tasks):
     assert lora.evaluation is not None
     other = replace(lora, evaluation=replace(lora.evaluation, limit=LIMIT + 1))
     for adapters, message in (
-        ({"lora": other, "mixlora": mixlora}, "mixlora.evaluation: other adapters are asked other"),
-        ({"base": lora}, "config.adapters.base: results call the base so"),
+        (
+            {"lora": other, "mixlora": mixlora},
+            "mixlora.evaluation: task 'colour' has another split, limit",
+        ),
+        ({"base": lora}, "config.adapters.base: is the name of the base in results"),
     ):
         inputs = SimpleNamespace(base=open_base("moe_jax/demo/base"))
         program = SimpleNamespace(model=None, mesh=None)
         with pytest.raises(UserError, match=message):
-            OnTasks().prepare(replace(config, adapters=adapters), inputs, program)
+            TrainingTaskEvaluation().prepare(replace(config, adapters=adapters), inputs, program)

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.adapters.routing.statistics import RouterStatistics
-from moe_jax.config.data import DataConfig
+from moe_jax.config.metric_names import METRICS
 from moe_jax.config.parse import Registry, require, within
 
 ROUTER_LOSSES = Registry("loss")
@@ -49,8 +49,12 @@ class RouterLoss(abc.ABC):
     def check(self, num_experts: int) -> None:  # noqa: B027  optional
         """Refuses, with `require`, settings that do not go with so many experts."""
 
-    def check_data(self, data: DataConfig) -> None:  # noqa: B027  optional
-        """Refuses, with `require`, data sets that the loss cannot use."""
+    def check_expert_groups(self, groups: Mapping[str, int]) -> None:  # noqa: B027  optional
+        """Refuses, with `require`, expert groups of the training data sets that do not fit.
+
+        Args:
+          groups: `SourceConfig.expert_group` of each training data set, by name.
+        """
 
     @abc.abstractmethod
     def of_layer(self, statistics: RouterStatistics) -> jax.Array:
@@ -69,16 +73,6 @@ class RouterLoss(abc.ABC):
         return jnp.sum(losses * routed) / jnp.maximum(jnp.sum(routed), 1.0)
 
 
-TAKEN = frozenset(
-    """
-    loss grad_norm learning_rate loss_scale skipped_in_a_row skipped_total
-    sequences target_tokens tokens
-    expert_load layer_entropy mean_entropy busiest_expert dead_experts layer_overflow overflow sites
-    """.split()
-)
-"""What else is reported of an adapter, so that no loss can have the name."""
-
-
 def check_losses(losses: Mapping[str, RouterLoss], num_experts: int) -> None:
     """Refuses, with `require`, losses in the field `losses` that so many experts do not go with.
 
@@ -86,7 +80,7 @@ def check_losses(losses: Mapping[str, RouterLoss], num_experts: int) -> None:
     """
     for name, loss in losses.items():
         require(
-            name not in TAKEN and re.fullmatch(r"\w+", name) is not None,
+            name not in METRICS and re.fullmatch(r"\w+", name) is not None,
             f"losses.{name}",
             "is the name of another metric, or holds more than letters, digits and '_'; give the "
             "loss another one, and its kind in the field 'name'",
@@ -201,16 +195,15 @@ class LocalizedBalance(RouterLoss):
             f"{num_experts} experts cannot be divided into {self.num_groups} equal groups",
         )
 
-    def check_data(self, data: DataConfig) -> None:
-        for name, source in data.train.items():
+    def check_expert_groups(self, groups: Mapping[str, int]) -> None:
+        for name, group in groups.items():
             require(
-                source.expert_group < self.num_groups,
+                group < self.num_groups,
                 f"train.{name}.expert_group",
-                f"{source.expert_group}, but localized_balance divides the experts into "
+                f"{group}, but localized_balance divides the experts into "
                 f"{self.num_groups} groups, numbered from 0",
             )
-        given = {source.expert_group for source in data.train.values()}
-        missing = min(set(range(self.num_groups)) - given, default=None)
+        missing = min(set(range(self.num_groups)) - set(groups.values()), default=None)
         require(
             missing is None,
             "train",

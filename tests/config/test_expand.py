@@ -198,9 +198,9 @@ def test_a_field_given_twice():
 
 def test_names_that_collide():
     twice = refusal(raw({"seed": (1, 2, 1)}))
-    assert twice.startswith("config.sweep.grid: makes the adapter 'default-seed=1', which there is")
+    assert twice.startswith("config.sweep.grid: makes the adapter 'default-seed=1', which already")
     taken = raw({"seed": (1, 2)}, **{"default-seed=2": OTHER})
-    assert "makes the adapter 'default-seed=2', which there is already" in refusal(taken)
+    assert "makes the adapter 'default-seed=2', which already exists" in refusal(taken)
     paths = raw({"data.train.rows.path": ("a/b", "a b")})
     assert "makes the adapter 'default-path=a_b'" in refusal(paths)
 
