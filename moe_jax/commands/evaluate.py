@@ -18,7 +18,7 @@ from moe_jax.commands.arguments import (
 from moe_jax.errors import ConfigError
 from moe_jax.tasks.families import TASKS
 from moe_jax.tasks.families.glue import ClassificationTask
-from moe_jax.tasks.selection import named_task, own_task, task_names
+from moe_jax.tasks.selection import own_task, task_names
 
 EPILOG = """\
 tasks:
@@ -125,13 +125,22 @@ def add(parser: argparse.ArgumentParser) -> Run:
 def _run(arguments: argparse.Namespace) -> None:
     # With libraries that other commands do not need.
     from moe_jax.errors import memory_errors
-    from moe_jax.evaluation.model_evaluation import evaluate
+    from moe_jax.evaluation.model_evaluation import EvaluationOptions, evaluate
 
     split, limit, shots = arguments.split, arguments.limit, arguments.shots
-    tasks = [
-        named_task(name, data=arguments.data, split=split, limit=limit, shots=shots)
-        for name in listed(arguments.tasks)
-    ]
+    options = EvaluationOptions(
+        data=arguments.data,
+        split=split,
+        limit=limit,
+        shots=shots,
+        protocols=listed(arguments.protocols),
+        dtype=arguments.dtype,
+        batch_size=arguments.batch_size,
+        buckets=numbers(arguments.buckets, "--buckets"),
+        truncate=arguments.truncate,
+        mesh=mesh_config(arguments.mesh),
+    )
+    tasks = [options.task(name) for name in listed(arguments.tasks)]
     for template, data in arguments.own_task:
         tasks.append(own_task(template, data, split=split, limit=limit, shots=shots))
     if not tasks:
@@ -145,14 +154,9 @@ def _run(arguments: argparse.Namespace) -> None:
                 tasks,
                 adapters,
                 with_base=arguments.with_base,
-                protocols=listed(arguments.protocols),
                 output=arguments.output,
                 revision=arguments.revision,
-                dtype=arguments.dtype,
-                batch_size=arguments.batch_size,
-                buckets=numbers(arguments.buckets, "--buckets"),
-                truncate=arguments.truncate,
-                mesh=mesh_config(arguments.mesh),
+                options=options,
                 say=lambda line: print(line, file=sys.stderr, flush=True),
             )
     except KeyboardInterrupt:

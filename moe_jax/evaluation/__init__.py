@@ -1,6 +1,7 @@
-"""How well a model answers the questions of a task.
+"""Evaluation of language models and classifiers on tasks.
 
-`run.evaluate` reads tasks (`moe_jax.tasks`), turns their questions into token ids
-(`protocols`), has the model score them (`scorer`), and keeps what it said (`journal`, `results`).
-`in_training` does the same for the adapters of a training run.
+`model_evaluation.evaluate` reads tasks (`moe_jax.tasks`), tokenizes their questions
+(`scoring_protocols`), scores them with the model (`scorer`), and saves answers and results
+(`answer_journal`, `evaluation_results`). `training_evaluator` does the same for the adapters of a
+training run, and `lm_harness` runs the tasks of lm-evaluation-harness.
 """

@@ -1,8 +1,7 @@
-"""What a model said about each question, written down at once, so that nothing is asked twice.
+"""Answers of a model, saved as they are computed, so that an evaluation resumes after a stop.
 
-A journal is a file of JSON lines. The first says what the rest belongs to; each other line is one
-question. While the evaluation runs, lines stand in the order in which the questions were answered;
-at its end they are put in the order of the data.
+A journal is a file of JSON lines. The first line identifies the evaluation; every other line is one
+question. Lines are appended in the order of computation and sorted by question at the end.
 """
 
 import contextlib
@@ -19,23 +18,23 @@ from moe_jax.files.disk import disk_errors
 
 Record = dict[str, Any]
 
-_MEANINGS = {
+_IDENTITY_FIELDS = {
     "format": "another format",
     "base": "another base",
     "adapter": "another adapter",
     "items": "other questions (their data, prompts, shots, limit or tokenizer)",
     "dtype": "another dtype",
 }
-"""The fields of a journal's first line that must agree, and what they stand for."""
+"""Fields of the first line that must match, with the wording of a mismatch."""
 
 FORMAT = 1
 
 
 class Journal:
-    """One journal.
+    """Answers of one model to one task.
 
     Attributes:
-      records: what was answered so far, by the question's index.
+      records: answers so far, by question index.
     """
 
     def __init__(
@@ -43,52 +42,52 @@ class Journal:
         file: Path | None,
         identity: Mapping[str, Any],
         questions: int,
-        anew: Collection[str] = (),
+        replaceable: Collection[str] = (),
     ):
-        """Opens a journal, or begins it; nothing is written before the first `add`.
+        """Reads an existing journal, or starts an empty one. The first `add` creates the file.
 
         Args:
-          file: ends in `.jsonl`; None keeps the answers in memory only.
-          identity: what the answers belong to; plain JSON values.
-          questions: how many there are.
-          anew: what the file may belong to another one of, and is then begun anew: `adapter`,
-            `items`, `dtype`.
+          file: path that ends in `.jsonl`; None keeps the answers in memory only.
+          identity: plain JSON values that identify the evaluation.
+          questions: number of questions.
+          replaceable: fields of the identity (`adapter`, `items`, `dtype`) that may differ in the
+            file; its answers are then discarded.
 
         Raises:
-          ConfigError: the file belongs to something else.
-          CheckpointError: it is damaged, or cannot be read.
+          ConfigError: the file belongs to another evaluation.
+          CheckpointError: the file is damaged or cannot be read.
         """
         self._file = file
         self._identity = {"format": FORMAT, **identity}
         self._questions = questions
-        self._anew = frozenset(anew)
-        self._whole_bytes = 0
+        self._replaceable = frozenset(replaceable)
+        self._valid_bytes = 0
         self.records: dict[int, Record] = {} if file is None else self._read(file)
 
     @property
     def is_complete(self) -> bool:
-        """Whether every question was answered."""
+        """True if every question is answered."""
         return len(self.records) == self._questions
 
     def add(self, records: Iterable[Record]) -> None:
-        """Writes down answers; they survive the process from here on."""
+        """Appends answers to the file."""
         new = {record["question"]: record for record in records}
         self.records |= new
         if not new or self._file is None:
             return
-        with disk_errors(self._file, "what was answered before is kept"):
+        with disk_errors(self._file, "earlier answers are kept"):
             self._file.parent.mkdir(parents=True, exist_ok=True)
-            with self._file.open("r+b" if self._whole_bytes else "wb") as stream:
-                # Goes over a line that an earlier run was killed in.
-                stream.seek(self._whole_bytes)
+            with self._file.open("r+b" if self._valid_bytes else "wb") as stream:
+                # Overwrites a line that a killed process left incomplete.
+                stream.seek(self._valid_bytes)
                 stream.truncate()
-                if not self._whole_bytes:
+                if not self._valid_bytes:
                     stream.write(_line(self._identity))
                 stream.write(b"".join(map(_line, new.values())))
-                self._whole_bytes = stream.tell()
+                self._valid_bytes = stream.tell()
 
     def finish(self) -> list[Record]:
-        """The answers in the order of the data, in which the file has them from here on."""
+        """Sorts the file by question and returns all answers in that order."""
         records = [self.records[index] for index in range(self._questions)]
         if self._file is None:
             return records
@@ -104,28 +103,31 @@ class Journal:
             return {}
         except OSError as error:
             raise CheckpointError(f"{file}: cannot be read ({error})") from None
-        whole = content[: content.rfind(b"\n") + 1]
-        if not whole:
+        complete_lines = content[: content.rfind(b"\n") + 1]
+        if not complete_lines:
             return {}
         try:
-            first, *lines = (json.loads(line) for line in whole.splitlines())
+            first, *lines = (json.loads(line) for line in complete_lines.splitlines())
             records = {line["question"]: line for line in lines}
-            fits = all(0 <= index < self._questions for index in records)
-            differing = [key for key in _MEANINGS if first.get(key) != self._identity.get(key)]
+            in_range = all(0 <= index < self._questions for index in records)
+            differing = [
+                key for key in _IDENTITY_FIELDS if first.get(key) != self._identity.get(key)
+            ]
         except (ValueError, TypeError, KeyError, AttributeError):
             raise CheckpointError(
-                f"{file}: is damaged, or no file of an evaluation; delete it, or give another "
+                f"{file}: is damaged, or not a file of an evaluation; delete it, or give another "
                 "output folder"
             ) from None
-        if differing and self._anew.issuperset(differing):
+        if differing and self._replaceable.issuperset(differing):
             return {}
-        if differing or not fits:
-            what = ", ".join(_MEANINGS[key] for key in differing) or _MEANINGS["items"]
+        if differing or not in_range:
+            mismatch = ", ".join(_IDENTITY_FIELDS[key] for key in differing)
             raise ConfigError(
-                f"{file}: holds the answers of an evaluation with {what}; give another output "
-                "folder, or delete this file"
+                f"{file}: holds the answers of an evaluation with "
+                f"{mismatch or _IDENTITY_FIELDS['items']}; give another output folder, or delete "
+                "this file"
             )
-        self._whole_bytes = len(whole)
+        self._valid_bytes = len(complete_lines)
         return records
 
 
@@ -133,12 +135,17 @@ def _line(record: Mapping[str, Any]) -> bytes:
     return json.dumps(record, ensure_ascii=False).encode() + b"\n"
 
 
+def journal_file(folder: Path | None, model: str, task: str, protocol: str) -> Path | None:
+    """Path of the answers of a model in the results folder; None without a folder."""
+    return None if folder is None else folder / "predictions" / model / f"{task}.{protocol}.jsonl"
+
+
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keeps a second evaluation from writing to the same folder at the same time.
+    """Locks a results folder against other evaluations.
 
     Raises:
-      ConfigError: another one is at it.
+      ConfigError: another process holds the lock.
     """
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
 """Evaluates adapters with a score head on classification and regression tasks.
 
-The prediction is read off the score head, not off generated text. Texts are tokenized as in training
-(`moe_jax.data.encoding`), and texts longer than the context are cut at their end, as there.
+The prediction is read off the score head, not off generated text. Texts are tokenized as in
+training (`moe_jax.data.encoding`): those longer than the context are cut at their end.
 """
 
 import hashlib
@@ -21,7 +21,8 @@ from moe_jax.evaluation.evaluation_results import Accuracy, Metric, TaskOutcome
 from moe_jax.evaluation.question_runner import announcement, progress_bar, require_finite
 from moe_jax.evaluation.scorer import ScoredSequence, Scorer
 from moe_jax.evaluation.scoring_protocols import BaseLimits
-from moe_jax.loaded.model import BaseFiles, NamedAdapter
+from moe_jax.hf.base_model import BaseModel
+from moe_jax.loaded.model import NamedAdapter
 from moe_jax.tasks.classification_metrics import measure
 from moe_jax.tasks.families.glue import ClassificationTask, LabelledText
 from moe_jax.tasks.task import Task
@@ -134,7 +135,7 @@ def read_labelled_task(
 
 
 def open_classification_journal(
-    folder: Path | None, base: BaseFiles, adapter: NamedAdapter, labelled: LabelledTask, dtype: str
+    folder: Path | None, base: BaseModel, adapter: NamedAdapter, labelled: LabelledTask, dtype: str
 ) -> Journal:
     """Opens the journal of a classifier and a task; see `question_runner.open_journal`."""
     content = json.dumps([labelled.tokens, [row.label for row in labelled.rows]])
@@ -174,9 +175,7 @@ def classify_rows(
     groups = [(ScoredSequence.next_token(ids, outputs),) for ids in labelled.tokens]
     answered = [index in journal.records for index in range(len(rows))]
     batches = (
-        ()
-        if scorer is None or all(answered)
-        else scorer.scores(groups, adapter.adapter, answered)
+        () if scorer is None or all(answered) else scorer.scores(groups, adapter.adapter, answered)
     )
     with progress_bar(answered, f"{adapter.name} {task.name} {CLASSIFICATION}", "row") as bar:
         for batch in batches:

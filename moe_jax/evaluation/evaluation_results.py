@@ -1,38 +1,44 @@
-"""Counts, accuracies and their errors, as data and as tables."""
+"""Accuracies with standard errors, and the tables and files of an evaluation."""
 
+import functools
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moe_jax.config.parse import to_plain
 from moe_jax.errors import ConfigError
+from moe_jax.evaluation.scoring_protocols import PreparedTask
 from moe_jax.files.atomic import write_atomic
+from moe_jax.hf.base_model import BaseModel
+from moe_jax.loaded.model import BASE, NamedAdapter
+from moe_jax.tasks.task import Task
 from moe_jax.version import __version__
 
-RESULTS = "results.json"
+RESULTS_FILE = "results.json"
 
-MEANINGS = {
-    "label_acc": "the label that the model finds likeliest after a prompt that lists the options",
-    "acc": "the option whose words the model finds likeliest after the question",
-    "acc_norm": "the same, log-likelihoods divided by the options' number of characters",
-    "accuracy": "the class with the highest score of a score head",
-    "f1": "the harmonic mean of precision and recall of the second class",
-    "matthews": "Matthews' correlation of classes",
-    "pearson": "the linear correlation of numbers",
-    "spearman": "the correlation of their ranks",
+MEASURE_DESCRIPTIONS = {
+    "label_acc": "accuracy of the most likely label after a prompt that lists the options",
+    "acc": "accuracy of the most likely option after the question",
+    "acc_norm": "the same, with log-likelihoods divided by the number of characters",
+    "accuracy": "accuracy of the class with the highest score of a score head",
+    "f1": "F1 score of the second class",
+    "matthews": "Matthews correlation coefficient",
+    "pearson": "Pearson correlation",
+    "spearman": "Spearman rank correlation",
 }
-"""What each measure calls the model's answer."""
+"""Description of each measure in `results.md`."""
 
 
 @dataclass(frozen=True)
 class Accuracy:
-    """So many right answers.
+    """Share of right answers.
 
     Attributes:
-      correct: how many.
-      questions: out of how many; at least one.
+      correct: number of right answers.
+      questions: number of questions, at least one.
     """
 
     correct: int
@@ -40,16 +46,16 @@ class Accuracy:
 
     @property
     def value(self) -> float:
-        """The share of right answers."""
+        """Share of right answers."""
         return self.correct / self.questions
 
     @property
     def standard_error(self) -> float:
-        """Of a binomial share: the square root of p (1 - p) / n."""
+        """Standard error of a binomial proportion: the square root of p (1 - p) / n."""
         return math.sqrt(self.value * (1.0 - self.value) / self.questions)
 
     def to_plain(self) -> dict[str, Any]:
-        """Counts and what follows from them."""
+        """Plain JSON values."""
         return {
             "correct": self.correct,
             "questions": self.questions,
@@ -60,12 +66,12 @@ class Accuracy:
 
 @dataclass(frozen=True)
 class Metric:
-    """What is not a share of right answers.
+    """Metric that is not a share of right answers, such as a correlation.
 
     Attributes:
-      value: up to 1.
-      standard_error: see `tasks.metrics`.
-      questions: over how many rows.
+      value: at most 1.
+      standard_error: see `tasks.classification_metrics`.
+      questions: number of rows.
     """
 
     value: float
@@ -73,7 +79,7 @@ class Metric:
     questions: int
 
     def to_plain(self) -> dict[str, Any]:
-        """The same as plain values."""
+        """Plain JSON values."""
         return {
             "questions": self.questions,
             "value": self.value,
@@ -83,15 +89,15 @@ class Metric:
 
 @dataclass(frozen=True)
 class TaskOutcome:
-    """One model on one task, asked one way.
+    """Results of one model on one task with one protocol.
 
     Attributes:
-      model: what the user calls it.
-      task: its name.
-      protocol: how it was asked.
-      accuracies: by measure; a classification task has other metrics too.
-      subjects: by measure and part of the task, if it has parts.
-      examples: what the model said about each question, in the order of the data.
+      model: name of the model.
+      task: name of the task.
+      protocol: name of the protocol.
+      accuracies: accuracies by measure; classification tasks have other metrics too.
+      subjects: accuracies by measure and subject, for tasks with subjects.
+      examples: answer to each question, in the order of the data.
     """
 
     model: str
@@ -103,42 +109,45 @@ class TaskOutcome:
 
 
 def require_nothing_lost(folder: Path, tasks: Sequence[str], models: Sequence[str]) -> None:
-    """Refuses a folder whose results tell of more than would be told in their place.
+    """Rejects a results folder with tasks or models that the new results would not contain.
 
     Args:
-      folder: where the results go; need not exist.
-      tasks: what will be asked.
-      models: who will be asked.
+      folder: results folder; need not exist.
+      tasks: names of the tasks to evaluate.
+      models: names of the models to evaluate.
 
     Raises:
       ConfigError: earlier results would be lost.
     """
-    file = folder / RESULTS
+    file = folder / RESULTS_FILE
     if not file.exists():
         return
     try:
-        said = json.loads(file.read_text(encoding="utf-8"))
+        results = json.loads(file.read_text(encoding="utf-8"))
         kinds = {"tasks": tasks, "models": models}
-        former = {kind: [one["name"] for one in said[kind]] for kind in kinds}
+        earlier = {kind: [entry["name"] for entry in results[kind]] for kind in kinds}
     except (OSError, ValueError, KeyError, TypeError):
-        raise ConfigError(f"{file}: is not of an evaluation; give another output") from None
+        raise ConfigError(
+            f"{file}: is not the result of an evaluation; give another output"
+        ) from None
     for kind, names in kinds.items():
-        lost = [name for name in former[kind] if name not in names]
+        lost = [name for name in earlier[kind] if name not in names]
         if lost:
             raise ConfigError(
-                f"{file}: holds {kind} that are not asked now, and would be written anew without "
-                f"them: {', '.join(lost)}; ask for these too, or give another output"
+                f"{file}: holds {kind} that this evaluation leaves out, and would be overwritten "
+                f"without them: {', '.join(lost)}; include these too, or give another output"
             )
 
 
-def outcome(
+def count_correct(
     model: str, task: str, protocol: str, measures: Sequence[str], examples: Sequence[Mapping]
 ) -> TaskOutcome:
-    """Counts the right answers.
+    """Counts the right answers of a model.
 
     Args:
-      model, task, protocol, measures: see `TaskOutcome`.
-      examples: each with `answer`, `picked` (by measure) and `subject`.
+      model, task, protocol: names, as in `TaskOutcome`.
+      measures: names of the measures.
+      examples: mappings with `answer`, `picked` (by measure) and `subject`.
     """
     by_subject: dict[str, list[Mapping]] = {}
     for example in examples:
@@ -146,7 +155,10 @@ def outcome(
     subjects = {}
     if set(by_subject) != {""}:
         subjects = {
-            measure: {name: _accuracy(measure, own) for name, own in sorted(by_subject.items())}
+            measure: {
+                name: _accuracy(measure, subject_examples)
+                for name, subject_examples in sorted(by_subject.items())
+            }
             for measure in measures
         }
     accuracies = {measure: _accuracy(measure, examples) for measure in measures}
@@ -160,43 +172,44 @@ def _accuracy(measure: str, examples: Sequence[Mapping]) -> Accuracy:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What came of an evaluation.
+    """Results of an evaluation.
 
     Attributes:
-      settings: what was evaluated and how; plain JSON values.
-      outcomes: for each model, task and protocol.
+      settings: base, models, tasks and dtype, as plain JSON values; see `evaluation_settings`.
+      outcomes: results of each model, task and protocol.
     """
 
     settings: Mapping[str, Any]
     outcomes: Sequence[TaskOutcome]
-    models: Sequence[str] = field(init=False)
-    tasks: Sequence[str] = field(init=False)
 
-    def __post_init__(self):
-        object.__setattr__(self, "models", list(dict.fromkeys(o.model for o in self.outcomes)))
-        object.__setattr__(self, "tasks", list(dict.fromkeys(o.task for o in self.outcomes)))
+    @functools.cached_property
+    def models(self) -> list[str]:
+        """Names of the models, in the order of evaluation."""
+        return list(dict.fromkeys(outcome.model for outcome in self.outcomes))
+
+    @functools.cached_property
+    def tasks(self) -> list[str]:
+        """Names of the tasks, in the order of evaluation."""
+        return list(dict.fromkeys(outcome.task for outcome in self.outcomes))
 
     def accuracy(self, model: str, task: str, measure: str) -> Accuracy | Metric | None:
-        """One cell of the table; None where the task is not measured that way."""
-        for one in self.outcomes:
-            if (one.model, one.task) == (model, task) and measure in one.accuracies:
-                return one.accuracies[measure]
+        """One cell of the table; None if the task has no such measure."""
+        for outcome in self.outcomes:
+            if (outcome.model, outcome.task) == (model, task) and measure in outcome.accuracies:
+                return outcome.accuracies[measure]
         return None
 
-    def shares(self, model: str) -> dict[str, Accuracy | Metric]:
-        """All accuracies of a model, by `task/measure`."""
+    def scores(self, model: str) -> dict[str, Accuracy | Metric]:
+        """All results of a model, by `task/measure`."""
         return {
-            f"{one.task}/{measure}": accuracy
-            for one in self.outcomes
-            if one.model == model
-            for measure, accuracy in one.accuracies.items()
+            f"{outcome.task}/{measure}": accuracy
+            for outcome in self.outcomes
+            if outcome.model == model
+            for measure, accuracy in outcome.accuracies.items()
         }
 
     def average(self, model: str, measure: str) -> tuple[float, float] | None:
-        """The mean over all tasks, each counting the same, and its standard error.
-
-        None where a task is not measured that way.
-        """
+        """Unweighted mean over tasks and its standard error; None if a task lacks the measure."""
         cells = [self.accuracy(model, task, measure) for task in self.tasks]
         known = [cell for cell in cells if cell is not None]
         if len(known) < len(cells):
@@ -205,12 +218,13 @@ class Evaluation:
         return sum(cell.value for cell in known) / len(known), math.sqrt(variance) / len(known)
 
     def measures(self) -> list[str]:
-        """All that was measured, in the order of `MEANINGS`."""
-        found = {measure for one in self.outcomes for measure in one.accuracies}
-        return [*(m for m in MEANINGS if m in found), *sorted(found - set(MEANINGS))]
+        """All measures, in the order of `MEASURE_DESCRIPTIONS`."""
+        names = {measure for outcome in self.outcomes for measure in outcome.accuracies}
+        described = [name for name in MEASURE_DESCRIPTIONS if name in names]
+        return [*described, *sorted(names - set(MEASURE_DESCRIPTIONS))]
 
     def to_plain(self) -> dict[str, Any]:
-        """Everything but the examples, as plain JSON values."""
+        """Content of `results.json`: everything except the examples."""
         averages = []
         for model in self.models:
             for measure in self.measures():
@@ -227,12 +241,12 @@ class Evaluation:
         return {
             "moe_jax": __version__,
             **self.settings,
-            "results": [_outcome_to_plain(one) for one in self.outcomes],
+            "results": [_outcome_to_plain(outcome) for outcome in self.outcomes],
             "averages": averages,
         }
 
     def to_markdown(self) -> str:
-        """A table for each measure: tasks as columns, models as rows."""
+        """Content of `results.md`: a table for each measure, models as rows and tasks as columns."""
         tables = [self._table(measure) for measure in self.measures()]
         return "\n".join(["In percent, ± one standard error.\n", *tables])
 
@@ -240,31 +254,31 @@ class Evaluation:
         """Writes `results.md` and, as the last file of an evaluation, `results.json`."""
         texts = {
             "results.md": self.to_markdown(),
-            RESULTS: json.dumps(self.to_plain(), indent=2, ensure_ascii=False) + "\n",
+            RESULTS_FILE: json.dumps(self.to_plain(), indent=2, ensure_ascii=False) + "\n",
         }
         for name, text in texts.items():
             write_atomic(folder / name, text)
 
     def _table(self, measure: str) -> str:
-        counts = {}
-        for one in self.outcomes:
-            for accuracy in one.accuracies.values():
-                counts[one.task] = accuracy.questions
+        counts = {
+            outcome.task: accuracy.questions
+            for outcome in self.outcomes
+            for accuracy in outcome.accuracies.values()
+        }
         header = ["model", *self.tasks, "average"]
         rows = [["questions", *(str(counts[task]) for task in self.tasks), ""]]
         for model in self.models:
-            cells = []
-            measured = [self.accuracy(model, task, measure) for task in self.tasks]
-            if not any(measured):  # a classifier where others are asked, or the other way round
+            results = [self.accuracy(model, task, measure) for task in self.tasks]
+            if not any(results):  # a classifier in the table of a language model, or vice versa
                 continue
-            for accuracy in measured:
-                both = None if accuracy is None else (accuracy.value, accuracy.standard_error)
-                cells.append(_percent(both))
-            rows.append([model, *cells, _percent(self.average(model, measure))])
+            cells = [None if r is None else (r.value, r.standard_error) for r in results]
+            cells.append(self.average(model, measure))
+            rows.append([model, *map(_percent, cells)])
         ruler = ["---", *["---:"] * (len(header) - 1)]
         lines = [f"| {' | '.join(cells)} |" for cells in (header, ruler, *rows)]
-        meaning = f": {MEANINGS[measure]}" if measure in MEANINGS else ""
-        return "\n".join([f"**{measure}**{meaning}.\n", *lines, ""])
+        description = MEASURE_DESCRIPTIONS.get(measure)
+        title = f"**{measure}**" if description is None else f"**{measure}**: {description}"
+        return "\n".join([f"{title}.\n", *lines, ""])
 
 
 def _percent(value_and_error: tuple[float, float] | None) -> str:
@@ -274,12 +288,62 @@ def _percent(value_and_error: tuple[float, float] | None) -> str:
     return f"{100 * value:.1f} ± {100 * error:.1f}"
 
 
-def _outcome_to_plain(one: TaskOutcome) -> dict[str, Any]:
+def _outcome_to_plain(outcome: TaskOutcome) -> dict[str, Any]:
     measures = {}
-    for measure, accuracy in one.accuracies.items():
+    for measure, accuracy in outcome.accuracies.items():
         measures[measure] = accuracy.to_plain()
-        if measure in one.subjects:
+        if measure in outcome.subjects:
             measures[measure]["subjects"] = {
-                name: part.to_plain() for name, part in one.subjects[measure].items()
+                name: subject.to_plain() for name, subject in outcome.subjects[measure].items()
             }
-    return {"model": one.model, "task": one.task, "protocol": one.protocol, "measures": measures}
+    return {
+        "model": outcome.model,
+        "task": outcome.task,
+        "protocol": outcome.protocol,
+        "measures": measures,
+    }
+
+
+def evaluation_settings(
+    base: BaseModel,
+    models: Sequence[NamedAdapter | None],
+    tasks: Sequence[Task],
+    questions: Mapping[str, Sequence[Any]],
+    prepared: Sequence[PreparedTask],
+    dtype: str,
+) -> dict[str, Any]:
+    """Base, models and tasks of an evaluation, as plain JSON values.
+
+    Args:
+      base: base model.
+      models: adapters; None is the base alone.
+      tasks: tasks.
+      questions: questions or rows of each task, by name.
+      prepared: prepared questions, for the number of truncated ones.
+      dtype: dtype of weights and computation.
+    """
+    return {
+        "base": base.identity._asdict(),
+        "dtype": dtype,
+        "models": [
+            {"name": BASE, "adapter": None}
+            if model is None
+            else {
+                "name": model.name,
+                "adapter": model.origin,
+                "digest": model.digest,
+                "method": to_plain(model.saved.method),
+                "step": model.saved.step,
+            }
+            for model in models
+        ],
+        "tasks": [
+            {
+                **to_plain(task),
+                "name": task.name,
+                "questions": len(questions[task.name]),
+                "cut": {p.protocol: p.num_truncated for p in prepared if p.name == task.name},
+            }
+            for task in tasks
+        ],
+    }

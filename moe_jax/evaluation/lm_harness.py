@@ -1,4 +1,4 @@
-"""Our model behind the interface of lm-evaluation-harness, so that any of its tasks runs.
+"""Model class for lm-evaluation-harness, which runs its tasks on a base model or an adapter.
 
 Needs the extra `lm-eval`. From Python:
 
@@ -9,6 +9,7 @@ Needs the extra `lm-eval`. From Python:
     lm_eval.simple_evaluate(model=model, tasks=["arc_easy"])
 """
 
+import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -44,11 +45,11 @@ except ImportError as error:
 
 @register_model("moe_jax")
 class HarnessModel(TemplateLM):
-    """A base, or an adapter on it, for `lm_eval.simple_evaluate`.
+    """A base model, or an adapter of it, for `lm_eval.simple_evaluate`.
 
     Attributes:
-      tokenizer: the base's own.
-      max_length: tokens of its context.
+      tokenizer: tokenizer of the base.
+      max_length: context length of the base.
     """
 
     def __init__(
@@ -62,22 +63,25 @@ class HarnessModel(TemplateLM):
         truncate: bool = False,
         mesh: MeshConfig | None = None,
     ):
-        """Loads both.
+        """Loads base and adapter.
 
         Args:
-          base, revision, dtype, batch_size, mesh: see `run.evaluate`.
-          adapter: a folder, or what `moe_jax.load_adapter` returned; None is the base as it is.
-          truncate: cuts tokens off the start of a request that is longer than the base's context,
-            instead of refusing it.
+          base: folder in the Hugging Face format, hub id, or result of `moe_jax.load_base`.
+          adapter: folder, or result of `moe_jax.load_adapter`; None is the base alone.
+          revision: revision of a hub id.
+          dtype: dtype of weights and computation.
+          batch_size: number of sequences in a batch, over all devices.
+          truncate: cuts requests longer than the context at their start instead of rejecting them.
+          mesh: device mesh; None is one device.
         """
         super().__init__()
         files = open_base(base, revision)
         model = build_model(files, dtype)
         devices = None if mesh is None else make_mesh(mesh)
-        named = {} if adapter is None else {"adapter": adapter}
-        loaded = load_adapters(named, files, model, devices)
-        for one in loaded:
-            require_language_model(one.saved.method, str(adapter), "score texts")
+        adapters = {} if adapter is None else {"adapter": adapter}
+        loaded = load_adapters(adapters, files, model, devices)
+        for named in loaded:
+            require_language_model(named.saved.method, str(adapter), "score texts")
         self.tokenizer: Any = load_tokenizer(files.folder)
         self.max_length = files.config.max_position_embeddings
         self._adapter = loaded[0].adapter if loaded else None
@@ -85,11 +89,11 @@ class HarnessModel(TemplateLM):
         self._lead = leading_tokens(self.tokenizer)
         self._truncate = truncate
         self._batch_size = int(batch_size)
-        self._conversations: set[str] = set()  # by their texts, as requests hold them
+        self._conversations: set[str] = set()  # texts made by `apply_chat_template`
         params = load_params(files, model, devices)
         self._session = InferenceSession(
-            files._replace(params=params),
-            {one.name: one.adapter for one in loaded},
+            dataclasses.replace(files, params=params),
+            {named.name: named.adapter for named in loaded},
             dtype=dtype,
             mesh=devices,
         )
@@ -119,69 +123,71 @@ class HarnessModel(TemplateLM):
     ) -> list[int]:
         del kwargs
         ids = encode(self.tokenizer, [string])[0]
-        is_led = ids[: len(self._lead)] == self._lead
-        return ids if add_special_tokens is False or is_led else [*self._lead, *ids]
+        has_lead = ids[: len(self._lead)] == self._lead
+        return ids if add_special_tokens is False or has_lead else [*self._lead, *ids]
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        # Blanks belong to what follows them, as the harness has it; the rest is as in training.
+        # The harness moves trailing spaces to the continuation; otherwise as in training.
         stripped = context.rstrip()
         pair = (stripped, context[len(stripped) :] + continuation)
-        before, after = encode_pairs(self.tokenizer, [pair])[0]
-        return before or [self.prefix_token_id], after
+        context_ids, continuation_ids = encode_pairs(self.tokenizer, [pair])[0]
+        return context_ids or [self.prefix_token_id], continuation_ids
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **kwargs: Any
     ) -> list[tuple[float, bool]]:
         del kwargs
-        items = [
-            self._fitted(ScoredSequence.continuation(context, continuation), texts)
+        sequences = [
+            self._fit_to_context(ScoredSequence.continuation(context, continuation), texts)
             for texts, context, continuation in requests
         ]
-        answers = [(score.values[0], score.is_greedy) for score in self._scores(items)]
+        answers = [(score.values[0], score.is_greedy) for score in self._scores(sequences)]
         for (texts, *_), answer in zip(requests, answers, strict=True):
             self.cache_hook.add_partial("loglikelihood", texts, answer)
         return answers
 
     def loglikelihood_rolling(self, requests: list, disable_tqdm: bool = False) -> list[float]:
         del disable_tqdm
-        items, owners = [], []
-        for number, request in enumerate(requests):
+        sequences, request_indices = [], []
+        for index, request in enumerate(requests):
             ids = encode(self.tokenizer, [request.args[0]])[0]
             windows = get_rolling_token_windows(
                 ids, self.prefix_token_id, max_seq_len=self.max_length, context_len=1
             )
             for tokens, targets in windows:
-                items.append(ScoredSequence(tuple(tokens), tuple(targets), ()))
-                owners.append(number)
+                sequences.append(ScoredSequence(tuple(tokens), tuple(targets), ()))
+                request_indices.append(index)
         sums = [0.0] * len(requests)
-        for number, score in zip(owners, self._scores(items), strict=True):
-            sums[number] += score.values[0]
+        for index, score in zip(request_indices, self._scores(sequences), strict=True):
+            sums[index] += score.values[0]
         for request, total in zip(requests, sums, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
         return sums
 
     def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
-        asked = [request.args for request in requests]
-        groups = list(grouped(asked).items())
+        arguments = [request.args for request in requests]
+        groups = list(group_by_config(arguments).items())
         prompts = {}
-        for config, places in groups:
-            for place in places:
-                prompts[place] = self._prompt(asked[place][0], config.max_new_tokens)
-            self._session.check([prompts[place] for place in places], config)
+        for config, indices in groups:
+            for index in indices:
+                prompts[index] = self._prompt(arguments[index][0], config.max_new_tokens)
+            self._session.check([prompts[index] for index in indices], config)
         bar = tqdm(total=len(requests), disable=disable_tqdm, desc="generate_until", unit="text")
         texts = [""] * len(requests)
         with bar:
-            for (config, places), is_chat in itertools.product(groups, (False, True)):
-                own = [p for p in places if (asked[p][0] in self._conversations) == is_chat]
-                if not own:
+            for (config, indices), is_chat in itertools.product(groups, (False, True)):
+                selected = [
+                    i for i in indices if (arguments[i][0] in self._conversations) == is_chat
+                ]
+                if not selected:
                     continue
                 generator = self._session.text_generator(is_chat=is_chat, alone=True)
-                given = [prompts[place] for place in own]
-                for answers in generator.answers(given, config, self._batch_size):
+                batch_prompts = [prompts[index] for index in selected]
+                for answers in generator.answers(batch_prompts, config, self._batch_size):
                     for answer in answers:
-                        place = own[answer.prompt]
-                        texts[place] = answer.text
-                        self.cache_hook.add_partial("generate_until", asked[place], answer.text)
+                        index = selected[answer.prompt]
+                        texts[index] = answer.text
+                        self.cache_hook.add_partial("generate_until", arguments[index], answer.text)
                     bar.update(len(answers))
         return texts
 
@@ -199,97 +205,95 @@ class HarnessModel(TemplateLM):
 
     def _prompt(self, context: str, max_new_tokens: int) -> Prompt:
         tokens = self.tok_encode(context) or [self.prefix_token_id]
-        room = self.max_length - max_new_tokens
+        max_tokens = self.max_length - max_new_tokens
         where = f"a request of {len(tokens)} tokens ({context[:40]!r}...)"
-        if len(tokens) > room:
-            if not self._truncate or room <= len(self._lead):
+        if len(tokens) > max_tokens:
+            lead = len(self._lead)
+            if not self._truncate or max_tokens <= lead:
                 raise DataError(
-                    f"{where} and {max_new_tokens} new ones are more than the base's context of "
+                    f"{where} and {max_new_tokens} new tokens exceed the base's context of "
                     f"{self.max_length}; take fewer shots or new tokens, or truncate=True to cut "
                     "its start off"
                 )
-            lead = len(self._lead)
-            tokens = [*tokens[:lead], *tokens[len(tokens) - room + lead :]]
+            tokens = [*tokens[:lead], *tokens[len(tokens) - max_tokens + lead :]]
         return Prompt(tuple(tokens), self._adapter_name, where)
 
-    def _scores(self, items: list[ScoredSequence]) -> list[SequenceScore]:
-        found: dict[int, SequenceScore] = {}
-        groups = [(item,) for item in items]
-        for batch in self._scorer.scores(groups, self._adapter, [False] * len(items)):
-            found |= {index: score for index, _, score in batch}
-        return [found[index] for index in range(len(items))]
+    def _scores(self, sequences: list[ScoredSequence]) -> list[SequenceScore]:
+        scores: dict[int, SequenceScore] = {}
+        groups = [(sequence,) for sequence in sequences]
+        for batch in self._scorer.scores(groups, self._adapter, [False] * len(sequences)):
+            scores |= {index: score for index, _, score in batch}
+        return [scores[index] for index in range(len(sequences))]
 
-    def _fitted(self, item: ScoredSequence, texts: tuple[str, str]) -> ScoredSequence:
-        if len(item.tokens) <= self.max_length:
-            return item
-        problem = f"a request of {len(item.tokens)} tokens ({texts[0][:40]!r}...)"
+    def _fit_to_context(self, sequence: ScoredSequence, texts: tuple[str, str]) -> ScoredSequence:
+        if len(sequence.tokens) <= self.max_length:
+            return sequence
+        problem = f"a request of {len(sequence.tokens)} tokens ({texts[0][:40]!r}...)"
         if not self._truncate:
             raise DataError(
                 f"{problem} is longer than the base's context of {self.max_length}; take fewer "
                 "shots, or truncate=True to cut its start off"
             )
         try:
-            return item.shortened(self.max_length, len(self._lead))
+            return sequence.shortened(self.max_length, len(self._lead))
         except ValueError:
             raise DataError(f"{problem}: the text to score alone is too long") from None
 
 
-# FIXME docstring of the merged evaluation.harness_requests:
-# """What lm-evaluation-harness asks for when a task generates text, in this library's terms."""
-
+# Generation settings of the harness's tasks.
 
 MAX_NEW_TOKENS = 256
-"""Where a task does not say how many; the harness's own default for models of transformers."""
+"""Default of the harness for models of transformers, if a task sets no length."""
 
 _LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
-_DRAWING = ("temperature", "top_k", "top_p", "min_p")
-_KNOWN = ("until", "do_sample", "repetition_penalty", *_LENGTHS, *_DRAWING)
+_SAMPLING = ("temperature", "top_k", "top_p", "min_p")
+_KNOWN = ("until", "do_sample", "repetition_penalty", *_LENGTHS, *_SAMPLING)
 
 
-def generation_config(asked: Mapping[str, Any]) -> GenerationConfig:
-    """How to generate, by a task's `generation_kwargs`.
+def generation_config(kwargs: Mapping[str, Any]) -> GenerationConfig:
+    """Converts the `generation_kwargs` of a task.
 
-    Without `do_sample`, a positive temperature means to draw. Where nothing is drawn, what says how
-    to is left out, as the harness does.
+    Without `do_sample`, a positive temperature enables sampling. Without sampling, its settings are
+    ignored, as the harness does.
 
     Raises:
       ConfigError: an argument is unknown or out of range.
     """
-    for name in asked:
+    for name in kwargs:
         if name not in _KNOWN:
             raise ConfigError(f"generation_kwargs.{name}: unknown; {suggest(name, _KNOWN)}")
-    until = asked.get("until") or ()
+    until = kwargs.get("until") or ()
     stops = (until,) if isinstance(until, str) else tuple(until)
-    lengths = [asked[name] for name in _LENGTHS if asked.get(name) is not None]
-    draws = asked.get("do_sample")
-    if draws is None:
-        draws = float(asked.get("temperature") or 0) > 0
-    drawing = {}
-    if draws:
-        drawing = {name: asked[name] for name in _DRAWING if asked.get(name) is not None}
-        drawing.setdefault("temperature", 1.0)
-        if drawing.get("top_k") == 0:  # transformers' way to say that there is no limit
-            del drawing["top_k"]
-    penalty = asked.get("repetition_penalty")
+    lengths = [kwargs[name] for name in _LENGTHS if kwargs.get(name) is not None]
+    do_sample = kwargs.get("do_sample")
+    if do_sample is None:
+        do_sample = float(kwargs.get("temperature") or 0) > 0
+    sampling = {}
+    if do_sample:
+        sampling = {name: kwargs[name] for name in _SAMPLING if kwargs.get(name) is not None}
+        sampling.setdefault("temperature", 1.0)
+        if sampling.get("top_k") == 0:  # no limit, in transformers
+            del sampling["top_k"]
+    penalty = kwargs.get("repetition_penalty")
     with located("generation_kwargs"):
         return GenerationConfig(
             sampling=SamplingConfig(
-                **drawing, repetition_penalty=1.0 if penalty is None else penalty
+                **sampling, repetition_penalty=1.0 if penalty is None else penalty
             ),
             max_new_tokens=lengths[0] if lengths else MAX_NEW_TOKENS,
             stop=tuple(stop for stop in stops if stop),
         )
 
 
-def grouped(
+def group_by_config(
     requests: Sequence[tuple[str, dict[str, Any]]],
 ) -> dict[GenerationConfig, list[int]]:
-    """The requests that are asked for in the same way, by their place.
+    """Indices of the requests with each generation config.
 
     Raises:
-      ConfigError: as in `generation_config`.
+      ConfigError: an argument is unknown or out of range.
     """
     groups: dict[GenerationConfig, list[int]] = {}
-    for place, (_, asked) in enumerate(requests):
-        groups.setdefault(generation_config(asked), []).append(place)
+    for index, (_, kwargs) in enumerate(requests):
+        groups.setdefault(generation_config(kwargs), []).append(index)
     return groups

@@ -1,10 +1,12 @@
-"""The evaluation of a base and its adapters on tasks, from their names to a table."""
+"""Evaluation of a base model and its adapters on tasks: `evaluate`."""
 
 import contextlib
+import dataclasses
+import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from moe_jax.checkpoints.adapter_files import SavedAdapter
 from moe_jax.config.model import FloatType
@@ -12,28 +14,107 @@ from moe_jax.config.parse import FieldError, suggest
 from moe_jax.config.run import MeshConfig
 from moe_jax.data.tokenizer import load_tokenizer
 from moe_jax.errors import ConfigError
-from moe_jax.evaluation.answer_journal import locked
+from moe_jax.evaluation.answer_journal import Journal, locked
 from moe_jax.evaluation.classifier_runner import (
+    LabelledTask,
     classification_announcement,
     classify_rows,
     match_classifiers,
     open_classification_journal,
 )
-from moe_jax.evaluation.evaluation_results import Evaluation, require_nothing_lost
+from moe_jax.evaluation.evaluation_results import (
+    Evaluation,
+    TaskOutcome,
+    evaluation_settings,
+    require_nothing_lost,
+)
 from moe_jax.evaluation.question_runner import (
-    announcement,
-    answer,
+    answer_questions,
     model_name,
     open_journal,
-    settings,
+    question_announcement,
 )
 from moe_jax.evaluation.scorer import Scorer, complete_buckets
-from moe_jax.evaluation.scoring_protocols import SCORING_PROTOCOLS, BaseLimits, ask, max_candidates
+from moe_jax.evaluation.scoring_protocols import (
+    SCORING_PROTOCOLS,
+    BaseLimits,
+    PreparedTask,
+    max_candidates,
+    prepare_tasks,
+)
 from moe_jax.hf.base_model import BaseModel, open_base
-from moe_jax.loaded.model import BASE, NamedAdapter, build_model, load_adapters, load_params
+from moe_jax.loaded.model import (
+    BASE,
+    NamedAdapter,
+    build_model,
+    load_adapters,
+    load_params,
+)
 from moe_jax.sharding.mesh import make_mesh
 from moe_jax.tasks.selection import named_task, require_distinct
 from moe_jax.tasks.task import Task
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluationOptions:
+    """Settings of `evaluate`. The first four apply to tasks given by name; see `named_task`.
+
+    Attributes:
+      data: folder with a subfolder for each task; None reads the hub's data.
+      split: split of the data; None is the default split of each task.
+      limit: number of rows of each task, from the start; None is all.
+      shots: number of answered examples before each question; None is the default of each task.
+      protocols: names of the scoring protocols, `labels` or `choices` or both.
+      dtype: dtype of weights and computation. A base in memory keeps its dtype.
+      batch_size: number of sequences in a batch, over all devices.
+      buckets: padded lengths in ascending order, each compiled once; the context length is always
+        added. The default is 32, 64, ... up to the context length.
+      truncate: cuts prompts longer than the context at their start, after the special tokens that
+        lead them, instead of rejecting them.
+      mesh: device mesh; None is one device.
+    """
+
+    data: str | Path | None = None
+    split: str | None = None
+    limit: int | None = None
+    shots: int | None = None
+    protocols: str | Sequence[str] = tuple(SCORING_PROTOCOLS)
+    dtype: FloatType = "float32"
+    batch_size: int = 16
+    buckets: Sequence[int] = ()
+    truncate: bool = False
+    mesh: MeshConfig | None = None
+
+    def __post_init__(self):
+        protocols, buckets = self.protocol_names, list(self.buckets)
+        for protocol in protocols:
+            if protocol not in SCORING_PROTOCOLS:
+                hint = suggest(protocol, SCORING_PROTOCOLS)
+                raise FieldError("protocols", f"there is none called {protocol!r}; {hint}")
+        if not protocols or len(set(protocols)) < len(protocols):
+            raise FieldError("protocols", f"give each once, of {', '.join(SCORING_PROTOCOLS)}")
+        if self.batch_size < 1:
+            raise FieldError("batch_size", f"must be positive, got {self.batch_size}")
+        if buckets != sorted(set(buckets)) or any(length < 1 for length in buckets):
+            raise FieldError("buckets", f"must be positive and ascend strictly, got {buckets}")
+
+    @property
+    def protocol_names(self) -> list[str]:
+        """The protocols as a list."""
+        return [self.protocols] if isinstance(self.protocols, str) else list(self.protocols)
+
+    def task(self, task: str | Task) -> Task:
+        """The task of a name, or `task` itself.
+
+        Raises:
+          ConfigError: there is no such task, or an option is out of range for it.
+          DataError: `data` has no folder for the task.
+        """
+        if isinstance(task, Task):
+            return task
+        return named_task(
+            task, data=self.data, split=self.split, limit=self.limit, shots=self.shots
+        )
 
 
 def evaluate(
@@ -42,132 +123,147 @@ def evaluate(
     adapters: Mapping[str, str | Path | SavedAdapter] | None = None,
     *,
     with_base: bool = False,
-    data: str | Path | None = None,
-    split: str | None = None,
-    limit: int | None = None,
-    shots: int | None = None,
-    protocols: str | Sequence[str] = tuple(SCORING_PROTOCOLS),
     output: str | Path | None = None,
     revision: str | None = None,
-    dtype: FloatType = "float32",
-    batch_size: int = 16,
-    buckets: Sequence[int] = (),
-    truncate: bool = False,
-    mesh: MeshConfig | None = None,
+    options: EvaluationOptions | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> Evaluation:
-    """Evaluates a base, or adapters on it, on tasks.
+    """Evaluates a base model, or adapters of it, on tasks.
 
-    What is wrong with the tasks' data, the tokenizer or the adapters is found before the base's
-    weights are read. The same call with the same `output` goes on where an earlier one was stopped,
-    to the same results.
+    Tasks, tokenizer and adapters are checked before the weights of the base are read. If `output`
+    holds an interrupted evaluation with the same arguments, it is resumed with identical results.
 
     Args:
-      base: a folder in the Hugging Face format, a hub id, or what `moe_jax.load_base` returned.
-      tasks: names (`selection.task_names`), or tasks made in Python (`selection.own_task`).
-      adapters: by the name that results call it, a folder or a loaded adapter.
-      with_base: evaluates the base without an adapter too; where there is no adapter it always is.
-      data: for the tasks given by name, as are `split`, `limit` and `shots`; see `named_task`.
-      protocols: `labels`, `choices`; see `protocols`.
-      output: a folder for the results, and for the answer to each question.
-      revision: of a hub id.
-      dtype: in which the base is kept and all is computed; a base in memory stays as it is.
-      batch_size: sequences computed at once, over all devices.
-      buckets: ascending lengths that sequences are padded to, each a compilation; the base's
-        context is always the last one. By default twice as long each, from 32.
-      truncate: cuts tokens off the start of what is longer than the base's context, behind the
-        tokens that the tokenizer puts there, instead of refusing it.
-      mesh: None computes on one device.
-      say: is told what goes on.
+      base: folder in the Hugging Face format, hub id, or result of `moe_jax.load_base`.
+      tasks: names (`selection.task_names`) or tasks made in Python (`selection.own_task`).
+      adapters: folders or loaded adapters, by their name in the results.
+      with_base: evaluates the base alone too; without adapters this is always done.
+      output: folder for the results and the answer to each question; None keeps them in memory.
+      revision: revision of a hub id.
+      options: data, protocols and computation; None is `EvaluationOptions()`.
+      say: receives a line of progress for each model and task.
 
     Raises:
-      UserError: what is wrong, in one line.
+      UserError: an argument, the data or a checkpoint is invalid.
     """
-    adapters = adapters or {}
-    tasks = [tasks] if isinstance(tasks, str) else tasks
-    protocols = [protocols] if isinstance(protocols, str) else protocols
-    _check(tasks, protocols, batch_size, buckets, adapters)
-    made = [
-        named_task(task, data=data, split=split, limit=limit, shots=shots)
-        if isinstance(task, str)
-        else task
-        for task in tasks
-    ]
-    require_distinct(made)
+    adapters, options = adapters or {}, options or EvaluationOptions()
+    _check_names(adapters)
+    task_list = [options.task(task) for task in ([tasks] if isinstance(tasks, str) else tasks)]
+    if not task_list:
+        raise FieldError("tasks", "none is given")
+    require_distinct(task_list)
 
     files = open_base(base, revision)
-    model = build_model(files, dtype)
-    devices = None if mesh is None else make_mesh(mesh)
-    loaded = load_adapters(adapters, files, model, devices)
-    classifiers = [one for one in loaded if one.saved.method.classification is not None]
-    models: list[NamedAdapter | None] = [one for one in loaded if one not in classifiers]
-    models = [None, *models] if with_base or not loaded else models
-    questions = {task.name: task.questions() for task in made if models}
-
-    context = files.config.max_position_embeddings
-    limits = BaseLimits(files.config.vocab_size, context, truncate)
-    tokenizer = load_tokenizer(files.folder)
-    asked = ask(questions, protocols, tokenizer, limits)
-    to_classify = match_classifiers(classifiers, made, tokenizer, limits, answered=bool(models))
+    model = build_model(files, options.dtype)
+    mesh = None if options.mesh is None else make_mesh(options.mesh)
+    loaded = load_adapters(adapters, files, model, mesh)
+    plan = _plan(task_list, loaded, with_base or not loaded, files, options)
     folder = None if output is None else Path(output).expanduser()
     if folder is not None:
-        names = [model_name(one) for one in [*models, *classifiers]]
-        require_nothing_lost(folder, [task.name for task in made], names)
+        names = [model_name(adapter) for adapter in plan.models]
+        require_nothing_lost(folder, [task.name for task in task_list], names)
     with locked(folder) if folder is not None else contextlib.nullcontext():
-        runs = [
-            (one, asking, open_journal(folder, files, one, asking, dtype))
-            for one in models
-            for asking in asked
-        ]
-        classifying = [
-            (one, rows, open_classification_journal(folder, files, one, rows, dtype))
-            for one, rows in to_classify
-        ]
+        runs = plan.runs(folder, files, options.dtype)
         scorer = None
-        if not all(journal.is_complete for *_, journal in (*runs, *classifying)):
+        if not all(run.journal.is_complete for run in runs):
             scorer = Scorer(
                 model,
-                load_params(files, model, devices),
-                batch_size=batch_size,
-                buckets=complete_buckets(buckets, context),
-                candidates=max([max_candidates(asked), *(r.num_scores for _, r in to_classify)]),
-                mesh=devices,
+                load_params(files, model, mesh),
+                batch_size=options.batch_size,
+                buckets=complete_buckets(options.buckets, files.config.max_position_embeddings),
+                candidates=plan.max_candidates(),
+                mesh=mesh,
             )
         outcomes = []
-        for one, asking, journal in runs:
-            name, adapter = model_name(one), None if one is None else one.adapter
-            say(announcement(name, asking, journal))
-            outcomes.append(answer(scorer, name, adapter, asking, journal))
-        for one, rows, journal in classifying:
-            say(classification_announcement(one, rows, journal))
-            outcomes.append(classify_rows(scorer, one, rows, journal))
-        read = {rows.task.name: rows.rows for _, rows in to_classify} | questions
-        said = settings(files, [*models, *classifiers], made, read, asked, dtype)
-        evaluation = Evaluation(said, outcomes)
+        for run in runs:
+            say(run.announcement)
+            outcomes.append(run.outcome(scorer))
+        settings = evaluation_settings(
+            files, plan.models, task_list, plan.questions, plan.prepared, options.dtype
+        )
+        evaluation = Evaluation(settings, outcomes)
         if folder is not None:
             evaluation.save(folder)
     return evaluation
 
 
-def _check(
-    tasks: Sequence[str | Task],
-    protocols: Sequence[str],
-    batch_size: int,
-    buckets: Sequence[int],
-    adapters: Mapping[str, Any],
-) -> None:
-    if not tasks:
-        raise FieldError("tasks", "none is given")
-    for protocol in protocols:
-        if protocol not in SCORING_PROTOCOLS:
-            hint = suggest(protocol, SCORING_PROTOCOLS)
-            raise FieldError("protocols", f"there is none called {protocol!r}; {hint}")
-    if not protocols or len(set(protocols)) < len(protocols):
-        raise FieldError("protocols", f"give each once, of {', '.join(SCORING_PROTOCOLS)}")
-    if batch_size < 1:
-        raise FieldError("batch_size", f"must be positive, got {batch_size}")
-    if list(buckets) != sorted(set(buckets)) or any(length < 1 for length in buckets):
-        raise FieldError("buckets", f"must be positive and ascend strictly, got {list(buckets)}")
+class _Run(NamedTuple):
+    """One model on one task: its journal, announcement and computation."""
+
+    journal: Journal
+    announcement: str
+    outcome: Callable[[Scorer | None], TaskOutcome]
+
+
+class _Plan(NamedTuple):
+    """Models and tokenized tasks of an evaluation.
+
+    Attributes:
+      language_models: adapters without a score head; None is the base alone.
+      prepared: questions for the language models.
+      labelled: classifiers, each with the rows of a task with its labels.
+      questions: questions or rows by task name.
+    """
+
+    language_models: list[NamedAdapter | None]
+    classifiers: list[NamedAdapter]
+    prepared: list[PreparedTask]
+    labelled: list[tuple[NamedAdapter, LabelledTask]]
+    questions: dict[str, Sequence[Any]]
+
+    @property
+    def models(self) -> list[NamedAdapter | None]:
+        return [*self.language_models, *self.classifiers]
+
+    def max_candidates(self) -> int:
+        return max(max_candidates(self.prepared), *(t.num_scores for _, t in self.labelled), 1)
+
+    def runs(self, folder: Path | None, base: BaseModel, dtype: str) -> list[_Run]:
+        """Opens the journals of all models and tasks."""
+        runs = []
+        for adapter in self.language_models:
+            name, weights = model_name(adapter), None if adapter is None else adapter.adapter
+            for task in self.prepared:
+                journal = open_journal(folder, base, adapter, task, dtype)
+                outcome = functools.partial(
+                    answer_questions, model=name, adapter=weights, task=task, journal=journal
+                )
+                runs.append(_Run(journal, question_announcement(name, task, journal), outcome))
+        for adapter, task in self.labelled:
+            journal = open_classification_journal(folder, base, adapter, task, dtype)
+            outcome = functools.partial(
+                classify_rows, adapter=adapter, labelled=task, journal=journal
+            )
+            title = classification_announcement(adapter.name, task, journal)
+            runs.append(_Run(journal, title, outcome))
+        return runs
+
+
+def _plan(
+    tasks: Sequence[Task],
+    adapters: Sequence[NamedAdapter],
+    with_base: bool,
+    base: BaseModel,
+    options: EvaluationOptions,
+) -> _Plan:
+    """Reads and tokenizes the tasks for the models that are evaluated on them."""
+    classifiers = [a for a in adapters if a.saved.method.classification is not None]
+    language_models = [a for a in adapters if a.saved.method.classification is None]
+    models = [*([None] if with_base else []), *language_models]
+    questions = {task.name: task.questions() for task in tasks if models}
+    limits = BaseLimits(
+        base.config.vocab_size, base.config.max_position_embeddings, options.truncate
+    )
+    tokenizer = load_tokenizer(base.folder)
+    prepared = prepare_tasks(questions, options.protocol_names, tokenizer, limits)
+    labelled = match_classifiers(
+        classifiers, tasks, tokenizer, limits, has_language_model=bool(models)
+    )
+    rows = {task.task.name: task.rows for _, task in labelled}
+    return _Plan(models, classifiers, prepared, labelled, {**rows, **questions})
+
+
+def _check_names(adapters: Mapping[str, Any]) -> None:
     for name in adapters:
         if re.fullmatch(r"[A-Za-z0-9][\w.-]*", name) is None or name == BASE:
             raise ConfigError(

@@ -15,7 +15,7 @@ from moe_jax.evaluation.scoring_protocols import SCORING_PROTOCOLS, PreparedTask
 from moe_jax.hf.base_model import BaseModel
 from moe_jax.loaded.model import BASE, Adapter, NamedAdapter
 from moe_jax.tasks.task import Question
-from moe_jax.training.run.measurement import Stopped
+from moe_jax.training.run.measurement import EvaluationInterrupted
 
 
 def model_name(adapter: NamedAdapter | None) -> str:
@@ -97,7 +97,8 @@ def answer_questions(
       stop: called after each batch; true ends the evaluation.
 
     Raises:
-      Stopped: `stop` returned true before the last question; the journal has the answers so far.
+      EvaluationInterrupted: `stop` returned true before the end; the journal has the answers
+        so far.
       ConfigError: a score is not finite.
     """
     groups = task.sequences
@@ -122,7 +123,7 @@ def answer_questions(
             journal.add(records)
             bar.update(len(records))
             if stop() and not journal.is_complete:
-                raise Stopped
+                raise EvaluationInterrupted
     return count_correct(model, task.name, task.protocol, protocol.measures, journal.finish())
 
 

@@ -1,4 +1,4 @@
-"""What a model is asked to score, and which of it goes into one batch."""
+"""Token sequences to score: their batches, and the compiled function that scores a batch."""
 
 import functools
 import hashlib
@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from moe_jax.adapters.method import AdapterMethod
-from moe_jax.adapters.rows import Segment
+from moe_jax.adapters.rows import AdapterRows
 from moe_jax.adapters.score_head import Predictions
 from moe_jax.adapters.tree import to_collection
 from moe_jax.data.batch import PADDING_ID, doubled_lengths, padded_length
@@ -23,14 +23,22 @@ from moe_jax.sharding.rules import BATCH_SPEC, RULES
 
 SHORTEST_BUCKET = 32
 
+_MAX_PENDING = 2
+"""Batches computed ahead of the results that are read; each holds device memory."""
+
+_NAME = "evaluated"
+"""Name of the adapter in the compiled function. All adapters of one method share the function."""
+
 
 class ScoredSequence(NamedTuple):
-    """A sequence of ids, and what is asked of it.
+    """Token ids with the tokens to score: a continuation, or candidates for the next token.
 
     Attributes:
-      tokens: what the model reads.
-      targets: the ids that follow its last positions: their summed log-probability is the score.
-      candidates: instead, ids of which each may come next: each one's log-probability is a score.
+      tokens: input ids of the model.
+      targets: ids that follow the last positions of `tokens`. The sum of their log-probabilities is
+        the score.
+      candidates: alternatives for the next token, used if `targets` is empty. The log-probability
+        of each is a score.
     """
 
     tokens: tuple[int, ...]
@@ -39,19 +47,19 @@ class ScoredSequence(NamedTuple):
 
     @classmethod
     def next_token(cls, context: Sequence[int], candidates: Sequence[int]) -> Self:
-        """Asks for the log-probability of each candidate as the next token."""
+        """Scores each of `candidates` as the token after `context`."""
         return cls(tuple(context), (), tuple(candidates))
 
     @classmethod
     def continuation(cls, context: Sequence[int], targets: Sequence[int]) -> Self:
-        """Asks for the log-probability of `targets` after `context`; neither is empty."""
+        """Scores `targets` after `context`; neither may be empty."""
         return cls((*context, *targets[:-1]), tuple(targets), ())
 
     def shortened(self, length: int, lead: int) -> Self:
-        """The same with `length` tokens at most: those after the first `lead` go first.
+        """The sequence cut to `length` tokens. Those after the first `lead` are dropped.
 
         Raises:
-          ValueError: targets would lose the token before them.
+          ValueError: no token would be left in front of the targets.
         """
         surplus = len(self.tokens) - length
         if surplus <= 0:
@@ -62,15 +70,15 @@ class ScoredSequence(NamedTuple):
 
 
 class SequenceBatch(NamedTuple):
-    """Items of like length; B rows, S positions, K candidates. Rows beyond the items are empty.
+    """Sequences of similar length: B rows, S positions, K candidates. Unused rows are padding.
 
     Attributes:
       tokens: int32 [B, S], padded on the right.
-      targets: int32 [B, S], what follows each position; read where `is_target`.
+      targets: int32 [B, S], the next token at each position; valid where `is_target`.
       is_token: bool [B, S], false at padding.
       is_target: bool [B, S].
-      last: int32 [B], the place of each row's last token.
-      candidates: int32 [B, K]; those beyond an item's own are never read.
+      last: int32 [B], position of the last token of each row.
+      candidates: int32 [B, K], padded; the padding is not read.
     """
 
     tokens: Any
@@ -82,9 +90,9 @@ class SequenceBatch(NamedTuple):
 
 
 def sequence_batch(
-    items: Sequence[ScoredSequence], rows: int, length: int, candidates: int
+    sequences: Sequence[ScoredSequence], rows: int, length: int, candidates: int
 ) -> SequenceBatch:
-    """A batch of `rows` rows of `length` positions, with places for so many candidates."""
+    """Batch of `rows` rows of `length` positions and at most `candidates` candidates."""
     batch = SequenceBatch(
         tokens=np.full((rows, length), PADDING_ID, np.int32),
         targets=np.full((rows, length), PADDING_ID, np.int32),
@@ -93,86 +101,71 @@ def sequence_batch(
         last=np.zeros(rows, np.int32),
         candidates=np.zeros((rows, candidates), np.int32),
     )
-    for row, item in enumerate(items):
-        size = len(item.tokens)
-        scored = slice(size - len(item.targets), size)
-        batch.tokens[row, :size] = item.tokens
+    for row, sequence in enumerate(sequences):
+        size = len(sequence.tokens)
+        scored = slice(size - len(sequence.targets), size)
+        batch.tokens[row, :size] = sequence.tokens
         batch.is_token[row, :size] = True
-        batch.targets[row, scored] = item.targets
+        batch.targets[row, scored] = sequence.targets
         batch.is_target[row, scored] = True
         batch.last[row] = size - 1
-        batch.candidates[row, : len(item.candidates)] = item.candidates
+        batch.candidates[row, : len(sequence.candidates)] = sequence.candidates
     return batch
 
 
 def default_buckets(context: int) -> tuple[int, ...]:
-    """Row lengths to pad to, each twice the one before, up to the model's context."""
+    """Padded lengths, doubling from 32 up to the context length of the model."""
     return doubled_lengths(SHORTEST_BUCKET, context)
 
 
 def complete_buckets(buckets: Sequence[int], context: int) -> tuple[int, ...]:
-    """The `buckets` that the user gave, or else the default ones; the context is the last one."""
+    """The user's `buckets`, or the default ones if empty, with the context length as the last."""
     if not buckets:
         return default_buckets(context)
     return (*(length for length in buckets if length < context), context)
 
 
-def bucket(items: Sequence[ScoredSequence], buckets: Sequence[int]) -> int:
-    """The smallest of the ascending `buckets` that all items fit into."""
-    return padded_length(max(len(item.tokens) for item in items), buckets)
-
-
 def divide_into_batches(
     groups: Sequence[Sequence[ScoredSequence]], rows: int
 ) -> list[list[tuple[int, int]]]:
-    """Divides groups of items, such as those of one question, into batches.
+    """Divides groups of sequences, such as those of one question, into batches.
 
-    Groups go in the order of their longest item, the longest first, so that a batch has rows of
-    like length and too large a batch fails at once. The division depends on the items alone.
+    Groups are sorted by their longest sequence, in descending order. Rows of a batch have similar
+    length, and a batch that exceeds the memory fails at once. The division depends on the sequences
+    alone, so that an interrupted evaluation resumes with the same batches.
 
     Args:
-      groups: the items of each group.
-      rows: items of a batch, at most.
+      groups: sequences of each group.
+      rows: maximum number of sequences in a batch.
 
     Returns:
-      For each batch, the group of each item and its place there.
+      Index of the group, and index in the group, of each sequence of each batch.
     """
-    longest = np.array([max(len(item.tokens) for item in items) for items in groups])
+    longest = np.array([max(len(sequence.tokens) for sequence in group) for group in groups])
     order = np.argsort(-longest, kind="stable")
-    flat = [(int(group), place) for group in order for place in range(len(groups[group]))]
+    flat = [(int(group), index) for group in order for index in range(len(groups[group]))]
     return [flat[start : start + rows] for start in range(0, len(flat), rows)]
 
 
 def sequences_digest(groups: Sequence[Sequence[ScoredSequence]], answers: Sequence[int]) -> str:
-    """Of all ids that the model is given and of the right answers, whatever they were made from."""
+    """Digest of all token ids that are scored and of the right answers."""
     digest = hashlib.sha256()
-    for items, answer in zip(groups, answers, strict=True):
-        numbers: list[int] = [answer, len(items)]
-        for item in items:
-            for part in item:
-                numbers += [len(part), *part]
+    for sequences, answer in zip(groups, answers, strict=True):
+        numbers: list[int] = [answer, len(sequences)]
+        for sequence in sequences:
+            for ids in sequence:
+                numbers += [len(ids), *ids]
         digest.update(np.array(numbers, np.int64).tobytes())
     return digest.hexdigest()[:32]
 
 
-# FIXME docstring of the merged evaluation.scorer:
-# """The model's side: one compiled function that scores a batch. Nothing else here sees the model."""
-
-
-_AHEAD = 2
-"""Batches that the device may be behind; each holds memory."""
-
-_NAME = "evaluated"
-"""What every adapter is called in the compiled function, so that equal methods share it."""
-
-
 class SequenceScore(NamedTuple):
-    """What the model says about an item.
+    """Scores of one sequence.
 
     Attributes:
-      values: the log-probability of the targets, or of each candidate, in nats; or a classifier's
-        scores.
-      is_greedy: whether each target is the likeliest token at its place.
+      values: log-probability of the targets, or of each candidate, in nats; or the outputs of a
+        score head.
+      is_greedy: true if greedy decoding yields the targets.
     """
 
     values: tuple[float, ...]
@@ -180,7 +173,7 @@ class SequenceScore(NamedTuple):
 
 
 class Scorer:
-    """Scores items with a base and any adapter on it."""
+    """Scores sequences with a base model and any adapter of it."""
 
     def __init__(
         self,
@@ -192,14 +185,14 @@ class Scorer:
         candidates: int = 1,
         mesh: Mesh | None = None,
     ):
-        """Prepares; nothing is compiled yet. Each bucket is one compilation for each method.
+        """Sets up the scorer. Each bucket is compiled once for each adapter method, on first use.
 
         Args:
-          model: without segments.
-          params: the frozen base, on `mesh` if there is one.
-          batch_size: rows of a batch; rounded up to a multiple of the devices that share them.
-          buckets: ascending lengths that rows are padded to.
-          candidates: of an item, at most.
+          model: model without adapters.
+          params: frozen base parameters, on `mesh` if it is given.
+          batch_size: rows of a batch, rounded up to a multiple of the devices that share them.
+          buckets: padded lengths, in ascending order.
+          candidates: maximum number of candidates of a sequence.
           mesh: None computes on the device that holds `params`.
         """
         ways = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
@@ -217,34 +210,36 @@ class Scorer:
         adapter: Adapter | None,
         skip: Sequence[bool],
     ) -> Iterator[list[tuple[int, int, SequenceScore]]]:
-        """Scores the items of all groups, batch by batch; the longest come first.
+        """Scores all groups batch by batch, the longest sequences first.
 
         Args:
-          groups: items that belong together, such as those of one question.
-          adapter: None scores the base as it is.
-          skip: groups whose scores are known; a batch with none but those is left out. The other
-            batches are the same as without, so that their scores are too, to the bit.
+          groups: sequences that belong together, such as those of one question.
+          adapter: None scores the base model.
+          skip: true for groups whose scores are known. Batches of such groups only are left out;
+            the others are unchanged, and so are their scores, bit for bit.
 
         Yields:
-          Group, place in the group and score of each item of a batch.
+          Group index, index in the group, and score of each sequence of a batch.
         """
         pending: list[tuple[list[tuple[int, int]], Any]] = []
-        for places in divide_into_batches(groups, self.rows):
-            if all(skip[group] for group, _ in places):
+        for indices in divide_into_batches(groups, self.rows):
+            if all(skip[group] for group, _ in indices):
                 continue
-            items = [groups[group][place] for group, place in places]
-            pending.append((places, self._start(items, adapter)))
-            if len(pending) > _AHEAD:
+            sequences = [groups[group][index] for group, index in indices]
+            pending.append((indices, self._start(sequences, adapter)))
+            if len(pending) > _MAX_PENDING:
                 yield self._finish(groups, *pending.pop(0))
-        for places, arrays in pending:
-            yield self._finish(groups, places, arrays)
+        for indices, arrays in pending:
+            yield self._finish(groups, indices, arrays)
 
     def compilations(self) -> int:
-        """How many programs were compiled so far."""
+        """Number of programs compiled so far."""
         return sum(function._cache_size() for _, function in self._functions)  # type: ignore[attr-defined]
 
-    def _start(self, items: Sequence[ScoredSequence], adapter: Adapter | None) -> Any:
-        batch = sequence_batch(items, self.rows, bucket(items, self.buckets), self._candidates)
+    def _start(self, sequences: Sequence[ScoredSequence], adapter: Adapter | None) -> Any:
+        longest = max(len(sequence.tokens) for sequence in sequences)
+        length = padded_length(longest, self.buckets)
+        batch = sequence_batch(sequences, self.rows, length, self._candidates)
         function = self._function(None if adapter is None else adapter.method)
         trees = {} if adapter is None else {_NAME: adapter.tree}
         if self.mesh is None:
@@ -255,18 +250,20 @@ class Scorer:
             return function(self._params, trees, batch)
 
     def _finish(
-        self, groups: Sequence[Sequence[ScoredSequence]], places: list[tuple[int, int]], arrays: Any
+        self,
+        groups: Sequence[Sequence[ScoredSequence]],
+        indices: list[tuple[int, int]],
+        arrays: Any,
     ) -> list[tuple[int, int, SequenceScore]]:
         sums, next_tokens, is_greedy = jax.device_get(arrays)
-        found = []
-        for row, (group, place) in enumerate(places):
-            item = groups[group][place]
-            values = (
-                next_tokens[row, : len(item.candidates)] if item.candidates else sums[row : row + 1]
+        scores = []
+        for row, (group, index) in enumerate(indices):
+            candidates = groups[group][index].candidates
+            values = next_tokens[row, : len(candidates)] if candidates else sums[row : row + 1]
+            scores.append(
+                (group, index, SequenceScore(tuple(values.tolist()), bool(is_greedy[row])))
             )
-            score = SequenceScore(tuple(values.tolist()), bool(is_greedy[row]))
-            found.append((group, place, score))
-        return found
+        return scores
 
     def _function(self, method: AdapterMethod | None) -> Callable[..., Any]:
         for known, function in self._functions:
@@ -287,14 +284,14 @@ def _score(
     """Scores each row of a batch.
 
     Returns:
-      The log-probability of its targets [B], of its candidates [B, K], and whether greedy decoding
-      gives its targets [B]. The candidates of a classifier are indices of its labels, and theirs
-      are its scores; it has nothing else.
+      Log-probability of the targets [B], log-probability of each candidate [B, K], and bool [B],
+      true where greedy decoding yields the targets. For a classifier the candidates are indices of
+      labels and their values are the outputs of its score head; the other two arrays are zero.
     """
     rows, length = batch.tokens.shape
-    segments = () if method is None else (Segment(_NAME, method, 0, rows),)
+    adapter_rows = () if method is None else (AdapterRows(_NAME, method, 0, rows),)
     with nn.logical_axis_rules(RULES):
-        logits: Any = model.clone(segments=segments).apply(
+        logits: Any = model.clone(adapter_rows=adapter_rows).apply(
             {PARAMS: params, ADAPTERS: to_collection(trees)},
             batch.tokens,
             positions=jnp.where(batch.is_token, jnp.arange(length), 0),

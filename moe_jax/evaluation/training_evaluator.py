@@ -1,4 +1,4 @@
-"""The evaluation of a training run's adapters on tasks, on the run's own base and mesh."""
+"""Evaluation of the adapters of a training run on tasks, with the run's own base and mesh."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -7,124 +7,146 @@ from typing import Any
 
 import jax
 
-from moe_jax.config.evaluation import EvaluationConfig
 from moe_jax.config.parse import to_plain
-from moe_jax.config.run import RunConfig
+from moe_jax.config.run import EvaluationConfig, RunConfig
 from moe_jax.data.tokenizer import load_tokenizer
 from moe_jax.errors import ConfigError, named
 from moe_jax.evaluation.answer_journal import Journal, locked
-from moe_jax.evaluation.evaluation_results import RESULTS, Accuracy, Evaluation, Metric
+from moe_jax.evaluation.evaluation_results import (
+    RESULTS_FILE,
+    Accuracy,
+    Evaluation,
+    Metric,
+    evaluation_settings,
+)
 from moe_jax.evaluation.question_runner import (
-    announcement,
-    answer,
+    answer_questions,
     model_name,
     open_journal,
-    settings,
+    question_announcement,
 )
 from moe_jax.evaluation.scorer import Scorer, complete_buckets
-from moe_jax.evaluation.scoring_protocols import BaseLimits, PreparedTask, ask, max_candidates
+from moe_jax.evaluation.scoring_protocols import (
+    BaseLimits,
+    PreparedTask,
+    max_candidates,
+    prepare_tasks,
+)
 from moe_jax.loaded.model import BASE, Adapter, NamedAdapter, load_adapters
 from moe_jax.tasks.selection import named_task
 from moe_jax.tasks.task import Question, Task
 from moe_jax.training.run.inputs import Inputs
 from moe_jax.training.step.program import Program
 
-ASKED_FOR = "evaluation"
-"""The field of `results.json` that holds each adapter's `EvaluationConfig`."""
+CONFIGS_FIELD = "evaluation"
+"""Field of `results.json` with the `EvaluationConfig` of each adapter."""
 
-_ANEW = ("adapter", "items", "dtype")
-"""A run that was made longer, or asks for other questions now, does not refuse at its very end."""
+_REPLACEABLE = ("adapter", "items", "dtype")
+"""Fields of a journal that may differ: a run may have been extended, or given other questions."""
 
 
-class OnTasks:
-    """What `train.py` hands to training; see `training.on_tasks.EvaluationOfTasks`."""
+class TrainingTaskEvaluation:
+    """Factory of `TrainingTaskEvaluator`s; implements `training.run.measurement.TaskEvaluation`."""
 
     def is_done(self, config: RunConfig, steps: Mapping[str, int], folder: Path) -> bool:
-        """Whether `folder` has the results of the evaluation that `config` asks for at the end."""
+        """True if `folder` has the results of the final evaluation of `config`."""
         try:
-            found = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
-            ends = {model["name"]: model["step"] for model in found["models"] if model["adapter"]}
-            asked_for = found[ASKED_FOR]
+            results = json.loads((folder / RESULTS_FILE).read_text(encoding="utf-8"))
+            evaluated = {
+                model["name"]: model["step"] for model in results["models"] if model["adapter"]
+            }
+            configs = results[CONFIGS_FIELD]
         except (OSError, ValueError, TypeError, KeyError):
-            return False  # there are none, or somebody else's
-        own = _asked_for(config)
-        return asked_for == own and ends == {name: steps[name] for name in own}
+            return False  # no results, or those of a command
+        expected = _plain_configs(config)
+        return configs == expected and evaluated == {name: steps[name] for name in expected}
 
-    def prepare(self, config: RunConfig, inputs: Inputs, program: Program) -> "TaskEvaluator":
-        """See `TaskEvaluator`."""
-        return TaskEvaluator(config, inputs, program)
+    def prepare(
+        self, config: RunConfig, inputs: Inputs, program: Program
+    ) -> "TrainingTaskEvaluator":
+        """Makes the evaluator of a run; see `TrainingTaskEvaluator`."""
+        return TrainingTaskEvaluator(config, inputs, program)
 
 
-class TaskEvaluator:
-    """Asks the adapters of a run the questions of their tasks.
+class TrainingTaskEvaluator:
+    """Evaluates the adapters of a run on their tasks, during training and at its end.
 
-    What it compiles is kept, so that later measurements compile nothing.
+    Compiled programs are kept, so that later evaluations compile nothing.
     """
 
     def __init__(self, config: RunConfig, inputs: Inputs, program: Program):
-        """Reads the tasks and turns them into ids; needs no weights.
+        """Reads and tokenizes the tasks; needs no weights.
 
         Args:
-          config: the run's configuration.
-          inputs: its base.
-          program: its model and mesh.
+          config: configuration of the run.
+          inputs: base of the run.
+          program: model and mesh of the run.
 
         Raises:
-          ConfigError: adapters disagree about a task, a task fits no protocol, an adapter's name is
-            taken, or there are several processes.
-          DataError: the data cannot be used, or does not fit the base.
+          ConfigError: adapters have conflicting settings for a task, no protocol applies to a task,
+            an adapter's name is reserved, or there are several processes.
+          DataError: the data cannot be read or does not fit the base.
         """
         self._config = config
         self._base = inputs.base
         self._model = program.model
         self._mesh = program.mesh
-        self._own: dict[str, EvaluationConfig] = _evaluations(config)
+        self._configs: dict[str, EvaluationConfig] = _evaluation_configs(config)
         self._scorers: dict[tuple[int, tuple[int, ...]], Scorer] = {}
         self._tasks: dict[str, Task] = {}
         self._questions: dict[str, list[Question]] = {}
-        self._asked: dict[EvaluationConfig, list[PreparedTask]] = {}
+        self._prepared: dict[EvaluationConfig, list[PreparedTask]] = {}
         if jax.process_count() > 1:
             raise ConfigError(
-                f"config.adapters.{next(iter(self._own))}.evaluation: several processes cannot "
-                "evaluate yet; leave it out, and run `moe-jax evaluate` on the adapter afterwards"
+                f"config.adapters.{next(iter(self._configs))}.evaluation: is not supported with "
+                "several processes; leave it out, and run `moe-jax evaluate` on the adapter "
+                "afterwards"
             )
-        tokenizer = load_tokenizer(inputs.base.folder)
-        for name, own in self._own.items():
+        tokenizer = load_tokenizer(self._base.folder)
+        for name, evaluation in self._configs.items():
             field = f"config.adapters.{name}"
             if name == BASE:
-                raise ConfigError(f"{field}: results call the base so; give it another name")
+                raise ConfigError(
+                    f"{field}: is the name of the base in results; rename the adapter"
+                )
             with named(f"{field}.evaluation"):
-                self._read(own)
-                if own not in self._asked:
+                self._read_tasks(evaluation)
+                if evaluation not in self._prepared:
                     limits = BaseLimits(
-                        inputs.base.config.vocab_size,
-                        inputs.base.config.max_position_embeddings,
-                        own.truncate,
+                        self._base.config.vocab_size,
+                        self._base.config.max_position_embeddings,
+                        evaluation.truncate,
                     )
-                    questions = {task: self._questions[task] for task in own.tasks}
-                    self._asked[own] = ask(questions, own.protocols, tokenizer, limits)
-        self._candidates = max_candidates([a for asked in self._asked.values() for a in asked])
+                    questions = {task: self._questions[task] for task in evaluation.tasks}
+                    self._prepared[evaluation] = prepare_tasks(
+                        questions, evaluation.protocols, tokenizer, limits
+                    )
+        self._candidates = max_candidates(
+            [task for tasks in self._prepared.values() for task in tasks]
+        )
 
     def measure(
         self, name: str, tree: Any, params: Any, stop: Callable[[], bool]
     ) -> dict[str, Accuracy | Metric]:
-        """How adapter `name` does while it trains; see `training.on_tasks.Evaluator`.
+        """Evaluates adapter `name` during training; see `training.run.measurement.Evaluator`.
 
-        `params` are the same ones at each call.
+        `params` must be the same arrays in each call.
 
         Raises:
-          Stopped: `stop` said so.
+          EvaluationInterrupted: `stop` returned true.
           ConfigError: a score is not finite.
         """
-        own = self._own[name]
+        evaluation = self._configs[name]
         adapter = Adapter(self._config.adapters[name].method, tree)
-        limit = own.limit if own.limit_between is None else own.limit_between
+        limit = evaluation.limit_between
+        limit = evaluation.limit if limit is None else limit
         outcomes = []
-        for one in self._asked[own]:
-            few = one._replace(prepared=one.prepared[:limit])
-            journal = Journal(None, {}, len(few.prepared))
-            outcomes.append(answer(self._scorer(own, params), name, adapter, few, journal, stop))
-        return Evaluation({}, outcomes).shares(name)
+        for task in self._prepared[evaluation]:
+            task = task._replace(questions=task.questions[:limit])
+            journal = Journal(None, {}, len(task.questions))
+            scorer = self._scorer(evaluation, params)
+            outcomes.append(answer_questions(scorer, name, adapter, task, journal, stop))
+        return Evaluation({}, outcomes).scores(name)
 
     def finish(
         self,
@@ -134,78 +156,83 @@ class TaskEvaluator:
         say: Callable[[str], None],
         stop: Callable[[], bool],
     ) -> Evaluation:
-        """How all adapters do at the end; see `training.on_tasks.Evaluator`.
+        """Evaluates all adapters after training; see `training.run.measurement.Evaluator`.
 
-        `folder` gets the answer to each question; the results are left to the caller.
+        `folder` receives the answer to each question. The caller saves the results.
 
         Raises:
-          Stopped: `stop` said so.
-          ConfigError: a score is not finite, or `folder` has the answers of something else.
+          EvaluationInterrupted: `stop` returned true.
+          ConfigError: a score is not finite, or `folder` has the answers of another evaluation.
         """
-        folders: dict[str, Any] = {name: adapters[name] for name in self._own}
+        folders: dict[str, Any] = {name: adapters[name] for name in self._configs}
         loaded = load_adapters(folders, self._base, self._model, self._mesh)
         dtype, outcomes = _dtype(self._config), []
         with locked(folder):
             runs = [
-                (one, own, asked, open_journal(folder, self._base, one, asked, dtype, _ANEW))
-                for one, own, asked in self._whom_to_ask(loaded)
+                (adapter, config, task, self._open_journal(folder, adapter, task, dtype))
+                for adapter, config, task in self._model_tasks(loaded)
             ]
-            for one, own, asked, journal in runs:
-                name, adapter = model_name(one), None if one is None else one.adapter
-                say(announcement(name, asked, journal))
-                scorer = self._scorer(own, params)
-                outcomes.append(answer(scorer, name, adapter, asked, journal, stop))
-        said = settings(
+            for adapter, config, task, journal in runs:
+                name, weights = model_name(adapter), None if adapter is None else adapter.adapter
+                say(question_announcement(name, task, journal))
+                scorer = self._scorer(config, params)
+                outcomes.append(answer_questions(scorer, name, weights, task, journal, stop))
+        with_base = any(adapter is None for adapter, *_ in runs)
+        settings = evaluation_settings(
             self._base,
-            [*([None] if any(one is None for one, *_ in runs) else []), *loaded],
+            [*([None] if with_base else []), *loaded],
             list(self._tasks.values()),
             self._questions,
-            [one for own in self._asked.values() for one in own],
+            [task for tasks in self._prepared.values() for task in tasks],
             dtype,
         )
-        return Evaluation({**said, ASKED_FOR: _asked_for(self._config)}, outcomes)
+        return Evaluation({**settings, CONFIGS_FIELD: _plain_configs(self._config)}, outcomes)
 
-    def _read(self, own: EvaluationConfig) -> None:
-        """Reads the tasks of one adapter that no other one has."""
-        for name in own.tasks:
+    def _open_journal(
+        self, folder: Path, adapter: NamedAdapter | None, task: PreparedTask, dtype: str
+    ) -> Journal:
+        return open_journal(folder, self._base, adapter, task, dtype, _REPLACEABLE)
+
+    def _read_tasks(self, evaluation: EvaluationConfig) -> None:
+        """Reads the tasks that no earlier adapter has."""
+        for name in evaluation.tasks:
             task = named_task(
                 name,
                 data=self._config.tasks_folder,
-                split=own.split,
-                limit=own.limit,
-                shots=own.shots,
+                split=evaluation.split,
+                limit=evaluation.limit,
+                shots=evaluation.shots,
             )
-            known = self._tasks.setdefault(name, task)
-            if known != task:
+            if self._tasks.setdefault(name, task) != task:
                 raise ConfigError(
-                    f"other adapters are asked other questions of {name!r}, so that a table could "
-                    "not compare them; give all the same split, limit and shots"
+                    f"task {name!r} has another split, limit or number of shots than for other "
+                    "adapters, so that a table could not compare them; give all the same"
                 )
             if name not in self._questions:
                 self._questions[name] = task.questions()
 
-    def _whom_to_ask(
-        self, loaded: Sequence[NamedAdapter]
+    def _model_tasks(
+        self, adapters: Sequence[NamedAdapter]
     ) -> Iterator[tuple[NamedAdapter | None, EvaluationConfig, PreparedTask]]:
-        """Whom to ask what, by whose settings; the base what adapters want it to be asked."""
+        """Models with their tasks: first the base with the tasks of all `with_base` adapters."""
         seen = set[tuple[str, str]]()
-        for own in self._own.values():
-            for asked in self._asked[own] if own.with_base else ():
-                if (asked.task, asked.protocol) not in seen:
-                    seen.add((asked.task, asked.protocol))
-                    yield None, own, asked
-        for one in loaded:
-            own = self._own[one.name]
-            yield from ((one, own, asked) for asked in self._asked[own])
+        for evaluation in self._configs.values():
+            for task in self._prepared[evaluation] if evaluation.with_base else ():
+                if (task.name, task.protocol) not in seen:
+                    seen.add((task.name, task.protocol))
+                    yield None, evaluation, task
+        for adapter in adapters:
+            evaluation = self._configs[adapter.name]
+            yield from ((adapter, evaluation, task) for task in self._prepared[evaluation])
 
-    def _scorer(self, own: EvaluationConfig, params: Any) -> Scorer:
-        buckets = complete_buckets(own.buckets, self._base.config.max_position_embeddings)
-        key = (own.batch_size, buckets)
+    def _scorer(self, evaluation: EvaluationConfig, params: Any) -> Scorer:
+        buckets = complete_buckets(evaluation.buckets, self._base.config.max_position_embeddings)
+        key = (evaluation.batch_size, buckets)
         if key not in self._scorers:
             self._scorers[key] = Scorer(
                 self._model,
                 params,
-                batch_size=own.batch_size,
+                batch_size=evaluation.batch_size,
                 buckets=buckets,
                 candidates=self._candidates,
                 mesh=self._mesh,
@@ -213,17 +240,17 @@ class TaskEvaluator:
         return self._scorers[key]
 
 
-def _evaluations(config: RunConfig) -> dict[str, EvaluationConfig]:
-    """Of the adapters that have one."""
-    own = {name: adapter.evaluation for name, adapter in config.adapters.items()}
-    return {name: evaluation for name, evaluation in own.items() if evaluation is not None}
+def _evaluation_configs(config: RunConfig) -> dict[str, EvaluationConfig]:
+    """Evaluation settings of the adapters that have any."""
+    configs = {name: adapter.evaluation for name, adapter in config.adapters.items()}
+    return {name: evaluation for name, evaluation in configs.items() if evaluation is not None}
 
 
-def _asked_for(config: RunConfig) -> dict[str, Any]:
-    return {name: to_plain(own) for name, own in _evaluations(config).items()}
+def _plain_configs(config: RunConfig) -> dict[str, Any]:
+    return {name: to_plain(evaluation) for name, evaluation in _evaluation_configs(config).items()}
 
 
 def _dtype(config: RunConfig) -> str:
-    """What `moe-jax evaluate --dtype` calls the types that are computed and kept in."""
-    computed, kept = config.compute.dtype, config.base.param_dtype
-    return computed if computed == kept else f"{computed}, weights {kept}"
+    """Dtypes of computation and weights, as one word if they are equal."""
+    compute, weights = config.compute.dtype, config.base.param_dtype
+    return compute if compute == weights else f"{compute}, weights {weights}"

@@ -16,6 +16,7 @@ from hf_models import save_tiny_llama
 
 import moe_jax
 from moe_jax.demo.tiny_llama import save_tokenizer, train_tokenizer
+from moe_jax.evaluation.model_evaluation import EvaluationOptions, evaluate
 
 CONTEXT = 512
 METHOD = moe_jax.LoraConfig(rank=4, alpha=8.0, target_modules=("q_proj", "down_proj"))
@@ -67,6 +68,12 @@ def _merged(model, tree, scale):
             with torch.no_grad():
                 getattr(getattr(layer, block), projection).weight += torch.tensor(delta.T)
     return model
+
+
+def evaluate_with(base, tasks, adapters=None, *, with_base=False, output=None, **options):
+    """`evaluate` with the fields of its options as keywords."""
+    options = EvaluationOptions(**options)
+    return evaluate(base, tasks, adapters, with_base=with_base, output=output, options=options)
 
 
 def write_data(folder: Path) -> None:

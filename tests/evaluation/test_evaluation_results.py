@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from moe_jax.evaluation.evaluation_results import Accuracy, Evaluation, outcome
+from moe_jax.evaluation.evaluation_results import Accuracy, Evaluation, count_correct
 
 
 def examples(right: int, wrong: int, measure: str, subject: str = "") -> list[dict]:
@@ -22,9 +22,9 @@ def evaluation():
         # Of 16 and of 4 questions.
         for task, right, count in (("easy", easy, 16), ("hard", hard, 4)):
             own = examples(right, count - right, "acc")
-            outcomes.append(outcome(model, task, "choices", ("acc",), own))
+            outcomes.append(count_correct(model, task, "choices", ("acc",), own))
         labelled = examples(4, 12, "label_acc")
-        outcomes.append(outcome(model, "easy", "labels", ("label_acc",), labelled))
+        outcomes.append(count_correct(model, "easy", "labels", ("label_acc",), labelled))
     return Evaluation({"base": {"path": "x"}}, outcomes)
 
 
@@ -50,8 +50,7 @@ def test_the_table(evaluation):
     assert evaluation.to_markdown() == (
         "In percent, ± one standard error.\n"
         "\n"
-        "**label_acc**: the label that the model finds likeliest after a prompt that lists the "
-        "options.\n"
+        "**label_acc**: accuracy of the most likely label after a prompt that lists the options.\n"
         "\n"
         "| model | easy | hard | average |\n"
         "| --- | ---: | ---: | ---: |\n"
@@ -59,7 +58,7 @@ def test_the_table(evaluation):
         "| base | 25.0 ± 10.8 | - | - |\n"
         "| mine | 25.0 ± 10.8 | - | - |\n"
         "\n"
-        "**acc**: the option whose words the model finds likeliest after the question.\n"
+        "**acc**: accuracy of the most likely option after the question.\n"
         "\n"
         "| model | easy | hard | average |\n"
         "| --- | ---: | ---: | ---: |\n"
@@ -90,7 +89,7 @@ def test_what_is_saved(evaluation, tmp_path):
 
 def test_parts_of_a_task():
     both = examples(1, 1, "acc", "maths") + examples(1, 0, "acc", "art")
-    found = outcome("base", "exam", "choices", ("acc",), both)
+    found = count_correct("base", "exam", "choices", ("acc",), both)
     assert found.accuracies["acc"] == Accuracy(2, 3)
     assert found.subjects == {"acc": {"art": Accuracy(1, 1), "maths": Accuracy(1, 2)}}
     (result,) = Evaluation({}, [found]).to_plain()["results"]

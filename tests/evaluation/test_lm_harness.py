@@ -15,7 +15,7 @@ from lm_eval.tasks import TaskManager
 from tolerances import FLOAT32_LOGITS
 
 from moe_jax.errors import UserError
-from moe_jax.evaluation.lm_harness import HarnessModel, grouped
+from moe_jax.evaluation.lm_harness import HarnessModel, group_by_config
 from moe_jax.inference.text_generator import Answer
 
 TASK = """
@@ -193,7 +193,7 @@ def test_generation_is_asked_for_in_several_ways_at_once(models, monkeypatch):
         "1 9 1.5",  # nothing but the token that texts begin with
     ]
     # The first and the third are asked for in the same way, so they share batches.
-    assert list(grouped(asked).values()) == [[0, 2], [1, 4], [3]]
+    assert list(group_by_config(asked).values()) == [[0, 2], [1, 4], [3]]
 
 
 @pytest.mark.parametrize(
@@ -202,7 +202,7 @@ def test_generation_is_asked_for_in_several_ways_at_once(models, monkeypatch):
         ({"num_beams": 4}, r"generation_kwargs.num_beams: unknown; known: "),
         ({"max_gen_toks": 0}, "generation_kwargs.max_new_tokens: must be a positive number"),
         ({"do_sample": True, "top_p": 2}, "generation_kwargs.top_p: must be above 0"),
-        ({"max_gen_toks": 600}, "a request of .* 600 new ones are more than the base's context"),
+        ({"max_gen_toks": 600}, "a request of .* 600 new tokens exceed the base's context"),
     ],
 )
 def test_requests_to_generate_that_it_refuses(models, arguments, message):

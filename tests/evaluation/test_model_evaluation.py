@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 import torch
-from evaluation.conftest import METHOD, write_rows
+from evaluation.conftest import METHOD, evaluate_with, write_rows
 from hf_models import save_tiny_llama
 from tolerances import FLOAT32_LOGITS, ROUNDING
 from xla_flags import xla_flags
@@ -22,8 +22,7 @@ from moe_jax.adapters.routing import SwitchRouter
 from moe_jax.config.run import MeshConfig
 from moe_jax.demo.tiny_llama import save_tokenizer, train_tokenizer
 from moe_jax.errors import UserError
-from moe_jax.evaluation import model_evaluation as run
-from moe_jax.evaluation.model_evaluation import evaluate
+from moe_jax.evaluation import model_evaluation
 from moe_jax.evaluation.scorer import Scorer
 from moe_jax.tasks.selection import named_task
 
@@ -56,7 +55,7 @@ def whole(setting, arc, tmp_path_factory):
 
 def _evaluate(setting, arc, output, **fields):
     fields = {"batch_size": 2, "buckets": BUCKETS, **fields}
-    return evaluate(setting.base, ["arc_easy"], data=arc, output=output, **fields)
+    return evaluate_with(setting.base, ["arc_easy"], data=arc, output=output, **fields)
 
 
 def _files(folder: Path) -> dict[str, bytes]:
@@ -107,7 +106,7 @@ def test_what_was_answered_is_not_asked_again(setting, arc, whole, tmp_path, mon
 
     with monkeypatch.context() as patch:
         counted = _count_batches(patch)
-        patch.setattr(run, "load_params", None)
+        patch.setattr(model_evaluation, "load_params", None)
         again = _evaluate(setting, arc, tmp_path)
     assert counted == []
     assert again.to_plain() == whole[0].to_plain()
@@ -124,7 +123,7 @@ def _hang_after(base, data, output, batches):
 
     Scorer._finish = hanging
     os.environ["XLA_FLAGS"] = xla_flags(devices=1)
-    evaluate(base, ["arc_easy"], data=data, output=output, batch_size=2, buckets=BUCKETS)
+    evaluate_with(base, ["arc_easy"], data=data, output=output, batch_size=2, buckets=BUCKETS)
 
 
 def test_a_killed_process_changes_nothing(setting, arc, whole, tmp_path):
@@ -209,14 +208,14 @@ def test_padding_takes_no_place_with_an_expert(setting, arc, tmp_path):
     model.adapters["routed"] = jax.tree.map(lambda leaf: leaf + 0.1, model.adapters["routed"])
     model.save("routed", tmp_path / "routed")
     fields = {"data": arc, "protocols": "labels", "limit": 3, "batch_size": 4, "buckets": (96,)}
-    found = evaluate(base, "arc_easy", {"routed": tmp_path / "routed"}, **fields)
+    found = evaluate_with(base, "arc_easy", {"routed": tmp_path / "routed"}, **fields)
     letters = [setting.tokenizer(f"Answer: {letter}").input_ids[-1] for letter in "ABC"]
     questions = named_task("arc_easy", data=arc, limit=3).questions()
     for question, said in zip(questions, found.outcomes[0].examples, strict=True):
         ids = setting.tokenizer(question.preface + question.prompt).input_ids
         expected = jax.nn.log_softmax(model([ids], "routed")[0, -1])[np.array(letters)]
         np.testing.assert_allclose(said["scores"], expected, **ROUNDING)
-    plain = evaluate(base, "arc_easy", **fields)
+    plain = evaluate_with(base, "arc_easy", **fields)
     assert plain.outcomes[0].examples[0]["scores"] != found.outcomes[0].examples[0]["scores"]
 
 
@@ -224,10 +223,10 @@ def test_from_memory_as_from_folders(setting, arc, whole):
     base = moe_jax.load_base(setting.base)
     adapter = moe_jax.load_adapter(setting.adapter)
     fields = {"data": arc, "protocols": "labels", "batch_size": 2, "buckets": BUCKETS}
-    found = evaluate(base, "arc_easy", {"tuned": adapter}, with_base=True, **fields)
+    found = evaluate_with(base, "arc_easy", {"tuned": adapter}, with_base=True, **fields)
     assert found.models == ["base", "tuned"]
     assert found.outcomes[0].examples == whole[0].outcomes[0].examples
-    folders = evaluate(setting.base, "arc_easy", {"tuned": setting.adapter}, **fields)
+    folders = evaluate_with(setting.base, "arc_easy", {"tuned": setting.adapter}, **fields)
     assert folders.models == ["tuned"]
     assert folders.outcomes[0].examples == found.outcomes[1].examples
 
@@ -241,8 +240,8 @@ def test_cutting_the_start_off(setting, arc, tmp_path):
     save_tokenizer(tokenizer, tmp_path)
     fields = {"data": arc, "protocols": ["labels"]}
     with pytest.raises(UserError, match=r"arc_easy.*test.jsonl: line \d+: \d+ tokens .* has 64;"):
-        evaluate(tmp_path, ["arc_easy"], **fields)
-    found = evaluate(tmp_path, ["arc_easy"], truncate=True, **fields)
+        evaluate_with(tmp_path, ["arc_easy"], **fields)
+    found = evaluate_with(tmp_path, ["arc_easy"], truncate=True, **fields)
     letters = [tokenizer(f"Answer: {letter}").input_ids[-1] for letter in "ABC"]
     questions = named_task("arc_easy", data=arc).questions()
     cut = 0
@@ -261,7 +260,7 @@ def test_cutting_the_start_off(setting, arc, tmp_path):
 @pytest.fixture
 def no_weights(monkeypatch):
     """Everything below must be found before the weights are read."""
-    monkeypatch.setattr(run, "load_params", None)
+    monkeypatch.setattr(model_evaluation, "load_params", None)
 
 
 @pytest.mark.usefixtures("no_weights")
@@ -290,7 +289,7 @@ def no_weights(monkeypatch):
 def test_bad_input(setting, arc, fields, message):
     fields = {"tasks": ["arc_easy"], "data": arc, **fields}
     with pytest.raises(UserError, match=message):
-        evaluate(setting.base, **fields)
+        evaluate_with(setting.base, **fields)
 
 
 @pytest.mark.usefixtures("no_weights")
@@ -299,11 +298,11 @@ def test_what_does_not_belong_together(setting, arc, tmp_path):
     save_tiny_llama(tmp_path / "other", seed=1, vocab_size=vocab, max_position_embeddings=512)
     save_tokenizer(setting.tokenizer, tmp_path / "other")
     with pytest.raises(UserError, match=r"adapter 'tuned': was trained on the base .*base"):
-        evaluate(tmp_path / "other", ["arc_easy"], {"tuned": setting.adapter}, data=arc)
+        evaluate_with(tmp_path / "other", ["arc_easy"], {"tuned": setting.adapter}, data=arc)
     save_tiny_llama(tmp_path / "small", vocab_size=96)
     save_tokenizer(train_tokenizer(["a"], 258), tmp_path / "small")
     with pytest.raises(UserError, match=r"gives the id \d+, but the base has .* 0 to 95"):
-        evaluate(tmp_path / "small", ["arc_easy"], data=arc)
+        evaluate_with(tmp_path / "small", ["arc_easy"], data=arc)
 
 
 def test_scores_that_are_no_numbers_are_refused(setting, arc):
@@ -311,11 +310,14 @@ def test_scores_that_are_no_numbers_are_refused(setting, arc):
     params = jax.tree.map(lambda leaf: leaf * np.float32(np.inf), base.params)
     broken = moe_jax.Base(base.folder, base.identity, base.config, params)
     with pytest.raises(UserError, match=r"test.jsonl: line \d+ are not finite"):
-        evaluate(broken, ["arc_easy"], data=arc, protocols=["labels"])
+        evaluate_with(broken, ["arc_easy"], data=arc, protocols=["labels"])
 
 
 def test_two_evaluations_do_not_write_to_one_folder(setting, arc, tmp_path):
-    with run.locked(tmp_path), pytest.raises(UserError, match="another evaluation is writing"):
+    with (
+        model_evaluation.locked(tmp_path),
+        pytest.raises(UserError, match="another evaluation is writing"),
+    ):
         _evaluate(setting, arc, tmp_path)
 
 

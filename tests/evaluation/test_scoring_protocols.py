@@ -38,29 +38,29 @@ def question(prompt: str, labels: tuple[str, ...]) -> Question:
     return Question("rows: line 1", "", prompt, labels, choices, 0)
 
 
-def label_items(tokenizer, *labels, prompt="q"):
-    ((_, items),) = SCORING_PROTOCOLS["labels"].prepare(
+def label_sequences(tokenizer, *labels, prompt="q"):
+    ((_, sequences),) = SCORING_PROTOCOLS["labels"].prepare(
         "mine", [question(prompt, labels)], tokenizer
     )
-    return items
+    return sequences
 
 
 def test_labels_of_one_token_are_compared_at_the_end_of_the_prompt():
     #          3    4    5
-    items = label_items(words("q", "A", "B"), "A", "B")
-    assert items == (ScoredSequence(tokens=(1, 3), targets=(), candidates=(4, 5)),)
+    sequences = label_sequences(words("q", "A", "B"), "A", "B")
+    assert sequences == (ScoredSequence(tokens=(1, 3), targets=(), candidates=(4, 5)),)
 
 
 def test_what_all_labels_begin_with_ends_the_prompt():
     #                          3    4    5    6
-    items = label_items(words("q", "_", "A", "B", split="characters"), "A", "B")
-    assert items == (ScoredSequence(tokens=(1, 3, 4), targets=(), candidates=(5, 6)),)
+    sequences = label_sequences(words("q", "_", "A", "B", split="characters"), "A", "B")
+    assert sequences == (ScoredSequence(tokens=(1, 3, 4), targets=(), candidates=(5, 6)),)
 
 
 def test_labels_of_several_tokens_are_compared_as_a_whole():
     #                        3    4    5    6    7    8
     tokenizer = words("q", "_", "n", "o", "y", "e", split="characters")
-    no, yes = label_items(tokenizer, "no", "ye")
+    no, yes = label_sequences(tokenizer, "no", "ye")
     assert no == ScoredSequence(tokens=(1, 3, 4, 5), targets=(5, 6), candidates=())
     assert yes == ScoredSequence(tokens=(1, 3, 4, 7), targets=(7, 8), candidates=())
 
@@ -68,7 +68,7 @@ def test_labels_of_several_tokens_are_compared_as_a_whole():
 @pytest.mark.parametrize(
     ("vocabulary", "labels", "message"),
     [
-        ("q_may", ("ma", "may"), r"'mine': .* does not tell the labels 'ma' and 'may' apart"),
+        ("q_may", ("ma", "may"), r"'mine': .* does not distinguish the labels 'ma' and 'may'"),
         ("q_A", ("A", "B"), "'mine': .* has no tokens for the label 'B'; .* 'choices' alone"),
     ],
 )
@@ -76,7 +76,7 @@ def test_labels_that_cannot_be_told_apart(vocabulary, labels, message):
     tokenizer = words(*vocabulary, split="characters")
     tokenizer.name_or_path = "models/mine"
     with pytest.raises(DataError, match=message) as error:
-        label_items(tokenizer, *labels)
+        label_sequences(tokenizer, *labels)
     assert "models/mine" in str(error.value)
 
 
@@ -84,8 +84,8 @@ def test_choices_are_scored_token_by_token():
     #                 3    4    5    6
     tokenizer = words("q", "red", "dark", "blue")
     asked = [question("q q", ("red", "dark blue"))]
-    ((_, items),) = SCORING_PROTOCOLS["choices"].prepare("mine", asked, tokenizer)
-    assert items == (
+    ((_, sequences),) = SCORING_PROTOCOLS["choices"].prepare("mine", asked, tokenizer)
+    assert sequences == (
         ScoredSequence(tokens=(1, 3, 3), targets=(4,), candidates=()),
         ScoredSequence(tokens=(1, 3, 3, 5), targets=(5, 6), candidates=()),
     )

@@ -5,11 +5,11 @@ The texts that the plain script scores are written out by hand in `families`.
 
 import numpy as np
 import pytest
+from evaluation.conftest import evaluate_with
 from evaluation.families import FAMILIES
 from evaluation.reference_scores import choice_scores, label_logits, label_scores, per_character
 from tolerances import FLOAT32_LOGITS
 
-from moe_jax.evaluation.model_evaluation import evaluate
 from moe_jax.tasks.families import TASKS
 from moe_jax.tasks.families.glue import ClassificationTask
 from moe_jax.tasks.selection import make_task, task_names
@@ -21,7 +21,7 @@ def evaluation(setting):
         make_task(TASKS[name], name, path=str(setting.data / name), **family.fields)
         for name, family in FAMILIES.items()
     ]
-    return evaluate(
+    return evaluate_with(
         setting.base, tasks, {"tuned": setting.adapter}, with_base=True, buckets=(96, 256)
     )
 

@@ -1,7 +1,7 @@
 """A user's own task: a file of rows and a text file."""
 
 import pytest
-from evaluation.conftest import write_rows
+from evaluation.conftest import evaluate_with, write_rows
 from evaluation.reference_scores import choice_scores, label_logits
 
 from moe_jax.errors import UserError
@@ -73,7 +73,7 @@ def test_against_the_plain_script(make, setting):
     free = make("{question}\nAnswer:", ROWS)
     assert [o.protocol for o in evaluate(setting.base, [free]).outcomes] == ["choices"]
     with pytest.raises(UserError, match="'quiz': has no labels; take the protocol 'choices'"):
-        evaluate(setting.base, [free], protocols=["labels"])
+        evaluate_with(setting.base, [free], protocols=["labels"])
 
 
 def test_shots_come_from_a_folder(make, tmp_path):
