@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from moe_jax.commands import Run
 from moe_jax.commands.arguments import (
-    LESS_MEMORY,
     add_adapters,
     add_base,
     add_dtype,
@@ -25,7 +24,7 @@ from moe_jax.inference.settings import (
 )
 
 if TYPE_CHECKING:  # jax and transformers are imported when the command runs, not for --help
-    from moe_jax.inference.prompts import Prompt
+    pass
 
 EPILOG = """\
 prompts:
@@ -197,7 +196,7 @@ class _Query(NamedTuple):
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    from moe_jax.sharding.memory import memory_errors
+    from moe_jax.errors import memory_errors
 
     with memory_errors(f"a smaller --batch-size or --max-new-tokens, {LESS_MEMORY_FLAGS}"):
         generate(arguments)
