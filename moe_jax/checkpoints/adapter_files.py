@@ -19,9 +19,15 @@ from jax.experimental import multihost_utils
 
 from moe_jax.adapters import METHODS
 from moe_jax.checkpoints.late_errors import register_folder
-from moe_jax.checkpoints.leaves import LeafSpec, leaf_specs, nested
+from moe_jax.checkpoints.leaves import (
+    LeafSpec,
+    Snapshot,
+    leaf_specs,
+    nested,
+    take_snapshot,
+    without_copy,
+)
 from moe_jax.checkpoints.restored_tree import restore_tree
-from moe_jax.checkpoints.snapshot import Snapshot, take_snapshot, without_copy
 from moe_jax.checkpoints.training_record import (
     TrainingRecord,
     read_pictures,

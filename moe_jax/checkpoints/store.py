@@ -16,9 +16,8 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
 from moe_jax.checkpoints.late_errors import register_folder
-from moe_jax.checkpoints.leaves import named_leaves, nested
+from moe_jax.checkpoints.leaves import Snapshot, named_leaves, nested, take_snapshot
 from moe_jax.checkpoints.restored_tree import first_line, restore_tree
-from moe_jax.checkpoints.snapshot import Snapshot, take_snapshot
 from moe_jax.errors import CheckpointError
 from moe_jax.files.disk import disk_errors
 

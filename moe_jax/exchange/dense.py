@@ -40,7 +40,7 @@ from moe_jax.exchange.whole_model import (
 )
 from moe_jax.hf.base_model import BaseModel
 from moe_jax.hf.key_table import TensorParts
-from moe_jax.loaded.comparison import Measuring
+from moe_jax.loaded.adapter_measurement import AdapterMeasurement
 
 _FORMAT = "llama"
 
@@ -100,7 +100,7 @@ class DenseFormat(ModelFormat):
         options: ExportOptions,
     ) -> Plan:
         method, tokens = adapter.method, options.tokens
-        measuring = None if tokens is None else Measuring(adapter, base, tokens)
+        measuring = None if tokens is None else AdapterMeasurement(adapter, base, tokens)
         measure = None if measuring is None else measuring.divergence
         tensors = base_tensors(base.config)
         if isinstance(method, LoraConfig):

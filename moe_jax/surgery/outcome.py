@@ -16,7 +16,7 @@ from moe_jax.config.parse import FieldError, located
 from moe_jax.files.folders import require_unused
 from moe_jax.hf.base_model import BaseIdentity, BaseModel, resolve_adapter
 from moe_jax.loaded.adapter_base import expected_leaves, open_adapter_base
-from moe_jax.loaded.comparison import Change, Measuring
+from moe_jax.loaded.adapter_measurement import AdapterMeasurement, LogitChange
 
 _LENGTH = 512
 _ROUNDING = 1e-7
@@ -39,7 +39,7 @@ class SurgeryOutcome(NamedTuple):
     adapter: SavedAdapter
     exact: bool
     notes: list[str]
-    change: Change | None = None
+    change: LogitChange | None = None
     weight_errors: Mapping[str, float] = {}
 
 
@@ -56,11 +56,11 @@ class Text(NamedTuple):
     base: BaseModel
     rows: np.ndarray
 
-    def measuring(self, adapter: SavedAdapter) -> Measuring:
+    def measuring(self, adapter: SavedAdapter) -> AdapterMeasurement:
         """An adapter on its base, in memory."""
-        return Measuring(adapter, self.base, self.rows)
+        return AdapterMeasurement(adapter, self.base, self.rows)
 
-    def describe(self, change: Change, original: str) -> str:
+    def describe(self, change: LogitChange, original: str) -> str:
         """A change in words."""
         is_rounding = abs(change.divergence) < _ROUNDING  # of either sign
         divergence = f"below {_ROUNDING:.0e}" if is_rounding else f"{change.divergence:.3g}"

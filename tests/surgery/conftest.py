@@ -15,7 +15,7 @@ from whole_models import adapter_of, saved_base
 import moe_jax
 from moe_jax.checkpoints.adapter_files import SavedAdapter
 from moe_jax.checkpoints.leaves import named_leaves
-from moe_jax.loaded.comparison import Change
+from moe_jax.loaded.adapter_measurement import LogitChange
 from moe_jax.surgery import outcome
 
 
@@ -71,7 +71,7 @@ def world(tmp_path_factory) -> World:
 
 
 class _Unmeasured:
-    """Takes the place of `Measuring` where a test is about weights alone; compiles nothing."""
+    """Takes the place of `AdapterMeasurement` where a test is about weights alone; compiles nothing."""
 
     def __init__(self, adapter: SavedAdapter, base: Any, rows: np.ndarray):
         leaves = named_leaves(adapter.tree)
@@ -85,11 +85,11 @@ class _Unmeasured:
     def loads(self) -> dict[str, np.ndarray]:
         return {site: np.ones((shape[0], shape[2])) for site, shape in self._shapes.items()}
 
-    def change_to(self, adapter: SavedAdapter) -> Change:
-        return Change(1.0, 1.0, 1.0)
+    def change_to(self, adapter: SavedAdapter) -> LogitChange:
+        return LogitChange(1.0, 1.0, 1.0)
 
 
 @pytest.fixture
 def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
     """Replaces what is measured by ones."""
-    monkeypatch.setattr(outcome, "Measuring", _Unmeasured)
+    monkeypatch.setattr(outcome, "AdapterMeasurement", _Unmeasured)

@@ -23,7 +23,7 @@ from moe_jax.models.causal_lm import LlamaForCausalLM
 _NAME = "exported"
 
 
-class Change(NamedTuple):
+class LogitChange(NamedTuple):
     """How far the logits of one model are from those of another, on the same tokens.
 
     Attributes:
@@ -38,7 +38,7 @@ class Change(NamedTuple):
     mean_square: float
 
 
-class Measuring:
+class AdapterMeasurement:
     """The exact model, an adapter on its base, in memory; it computes in float32.
 
     Rows go through it one at a time, so that beside the parameters memory holds the logits of one.
@@ -83,11 +83,11 @@ class Measuring:
     def divergence(self, folder: Path) -> float:
         """KL of the next-token distributions from those of the model in `folder`, nats per token.
 
-        See `Change.divergence`; this adapter on its base is the exact model.
+        See `LogitChange.divergence`; this adapter on its base is the exact model.
         """
         return self._change(self._whole_model(folder), exact_first=True).divergence
 
-    def change_to(self, adapter: SavedAdapter) -> Change:
+    def change_to(self, adapter: SavedAdapter) -> LogitChange:
         """How far another adapter on the same base is from this one, which is the exact model."""
         adapter_rows = (AdapterRows(_NAME, adapter.method, 0, 1),)
         variables = {
@@ -98,7 +98,7 @@ class Measuring:
             (self._model.clone(adapter_rows=adapter_rows), variables), exact_first=True
         )
 
-    def change_from(self, folder: Path) -> Change:
+    def change_from(self, folder: Path) -> LogitChange:
         """How far this adapter on its base is from the model in `folder`, the exact one."""
         return self._change(self._whole_model(folder), exact_first=False)
 
@@ -107,7 +107,7 @@ class Measuring:
         params = load_base(folder, model, "float32")
         return LlamaForCausalLM(model, self._compute), {PARAMS: params}
 
-    def _change(self, other: tuple[LlamaForCausalLM, Any], *, exact_first: bool) -> Change:
+    def _change(self, other: tuple[LlamaForCausalLM, Any], *, exact_first: bool) -> LogitChange:
         """Between this adapter on its base and another model, either of which is the exact one."""
 
         @jax.jit
@@ -124,4 +124,4 @@ class Measuring:
 
         rows = [change(self._variables, other[1], row) for row in self._rows]
         divergence, largest, square = (np.asarray(each) for each in zip(*rows, strict=True))
-        return Change(float(divergence.mean()), float(largest.max()), float(square.mean()))
+        return LogitChange(float(divergence.mean()), float(largest.max()), float(square.mean()))
