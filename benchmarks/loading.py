@@ -98,7 +98,7 @@ def load(folder: Path, dtype: str, devices: int) -> None:
     import jax.numpy as jnp
 
     from moe_jax.hf.config import read_model_config
-    from moe_jax.hf.load import abstract_base, load_base
+    from moe_jax.hf.load import abstract_base_params, load_base_params
 
     config = read_model_config(folder)
     assert jax.device_count() == devices
@@ -115,13 +115,13 @@ def load(folder: Path, dtype: str, devices: int) -> None:
                     break
             return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes))
 
-        shardings = jax.tree.map(spread, abstract_base(config, dtype))
+        shardings = jax.tree.map(spread, abstract_base_params(config, dtype))
     # What jax sets up at its first transfer and computation is not the checkpoint's.
     jax.block_until_ready([jnp.ones(8) + 1, *(jax.device_put(1.0, d) for d in jax.devices())])
     print("ready", flush=True)
     sys.stdin.readline()
     start = time.perf_counter()
-    params = load_base(folder, config, dtype, shardings)
+    params = load_base_params(folder, config, dtype, shardings)
     seconds = time.perf_counter() - start
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     print(json.dumps({"seconds": seconds, "parameter_bytes": size}), flush=True)

@@ -33,7 +33,7 @@ from benchmarks.sizes import SIZE_HELP, model_of
 from benchmarks.timing import spread
 from moe_jax.config.run import RunConfig
 from moe_jax.errors import ConfigError, UserError
-from moe_jax.hf.load import load_base
+from moe_jax.hf.load import load_base_params
 from moe_jax.training.run.inputs import read_inputs
 from moe_jax.training.run.loop import train
 from moe_jax.training.step.micro_batches import join_rows
@@ -78,7 +78,9 @@ class Bare:
         inputs = read_inputs(config, lambda _: None)
         self._program = build_program(config, inputs.base.config, inputs.steps)
         shardings = self._program.param_shardings
-        self._params = load_base(inputs.base.folder, inputs.base.config, "float32", shardings)
+        self._params = load_base_params(
+            inputs.base.folder, inputs.base.config, "float32", shardings
+        )
         rows = join_rows([next(data.iterator) for data in inputs.train.values()])
         self._batch = self._program.put_train_batch(rows)
         self._state = self._program.init_state(self._params)

@@ -43,7 +43,7 @@ from moe_jax.config.command_line import load_config_file
 from moe_jax.demo.corpus import write_corpus
 from moe_jax.errors import ConfigError, UserError
 from moe_jax.hf.config import read_model_config
-from moe_jax.hf.load import checked_leaves, load_base, read_leaf
+from moe_jax.hf.load import checked_leaves, load_base_params, read_leaf
 from moe_jax.hf.shards import open_shards
 from moe_jax.layers.quantized import dense_kernel
 
@@ -60,7 +60,7 @@ def loaded(folder: Path, kind: str) -> dict[str, Any]:
     """What a base costs as `kind`, and how far its kernels are from those on disk."""
     config = read_model_config(folder)
     start = time.perf_counter()
-    params = load_base(folder, config, kind)
+    params = load_base_params(folder, config, kind)
     seconds = time.perf_counter() - start
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     difference, total = 0.0, 0.0

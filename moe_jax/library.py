@@ -29,14 +29,14 @@ from moe_jax.exchange.format import Weighting
 from moe_jax.exchange.hub import HubTarget, push_folder, require_access
 from moe_jax.files.folders import require_unused
 from moe_jax.hf.base_model import BaseModel, open_base, resolve_adapter, resolve_checkpoint
-from moe_jax.hf.load import load_base as load_params
+from moe_jax.hf.load import load_base_params
 from moe_jax.inference.api import InferenceSession
 from moe_jax.layers.names import ADAPTERS, PARAMS
-from moe_jax.loaded.model import Adapter
+from moe_jax.loaded.inference_model import Adapter
 from moe_jax.models.causal_lm import LlamaForCausalLM
 from moe_jax.models.fresh import fresh_adapter
 from moe_jax.training.run import loop
-from moe_jax.training.run.loop import TrainResult
+from moe_jax.training.run.completion import TrainResult
 
 
 class Base(BaseModel):
@@ -63,7 +63,7 @@ def load_base(
       CheckpointError: the checkpoint is missing, damaged, or not of a known architecture.
     """
     base = open_base(path, revision)
-    params = load_params(base.folder, base.config, dtype)
+    params = load_base_params(base.folder, base.config, dtype)
     return Base(base.folder, base.identity, base.config, params)
 
 
@@ -305,7 +305,7 @@ def train(config: Any, workdir: str | Path) -> TrainResult:
     """
     parsed = config if isinstance(config, RunConfig) else parse_config(config)
     from moe_jax.evaluation.training_evaluator import (
-        OnTasks,  # with libraries that others do not need
+        TrainingTaskEvaluation,  # with libraries that others do not need
     )
 
-    return loop.train(parsed, Path(workdir), on_tasks=OnTasks())
+    return loop.train(parsed, Path(workdir), task_evaluation=TrainingTaskEvaluation())

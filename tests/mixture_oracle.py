@@ -21,11 +21,11 @@ from torch import nn
 
 from moe_jax.adapters.method import AdapterMethod
 from moe_jax.adapters.routing.losses import LoadBalance
-from moe_jax.adapters.rows import Segment
+from moe_jax.adapters.rows import AdapterRows
 from moe_jax.config.model import ComputeConfig
 from moe_jax.data.batch import Batch
 from moe_jax.hf.config import read_model_config
-from moe_jax.hf.load import load_base
+from moe_jax.hf.load import load_base_params
 from moe_jax.models.causal_lm import LlamaForCausalLM
 from moe_jax.training.step.loss import row_losses
 from moe_jax.training.step.step import forward
@@ -201,13 +201,13 @@ def assert_training_step_equals(folder: Path, method: dict, counts: list[int]) -
     reference = save_tiny_llama(folder, attention_bias=True)
     config = read_model_config(folder)
     program = tiny_program.program({"a": {**method, "losses": LOSSES}}, config=config)
-    params = load_base(folder, config, "float32")
+    params = load_base_params(folder, config, "float32")
     adapters = tiny_program.random_adapters(program)
     state = program.init_state(params).replace(adapters=adapters)
     tree = jax.tree.map(np.asarray, adapters["a"])
     batch = tiny_program.random_batch(8)
 
-    oracle = attach(reference, tree, program.segments[0].method, counts)
+    oracle = attach(reference, tree, program.adapter_rows[0].method, counts)
     tokens, mask = torch.tensor(batch.tokens), torch.tensor(batch.segment_ids)
     logits = oracle(tokens, attention_mask=mask).logits
     expected = router_losses(oracle, batch, delta=-0.4, num_groups=2)
@@ -237,9 +237,9 @@ def assert_equals_recorded_figures(name: str, method: AdapterMethod, coefficient
     """
     case = load_case(name)
     config = read_model_config(BASE)
-    params = load_base(BASE, config, "float32")
+    params = load_base_params(BASE, config, "float32")
     compute, balance = ComputeConfig(dtype="float32"), LoadBalance(coefficient=coefficient)
-    model = LlamaForCausalLM(config, compute, (Segment("a", method, 0, 4),))
+    model = LlamaForCausalLM(config, compute, (AdapterRows("a", method, 0, 4),))
 
     def total(adapter, params, batch):
         logits, statistics = forward(model, params, {"a": adapter}, batch, None)

@@ -30,7 +30,7 @@ from moe_jax.demo.tiny_llama import (
 )
 from moe_jax.hf.config import read_model_config
 from moe_jax.hf.key_table import hf_tensors
-from moe_jax.hf.load import load_base
+from moe_jax.hf.load import load_base_params
 from moe_jax.models.causal_lm import LlamaForCausalLM
 from moe_jax.training.step.loss import row_losses
 
@@ -104,7 +104,7 @@ def pretrain(folder: Path, *, steps: int, seed: int = 0, dtype: str = "bfloat16"
     tokenizer = demo_tokenizer(seed)
     save_tokenizer(tokenizer, folder)
     config = read_model_config(folder)
-    params = load_base(folder, config, "float32")
+    params = load_base_params(folder, config, "float32")
     model = LlamaForCausalLM(config, ComputeConfig(dtype="float32"))
     schedule = optax.warmup_cosine_decay_schedule(0.0, LEARNING_RATE, WARMUP_STEPS, steps)
     optimizer = optax.chain(

@@ -9,14 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.adapters.method import AdapterMethod
-from moe_jax.adapters.rows import Segment
+from moe_jax.adapters.rows import AdapterRows
 from moe_jax.checkpoints.adapter_files import SavedAdapter
 from moe_jax.config.run import RunConfig
 from moe_jax.data.batch import Batch
 from moe_jax.data.pipeline import load_validation_data
 from moe_jax.data.tokenizer import load_tokenizer
 from moe_jax.hf.config import read_model_config
-from moe_jax.hf.load import load_base
+from moe_jax.hf.load import load_base_params
 from moe_jax.models.causal_lm import LlamaForCausalLM
 from moe_jax.training.step.loss import row_losses
 from moe_jax.training.step.step import forward
@@ -42,7 +42,7 @@ class Scorer:
     """Scores answers with one model, compiled once for each shape of batch."""
 
     def __init__(self, model: LlamaForCausalLM):
-        """Takes a model whose segments fit the adapters and the rows of the batches to come."""
+        """Takes a model whose adapter_rows fit the adapters and the rows of the batches to come."""
 
         @jax.jit
         def judge(params: Any, adapters: Any, batch: Batch) -> tuple[jax.Array, ...]:
@@ -90,7 +90,7 @@ class Examiner:
         """Loads the base of `config`, and the questions that validate its adapter `adapter`."""
         base, own = Path(config.base.path), config.adapters[adapter]
         model_config = read_model_config(base)
-        self._params = load_base(base, model_config, config.base.param_dtype)
+        self._params = load_base_params(base, model_config, config.base.param_dtype)
         self._rows = own.batch_size
         self._sets = load_validation_data(own.data, load_tokenizer(base), self._rows)
         dtype = config.base.param_dtype
@@ -111,7 +111,7 @@ class Examiner:
         for known, scorer in self._scorers:
             if known == method:
                 return scorer
-        segments = () if method is None else (Segment(self._NAME, method, 0, self._rows),)
-        scorer = Scorer(self._frozen.clone(segments=segments))
+        adapter_rows = () if method is None else (AdapterRows(self._NAME, method, 0, self._rows),)
+        scorer = Scorer(self._frozen.clone(adapter_rows=adapter_rows))
         self._scorers.append((method, scorer))
         return scorer

@@ -29,7 +29,7 @@ from moe_jax.config.parse import parse, suggest
 from moe_jax.errors import CheckpointError
 from moe_jax.exchange.torch_files import read_torch_file, write_torch_file
 from moe_jax.hf.fields import HFFields
-from moe_jax.hf.shards import listed
+from moe_jax.hf.shards import name_list
 
 CONFIG_FILE = "adapter_config.json"
 SAFETENSORS_FILE = "adapter_model.safetensors"
@@ -226,13 +226,13 @@ def require_tensors(
     missing = [name for name in expected if name not in tensors]
     if missing:
         raise CheckpointError(
-            f"{file}: lacks {listed(missing, 2)}; it is incomplete, or the adapter was trained on "
+            f"{file}: lacks {name_list(missing, 2)}; it is incomplete, or the adapter was trained on "
             f"another base than {base}"
         )
     unused = sorted(name for name in tensors if name not in expected)
     if unused:
         raise CheckpointError(
-            f"{file}: holds {listed(unused, 2)}, which would be dropped; {source.config_file.name} "
+            f"{file}: holds {name_list(unused, 2)}, which would be dropped; {source.config_file.name} "
             f"belongs to another adapter, or this adapter to another base than {base}"
         )
     for name, shape in expected.items():

@@ -73,7 +73,7 @@ def _leaf(rule: WeightRule, config: ModelConfig) -> Leaf:
     return Leaf(
         path=tuple(rule.path.split("/")),
         shape=(config.num_layers, *shape) if stacked else shape,
-        keys=keys_of(rule.key, config),
+        keys=tensor_names(rule.key, config),
         stacked=stacked,
         transposed=rule.transposed,
         first_row=sum(rows[: rule.part]),
@@ -81,14 +81,14 @@ def _leaf(rule: WeightRule, config: ModelConfig) -> Leaf:
     )
 
 
-def keys_of(pattern: str, config: ModelConfig) -> tuple[str, ...]:
+def tensor_names(pattern: str, config: ModelConfig) -> tuple[str, ...]:
     """The tensor names that a name with or without `{layer}` stands for."""
     if "{layer}" not in pattern:
         return (pattern,)
     return tuple(pattern.format(layer=layer) for layer in range(config.num_layers))
 
 
-def key_of(path: str, config: ModelConfig) -> str | None:
+def tensor_name(path: str, config: ModelConfig) -> str | None:
     """The name of the tensor of an unstacked leaf, whether or not this model has it.
 
     None if none of the family has it.
@@ -96,16 +96,20 @@ def key_of(path: str, config: ModelConfig) -> str | None:
     return next((rule.key for rule in family_of(config).weights if rule.path == path), None)
 
 
-def not_weights(config: ModelConfig) -> set[str]:
+def ignored_tensors(config: ModelConfig) -> set[str]:
     """Tensors that may be stored and are not read."""
-    return {key for pattern in family_of(config).not_weights for key in keys_of(pattern, config)}
+    return {
+        key
+        for pattern in family_of(config).ignored_tensors
+        for key in tensor_names(pattern, config)
+    }
 
 
-def why_unexpected(key: str, config: ModelConfig) -> str:
+def unexpected_reason(key: str, config: ModelConfig) -> str:
     """What in the configuration leaves no place for the tensor `key`: text for a message."""
     family = family_of(config)
     for rule in family.weights:
-        if not _exists(rule, config) and key in keys_of(rule.key, config):
+        if not _exists(rule, config) and key in tensor_names(rule.key, config):
             condition = rule.only_if
             assert condition is not None
             return f"config.json says {condition.key} {_stated(condition, config)}"
@@ -152,5 +156,5 @@ def hf_tensor(params: Any, parts: TensorParts) -> np.ndarray:
 
 
 def hf_tensors(params: Any, config: ModelConfig) -> dict[str, np.ndarray]:
-    """A parameter tree as the tensors of a Hugging Face checkpoint; undoes `load_base`."""
+    """A parameter tree as the tensors of a Hugging Face checkpoint; undoes `load_base_params`."""
     return {key: hf_tensor(params, parts) for key, parts in tensor_parts(config).items()}

@@ -21,11 +21,11 @@ from moe_jax.hf.families.family import EMBEDDING_PATH, HEAD_PATH
 from moe_jax.hf.key_table import (
     Leaf,
     base_leaves,
-    key_of,
-    not_weights,
-    why_unexpected,
+    ignored_tensors,
+    tensor_name,
+    unexpected_reason,
 )
-from moe_jax.hf.shards import Shards, listed, open_shards
+from moe_jax.hf.shards import Shards, name_list, open_shards
 from moe_jax.layers.frozen import Storage, check_storage, storage_of
 from moe_jax.layers.quantized import quantize
 
@@ -38,8 +38,8 @@ _BLOCK_BYTES = 2**20
 Tree = dict[str, Any]
 
 
-def abstract_base(config: ModelConfig, dtype: str) -> Tree:
-    """The parameter tree that `load_base` returns, as `jax.ShapeDtypeStruct` leaves."""
+def abstract_base_params(config: ModelConfig, dtype: str) -> Tree:
+    """The parameter tree that `load_base_params` returns, as `jax.ShapeDtypeStruct` leaves."""
     storage = storage_of(dtype)
 
     def abstract(leaf: Leaf) -> Any:
@@ -49,7 +49,7 @@ def abstract_base(config: ModelConfig, dtype: str) -> Tree:
     return _tree({leaf.path: abstract(leaf) for leaf in base_leaves(config)})
 
 
-def load_base(
+def load_base_params(
     folder: str | Path,
     config: ModelConfig,
     dtype: StorageType | str,
@@ -98,11 +98,11 @@ def checked_leaves(shards: Shards, config: ModelConfig) -> list[Leaf]:
     """The leaves to load, once every tensor is known to be there, in its shape, and wanted.
 
     Raises:
-      CheckpointError: see `load_base`.
+      CheckpointError: see `load_base_params`.
     """
     leaves = base_leaves(config)
     present = dict(shards.tensors)
-    embedding, head = key_of(EMBEDDING_PATH, config), key_of(HEAD_PATH, config)
+    embedding, head = tensor_name(EMBEDDING_PATH, config), tensor_name(HEAD_PATH, config)
     if config.tie_word_embeddings and embedding and head and head in present:
         # A tied head that is stored all the same is either the only copy of the embedding or must
         # equal it; anything else would be dropped in silence.
@@ -115,18 +115,18 @@ def checked_leaves(shards: Shards, config: ModelConfig) -> list[Leaf]:
             _check_tied_head(shards, embedding, head)
             del present[head]
     wanted = {key: leaf for leaf in leaves for key in leaf.keys}
-    ignored = not_weights(config)
+    ignored = ignored_tensors(config)
     missing = [key for key in wanted if key not in present]
     if missing:
         raise CheckpointError(
-            f"{shards.folder}: the weights lack {listed(missing)}; "
+            f"{shards.folder}: the weights lack {name_list(missing)}; "
             f"the checkpoint is incomplete or config.json is that of another model"
         )
     left_over = sorted(key for key in present if key not in wanted and key not in ignored)
     if left_over:
         raise CheckpointError(
-            f"{shards.folder}: the weights hold {listed(left_over)}, which would be dropped "
-            f"({why_unexpected(left_over[0], config)}); config.json is that of another model"
+            f"{shards.folder}: the weights hold {name_list(left_over)}, which would be dropped "
+            f"({unexpected_reason(left_over[0], config)}); config.json is that of another model"
         )
     for key, leaf in wanted.items():
         info = present[key]

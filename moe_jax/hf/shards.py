@@ -69,7 +69,7 @@ def open_shards(folder: Path) -> Iterator[Shards]:
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise CheckpointError(
-            f"{folder / INDEX_FILE}: lists {listed(missing)}, which the folder lacks; "
+            f"{folder / INDEX_FILE}: lists {name_list(missing)}, which the folder lacks; "
             f"download the checkpoint again"
         )
     files = {name: _open(folder / name) for name in names}
@@ -88,7 +88,7 @@ def open_shards(folder: Path) -> Iterator[Shards]:
             file.__exit__(None, None, None)
 
 
-def listed(names: list[str], most: int = 4) -> str:
+def name_list(names: list[str], most: int = 4) -> str:
     """The first names of a list, and how many more there are."""
     more = len(names) - most
     return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
@@ -129,12 +129,12 @@ def _check_index(folder: Path, name: str, indexed: set[str], stored: set[str]) -
     absent, unlisted = sorted(indexed - stored), sorted(stored - indexed)
     if absent:
         raise CheckpointError(
-            f"{folder / name}: lacks {listed(absent)}, which {INDEX_FILE} places there; "
+            f"{folder / name}: lacks {name_list(absent)}, which {INDEX_FILE} places there; "
             f"download the checkpoint again"
         )
     if unlisted:
         raise CheckpointError(
-            f"{folder / name}: holds {listed(unlisted)}, which {INDEX_FILE} does not place there; "
+            f"{folder / name}: holds {name_list(unlisted)}, which {INDEX_FILE} does not place there; "
             f"download the checkpoint again"
         )
 
@@ -153,7 +153,7 @@ def _no_weights(folder: Path) -> str:
         return f"{folder}: holds an adapter, not a base model; give the model it was trained on"
     if other:
         return (
-            f"{folder}: has {listed(other)} but neither {SINGLE_FILE} nor {INDEX_FILE}; "
+            f"{folder}: has {name_list(other)} but neither {SINGLE_FILE} nor {INDEX_FILE}; "
             f"download the checkpoint again"
         )
     return (

@@ -16,7 +16,7 @@ from moe_jax.checkpoints.adapter_files import SavedAdapter
 from moe_jax.config.model import ComputeConfig
 from moe_jax.hf.base_model import BaseModel
 from moe_jax.hf.config import read_model_config
-from moe_jax.hf.load import load_base
+from moe_jax.hf.load import load_base_params
 from moe_jax.layers.names import ADAPTERS, PARAMS, ROUTER
 from moe_jax.models.causal_lm import LlamaForCausalLM
 
@@ -56,7 +56,7 @@ class AdapterMeasurement:
         self._model = LlamaForCausalLM(
             base.config, self._compute, adapter_rows=(AdapterRows(_NAME, adapter.method, 0, 1),)
         )
-        params = load_base(base.folder, base.config, "float32")
+        params = load_base_params(base.folder, base.config, "float32")
         self._variables = {PARAMS: params, ADAPTERS: to_collection({_NAME: adapter.tree})}
         self._rows = [jnp.asarray(row[None]) for row in tokens]
 
@@ -104,7 +104,7 @@ class AdapterMeasurement:
 
     def _whole_model(self, folder: Path) -> tuple[LlamaForCausalLM, Any]:
         model = read_model_config(folder)
-        params = load_base(folder, model, "float32")
+        params = load_base_params(folder, model, "float32")
         return LlamaForCausalLM(model, self._compute), {PARAMS: params}
 
     def _change(self, other: tuple[LlamaForCausalLM, Any], *, exact_first: bool) -> LogitChange:

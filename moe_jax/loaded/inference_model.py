@@ -18,7 +18,7 @@ from moe_jax.checkpoints.leaves import checksums
 from moe_jax.config.model import ComputeConfig, FloatType
 from moe_jax.config.parse import located, to_plain
 from moe_jax.hf.base_model import BaseModel, resolve_adapter
-from moe_jax.hf.load import load_base
+from moe_jax.hf.load import load_base_params
 from moe_jax.layers.names import PARAMS
 from moe_jax.models.causal_lm import LlamaForCausalLM
 from moe_jax.models.fresh import fresh_adapter
@@ -72,7 +72,7 @@ def load_params(base: BaseModel, model: LlamaForCausalLM, mesh: Mesh | None) -> 
     if mesh is not None:
         shardings = shardings_of(_boxed_params(model), mesh)
     if base.params is None:
-        return load_base(base.folder, base.config, model.param_dtype, shardings)
+        return load_base_params(base.folder, base.config, model.param_dtype, shardings)
     return base.params if shardings is None else jax.device_put(base.params, shardings)
 
 

@@ -23,7 +23,7 @@ from moe_jax.hf.base_model import open_base, resolve_checkpoint
 from moe_jax.hf.config import read_model_config
 from moe_jax.hf.key_table import Leaf
 from moe_jax.hf.load import checked_leaves, read_leaf
-from moe_jax.hf.shards import Shards, listed, open_shards
+from moe_jax.hf.shards import Shards, name_list, open_shards
 from moe_jax.surgery.experts import Leaves
 from moe_jax.surgery.outcome import SurgeryOutcome, finished, new_adapter, text_rows
 from moe_jax.surgery.truncation import Truncated, relative_error, truncated
@@ -75,7 +75,7 @@ def from_dense(
         others = pair.differences(method)
         if others and not leave_out:
             raise CheckpointError(
-                f"{folders[1]}: also differs from the base in {listed(list(others))}, which a LoRA "
+                f"{folders[1]}: also differs from the base in {name_list(list(others))}, which a LoRA "
                 f"on {', '.join(method.target_modules)} has no place for; leave that out with "
                 "--leave-out, or target the projection"
             )
@@ -185,7 +185,7 @@ def _notes(overall: float, others: dict[str, float], rank: int) -> list[str]:
         notes[0] = notes[0].replace("exact, up to rounding: ", "not exact as a whole: ")
         most = max(others, key=others.__getitem__)
         notes.append(
-            f"left out: {listed(list(others))}, relative difference up to {others[most]:.3g} "
+            f"left out: {name_list(list(others))}, relative difference up to {others[most]:.3g} "
             f"({most})"
         )
     return notes

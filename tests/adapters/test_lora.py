@@ -16,11 +16,11 @@ from moe_jax.adapters.lora.low_rank import LowRankConfig
 from moe_jax.adapters.method import FrozenProjection
 from moe_jax.adapters.mixlora import ExpertLoraConfig, MixLoraConfig, MixLoraMLP
 from moe_jax.adapters.routing import TopKRouter
-from moe_jax.adapters.rows import Segment
+from moe_jax.adapters.rows import AdapterRows
 from moe_jax.adapters.tree import to_collection
 from moe_jax.config.model import ComputeConfig
 from moe_jax.hf.config import read_model_config
-from moe_jax.hf.load import load_base
+from moe_jax.hf.load import load_base_params
 from moe_jax.models.causal_lm import LlamaForCausalLM
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -45,7 +45,7 @@ def test_logits_equal_peft_and_differ_from_the_base(tmp_path, targets):
     base = save_tiny_llama(tmp_path)
     tokens = RNG.integers(0, 96, (2, 12))
     config = read_model_config(tmp_path)
-    params = load_base(tmp_path, config, "float32")
+    params = load_base_params(tmp_path, config, "float32")
     adapted = peft.get_peft_model(
         base, peft.LoraConfig(r=3, lora_alpha=5, target_modules=list(targets), lora_dropout=0.1)
     ).eval()
@@ -58,8 +58,8 @@ def test_logits_equal_peft_and_differ_from_the_base(tmp_path, targets):
             frozen = adapted(torch.tensor(tokens)).logits.numpy()
 
     method = LoraConfig(rank=3, alpha=5.0, target_modules=targets, dropout=0.1)
-    segments = (Segment("default", method, 0, 2),)
-    model = LlamaForCausalLM(config, ComputeConfig(dtype="float32"), segments)
+    adapter_rows = (AdapterRows("default", method, 0, 2),)
+    model = LlamaForCausalLM(config, ComputeConfig(dtype="float32"), adapter_rows)
     adapters = {"default": _from_peft(base, targets)}
     variables = {"params": params, "adapters": to_collection(adapters)}
     logits = jax.jit(lambda: model.apply(variables, tokens))()

@@ -14,12 +14,12 @@ from hf_models import save_tiny_llama
 from tolerances import FLOAT32_LOGITS, GRADIENT_ROUNDING, ROUNDING
 
 from moe_jax.adapters.lora.lora import LoraConfig
-from moe_jax.adapters.rows import Segment
+from moe_jax.adapters.rows import AdapterRows
 from moe_jax.adapters.tree import to_collection
 from moe_jax.config.model import ComputeConfig
 from moe_jax.data.batch import Batch
 from moe_jax.hf.config import read_model_config
-from moe_jax.hf.load import load_base
+from moe_jax.hf.load import load_base_params
 from moe_jax.models.causal_lm import LlamaForCausalLM
 
 TARGETS = tiny_program.ALL_TARGETS
@@ -30,9 +30,9 @@ RNG = np.random.default_rng(0)
 def _run(folder, method, rows):
     """`f(adapter, tokens, cotangent)`: logits, and the gradient of their product."""
     config = read_model_config(folder)
-    params = load_base(folder, config, "float32")
-    segments = (Segment("default", method, 0, rows),)
-    model = LlamaForCausalLM(config, ComputeConfig(dtype="float32"), segments)
+    params = load_base_params(folder, config, "float32")
+    adapter_rows = (AdapterRows("default", method, 0, rows),)
+    model = LlamaForCausalLM(config, ComputeConfig(dtype="float32"), adapter_rows)
 
     def product(adapter, params, tokens, cotangent):
         variables = {"params": params, "adapters": to_collection({"default": adapter})}
@@ -179,7 +179,7 @@ def test_a_recorded_trajectory_is_followed_to_its_weights():
     program = tiny_program.program(
         {"default": tiny_program.LORA}, rows=4, optimizer=adam, config=config
     )
-    params = load_base(moe_peft_oracle.BASE, config, "float32")
+    params = load_base_params(moe_peft_oracle.BASE, config, "float32")
     adapters = {"default": moe_peft_oracle.as_tree(case.weights)}
     state = program.init_state(params).replace(adapters=jax.tree.map(jnp.asarray, adapters))
     real = case["right/mask"].astype(bool)

@@ -11,7 +11,7 @@ from tolerances import GRADIENT_ROUNDING
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from moe_jax.hf.config import read_model_config
-from moe_jax.hf.load import load_base
+from moe_jax.hf.load import load_base_params
 
 COEFFICIENTS = {"load_balance": 0.05, "importance_cv": 0.03, "router_z": 0.02}
 
@@ -30,11 +30,11 @@ def _setup(tmp_path, scope="per_layer", **overrides):
     losses = {n: {"coefficient": c, "scope": scope} for n, c in COEFFICIENTS.items()}
     method = {**tiny_program.MIXLORA, "losses": losses, **overrides}
     program = tiny_program.program({"default": method}, config=config)
-    params = load_base(tmp_path, config, "float32")
+    params = load_base_params(tmp_path, config, "float32")
     state = program.init_state(params).replace(adapters=tiny_program.random_adapters(program))
     batch = tiny_program.random_batch(8)
     tree = jax.tree.map(np.asarray, state.adapters["default"])
-    oracle = torch_oracle.attach(reference, tree, program.segments[0].method)
+    oracle = torch_oracle.attach(reference, tree, program.adapter_rows[0].method)
     return program, params, state, batch, tree, oracle
 
 
@@ -110,11 +110,11 @@ def test_plain_lora_equals_a_loop(tmp_path):
     reference = save_tiny_llama(tmp_path)
     config = read_model_config(tmp_path)
     program = tiny_program.program({"default": tiny_program.LORA}, config=config)
-    params = load_base(tmp_path, config, "float32")
+    params = load_base_params(tmp_path, config, "float32")
     state = program.init_state(params).replace(adapters=tiny_program.random_adapters(program))
     batch = tiny_program.random_batch(8)
     tree = jax.tree.map(np.asarray, state.adapters["default"])
-    oracle = torch_oracle.attach(reference, tree, program.segments[0].method)
+    oracle = torch_oracle.attach(reference, tree, program.adapter_rows[0].method)
     logits = oracle(torch.tensor(batch.tokens)).logits
     loss = torch_oracle.completion_loss(logits, batch.tokens, batch.loss_mask)
     loss.backward()

@@ -14,16 +14,16 @@ import torch_moe_oracle
 import torch_oracle
 from adapted_ffn import NAME, mixlora
 from hf_models import save_tiny_llama
+from moe_jax.models.fresh import fresh_adapter
 from tolerances import FLOAT32_LOGITS, GRADIENT_ROUNDING
 
 from moe_jax.adapters.routing.statistics import collect_statistics
-from moe_jax.adapters.rows import Segment
+from moe_jax.adapters.rows import AdapterRows
 from moe_jax.adapters.tree import to_collection
 from moe_jax.config.model import ComputeConfig
 from moe_jax.hf.config import read_model_config
-from moe_jax.hf.load import load_base
+from moe_jax.hf.load import load_base_params
 from moe_jax.models.causal_lm import LlamaForCausalLM
-from moe_jax.models.fresh import fresh_adapter
 from moe_jax.training.step.router_metrics import routing_summary
 
 SITE = "mlp/moe"
@@ -32,9 +32,9 @@ SITE = "mlp/moe"
 def _model(folder, method, rows):
     """Ours with the base in `folder`: from an adapter, tokens and a mask to logits, statistics."""
     config = read_model_config(folder)
-    params = load_base(folder, config, "float32")
-    segments = (Segment(NAME, method, 0, rows),)
-    model = LlamaForCausalLM(config, ComputeConfig(dtype="float32"), segments)
+    params = load_base_params(folder, config, "float32")
+    adapter_rows = (AdapterRows(NAME, method, 0, rows),)
+    model = LlamaForCausalLM(config, ComputeConfig(dtype="float32"), adapter_rows)
 
     def apply(tree, tokens, mask=None):
         variables = {"params": params, "adapters": to_collection({NAME: tree})}
@@ -47,7 +47,7 @@ def _model(folder, method, rows):
 def _random_tree(folder, method):
     config = read_model_config(folder)
     model = LlamaForCausalLM(config, ComputeConfig(dtype="float32"))
-    params = load_base(folder, config, "float32")
+    params = load_base_params(folder, config, "float32")
     make = functools.partial(fresh_adapter, model, method)
     shapes = nn.meta.unbox(jax.eval_shape(make, params, jax.random.key(0)))
     devices = jax.tree.map(lambda _: jax.devices()[0], shapes)

@@ -7,7 +7,7 @@ from moe_jax.demo.corpus import plain_sentences
 from moe_jax.demo.pretrain import demo_tokenizer, hf_tensors, packed_batches, pretrain
 from moe_jax.demo.tiny_llama import random_tensors, write_checkpoint
 from moe_jax.hf.config import read_model_config
-from moe_jax.hf.load import load_base
+from moe_jax.hf.load import load_base_params
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +22,7 @@ def tokenizer():
 def test_parameters_become_the_tensors_they_came_from(tmp_path, overrides):
     hf_config = write_checkpoint(tmp_path, seed=0, **overrides)
     config = read_model_config(tmp_path)
-    tensors = hf_tensors(load_base(tmp_path, config, "float32"), config)
+    tensors = hf_tensors(load_base_params(tmp_path, config, "float32"), config)
     expected = random_tensors(hf_config, seed=0)
     assert tensors.keys() == expected.keys()
     for name, tensor in expected.items():
@@ -51,4 +51,4 @@ def test_loss_falls_and_the_checkpoint_is_complete(tmp_path):
     loss = pretrain(tmp_path, steps=60)
     # Every token alike would cost log(640) = 6.46 nats; the average is over all 60 steps.
     assert loss < 5.5
-    load_base(tmp_path, read_model_config(tmp_path), "float32")
+    load_base_params(tmp_path, read_model_config(tmp_path), "float32")

@@ -8,14 +8,14 @@ from transformers import AutoModelForCausalLM
 
 from moe_jax.adapters.mixlora import MixLoraConfig
 from moe_jax.adapters.routing import TopKRouter
-from moe_jax.adapters.rows import Segment
+from moe_jax.adapters.rows import AdapterRows
 from moe_jax.adapters.tree import by_adapter
 from moe_jax.config.model import ComputeConfig
 from moe_jax.data.batch import Batch
 from moe_jax.demo.score import Scorer
 from moe_jax.demo.tiny_llama import write_checkpoint
 from moe_jax.hf.config import read_model_config
-from moe_jax.hf.load import load_base
+from moe_jax.hf.load import load_base_params
 from moe_jax.models.causal_lm import LlamaForCausalLM
 
 QUESTION, ANSWER = 5, 3
@@ -50,7 +50,7 @@ def batch(tokens, empty_rows=0):
 def base(folder):
     config = read_model_config(folder)
     model = LlamaForCausalLM(config, ComputeConfig(dtype="float32"))
-    return model, load_base(folder, config, "float32")
+    return model, load_base_params(folder, config, "float32")
 
 
 def test_counts_the_answers_that_greedy_decoding_writes(folder, rows):
@@ -82,7 +82,7 @@ def test_load_is_of_real_tokens(folder, rows):
         rank=2, alpha=4.0, target_modules=("up_proj",), num_experts=3, router=TopKRouter(top_k=3)
     )
     frozen, params = base(folder)
-    model = frozen.clone(segments=(Segment("a", method, 0, 6),))
+    model = frozen.clone(adapter_rows=(AdapterRows("a", method, 0, 6),))
     keys = dict.fromkeys(("params", "adapters"), jax.random.key(0))
     adapters = by_adapter(nn.meta.unbox(model.init(keys, tokens))["adapters"])
     load = Scorer(model)(params, adapters, [batch(tokens)]).load

@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from moe_jax.errors import CheckpointError
 from moe_jax.hf import load as base
 from moe_jax.hf.config import read_model_config
-from moe_jax.hf.load import abstract_base, load_base
+from moe_jax.hf.load import abstract_base_params, load_base_params
 
 VARIANTS = {
     "untied": {},
@@ -103,7 +103,7 @@ def test_leaves_equal_the_torch_model(variant: str, shard_size: str, tmp_path):
     state = save_llama(tmp_path, shard_size, **VARIANTS[variant])
     assert (shard_size == "50GB") == (tmp_path / "model.safetensors").exists()
     config = read_model_config(tmp_path)
-    params = load_base(tmp_path, config, "float32")
+    params = load_base_params(tmp_path, config, "float32")
     assert_equal(params, expected_tree(state, config, "float32"))
 
 
@@ -112,7 +112,7 @@ def test_leaves_equal_the_torch_model(variant: str, shard_size: str, tmp_path):
 def test_types_are_converted_as_torch_does(stored: str, dtype: str, tmp_path):
     state = save_llama(tmp_path, dtype=stored)
     config = read_model_config(tmp_path)
-    params = load_base(tmp_path, config, dtype)
+    params = load_base_params(tmp_path, config, dtype)
     assert_equal(params, expected_tree(state, config, dtype))
 
 
@@ -120,16 +120,19 @@ def test_several_blocks_of_one_tensor(tmp_path, monkeypatch):
     state = save_llama(tmp_path, dtype="bfloat16")
     config = read_model_config(tmp_path)
     monkeypatch.setattr("moe_jax.hf.load._BLOCK_BYTES", 1000)  # about 10 rows of 48
-    assert_equal(load_base(tmp_path, config, "float32"), expected_tree(state, config, "float32"))
+    assert_equal(
+        load_base_params(tmp_path, config, "float32"), expected_tree(state, config, "float32")
+    )
 
 
 def test_abstract_tree_has_the_loaded_shapes(tmp_path):
     save_llama(tmp_path, attention_bias=True, tie_word_embeddings=True)
     config = read_model_config(tmp_path)
     actual = jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), load_base(tmp_path, config, "bfloat16")
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype),
+        load_base_params(tmp_path, config, "bfloat16"),
     )
-    assert actual == abstract_base(config, "bfloat16")
+    assert actual == abstract_base_params(config, "bfloat16")
 
 
 MESHES = {
@@ -148,9 +151,10 @@ def test_sharded_equals_whole(name: str, tmp_path, devices):
     sizes, spec = MESHES[name]
     mesh = jax.make_mesh(sizes, ("a", "b"), (AxisType.Auto,) * 2, devices=devices)
     shardings = jax.tree.map(
-        lambda leaf: NamedSharding(mesh, spec(len(leaf.shape))), abstract_base(config, "float32")
+        lambda leaf: NamedSharding(mesh, spec(len(leaf.shape))),
+        abstract_base_params(config, "float32"),
     )
-    params = load_base(tmp_path, config, "float32", shardings)
+    params = load_base_params(tmp_path, config, "float32", shardings)
     assert_equal(params, expected_tree(state, config, "float32"))
     assert jax.tree.map(lambda leaf: leaf.sharding, params) == shardings
 
@@ -162,9 +166,9 @@ def test_layers_can_be_sharded(tmp_path, devices):
     spec = {"layers": PartitionSpec("a")}
     shardings = {
         part: jax.tree.map(lambda _: NamedSharding(mesh, spec.get(part, PartitionSpec())), tree)  # noqa: B023
-        for part, tree in abstract_base(config, "float32").items()
+        for part, tree in abstract_base_params(config, "float32").items()
     }
-    params = load_base(tmp_path, config, "float32", shardings)
+    params = load_base_params(tmp_path, config, "float32", shardings)
     assert_equal(params, expected_tree(state, config, "float32"))
 
 
@@ -174,7 +178,7 @@ def test_a_device_reads_its_own_part_only(tmp_path, devices, monkeypatch):
     mesh = jax.make_mesh((8,), ("a",), (AxisType.Auto,), devices=devices)
     shardings = jax.tree.map(
         lambda leaf: NamedSharding(mesh, PartitionSpec(*[None] * (len(leaf.shape) - 1), "a")),
-        abstract_base(config, "float32"),
+        abstract_base_params(config, "float32"),
     )
     sizes = []
 
@@ -185,7 +189,7 @@ def test_a_device_reads_its_own_part_only(tmp_path, devices, monkeypatch):
 
     original = base._read_part
     monkeypatch.setattr(base, "_read_part", read)
-    params = load_base(tmp_path, config, "float32", shardings)
+    params = load_base_params(tmp_path, config, "float32", shardings)
     assert sum(sizes) == sum(leaf.size for leaf in jax.tree.leaves(params))
     assert max(sizes) == max(leaf.size for leaf in jax.tree.leaves(params)) // 8
 
@@ -198,7 +202,9 @@ def test_old_rotary_buffers_are_no_weights(tmp_path):
         tensors[name] = np.ones(6, np.float32)
     save_file(tensors, tmp_path / "model.safetensors")
     config = read_model_config(tmp_path)
-    assert_equal(load_base(tmp_path, config, "float32"), expected_tree(state, config, "float32"))
+    assert_equal(
+        load_base_params(tmp_path, config, "float32"), expected_tree(state, config, "float32")
+    )
 
 
 def test_tied_head_may_be_stored_if_it_is_the_embedding(tmp_path):
@@ -209,10 +215,10 @@ def test_tied_head_may_be_stored_if_it_is_the_embedding(tmp_path):
     assert "lm_head.weight" not in tensors
     both = tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].copy()}
     save_file(both, tmp_path / "model.safetensors")
-    assert_equal(load_base(tmp_path, config, "float32"), expected)
+    assert_equal(load_base_params(tmp_path, config, "float32"), expected)
     del both["model.embed_tokens.weight"]
     save_file(both, tmp_path / "model.safetensors")
-    assert_equal(load_base(tmp_path, config, "float32"), expected)
+    assert_equal(load_base_params(tmp_path, config, "float32"), expected)
 
 
 def test_bfloat16_beyond_float16_is_refused(tmp_path):
@@ -222,5 +228,5 @@ def test_bfloat16_beyond_float16_is_refused(tmp_path):
     tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = ml_dtypes.bfloat16(1e5)
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.up_proj\.weight.*float16"):
-        load_base(tmp_path, config, "float16")
-    load_base(tmp_path, config, "float32")
+        load_base_params(tmp_path, config, "float16")
+    load_base_params(tmp_path, config, "float32")

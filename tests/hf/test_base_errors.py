@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from moe_jax.errors import CheckpointError
 from moe_jax.hf.config import read_model_config
-from moe_jax.hf.load import load_base
+from moe_jax.hf.load import load_base_params
 
 INDEX = "model.safetensors.index.json"
 FIELDS = dict(
@@ -61,7 +61,7 @@ def no_tensor_is_read(monkeypatch):
 
 def refused(folder: Path, message: str) -> str:
     with pytest.raises(CheckpointError, match=message) as caught:
-        load_base(folder, read_model_config(folder), "float32")
+        load_base_params(folder, read_model_config(folder), "float32")
     text = str(caught.value)
     assert "\n" not in text
     assert text.startswith(str(folder))
@@ -199,7 +199,7 @@ def test_adapter_instead_of_base(single):
 def test_the_command_for_legacy_weights_works(single, monkeypatch):
     monkeypatch.undo()  # the converted checkpoint is read in earnest
     config = read_model_config(single)
-    expected = load_base(single, config, "float32")
+    expected = load_base_params(single, config, "float32")
     model = LlamaForCausalLM.from_pretrained(single)
     torch.save(model.state_dict(), single / "pytorch_model.bin")
     (single / "model.safetensors").unlink()
@@ -208,7 +208,7 @@ def test_the_command_for_legacy_weights_works(single, monkeypatch):
     command = shlex.split(text.split("convert it: ")[1].split(" (needs torch)")[0])
     subprocess.run([sys.executable, *command[1:]], check=True, capture_output=True)
     converted = Path(text.rsplit("then give ", 1)[1])
-    actual = load_base(converted, read_model_config(converted), "float32")
+    actual = load_base_params(converted, read_model_config(converted), "float32")
     assert read_model_config(converted) == config
     np.testing.assert_array_equal(
         actual["layers"]["mlp"]["down_proj"]["kernel"],

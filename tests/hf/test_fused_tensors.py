@@ -9,7 +9,7 @@ from safetensors.numpy import load_file, save_file
 
 from moe_jax.errors import CheckpointError
 from moe_jax.hf.config import read_model_config
-from moe_jax.hf.load import abstract_base, load_base
+from moe_jax.hf.load import abstract_base_params, load_base_params
 
 QKV, GATE_UP = "self_attn.qkv_proj", "mlp.gate_up_proj"
 
@@ -51,9 +51,9 @@ def test_parts_are_the_projections(axes, tmp_path, devices):
     kernel, other = PartitionSpec(None, *axes), PartitionSpec()
     shardings = jax.tree.map(
         lambda leaf: NamedSharding(mesh, kernel if len(leaf.shape) == 3 else other),
-        abstract_base(config, "float32"),
+        abstract_base_params(config, "float32"),
     )
-    kernels = _kernels(load_base(tmp_path, config, "float32", shardings))
+    kernels = _kernels(load_base_params(tmp_path, config, "float32", shardings))
     for name, expected in _expected(state).items():
         np.testing.assert_array_equal(kernels[name], expected, err_msg=name)
 
@@ -66,4 +66,4 @@ def test_a_tensor_with_too_few_rows_is_refused(tmp_path):
     save_file(tensors, tmp_path / "model.safetensors")
     message = r"qkv_proj\.weight: has shape \[48, 32\], but by config.json .* \[64, 32\]"
     with pytest.raises(CheckpointError, match=message):
-        load_base(tmp_path, read_model_config(tmp_path), "float32")
+        load_base_params(tmp_path, read_model_config(tmp_path), "float32")

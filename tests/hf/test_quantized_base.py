@@ -13,7 +13,7 @@ from moe_jax.config.model import ComputeConfig
 from moe_jax.config.run import MeshConfig
 from moe_jax.errors import UserError
 from moe_jax.hf.config import read_model_config
-from moe_jax.hf.load import abstract_base, load_base
+from moe_jax.hf.load import abstract_base_params, load_base_params
 from moe_jax.layers.quantized import QuantizedKernel, dense_kernel, quantize
 from moe_jax.models.causal_lm import LlamaForCausalLM
 from moe_jax.sharding.mesh import make_mesh
@@ -38,7 +38,10 @@ def _is_quantized(leaf):
 @pytest.mark.parametrize("kind", KINDS)
 def test_layers_are_quantised_each_by_itself_and_the_rest_is_bfloat16(folder, kind):
     config = read_model_config(folder)
-    exact, loaded = load_base(folder, config, "float32"), load_base(folder, config, kind)
+    exact, loaded = (
+        load_base_params(folder, config, "float32"),
+        load_base_params(folder, config, kind),
+    )
     quantized = 0
 
     def check(path, leaf, dense):
@@ -58,7 +61,7 @@ def test_layers_are_quantised_each_by_itself_and_the_rest_is_bfloat16(folder, ki
     jax.tree_util.tree_map_with_path(check, loaded, exact, is_leaf=_is_quantized)
     assert quantized == 7
     shapes = jax.tree.map(lambda x: (x.shape, x.dtype), loaded)
-    assert jax.tree.map(lambda x: (x.shape, x.dtype), abstract_base(config, kind)) == shapes
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), abstract_base_params(config, kind)) == shapes
 
 
 @pytest.mark.parametrize("kind", ["int8", "nf4_double"])
@@ -67,8 +70,8 @@ def test_on_a_mesh(folder, kind, devices):
     model = LlamaForCausalLM(config, ComputeConfig(dtype="float32"), param_dtype=kind)
     boxed = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2), devices)
-    loaded = load_base(folder, config, kind, shardings_of(boxed, mesh))
-    alone = load_base(folder, config, kind)
+    loaded = load_base_params(folder, config, kind, shardings_of(boxed, mesh))
+    alone = load_base_params(folder, config, kind)
     jax.tree.map(np.testing.assert_array_equal, loaded, alone)
     codes = loaded["layers"]["mlp"]["gate_proj"]["kernel"].codes
     assert isinstance(codes.sharding, NamedSharding)
@@ -79,7 +82,7 @@ def test_four_bits_take_little_more_than_a_quarter_of_bfloat16(folder):
     config = read_model_config(folder)
 
     def size(dtype):
-        layers = abstract_base(config, dtype)["layers"]
+        layers = abstract_base_params(config, dtype)["layers"]
         return sum(np.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(layers))
 
     # 4 bits a weight and 16 a block of 64 are 4.25 of 16 bits; 176 are three blocks; norms stay.

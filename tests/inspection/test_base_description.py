@@ -33,7 +33,7 @@ def test_the_weights_are_not_loaded(monkeypatch):
     def refuse(*_, **__):
         raise AssertionError
 
-    for name in ("load_base", "_load_leaf", "read_leaf"):
+    for name in ("load_base_params", "_load_leaf", "read_leaf"):
         monkeypatch.setattr(f"moe_jax.hf.load.{name}", refuse)
     assert moe_jax.describe_base(BASE).parameters > 0
 

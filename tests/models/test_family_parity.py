@@ -13,21 +13,21 @@ import numpy as np
 import pytest
 import torch
 from hf_models import merge_lora, tiny_model
+from moe_jax.models.fresh import fresh_adapter
 from tiny_program import ALL_TARGETS
 from tolerances import FLOAT32_LOGITS
 
 from moe_jax.adapters.lora.lora import LoraConfig
 from moe_jax.adapters.mixlora import MixLoraConfig
-from moe_jax.adapters.rows import Segment
+from moe_jax.adapters.rows import AdapterRows
 from moe_jax.adapters.tree import to_collection
 from moe_jax.config.model import ComputeConfig, ModelConfig
 from moe_jax.config.parse import parse
 from moe_jax.config.run import MeshConfig
 from moe_jax.hf.config import read_model_config
 from moe_jax.hf.key_table import hf_tensors
-from moe_jax.hf.load import abstract_base, load_base
+from moe_jax.hf.load import abstract_base_params, load_base_params
 from moe_jax.models.causal_lm import LlamaForCausalLM
-from moe_jax.models.fresh import fresh_adapter
 from moe_jax.sharding.mesh import make_mesh
 from moe_jax.sharding.rules import shardings_of
 
@@ -228,11 +228,11 @@ def test_equals_transformers_with_and_without_an_adapter(case, tmp_path):
 
     config = read_model_config(tmp_path)
     assert config.model_type == CASES[case].model_type
-    params = load_base(tmp_path, config, "float32")
+    params = load_base_params(tmp_path, config, "float32")
     assert parse(ModelConfig, json.loads(json.dumps(dataclasses.asdict(config)))) == config
     method = LoraConfig(rank=RANK, alpha=ALPHA, target_modules=ALL_TARGETS)
-    segments = (Segment("default", method, 0, 3),)
-    model = LlamaForCausalLM(config, ComputeConfig(dtype="float32"), segments)
+    adapter_rows = (AdapterRows("default", method, 0, 3),)
+    model = LlamaForCausalLM(config, ComputeConfig(dtype="float32"), adapter_rows)
 
     @jax.jit
     def logits(tree):
@@ -257,7 +257,7 @@ def test_parameters_go_back_to_the_tensors_they_came_from(case, tmp_path):
     reference = _model(case).to(torch.bfloat16)
     reference.save_pretrained(tmp_path)
     config = read_model_config(tmp_path)
-    tensors = hf_tensors(load_base(tmp_path, config, "bfloat16"), config)
+    tensors = hf_tensors(load_base_params(tmp_path, config, "bfloat16"), config)
     state = reference.state_dict()
     if config.tie_word_embeddings:
         del state["lm_head.weight"]
@@ -274,7 +274,7 @@ def test_the_key_table_is_the_models_tree(case, devices, tmp_path):
     config = read_model_config(tmp_path)
     model = LlamaForCausalLM(config, ComputeConfig(dtype="float32"))
     boxed = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
-    assert nn.meta.unbox(boxed) == abstract_base(config, "float32")
+    assert nn.meta.unbox(boxed) == abstract_base_params(config, "float32")
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2), devices)
     for path, sharding in jax.tree_util.tree_leaves_with_path(shardings_of(boxed, mesh)):
         names, spec = [part.key for part in path], sharding.spec
@@ -290,11 +290,11 @@ def test_the_key_table_is_the_models_tree(case, devices, tmp_path):
 def test_experts_get_gradients(case, tmp_path):
     _model(case).save_pretrained(tmp_path)
     config = read_model_config(tmp_path)
-    params = load_base(tmp_path, config, "float32")
+    params = load_base_params(tmp_path, config, "float32")
     targets = ("q_proj", "gate_proj", "up_proj", "down_proj")
     method = MixLoraConfig(rank=RANK, alpha=ALPHA, target_modules=targets, num_experts=3)
-    segments = (Segment("default", method, 0, 3),)
-    model = LlamaForCausalLM(config, ComputeConfig(dtype="float32"), segments)
+    adapter_rows = (AdapterRows("default", method, 0, 3),)
+    model = LlamaForCausalLM(config, ComputeConfig(dtype="float32"), adapter_rows)
     make = functools.partial(fresh_adapter, model, method)
     shapes = nn.meta.unbox(jax.eval_shape(make, params, jax.random.key(0)))
     rng = np.random.default_rng(3)

@@ -10,7 +10,7 @@ from tolerances import FLOAT32_LOGITS
 
 from moe_jax.config.model import ComputeConfig
 from moe_jax.hf.config import read_model_config
-from moe_jax.hf.load import load_base
+from moe_jax.hf.load import load_base_params
 from moe_jax.models.causal_lm import LlamaForCausalLM
 
 LENGTH = 24
@@ -75,7 +75,7 @@ def test_logits_equal_transformers(tmp_path, variant, padding):
         ).logits.numpy()
 
     config = read_model_config(tmp_path)
-    params = load_base(tmp_path, config, "float32")
+    params = load_base_params(tmp_path, config, "float32")
     model = LlamaForCausalLM(config, ComputeConfig(dtype="float32"))
     logits = model.apply({"params": params}, tokens, segment_ids=jnp.asarray(mask, jnp.int32))
 
@@ -93,7 +93,7 @@ def test_logits_equal_transformers(tmp_path, variant, padding):
 def test_packed_sequences_do_not_see_each_other(tmp_path):
     save_tiny_llama(tmp_path)
     config = read_model_config(tmp_path)
-    params = load_base(tmp_path, config, "float32")
+    params = load_base_params(tmp_path, config, "float32")
     model = LlamaForCausalLM(config, ComputeConfig(dtype="float32"))
     rng = np.random.default_rng(2)
     first, second = rng.integers(0, 96, (1, 10)), rng.integers(0, 96, (1, 6))
@@ -111,7 +111,7 @@ def test_packed_sequences_do_not_see_each_other(tmp_path):
 def test_half_precision_stays_near_float32_and_gives_float32_logits(tmp_path, dtype):
     save_tiny_llama(tmp_path)
     config = read_model_config(tmp_path)
-    params = load_base(tmp_path, config, "float32")
+    params = load_base_params(tmp_path, config, "float32")
     tokens = np.random.default_rng(3).integers(0, 96, (2, LENGTH))
     logits = {
         name: LlamaForCausalLM(config, ComputeConfig(dtype=name)).apply({"params": params}, tokens)
@@ -127,7 +127,7 @@ def test_half_precision_stays_near_float32_and_gives_float32_logits(tmp_path, dt
 def test_rematerialisation_changes_no_gradient(tmp_path, remat):
     save_tiny_llama(tmp_path)
     config = read_model_config(tmp_path)
-    params = load_base(tmp_path, config, "float32")
+    params = load_base_params(tmp_path, config, "float32")
     tokens = np.random.default_rng(4).integers(0, 96, (2, LENGTH))
 
     def gradient(policy):

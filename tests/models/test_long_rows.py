@@ -4,18 +4,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from hf_models import tiny_model
+from moe_jax.models.fresh import fresh_adapter
 from tiny_program import ALL_TARGETS
 from tolerances import FLOAT32_LOGITS, GRADIENT_ROUNDING
 
 from moe_jax.adapters.lora.lora import LoraConfig
-from moe_jax.adapters.rows import Segment
+from moe_jax.adapters.rows import AdapterRows
 from moe_jax.adapters.tree import to_collection
 from moe_jax.config.model import ComputeConfig
 from moe_jax.hf.config import read_model_config
-from moe_jax.hf.load import load_base
+from moe_jax.hf.load import load_base_params
 from moe_jax.layers import attention
 from moe_jax.models.causal_lm import LlamaForCausalLM
-from moe_jax.models.fresh import fresh_adapter
 
 # Two sequences in a row and padding behind them; padding on the left.
 SEGMENT_IDS = np.array([[1] * 7 + [2] * 9 + [0] * 5, [0] * 6 + [1] * 15])
@@ -26,13 +26,13 @@ def test_blocks_compute_the_same_model(tmp_path, monkeypatch):
     tiny_model("gemma2", sliding_window=5).save_pretrained(tmp_path)
     config = read_model_config(tmp_path)
     assert config.sliding_layers == (True, False, True) and config.attn_logit_softcapping
-    params = load_base(tmp_path, config, "float32")
+    params = load_base_params(tmp_path, config, "float32")
     method = LoraConfig(rank=2, alpha=4.0, target_modules=ALL_TARGETS)
-    segments = (Segment("default", method, 0, 2),)
+    adapter_rows = (AdapterRows("default", method, 0, 2),)
     tokens = np.random.default_rng(0).integers(0, 64, SEGMENT_IDS.shape)
 
     def model(remat):
-        return LlamaForCausalLM(config, ComputeConfig(dtype="float32", remat=remat), segments)
+        return LlamaForCausalLM(config, ComputeConfig(dtype="float32", remat=remat), adapter_rows)
 
     fresh = jax.eval_shape(
         lambda key: fresh_adapter(model("none"), method, params, key), jax.random.key(0)

@@ -16,7 +16,7 @@ from moe_jax.errors import CheckpointError
 from moe_jax.hf.config import model_config_from_hf, read_model_config
 from moe_jax.hf.families import FAMILIES, model_family
 from moe_jax.hf.key_table import hf_tensors
-from moe_jax.hf.load import load_base
+from moe_jax.hf.load import load_base_params
 from moe_jax.models.causal_lm import LlamaForCausalLM
 
 # A Qwen3 by other names: fields and tensors are renamed, and two projections stored as one.
@@ -148,7 +148,7 @@ def _save(folder) -> tuple[torch.nn.Module, dict[str, np.ndarray]]:
 def test_one_file_outside_the_package_is_enough(quill, tmp_path):
     reference, tensors = _save(tmp_path)
     config = read_model_config(tmp_path)
-    params = load_base(tmp_path, config, "float32")
+    params = load_base_params(tmp_path, config, "float32")
     tokens = np.random.default_rng(0).integers(0, 64, (2, 12))
     model = LlamaForCausalLM(config, ComputeConfig(dtype="float32"))
     logits = model.apply({"params": params}, tokens)
@@ -167,7 +167,7 @@ def test_its_files_are_as_strict_as_others(quill, tmp_path):
     config = read_model_config(tmp_path)
     save_file(tensors | {"decoder.0.gate": np.zeros(3)}, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"decoder\.0\.gate.*type 'quill' has no such"):
-        load_base(tmp_path, config, "float32")
+        load_base_params(tmp_path, config, "float32")
     with pytest.raises(CheckpointError, match=r"config.json: gate: 'tanh' is not supported"):
         model_config_from_hf(CONFIG | {"gate": "tanh"}, "config.json")
     with pytest.raises(CheckpointError, match=r"config.json: logit_scale: 2.0 is not supported"):
@@ -179,7 +179,7 @@ def test_a_model_of_a_family_that_is_not_imported(quill, tmp_path):
     config = read_model_config(tmp_path)
     family = FAMILIES.pop("quill")
     with pytest.raises(CheckpointError, match=r"no model family 'quill'.*import the module"):
-        load_base(tmp_path, config, "float32")
+        load_base_params(tmp_path, config, "float32")
     FAMILIES["quill"] = family
 
 

@@ -13,7 +13,7 @@ from transformers import LlamaForSequenceClassification
 import moe_jax
 from moe_jax.config.classification import ClassificationConfig
 from moe_jax.hf.config import read_model_config
-from moe_jax.hf.load import load_base
+from moe_jax.hf.load import load_base_params
 from moe_jax.training.step.micro_batches import join_rows
 
 SIZES = {"hidden_size": 32, "intermediate_size": 56, "num_hidden_layers": 2}
@@ -39,7 +39,7 @@ def base(tmp_path_factory):
     folder = tmp_path_factory.mktemp("base")
     reference = save_tiny_llama(folder, **SIZES, **HEADS)
     config = read_model_config(folder)
-    return folder, reference, config, load_base(folder, config, "float32")
+    return folder, reference, config, load_base_params(folder, config, "float32")
 
 
 def labelled_batch(labels, seed):

@@ -169,7 +169,7 @@ class Family(NamedTuple):
         Sizes of the model are never filled in.
       constants: fields that other architectures have a choice of, and this one's only value.
       read: makes the architecture of the fields.
-      not_weights: tensors that may be stored and are not read, see `ROTARY_BUFFERS`.
+      ignored_tensors: tensors that may be stored and are not read, see `ROTARY_BUFFERS`.
     """
 
     model_type: str
@@ -178,7 +178,7 @@ class Family(NamedTuple):
     defaults: Mapping[str, Any]
     constants: Mapping[str, Any]
     read: Read
-    not_weights: tuple[str, ...] = ROTARY_BUFFERS
+    ignored_tensors: tuple[str, ...] = ROTARY_BUFFERS
 
 
 FAMILIES: dict[str, Family] = {}
