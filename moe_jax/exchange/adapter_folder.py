@@ -226,14 +226,14 @@ def require_tensors(
     missing = [name for name in expected if name not in tensors]
     if missing:
         raise CheckpointError(
-            f"{file}: lacks {name_list(missing, 2)}; it is incomplete, or the adapter was trained on "
-            f"another base than {base}"
+            f"{file}: lacks {name_list(missing, 2)}; it is incomplete, or the adapter was trained "
+            f"on another base than {base}"
         )
     unused = sorted(name for name in tensors if name not in expected)
     if unused:
         raise CheckpointError(
-            f"{file}: holds {name_list(unused, 2)}, which would be dropped; {source.config_file.name} "
-            f"belongs to another adapter, or this adapter to another base than {base}"
+            f"{file}: holds {name_list(unused, 2)}, which would be dropped; "
+            f"{source.config_file.name} belongs to another adapter, or this adapter to another base than {base}"
         )
     for name, shape in expected.items():
         if tensors[name].shape != shape:
