@@ -1,4 +1,4 @@
-"""Reads the indented blocks of docstrings as code, as Markdown does; reST reads them as quotations."""
+"""Reads indented blocks of docstrings as code, as Markdown does; reST reads quotations."""
 
 from typing import Any
 
@@ -32,9 +32,7 @@ def with_literal_blocks(lines: list[str]) -> list[str]:
     return result
 
 
-def process(
-    app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]
-) -> None:
+def process(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
     """Handler of `autodoc-process-docstring`."""
     lines[:] = with_literal_blocks(lines)
 

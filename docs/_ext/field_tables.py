@@ -119,9 +119,7 @@ def entries(cls: type) -> Iterator[tuple[str, str]]:
 
 def rows_of(cls: type) -> Iterator[tuple[str, str, str, str]]:
     """Name, type, default and meaning of each field, those of the class itself first."""
-    texts = {
-        name: text for ancestor in reversed(cls.__mro__) for name, text in entries(ancestor)
-    }
+    texts = {name: text for ancestor in reversed(cls.__mro__) for name, text in entries(ancestor)}
     own = vars(cls).get("__annotations__", {})
     for field in sorted(dataclasses.fields(cls), key=lambda field: field.name not in own):
         text = texts.get(field.name, "")
