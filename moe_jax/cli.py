@@ -11,12 +11,11 @@ from types import FrameType
 
 from moe_jax.commands import (
     Run,
+    adapter_formats,
+    describe,
     evaluate,
-    export_adapter,
     generate,
-    import_adapter,
     inspect,
-    show,
     surgery,
 )
 from moe_jax.commands.arguments import naming_flags
@@ -25,9 +24,9 @@ from moe_jax.version import __version__
 
 COMMANDS: dict[str, Callable[[argparse.ArgumentParser], Run]] = {
     "generate": generate.add,
-    "show": show.add,
-    "export": export_adapter.add,
-    "import": import_adapter.add,
+    "show": describe.add_show,
+    "export": adapter_formats.add_export,
+    "import": adapter_formats.add_import,
     "evaluate": evaluate.add,
     "inspect": inspect.add,
     "surgery": surgery.add,

@@ -1,4 +1,4 @@
-"""What several commands read from the command line in the same way."""
+"""Arguments that several commands share."""
 
 import argparse
 import contextlib
@@ -12,18 +12,47 @@ from moe_jax.config.parse import FieldError, parse
 from moe_jax.config.run import MeshConfig
 from moe_jax.errors import ConfigError, named
 
+# Choices of flags, stated here so that --help and errors do not wait for the import of jax.
+# `tests/test_cli.py` compares them with the registries.
+
+EXPORT_FORMATS = {
+    "llama": "one dense model of the base's family: LoRA exactly, MixLoRA approximately",
+    "mixlora": "MixLoRA, LoRAMoE, MoLA, LoRA for MoE-PEFT; top-k MixLoRA for the mixlora package",
+    "mixtral": "top-k MixLoRA and its base as one Mixtral (Llama, Mistral) or Qwen3-MoE (Qwen3)",
+    "moe_jax": "every adapter in this library's own format, with a model card, for the hub",
+    "peft": "LoRA, rsLoRA, DoRA for peft",
+}
+"""Names of `exchange.FORMATS`, with a description."""
+
+EXPORT_WEIGHTS = ("average", "utilisation")
+"""See `exchange.format.Weighting`."""
+
+ROUTERS = ("soft", "switch", "top_k", "top_p")
+"""Names of `adapters.routing.router.ROUTERS`."""
+
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""See `adapters.tree.TARGET_MODULES`."""
+
+UPCYCLE_TO = ("mixlora", "loramoe", "mola")
+"""See `surgery.upcycle.UPCYCLED`."""
+
+GROW_NOISE = 0.01
+"""See `surgery.grow.DEFAULT_NOISE`."""
+
+MERGE_WEIGHTS = ("average", "utilisation")
+"""See `surgery.merge.Weighting`."""
+
 
 @contextlib.contextmanager
 def naming_flags(arguments: argparse.Namespace) -> Iterator[None]:
-    """Says of an argument of ours that is refused in here by which flag it was given.
-
-    Names of other arguments stand in a reason between backticks.
+    """Replaces the names of arguments in errors by the flags of the command line.
 
     Args:
-      arguments: as parsed; `flags` are those that have another name than the argument.
+      arguments: parsed arguments; their field `flags` maps names to flags that differ from them.
 
     Raises:
-      ConfigError: in place of a `FieldError` of an argument that was on the command line.
+      ConfigError: replaces the `FieldError` of an argument that has a flag. Names in backticks in
+        the reason are replaced too.
     """
     flags = {name: f"--{name.replace('_', '-')}" for name in vars(arguments)}
     flags |= getattr(arguments, "flags", {})
@@ -32,20 +61,20 @@ def naming_flags(arguments: argparse.Namespace) -> Iterator[None]:
     except FieldError as error:
         if error.field not in flags:
             raise
-        reason = re.sub(r"`(\w+)`", lambda found: flags.get(found[1], found[0]), error.reason)
+        reason = re.sub(r"`(\w+)`", lambda match: flags.get(match[1], match[0]), error.reason)
         raise ConfigError(f"{flags[error.field]}: {reason}") from None
 
 
 def listed(text: str) -> list[str]:
-    """The parts of `A,B,...`, without blanks and empty ones."""
+    """Non-empty parts of `A,B,...`, stripped."""
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def number(text: str, flag: str) -> int:
-    """A whole number.
+    """Parses a whole number.
 
     Raises:
-      ConfigError: it is none; names `flag`.
+      ConfigError: the text is not a whole number; names `flag`.
     """
     try:
         return int(text)
@@ -54,16 +83,26 @@ def number(text: str, flag: str) -> int:
 
 
 def numbers(text: str, flag: str) -> list[int]:
-    """The whole numbers of `N,N,...`; raises as `number`."""
+    """Parses `N,N,...`; raises like `number`."""
     return [number(part, flag) for part in listed(text)]
 
 
 def unescaped(text: str) -> str:
-    r"""A text with `\n`, `\t` and `\\` as the characters that they stand for."""
-    return re.sub(r"\\[nt\\]", lambda found: _ESCAPES[found[0][1]], text)
+    r"""Replaces `\n`, `\t` and `\\` by the characters that they denote."""
+    return re.sub(r"\\[nt\\]", lambda match: _ESCAPES[match[0][1]], text)
 
 
 _ESCAPES = {"n": "\n", "t": "\t", "\\": "\\"}
+
+
+def add_base(parser: argparse.ArgumentParser) -> None:
+    """Adds `--base` and `--revision`, for `base_path`."""
+    parser.add_argument(
+        "--base",
+        metavar="DIR_OR_ID",
+        help="folder in the Hugging Face format, or hub id (default: the adapter's base)",
+    )
+    parser.add_argument("--revision", help="revision of a hub id")
 
 
 def add_adapters(parser: argparse.ArgumentParser) -> None:
@@ -73,12 +112,13 @@ def add_adapters(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="[NAME=]DIR_OR_ID",
-        help="an adapter's folder or hub id, called by its last name; may be given several times",
+        help="folder or hub id of an adapter (default name: the last part of the path); may be "
+        "given several times",
     )
 
 
 LESS_MEMORY_FLAGS = "--dtype bfloat16, or --mesh fsdp=-1 where there are several devices"
-"""What helps every command with `add_dtype` and `add_mesh` where memory does not do."""
+"""Advice for commands with `add_dtype` and `add_mesh` that run out of memory."""
 
 
 def add_dtype(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
@@ -87,7 +127,7 @@ def add_dtype(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None
         "--dtype",
         default="float32",
         choices=get_args(FloatType),
-        help="of weights and computation (default: %(default)s)",
+        help="dtype of weights and computation (default: %(default)s)",
     )
 
 
@@ -96,15 +136,15 @@ def add_mesh(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
     parser.add_argument(
         "--mesh",
         metavar="AXIS=N,...",
-        help="devices along data, fsdp and tensor, -1 for the rest (default: one device)",
+        help="devices along data, fsdp and tensor; -1 takes the rest (default: one device)",
     )
 
 
 def named_folders(given: list[str]) -> dict[str, str]:
-    """Adapters as `--adapter [NAME=]DIR` gives them, by name; without one by the folder's.
+    """Parses the values of `--adapter [NAME=]DIR`; the default name is the folder's.
 
     Raises:
-      ConfigError: two have the same name.
+      ConfigError: two adapters have the same name.
     """
     adapters: dict[str, str] = {}
     for text in given:
@@ -113,17 +153,17 @@ def named_folders(given: list[str]) -> dict[str, str]:
             name, folder = Path(text).expanduser().resolve().name, text
         if name in adapters:
             raise ConfigError(
-                f"--adapter {text}: another one is called {name!r}; give names with NAME=DIR"
+                f"--adapter {text}: another adapter is named {name!r}; give names with NAME=DIR"
             )
         adapters[name] = folder
     return adapters
 
 
 def mesh_config(text: str | None) -> MeshConfig | None:
-    """A mesh as `--mesh AXIS=N,...` gives it; None, one device, where the flag is not given.
+    """Parses the value of `--mesh AXIS=N,...`; None is one device.
 
     Raises:
-      ConfigError: an unknown axis, or a size that is no number.
+      ConfigError: an axis is unknown, or a size is not a number.
     """
     if text is None:
         return None
@@ -135,29 +175,29 @@ def mesh_config(text: str | None) -> MeshConfig | None:
 
 
 def base_path(base: str | None, adapters: Mapping[str, str], revision: str | None) -> str:
-    """The base that was given, or the one that the adapters remember.
+    """Folder or hub id of the base: `--base`, or the one that the adapters were trained on.
 
     Raises:
-      ConfigError: there is neither, or the adapters remember several.
-      CheckpointError: an adapter's folder holds none, or its base is not where it was.
+      ConfigError: there is neither, or the adapters were trained on different bases.
+      CheckpointError: a folder holds no adapter, or the base is no longer at its path.
     """
     if base is not None:
         return base
     if not adapters:
-        raise ConfigError("--base: give a folder or hub id; without --adapter there is none to use")
+        raise ConfigError("--base: give a folder or hub id, or --adapter")
     from moe_jax.checkpoints.adapter_files import read_description
     from moe_jax.hf.base_model import resolve_adapter, resolve_checkpoint
 
-    remembered = {
+    bases = {
         name: read_description(resolve_adapter(folder)).base for name, folder in adapters.items()
     }
-    (first, own), *others = remembered.items()
+    (first, first_base), *others = bases.items()
     for name, other in others:
-        if other.fingerprint != own.fingerprint:
+        if other.fingerprint != first_base.fingerprint:
             raise ConfigError(
-                f"--adapter: {first!r} was trained on {own.path} and {name!r} on {other.path}, "
-                "which differ; give adapters of one base"
+                f"--adapter: {first!r} was trained on {first_base.path} and {name!r} on "
+                f"{other.path}, which differ; give adapters of one base"
             )
-    with named(f"--base: the one that adapter {first!r} remembers"):
-        resolve_checkpoint(own.path, revision)
-    return own.path
+    with named(f"--base: the base of adapter {first!r}"):
+        resolve_checkpoint(first_base.path, revision)
+    return first_base.path

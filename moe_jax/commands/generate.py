@@ -1,11 +1,15 @@
 """`moe-jax generate`."""
 
 import argparse
+import contextlib
+import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from moe_jax.commands import Run
 from moe_jax.commands.arguments import (
+    LESS_MEMORY_FLAGS,
     add_adapters,
     add_base,
     add_dtype,
@@ -15,7 +19,8 @@ from moe_jax.commands.arguments import (
     named_folders,
     unescaped,
 )
-from moe_jax.errors import ConfigError
+from moe_jax.config.parse import suggest
+from moe_jax.errors import ConfigError, DataError
 from moe_jax.inference.settings import (
     GenerateSettings,
     GenerationConfig,
@@ -24,7 +29,7 @@ from moe_jax.inference.settings import (
 )
 
 if TYPE_CHECKING:  # jax and transformers are imported when the command runs, not for --help
-    pass
+    from moe_jax.inference.prompts import PromptEncoder
 
 EPILOG = """\
 prompts:
@@ -207,7 +212,7 @@ def generate(arguments: argparse.Namespace) -> None:
     from moe_jax.commands.generate_output import AnswerFile, AnswerPrinter, Conversation
     from moe_jax.inference.api import InferenceSession
     from moe_jax.inference.prompts import Prompt
-    from moe_jax.loaded.model import BASE
+    from moe_jax.loaded.inference_model import BASE
 
     _check_flags(arguments)
     adapters = named_folders(arguments.adapter)
@@ -249,10 +254,11 @@ def generate(arguments: argparse.Namespace) -> None:
             print()
             return
         if arguments.output is None:
-            output = AnswerPrinter(_headings(queries, BASE), config.samples)
+            printer = AnswerPrinter(_headings(queries, BASE), config.samples)
+            destination = contextlib.nullcontext(printer)
         else:
-            output = AnswerFile(arguments.output, [*map(_fields, queries)], config.samples)
-        with output:
+            destination = AnswerFile(arguments.output, [*map(_fields, queries)], config.samples)
+        with destination as output:
             generator = session.text_generator(is_chat=is_chat)
             for answers in generator.answers(prompts, config, arguments.batch_size):
                 output.add(answers)

@@ -9,8 +9,15 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import moe_jax
 from moe_jax.commands import Run
-from moe_jax.commands.arguments import listed, numbers
-from moe_jax.commands.choices import GROW_NOISE, MERGE_WEIGHTS, ROUTERS, TARGETS, UPCYCLE_TO
+from moe_jax.commands.arguments import (
+    GROW_NOISE,
+    MERGE_WEIGHTS,
+    ROUTERS,
+    TARGETS,
+    UPCYCLE_TO,
+    listed,
+    numbers,
+)
 from moe_jax.errors import ConfigError
 
 if TYPE_CHECKING:

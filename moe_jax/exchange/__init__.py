@@ -13,7 +13,7 @@ To add a format:
    adapter as one checkpoint). Decorate it with `@FORMATS.register("NAME")`. `native.py` is the
    shortest example.
 2. Import the class below, which registers it for `moe_jax.export_adapter`.
-3. Describe it in one line of `EXPORT_FORMATS` in `moe_jax/commands/choices.py`, for `--help`.
+3. Describe it in one line of `EXPORT_FORMATS` in `moe_jax/commands/arguments.py`, for `--help`.
 
 `api.py` holds the entry points `export_adapter` and `import_adapter`.
 """

@@ -1,0 +1,149 @@
+"""Descriptions: `moe-jax show` of an adapter, and `moe-jax inspect --base` of a base."""
+
+import argparse
+import math
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moe_jax.commands import Run
+from moe_jax.commands.arguments import TARGETS, listed, numbers
+from moe_jax.config.command_line import load_config_file
+from moe_jax.config.parse import parse_member
+from moe_jax.config.run import parse_run_config
+from moe_jax.errors import ConfigError
+
+if TYPE_CHECKING:  # jax is imported when a command runs, not for --help
+    from moe_jax.adapters.method import AdapterMethod
+    from moe_jax.checkpoints.training_record import TrainingRecord
+
+
+def add_show(parser: argparse.ArgumentParser) -> Run:
+    """Describe an adapter's folder: its method, size, training and base."""
+    parser.add_argument(
+        "folder", type=Path, help="an adapter, as in WORKDIR/adapters/NAME, or a hub id"
+    )
+    return _show
+
+
+def _show(arguments: argparse.Namespace) -> None:
+    from moe_jax.checkpoints.adapter_files import read_description
+    from moe_jax.checkpoints.training_record import read_record
+    from moe_jax.hf.base_model import resolve_adapter
+    from moe_jax.inspection.base_description import leaf_modules, module_lines
+
+    folder = resolve_adapter(arguments.folder)
+    description, record = read_description(folder), read_record(folder)
+    size = sum(math.prod(spec.shape) for spec in description.leaves.values())
+    print(f"method   {description.method['name']}")
+    for field, value in description.method.items():
+        if field != "name":
+            print(f"         {field} = {value}")
+    print(f"size     {size:,} parameters in {len(description.leaves)} leaves")
+    for line in module_lines(leaf_modules(description.leaves)):
+        print(f"       {line}")
+    print(f"trained  {description.step} steps, moe_jax {description.package_version}")
+    if record is not None:
+        _show_record(record)
+    print(f"base     {description.base.path}")
+    print(f"         fingerprint {description.base.fingerprint[:16]}")
+
+
+def _show_record(record: "TrainingRecord") -> None:
+    name, rate = record.optimizer.get("name"), record.optimizer.get("learning_rate")
+    print(f"         {name}, learning rate {rate}, ", end="")
+    print(f"{record.batch_size} rows a step, seed {record.seed}")
+    if record.start_from is not None:
+        print(f"         began from {record.start_from}")
+    for use, sets in (("train", record.train), ("validation", record.validation)):
+        for name, data in sets.items():
+            print(f"data     {use} {name}: {data.rows:,} rows of {data.path or data.task}")
+    losses = {"training": record.training_loss, **record.validation_losses}
+    if any(loss is not None for loss in losses.values()):
+        print(f"loss     {_numbers(losses)}")
+    for kind, groups in (("metrics", record.validation_metrics), ("tasks", record.accuracies)):
+        for name, metrics in groups.items():
+            print(f"{kind:9}{name}: {_numbers(metrics)}")
+
+
+def _numbers(values: Mapping[str, float | None]) -> str:
+    return ", ".join(f"{name} {value:.4f}" for name, value in values.items() if value is not None)
+
+
+def add_adapter_fit(group: argparse._ArgumentGroup) -> None:
+    """Adds the flags that state an adapter on the base of `describe_base`."""
+    group.add_argument("--config", metavar="FILE", help="configuration of a run, as for train.py")
+    group.add_argument(
+        "--method", metavar="NAME", help="or an adapter of this method: lora, mixlora, ..."
+    )
+    group.add_argument(
+        "--rank", type=int, metavar="N", help="rank of the LoRA matrices (default: 8)"
+    )
+    group.add_argument(
+        "--num-experts",
+        metavar="N",
+        help="number of experts; for mola also N,N,..., one per group of layers (default: 8)",
+    )
+    group.add_argument(
+        "--target-modules",
+        metavar="A,B,...",
+        help="adapted projections (default: all seven)",
+    )
+    group.add_argument("--dora", action="store_true", help="use DoRA")
+
+
+def describe_base(arguments: argparse.Namespace) -> None:
+    """Prints the description of a base, and of the adapters that the flags state."""
+    from moe_jax.inspection.base_description import describe_base, fit_lines
+
+    methods = _methods(arguments)
+    base = describe_base(arguments.base, arguments.revision)
+    lines = base.lines()
+    for name, method in methods.items():
+        lines += ["", *fit_lines(base.fit(name, method), base)]
+    print("\n".join(lines))
+
+
+def _methods(arguments: argparse.Namespace) -> "dict[str, AdapterMethod]":
+    """Method of each adapter that the flags state."""
+    from moe_jax.adapters import METHODS
+
+    if arguments.method is None:
+        for name in ("rank", "num_experts", "target_modules", "dora"):
+            value = getattr(arguments, name)
+            if value is not None and value is not False:
+                raise ConfigError(f"--{name.replace('_', '-')}: goes with --method")
+        if arguments.config is None:
+            return {}
+        config = parse_run_config(load_config_file(arguments.config), METHODS)
+        return {name: adapter.method for name, adapter in config.adapters.items()}
+    if arguments.config is not None:
+        raise ConfigError("--method: --config states the methods of its adapters; leave one out")
+    targets = arguments.target_modules
+    fields: dict[str, Any] = {
+        "name": arguments.method,
+        "rank": 8 if arguments.rank is None else arguments.rank,
+        "alpha": 1.0,  # required, but does not change the size
+        "target_modules": listed(",".join(TARGETS) if targets is None else targets),
+        "dora": arguments.dora,
+    }
+    cls = METHODS.get(arguments.method)
+    if cls is not None:
+        fields |= _expert_counts(arguments, typing.get_type_hints(cls).get("num_experts"))
+    return {"default": parse_member(METHODS, fields, "--method")}
+
+
+def _expert_counts(arguments: argparse.Namespace, hint: Any) -> dict[str, Any]:
+    """The field `num_experts`, for a method that declares it with the type `hint`."""
+    if hint is None:
+        if arguments.num_experts is not None:
+            raise ConfigError(f"--num-experts: {arguments.method} has no experts")
+        return {}
+    text = "8" if arguments.num_experts is None else arguments.num_experts
+    counts = numbers(text, "--num-experts")
+    if typing.get_origin(hint) is tuple:
+        return {"num_experts": counts}
+    if len(counts) > 1:
+        raise ConfigError(f"--num-experts: {arguments.method} takes one number for all layers")
+    return {"num_experts": counts[0]}
