@@ -168,7 +168,14 @@ def _inspect_routing(arguments: argparse.Namespace) -> None:
         raise ConfigError("--output: is missing; give a folder for the pictures and tables")
     if arguments.page_tokens < 0:
         raise ConfigError(f"--page-tokens: must not be negative, got {arguments.page_tokens}")
-    data: dict[str, Any] = _data(arguments.data)
+    fields = {
+        "schema": arguments.schema,
+        "prompt": arguments.prompt,
+        "columns": _columns(arguments.column),
+    }
+    data: dict[str, Any] = {
+        name: {"path": path, **fields} for name, path in _data(arguments.data).items()
+    }
     for name in listed(arguments.tasks):
         if name in data:
             raise ConfigError(f"--tasks: {name!r} is also the name of a --data; give NAME=FILE")
@@ -184,8 +191,8 @@ def _inspect_routing(arguments: argparse.Namespace) -> None:
         )
     # Imports jax and transformers, which --help does not need.
     from moe_jax.files.folders import require_unused
-    from moe_jax.inspection.report_files import write_report
-    from moe_jax.inspection.routing_inspection import inspect_routing
+    from moe_jax.inspection.report_files import save_routing_report
+    from moe_jax.inspection.routing_inspection import InspectionOptions, inspect_routing
 
     require_unused(arguments.output)
     with memory_errors("a smaller --batch-size or --max-length, or --dtype bfloat16"):
@@ -195,18 +202,17 @@ def _inspect_routing(arguments: argparse.Namespace) -> None:
             arguments.base,
             revision=arguments.revision,
             site=arguments.site,
-            schema=arguments.schema,
-            prompt=arguments.prompt,
-            columns=_columns(arguments.column),
-            limit=arguments.limit,
-            max_length=arguments.max_length,
-            keep_tokens=arguments.page_tokens,
-            batch_size=arguments.batch_size,
-            dtype=arguments.dtype,
+            options=InspectionOptions(
+                limit=arguments.limit,
+                max_length=arguments.max_length,
+                keep_tokens=arguments.page_tokens,
+                batch_size=arguments.batch_size,
+                dtype=arguments.dtype,
+            ),
         )
     for note in report.notes:
         print(note, file=sys.stderr)
-    written = write_report(report, arguments.output)
+    written = save_routing_report(report, arguments.output)
     print("\n".join(report.summary()))
     print(f"wrote     {arguments.output}: {', '.join(path.name for path in written)}")
 
