@@ -233,7 +233,8 @@ def require_tensors(
     if unused:
         raise CheckpointError(
             f"{file}: holds {name_list(unused, 2)}, which would be dropped; "
-            f"{source.config_file.name} belongs to another adapter, or this adapter to another base than {base}"
+            f"{source.config_file.name} belongs to another adapter, "
+            f"or this adapter to another base than {base}"
         )
     for name, shape in expected.items():
         if tensors[name].shape != shape:

@@ -13,15 +13,15 @@ from moe_jax.hf.families import FAMILIES, Family
 from moe_jax.hf.fields import HF_NAMES, HFFields
 from moe_jax.hf.rope import SECTIONS
 
-# By each of these some architecture changes what is computed. A family that does not read one takes
-# only the value at which it changes nothing. (Not `sliding_window`: many files of families without
-# windows have it, and transformers does not read it there either.)
-_NEUTRAL: dict[str, Any] = {
+# Fields that change the computation in some architecture, with the value at which they do not. A
+# family that does not read a field accepts only this value. (Not `sliding_window`: many files of
+# families without windows have it, and transformers ignores it there too.)
+_NEUTRAL_VALUES: dict[str, Any] = {
     "attn_logit_softcapping": None,
     "final_logit_softcapping": None,
     "query_pre_attn_scalar": None,
     "use_bidirectional_attention": False,
-    "layer_types": "full_attention",  # of every layer
+    "layer_types": "full_attention",  # in every layer
     "use_qk_norm": False,
     "qk_layernorm": False,
     "no_rope_layers": None,
@@ -38,11 +38,11 @@ _NEUTRAL: dict[str, Any] = {
 
 
 def read_model_config(folder: Path) -> ModelConfig:
-    """The architecture that `folder/config.json` states.
+    """Reads the architecture from `folder/config.json`.
 
     Raises:
-      CheckpointError: the file is missing or malformed, of an architecture that is not supported,
-        or lacks or contradicts a field.
+      CheckpointError: the file is missing or invalid, its architecture is not supported, or a field
+        is missing or contradicts another.
     """
     path = Path(folder) / "config.json"
     if not path.is_file():
@@ -65,15 +65,15 @@ def read_model_config(folder: Path) -> ModelConfig:
 
 
 def model_config_from_hf(mapping: Mapping[str, Any], where: str) -> ModelConfig:
-    """The architecture that the fields of a Hugging Face `config.json` state.
+    """Architecture described by the fields of a Hugging Face `config.json`.
 
     Args:
-      mapping: the fields, as read from JSON.
-      where: the file or configuration field that they come from, for messages.
+      mapping: fields as read from JSON.
+      where: file or configuration field that holds them, for messages.
 
     Raises:
-      CheckpointError: an architecture that is not supported; a field that is missing, of the wrong
-        type, contradicted by another, or that asks for something which is not implemented.
+      CheckpointError: the architecture is not supported; a field is missing, of the wrong type,
+        contradicts another, or has a value that is not supported.
     """
     family = _family(mapping, where)
     fields = HFFields(mapping, where, family.defaults)
@@ -84,7 +84,7 @@ def model_config_from_hf(mapping: Mapping[str, Any], where: str) -> ModelConfig:
         raise fields.error(_hf_name(error.field, mapping), error.reason) from None
     except ConfigError as error:
         raise CheckpointError(str(error)) from None
-    for key, neutral in _NEUTRAL.items():
+    for key, neutral in _NEUTRAL_VALUES.items():
         neutral = [neutral] * config.num_layers if key == "layer_types" else neutral
         if key not in fields.seen and mapping.get(key) not in (None, neutral):
             raise fields.error(
@@ -94,20 +94,20 @@ def model_config_from_hf(mapping: Mapping[str, Any], where: str) -> ModelConfig:
 
 
 def _family(mapping: Mapping[str, Any], where: str) -> Family:
-    """The family of the checkpoint's model class."""
+    """Family of the checkpoint's model class."""
     model_type = mapping.get("model_type")
-    named = mapping.get("architectures") or []
+    architectures = mapping.get("architectures") or []
     for family in FAMILIES.values():
-        # Early Llama files have no model_type; another one there means other mathematics. Files
+        # Early Llama files have no model_type; a different one is a different architecture. Files
         # written by hand may have no architectures.
-        if (not named and model_type == family.model_type) or (
-            family.architecture in named and model_type in (None, family.model_type)
+        if (not architectures and model_type == family.model_type) or (
+            family.architecture in architectures and model_type in (None, family.model_type)
         ):
             return family
     supported = ", ".join(f"{f.architecture} ({f.model_type})" for f in FAMILIES.values())
-    found = ", ".join(str(name) for name in named) or "none"
+    stated = ", ".join(str(name) for name in architectures) or "none"
     raise CheckpointError(
-        f"{where}: architecture {found} of model_type {model_type!r} is not supported; "
+        f"{where}: architecture {stated} of model_type {model_type!r} is not supported; "
         f"supported: {supported}"
     )
 
@@ -116,8 +116,8 @@ def _require_constants(fields: HFFields, family: Family) -> None:
     if fields.mapping.get("quantization_config") is not None:
         raise fields.error(
             "quantization_config",
-            "the weights are stored quantised, which is not supported; use the float checkpoint "
-            "that they were made from",
+            "quantised checkpoints are not supported; use the float checkpoint that it was made "
+            "from",
         )
     for key, value in family.constants.items():
         stated = fields.optional(key, Any)
@@ -128,7 +128,7 @@ def _require_constants(fields: HFFields, family: Family) -> None:
 
 
 def _hf_name(field: str, mapping: Mapping[str, Any]) -> str:
-    """What `config.json` calls a field of `ModelConfig`."""
+    """Name in `config.json` of a field of `ModelConfig`."""
     if field.startswith("rope."):
         section = next((name for name in SECTIONS if mapping.get(name)), SECTIONS[0])
         return f"{section}.{field.removeprefix('rope.')}"

@@ -1,4 +1,8 @@
-"""The fields of a Hugging Face `config.json`, each checked when it is read."""
+"""Fields of a Hugging Face `config.json`, checked when they are read.
+
+`HFFields` holds the fields of one file. The functions below it read those that several families
+state in the same way.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,40 +14,40 @@ from moe_jax.layers.activation import ACTIVATIONS
 
 
 class HFFields:
-    """A group of fields, and what a missing one means.
+    """A group of fields and the defaults of missing ones.
 
-    The raw file is read, not transformers' view of it: transformers 5 and the versions before it
-    state some things differently, and each fills in what a file leaves out.
+    It holds the raw file, not transformers' configuration object: transformers 5 and the versions
+    before it state some fields differently, and each fills in defaults.
 
     Attributes:
-      mapping: the fields, as read from JSON.
-      where: the file, and the group in it, for messages.
-      seen: the keys that were asked for.
+      mapping: fields as read from JSON.
+      where: file, and group in it, for messages.
+      seen: keys that were read.
     """
 
     def __init__(self, mapping: Mapping[str, Any], where: str, defaults: Mapping[str, Any]):
-        """The fields of `mapping`.
+        """Wraps `mapping`.
 
         Args:
-          mapping: see the class.
-          where: see the class.
-          defaults: by key, what leaving the field out means.
+          mapping: fields as read from JSON.
+          where: file, and group in it, for messages.
+          defaults: values of missing fields, by key.
         """
         self.mapping, self.where, self._defaults = mapping, where, defaults
         self.seen: set[str] = set()
 
     def error(self, key: str, reason: str) -> CheckpointError:
-        """The error that refuses the field `key`, to be raised."""
+        """Returns an error about the field `key`, to be raised."""
         return CheckpointError(f"{self.where}: {key}: {reason}")
 
     def optional(self, key: str, kind: Any) -> Any:
-        """The field, checked to be of type `kind`; None where it is missing or null."""
+        """Field of type `kind`; None if it is missing or null."""
         self.seen.add(key)
         value = self.mapping.get(key)
         return None if value is None else parse(kind, value, f"{self.where}: {key}")
 
     def get(self, key: str, kind: Any) -> Any:
-        """The field; its default where it is missing or null, an error where it has none."""
+        """Field of type `kind`; its default if it is missing or null, an error without default."""
         value = self.optional(key, kind)
         if value is not None:
             return value
@@ -52,27 +56,23 @@ class HFFields:
         return self._defaults[key]
 
     def has_default(self, key: str) -> bool:
-        """Whether leaving the field out means something."""
+        """True if the field may be left out."""
         return key in self._defaults
 
     def nullable(self, key: str, kind: Any) -> Any:
-        """The field, where null means that there is no such thing, and missing the default."""
+        """Field of type `kind`, or None if it is null; its default if it is missing."""
         if key in self.mapping:
             return self.optional(key, kind)
         return self.get(key, kind)
 
     def group(self, key: str) -> Mapping[str, Any]:
-        """A group of fields, nulls left out; empty where it is missing or null."""
+        """Group of fields without nulls; empty if it is missing or null."""
         value = self.mapping.get(key)
         if value is None:
             return {}
         if not isinstance(value, Mapping):
             raise self.error(key, f"expected a group of fields, got {type(value).__name__}")
         return {name: item for name, item in value.items() if item is not None}
-
-
-# FIXME docstring of the merged hf.families.fields:
-# """Fields of `config.json` that several families have in common, and how they are read."""
 
 
 LAYER_TYPES: tuple[LayerType, ...] = ("full_attention", "sliding_attention")
@@ -92,41 +92,41 @@ HF_NAMES = {name: key for name, (key, _) in _COMMON.items()} | {
     "num_kv_heads": "num_key_value_heads",
     "qkv_bias": "attention_bias",
 }
-"""What `config.json` calls fields of `ModelConfig`, for messages."""
+"""Names in `config.json` of fields of `ModelConfig`, for messages."""
 
 
 def common(fields: HFFields) -> dict[str, Any]:
-    """The fields of `ModelConfig` that every family states in the same way."""
+    """Fields of `ModelConfig` that all families state in the same way."""
     return {name: fields.get(key, kind) for name, (key, kind) in _COMMON.items()}
 
 
 def activation(fields: HFFields, key: str = "hidden_act") -> str:
-    """The name of the FFN's activation."""
-    return known_activation(fields, key, fields.get(key, str))
+    """Name of the FFN's activation."""
+    return supported_activation(fields, key, fields.get(key, str))
 
 
-def known_activation(fields: HFFields, key: str, name: str) -> str:
-    """`name`, which the field `key` gives, if there is such an activation."""
+def supported_activation(fields: HFFields, key: str, name: str) -> str:
+    """Checks that `name`, from the field `key`, is an activation."""
     if name not in ACTIVATIONS:
         raise fields.error(key, f"{name!r} is not supported; {suggest(name, ACTIVATIONS)}")
     return name
 
 
 def kv_heads_or_heads(fields: HFFields) -> int:
-    """`num_key_value_heads`, which by default is as many as there are query heads."""
+    """`num_key_value_heads`, by default the number of query heads."""
     kv_heads = fields.optional("num_key_value_heads", int)
     return fields.get("num_attention_heads", int) if kv_heads is None else kv_heads
 
 
 def stated_kv_heads(fields: HFFields) -> int:
-    """`num_key_value_heads`, where null is as many as there are query heads."""
+    """`num_key_value_heads`, which must be given; null is the number of query heads."""
     if "num_key_value_heads" not in fields.mapping:
-        return fields.get("num_key_value_heads", int)  # refuses: a size is never filled in
+        return fields.get("num_key_value_heads", int)  # raises: sizes have no default
     return kv_heads_or_heads(fields)
 
 
 def head_dim_or_quotient(fields: HFFields) -> int:
-    """`head_dim`, which by default is the model's width divided by the number of heads."""
+    """`head_dim`, by default the hidden size divided by the number of heads."""
     head_dim = fields.optional("head_dim", int)
     if head_dim is not None:
         return head_dim
@@ -143,12 +143,12 @@ def head_dim_or_quotient(fields: HFFields) -> int:
 def sliding(
     fields: HFFields, window: int | None, layer_types: tuple[LayerType, ...] | list[LayerType]
 ) -> dict[str, Any]:
-    """The fields of `ModelConfig` that say which layers slide, and over how many positions.
+    """Fields of `ModelConfig` for sliding windows.
 
     Args:
-      fields: for messages.
-      window: `sliding_window`, None if there is none.
-      layer_types: each layer's kind.
+      fields: fields of the file, for messages.
+      window: `sliding_window`; None if there is no window.
+      layer_types: type of each layer.
     """
     if "sliding_attention" not in layer_types:
         return {"sliding_window": None, "layer_types": None}
@@ -158,7 +158,7 @@ def sliding(
 
 
 def stated_layer_types(fields: HFFields) -> tuple[LayerType, ...] | None:
-    """`layer_types`, which files of transformers 5 have, or None."""
+    """`layer_types`, which files of transformers 5 have; None if it is missing."""
     types = fields.optional("layer_types", tuple[str, ...])
     for kind in types or ():
         if kind not in LAYER_TYPES:

@@ -1,7 +1,7 @@
-"""The leaves of a model's parameter tree, and the Hugging Face tensors that they are made of.
+"""Map between the leaves of a parameter tree and the tensors of a Hugging Face checkpoint.
 
-Both directions follow from the key table of the model's family: `base_leaves` says where to read,
-`hf_tensors` undoes it.
+Both directions follow from the key table of the model's family: `base_leaves` lists the tensors of
+each leaf, `tensor_parts` the leaves of each tensor.
 """
 
 from dataclasses import dataclass
@@ -15,16 +15,16 @@ from moe_jax.hf.families.family import LAYER, Condition, WeightRule, family_of
 
 @dataclass(frozen=True)
 class Leaf:
-    """One leaf of the parameter tree and the tensors that it is made of.
+    """One leaf of the parameter tree and the tensors that hold it.
 
     Attributes:
-      path: names from the tree's root to the leaf.
-      shape: the whole leaf, layers in front where it is `stacked`.
-      keys: the tensors, one a layer where it is `stacked`, else one.
-      stacked: tensor i is `leaf[i]`.
-      transposed: each tensor is stored with its two axes swapped.
-      first_row: where the leaf begins along the first axis of each stored tensor.
-      stored_rows: how long that axis is; more than the leaf takes where others share the tensor.
+      path: names from the root of the tree to the leaf.
+      shape: shape of the leaf, with a leading layer axis if it is `stacked`.
+      keys: names of the tensors: one per layer if the leaf is `stacked`, else one.
+      stacked: True if tensor i is `leaf[i]`.
+      transposed: True if the tensors are stored with their two axes swapped.
+      first_row: offset of the leaf along the first axis of the stored tensors.
+      stored_rows: length of that axis; longer than the leaf if others share the tensor.
     """
 
     path: tuple[str, ...]
@@ -37,7 +37,7 @@ class Leaf:
 
     @property
     def tensor_shape(self) -> tuple[int, ...]:
-        """The shape of each of the tensors, as stored."""
+        """Shape of each stored tensor."""
         shape = self.shape[1:] if self.stacked else self.shape
         return (self.stored_rows, *(shape[::-1] if self.transposed else shape)[1:])
 
@@ -54,7 +54,7 @@ def _axis_sizes(config: ModelConfig) -> dict[str, int]:
 
 
 def base_leaves(config: ModelConfig) -> list[Leaf]:
-    """All leaves of the parameter tree of a model of this configuration.
+    """Leaves of the parameter tree of a model.
 
     Raises:
       CheckpointError: its family is not registered.
@@ -63,7 +63,7 @@ def base_leaves(config: ModelConfig) -> list[Leaf]:
 
 
 def _exists(rule: WeightRule, config: ModelConfig) -> bool:
-    return rule.only_if is None or getattr(config, rule.only_if.field) == rule.only_if.value
+    return rule.condition is None or getattr(config, rule.condition.field) == rule.condition.value
 
 
 def _leaf(rule: WeightRule, config: ModelConfig) -> Leaf:
@@ -82,22 +82,22 @@ def _leaf(rule: WeightRule, config: ModelConfig) -> Leaf:
 
 
 def tensor_names(pattern: str, config: ModelConfig) -> tuple[str, ...]:
-    """The tensor names that a name with or without `{layer}` stands for."""
+    """Names of the tensors of all layers for a pattern with `{layer}`; else the pattern itself."""
     if "{layer}" not in pattern:
         return (pattern,)
     return tuple(pattern.format(layer=layer) for layer in range(config.num_layers))
 
 
 def tensor_name(path: str, config: ModelConfig) -> str | None:
-    """The name of the tensor of an unstacked leaf, whether or not this model has it.
+    """Name of the tensor of an unstacked leaf, even if this model lacks it.
 
-    None if none of the family has it.
+    None if the family has no such leaf.
     """
     return next((rule.key for rule in family_of(config).weights if rule.path == path), None)
 
 
 def ignored_tensors(config: ModelConfig) -> set[str]:
-    """Tensors that may be stored and are not read."""
+    """Names of tensors that may be stored and are not read."""
     return {
         key
         for pattern in family_of(config).ignored_tensors
@@ -106,11 +106,11 @@ def ignored_tensors(config: ModelConfig) -> set[str]:
 
 
 def unexpected_reason(key: str, config: ModelConfig) -> str:
-    """What in the configuration leaves no place for the tensor `key`: text for a message."""
+    """Reason for which a model of this configuration has no tensor `key`, for a message."""
     family = family_of(config)
     for rule in family.weights:
         if not _exists(rule, config) and key in tensor_names(rule.key, config):
-            condition = rule.only_if
+            condition = rule.condition
             assert condition is not None
             return f"config.json says {condition.key} {_stated(condition, config)}"
     if key.startswith(LAYER.split("{", maxsplit=1)[0]):
@@ -123,11 +123,11 @@ def _stated(condition: Condition, config: ModelConfig) -> str:
 
 
 TensorParts = tuple[tuple[Leaf, int], ...]
-"""The leaves that make up one tensor, in their order, each with the tensor's place in it."""
+"""Leaves of one tensor in the order of storage, each with the index of the tensor in its keys."""
 
 
 def tensor_parts(config: ModelConfig) -> dict[str, TensorParts]:
-    """The tensors of a checkpoint of this model, by name, in the order of the key table."""
+    """Parts of all tensors of a checkpoint, by name, in the order of the key table."""
     parts: dict[str, list[tuple[Leaf, int]]] = {}
     for leaf in base_leaves(config):
         for index, key in enumerate(leaf.keys):
@@ -139,11 +139,11 @@ def tensor_parts(config: ModelConfig) -> dict[str, TensorParts]:
 
 
 def hf_tensor(params: Any, parts: TensorParts) -> np.ndarray:
-    """One tensor as Hugging Face stores it; of the leaves, only what it holds is copied.
+    """One tensor as Hugging Face stores it; only its part of the leaves is copied.
 
     Args:
-      params: the parameter tree.
-      parts: the tensor's entry in `tensor_parts`.
+      params: parameter tree.
+      parts: entry of the tensor in `tensor_parts`.
     """
     arrays = []
     for leaf, index in parts:
@@ -156,5 +156,5 @@ def hf_tensor(params: Any, parts: TensorParts) -> np.ndarray:
 
 
 def hf_tensors(params: Any, config: ModelConfig) -> dict[str, np.ndarray]:
-    """A parameter tree as the tensors of a Hugging Face checkpoint; undoes `load_base_params`."""
+    """Tensors of the Hugging Face checkpoint of a parameter tree; inverse of `load_base_params`."""
     return {key: hf_tensor(params, parts) for key, parts in tensor_parts(config).items()}

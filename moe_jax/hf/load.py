@@ -1,8 +1,8 @@
-"""Loads the frozen base model from safetensors straight into sharded arrays.
+"""Loads the parameters of a base model from safetensors into sharded arrays.
 
-Everything that can be wrong is found from the files' headers before any tensor is read. Then one
-leaf at a time is read, transposed, converted and put on its devices, each process and device
-reading only its own part: beside the parameters themselves, the host holds one leaf.
+The files' headers are checked before any tensor is read. Then one leaf at a time is read,
+transposed, converted and put on its devices. Each process reads only the parts of its devices, and
+beside the parameters the host holds one leaf.
 """
 
 import dataclasses
@@ -31,20 +31,20 @@ from moe_jax.layers.quantized import quantize
 
 _FLOAT_TYPES = {"F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
 
-# How much of a tensor is read at once. safetensors copies a slice twice on its way to numpy, so
-# that whole tensors would cost twice the largest one; larger blocks are no faster.
+# Bytes of a tensor that are read at once. safetensors copies a slice twice on its way to numpy, so
+# reading whole tensors would cost twice the largest one; larger blocks are no faster.
 _BLOCK_BYTES = 2**20
 
 Tree = dict[str, Any]
 
 
 def abstract_base_params(config: ModelConfig, dtype: str) -> Tree:
-    """The parameter tree that `load_base_params` returns, as `jax.ShapeDtypeStruct` leaves."""
+    """Parameter tree that `load_base_params` returns, with `jax.ShapeDtypeStruct` leaves."""
     storage = storage_of(dtype)
 
     def abstract(leaf: Leaf) -> Any:
         shape = jax.ShapeDtypeStruct(leaf.shape, storage.dtype)
-        return _abstract_quantized(shape, storage) if _quantized(leaf, storage) else shape
+        return _abstract_quantized(shape, storage) if _is_quantized(leaf, storage) else shape
 
     return _tree({leaf.path: abstract(leaf) for leaf in base_leaves(config)})
 
@@ -55,23 +55,23 @@ def load_base_params(
     dtype: StorageType | str,
     shardings: Tree | None = None,
 ) -> Tree:
-    """Reads the weights of a model.
+    """Loads the parameters of a base model.
 
     Args:
-      folder: a checkpoint with safetensors weights, in one file or several with an index, stored as
+      folder: checkpoint with safetensors weights, in one file or several with an index, stored as
         float32, float16 or bfloat16.
-      config: the architecture, from `read_model_config(folder)`.
-      dtype: how the parameters are kept. Kernels are quantised one layer at a time.
-      shardings: a tree like the returned one of `jax.sharding.Sharding`, or None, which puts all on
-        this process's first device.
+      config: architecture, from `read_model_config(folder)`.
+      dtype: type of the parameters. Kernels are quantised one layer at a time.
+      shardings: tree of `jax.sharding.Sharding` like the returned one; None puts all parameters on
+        the first device of this process.
 
     Returns:
-      The parameter tree, kernels as `[in, out]`, decoder layers stacked as `[layers, ...]`.
+      Parameter tree, with kernels `[in, out]` and decoder layers stacked as `[layers, ...]`.
 
     Raises:
-      CheckpointError: the files are missing or damaged, a tensor is missing, left over, of another
-        shape or of a type that is not a float, or a value does not fit `dtype`.
-      ConfigError: there is no such `dtype`, or the model cannot be kept in it.
+      CheckpointError: the files are missing or damaged; a tensor is missing, unexpected, or of
+        another shape or type; a value does not fit `dtype`.
+      ConfigError: `dtype` is unknown, or not supported for this model.
     """
     storage = storage_of(dtype)
     with located("base"):
@@ -80,22 +80,22 @@ def load_base_params(
         leaves = checked_leaves(shards, config)
         if shardings is None:
             device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-            places = {leaf.path: device for leaf in leaves}
+            leaf_shardings = {leaf.path: device for leaf in leaves}
         else:
-            places = {leaf.path: _at(shardings, leaf.path) for leaf in leaves}
+            leaf_shardings = {leaf.path: _subtree(shardings, leaf.path) for leaf in leaves}
         arrays = {}
         # The largest first: its host copy is held while little else is.
         for leaf in sorted(leaves, key=lambda leaf: -np.prod(leaf.shape, dtype=float)):
-            place = places[leaf.path]
-            if _quantized(leaf, storage):
-                arrays[leaf.path] = _load_quantized(leaf, shards, storage, place)
+            sharding = leaf_shardings[leaf.path]
+            if _is_quantized(leaf, storage):
+                arrays[leaf.path] = _load_quantized(leaf, shards, storage, sharding)
             else:
-                arrays[leaf.path] = _load_leaf(leaf, shards, storage.dtype, place)
+                arrays[leaf.path] = _load_leaf(leaf, shards, storage.dtype, sharding)
     return _tree({leaf.path: arrays[leaf.path] for leaf in leaves})
 
 
 def checked_leaves(shards: Shards, config: ModelConfig) -> list[Leaf]:
-    """The leaves to load, once every tensor is known to be there, in its shape, and wanted.
+    """Leaves to load, after checking that exactly their tensors are stored in the right shapes.
 
     Raises:
       CheckpointError: see `load_base_params`.
@@ -104,8 +104,8 @@ def checked_leaves(shards: Shards, config: ModelConfig) -> list[Leaf]:
     present = dict(shards.tensors)
     embedding, head = tensor_name(EMBEDDING_PATH, config), tensor_name(HEAD_PATH, config)
     if config.tie_word_embeddings and embedding and head and head in present:
-        # A tied head that is stored all the same is either the only copy of the embedding or must
-        # equal it; anything else would be dropped in silence.
+        # A tied head that is stored is either the only copy of the embedding or must equal it. Any
+        # other head would be dropped silently.
         if embedding not in present:
             leaves = [
                 dataclasses.replace(leaf, keys=(head,)) if leaf.keys == (embedding,) else leaf
@@ -114,21 +114,21 @@ def checked_leaves(shards: Shards, config: ModelConfig) -> list[Leaf]:
         else:
             _check_tied_head(shards, embedding, head)
             del present[head]
-    wanted = {key: leaf for leaf in leaves for key in leaf.keys}
+    expected = {key: leaf for leaf in leaves for key in leaf.keys}
     ignored = ignored_tensors(config)
-    missing = [key for key in wanted if key not in present]
+    missing = [key for key in expected if key not in present]
     if missing:
         raise CheckpointError(
             f"{shards.folder}: the weights lack {name_list(missing)}; "
             f"the checkpoint is incomplete or config.json is that of another model"
         )
-    left_over = sorted(key for key in present if key not in wanted and key not in ignored)
-    if left_over:
+    unexpected = sorted(key for key in present if key not in expected and key not in ignored)
+    if unexpected:
         raise CheckpointError(
-            f"{shards.folder}: the weights hold {name_list(left_over)}, which would be dropped "
-            f"({unexpected_reason(left_over[0], config)}); config.json is that of another model"
+            f"{shards.folder}: the weights hold {name_list(unexpected)}, which would be dropped "
+            f"({unexpected_reason(unexpected[0], config)}); config.json is that of another model"
         )
-    for key, leaf in wanted.items():
+    for key, leaf in expected.items():
         info = present[key]
         if info.shape != leaf.tensor_shape:
             raise CheckpointError(
@@ -162,7 +162,7 @@ def _check_tied_head(shards: Shards, embedding_key: str, head_key: str) -> None:
 def _load_leaf(
     leaf: Leaf, shards: Shards, dtype: np.dtype, sharding: jax.sharding.Sharding
 ) -> jax.Array:
-    parts: dict[tuple, np.ndarray] = {}  # replicas of a part share one host copy
+    parts: dict[tuple, np.ndarray] = {}  # replicas share one host copy
 
     def read_part(index: tuple[slice, ...] | None) -> np.ndarray:
         assert index is not None
@@ -172,12 +172,12 @@ def _load_leaf(
         return parts[ranges]
 
     array = jax.make_array_from_callback(leaf.shape, sharding, read_part, dtype=dtype)
-    # Transfers run behind Python's back; without waiting, several host copies pile up.
+    # Transfers are asynchronous; without waiting, several host copies would accumulate.
     return jax.block_until_ready(array)
 
 
-def _quantized(leaf: Leaf, storage: Storage) -> bool:
-    """Whether the leaf is one that `storage` quantises: a projection's kernel of every layer."""
+def _is_quantized(leaf: Leaf, storage: Storage) -> bool:
+    """True for the kernels of the layers' projections, if `storage` quantises."""
     return storage.quantization is not None and leaf.stacked and leaf.path[-1] == "kernel"
 
 
@@ -189,16 +189,16 @@ def _abstract_quantized(shape: jax.ShapeDtypeStruct, storage: Storage) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct((layers, *x.shape), x.dtype), one)
 
 
-def _load_quantized(leaf: Leaf, shards: Shards, storage: Storage, places: Any) -> Any:
-    """A stacked kernel, quantised layer by layer; the host holds one layer of it as floats.
+def _load_quantized(leaf: Leaf, shards: Shards, storage: Storage, shardings: Any) -> Any:
+    """Loads a stacked kernel and quantises it layer by layer; the host holds one layer as floats.
 
-    Every process reads and quantises all of it, since a scale spans what a device may hold a part
-    of, and keeps the parts of its own devices.
+    Every process reads and quantises the whole kernel, since a scale may span several devices, and
+    keeps the parts of its devices.
 
     Args:
       leaf, shards: see `read_leaf`.
-      storage: what to quantise to.
-      places: a `Sharding`, or a quantised kernel of them.
+      storage: quantised storage.
+      shardings: a `Sharding`, or a quantised kernel of shardings.
     """
     kind = storage.quantization
     assert kind is not None
@@ -207,30 +207,30 @@ def _load_quantized(leaf: Leaf, shards: Shards, storage: Storage, places: Any) -
     stack = None
     for layer in range(layers):
         kernel = jax.device_put(read_leaf(leaf, shards, np.dtype(np.float32), layer), device)
-        codes = jax.device_get(_quantize(kernel, kind))
+        quantized = jax.device_get(_quantize(kernel, kind))
         if stack is None:
-            stack = jax.tree.map(lambda x: np.empty((layers, *x.shape), x.dtype), codes)
-        jax.tree.map(lambda whole, part, at=layer: whole.__setitem__(at, part), stack, codes)
-    if isinstance(places, jax.sharding.Sharding):
-        places = jax.tree.map(lambda _: places, stack)
+            stack = jax.tree.map(lambda x: np.empty((layers, *x.shape), x.dtype), quantized)
+        jax.tree.map(lambda whole, part, at=layer: whole.__setitem__(at, part), stack, quantized)
+    if isinstance(shardings, jax.sharding.Sharding):
+        shardings = jax.tree.map(lambda _: shardings, stack)
 
     def put(whole: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
         return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
 
-    return jax.block_until_ready(jax.tree.map(put, stack, places))
+    return jax.block_until_ready(jax.tree.map(put, stack, shardings))
 
 
 _quantize = jax.jit(quantize, static_argnums=1)
 
 
 def read_leaf(leaf: Leaf, shards: Shards, dtype: np.dtype, layer: int | None = None) -> np.ndarray:
-    """A whole leaf, or one layer of a stacked one, in memory of this process.
+    """Reads a whole leaf, or one layer of a stacked leaf, as a numpy array.
 
     Args:
-      leaf: from `checked_leaves`.
-      shards: what that was given.
-      dtype: of the result.
-      layer: from 0; None where the leaf is not stacked, or all layers are wanted.
+      leaf: leaf from `checked_leaves`.
+      shards: shards that `checked_leaves` was given.
+      dtype: type of the result.
+      layer: index of the layer; None reads all layers, or a leaf that is not stacked.
     """
     ranges = tuple((0, size) for size in leaf.shape)
     if layer is None:
@@ -241,7 +241,7 @@ def read_leaf(leaf: Leaf, shards: Shards, dtype: np.dtype, layer: int | None = N
 def _read_part(
     leaf: Leaf, shards: Shards, dtype: np.dtype, ranges: tuple[tuple[int, int], ...]
 ) -> np.ndarray:
-    """`leaf[start:stop, ...]` for the `(start, stop)` of each axis."""
+    """Reads `leaf[start:stop, ...]` for the `(start, stop)` of each axis."""
     part = np.empty([stop - start for start, stop in ranges], dtype)
     if not leaf.stacked:
         _read_tensor(leaf, leaf.keys[0], shards, part, ranges)
@@ -255,7 +255,7 @@ def _read_part(
 def _read_tensor(
     leaf: Leaf, key: str, shards: Shards, out: np.ndarray, ranges: tuple[tuple[int, int], ...]
 ) -> None:
-    """Fills `out` with a part of one tensor, converted to its type; `ranges` are those of `out`."""
+    """Fills `out` with a part of one tensor, converted to the type of `out`."""
     info = shards.tensors[key]
     source = _FLOAT_TYPES[info.dtype]
     view = shards.get_slice(key)
@@ -267,7 +267,7 @@ def _read_tensor(
     may_overflow = out.dtype == np.float16 and source is not np.float16
     for start, stop in _blocks(first, last, row_bytes):
         block = view[(slice(start, stop), *rest)]
-        with np.errstate(over="ignore"):  # looked for below, with a message that says where
+        with np.errstate(over="ignore"):  # checked below, with a message that names the tensor
             out[start - first : stop - first] = block
         if may_overflow and not np.isfinite(out[start - first : stop - first]).all():
             raise CheckpointError(
@@ -277,12 +277,12 @@ def _read_tensor(
 
 
 def _blocks(first: int, last: int, row_bytes: int) -> list[tuple[int, int]]:
-    """Splits rows `first` to `last` into runs of about `_BLOCK_BYTES`."""
+    """Splits rows `first` to `last` into blocks of about `_BLOCK_BYTES`."""
     rows = max(1, _BLOCK_BYTES // max(1, row_bytes))
     return [(start, min(start + rows, last)) for start in range(first, last, rows)]
 
 
-def _at(tree: Tree, path: tuple[str, ...]) -> Any:
+def _subtree(tree: Tree, path: tuple[str, ...]) -> Any:
     for name in path:
         tree = tree[name]
     return tree

@@ -1,7 +1,7 @@
-"""Reads how a Hugging Face `config.json` states rotary position embeddings.
+"""Reads the rotary position embeddings of a Hugging Face `config.json`.
 
-transformers 5 keeps them in `rope_parameters`, by kind of layer where the kinds differ; versions
-before it had `rope_theta` and `rope_scaling`.
+transformers 5 keeps them in `rope_parameters`, by layer type where the types differ; earlier
+versions had `rope_theta` and `rope_scaling`.
 """
 
 from collections.abc import Collection, Mapping
@@ -13,8 +13,8 @@ from moe_jax.errors import CheckpointError
 from moe_jax.hf.fields import HFFields
 from moe_jax.layers.rope import ROPE_TYPES
 
-# The fields of each rope_type beside rope_theta; a further known field is of another type and not
-# read, as in transformers.
+# Fields of each rope_type beside rope_theta. Known fields of other types are ignored, as in
+# transformers.
 _FIELDS: dict[str, dict[str, Any]] = {
     "default": {},
     "linear": {"factor": float},
@@ -43,21 +43,21 @@ _FIELDS: dict[str, dict[str, Any]] = {
         "long_factor": tuple[float, ...],
     },
 }
-# `finetuned` is a note in the files of the first YaRN models; transformers does not read it either.
+# `finetuned` is a note in the files of the first YaRN models; transformers ignores it too.
 _NOTES = frozenset({"rope_type", "type", "rope_theta", "partial_rotary_factor", "finetuned"})
 
 SECTIONS = ("rope_parameters", "rope_scaling")
 
 
 class RopeRules(NamedTuple):
-    """How a family reads rotary embeddings.
+    """A family's rules for reading rotary embeddings.
 
     Attributes:
-      partial_rotary_factor: what leaving the field out means; None where the family always rotates
-        whole heads, and the field, if there, must say so.
+      partial_rotary_factor: default of the field; None if the family always rotates whole heads, so
+        that the field must be absent or 1.
       interleaved: see `RopeConfig`.
-      types: what may be meant; `rope_type`s.
-      renamed: former names of types, by name.
+      types: supported values of `rope_type`.
+      renamed: map from former names of types to current ones.
     """
 
     partial_rotary_factor: float | None = None
@@ -70,7 +70,7 @@ WHOLE_HEADS = RopeRules()
 
 
 def rope_section(fields: HFFields) -> tuple[str, Mapping[str, Any]]:
-    """The name and the fields of the section that describes rotary embeddings; nulls left out."""
+    """Name and fields, without nulls, of the section that describes rotary embeddings."""
     sections = {name: fields.group(name) for name in SECTIONS if fields.group(name)}
     if len(sections) == 2 and sections["rope_parameters"] != sections["rope_scaling"]:
         raise CheckpointError(
@@ -80,7 +80,7 @@ def rope_section(fields: HFFields) -> tuple[str, Mapping[str, Any]]:
 
 
 def read_rope(fields: HFFields, rules: RopeRules = WHOLE_HEADS) -> RopeConfig:
-    """The rotary embedding of a model all of whose layers have the same."""
+    """Reads the rotary embedding of a model with the same one in all layers."""
     name, section = rope_section(fields)
     return rope_of_section(fields, name, section, rules)
 
@@ -92,101 +92,102 @@ def rope_of_section(
     rules: RopeRules,
     theta_key: str = "rope_theta",
 ) -> RopeConfig:
-    """The rotary embedding that a section states.
+    """Reads the rotary embedding of one section.
 
     Args:
-      fields: around the section.
-      name: of the section, for messages.
-      section: without nulls.
-      rules: of the family.
-      theta_key: what rope_theta is called where it stands beside the section; its default is the
-        family's.
+      fields: fields that contain the section.
+      name: name of the section, for messages.
+      section: fields of the section, without nulls.
+      rules: rules of the family.
+      theta_key: key of rope_theta outside the section; its default is the family's.
     """
-    at = f"{fields.where}: {name}"
+    location = f"{fields.where}: {name}"
     known = {field for names in _FIELDS.values() for field in names} | _NOTES
     for field in section:
         if field not in known:
-            raise CheckpointError(f"{at}.{field}: unknown field; {suggest(field, known)}")
-    rope_type = _rope_type(section, at, rules)
+            raise CheckpointError(f"{location}.{field}: unknown field; {suggest(field, known)}")
+    rope_type = _rope_type(section, location, rules)
     values = {
-        field: parse(kind, section[field], f"{at}.{field}")
+        field: parse(kind, section[field], f"{location}.{field}")
         for field, kind in _FIELDS[rope_type].items()
         if field in section
     }
     if "original_max_position_embeddings" in _FIELDS[rope_type]:
-        values["original_max_position_embeddings"] = _original_length(fields, section, at)
+        values["original_max_position_embeddings"] = _original_length(fields, section, location)
     try:
         return RopeConfig(
             rope_type=parse(Any, rope_type),
-            rope_theta=_theta(fields, section, at, theta_key),
-            partial_rotary_factor=_partial_rotary_factor(fields, section, at, rules),
+            rope_theta=_theta(fields, section, location, theta_key),
+            partial_rotary_factor=_partial_rotary_factor(fields, section, location, rules),
             interleaved=rules.interleaved,
             **values,
         )
     except FieldError as error:
-        raise CheckpointError(f"{at}.{error.field}: {error.reason}") from None
+        raise CheckpointError(f"{location}.{error.field}: {error.reason}") from None
 
 
-def _rope_type(section: Mapping[str, Any], at: str, rules: RopeRules) -> str:
+def _rope_type(section: Mapping[str, Any], location: str, rules: RopeRules) -> str:
     stated, former = section.get("rope_type"), section.get("type")
     if former is not None and stated not in (None, former):
         raise CheckpointError(
-            f"{at}: type {former!r} contradicts rope_type {stated!r}; keep one of them"
+            f"{location}: type {former!r} contradicts rope_type {stated!r}; keep one of them"
         )
     rope_type = stated or former
     if rope_type is None:
         if set(section) - _NOTES:
             raise CheckpointError(
-                f"{at}: has no rope_type; say which of {', '.join(rules.types)} is meant"
+                f"{location}: has no rope_type; give one of {', '.join(rules.types)}"
             )
         return "default"
     rope_type = rules.renamed.get(rope_type, rope_type)
     if rope_type not in rules.types:
         raise CheckpointError(
-            f"{at}.rope_type: {rope_type!r} is not supported; supported: {', '.join(rules.types)}"
+            f"{location}.rope_type: {rope_type!r} is not supported; supported: {', '.join(rules.types)}"
         )
     return rope_type
 
 
-def _original_length(fields: HFFields, section: Mapping[str, Any], at: str) -> int:
-    """The length before scaling, which transformers takes from beside the section first."""
+def _original_length(fields: HFFields, section: Mapping[str, Any], location: str) -> int:
+    """Length before scaling; like transformers, prefers the field outside the section."""
     key = "original_max_position_embeddings"
-    inside = parse(int | None, section.get(key), f"{at}.{key}")
-    beside = fields.optional(key, int)
-    if beside is not None:
-        return beside
+    inside = parse(int | None, section.get(key), f"{location}.{key}")
+    outside = fields.optional(key, int)
+    if outside is not None:
+        return outside
     if not fields.has_default(key):
         return fields.get("max_position_embeddings", int) if inside is None else inside
     default = fields.get(key, int)
     if inside not in (None, default):
         raise CheckpointError(
-            f"{at}.{key}: {inside} is not read here, where transformers takes {default} for a "
-            f"missing {key} beside {at.rsplit(' ', 1)[-1]}; move it there"
+            f"{location}.{key}: {inside} is not read here, where transformers takes {default} for a "
+            f"missing {key} beside {location.rsplit(' ', 1)[-1]}; move it there"
         )
     return default
 
 
-def _theta(fields: HFFields, section: Mapping[str, Any], at: str, key: str) -> float:
-    inside = parse(float | None, section.get("rope_theta"), f"{at}.rope_theta")
-    beside = fields.optional(key, float)
-    if inside is not None and beside is not None and inside != beside:
-        raise CheckpointError(f"{at}.rope_theta: {inside} contradicts {key} {beside}; keep one")
+def _theta(fields: HFFields, section: Mapping[str, Any], location: str, key: str) -> float:
+    inside = parse(float | None, section.get("rope_theta"), f"{location}.rope_theta")
+    outside = fields.optional(key, float)
+    if inside is not None and outside is not None and inside != outside:
+        raise CheckpointError(
+            f"{location}.rope_theta: {inside} contradicts {key} {outside}; keep one"
+        )
     return fields.get(key, float) if inside is None else inside
 
 
 def _partial_rotary_factor(
-    fields: HFFields, section: Mapping[str, Any], at: str, rules: RopeRules
+    fields: HFFields, section: Mapping[str, Any], location: str, rules: RopeRules
 ) -> float:
     key = "partial_rotary_factor"
-    inside = parse(float | None, section.get(key), f"{at}.{key}")
-    beside = fields.optional(key, float)
-    if inside is not None and beside is not None and inside != beside:
-        raise CheckpointError(f"{at}.{key}: {inside} contradicts {key} {beside}; keep one")
-    stated = beside if inside is None else inside
+    inside = parse(float | None, section.get(key), f"{location}.{key}")
+    outside = fields.optional(key, float)
+    if inside is not None and outside is not None and inside != outside:
+        raise CheckpointError(f"{location}.{key}: {inside} contradicts {key} {outside}; keep one")
+    stated = outside if inside is None else inside
     if rules.partial_rotary_factor is None:
         if stated not in (None, 1):
             raise CheckpointError(
-                f"{fields.where if inside is None else at}: {key}: only 1.0 is supported"
+                f"{fields.where if inside is None else location}: {key}: only 1.0 is supported"
             )
         return 1.0
     return rules.partial_rotary_factor if stated is None else stated

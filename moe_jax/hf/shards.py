@@ -1,4 +1,4 @@
-"""The safetensors files of a checkpoint folder as one lazily read collection of tensors."""
+"""The safetensors files of a checkpoint folder as one collection of lazily read tensors."""
 
 import json
 from collections.abc import Iterator
@@ -18,11 +18,11 @@ INDEX_FILE = "model.safetensors.index.json"
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a file's header says of a tensor.
+    """Header of a tensor.
 
     Attributes:
-      file: the file's name.
-      shape: as stored.
+      file: name of the file that holds it.
+      shape: stored shape.
       dtype: safetensors' name of the type, such as `F32`, `F16` or `BF16`.
     """
 
@@ -32,11 +32,11 @@ class TensorInfo:
 
 
 class Shards:
-    """Open safetensors files; only slices that are asked for are read.
+    """Open safetensors files; only requested slices are read.
 
     Attributes:
-      folder: the checkpoint's folder.
-      tensors: all tensors by name, from the headers.
+      folder: folder of the checkpoint.
+      tensors: headers of all tensors by name.
     """
 
     def __init__(self, folder: Path, tensors: dict[str, TensorInfo], files: dict[str, Any]):
@@ -45,21 +45,20 @@ class Shards:
         self._files = files
 
     def get_slice(self, key: str) -> Any:
-        """A view of the tensor `key`, `[start:stop, ...]` of which copies just that part."""
+        """View of the tensor `key`; indexing it with `[start:stop, ...]` reads that part only."""
         return self._files[self.tensors[key].file].get_slice(key)
 
 
 @contextmanager
 def open_shards(folder: Path) -> Iterator[Shards]:
-    """Opens the weights of a checkpoint: `model.safetensors`, else what its index lists.
+    """Opens the weights of a checkpoint: `model.safetensors`, else the files of its index.
 
     Raises:
-      CheckpointError: there are no such files, one is missing, truncated or damaged, or the index
-        and the files disagree on which tensors there are.
+      CheckpointError: a file is missing, truncated or damaged, or the index contradicts the files.
     """
     folder = Path(folder)
     weight_map = None
-    if (folder / SINGLE_FILE).is_file():  # wins over an index, as in transformers
+    if (folder / SINGLE_FILE).is_file():  # takes precedence over an index, as in transformers
         names = [SINGLE_FILE]
     elif (folder / INDEX_FILE).is_file():
         weight_map = _read_index(folder)
@@ -89,14 +88,14 @@ def open_shards(folder: Path) -> Iterator[Shards]:
 
 
 def name_list(names: list[str], most: int = 4) -> str:
-    """The first names of a list, and how many more there are."""
+    """First names of a list and the number of the others, for messages."""
     more = len(names) - most
     return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
 
 
 def _open(path: Path) -> Any:
     try:
-        # This checks the header against the file's length, so a truncated file is found at once.
+        # This checks the header against the length of the file, which detects truncation.
         return safe_open(path, framework="np").__enter__()
     except (SafetensorError, OSError) as error:
         with path.open("rb") as file:
@@ -110,7 +109,7 @@ def _open(path: Path) -> Any:
 
 
 def _read_index(folder: Path) -> dict[str, str]:
-    """The index's map from tensor to file name."""
+    """Reads the map from tensor to file name of the index."""
     path = folder / INDEX_FILE
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
@@ -134,19 +133,19 @@ def _check_index(folder: Path, name: str, indexed: set[str], stored: set[str]) -
         )
     if unlisted:
         raise CheckpointError(
-            f"{folder / name}: holds {name_list(unlisted)}, which {INDEX_FILE} does not place there; "
-            f"download the checkpoint again"
+            f"{folder / name}: holds {name_list(unlisted)}, which {INDEX_FILE} does not place "
+            f"there; download the checkpoint again"
         )
 
 
 def _no_weights(folder: Path) -> str:
-    """Why a folder has no weights that can be read, and what to do."""
+    """Message for a folder without readable weights."""
     names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     legacy = [name for name in names if name.startswith("pytorch_model") and ".bin" in name]
     if legacy:
         return (
             f"{folder}: has its weights in {legacy[0]} only, which is not read because unpickling "
-            f"it can run any code; convert it: {_conversion(folder)}"
+            f"can run arbitrary code; convert it: {_conversion(folder)}"
         )
     other = [name for name in names if name.endswith(".safetensors")]
     if "adapter_model.safetensors" in other:
@@ -163,7 +162,7 @@ def _no_weights(folder: Path) -> str:
 
 
 def _conversion(source: Path | str) -> str:
-    """A command that rewrites a checkpoint as safetensors; it needs torch."""
+    """Command that rewrites a checkpoint as safetensors; it needs torch."""
     target = f"{source}-safetensors" if isinstance(source, Path) else "FOLDER"
     return (
         'python -c "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; '

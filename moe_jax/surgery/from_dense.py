@@ -1,10 +1,10 @@
-"""A model that was fine-tuned as a whole becomes a LoRA on the base that it began from.
+"""Extracts a LoRA from a base and a fully fine-tuned version of it.
 
-For each targeted projection, the difference of the two weights is brought to rank R by its singular
-value decomposition: nothing of that rank is nearer to it. Tensors are read one after the other from
-both checkpoints, so that memory holds a few matrices beside the adapter. What an adapter has no
-place for (norms, embeddings, the head, biases, projections that are not targeted) has to be equal,
-or be left out on purpose.
+For each targeted projection, the difference of the two weights is approximated by the nearest
+matrix of rank R, from its singular value decomposition. Tensors are read one at a time from both
+checkpoints, so memory holds a few matrices besides the adapter. All other weights (norms,
+embeddings, the head, biases, other projections) have to be equal, or their differences are left out
+explicitly.
 """
 
 import math
@@ -25,11 +25,11 @@ from moe_jax.hf.key_table import Leaf
 from moe_jax.hf.load import checked_leaves, read_leaf
 from moe_jax.hf.shards import Shards, name_list, open_shards
 from moe_jax.surgery.experts import Leaves
-from moe_jax.surgery.outcome import SurgeryOutcome, finished, new_adapter, text_rows
-from moe_jax.surgery.truncation import Truncated, relative_error, truncated
+from moe_jax.surgery.outcome import SurgeryOutcome, new_adapter, save_outcome, tokenized_text
+from moe_jax.surgery.truncation import NearestPair, nearest_pair, relative_error
 
 _ROUNDING = 1e-6
-"""A relative error of the weights' difference that float32 has anyway."""
+"""Relative errors below this are rounding errors of float32 weights."""
 
 
 def from_dense(
@@ -44,59 +44,59 @@ def from_dense(
     data: str | Path | None = None,
     output: str | Path | None = None,
 ) -> SurgeryOutcome:
-    """Makes a LoRA of the difference of two checkpoints.
+    """Extracts a LoRA from the difference of two checkpoints.
 
     Args:
-      base: the checkpoint that fine-tuning began from, a folder or a hub id.
-      dense: the fine-tuned one, of the same architecture.
+      base: folder or hub id of the checkpoint before fine-tuning.
+      dense: folder or hub id of the fine-tuned checkpoint, of the same architecture.
       rank: R.
-      alpha: of the LoRA; by default R, which scales its product by one. The weights are divided by
-        the scale, so that it only matters for further training.
-      target_modules: the projections that the LoRA has.
-      leave_out: leaves out what differs elsewhere, and says how much; without, it is refused.
-      seed: for directions that a difference leaves open; see `truncation`.
-      data: a file of text on which the LoRA is compared with the fine-tuned model.
-      output: where the adapter is written too; does not exist yet, or is empty.
+      alpha: alpha of the LoRA; by default R, a scale of one. The weights are divided by the scale,
+        so alpha matters for further training only.
+      target_modules: projections that the LoRA adapts.
+      leave_out: leaves out differences elsewhere and reports them; otherwise they are refused.
+      seed: seed of A's columns beyond the rank of a difference; see `truncation`.
+      data: a text file on which the LoRA is compared with the fine-tuned model.
+      output: a folder for the adapter; does not exist, or is empty.
 
     Raises:
-      UserError: a checkpoint is missing or damaged, they are not of one architecture, do not
-        differ, or differ in what an adapter has no place for.
+      UserError: a checkpoint is missing or damaged, the architectures differ, the checkpoints are
+        equal, or other weights differ and `leave_out` is false.
     """
     if output is not None:
         require_unused(Path(output))
     with located("the new lora"):
         scale = float(rank if alpha is None else alpha)
         method = LoraConfig(rank=rank, alpha=scale, target_modules=tuple(target_modules))
-    frozen, folders = open_base(base), [resolve_checkpoint(str(path)) for path in (base, dense)]
+    base_model, folders = open_base(base), [resolve_checkpoint(str(path)) for path in (base, dense)]
     model = _common_model(*folders)
-    text = None if data is None else text_rows(Path(data), frozen)
+    text = None if data is None else tokenized_text(Path(data), base_model)
     with open_shards(folders[0]) as first, open_shards(folders[1]) as second:
-        pair = _CheckpointPair(model, first, second)
-        others = pair.differences(method)
+        checkpoints = _CheckpointPair(model, first, second)
+        others = checkpoints.differences(method)
         if others and not leave_out:
             raise CheckpointError(
-                f"{folders[1]}: also differs from the base in {name_list(list(others))}, which a LoRA "
-                f"on {', '.join(method.target_modules)} has no place for; leave that out with "
-                "--leave-out, or target the projection"
+                f"{folders[1]}: also differs from the base in {name_list(list(others))}, which a "
+                f"LoRA on {', '.join(method.target_modules)} cannot express; leave the difference "
+                "out with --leave-out, or target the projection"
             )
-        leaves, parts = pair.low_rank_leaves(method, np.random.default_rng(seed))
-    every = [part for own in parts.values() for part in own]
-    if not any(part.square for part in every):
+        leaves, pairs = checkpoints.low_rank_leaves(method, np.random.default_rng(seed))
+    all_pairs = [pair for layers in pairs.values() for pair in layers]
+    if not any(pair.square for pair in all_pairs):
         raise CheckpointError(
             f"{folders[1]}: does not differ from the base in {', '.join(method.target_modules)}; "
             "give a checkpoint that was fine-tuned"
         )
-    result = new_adapter(method, leaves, model, frozen.identity, 0)
-    errors = {name: relative_error(own) for name, own in parts.items()}
-    overall = relative_error(every)
+    result = new_adapter(method, leaves, model, base_model.identity, 0)
+    errors = {name: relative_error(layers) for name, layers in pairs.items()}
+    overall = relative_error(all_pairs)
     notes = _notes(overall, others, rank)
-    notes += [_of_module(name, own) for name, own in parts.items()]
+    notes += [_projection_note(name, layers) for name, layers in pairs.items()]
     change = None
     if text is not None:
-        change = text.measuring(result).change_from(folders[1])
+        change = text.measurement(result).change_from(folders[1])
         notes.append(text.describe(change, "the fine-tuned model"))
     exact = overall < _ROUNDING and not others
-    return finished(SurgeryOutcome(result, exact, notes, change, errors), output)
+    return save_outcome(SurgeryOutcome(result, exact, notes, change, errors), output)
 
 
 class _CheckpointPair:
@@ -109,44 +109,44 @@ class _CheckpointPair:
         self._leaves = [(leaf, names[leaf.path]) for leaf in checked_leaves(base, model)]
 
     def differences(self, method: LoraConfig) -> dict[str, float]:
-        """Tensors that differ and have no place in the LoRA, with their relative difference."""
-        found = {}
+        """Relative differences of tensors that the LoRA cannot express, by name."""
+        errors = {}
         for leaf, other in self._leaves:
             if _target(leaf) in method.target_modules:
                 continue
             for layer, name in enumerate(leaf.keys):
-                at = layer if leaf.stacked else None
-                before, difference = self._difference(leaf, other, at)
+                index = layer if leaf.stacked else None
+                before, difference = self._difference(leaf, other, index)
                 if difference.any():
                     norm = float(np.linalg.norm(before))
                     size = float(np.linalg.norm(difference))
-                    # Of a tensor that holds several leaves, the one that differs most.
-                    found[name] = max(size / norm if norm else math.inf, found.get(name, 0.0))
-        return found
+                    # A fused tensor holds several leaves; report the largest difference.
+                    errors[name] = max(size / norm if norm else math.inf, errors.get(name, 0.0))
+        return errors
 
     def low_rank_leaves(
         self, method: LoraConfig, rng: np.random.Generator
-    ) -> tuple[Leaves, dict[str, list[Truncated]]]:
-        """The LoRA's leaves, and what was cut off of each projection, layer by layer."""
-        leaves, parts = {}, {}
+    ) -> tuple[Leaves, dict[str, list[NearestPair]]]:
+        """Leaves of the LoRA, and the pairs of each projection with their errors, by layer."""
+        leaves, pairs = {}, {}
         for leaf, other in self._leaves:
             target = _target(leaf)
             if target not in method.target_modules:
                 continue
-            own = []
+            layers = []
             for layer in range(self._num_layers):
                 _, difference = self._difference(leaf, other, layer)
-                own.append(truncated(difference / method.scale, method.rank, rng))
+                layers.append(nearest_pair(difference / method.scale, method.rank, rng))
             site = "/".join(leaf.path[:-1])
-            leaves[f"{site}/lora_A"] = np.stack([part.lora_a for part in own])
-            leaves[f"{site}/lora_B"] = np.stack([part.lora_b for part in own])
-            parts["/".join(leaf.path[1:-1])] = own
-        return leaves, parts
+            leaves[f"{site}/lora_A"] = np.stack([pair.lora_a for pair in layers])
+            leaves[f"{site}/lora_B"] = np.stack([pair.lora_b for pair in layers])
+            pairs["/".join(leaf.path[1:-1])] = layers
+        return leaves, pairs
 
     def _difference(
         self, leaf: Leaf, other: Leaf, layer: int | None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The base's array, and what is to be added to it; both float32."""
+        """The base's array and the difference of the fine-tuned one, float32."""
         before = read_leaf(leaf, self._base, np.dtype(np.float32), layer)
         difference = read_leaf(other, self._dense, np.dtype(np.float32), layer)
         difference -= before
@@ -154,18 +154,18 @@ class _CheckpointPair:
             name = leaf.keys[layer or 0]
             raise CheckpointError(
                 f"{name}: is not finite in {self._base.folder} or {self._dense.folder}; give "
-                "checkpoints whose weights are numbers"
+                "checkpoints with finite weights"
             )
         return before, difference
 
 
 def _target(leaf: Leaf) -> str | None:
-    """The projection whose kernel the leaf is; None if it is something else."""
+    """The projection whose kernel is the leaf; None for other leaves."""
     return leaf.path[-2] if leaf.path[-1] == "kernel" and leaf.stacked else None
 
 
 def _common_model(base: Path, dense: Path) -> ModelConfig:
-    """The architecture of two checkpoints, which must be the same."""
+    """The common architecture of two checkpoints."""
     model, other = read_model_config(base), read_model_config(dense)
     for name, value in vars(model).items():
         if vars(other)[name] != value:
@@ -178,22 +178,22 @@ def _common_model(base: Path, dense: Path) -> ModelConfig:
 
 def _notes(overall: float, others: dict[str, float], rank: int) -> list[str]:
     if overall < _ROUNDING:
-        notes = [f"exact, up to rounding: the differences have no more than rank {rank}"]
+        notes = [f"exact, up to rounding: the differences have at most rank {rank}"]
     else:
-        notes = [f"not exact: rank {rank} leaves a relative error of {overall:.3g} of all changes"]
+        notes = [f"not exact: rank {rank} has a relative error of {overall:.3g} over all changes"]
     if others:
-        notes[0] = notes[0].replace("exact, up to rounding: ", "not exact as a whole: ")
-        most = max(others, key=others.__getitem__)
+        notes[0] = notes[0].replace("exact, up to rounding: ", "not exact outside the targeted projections: ")
+        largest = max(others, key=others.__getitem__)
         notes.append(
-            f"left out: {name_list(list(others))}, relative difference up to {others[most]:.3g} "
-            f"({most})"
+            f"left out: {name_list(list(others))}, relative difference up to {others[largest]:.3g} "
+            f"({largest})"
         )
     return notes
 
 
-def _of_module(name: str, parts: list[Truncated]) -> str:
-    layers = [relative_error([part]) for part in parts]
+def _projection_note(name: str, pairs: list[NearestPair]) -> str:
+    layers = [relative_error([pair]) for pair in pairs]
     return (
-        f"{name}: relative error {relative_error(parts):.3g} "
-        f"({min(layers):.3g} to {max(layers):.3g} in a layer)"
+        f"{name}: relative error {relative_error(pairs):.3g} "
+        f"({min(layers):.3g} to {max(layers):.3g} per layer)"
     )

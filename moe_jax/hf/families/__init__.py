@@ -1,6 +1,6 @@
-"""Model families: for each, how its `config.json` and its tensors' names are read.
+"""Model families: one file each, with the reader of its `config.json` and its key table.
 
-Importing this package enters the families that come with it in the registry.
+Importing this package registers the families in it.
 """
 
 import moe_jax.hf.families.gemma as _gemma  # noqa: F401

@@ -1,8 +1,12 @@
-"""Rows of key tables: which tensor of a Hugging Face checkpoint becomes which leaf of ours.
+"""The registry of model families, and the rows of their key tables.
 
-A family's table is a concatenation of the groups below, and of rows of its own where its tensors
-have other names or hold several projections at once. The leaves' names are the same in all
-families, so that adapters and their targets are too.
+A family is one file: a function from the fields of its `config.json` to a `ModelConfig`, decorated
+with `@model_family(...)`, which also states its key table. It may live in any package; importing
+its module registers it.
+
+A key table maps tensors of a Hugging Face checkpoint to leaves of the parameter tree. It
+concatenates the groups of rows below, and rows of the family where its tensors have other names or
+hold several projections. Leaves have the same names in all families, and so have adapter targets.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,16 +22,16 @@ LAYER = "model.layers.{layer}."
 EMBEDDING_PATH, HEAD_PATH = "embed_tokens/embedding", "lm_head/kernel"
 
 ROTARY_BUFFERS = ("model.rotary_emb.inv_freq", LAYER + "self_attn.rotary_emb.inv_freq")
-"""Constants that follow from config.json, which old versions of transformers stored as tensors."""
+"""Constants derived from config.json that old versions of transformers stored as tensors."""
 
 
 class Condition(NamedTuple):
-    """A weight exists only where a field of `ModelConfig` has a value.
+    """Condition for a weight to exist: a field of `ModelConfig` has a value.
 
     Attributes:
-      field: of `ModelConfig`.
-      value: the field must have.
-      key: what `config.json` calls the field, for messages.
+      field: name of the field.
+      value: required value.
+      key: name of the field in `config.json`, for messages.
     """
 
     field: str
@@ -40,16 +44,16 @@ class WeightRule:
     """One row of a key table.
 
     Attributes:
-      key: the tensor's name; `{layer}` counts decoder layers, which are stacked in the leaf.
-      path: the leaf's path in the parameter tree.
-      axes: the leaf's axes, without the layer axis in front, one letter each: V vocabulary, D model
-        width, F FFN width, Q query channels (heads x head_dim), K key and value channels (kv heads
-        x head_dim), W channels of one head.
-      transposed: the tensor is stored `[out, in]` and the leaf is `[in, out]`.
-      fused: where the tensor holds several leaves one after the other along its first axis, the
-        letters of their sizes.
-      part: which of them this leaf is.
-      only_if: when the weight exists; None is always.
+      key: name of the tensor; `{layer}` is the decoder layer, stacked in the leaf.
+      path: path of the leaf in the parameter tree.
+      axes: axes of the leaf without the leading layer axis, one letter each: V vocabulary, D hidden
+        size, F FFN size, Q query channels (heads x head_dim), K key and value channels (kv heads x
+        head_dim), W channels of one head.
+      transposed: True if the tensor is stored `[out, in]` and the leaf is `[in, out]`.
+      fused: letters of the sizes of all leaves, if the tensor concatenates several leaves along its
+        first axis.
+      part: index of this leaf among them.
+      condition: condition for the weight to exist; None is always.
     """
 
     key: str
@@ -58,31 +62,31 @@ class WeightRule:
     transposed: bool = False
     fused: str = ""
     part: int = 0
-    only_if: Condition | None = None
+    condition: Condition | None = None
 
 
 def projection(
-    name: str, axes: str, *, bias: bool = False, only_if: Condition | None = None
+    name: str, axes: str, *, bias: bool = False, condition: Condition | None = None
 ) -> WeightRule:
-    """The kernel, or the bias, of one projection of a layer.
+    """Row for the kernel or the bias of one projection of a layer.
 
     Args:
-      name: with its block, for example `self_attn.q_proj`.
-      axes: of the kernel.
-      bias: the row is the bias's.
-      only_if: see `WeightRule`.
+      name: block and projection, for example `self_attn.q_proj`.
+      axes: axes of the kernel.
+      bias: True for the bias.
+      condition: see `WeightRule`.
     """
     key, path = LAYER + name, f"layers/{name.replace('.', '/')}"
     if bias:
-        return WeightRule(f"{key}.bias", f"{path}/bias", axes[-1], only_if=only_if)
-    return WeightRule(f"{key}.weight", f"{path}/kernel", axes, True, only_if=only_if)
+        return WeightRule(f"{key}.bias", f"{path}/bias", axes[-1], condition=condition)
+    return WeightRule(f"{key}.weight", f"{path}/kernel", axes, True, condition=condition)
 
 
 def fused_projections(name: str, parts: dict[str, str]) -> tuple[WeightRule, ...]:
-    """The kernels of several projections that are stored as one.
+    """Rows for the kernels of several projections that are stored as one tensor.
 
     Args:
-      name: of the stored tensor, with its block, for example `mlp.gate_up_proj`.
+      name: block and name of the tensor, for example `mlp.gate_up_proj`.
       parts: projections and the axes of their kernels, in the order of storage.
     """
     block, fused = name.split(".")[0], "".join(axes[-1] for axes in parts.values())
@@ -95,7 +99,7 @@ def fused_projections(name: str, parts: dict[str, str]) -> tuple[WeightRule, ...
 
 
 def norm(name: str, leaf: str | None = None, axes: str = "D") -> WeightRule:
-    """The scale of one norm of a layer, called `leaf` by us where that is not `name`."""
+    """Row for the scale of one norm of a layer; `leaf` is its name here if it is not `name`."""
     path = (name if leaf is None else leaf).replace(".", "/")
     return WeightRule(f"{LAYER}{name}.weight", f"layers/{path}/scale", axes)
 
@@ -111,7 +115,7 @@ HEAD = (
         HEAD_PATH,
         "DV",
         True,
-        only_if=Condition("tie_word_embeddings", False, "tie_word_embeddings"),
+        condition=Condition("tie_word_embeddings", False, "tie_word_embeddings"),
     ),
 )
 PRE_NORMS = (norm("input_layernorm"), norm("post_attention_layernorm"))
@@ -125,14 +129,14 @@ QKV = tuple(projection(name, axes) for name, axes in _QKV.items())
 OUTPUT = (projection(*_OUTPUT),)
 ATTENTION = QKV + OUTPUT
 ATTENTION_BIASES = tuple(
-    projection(name, axes, bias=True, only_if=_ATTENTION_BIAS)
+    projection(name, axes, bias=True, condition=_ATTENTION_BIAS)
     for name, axes in (*_QKV.items(), _OUTPUT)
 )
 GATE_UP = tuple(projection(name, axes) for name, axes in _GATE.items())
 DOWN = (projection(*_DOWN),)
 MLP = GATE_UP + DOWN
 MLP_BIASES = tuple(
-    projection(name, axes, bias=True, only_if=_MLP_BIAS) for name, axes in (*_GATE.items(), _DOWN)
+    projection(name, axes, bias=True, condition=_MLP_BIAS) for name, axes in (*_GATE.items(), _DOWN)
 )
 FUSED_QKV = fused_projections(
     "self_attn.qkv_proj", {"q_proj": "DQ", "k_proj": "DK", "v_proj": "DK"}
@@ -140,35 +144,28 @@ FUSED_QKV = fused_projections(
 FUSED_GATE_UP = fused_projections("mlp.gate_up_proj", {"gate_proj": "DF", "up_proj": "DF"})
 
 
-def qkv_biases(only_if: Condition | None = None) -> tuple[WeightRule, ...]:
-    """Biases of the query, key and value projections, for families whose output one has none."""
-    return tuple(projection(name, axes, bias=True, only_if=only_if) for name, axes in _QKV.items())
-
-
-# FIXME docstring of the merged hf.families.family:
-# """What a model family is to the loader, and the registry of all of them.
-#
-# A family is one file: a function from the fields of its `config.json` to a `ModelConfig`, decorated
-# with `@model_family(...)`, which also states its key table. It may live in any package; importing
-# its module is what enters it.
-# """
+def qkv_biases(condition: Condition | None = None) -> tuple[WeightRule, ...]:
+    """Rows for biases of the query, key and value projections, without the output projection's."""
+    return tuple(
+        projection(name, axes, bias=True, condition=condition) for name, axes in _QKV.items()
+    )
 
 
 Read = Callable[[HFFields], ModelConfig]
 
 
 class Family(NamedTuple):
-    """How checkpoints of one `model_type` are read.
+    """Rules for reading checkpoints of one `model_type`.
 
     Attributes:
-      model_type: as in `config.json` and `ModelConfig.model_type`.
-      architecture: the class of the language model in `config.json`'s `architectures`.
-      weights: the key table, of both directions.
-      defaults: what `config.json` means by leaving a field out: the documented defaults of
+      model_type: value in `config.json` and `ModelConfig.model_type`.
+      architecture: class of the language model in `architectures` of `config.json`.
+      weights: key table, for both directions.
+      defaults: values of fields that `config.json` leaves out: the documented defaults of
         transformers' configuration class, on which files written before a field existed rely.
-        Sizes of the model are never filled in.
-      constants: fields that other architectures have a choice of, and this one's only value.
-      read: makes the architecture of the fields.
+        Sizes of the model have no defaults.
+      constants: the only supported value of fields that vary in other architectures.
+      read: function from the fields to the architecture.
       ignored_tensors: tensors that may be stored and are not read, see `ROTARY_BUFFERS`.
     """
 
@@ -182,7 +179,7 @@ class Family(NamedTuple):
 
 
 FAMILIES: dict[str, Family] = {}
-"""By `model_type`."""
+"""Registered families by `model_type`."""
 
 
 def model_family(
@@ -193,13 +190,13 @@ def model_family(
     defaults: Mapping[str, Any],
     constants: Mapping[str, Any] | None = None,
 ) -> Callable[[Read], Read]:
-    """Enters the family whose configuration the decorated function reads; see `Family`.
+    """Registers the family whose configuration the decorated function reads; see `Family`.
 
     Raises:
       ValueError: the model_type or the architecture is taken.
     """
 
-    def enter(read: Read) -> Read:
+    def register(read: Read) -> Read:
         for family in FAMILIES.values():
             if model_type == family.model_type or architecture == family.architecture:
                 raise ValueError(
@@ -211,18 +208,18 @@ def model_family(
         )
         return read
 
-    return enter
+    return register
 
 
 def family_of(config: ModelConfig) -> Family:
-    """The family of a model.
+    """Family of a model.
 
     Raises:
-      CheckpointError: nothing of its `model_type` is registered.
+      CheckpointError: its `model_type` is not registered.
     """
     if config.model_type not in FAMILIES:
         raise CheckpointError(
             f"model_type: no model family {config.model_type!r} is registered; "
-            f"{suggest(config.model_type, FAMILIES)}, or import the module that enters it"
+            f"{suggest(config.model_type, FAMILIES)}, or import the module that registers it"
         )
     return FAMILIES[config.model_type]

@@ -1,4 +1,4 @@
-"""Gemma: scaled embeddings, norms around one, and a gate of tanh-approximated GELU."""
+"""Gemma: scaled embeddings, norm scales with unit offset, and tanh-approximated GELU."""
 
 from moe_jax.config.model import ModelConfig
 from moe_jax.hf import fields as read
@@ -41,7 +41,7 @@ WEIGHTS = (
     constants={"mlp_bias": False, "use_bidirectional_attention": False},
 )
 def read_gemma(fields: HFFields) -> ModelConfig:
-    """See `Family.read`."""
+    """Reads the architecture; see `Family.read`."""
     return ModelConfig(
         hidden_act=_activation(fields),
         num_kv_heads=read.stated_kv_heads(fields),
@@ -57,10 +57,10 @@ def read_gemma(fields: HFFields) -> ModelConfig:
 
 def _activation(fields: HFFields) -> str:
     name = fields.get("hidden_act", str)
-    if name == "gelu":  # the first releases wrote it and meant its approximation
+    if name == "gelu":  # written by the first releases for the approximation
         name = DEFAULTS["hidden_act"]
     # Former versions of transformers read the second name first.
     other = fields.optional("hidden_activation", str)
     if other not in (None, name):
         raise fields.error("hidden_activation", f"{other!r} contradicts hidden_act; keep one")
-    return read.known_activation(fields, "hidden_act", name)
+    return read.supported_activation(fields, "hidden_act", name)

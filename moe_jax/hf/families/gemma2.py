@@ -27,7 +27,7 @@ DEFAULTS = {
     "final_logit_softcapping": 30.0,
 }
 
-# The checkpoint's `post_attention_layernorm` stands behind attention, ours before the FFN.
+# The checkpoint's `post_attention_layernorm` follows attention, this package's precedes the FFN.
 NORMS = (
     norm("input_layernorm"),
     norm("post_attention_layernorm", "post_self_attn_layernorm"),
@@ -49,7 +49,7 @@ CONSTANTS = {"mlp_bias": False, "use_bidirectional_attention": False}
     "gemma2", "Gemma2ForCausalLM", weights=WEIGHTS, defaults=DEFAULTS, constants=CONSTANTS
 )
 def read_gemma2(fields: HFFields) -> ModelConfig:
-    """See `Family.read`."""
+    """Reads the architecture; see `Family.read`."""
     layer_types = read.stated_layer_types(fields) or alternating(fields, 2)
     return ModelConfig(
         hidden_act=activation(fields),
@@ -70,7 +70,7 @@ def read_gemma2(fields: HFFields) -> ModelConfig:
 
 
 def activation(fields: HFFields) -> str:
-    """`hidden_activation`; `hidden_act`, which files have beside it, must say the same."""
+    """`hidden_activation`; `hidden_act`, if it is given too, must be equal."""
     name = read.activation(fields, "hidden_activation")
     other = fields.optional("hidden_act", str)
     if other not in (None, name):
@@ -79,7 +79,7 @@ def activation(fields: HFFields) -> str:
 
 
 def alternating(fields: HFFields, period: int) -> list[LayerType]:
-    """All layers slide but the last of every `period`."""
+    """Sliding layers, with full attention in the last of every `period` layers."""
     return [
         "sliding_attention" if (layer + 1) % period else "full_attention"
         for layer in range(fields.get("num_hidden_layers", int))

@@ -52,7 +52,7 @@ WEIGHTS = (
     constants=gemma2.CONSTANTS | {"attn_logit_softcapping": None},
 )
 def read_gemma3(fields: HFFields) -> ModelConfig:
-    """See `Family.read`."""
+    """Reads the architecture; see `Family.read`."""
     layer_types = read.stated_layer_types(fields)
     if layer_types is None:
         period = fields.get("sliding_window_pattern", int)
@@ -80,7 +80,7 @@ def read_gemma3(fields: HFFields) -> ModelConfig:
 def _ropes(
     fields: HFFields, layer_types: tuple[LayerType, ...] | list[LayerType]
 ) -> dict[str, Any]:
-    """`rope` and `sliding_rope`; a model all of whose layers are of one kind has one RoPE only."""
+    """`rope` and `sliding_rope`; a model with one type of layer has `rope` only."""
     full, local = _sections(fields)
     rope = rope_of_section(fields, *full, WHOLE_HEADS)
     sliding_rope = rope_of_section(fields, *local, WHOLE_HEADS, theta_key="rope_local_base_freq")
@@ -96,10 +96,10 @@ Section = tuple[str, Mapping[str, Any]]
 
 
 def _sections(fields: HFFields) -> tuple[Section, Section]:
-    """Names and fields of the sections of full and of sliding layers.
+    """Names and fields of the sections for full and for sliding layers.
 
-    transformers 5 has both in `rope_parameters`; `rope_scaling` of those before it is of the full
-    layers alone.
+    transformers 5 has both in `rope_parameters`; in earlier versions `rope_scaling` applies to the
+    full layers only.
     """
     nested, former = fields.group("rope_parameters"), fields.group("rope_scaling")
     if not nested:

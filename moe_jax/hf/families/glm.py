@@ -1,4 +1,4 @@
-"""GLM-4: interleaved partial RoPE; the 2025 releases (Glm4) also normalise what a block adds."""
+"""GLM-4: interleaved partial RoPE; the 2025 releases (Glm4) also normalise block outputs."""
 
 from typing import Any
 
@@ -45,7 +45,7 @@ CONSTANTS = {"mlp_bias": False}
 
 @model_family("glm", "GlmForCausalLM", weights=GLM_WEIGHTS, defaults=DEFAULTS, constants=CONSTANTS)
 def read_glm(fields: HFFields) -> ModelConfig:
-    """See `Family.read`."""
+    """Reads the architecture; see `Family.read`."""
     return ModelConfig(**_common(fields))
 
 
@@ -53,7 +53,7 @@ def read_glm(fields: HFFields) -> ModelConfig:
     "glm4", "Glm4ForCausalLM", weights=GLM4_WEIGHTS, defaults=DEFAULTS, constants=CONSTANTS
 )
 def read_glm4(fields: HFFields) -> ModelConfig:
-    """See `Family.read`."""
+    """Reads the architecture; see `Family.read`."""
     return ModelConfig(post_norms=True, **_common(fields))
 
 

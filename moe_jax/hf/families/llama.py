@@ -1,4 +1,4 @@
-"""Llama 1 to 3, and what is stored as one: TinyLlama, Yi, Vicuna, SmolLM, ..."""
+"""Llama 1 to 3, and models stored in its format: TinyLlama, Yi, Vicuna, SmolLM, ..."""
 
 from moe_jax.config.model import ModelConfig
 from moe_jax.hf import fields as read
@@ -39,7 +39,7 @@ WEIGHTS = (
 
 @model_family("llama", "LlamaForCausalLM", weights=WEIGHTS, defaults=DEFAULTS)
 def read_llama(fields: HFFields) -> ModelConfig:
-    """See `Family.read`."""
+    """Reads the architecture; see `Family.read`."""
     return ModelConfig(
         hidden_act=read.activation(fields),
         num_kv_heads=read.kv_heads_or_heads(fields),

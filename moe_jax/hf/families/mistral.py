@@ -1,4 +1,4 @@
-"""Mistral 7B and its successors: Llama with a window that all layers share, or none."""
+"""Mistral 7B and its successors: Llama with one sliding window in all layers, or none."""
 
 from moe_jax.config.model import LayerType, ModelConfig
 from moe_jax.hf import fields as read
@@ -32,7 +32,7 @@ WEIGHTS = (
     constants={"attention_bias": False, "mlp_bias": False, "layer_types": None},
 )
 def read_mistral(fields: HFFields) -> ModelConfig:
-    """See `Family.read`."""
+    """Reads the architecture; see `Family.read`."""
     window = fields.nullable("sliding_window", int)
     kind: LayerType = "full_attention" if window is None else "sliding_attention"
     return ModelConfig(

@@ -35,7 +35,7 @@ WEIGHTS = (
     *HEAD,
 )
 
-# Files of the first releases call LongRoPE by other names.
+# Files of the first releases use other names for LongRoPE.
 ROPE = RopeRules(
     partial_rotary_factor=1.0,
     types=("default", "longrope"),
@@ -51,7 +51,7 @@ ROPE = RopeRules(
     constants={"attention_bias": False, "mlp_bias": False, "layer_types": None},
 )
 def read_phi3(fields: HFFields) -> ModelConfig:
-    """See `Family.read`."""
+    """Reads the architecture; see `Family.read`."""
     window = fields.nullable("sliding_window", int)
     kind: LayerType = "full_attention" if window is None else "sliding_attention"
     return ModelConfig(

@@ -56,7 +56,7 @@ QWEN3_WEIGHTS = (
     constants={"attention_bias": True, "mlp_bias": False, "use_mrope": False},
 )
 def read_qwen2(fields: HFFields) -> ModelConfig:
-    """See `Family.read`."""
+    """Reads the architecture; see `Family.read`."""
     return ModelConfig(
         head_dim=read.head_dim_or_quotient(fields),
         attention_bias=False,
@@ -73,7 +73,7 @@ def read_qwen2(fields: HFFields) -> ModelConfig:
     constants={"mlp_bias": False},
 )
 def read_qwen3(fields: HFFields) -> ModelConfig:
-    """See `Family.read`."""
+    """Reads the architecture; see `Family.read`."""
     return ModelConfig(
         head_dim=fields.get("head_dim", int),
         attention_bias=fields.get("attention_bias", bool),
@@ -94,7 +94,7 @@ def _common(fields: HFFields) -> dict[str, Any]:
 
 
 def _sliding(fields: HFFields) -> dict[str, Any]:
-    """Which layers slide: none unless asked for, and then by default the last ones."""
+    """Sliding windows: off by default; if on, by default in the layers from `max_window_layers`."""
     window = None
     if fields.get("use_sliding_window", bool):
         window = fields.nullable("sliding_window", int)
