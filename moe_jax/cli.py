@@ -49,12 +49,10 @@ def main(arguments: list[str] | None = None) -> int:
         command = commands.add_parser(name, help=text, description=text)
         command.set_defaults(run=add(command))
     chosen = parser.parse_args(arguments)
-    if arguments is None:  # a program that calls this decides on such things itself
-        from moe_jax.checkpoints.late_errors import silence_late_errors
-        from moe_jax.commands.process import keep_compiled_programs  # with jax
+    if arguments is None:  # a caller of this function sets up its own process
+        from moe_jax.commands.process import set_up_process  # imports jax
 
-        silence_late_errors()
-        keep_compiled_programs()
+        set_up_process()
     try:
         with _sigterm_unwinds(), naming_flags(chosen):
             chosen.run(chosen)

@@ -9,13 +9,13 @@ from typing import get_args
 import pytest
 from foreign_adapters import LORA, MIXLORA, random_adapter, require_same_bits
 from hf_models import save_tiny_llama
-from moe_jax.checkpoints.formats import FORMATS
 
 import moe_jax
 from moe_jax.adapters.routing.router import ROUTERS
 from moe_jax.checkpoints.adapter_files import save_adapter
 from moe_jax.cli import main
-from moe_jax.commands import choices
+from moe_jax.commands import arguments as choices
+from moe_jax.exchange import FORMATS
 from moe_jax.exchange import api as exchange
 from moe_jax.exchange.format import Weighting as ExportWeighting
 from moe_jax.hf.config import read_model_config
@@ -150,7 +150,7 @@ def test_a_reader_that_leaves_is_no_error(folder):
 @pytest.mark.parametrize(
     ("command", "needy", "arguments"),
     [
-        ("generate", "moe_jax.commands.answering.run", ["--prompt", "a"]),
+        ("generate", "moe_jax.commands.generate.generate", ["--prompt", "a"]),
         ("evaluate", "moe_jax.evaluation.model_evaluation.evaluate", ["--tasks", "boolq"]),
         (
             "inspect",

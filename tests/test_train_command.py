@@ -86,7 +86,7 @@ def only_line(status, err):
         (["--config=CONFIG"], "--workdir is missing"),
         (["--config=nowhere.py", "--workdir=w"], "--config: no such file: nowhere.py"),
         (["--confg=CONFIG"], "Unknown command line flag 'confg'. Did you mean: config"),
-        (["CONFIG", "--workdir=w"], "is no flag"),
+        (["CONFIG", "--workdir=w"], "is not a flag"),
         (["--config=CONFIG", "--workdir=w", "--devices=8"], "--devices goes with --plan only"),
         (["--config=CONFIG", "--plan", "--devices=0"], "devices"),
         (

@@ -1,4 +1,4 @@
-"""Compiled programs kept on disk, so that no command compiles what an earlier one compiled."""
+"""Set-up of a command's process: hooks, and the persistent cache of compiled programs."""
 
 import os
 import platform
@@ -9,20 +9,28 @@ from pathlib import Path
 
 import jax
 
+from moe_jax.checkpoints.late_errors import silence_late_errors
+
 MIN_SECONDS = 0.1
-"""What compiles faster is not kept: reading it back takes about as long."""
+"""Shortest compile time of a cached program; reading it back takes about as long."""
 
 MAX_BYTES = 2 * 2**30
-"""Of the folder, when a command begins; JAX itself never removes anything from it."""
+"""Largest size of the folder when a command starts; JAX itself never removes programs."""
+
+
+def set_up_process() -> None:
+    """Installs the hooks and the cache. For commands, before anything is compiled."""
+    silence_late_errors()
+    keep_compiled_programs()
 
 
 def keep_compiled_programs() -> None:
-    """Turns on JAX's cache on disk. For commands, before anything is compiled; never on import.
+    """Turns on JAX's persistent cache of compiled programs.
 
-    The folder is `JAX_COMPILATION_CACHE_DIR`, or else one of ours in the user's cache. JAX knows a
-    program by its operations, its options, the devices and its own version, so that what comes out
-    of a run is the same with the cache and without. `JAX_ENABLE_COMPILATION_CACHE=false` turns it
-    off. Where the folder cannot be written, one line on stderr says so, and nothing is kept.
+    The folder is `JAX_COMPILATION_CACHE_DIR`, or `default_folder`. The key of a program contains
+    its operations, its options, the devices and the version of JAX, so results are the same with
+    and without the cache. `JAX_ENABLE_COMPILATION_CACHE=false` turns it off. If the folder is not
+    writable, one line on stderr says so, and the cache is off.
     """
     chosen = os.environ.get("JAX_COMPILATION_CACHE_DIR")
     folder = chosen or str(default_folder())
@@ -39,7 +47,7 @@ def keep_compiled_programs() -> None:
     except OSError as error:
         jax.config.update("jax_enable_compilation_cache", False)
         print(
-            f"compiled programs are not kept: cannot write {folder}: "
+            f"compiled programs are not cached: cannot write {folder}: "
             f"{(error.strerror or str(error)).lower()}; give JAX_COMPILATION_CACHE_DIR another "
             "folder, or set JAX_ENABLE_COMPILATION_CACHE=false",
             file=sys.stderr,
@@ -51,10 +59,10 @@ def keep_compiled_programs() -> None:
 
 
 def default_folder() -> Path:
-    """Below `XDG_CACHE_HOME`, or `~/.cache`; one for each kind of processor.
+    """Folder in `XDG_CACHE_HOME` or `~/.cache`, one for each kind of processor.
 
-    A home may be shared by machines, and a program for a CPU uses instructions that another CPU
-    need not have.
+    Several machines may share a home folder, and a compiled program may use instructions that
+    another CPU lacks.
     """
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     kind = f"{platform.machine()}-{zlib.crc32(_instructions().encode()):08x}"
@@ -62,9 +70,9 @@ def default_folder() -> Path:
 
 
 def prune(folder: Path, max_bytes: int) -> None:
-    """Removes the programs that were written first until the rest take at most `max_bytes`."""
+    """Removes the oldest programs until the rest take at most `max_bytes`."""
     entries = []
-    for file in folder.glob("*-cache"):  # the names that JAX gives them
+    for file in folder.glob("*-cache"):  # names that JAX gives to programs
         try:
             status = file.stat()
         except OSError:  # removed by another process
@@ -79,7 +87,7 @@ def prune(folder: Path, max_bytes: int) -> None:
 
 
 def _instructions() -> str:
-    """What this machine's processor can do, in words that differ where that does."""
+    """Description of the processor that differs if its instructions do."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:  # not Linux

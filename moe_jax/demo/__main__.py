@@ -13,8 +13,7 @@ import numpy as np
 
 from moe_jax.adapters import METHODS
 from moe_jax.checkpoints.adapter_files import load_adapter
-from moe_jax.checkpoints.late_errors import silence_late_errors
-from moe_jax.commands.process import keep_compiled_programs
+from moe_jax.commands.process import set_up_process
 from moe_jax.config.command_line import load_config_file
 from moe_jax.config.run import RunConfig, parse_run_config
 from moe_jax.demo.compare import examine
@@ -134,6 +133,5 @@ def load_table(scores: dict[str, Score]) -> list[str]:
 
 
 if __name__ == "__main__":
-    silence_late_errors()
-    keep_compiled_programs()
+    set_up_process()
     sys.exit(main(sys.argv[1:]))

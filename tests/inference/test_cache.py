@@ -16,7 +16,7 @@ from moe_jax.adapters.rows import AdapterRows
 from moe_jax.adapters.tree import to_collection
 from moe_jax.config.model import ComputeConfig, RopeConfig
 from moe_jax.config.parse import parse_member
-from moe_jax.layers.kv_cache import CachePlace, updated
+from moe_jax.layers.kv_cache import CachePosition, updated
 from moe_jax.models.causal_lm import LlamaForCausalLM
 from moe_jax.models.fresh import fresh_adapter
 
@@ -100,7 +100,7 @@ def computed():
 
     @jax.jit
     def step(cache, tokens, slot):
-        place = CachePlace(slot, jnp.asarray(start))
+        place = CachePosition(slot, jnp.asarray(start))
         logits, updates = model.apply(
             {**variables, "cache": cache},
             tokens,

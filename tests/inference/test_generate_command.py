@@ -106,7 +106,7 @@ def test_a_file_of_prompts_into_a_file_of_answers(scripted, adapters, tmp_path, 
     ]
     assert list(output.parent.iterdir()) == [output]
     assert generate(*flags) == 2
-    assert "is there already" in capsys.readouterr().err
+    assert "exists already" in capsys.readouterr().err
 
 
 def answer_of(text):
@@ -175,7 +175,7 @@ def test_a_conversation(scripted, adapters, monkeypatch, capsys):
     )
     assert seen[3] == "system: Be.\nuser: new\nassistant: "
     assert [line.split()[0] for line in out if line] == ["base", "base", "two", "two", "base"]
-    for words in ("two answers", "twoo: did you mean 'two'?", "forgotten", "Ctrl-D ends", "/help"):
+    for words in ("adapter: two", "twoo: did you mean 'two'?", "conversation cleared", "Ctrl-D ends", "/help"):
         assert words in said
 
 
@@ -187,7 +187,7 @@ def test_an_empty_line_goes_on(scripted, monkeypatch, capsys):
     assert second.tokens[: len(first.tokens)] == first.tokens
     assert len(second.tokens) > len(first.tokens)
     assert (first.number, second.number) == (0, 1)
-    assert said.count("(2 tokens, as --max-new-tokens says; an empty line goes on)") == 2
+    assert said.count("(stopped at --max-new-tokens 2; an empty line continues)") == 2
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_program(scripted, monkeypatch, capsys):
@@ -218,7 +218,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(scripted, monkeypatch, caps
 def test_a_conversation_that_fills_the_context(scripted, monkeypatch, capsys):
     long = "a b " * 150
     out, said = talk(monkeypatch, capsys, [long, "hi"], "--chat")
-    assert "and the context of 256 has no room for an answer; /reset begins anew" in said
+    assert "and the context of 256 has no room for an answer; /reset clears it" in said
     assert out[0] == " base 0 to assistant:"
 
 
@@ -245,7 +245,7 @@ def test_a_conversation_that_fills_the_context(scripted, monkeypatch, capsys):
         (["--prompt", "a", "--output", "x.txt"], "--output x.txt: must end in .jsonl"),
         (["--interactive", "--samples", "2", "--temperature", "1"], "--interactive: goes without"),
         (["--prompts", "missing.jsonl"], "missing.jsonl: cannot be read"),
-        (["--prompts", "a.csv"], "a.csv: is none of .txt, .jsonl"),
+        (["--prompts", "a.csv"], "a.csv: must end in one of .txt, .jsonl"),
         (["--prompt", "a", "--adapter", "base=x"], "'base' is the base's name"),
         (["--prompt", "a", "--mesh", "data=99"], "data=99 .* needs 99 devices"),
     ],
@@ -261,7 +261,7 @@ def test_one_line_says_what_is_wrong(scripted, capsys, arguments, message):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("moved", "--base: the one that adapter 'moved' remembers: /gone: no such folder"),
+        ("moved", "--base: the base of adapter 'moved': /gone: no such folder"),
         ("other", "adapter 'other': was trained on the base .*, and the weights in .* differ"),
         ("missing", "missing: no adapter here"),
         ("judge", "adapter 'judge': is a classifier .* cannot generate text"),

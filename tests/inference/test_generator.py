@@ -19,7 +19,7 @@ from moe_jax.errors import CheckpointError, ConfigError, DataError
 from moe_jax.hf.base_model import open_base
 from moe_jax.inference.generator import Request, TokenGenerator
 from moe_jax.inference.settings import SamplingConfig
-from moe_jax.loaded.model import build_model, load_adapters, load_params
+from moe_jax.loaded.inference_model import build_model, load_adapters, load_params
 from moe_jax.sharding.mesh import make_mesh
 
 NEW = 12

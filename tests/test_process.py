@@ -5,8 +5,8 @@ import os
 import jax
 import pytest
 
-from moe_jax.commands import compilation_cache
-from moe_jax.commands.compilation_cache import default_folder, keep_compiled_programs, prune
+from moe_jax.commands import process
+from moe_jax.commands.process import default_folder, keep_compiled_programs, prune
 
 SETTINGS = (
     "jax_compilation_cache_dir",
@@ -45,7 +45,7 @@ def test_it_is_on_by_default(tmp_path, capfd):
 def test_another_processor_has_another_folder(monkeypatch):
     here = default_folder()
     assert default_folder() == here
-    monkeypatch.setattr(compilation_cache, "_instructions", lambda: "flags : fpu vme")
+    monkeypatch.setattr(process, "_instructions", lambda: "flags : fpu vme")
     assert default_folder() != here
 
 
@@ -55,7 +55,7 @@ def test_what_the_user_has_set_stays(tmp_path, monkeypatch):
     jax.config.update(SETTINGS[2], 7.0)  # as JAX itself does on import
     (tmp_path / "own").mkdir()
     (tmp_path / "own" / "program-cache").write_bytes(b"0")
-    monkeypatch.setattr(compilation_cache, "MAX_BYTES", 0)
+    monkeypatch.setattr(process, "MAX_BYTES", 0)
     keep_compiled_programs()
     assert settings() == (str(tmp_path / "own"), True, 7.0)
     assert (tmp_path / "own" / "program-cache").exists()
@@ -76,7 +76,7 @@ def test_a_folder_that_cannot_be_written_costs_a_line(tmp_path, capfd):
     out, err = capfd.readouterr()
     assert out == ""
     assert err.count("\n") == 1
-    assert err.startswith(f"compiled programs are not kept: cannot write {default_folder()}: ")
+    assert err.startswith(f"compiled programs are not cached: cannot write {default_folder()}: ")
 
 
 def test_the_oldest_are_removed(tmp_path):
