@@ -1,31 +1,37 @@
-"""Configuration: frozen dataclasses and the strict parser that builds them.
+"""Configuration of a run: frozen dataclasses, and the strict parser that creates them.
 
 A configuration file has a function `get_config()` that returns nested groups of fields:
 
-    base                     path, revision, param_dtype (how the frozen weights are kept)
-    compute                  dtype, attention (xla or cudnn), block_tokens, remat (none, dots,
-                             frozen, narrow, full: what the backward pass recomputes)
+    base                     path, revision, param_dtype, hf_config: the frozen base model
+    compute                  dtype, attention, remat, block_tokens
     adapters.NAME.method     name, rank, alpha, dropout, target_modules, rslora, dora,
-                             classification; for experts also num_experts, router, losses; for
-                             MixLoRA expert_lora, ffn_dropout (see `moe_jax.adapters`)
-    adapters.NAME.data       train, validation, max_length, buckets (shorter row lengths: less
-                             padding, one compilation each), packing (several rows of a data set in
-                             one: next to none)
-    adapters.NAME.optimizer  name, learning_rate, schedule, weight_decay, clip_norm,
-                             lora_plus_ratio (B's learning rate over A's)
-    adapters.NAME.evaluation tasks, every, limit, protocols, with_base
-    adapters.NAME            batch_size (rows of one optimiser step, over all devices and
-                             micro-batches), start_from; steps, epochs and seed where they differ
-                             from those of training
-    training                 steps or epochs, micro_batches (gradient accumulation),
-                             max_batch_rows, seed, log_every, eval_every
-    mesh                     data, fsdp, tensor: devices along each axis; -1 takes the rest
+                             classification; for mixtures of experts also num_experts, router,
+                             losses; for MixLoRA expert_lora, ffn_dropout (see `moe_jax.adapters`)
+    adapters.NAME.data       train, validation, max_length, buckets, packing, ...
+    adapters.NAME.optimizer  name, learning_rate, schedule, weight_decay, clip_norm, ...
+    adapters.NAME.evaluation tasks, every, limit, protocols, with_base, ...
+    adapters.NAME            batch_size, start_from; steps, epochs and seed where they differ from
+                             those of `training`
+    training                 steps or epochs, micro_batches, max_batch_rows, seed, log_every,
+                             eval_every, ...
+    mesh                     data, fsdp, tensor: number of devices along each axis
     checkpoints              every, keep
     logging                  tensorboard, wandb_project
-    sweep                    adapter, grid: adapters made of one, for each combination of values
-    only                     which of the adapters train; None trains all
-    tasks_folder             where the rows of tasks are, if not on the hub
+    sweep                    adapter, grid: one adapter for each combination of values
+    train_only               names of the adapters to train; None trains all
+    tasks_folder             folder with the rows of tasks; None reads them from the hub
 
-Each group is a dataclass in this folder, whose docstring has all of its fields. Unknown fields are
-refused, with the nearest known name.
+Each group is a dataclass in this package, whose docstring describes every field.
+
+From a file to a `RunConfig`: `command_line` runs the file and sets the fields that the command line
+overrides; `expand` selects the adapters of `train_only` and replaces a `sweep` by its adapters;
+`parse` checks the nested mappings against the dataclasses' types and creates them; each dataclass
+checks its own values in `__post_init__`. `to_json` writes the result, and `parse_run_config` reads
+it back to an equal `RunConfig`.
+
+The parser is this package's own, because three properties are needed together. Unknown fields are
+refused with the nearest known name. Adapter methods, routers, losses and tasks are dataclasses
+chosen by name from registries that users extend. Every message names the field with its full path.
+Libraries such as draccus, tyro or ml_collections' `config_flags` offer one or two of them. Fields
+are plain dataclass fields, so a library can replace the parser later.
 """

@@ -1,4 +1,20 @@
-"""The tasks of GLUE (arXiv:1804.07461) as facts: columns, labels and metrics of `nyu-mll/glue`."""
+"""Classifiers: classes, metrics, and the tasks of GLUE that supply them.
+
+An adapter with `method.classification` has a score head in place of the language-model head. A task
+of GLUE supplies labels, columns and metrics:
+
+    adapter.method.classification = {"glue": "sst2"}
+    adapter.data.train = ConfigDict({"sst2": {"task": "sst2"}})
+
+Rows from a file have the schema `classification`: `text`, optionally `text_pair`, and `label`,
+which is a class name, a class index from 0, or a number.
+
+    adapter.method.classification = {"labels": ("spam", "ham")}
+    adapter.data.train = ConfigDict({"mine": {"path": "mail.jsonl", "schema": "classification"}})
+
+`moe-jax export --to peft` writes a LoRA with its head as `SEQ_CLS`. Text generation, other export
+formats and other tasks refuse such an adapter.
+"""
 
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -12,13 +28,12 @@ GLUE_HUB_ID = "nyu-mll/glue"
 
 
 class GlueTask(NamedTuple):
-    """One task.
+    """A task of GLUE (arXiv:1804.07461): columns, labels and metrics of `nyu-mll/glue`.
 
     Attributes:
-      columns: of the text, or of the two texts.
-      labels: names of the classes, in the order of the data set's numbers; none where the label is
-        itself a number to be predicted.
-      metrics: that the benchmark reports (arXiv:1804.07461, table 1).
+      columns: columns of the text, or of the two texts.
+      labels: class names, in the order of the data set's indices; empty for a regression task.
+      metrics: metrics that the benchmark reports (arXiv:1804.07461, table 1).
     """
 
     columns: tuple[str, ...]
@@ -41,39 +56,24 @@ GLUE: dict[str, GlueTask] = {
     "qnli": GlueTask(("question", "sentence"), _ENTAILMENT, ("accuracy",)),
     "rte": GlueTask(_TWO_SENTENCES, _ENTAILMENT, ("accuracy",)),
 }
-"""By the name that the data set's configuration has."""
-
-
-# FIXME docstring of the merged config.classification:
-# """What an adapter with a score head, in the place of the language model's, tells apart.
-#
-# A task of GLUE brings its labels, columns and metrics along:
-#
-#     adapter.method.classification = {"glue": "sst2"}
-#     adapter.data.train = ConfigDict({"sst2": {"task": "sst2"}})
-#
-# Rows of one's own have the schema `classification`, `text`, perhaps `text_pair`, and `label`: a
-# name, an index from 0, or a number.
-#
-#     adapter.method.classification = {"labels": ("spam", "ham")}
-#     adapter.data.train = ConfigDict({"mine": {"path": "mail.jsonl", "schema": "classification"}})
-#
-# `moe-jax export --to peft` writes a LoRA with its head as `SEQ_CLS`; generating text, other formats
-# and other tasks refuse such an adapter.
-# """
+"""Tasks by the name of the data set's configuration on the hub."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClassificationConfig:
-    """Classes, or a number to be predicted. One of `labels`, `glue` and `regression` is enough.
+    """Classes of a classifier, or regression. Give one of `labels`, `glue` and `regression`.
 
     Attributes:
-      labels: names of the classes, in the order of the head's scores.
-      glue: a task of GLUE, whose labels and metrics these then are.
-      regression: one score, the predicted number, in the place of classes.
-      metrics: what validation measures besides the loss; by default those of the GLUE task, the
-        accuracy, or for a number the two correlations. `f1` is that of the second of two labels.
-      init_std: standard deviation of the head's normal initialisation; transformers' default.
+      labels: class names, in the order of the head's scores. Default: the labels of `glue`. Set
+        them for data other than GLUE's.
+      glue: name of a GLUE task, which sets `labels`, `regression` and `metrics`. Default None.
+      regression: predict one number in place of classes. Default False, or True for a GLUE task
+        whose label is a number (`stsb`).
+      metrics: validation metrics besides the loss: `accuracy`, `f1` (of the second of two labels)
+        and `matthews` for classes; `pearson` and `spearman` for regression. Default: those of the
+        GLUE task; else `accuracy`, or for regression both correlations.
+      init_std: standard deviation of the head's normal initialisation. Default 0.02, as in
+        transformers.
     """
 
     labels: tuple[str, ...] = ()
@@ -87,23 +87,23 @@ class ClassificationConfig:
             task = GLUE[self.glue]
             self._fill("labels", task.labels)
             self._fill("metrics", task.metrics)
-            # A task without labels is one with a number.
+            # A GLUE task without labels is a regression task.
             require(not (self.regression and task.labels), "regression", f"{self.glue} has labels")
             object.__setattr__(self, "regression", not task.labels)
             require(
                 self.labels == task.labels,
                 "labels",
-                f"those of {self.glue} are {', '.join(task.labels) or 'none: it has a number'}; "
-                "leave them out, or leave out glue",
+                f"those of {self.glue} are {', '.join(task.labels) or 'a number'}; "
+                "leave out labels, or leave out glue",
             )
         require(
             bool(self.labels) != self.regression,
             "labels",
-            "give labels, or glue, or regression=True for a number, and not two of them",
+            "give one of labels, glue and regression=True",
         )
         require(len(self.labels) != 1, "labels", "give at least two")
-        require(len(set(self.labels)) == len(self.labels), "labels", "names one twice")
-        require(all(map(str.strip, self.labels)), "labels", "names a blank one")
+        require(len(set(self.labels)) == len(self.labels), "labels", "names a label twice")
+        require(all(map(str.strip, self.labels)), "labels", "names a blank label")
         self._fill("metrics", ("pearson", "spearman") if self.regression else ("accuracy",))
         correlations = {"pearson", "spearman"}
         for metric in self.metrics:
@@ -117,11 +117,11 @@ class ClassificationConfig:
 
     @property
     def num_scores(self) -> int:
-        """Outputs of the head."""
+        """Number of outputs of the head."""
         return len(self.labels) or 1
 
     def describe(self) -> str:
-        """What is told apart, for messages."""
+        """Class names, or `a number`, for messages."""
         return ", ".join(self.labels) if self.labels else "a number"
 
     def _fill(self, field: str, value: tuple[str, ...]) -> None:

@@ -1,4 +1,4 @@
-"""A configuration file, and the fields that the command line gives another value."""
+"""Configuration files, and overrides of their fields on the command line."""
 
 import ast
 import dataclasses
@@ -21,11 +21,11 @@ _WORDS = {"true": True, "false": False, "none": None}
 
 
 def load_config_file(path: str) -> dict[str, Any]:
-    """What `get_config()` of a Python file returns, as nested dicts.
+    """Runs `get_config()` of a Python file and returns its configuration as nested dicts.
 
     Raises:
-      ConfigError: no such file, no `get_config` in it, a key twice in one dict, or it fails; names
-        the line.
+      ConfigError: the file is missing, defines no `get_config`, fails, or has a dict with a
+        duplicate key; the message names the line.
     """
     file = Path(path).expanduser()
     if not file.is_file():
@@ -43,7 +43,7 @@ def load_config_file(path: str) -> dict[str, Any]:
         config = module.get_config()
     except ConfigError:
         raise
-    except Exception as error:  # whatever the user's file does
+    except Exception as error:  # the user's file can raise anything
         raise ConfigError(
             f"--config: {path} fails{_line(error, file)}: {_describe(error)}"
         ) from error
@@ -58,7 +58,7 @@ def split_overrides(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]
     """Separates `--config.field=value` and `--config.field value` from all other arguments.
 
     Returns:
-      The other arguments, and the values by dotted path; a later one wins.
+      The other arguments, and the values by dotted path; a later value overrides an earlier one.
 
     Raises:
       ConfigError: a field without a value.
@@ -81,13 +81,13 @@ def split_overrides(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]
 def apply_overrides(config: dict[str, Any], overrides: Mapping[str, str]) -> None:
     """Sets fields of `config` in place; their names and types are checked when it is parsed.
 
-    A value is read as a Python literal, and as a string where it is none: `8`, `1e-4`, `(64, 128)`,
-    `None`, `False`, `runs/base`. Where the field is a text it stays one, whatever it looks like
-    (`revision=1234567`). A field that the file leaves out, or sets to None, may be given.
+    A value is read as a Python literal, and otherwise as a string: `8`, `1e-4`, `(64, 128)`,
+    `None`, `False`, `runs/base`. The value of a string field is always a string
+    (`revision=1234567`). Fields that the file leaves out, or sets to None, can be set too.
 
     Raises:
-      ConfigError: the path leads through a field that is not a group, or into a group whose name is
-        nearly that of one in the file.
+      ConfigError: the path leads through a field that is not a group, or into an unknown group
+        whose name is close to that of a group in the file.
     """
     for path, text in overrides.items():
         *groups, last = path.split(".")
@@ -103,7 +103,7 @@ def apply_overrides(config: dict[str, Any], overrides: Mapping[str, str]) -> Non
 
 
 def _type_of(path: str) -> Any:
-    """The type of a field of `RunConfig`; `Any` where it has none, or a method decides it."""
+    """Type of a field of `RunConfig`; `Any` for unknown fields and fields of a method."""
     group, *parts = path.split(".")
     roots = {**typing.get_type_hints(RunConfig), SWEEP: SweepConfig}
     hint: Any = roots.get(group, Any)
@@ -111,7 +111,8 @@ def _type_of(path: str) -> Any:
         if dataclasses.is_dataclass(hint):
             hint = typing.get_type_hints(hint).get(name, Any)
         else:
-            hint = typing.get_args(hint)[1] if typing.get_origin(hint) is dict else Any
+            is_mapping = typing.get_origin(hint) in (dict, Mapping)
+            hint = typing.get_args(hint)[1] if is_mapping else Any
     return hint
 
 
@@ -135,14 +136,14 @@ def _literal(text: str) -> Any:
 
 
 def _require_distinct_keys(file: Path, path: str) -> None:
-    """Refuses a dict that is written with a key twice: Python would keep the last without a word.
+    """Refuses a dict literal with a duplicate key, of which Python silently keeps the last.
 
-    Of two adapters of one name, the first would be lost.
+    The first of two adapters of the same name would be lost.
     """
     try:
         tree = ast.parse(file.read_bytes())
     except (OSError, SyntaxError, ValueError):
-        return  # what is wrong is said when the file is run
+        return  # running the file gives a better message
     for node in ast.walk(tree):
         if not isinstance(node, ast.Dict):
             continue
@@ -153,7 +154,7 @@ def _require_distinct_keys(file: Path, path: str) -> None:
             constant = (type(key.value), key.value)
             if constant in lines:
                 raise ConfigError(
-                    f"--config: {path} line {key.lineno}: the key {key.value!r} stands twice in "
+                    f"--config: {path} line {key.lineno}: the key {key.value!r} is given twice in "
                     f"one dict, first in line {lines[constant]}; rename or remove one"
                 )
             lines[constant] = key.lineno
@@ -164,7 +165,7 @@ def _copied(group: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _line(error: BaseException, file: Path) -> str:
-    """Where in the user's own file it failed."""
+    """Line of the user's file that raised `error`, for messages."""
     if isinstance(error, SyntaxError):
         return f" in line {error.lineno}"
     frames = traceback.extract_tb(error.__traceback__)

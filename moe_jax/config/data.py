@@ -1,4 +1,4 @@
-"""Where training text comes from and how it becomes batches."""
+"""Data sets of an adapter, and the batches made from them."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -10,32 +10,33 @@ Schema = Literal["instruction", "completion", "chat", "text", "classification", 
 
 @dataclass(frozen=True, kw_only=True)
 class SourceConfig:
-    """One data set.
+    """One data set: a local file or folder, a data set on the hub, or a task.
 
     Attributes:
       path: a `.json`, `.jsonl`, `.parquet` or `.txt` file, a folder of such files, or the id of a
-        hub data set. With `task` the file or folder of its rows, if not those of `tasks_folder` or
-        of the hub.
-      name: the hub data set's configuration, where it has several.
-      split: which split of a hub data set or of a folder with one file per split.
-      revision: the hub data set's revision.
-      schema: what a row holds. `instruction`: instruction, input, output. `completion`: prompt,
-        completion. `chat`: messages, a list of `{role, content}`. `text`: text.
-        `classification`: text, text_pair (may be absent), label (the name or the index of a class,
-        or a number), for adapters with `method.classification`. `task`: what the task says; where
-        `task` is given, it is left out.
-      task: the task whose questions these are, as `moe-jax evaluate --tasks` names it: the prompt
-        is the one that evaluation asks with. An adapter with `method.classification` learns the
-        rows of a GLUE task as they are.
-      answer: what follows a task's prompt. `label`: the label of the right option, after the prompt
-        that lists them, as the protocol `labels` asks. `choice`: the option's own words, as the
-        protocol `choices` asks.
-      columns: the row's own name for a field of the schema, where it differs.
-      prompt: the prompt template for `instruction` rows, a file in `moe_jax/data/prompts/` without
-        its ending, or the path of a template file.
-      weight: this data set's share of the rows, relative to the other data sets.
-      expert_group: which group of experts, from 0, this kind of data belongs to; only the loss
-        `localized_balance` reads it.
+        data set on the hub. Required without `task`. With `task`, the file or folder of its rows;
+        the default is then that of `tasks_folder`, or the hub.
+      schema: fields of a row. `instruction`: instruction, input, output. `completion`: prompt,
+        completion. `chat`: messages, a list of `{role, content}`. `text`: text. `classification`:
+        text, text_pair (optional), label (class name, class index or number), for adapters with
+        `method.classification`. Required without `task`; leave it out with `task`.
+      task: name of a task, as in `moe-jax evaluate --tasks`. Its questions are the rows, with the
+        prompts of evaluation. An adapter with `method.classification` is trained on the rows of a
+        GLUE task directly. Default None.
+      answer: completion of a task's prompt. `label`: label of the right option, after a prompt that
+        lists the options, as in the protocol `labels`. `choice`: text of the right option, as in
+        the protocol `choices`. Default `label`.
+      name: configuration of a data set on the hub that has several. Default None.
+      split: split of a data set on the hub, or of a folder with a file for each split. Parts are
+        written as `train[:90%]`. Default `train`.
+      revision: revision of a data set on the hub. Default None: the newest. Set it to pin the data.
+      columns: column names by field of the schema, where they differ. Default: the fields' names.
+      prompt: prompt template of `instruction` rows: the name of a file in `moe_jax/data/prompts/`
+        without extension, or the path of a template file. Default `instruction`.
+      weight: share of this data set among the training rows, relative to the other data sets.
+        Default 1. Ignored for validation.
+      expert_group: group of experts of this data set, from 0; read by the loss
+        `localized_balance` alone. Default 0.
     """
 
     path: str = ""
@@ -60,47 +61,49 @@ class SourceConfig:
         require(
             is_task or self.schema != "task",
             "schema",
-            "is not given; say what a row holds, or name a task",
+            "is not given; name the schema of a row, or a task",
         )
         require(
             not is_task or self.schema == "task",
             "schema",
-            "a task says itself what its rows hold; leave schema out",
+            "is set by the task; leave it out",
         )
-        require(
-            not is_task or not self.columns, "columns", "a task knows its columns; leave it out"
-        )
+        require(not is_task or not self.columns, "columns", "are set by the task; leave them out")
         require(self.weight > 0, "weight", "must be positive")
         require(self.expert_group >= 0, "expert_group", "must not be negative")
 
     @property
     def title(self) -> str:
-        """What messages call it."""
+        """Name of the data set in messages."""
         return self.path or f"task {self.task!r}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """The data of one adapter.
+    """Data of one adapter.
 
     Attributes:
-      train: data sets to train on, by a name of the user's choice.
-      validation: data sets to measure the loss on, each by itself.
-      max_length: tokens per row; a longer row of a data set loses the end of its completion.
-      train_on_prompt: count the prompt's tokens in the loss too.
-      buckets: the padded row lengths that may occur, ascending, at most `max_length`, which is
-        always added as the last one. Each is one compilation of the step.
-      packing: what a row of a training batch holds. `none`: one row of a data set, padded to one of
-        the lengths above. `first_fit`: as many as fit into `max_length` tokens, each attending to
-        itself alone, so that next to nothing is padding; `batch_size` then counts rows of
-        `max_length` tokens, and `buckets` holds for validation only, which is never packed. Not for
-        classifiers. Types of RoPE that adapt to the longest sequence (`dynamic`, `longrope`) adapt
-        to that of the whole batch, packed or not.
-      sort_window: batches whose rows are sorted by length together, so that a batch holds rows of
-        like length. 1 leaves the shuffled order as it is. With `packing`, how many batches are
-        packed at once: the more, the less is padding.
-      num_workers: processes that tokenise; 0 tokenises in the main process.
-      cache_dir: where tokenised data sets are kept; None leaves it to the `datasets` library.
+      train: training data sets, by names of your choice. Required.
+      validation: validation data sets, by name; the loss is measured on each of them separately.
+        Default: none.
+      max_length: largest number of tokens of a row. Required. A longer row loses the end of its
+        completion; raise it if the start-up report shows many truncated rows.
+      train_on_prompt: include the prompt's tokens in the loss. Default False.
+      buckets: padded row lengths in tokens, ascending and at most `max_length`, which is always
+        added. Default: empty, so that every row is padded to `max_length`. Each length is one
+        compilation of the step; a few short ones save the work on padding.
+      packing: contents of a row of a training batch. `none`: one row of a data set, padded to one
+        of the lengths above. `first_fit`: all rows that fit into `max_length` tokens, each
+        attending to itself alone, which leaves almost no padding. `batch_size` then counts rows of
+        `max_length` tokens, and `buckets` applies to validation only, which is never packed. Not
+        for classifiers. RoPE types that adapt to the longest sequence (`dynamic`, `longrope`) adapt
+        to the longest one of the batch, packed or not. Default `none`.
+      sort_window: number of batches whose rows are sorted by length together, so that the rows of a
+        batch have similar length. 1 keeps the shuffled order. With `packing`, number of batches
+        packed together; more of them leave less padding. Default 32.
+      num_workers: number of processes that tokenise. Default 0: the main process, where a fast
+        tokenizer uses all cores.
+      cache_dir: cache folder of tokenised data sets. Default None: that of the `datasets` library.
     """
 
     train: dict[str, SourceConfig]
@@ -127,10 +130,10 @@ class DataConfig:
 
     @property
     def is_packed(self) -> bool:
-        """Whether a row of a training batch may hold several rows of a data set."""
+        """True if a row of a training batch can hold several rows of a data set."""
         return self.packing != "none"
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        """The padded lengths that may occur of rows that hold one row of a data set, ascending."""
+        """Padded lengths of rows that are not packed, ascending."""
         return tuple(sorted({*self.buckets, self.max_length}))

@@ -190,7 +190,7 @@ def _require_field(field: str, description: Any, adapter_type: type, methods: Re
                 near = suggest(part, hints)
                 raise ConfigError(f"{_GRID}.{field}: unknown field {part!r}; {near}")
             hint, named = hints[part], {}
-        elif typing.get_origin(hint) is dict:
+        elif typing.get_origin(hint) in (dict, Mapping):
             # The key is the default of the member's `name`, see `parse`.
             hint, named = typing.get_args(hint)[1], {NAME: part}
         elif hint is Any:

@@ -1,4 +1,4 @@
-"""What the frozen base model is, and how it is computed."""
+"""Architecture of the frozen base model, and settings of its computation."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -7,8 +7,11 @@ from moe_jax.config.parse import require, within
 
 FloatType = Literal["float32", "bfloat16", "float16"]
 StorageType = Literal["float32", "bfloat16", "float16", "int8", "fp8", "nf4", "nf4_double"]
-"""How frozen parameters are kept. Quantised are the kernels of the decoder layers' projections;
-what is beside them (embedding, head, norms, biases) is bfloat16 then."""
+"""Storage types of frozen parameters.
+
+A quantised type applies to the kernels of the decoder layers' projections; the other parameters
+(embedding, head, norms, biases) are then bfloat16.
+"""
 
 LayerType = Literal["full_attention", "sliding_attention"]
 
@@ -29,7 +32,7 @@ _ROPE_NEEDS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class RopeConfig:
-    """Rotary position embedding; the fields of the Hugging Face `rope_parameters`.
+    """Rotary position embedding, with the fields of the Hugging Face `rope_parameters`.
 
     Only the fields of the chosen `rope_type` are read; the others stay None. The types are those of
     transformers' `modeling_rope_utils`: `default` (RoFormer, arXiv:2104.09864), `linear` (position
@@ -37,10 +40,19 @@ class RopeConfig:
     `longrope` (arXiv:2402.13753).
 
     Attributes:
-      short_factor, long_factor: of `longrope`, what the wavelength of each rotated pair of channels
-        is multiplied by in rows up to `original_max_position_embeddings`, and in longer ones.
+      rope_type: type of the embedding.
+      rope_theta: base of the geometric series of wavelengths.
+      factor: factor by which the context is extended, for `linear`, `dynamic`, `yarn`, `llama3`.
+      original_max_position_embeddings: context in tokens before the extension.
+      low_freq_factor, high_freq_factor: bounds of the interpolated band, for `llama3`.
+      attention_factor: factor of the rotated channels, for `yarn` and `longrope`; None derives it.
+      beta_fast, beta_slow: bounds of the interpolated band, for `yarn`.
+      mscale, mscale_all_dim: terms of the attention factor, for `yarn`.
+      truncate: round the bounds of the band to whole channels, for `yarn`.
+      short_factor, long_factor: factor of the wavelength of each rotated pair of channels, for
+        `longrope`, in rows up to `original_max_position_embeddings` and in longer rows.
       partial_rotary_factor: share of a head's channels, from the first on, that is rotated.
-      interleaved: channels 2i and 2i + 1 turn together, and not i and i + half.
+      interleaved: rotate channels 2i and 2i + 1 together, in place of i and i + half.
     """
 
     rope_type: Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"]
@@ -79,11 +91,11 @@ class RopeConfig:
         require(0 < self.partial_rotary_factor <= 1, "partial_rotary_factor", "must lie in (0, 1]")
 
     def rotary_dim(self, head_dim: int) -> int:
-        """How many channels of a head of `head_dim` are rotated."""
+        """Number of rotated channels of a head of `head_dim`."""
         return int(head_dim * self.partial_rotary_factor)
 
     def check_head_dim(self, head_dim: int) -> None:
-        """Refuses, with `require`, what does not fit heads of this width."""
+        """Refuses, with `require`, settings that do not fit heads of this width."""
         rotated = self.rotary_dim(head_dim)
         require(
             rotated > 0 and rotated % 2 == 0,
@@ -103,26 +115,40 @@ class RopeConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The architecture of a decoder-only language model, as stated by its checkpoint.
+    """Architecture of a decoder-only language model, read from its checkpoint.
 
-    No size, constant or choice that all models have has a default here. The fields from
-    `model_type` on say what only some families have; their defaults mean that it is not there.
+    Sizes and constants that all models have are required. The fields from `model_type` on exist in
+    some families only; their defaults mean that the model does not have the feature.
 
     Attributes:
+      vocab_size: number of token ids.
+      hidden_size: width of the model, D.
+      intermediate_size: width of the FFN, F.
+      num_layers: number of decoder layers.
+      num_heads: number of query heads.
+      num_kv_heads: number of key and value heads.
+      head_dim: channels of a head.
+      hidden_act: activation of the FFN.
+      max_position_embeddings: context in tokens.
+      rms_norm_eps: term added to the mean square in RMS norms.
+      rope: rotary position embedding.
       attention_bias: all four attention projections have a bias.
       mlp_bias: all three FFN projections have a bias.
-      model_type: the family, as in `config.json`; it names the checkpoint's tensors.
-      qkv_bias: the query, key and value projections have a bias, and the output one has none.
-      qk_norm: each query and key head is normalised before it is rotated (arXiv:2302.05442).
-      post_norms: the outputs of attention and FFN are normalised too, before they are added.
+      tie_word_embeddings: the head uses the weights of the embedding.
+      model_type: model family, as in `config.json`; it decides the names of the tensors.
+      qkv_bias: the query, key and value projections have a bias, and the output projection does
+        not.
+      qk_norm: query and key heads are normalised before they are rotated (arXiv:2302.05442).
+      post_norms: the outputs of attention and FFN are normalised before they are added.
       norm_unit_offset: norms scale by one plus their weight.
       scale_embeddings: token embeddings are multiplied by sqrt(hidden_size).
-      query_pre_attn_scalar: attention scores are divided by its square root; None is `head_dim`.
-      attn_logit_softcapping: c, where attention scores s become c tanh(s / c).
-      final_logit_softcapping: the same for the logits over the vocabulary.
-      sliding_window: how many positions, itself included, a token of a sliding layer sees.
-      layer_types: each layer's kind of attention; None if no layer slides.
-      sliding_rope: rotary embedding of the sliding layers, where it is not `rope`.
+      query_pre_attn_scalar: number whose square root divides attention scores; None is `head_dim`.
+      attn_logit_softcapping: c of the soft cap c tanh(s / c) of attention scores s.
+      final_logit_softcapping: c of the same soft cap of the logits over the vocabulary.
+      sliding_window: number of positions, including its own, that a token of a sliding layer
+        attends to.
+      layer_types: kind of attention of each layer; None if no layer slides.
+      sliding_rope: rotary embedding of the sliding layers, if it differs from `rope`.
     """
 
     vocab_size: int
@@ -181,10 +207,10 @@ class ModelConfig:
         require(
             types is None or len(types) == self.num_layers,
             "layer_types",
-            f"must name a kind for each of the {self.num_layers} layers",
+            f"must name the kind of attention of each of the {self.num_layers} layers",
         )
         slides = types is not None and "sliding_attention" in types
-        require(types is None or slides, "layer_types", "leave it out where no layer slides")
+        require(types is None or slides, "layer_types", "names no sliding layer; leave it out")
         require(
             slides == (self.sliding_window is not None),
             "sliding_window",
@@ -204,30 +230,33 @@ class ModelConfig:
 
     @property
     def sliding_layers(self) -> tuple[bool, ...]:
-        """Whether each layer slides."""
+        """True for each layer with sliding attention."""
         types = self.layer_types or ("full_attention",) * self.num_layers
         return tuple(kind == "sliding_attention" for kind in types)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ComputeConfig:
-    """How the model is computed; none of it changes what is computed beyond rounding.
+    """Settings of the computation; they change results by no more than rounding.
 
     Attributes:
-      dtype: type of activations and matrix products. Norms, rotary angles, routers, softmax and
-        losses are float32 whatever this says.
-      attention: `xla` runs everywhere; `cudnn` is the fused kernel of NVIDIA GPUs and needs a
-        half-precision `dtype`. The memory of both grows with a row's length and not its square, but
-        for the segment ids of packed rows, which `cudnn` wants as two bytes for each pair of
-        positions.
-      remat: what a decoder layer keeps for its backward pass, which computes the rest again. `none`
-        keeps everything; `dots` the outputs of matrix products with weights; `frozen` the frozen
-        projections' products and the adapters' rank-sized codes, which spares all large products
-        (`benchmarks/remat.md`: half of `dots`' memory for 1% more work);
-        `narrow` of these only what is not as wide as the FFN; `full` the layer's input alone.
-      block_tokens: tokens whose experts' hidden activations the backward pass computes at a time.
-        None leaves it to the platform: on a CPU what its cache holds, elsewhere all. Where no
-        divisor of a device's number of tokens comes near, all of them.
+      dtype: dtype of activations and matrix products: `float32`, `bfloat16` or `float16`. Required;
+        `bfloat16` on accelerators. Norms, rotary angles, routers, softmax and losses are always
+        float32.
+      attention: attention kernel. `xla` runs everywhere; `cudnn` is the fused kernel of NVIDIA GPUs
+        and needs a half-precision `dtype`. The memory of both grows linearly with a row's length,
+        except that packed rows take two bytes for each pair of positions with `cudnn`. Default
+        `xla`.
+      remat: values that a decoder layer keeps for its backward pass, which computes the others
+        again. `none` keeps all values. `dots` keeps the outputs of matrix products with weights.
+        `frozen` keeps the products of frozen projections and the low-rank activations of adapters,
+        so that no large product is computed again (`benchmarks/remat.md`: half of the memory of
+        `dots` for 1% more work). `narrow` keeps those of them that are narrower than the FFN.
+        `full` keeps the layer's input alone. Default `frozen`; use `narrow` or `full` if a step
+        runs out of memory.
+      block_tokens: number of tokens per block of the experts' hidden activations in the backward
+        pass. Default None: blocks that fit the cache on a CPU, all tokens at once elsewhere. If no
+        divisor of a device's number of tokens is close, all tokens are one block.
     """
 
     dtype: FloatType
@@ -246,10 +275,10 @@ class ComputeConfig:
         )
 
     def check_model(self, model: ModelConfig) -> None:
-        """Refuses, with `require`, settings that cannot compute this model."""
+        """Refuses, with `require`, settings that do not support this model."""
         require(
             self.attention != "cudnn" or model.attn_logit_softcapping is None,
             "attention",
-            f"'cudnn' cannot cap attention scores, which this model does "
+            "'cudnn' cannot cap attention scores, as this model does "
             f"(attn_logit_softcapping {model.attn_logit_softcapping}); use 'xla'",
         )

@@ -9,13 +9,14 @@ from moe_jax.config.parse import require
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleConfig:
-    """Warm-up from zero, then decay from the peak to `final_fraction` of it at the last step.
+    """Learning-rate schedule: linear warm-up from zero, then decay until the last step.
 
     Attributes:
-      kind: `constant` does not decay.
-      warmup_steps: optimiser steps of linear warm-up; exclusive with `warmup_ratio`.
-      warmup_ratio: the same as a share of all steps.
-      final_fraction: where the decay ends, as a fraction of the peak learning rate.
+      kind: shape of the decay: `linear`, `cosine`, or `constant` for no decay. Default `linear`.
+      warmup_steps: optimiser steps of warm-up. Exclusive with `warmup_ratio`. Default None: no
+        warm-up. Set it if the loss jumps in the first steps.
+      warmup_ratio: warm-up as a share of all steps, in [0, 1). Default None.
+      final_fraction: learning rate of the last step, as a fraction of the peak. Default 0.
     """
 
     kind: Literal["constant", "linear", "cosine"] = "linear"
@@ -34,7 +35,7 @@ class ScheduleConfig:
         require(0.0 <= self.final_fraction <= 1.0, "final_fraction", "must lie in [0, 1]")
 
     def warmup(self, total_steps: int) -> int:
-        """Steps of warm-up out of `total_steps`."""
+        """Number of warm-up steps of a run of `total_steps`."""
         if self.warmup_ratio is not None:
             return math.ceil(self.warmup_ratio * total_steps)
         return self.warmup_steps or 0
@@ -45,20 +46,23 @@ class OptimizerConfig:
     """Optimiser of one adapter.
 
     Attributes:
-      name: which rule. `adafactor` factors its moments only where an array's two widest axes are
-        both 128 or more, which LoRA's rarely are.
-      b1: decay of the first moment, of `adamw` and `lion`.
-      b2: decay of the second moment; None is what the papers use, 0.999 for `adamw` and 0.99 for
-        `lion`.
-      eps: of `adamw`.
-      momentum: of `sgd`.
-      learning_rate: the peak of the schedule.
-      lora_plus_ratio: the learning rate of every B is this times that of all other leaves (LoRA+,
-        arXiv:2402.12354, section 4; its authors use 16, with a smaller `learning_rate`). Learning
-        rates in metrics and plots are those of A.
-      weight_decay: decoupled decay of A and B, by each one's own learning rate. Routers and DoRA's
-        magnitudes are not decayed.
-      clip_norm: largest global norm of this adapter's gradient; None does not clip.
+      learning_rate: peak learning rate of the schedule. Required; 1e-4 to 3e-4
+        is usual for LoRA on large models.
+      name: update rule: `adamw`, `sgd`, `adafactor` or `lion`. Default `adamw`. `adafactor` factors
+        its moments only where the two widest axes of an array are both at least 128, which is rare
+        in LoRA.
+      schedule: see `ScheduleConfig`. Default: linear decay to 0, no warm-up.
+      lora_plus_ratio: learning rate of every B divided by that of all other leaves (LoRA+,
+        arXiv:2402.12354, section 4). Default 1. The authors use 16, with a smaller
+        `learning_rate`. Metrics and plots show the learning rate of A.
+      weight_decay: decoupled weight decay of A and B, scaled by the learning rate of each. Default
+        0. Routers and DoRA's magnitudes are not decayed.
+      b1: decay of the first moment, for `adamw` and `lion`, in [0, 1). Default 0.9.
+      b2: decay of the second moment, in [0, 1). Default None: 0.999 for `adamw` and 0.99 for
+        `lion`, as in their papers.
+      eps: term added to the denominator of `adamw`. Default 1e-8.
+      momentum: momentum of `sgd`, in [0, 1). Default 0.
+      clip_norm: largest global norm of this adapter's gradient. Default 1; None does not clip.
     """
 
     learning_rate: float
@@ -85,6 +89,6 @@ class OptimizerConfig:
 
     @property
     def second_decay(self) -> float:
-        """`b2`, or what it stands for."""
+        """`b2`, or its default for this optimiser."""
         usual = 0.99 if self.name == "lion" else 0.999
         return usual if self.b2 is None else self.b2

@@ -1,4 +1,9 @@
-"""Families of interchangeable dataclasses, of which a configuration picks one by name."""
+"""Strict parsing of nested mappings into frozen dataclasses, chosen by name from registries.
+
+Types are checked, unknown fields are refused with the nearest known name, and every message has the
+full path of the field (`config.adapters.default.rank`). The only conversions are lossless: `int` to
+`float` and `list` to `tuple`.
+"""
 
 import contextlib
 import dataclasses
@@ -13,36 +18,42 @@ from moe_jax.errors import ConfigError
 
 T = TypeVar("T", bound=type)
 
+ROOT = "config"
+"""First part of the path of every field."""
+
+NOT_NONE = "not None"
+"""Key of a dataclass field's `metadata`: advice for a message where None is a likely mistake."""
+
 NAME = "name"
-"""The field by which a configuration picks the member."""
+"""Field that names the member of a registry."""
 
 
 class Registry(Mapping[str, type]):
-    """The members of one family, by the name that a configuration gives.
+    """Interchangeable dataclasses by name, for example all routers.
 
-    A member is a frozen dataclass: at once the configuration of the thing and the thing. It enters
-    itself with `@REGISTRY.register("its_name")` when its module is imported, wherever that module
-    lives. Where a dataclass has a field of the family's base class, `parse` picks the member by the
-    field `name` of the given mapping.
+    A member is a frozen dataclass, which is both the configuration of an object and the object. It
+    is registered with `@REGISTRY.register("its_name")` when its module is imported, also from
+    outside of this package. Where a dataclass has a field of the members' base class, `parse`
+    chooses the member by the field `name` of the given mapping.
     """
 
     def __init__(self, kind: str):
-        """An empty registry.
+        """Creates an empty registry.
 
         Args:
-          kind: what its members are called in messages, for example `router`.
+          kind: noun for a member in messages, for example `router`.
         """
         self.kind = kind
         self._members: dict[str, type] = {}
 
     def register(self, name: str) -> Callable[[T], T]:
-        """Decorates a frozen dataclass, which `name` stands for from then on.
+        """Returns a decorator that registers a frozen dataclass under `name`.
 
         Raises:
           ValueError: the name is taken.
         """
 
-        def enter(cls: T) -> T:
+        def add(cls: T) -> T:
             if name in self._members:
                 taken_by = self._members[name]
                 raise ValueError(
@@ -52,10 +63,10 @@ class Registry(Mapping[str, type]):
             self._members[name] = cls
             return cls
 
-        return enter
+        return add
 
     def name_of(self, member: Any) -> str:
-        """The name under which the class of `member` is registered."""
+        """Name under which the class of `member` is registered."""
         for name, cls in self._members.items():
             if type(member) is cls:
                 return name
@@ -72,19 +83,19 @@ class Registry(Mapping[str, type]):
 
 
 def family_of(cls: Any) -> Registry | None:
-    """The registry whose base class `cls` is, if it is one.
+    """Registry of the members derived from `cls`; None if `cls` is not such a base class.
 
-    A family's base class names its registry in a class attribute `registry`; members inherit it,
-    but stand for themselves alone.
+    The base class names its registry in a class attribute `registry`. Members inherit it, but are
+    no base classes themselves.
     """
     registry = vars(cls).get("registry") if isinstance(cls, type) else None
     return registry if isinstance(registry, Registry) else None
 
 
 def to_plain(value: Any) -> Any:
-    """`value` as nested dicts, lists and scalars, from which `parse` makes an equal value.
+    """Converts `value` to nested dicts, lists and scalars, which `parse` converts back.
 
-    Dataclasses become dicts of their fields; members of a family also get their `name`.
+    Dataclasses become dicts of their fields; members of a registry also get their `name`.
     """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {
@@ -101,22 +112,8 @@ def to_plain(value: Any) -> Any:
     return value
 
 
-# FIXME docstring of the merged config.parse:
-# """Strict parsing of nested mappings into frozen dataclasses.
-#
-# Types are checked, unknown fields are refused with the nearest known name, and every message carries
-# the full path of the field (`config.adapters.default.rank`). The only conversions are the ones that
-# cannot lose anything: `int` to `float`, `list` to `tuple`.
-# """
-
-
-ROOT = "config"
-NOT_NONE = "not None"
-"""In a dataclass field's `metadata`: what to give instead, where None would be an easy guess."""
-
-
 def suggest(name: str, known: Iterable[str]) -> str:
-    """A hint for an unknown name: the nearest known one, or else the list of all of them."""
+    """Hint for an unknown name: the nearest known name, or else the list of all known names."""
     known = sorted(known)
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     if near:
@@ -125,17 +122,17 @@ def suggest(name: str, known: Iterable[str]) -> str:
 
 
 def parse(hint: Any, value: Any, path: str = ROOT) -> Any:
-    """Checks `value` against the type `hint` and returns it in that type.
+    """Checks `value` against the type `hint` and converts it to that type.
 
     Args:
-      hint: a dataclass, the base class of a family (see `Registry`), a builtin scalar, `Literal`,
-        `X | None`, `tuple[X, ...]` or `dict[str, X]`. In a `dict` of a family's members, the key
-        stands for a `name` that is left out.
+      hint: a dataclass, the base class of a registry's members (see `Registry`), a builtin scalar,
+        `Literal`, `X | None`, `tuple[X, ...]` or `dict[str, X]`. In a `dict` of members, the key is
+        the default of a member's `name`.
       value: plain Python data: mappings, lists, tuples and scalars.
-      path: where the value stands, for messages.
+      path: path of the value in the configuration, for messages.
 
     Raises:
-      ConfigError: an unknown or missing field, a wrong type, or a value that a dataclass's own
+      ConfigError: an unknown or missing field, a wrong type, or a value that a dataclass's
         `__post_init__` refused.
     """
     registry = family_of(hint)
@@ -177,13 +174,13 @@ def parse(hint: Any, value: Any, path: str = ROOT) -> Any:
 
 
 def parse_member(registry: Registry, value: Any, path: str) -> Any:
-    """The member of a family that the field `name` of `value` picks, made from the other fields.
+    """Creates the member of a registry that the field `name` of `value` names.
 
     Raises:
       ConfigError: as in `parse`; also for an unknown or missing name.
     """
     if type(value) in registry.values():
-        return value  # made in Python already, and checked there
+        return value  # made in Python, and checked by its own `__post_init__`
     fields = dict(_as_mapping(value, path))
     if NAME not in fields:
         raise ConfigError(
@@ -248,7 +245,7 @@ def _describe(value: Any) -> str:
 
 
 class FieldError(ConfigError):
-    """Raised by a dataclass's `__post_init__`; `parse` adds where the dataclass stands."""
+    """Invalid field, raised by a dataclass's `__post_init__`; `parse` adds the dataclass's path."""
 
     def __init__(self, field: str, reason: str):
         super().__init__(f"{field}: {reason}")
@@ -257,14 +254,14 @@ class FieldError(ConfigError):
 
 
 def require(condition: bool, field: str, reason: str) -> None:
-    """Refuses a dataclass's `field` for `reason` unless `condition` holds."""
+    """Raises a `FieldError` for a dataclass's `field` unless `condition` holds."""
     if not condition:
         raise FieldError(field, reason)
 
 
 @contextlib.contextmanager
 def located(path: str) -> Iterator[None]:
-    """Says of a field that is refused in here where it stands in the configuration."""
+    """Turns a `FieldError` raised within this context into a `ConfigError` with the full path."""
     try:
         yield
     except FieldError as error:
@@ -273,7 +270,7 @@ def located(path: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def within(field: str) -> Iterator[None]:
-    """Says of a field that is refused in here that it is a field of `field`."""
+    """Prefixes the field of a `FieldError` raised within this context with `field`."""
     try:
         yield
     except FieldError as error:

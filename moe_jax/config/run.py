@@ -1,4 +1,4 @@
-"""How an adapter is measured on tasks, during training and at its end."""
+"""Configuration of a training run, parsed once from a `configs/*.py` file."""
 
 import dataclasses
 import json
@@ -24,29 +24,79 @@ from moe_jax.config.parse import (
 )
 
 ProtocolName = Literal["labels", "choices"]
+"""Protocols of evaluation: the label of an option, or the text of each option, is scored."""
 
 _END_ONLY = "0 measures at the end only"
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluationConfig:
-    """The tasks that an adapter is measured on, as by `moe-jax evaluate`.
+class BaseConfig:
+    """The frozen base model.
 
     Attributes:
-      tasks: their names. Their rows are those of `tasks_folder`, or else of the hub.
-      every: steps between two measurements while training; 0 measures at the end only, once all
+      path: folder with a Hugging Face checkpoint, or a hub id. Required.
+      param_dtype: dtype of the frozen parameters on the device. Required. `float32`, `bfloat16` or
+        `float16`; or quantised while loading to `int8` or `fp8` (one scale for each output), `nf4`
+        (one scale for 64 inputs of an output) or `nf4_double` (with 8-bit scales). Quantisation
+        applies to the layers' projections; all other parameters are then bfloat16. Choose a
+        quantised type if the weights do not fit into the device's memory.
+      revision: revision on the hub. Default None: the newest.
+      hf_config: fields of the checkpoint's `config.json`, for `train.py --plan` without the
+        checkpoint. A run compares them with the checkpoint's. Default None.
+    """
+
+    path: str
+    param_dtype: StorageType
+    revision: str | None = None
+    hf_config: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """Number of devices along each axis of the mesh; -1 takes all remaining devices.
+
+    Attributes:
+      data: number of copies of the model, each with its own rows of a batch. Default -1.
+      fsdp: number of devices that share one copy of the parameters and split the rows. Default 1;
+        raise it if one device cannot hold the model.
+      tensor: number of devices that split each matrix product. Default 1; raise it where `fsdp`
+        alone does not suffice, on devices with fast links.
+    """
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+    def __post_init__(self):
+        sizes = {"data": self.data, "fsdp": self.fsdp, "tensor": self.tensor}
+        for name, size in sizes.items():
+            require(size == -1 or size > 0, name, "must be positive, or -1 for the rest")
+        require(list(sizes.values()).count(-1) <= 1, "data", "only one axis may be -1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """Evaluation of an adapter on tasks during and after training, as by `moe-jax evaluate`.
+
+    Attributes:
+      tasks: names of the tasks. Required. Their rows come from `tasks_folder`, or else the hub.
+      every: steps between two evaluations during training. Default 0: at the end only, once all
         adapters have finished.
-      limit: only so many of each task's first rows.
-      limit_between: the same for the measurements before the end; None is `limit`.
-      protocols: how the tasks are asked. `labels` gives `label_acc`, `choices` gives `acc` and
-        `acc_norm`. A task that a protocol does not fit is left out of it.
-      split: another split than each task's own.
-      shots: answered examples before each question; None leaves each task's own number.
-      batch_size: sequences computed at once, over all devices.
-      buckets: ascending lengths that sequences are padded to; by default 32, 64, ... The base's
-        context is always the last one. Each is one compilation.
-      truncate: cuts the start off a prompt longer than the base's context, which is refused else.
-      with_base: at the end, the base without an adapter is measured on these tasks too.
+      limit: largest number of rows of each task, from its start. Default None: all rows.
+      limit_between: the same for evaluations before the end. Default None: `limit`. A few hundred
+        rows show the trend.
+      protocols: scoring protocols. `labels` gives `label_acc`; `choices` gives `acc` and
+        `acc_norm`, with one forward pass for each option. A task without labels is left out of
+        `labels`. Default: both.
+      split: split to evaluate. Default None: each task's own.
+      shots: number of answered examples before each question. Default None: each task's own.
+      batch_size: sequences per forward pass, over all devices. Default 16; lower it if evaluation
+        runs out of memory.
+      buckets: padded lengths of sequences in tokens, ascending; the base's context is always added.
+        Default: 32, 64, 128, ... Each length is one compilation.
+      truncate: truncate prompts longer than the base's context at their start, in place of refusing
+        them. Default False.
+      with_base: evaluate the base model without an adapter too, at the end. Default False.
     """
 
     tasks: tuple[str, ...]
@@ -64,7 +114,7 @@ class EvaluationConfig:
     def __post_init__(self):
         for given in ("tasks", "protocols"):
             names = getattr(self, given)
-            require(bool(names), given, "names none")
+            require(bool(names), given, "is empty")
             repeated = sorted({name for name in names if names.count(name) > 1})
             require(not repeated, given, f"names {', '.join(repeated)} more than once")
         require(self.every >= 0, "every", f"must not be negative; {_END_ONLY}")
@@ -77,68 +127,26 @@ class EvaluationConfig:
         require(ascends and all(b > 0 for b in self.buckets), "buckets", "must ascend strictly")
 
 
-# FIXME docstring of the merged config.run:
-# """The whole configuration of a training run, parsed once from a `configs/*.py` file."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class BaseConfig:
-    """The frozen base model.
-
-    Attributes:
-      path: a folder with a Hugging Face checkpoint, or a hub id.
-      param_dtype: the type in which the frozen parameters are kept on the device: a float type, or
-        quantised while loading to `int8` or `fp8` (a scale for each output), `nf4` (a scale for 64
-        inputs of an output) or `nf4_double` (the scales in eight bits too). The parameters beside
-        the layers' projections are then bfloat16.
-      revision: the hub revision.
-      hf_config: the fields of the checkpoint's `config.json`, where they are to be known without
-        the checkpoint (`train.py --plan`). A run compares them with the checkpoint's own.
-    """
-
-    path: str
-    param_dtype: StorageType
-    revision: str | None = None
-    hf_config: dict[str, Any] | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class MeshConfig:
-    """How many devices along each axis of the mesh; -1 takes all that the others leave.
-
-    Attributes:
-      data: copies of the model, each with its own rows of a batch.
-      fsdp: devices that share one copy of the parameters and also split the rows.
-      tensor: devices that split each matrix product.
-    """
-
-    data: int = -1
-    fsdp: int = 1
-    tensor: int = 1
-
-    def __post_init__(self):
-        sizes = {"data": self.data, "fsdp": self.fsdp, "tensor": self.tensor}
-        for name, size in sizes.items():
-            require(size == -1 or size > 0, name, "must be positive, or -1 for the rest")
-        require(list(sizes.values()).count(-1) <= 1, "data", "only one axis may be -1")
-
-
 @dataclass(frozen=True, kw_only=True)
 class AdapterConfig:
-    """One adapter: what it is, what it learns from, and how.
+    """One adapter: method, data and optimiser.
 
     Attributes:
-      method: the method's own configuration (for example `LoraConfig`), chosen by `method.name`.
-      data: its data sets.
-      optimizer: its optimiser and schedule.
-      batch_size: its rows in one optimiser step, over all devices and micro-batches.
-      steps: its optimiser steps; exclusive with `epochs`. Without either, `training`'s length. All
-        adapters begin together, and one that ends earlier leaves the batch.
-      epochs: passes over its training rows.
-      seed: of its initialisation and of the order of its rows; None is `training.seed`.
-      evaluation: the tasks that it is measured on; None measures on none.
-      start_from: a saved adapter's folder, whose weights training begins with; of the same base and
-        method, but for what only training reads, such as dropout and losses. None begins fresh.
+      method: configuration of the method (for example `LoraConfig`), chosen by `method.name`.
+        Required.
+      data: see `DataConfig`. Required.
+      optimizer: see `OptimizerConfig`. Required.
+      batch_size: rows of this adapter in one optimiser step, over all devices and micro-batches.
+        Required.
+      steps: number of optimiser steps. Exclusive with `epochs`. Default None: the length of
+        `training`, unless `epochs` is given. All adapters start together; one that ends earlier
+        leaves the batch.
+      epochs: number of passes over the adapter's training rows. Default None.
+      seed: seed of the initialisation and of the order of rows. Default None: `training.seed`.
+      evaluation: see `EvaluationConfig`. Default None: no evaluation on tasks.
+      start_from: folder of a saved adapter whose weights training starts from. It must have the
+        same base and method; settings that only training reads, such as dropout and losses, may
+        differ. Default None: a new adapter.
     """
 
     method: Any
@@ -195,21 +203,24 @@ _NOT_BETWEEN = "0 measures only before the first step and after the last"
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
-    """Length and bookkeeping of the run.
+    """Length of the run, and intervals of its records.
 
     Attributes:
-      steps: optimiser steps of the adapters that do not say it themselves; exclusive with `epochs`.
-      epochs: passes over the adapter's training rows.
-      micro_batches: parts into which a batch is cut; their gradients are summed before the one
-        optimiser step.
-      max_batch_rows: how many rows a step may have over all adapters; None sets no bound.
-      seed: of dropout and jitter, of the order of batches by length, which all adapters share, and
-        of the initialisation and the rows' order of adapters that have no seed of their own.
-      log_every: steps between two lines of metrics.
-      eval_every: steps between two measurements of the validation losses; 0 measures only before
+      steps: number of optimiser steps of adapters without `steps` or `epochs`. Exclusive with
+        `epochs`.
+      epochs: number of passes over an adapter's training rows, for the same adapters.
+      micro_batches: number of parts of a batch that are computed one after another; their gradients
+        are summed before the optimiser step. Default 1; raise it if a step runs out of memory.
+      max_batch_rows: largest number of rows of a step over all adapters. Default None: no limit.
+      seed: seed of dropout and jitter, of the order of batches by length, which all adapters share,
+        and of the adapters without a seed. Default 0.
+      log_every: steps between two lines of metrics. Default 10.
+      eval_every: steps between two measurements of the validation losses. Default 0: only before
         the first step and after the last.
-      max_skipped_steps: consecutive steps with a gradient that is not finite before the run stops.
-      initial_loss_scale: of the dynamic loss scaling; read with compute.dtype 'float16' only.
+      max_skipped_steps: number of consecutive steps with a non-finite gradient after which the run
+        stops. Default 10.
+      initial_loss_scale: first value of dynamic loss scaling, for `compute.dtype` `float16` alone.
+        Default 65536.
     """
 
     steps: int | None = None
@@ -223,7 +234,7 @@ class TrainingConfig:
     initial_loss_scale: float = 65536.0
 
     def __post_init__(self):
-        _require_length(self, _NONE_FOR_THE_OTHER)
+        _require_length(self, _SET_OTHER_TO_NONE)
         rows = self.max_batch_rows
         require(rows is None or rows > 0, "max_batch_rows", "must be positive, or None")
         for name in ("micro_batches", "log_every", "max_skipped_steps"):
@@ -235,11 +246,11 @@ class TrainingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """When and how many training states are kept.
+    """Saving of training states, from which a run resumes.
 
     Attributes:
-      every: steps between two saves; the last step is always saved.
-      keep: how many are kept, the newest ones.
+      every: steps between two saves. Default 200. The last step is always saved.
+      keep: number of states that are kept, the newest ones. Default 2.
     """
 
     every: int = 200
@@ -252,7 +263,12 @@ class CheckpointConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LoggingConfig:
-    """Where metrics go besides the console and `metrics.jsonl`."""
+    """Destinations of metrics besides the console and `metrics.jsonl`.
+
+    Attributes:
+      tensorboard: write event files for TensorBoard to the work directory. Default False.
+      wandb_project: project on Weights & Biases. Default None: not used.
+    """
 
     tensorboard: bool = False
     wandb_project: str | None = None
@@ -260,11 +276,19 @@ class LoggingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """Everything `train.py` needs to know.
+    """Configuration of `train.py`.
 
     Attributes:
-      tasks_folder: a folder that has a folder of rows for each task, as `moe-jax evaluate --data`
-        takes it; None takes them from the hub.
+      base: see `BaseConfig`. Required.
+      compute: see `ComputeConfig`. Required.
+      adapters: adapters by name; see `AdapterConfig`. At least one is required. All of them train
+        in the same step on one base model.
+      training: see `TrainingConfig`. Required.
+      mesh: see `MeshConfig`. Default: every device holds a copy of the model.
+      checkpoints: see `CheckpointConfig`.
+      logging: see `LoggingConfig`.
+      tasks_folder: folder with a folder of rows for each task, as for `moe-jax evaluate --data`.
+        Default None: tasks come from the hub.
     """
 
     base: BaseConfig
@@ -284,7 +308,7 @@ class RunConfig:
             require(
                 length.steps is not None or length.epochs is not None,
                 "training.steps",
-                f"give either steps or epochs, {_NONE_FOR_THE_OTHER}",
+                f"give either steps or epochs, {_SET_OTHER_TO_NONE}",
             )
             require(
                 adapter.batch_size % self.training.micro_batches == 0,
@@ -301,24 +325,24 @@ class RunConfig:
         )
 
     def length_group(self, name: str) -> tuple[str, AdapterConfig | TrainingConfig]:
-        """What says how long adapter `name` trains: the group's path, and the group."""
-        own = self.adapters[name]
-        if own.steps is None and own.epochs is None:
+        """Path and group of the configuration that sets the length of adapter `name`."""
+        adapter = self.adapters[name]
+        if adapter.steps is None and adapter.epochs is None:
             return "training", self.training
-        return f"adapters.{name}", own
+        return f"adapters.{name}", adapter
 
     def seed(self, name: str) -> int:
-        """The seed of adapter `name`."""
-        own = self.adapters[name].seed
-        return self.training.seed if own is None else own
+        """Seed of adapter `name`."""
+        seed = self.adapters[name].seed
+        return self.training.seed if seed is None else seed
 
     def narrowed(self, names: Collection[str]) -> "RunConfig":
-        """The same run with these of its adapters alone."""
+        """The same configuration with only these adapters."""
         kept = {name: adapter for name, adapter in self.adapters.items() if name in names}
         return dataclasses.replace(self, adapters=kept)
 
     def _check_names(self) -> None:
-        """A name is a folder's, and a part of metrics' names."""
+        """Refuses names of adapters that are invalid names of folders or of metrics."""
         folded: dict[str, str] = {}
         for name in self.adapters:
             where = f"adapters.{name}"
@@ -343,28 +367,28 @@ class RunConfig:
             )
 
 
-_NONE_FOR_THE_OTHER = "and None for the other (--config.training.epochs=None)"
+_SET_OTHER_TO_NONE = "and None for the other (--config.training.epochs=None)"
 
 
-def _require_length(group: AdapterConfig | TrainingConfig, instead: str) -> None:
+def _require_length(group: AdapterConfig | TrainingConfig, hint: str) -> None:
     both = group.steps is not None and group.epochs is not None
-    require(not both, "steps", f"give either steps or epochs, {instead}")
+    require(not both, "steps", f"give either steps or epochs, {hint}")
     require(group.steps is None or group.steps > 0, "steps", "must be positive")
     require(group.epochs is None or group.epochs > 0, "epochs", "must be positive")
 
 
 def parse_run_config(raw: Mapping[str, Any], methods: Registry) -> RunConfig:
-    """Builds a `RunConfig` from what a config file's `get_config()` returned.
+    """Creates a `RunConfig` from the result of a config file's `get_config()`.
 
-    Of the adapters, `only` keeps those that it names; None keeps all. A group `sweep` is then
-    expanded into adapters; see `expand_sweep`.
+    The fields `train_only` and `sweep` are applied first; see `select_adapters` and
+    `expand_sweep`.
 
     Args:
-      raw: nested mappings; an `ml_collections.ConfigDict` is given as `.to_dict()`.
-      methods: the adapter methods (`adapters.METHODS`).
+      raw: nested mappings; convert an `ml_collections.ConfigDict` with `.to_dict()`.
+      methods: adapter methods (`adapters.METHODS`).
 
     Raises:
-      ConfigError: with the path of the offending field.
+      ConfigError: a field is invalid; the message has its path.
     """
     raw = {**expand_sweep(select_adapters(raw), AdapterConfig, methods)}
     adapters = raw.get("adapters")
@@ -378,10 +402,10 @@ def parse_run_config(raw: Mapping[str, Any], methods: Registry) -> RunConfig:
 
 def _with_parsed_method(adapter: Any, methods: Registry, path: str) -> Any:
     if not isinstance(adapter, Mapping) or "method" not in adapter:
-        return adapter  # `parse` says what is wrong with it
+        return adapter  # `parse` refuses it with a message
     return {**adapter, "method": parse_member(methods, adapter["method"], f"{path}.method")}
 
 
 def to_json(config: RunConfig) -> str:
-    """`config` as JSON that `parse_run_config` reads back to an equal `RunConfig`."""
+    """Writes `config` as JSON, from which `parse_run_config` creates an equal `RunConfig`."""
     return json.dumps(to_plain(config), indent=2)

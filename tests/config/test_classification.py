@@ -37,11 +37,11 @@ def test_what_is_left_out_follows(fields, labels, metrics):
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({}, "labels: give labels, or glue, or regression=True"),
+        ({}, "labels: give one of labels, glue and regression=True"),
         ({"labels": ["a"]}, "labels: give at least two"),
-        ({"labels": ["a", "a"]}, "labels: names one twice"),
-        ({"labels": ["a", " "]}, "labels: names a blank one"),
-        ({"labels": ["a", "b"], "regression": True}, "labels: give labels, or glue, or"),
+        ({"labels": ["a", "a"]}, "labels: names a label twice"),
+        ({"labels": ["a", " "]}, "labels: names a blank label"),
+        ({"labels": ["a", "b"], "regression": True}, "labels: give one of labels, glue and"),
         ({"glue": "sst"}, "glue: 'sst' is not one of"),
         ({"glue": "sst2", "labels": ["bad", "good"]}, "those of sst2 are negative, positive"),
         ({"glue": "sst2", "regression": True}, "regression: sst2 has labels"),

@@ -53,10 +53,10 @@ def get_config():
 """
     with pytest.raises(ConfigError) as error:
         load_config_file(write(tmp_path, text))
-    assert "config.py line 7: the key 'mine' stands twice in one dict, first in line 5" in str(
+    assert "config.py line 7: the key 'mine' is given twice in one dict, first in line 5" in str(
         error.value
     )
-    with pytest.raises(ConfigError, match="line 1: the key 1 stands twice"):
+    with pytest.raises(ConfigError, match="line 1: the key 1 is given twice"):
         load_config_file(write(tmp_path, "X = {1: 2, 1: 3}\n"))
     # Equal keys of different dicts, and keys that are only looked up, are no mistake.
     fine = "X = 'a'\n\ndef get_config():\n    return {'a': {'a': 1}, 'b': {'a': 1, X + 'b': 2}}\n"

@@ -205,7 +205,7 @@ def test_a_run_stopped_in_its_last_evaluation_goes_on(run, tasks, tmp_path, monk
     ("evaluation", "fields", "message"),
     [
         ({"tasks": ("color",)}, {}, "config.adapters.lora.evaluation.tasks: .*mean 'colour'"),
-        ({"tasks": ()}, {}, "config.adapters.lora.evaluation.tasks: names none"),
+        ({"tasks": ()}, {}, "config.adapters.lora.evaluation.tasks: is empty"),
         ({"tasks": ("sum", "sum")}, {}, "evaluation.tasks: names sum more than once"),
         ({"protocols": ("label",)}, {}, r"evaluation.protocols\[0\]: .*mean 'labels'"),
         ({"protocols": ("labels",)}, {}, "evaluation: task 'colour': has no labels; take"),
