@@ -1,1 +1,1 @@
-"""Looking inside: what the routers of an adapter do with texts, and what a base checkpoint is."""
+"""Inspection of the routing of texts through an adapter, and of base checkpoints."""

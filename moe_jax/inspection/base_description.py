@@ -1,4 +1,4 @@
-"""What a base checkpoint is, and what an adapter on it would be; no weight is loaded."""
+"""Description of a base checkpoint, and of an adapter of it, without loading weights."""
 
 import collections
 import dataclasses
@@ -24,13 +24,13 @@ _TYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 @dataclasses.dataclass(frozen=True)
-class AdapterFit:
-    """What an adapter of a method is on a base.
+class AdapterDescription:
+    """Parameters of an adapter of a base.
 
     Attributes:
-      name: of the adapter.
-      method: of the adapter, by name.
-      leaves: shape and type of each of its weights, by path.
+      name: name of the adapter.
+      method: name of the adapter method.
+      leaves: shape and dtype of each parameter array, by path.
     """
 
     name: str
@@ -39,34 +39,33 @@ class AdapterFit:
 
     @property
     def parameters(self) -> int:
-        """Trainable numbers."""
+        """Number of trainable parameters."""
         return sum(math.prod(spec.shape) for spec in self.leaves.values())
 
     @property
     def modules(self) -> dict[str, int]:
-        """Trainable numbers of all layers by the module that holds them."""
+        """Number of trainable parameters over all layers, by module."""
         return leaf_modules(self.leaves)
 
     @property
     def targets(self) -> list[str]:
-        """The base's modules that are adapted, or whose experts these are."""
-        found = {name for name in TARGET_MODULES for module in self.modules if name in module}
-        return [name for name in TARGET_MODULES if name in found]
+        """Projections of the base that are adapted or have experts."""
+        return [name for name in TARGET_MODULES if any(name in module for module in self.modules)]
 
 
 @dataclasses.dataclass(frozen=True)
 class BaseDescription:
-    """What a checkpoint is.
+    """Architecture, size and identity of a checkpoint.
 
     Attributes:
-      path: as it was given.
-      folder: where it lies.
-      config: its architecture.
-      architecture: transformers' name of it.
-      modules: parameters of all layers by module.
-      stored: bytes of the tensors by their type on disk.
-      files: bytes of each file of weights.
-      fingerprint: what adapters remember it by.
+      path: folder or hub id, as given.
+      folder: local folder.
+      config: architecture.
+      architecture: name of the architecture in transformers.
+      modules: number of parameters over all layers, by module.
+      stored: number of bytes of the tensors, by dtype on disk.
+      files: number of bytes of each weight file.
+      fingerprint: fingerprint of the weights, which adapters store.
     """
 
     path: str
@@ -80,25 +79,28 @@ class BaseDescription:
 
     @property
     def parameters(self) -> int:
-        """Numbers in all weights; a head that is the embedding counts once."""
+        """Number of parameters; a tied head is counted once."""
         return sum(self.modules.values())
 
-    def fit(self, name: str, method: AdapterMethod) -> AdapterFit:
-        """What an adapter of `method` on this base is; traced with shapes, not computed.
+    def adapter(self, name: str, method: AdapterMethod) -> AdapterDescription:
+        """Description of an adapter of `method`, from shapes only.
 
         Raises:
-          ConfigError: the method does not go with this base.
+          ConfigError: the base does not support the method.
         """
         with located(f"adapter {name!r}"):
             method.check_model(self.config)
-        return AdapterFit(name, METHODS.name_of(method), expected_leaves(self.config, method))
+        return AdapterDescription(
+            name, METHODS.name_of(method), expected_leaves(self.config, method)
+        )
 
     def lines(self) -> list[str]:
-        """For people."""
+        """Lines of text for `moe-jax inspect`."""
         config = self.config
         files = ", ".join(list(self.files)[:2]) + (", ..." if len(self.files) > 2 else "")
         stored = ", ".join(
-            f"{_TYPES.get(dtype, dtype)} {readable(size)}" for dtype, size in self.stored.items()
+            f"{_TYPES.get(dtype, dtype)} {readable_size(size)}"
+            for dtype, size in self.stored.items()
         )
         count = len(self.files)
         table = [
@@ -118,17 +120,17 @@ class BaseDescription:
 
 
 def describe_base(base: str | Path, revision: str | None = None) -> BaseDescription:
-    """Reads what a checkpoint is from `config.json` and the headers of its weights.
+    """Describes a checkpoint from `config.json` and the headers of its weight files.
 
-    Everything is checked as if the weights were to be loaded; a few rows of each are read for the
+    The checks are those of loading the weights. A few rows of each tensor are read for the
     fingerprint.
 
     Args:
-      base: a folder in the Hugging Face format, or a hub id.
-      revision: of a hub id.
+      base: folder in the Hugging Face format, or hub id.
+      revision: revision of a hub id.
 
     Raises:
-      CheckpointError: the checkpoint is missing, damaged, or not of a known architecture.
+      CheckpointError: the checkpoint is missing or damaged, or its architecture is not supported.
     """
     opened = open_base(base, revision)
     folder, config = opened.folder, opened.config
@@ -152,27 +154,29 @@ def describe_base(base: str | Path, revision: str | None = None) -> BaseDescript
     )
 
 
-def fit_lines(fit: AdapterFit, base: BaseDescription) -> list[str]:
-    """What an adapter on a base is, for people."""
-    share = fit.parameters / base.parameters
-    size = f"{fit.parameters:,} parameters ({share:.3%} of the base)"
-    matched = f"on {', '.join(fit.targets)} of {base.config.num_layers} layers"
+def adapter_lines(adapter: AdapterDescription, base: BaseDescription) -> list[str]:
+    """Lines of text on an adapter, for `moe-jax inspect`."""
+    share = adapter.parameters / base.parameters
+    size = f"{adapter.parameters:,} parameters ({share:.3%} of the base)"
+    matched = f"on {', '.join(adapter.targets)} of {base.config.num_layers} layers"
     return [
-        *_columns([("adapter", f"{fit.name}: {fit.method}, {matched}"), ("trainable", size)]),
-        *module_lines(fit.modules),
+        *_columns(
+            [("adapter", f"{adapter.name}: {adapter.method}, {matched}"), ("trainable", size)]
+        ),
+        *module_lines(adapter.modules),
     ]
 
 
 def leaf_modules(leaves: Mapping[str, LeafSpec]) -> dict[str, int]:
-    """The numbers in an adapter's leaves, of all layers, by the module that holds them."""
+    """Number of parameters of an adapter over all layers, by module."""
     counts: collections.Counter[str] = collections.Counter()
     for path, spec in leaves.items():
         counts[_module(path)] += math.prod(spec.shape)
-    return dict(sorted(counts.items(), key=lambda item: _place(item[0])))
+    return dict(sorted(counts.items(), key=lambda item: _sort_key(item[0])))
 
 
 def module_lines(modules: Mapping[str, int]) -> list[str]:
-    """Modules with their numbers of parameters and shares, in columns."""
+    """Lines with the number of parameters and the share of each module."""
     total, width = sum(modules.values()), max(map(len, modules))
     digits = max(len(f"{count:,}") for count in modules.values())
     return [
@@ -181,24 +185,24 @@ def module_lines(modules: Mapping[str, int]) -> list[str]:
     ]
 
 
-def readable(size: int) -> str:
-    """Bytes for people, in powers of 1000, as hubs give the sizes of files."""
+def readable_size(size: int) -> str:
+    """Size in powers of 1000, as on model hubs."""
     for unit, power in (("GB", 3), ("MB", 2), ("kB", 1)):
         if size >= 1000**power:
             return f"{size / 1000**power:.2f} {unit}"
     return f"{size} B"
 
 
-def _place(module: str) -> tuple[float, str]:
-    """Attention before the FFN, as tokens pass; a router of a whole FFN in front of its experts."""
-    for place, name in enumerate(TARGET_MODULES):
+def _sort_key(module: str) -> tuple[float, str]:
+    """Sorts attention before the FFN, and the router of an FFN before its experts."""
+    for index, name in enumerate(TARGET_MODULES):
         if name in module.split("/"):
-            return place, module
+            return index, module
     return TARGET_MODULES.index("gate_proj") - 0.5, module
 
 
 def _module(path: str) -> str:
-    """The path of the module of a leaf, without what says that layers are stacked."""
+    """Path of the module of a leaf, without the prefix `layers` of stacked layers."""
     return "/".join(part for part in path.split("/")[:-1] if part != "layers")
 
 
@@ -207,12 +211,11 @@ def _heads(config: ModelConfig) -> str:
     if config.num_kv_heads == config.num_heads:
         return text
     shared = config.num_heads // config.num_kv_heads
-    return f"{text}; {config.num_kv_heads} of keys and values, each for {shared} queries"
+    return f"{text}; {config.num_kv_heads} key-value heads, each for {shared} query heads"
 
 
 def _head(config: ModelConfig) -> str:
-    tied = "is the embedding" if config.tie_word_embeddings else "has weights of its own"
-    return f"the head {tied}"
+    return "tied head" if config.tie_word_embeddings else "untied head"
 
 
 def _rope(rope: RopeConfig) -> str:

@@ -1,4 +1,8 @@
-"""A report as a folder: pictures, tables, one JSON with everything, and the page."""
+"""Files of a routing report: figures, tables, JSON, and an HTML page with the experts of tokens.
+
+The page is a single file that loads nothing. Its Content-Security-Policy forbids all requests and
+all scripts but its own, whatever the texts contain. Its sources are in `page/`.
+"""
 
 import base64
 import csv
@@ -15,40 +19,42 @@ import numpy as np
 
 from moe_jax.adapters.tree import expert_name
 from moe_jax.files.folders import new_folder
-from moe_jax.inspection import routing_plots as plots
-from moe_jax.inspection.routing_report import RoutingReport, Tally, entropy
+from moe_jax.inspection import routing_plots
+from moe_jax.inspection.routing_report import RoutingReport, RoutingStatistics, entropy
 from moe_jax.version import __version__
 
 _DIGITS = 6
 _FORMAT_VERSION = 1
+_PAGE_SOURCES = Path(__file__).parent / "page"
 
 Table = Iterator[Mapping[str, Any]]
 
 
-def write_report(report: RoutingReport, folder: Path) -> list[Path]:
-    """Writes a folder that appears when all of it is there.
+def save_routing_report(report: RoutingReport, folder: str | Path) -> list[Path]:
+    """Writes a report into a folder that appears once it is complete.
 
-    `load`, `coactivation` and `entropy`, each a `.png` and a `.csv` (and
-    `coactivation_by_layer.png`); with several data sets `load_by_data`; `routing.json`; and, if
-    tokens were kept, `tokens.html`.
+    The files are `load`, `coactivation` and `entropy`, each as `.png` and `.csv`;
+    `coactivation_by_layer.png`; with several data sets `load_by_data`; `routing.json`; and, if the
+    report has rows, `tokens.html`.
 
     Args:
-      report: what was seen.
-      folder: does not exist yet, or is empty.
+      report: result of `moe_jax.inspect_routing`.
+      folder: a folder that is empty or does not exist.
 
     Returns:
-      The files.
+      Paths of the files.
 
     Raises:
       CheckpointError: the folder is not empty, or the disk is full or not writable.
     """
+    folder = Path(folder)
     content = json.dumps(as_json(report), indent=1, allow_nan=False)
     page = routing_page(report) if report.rows else None
     figures = {
-        "load.png": plots.load_map,
-        "coactivation.png": plots.coactivation_map,
-        "coactivation_by_layer.png": plots.coactivation_by_layer,
-        "entropy.png": plots.entropy_by_layer,
+        "load.png": routing_plots.load_map,
+        "coactivation.png": routing_plots.coactivation_map,
+        "coactivation_by_layer.png": routing_plots.coactivation_by_layer,
+        "entropy.png": routing_plots.entropy_by_layer,
     }
     tables = {
         "load.csv": _load_table(report),
@@ -56,10 +62,10 @@ def write_report(report: RoutingReport, folder: Path) -> list[Path]:
         "entropy.csv": _entropy_table(report),
     }
     if len(report.data) > 1:
-        figures["load_by_data.png"] = plots.load_by_data
+        figures["load_by_data.png"] = routing_plots.load_by_data
         tables["load_by_data.csv"] = _data_table(report)
-    pictures = 2**20 * len(figures)
-    with new_folder(folder, 3 * len(content) + len(page or "") + pictures) as unfinished:
+    figure_bytes = 2**20 * len(figures)
+    with new_folder(folder, 3 * len(content) + len(page or "") + figure_bytes) as unfinished:
         for name, draw in figures.items():
             draw(report).savefig(unfinished / name)
         for name, table in tables.items():
@@ -72,8 +78,8 @@ def write_report(report: RoutingReport, folder: Path) -> list[Path]:
 
 
 def as_json(report: RoutingReport) -> dict[str, Any]:
-    """All numbers of a report, without its single tokens; None is what is not there."""
-    total, told = report.total, report.specialisation
+    """Content of `routing.json`: all statistics, without single tokens. Absent values are None."""
+    total, divergence = report.total, report.specialisation
     return {
         "format_version": _FORMAT_VERSION,
         "package_version": __version__,
@@ -89,95 +95,92 @@ def as_json(report: RoutingReport) -> dict[str, Any]:
         "layers": len(total.routed),
         "experts": total.present.shape[1],
         "routed": total.routed.tolist(),
-        "dead_experts": [{"layer": at, "expert": expert} for at, expert in total.dead_experts],
+        "dead_experts": [{"layer": layer, "expert": index} for layer, index in total.dead_experts],
         **_numbers(total),
         "coactivation": _plain(total.coactivation),
-        "mean_coactivation": _plain(plots.mean_over_layers(total.coactivation)),
+        "mean_coactivation": _plain(routing_plots.mean_over_layers(total.coactivation)),
         "tokens_with_both": _plain(total.together),
-        "specialisation_bits": None if told is None else _plain(told),
+        "specialisation_bits": None if divergence is None else _plain(divergence),
         "data": {
-            name: {"rows": tally.rows, "tokens": tally.tokens, **_numbers(tally)}
-            for name, tally in report.data.items()
+            name: {"rows": part.rows, "tokens": part.tokens, **_numbers(part)}
+            for name, part in report.data.items()
         },
     }
 
 
-def _numbers(tally: Tally) -> dict[str, Any]:
-    low, middle, high = np.percentile(tally.relative_entropies, [10, 50, 90], axis=1)
+def _numbers(statistics: RoutingStatistics) -> dict[str, Any]:
+    low, median, high = np.percentile(statistics.relative_entropies, [10, 50, 90], axis=1)
+    nats = np.where(statistics.routed, statistics.entropies.mean(axis=1), np.nan)
     return {
-        "load": _plain(tally.load),
-        "weight": _plain(tally.weight),
-        "imbalance_bits": _plain(tally.imbalance),
+        "load": _plain(statistics.load),
+        "weight": _plain(statistics.weight),
+        "imbalance_bits": _plain(statistics.imbalance),
         "entropy": {
-            "mean": _plain(tally.entropy),
-            "mean_nats": _plain(np.where(tally.routed, tally.entropies.mean(axis=1), np.nan)),
+            "mean": _plain(statistics.entropy),
+            "mean_nats": _plain(nats),
             "percentile_10": _plain(low),
-            "median": _plain(middle),
+            "median": _plain(median),
             "percentile_90": _plain(high),
         },
     }
 
 
+def _expert_numbers(statistics: RoutingStatistics, layer: int, expert: int) -> dict[str, Any]:
+    return {
+        "load": statistics.load[layer, expert],
+        "share": statistics.share[layer, expert],
+        "weight": statistics.weight[layer, expert],
+    }
+
+
 def _load_table(report: RoutingReport) -> Table:
-    total = report.total
-    for layer, expert in np.argwhere(total.present):
-        yield {
-            "layer": layer,
-            "expert": expert,
-            "name": expert_name(report.adapter, int(expert)),
-            "load": total.load[layer, expert],
-            "share": total.share[layer, expert],
-            "weight": total.weight[layer, expert],
-        }
+    for layer, expert in np.argwhere(report.total.present):
+        name = expert_name(report.adapter, int(expert))
+        numbers = _expert_numbers(report.total, layer, expert)
+        yield {"layer": layer, "expert": expert, "name": name, **numbers}
 
 
 def _coactivation_table(report: RoutingReport) -> Table:
-    """Each pair once; the mean over layers first."""
+    """Each pair once; first the mean over layers, then every layer."""
     total = report.total
     experts = total.present.shape[1]
-    pairs = [(a, b) for a in range(experts) for b in range(a + 1, experts)]
-    mean = plots.mean_over_layers(total.coactivation)
-    for a, b in pairs:
-        yield {
-            "layer": "mean",
-            "expert_a": a,
-            "expert_b": b,
-            "coactivation": mean[a, b],
-            "tokens_with_both": plots.mean_over_layers(total.together)[a, b],
-        }
-    for layer in np.flatnonzero(total.routed):
-        for a, b in pairs:
-            yield {
-                "layer": layer,
-                "expert_a": a,
-                "expert_b": b,
-                "coactivation": total.coactivation[layer, a, b],
-                "tokens_with_both": total.together[layer, a, b],
-            }
+    mean = routing_plots.mean_over_layers
+    sections = [("mean", mean(total.coactivation), mean(total.together))]
+    sections += [
+        (i, total.coactivation[i], total.together[i]) for i in np.flatnonzero(total.routed)
+    ]
+    for layer, coactivation, together in sections:
+        for a in range(experts):
+            for b in range(a + 1, experts):
+                yield {
+                    "layer": layer,
+                    "expert_a": a,
+                    "expert_b": b,
+                    "coactivation": coactivation[a, b],
+                    "tokens_with_both": together[a, b],
+                }
 
 
 def _entropy_table(report: RoutingReport) -> Table:
     sets = {"": report.total, **(report.data if len(report.data) > 1 else {})}
-    for name, tally in sets.items():
-        numbers = _numbers(tally)["entropy"]
-        for layer in np.flatnonzero(tally.routed):
+    for name, statistics in sets.items():
+        numbers = _numbers(statistics)["entropy"]
+        for layer in np.flatnonzero(statistics.routed):
             values = {key: column[layer] for key, column in numbers.items()}
             yield {"data": name or "all", "layer": layer, **values}
 
 
 def _data_table(report: RoutingReport) -> Table:
-    told = report.specialisation
-    assert told is not None
-    for name, tally in report.data.items():
-        for layer, expert in np.argwhere(tally.present):
+    divergence = report.specialisation
+    assert divergence is not None
+    for name, statistics in report.data.items():
+        for layer, expert in np.argwhere(statistics.present):
             yield {
                 "data": name,
                 "layer": layer,
                 "expert": expert,
-                "load": tally.load[layer, expert],
-                "share": tally.share[layer, expert],
-                "weight": tally.weight[layer, expert],
-                "layer_specialisation_bits": told[layer],
+                **_expert_numbers(statistics, layer, expert),
+                "layer_specialisation_bits": divergence[layer],
             }
 
 
@@ -190,7 +193,7 @@ def _write_table(file: Path, table: Table) -> None:
 
 
 def _cell(value: Any) -> Any:
-    """Rounded as in the JSON; empty where there is nothing."""
+    """Value rounded as in the JSON; empty for NaN."""
     plain = _plain(value) if isinstance(value, float | np.floating) else value
     return "" if plain is None else plain
 
@@ -202,40 +205,30 @@ def _plain(values: Any) -> Any:
     return None if math.isnan(values) else round(float(values), _DIGITS)
 
 
-# FIXME docstring of the merged inspection.page_writer:
-# """The page on which each token is coloured by its experts: one file, without server or network.
-#
-# Its parts are the files in `page/`. The browser is told by a Content-Security-Policy to load nothing
-# from anywhere and to run no script but the page's own, whatever the texts hold.
-# """
-
-
-_PARTS = Path(__file__).parent / "page"
-
-
 def routing_page(report: RoutingReport) -> str:
-    """The HTML of a report's rows, their weights rounded to 255ths.
+    """HTML page of the report's rows. Weights are rounded to multiples of 1/255.
 
     Raises:
-      ValueError: the report kept no row.
+      ValueError: the report has no rows.
     """
     if not report.rows:
-        raise ValueError("the report kept no tokens to show; see keep_tokens")
-    style, script = _part("page.css"), _part("colours.js") + _part("page.js")
+        raise ValueError("the report has no tokens to show; set InspectionOptions.keep_tokens")
+    style = _page_source("page.css")
+    script = _page_source("colours.js") + _page_source("page.js")
     count = sum(len(row.tokens) for row in report.rows)
     total = report.total
     shown = f"All {count:,} tokens are shown."
     if count < total.tokens:
-        each = " of each data set" if len(report.data) > 1 else ""
+        per_data_set = " of each data set" if len(report.data) > 1 else ""
         shown = (
-            f"The first {count:,} of {total.tokens:,} tokens are shown, from the first rows{each}; "
-            "loads and means are of all."
+            f"The first {count:,} of {total.tokens:,} tokens are shown, from the first rows"
+            f"{per_data_set}; loads and means are over all tokens."
         )
     about = (
         f"Adapter {report.adapter} ({report.method}) on {report.base}; routers at {report.site}, "
         f"{len(total.routed)} layers, {total.present.shape[1]} experts."
     )
-    return string.Template(_part("page.html")).substitute(
+    return string.Template(_page_source("page.html")).substitute(
         title=html.escape(f"Experts of {report.adapter}"),
         about=html.escape(about),
         shown=html.escape(shown),
@@ -244,11 +237,11 @@ def routing_page(report: RoutingReport) -> str:
         script=script,
         style_hash=_hash(style),
         script_hash=_hash(script),
-        data=_json(_data(report)),
+        data=_html_safe_json(_page_data(report)),
     )
 
 
-def _data(report: RoutingReport) -> dict[str, Any]:
+def _page_data(report: RoutingReport) -> dict[str, Any]:
     total = report.total
     rows, start = [], 0
     for row in report.rows:
@@ -258,47 +251,40 @@ def _data(report: RoutingReport) -> dict[str, Any]:
     weights = np.concatenate([row.weights for row in report.rows], axis=1)  # [L, T, E]
     probabilities = np.concatenate([row.probabilities for row in report.rows], axis=1)
     scale = max(1.0, float(weights.max()))
-    entropies = relative_entropy(probabilities, total.num_experts)
+    uniform = np.log(np.maximum(total.num_experts, 2))[:, None]  # entropy 0 with a single expert
+    entropies = np.clip(entropy(probabilities) / uniform, 0.0, 1.0)
     return {
         "layers": weights.shape[0],
         "experts": weights.shape[2],
-        "present": ["".join("1" if there else "0" for there in layer) for layer in total.present],
+        "present": ["".join("1" if is_in else "0" for is_in in layer) for layer in total.present],
         "load": np.nan_to_num(total.load).round(3).tolist(),
         "entropies": [f"{value:.2f}" for value in np.nan_to_num(total.entropy)],
         "rows": rows,
-        "pieces": [piece for row in report.rows for piece in row.pieces],
+        "texts": [text for row in report.rows for text in row.token_texts],
         "ids": [int(token) for row in report.rows for token in row.tokens],
         "scale": scale,
-        "weights": _bytes(_nonzero_bytes(weights / scale)),
-        "entropy": _bytes(np.rint(entropies * 255)),
+        "weights": _base64_bytes(_nonzero_bytes(weights / scale)),
+        "entropy": _base64_bytes(np.rint(entropies * 255)),
     }
 
 
-def relative_entropy(probabilities: np.ndarray, num_experts: np.ndarray) -> np.ndarray:
-    """Entropy [L, T] of probabilities [L, T, E] over that of a uniform one of [L] experts; 0 where
-    there are fewer than two.
-    """
-    unit = np.log(np.maximum(num_experts, 2))[:, None]
-    return np.clip(entropy(probabilities) / unit, 0.0, 1.0)
-
-
 def _nonzero_bytes(shares: np.ndarray) -> np.ndarray:
-    """255ths of shares in [0, 1]; a small one is not rounded to 0, which means no share."""
+    """Shares in [0, 1] as multiples of 1/255. Positive shares stay positive: 0 means not chosen."""
     return np.where(shares > 0, np.maximum(np.rint(shares * 255), 1), 0)
 
 
-def _bytes(values: np.ndarray) -> str:
+def _base64_bytes(values: np.ndarray) -> str:
     return base64.b64encode(values.astype(np.uint8).tobytes()).decode()
 
 
-def _json(value: Any) -> str:
-    """JSON without a character that HTML could take for the end of the script or for a comment."""
+def _html_safe_json(value: Any) -> str:
+    """JSON that HTML cannot mistake for the end of the script or for a comment."""
     text = json.dumps(value, separators=(",", ":"), allow_nan=False)
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
-def _part(name: str) -> str:
-    return (_PARTS / name).read_text(encoding="utf-8")
+def _page_source(name: str) -> str:
+    return (_PAGE_SOURCES / name).read_text(encoding="utf-8")
 
 
 def _hash(content: str) -> str:

@@ -1,4 +1,4 @@
-"""Runs texts through an adapter and keeps what its routers did."""
+"""Routing of texts through an adapter: `inspect_routing`."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -6,25 +6,59 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
 from moe_jax.adapters import METHODS
 from moe_jax.checkpoints.adapter_files import SavedAdapter, load_adapter
-from moe_jax.config.data import Schema, SourceConfig
+from moe_jax.config.data import SourceConfig
 from moe_jax.config.model import FloatType, ModelConfig
 from moe_jax.config.parse import FieldError, parse, suggest
 from moe_jax.data.tokenizer import load_tokenizer
 from moe_jax.errors import CheckpointError, ConfigError, DataError
 from moe_jax.hf.base_model import BaseModel, open_base, resolve_adapter
 from moe_jax.inspection.forward import Batches, route_rows, routing_sites
-from moe_jax.inspection.routing_report import RoutedRow, RoutingReport, Tally, merged, tally_tokens
-from moe_jax.inspection.token_rows import TokenRow, read_texts, token_pieces
+from moe_jax.inspection.routing_report import (
+    RoutedRow,
+    RoutingReport,
+    RoutingStatistics,
+    batch_statistics,
+    merge_statistics,
+)
+from moe_jax.inspection.token_rows import TokenRow, TokenRows, read_token_rows, token_texts
 from moe_jax.loaded.model import build_model, load_adapters, load_params
 from moe_jax.tasks.task import Task
 
-KEEP_TOKENS = 2000
-"""Of how many tokens the routing of each by itself is kept, unless told otherwise."""
-MAX_LENGTH = 512
-"""Tokens of a row, unless told otherwise or the base was trained on fewer."""
+_MAX_LENGTH = 512
+"""Default for `InspectionOptions.max_length`, if the base was trained on at least as many."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InspectionOptions:
+    """Settings of `inspect_routing`.
+
+    Attributes:
+      limit: number of rows of each data set, from the start.
+      max_length: maximum number of tokens of a row; None is 512, or the context length of the base
+        if that is less.
+      keep_tokens: maximum number of tokens whose routing the report keeps one by one: the first of
+        each data set, in equal parts.
+      batch_size: number of rows in a batch.
+      dtype: dtype of weights and computation.
+    """
+
+    limit: int = 200
+    max_length: int | None = None
+    keep_tokens: int = 2000
+    batch_size: int = 8
+    dtype: FloatType = "float32"
+
+    def __post_init__(self):
+        for field in ("limit", "batch_size", "max_length"):
+            value = getattr(self, field)
+            if value is not None and value < 1:
+                raise FieldError(field, f"must be positive, got {value}")
+        if self.keep_tokens < 0:
+            raise FieldError("keep_tokens", f"must not be negative, got {self.keep_tokens}")
 
 
 def inspect_routing(
@@ -34,95 +68,63 @@ def inspect_routing(
     *,
     revision: str | None = None,
     site: str | None = None,
-    schema: Schema = "text",
-    prompt: str = "instruction",
-    columns: Mapping[str, str] | None = None,
-    limit: int = 200,
-    max_length: int | None = None,
-    keep_tokens: int = KEEP_TOKENS,
-    batch_size: int = 8,
-    dtype: FloatType = "float32",
+    options: InspectionOptions | None = None,
 ) -> RoutingReport:
-    """What the routers of an adapter do with texts; on one device, without dropout and jitter.
+    """Records how the routers of an adapter distribute the tokens of texts over the experts.
 
-    Every token of a row counts, those of the prompt too; padding never does.
+    All tokens of a row count, including those of the prompt. The computation runs on one device,
+    without dropout and jitter.
 
     Args:
-      adapter: its folder, its hub id, or the adapter.
-      data: data sets by name: a path or hub id, a `SourceConfig` or its fields, a `Task`, or a list
-        of texts.
-      base: its folder, its hub id, or itself in memory; None is the path it was trained with.
-      revision: of a hub id.
-      site: which of several routers of a layer, for example `mlp/down_proj` or `down_proj`. None is
-        the first that there is of `mlp/moe`, `mlp/gate_proj`, `mlp/up_proj`, `mlp/down_proj`, and
+      adapter: folder, hub id, or result of `moe_jax.load_adapter`.
+      data: data sets by name: a path or hub id of raw text, a `SourceConfig` or its fields, a
+        `Task`, or a list of texts.
+      base: folder, hub id, or result of `moe_jax.load_base`; None is the path that the adapter was
+        trained with.
+      revision: revision of a hub id.
+      site: routers to record, for example `mlp/down_proj` or `down_proj`. None is the first site
+        of the adapter among `mlp/moe`, `mlp/gate_proj`, `mlp/up_proj`, `mlp/down_proj`, and
         `q_proj`, `k_proj`, `v_proj` and `o_proj` of `self_attn`.
-      schema, prompt, columns: of data sets given by their path; see `SourceConfig`.
-      limit: rows of each data set, the first ones.
-      max_length: tokens of a row; None is 512, or what the base was trained on if that is less.
-      keep_tokens: of how many tokens, at most, the routing of each by itself is kept: the first
-        ones of each data set, of all data sets equally many.
-      batch_size: rows at once.
-      dtype: of weights and computation.
+      options: rows and computation; None is `InspectionOptions()`.
 
     Raises:
-      ConfigError: the adapter does not route, there is no such site, or a number is out of range.
+      ConfigError: the adapter has no router, or none at `site`, or an option is out of range.
       CheckpointError: base or adapter are missing or damaged, or do not belong together.
-      DataError: a data set cannot be read, holds no text, or an id that the base has no embedding
-        for.
+      DataError: a data set cannot be read, is empty, or does not fit the base's vocabulary.
     """
-    for field, value in (("limit", limit), ("batch_size", batch_size), ("max_length", max_length)):
-        if value is not None and value < 1:
-            raise FieldError(field, f"must be positive, got {value}")
-    if keep_tokens < 0:
-        raise FieldError("keep_tokens", f"must not be negative, got {keep_tokens}")
-    sources = {
-        name: _source(name, value, {"schema": schema, "prompt": prompt, "columns": columns or {}})
-        for name, value in data.items()
-    }
+    options = options or InspectionOptions()
+    sources = {name: _source(name, value) for name, value in data.items()}
     saved = adapter if isinstance(adapter, SavedAdapter) else load_adapter(resolve_adapter(adapter))
     method_name = METHODS.name_of(saved.method)
     name = method_name if isinstance(adapter, SavedAdapter) else Path(adapter).resolve().name
     if not saved.method.routes:
         raise ConfigError(
-            f"adapter {name!r}: its method {method_name!r} has no router, so that there is no "
-            "routing to see; give an adapter with experts"
+            f"adapter {name!r}: its method {method_name!r} has no router; give an adapter with "
+            "experts"
         )
     files = _open_base(base, saved, revision)
-    model = build_model(files, dtype)
-    load_adapters({name: saved}, files, model, None)  # refuses the adapter of another base
+    model = build_model(files, options.dtype)
+    load_adapters({name: saved}, files, model, None)  # rejects the adapter of another base
     # The score head of a classifier comes after all routers.
     method = dataclasses.replace(saved.method, classification=None)
     tree = {"layers": saved.tree["layers"]}
     sites = routing_sites(model, method, tree)
-    site = _choose(site, sites, name)
-
-    length, longest = max_length or MAX_LENGTH, files.config.max_position_embeddings
-    if max_length is not None and max_length > longest:
-        raise FieldError(
-            "max_length",
-            f"{max_length} tokens, but the base was trained on {longest} positions",
-        )
+    site = _select_site(site, sites, name)
     tokenizer = load_tokenizer(files.folder)
-    texts = read_texts(sources, tokenizer, limit=limit, max_length=min(length, longest))
-    _check_tokens(texts.rows, files.config)
+    rows = _token_rows(sources, tokenizer, files.config, options)
     params = load_params(files, model, None)
-    batches = route_rows(model, method, site, params, tree, texts.rows, batch_size)
-    kept = _kept(texts.rows, keep_tokens // len(data))
-    tallies, parts = _gather(texts.rows, batches, kept)
-    rows = []
-    for place, length in kept.items():
-        row = texts.rows[place]
-        pieces = token_pieces(tokenizer, row.tokens.tolist())[:length]
-        rows.append(RoutedRow(row.data, row.where, row.tokens[:length], pieces, *parts[place]))
+    batches = route_rows(model, method, site, params, tree, rows.rows, options.batch_size)
+    kept_lengths = _kept_lengths(rows.rows, options.keep_tokens // len(data))
+    statistics, kept_routing = _collect(rows.rows, batches, kept_lengths)
     return RoutingReport(
         adapter=name,
         base=files.identity.path,
         method=method_name,
         site=site,
         sites=tuple(sites),
-        data=tallies,
-        rows=rows,
-        notes=texts.report,
+        data=statistics,
+        rows=_routed_rows(rows.rows, tokenizer, kept_lengths, kept_routing),
+        notes=rows.report,
     )
 
 
@@ -135,18 +137,15 @@ def _open_base(
         return open_base(saved.base.path, revision)
     except CheckpointError as error:
         raise CheckpointError(
-            f"{error}; the adapter was trained with this path, so give the base (--base) where it "
-            "is now"
+            f"{error}; the adapter was trained with this path: give the base's current one (--base)"
         ) from None
 
 
-def _source(
-    name: str, value: Any, fields: Mapping[str, Any]
-) -> SourceConfig | Task | Sequence[str]:
+def _source(name: str, value: Any) -> SourceConfig | Task | Sequence[str]:
     if isinstance(value, SourceConfig | Task):
         return value
     if isinstance(value, str | Path):
-        return parse(SourceConfig, {"path": str(value), **fields}, f"data.{name}")
+        value = {"path": str(value), "schema": "text"}
     if isinstance(value, Mapping):
         return parse(SourceConfig, value, f"data.{name}")
     if not all(isinstance(text, str) for text in value):
@@ -154,55 +153,85 @@ def _source(
     return list(value)
 
 
-def _choose(site: str | None, sites: Sequence[str], adapter: str) -> str:
-    """The site that is meant by its name, or by the end of its name."""
+def _select_site(site: str | None, sites: Sequence[str], adapter: str) -> str:
+    """The site with this name, or with this last part of its name."""
     if site is None:
         return sites[0]
-    meant = [known for known in sites if site in (known, known.rpartition("/")[2])]
-    if not meant:
+    matching = [known for known in sites if site in (known, known.rpartition("/")[2])]
+    if not matching:
         raise ConfigError(
             f"site: adapter {adapter!r} has no router at {site!r}; {suggest(site, sites)}"
         )
-    return meant[0]
+    return matching[0]
 
 
-def _check_tokens(rows: Sequence[TokenRow], model: ModelConfig) -> None:
-    for row in rows:
+def _token_rows(
+    sources: Mapping[str, SourceConfig | Task | Sequence[str]],
+    tokenizer: PreTrainedTokenizerBase,
+    model: ModelConfig,
+    options: InspectionOptions,
+) -> TokenRows:
+    context = model.max_position_embeddings
+    if options.max_length is not None and options.max_length > context:
+        raise FieldError(
+            "max_length",
+            f"{options.max_length} tokens, but the base was trained on {context} positions",
+        )
+    length = min(options.max_length or _MAX_LENGTH, context)
+    rows = read_token_rows(sources, tokenizer, limit=options.limit, max_length=length)
+    for row in rows.rows:
         if row.tokens.max() >= model.vocab_size:
             raise DataError(
                 f"{row.where}: holds the token id {row.tokens.max()}, but the base has embeddings "
                 f"for {model.vocab_size} tokens only; give a base whose embeddings cover its "
                 "tokenizer"
             )
+    return rows
 
 
-def _kept(rows: Sequence[TokenRow], tokens: int) -> dict[int, int]:
-    """By place, how many tokens of a row are kept, for `tokens` of each data set in all."""
-    left: dict[str, int] = {}
-    kept = {}
-    for place, row in enumerate(rows):
-        room = left.setdefault(row.data, tokens)
-        if room > 0:
-            kept[place] = min(room, len(row.tokens))
-            left[row.data] = room - kept[place]
-    return kept
+def _kept_lengths(rows: Sequence[TokenRow], max_tokens: int) -> dict[int, int]:
+    """Number of kept tokens of each kept row, by index; at most `max_tokens` of a data set."""
+    remaining: dict[str, int] = {}
+    lengths = {}
+    for index, row in enumerate(rows):
+        available = remaining.setdefault(row.data, max_tokens)
+        if available > 0:
+            lengths[index] = min(available, len(row.tokens))
+            remaining[row.data] = available - lengths[index]
+    return lengths
 
 
-def _gather(
-    rows: Sequence[TokenRow], batches: Batches, kept: Mapping[int, int]
-) -> tuple[dict[str, Tally], dict[int, tuple[np.ndarray, np.ndarray]]]:
-    """The tally of each data set, and the weights and probabilities [L, S, E] of the kept rows."""
-    tallies: dict[str, list[Tally]] = {row.data: [] for row in rows}
-    parts = {}
-    for places, routing, mask in batches:
-        owners = [rows[place].data for place in places]
-        for name in dict.fromkeys(owners):
-            own = np.zeros_like(mask)
-            own[: len(owners)] = np.array([owner == name for owner in owners])[:, None]
-            tallies[name].append(tally_tokens(routing, mask & own))
-        for number, place in enumerate(places):
-            if place in kept:
-                part = (slice(None), number, slice(kept[place]))
-                weights, probabilities = routing.weights[part], routing.probabilities[part]
-                parts[place] = (np.array(weights), np.array(probabilities))
-    return {name: merged(own) for name, own in tallies.items()}, parts
+def _collect(
+    rows: Sequence[TokenRow], batches: Batches, kept_lengths: Mapping[int, int]
+) -> tuple[dict[str, RoutingStatistics], dict[int, tuple[np.ndarray, np.ndarray]]]:
+    """Statistics of each data set, and weights and probabilities [L, S, E] of the kept rows."""
+    statistics: dict[str, list[RoutingStatistics]] = {row.data: [] for row in rows}
+    kept_routing = {}
+    for indices, routing, mask in batches:
+        data_names = [rows[index].data for index in indices]
+        for name in dict.fromkeys(data_names):
+            in_data_set = np.zeros_like(mask)
+            in_data_set[: len(indices)] = np.array([other == name for other in data_names])[:, None]
+            statistics[name].append(batch_statistics(routing, mask & in_data_set))
+        for position, index in enumerate(indices):
+            if index in kept_lengths:
+                tokens = (slice(None), position, slice(kept_lengths[index]))
+                weights, probabilities = routing.weights[tokens], routing.probabilities[tokens]
+                kept_routing[index] = (np.array(weights), np.array(probabilities))
+    return {name: merge_statistics(parts) for name, parts in statistics.items()}, kept_routing
+
+
+def _routed_rows(
+    rows: Sequence[TokenRow],
+    tokenizer: PreTrainedTokenizerBase,
+    kept_lengths: Mapping[int, int],
+    kept_routing: Mapping[int, tuple[np.ndarray, np.ndarray]],
+) -> list[RoutedRow]:
+    routed = []
+    for index, length in kept_lengths.items():
+        row = rows[index]
+        texts = token_texts(tokenizer, row.tokens.tolist())[:length]
+        routed.append(
+            RoutedRow(row.data, row.where, row.tokens[:length], texts, *kept_routing[index])
+        )
+    return routed

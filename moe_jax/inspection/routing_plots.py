@@ -1,6 +1,6 @@
-"""Pictures of what routers did. Each takes a report and gives a figure, for files and notebooks.
+"""Figures of a routing report, for files and notebooks.
 
-Heat maps are those of training: white is balance, red too much, blue too little, grey is nothing.
+Heat maps have the colours of training's: white is balanced, red more, blue less, grey absent.
 """
 
 import math
@@ -15,15 +15,15 @@ from matplotlib.gridspec import GridSpec
 from moe_jax.adapters.tree import expert_name
 from moe_jax.inspection.routing_report import RoutingReport
 
-_MOST = 2.0
-"""Where the colours of heat maps end; beyond it all is the darkest red."""
+_MAX_COLOUR_VALUE = 2.0
+"""Value of the darkest red of a heat map; larger values have the same colour."""
 _LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
-"""Of Okabe and Ito (2008), told apart with any kind of colour vision."""
-_NOTHING = "0.8"
+"""Okabe and Ito (2008), distinguishable with any colour vision."""
+_ABSENT_COLOUR = "0.8"
 
 
 def load_map(report: RoutingReport) -> Figure:
-    """Each expert's load in each layer, as a multiple of an equal share."""
+    """Load of each expert in each layer, as a multiple of an equal share."""
     load = report.total.load
     layers, experts = load.shape
     height = _row_height(layers)
@@ -43,7 +43,7 @@ def load_map(report: RoutingReport) -> Figure:
 
 
 def coactivation_map(report: RoutingReport) -> Figure:
-    """How often two experts serve one token, the mean over layers; over an equal share."""
+    """Tokens that two experts serve, relative to the mean over pairs; mean over layers."""
     mean = mean_over_layers(report.total.coactivation)
     experts = len(mean)
     figure = _figure(3.4 + 0.62 * experts, 2.2 + 0.55 * experts)
@@ -61,13 +61,13 @@ def coactivation_map(report: RoutingReport) -> Figure:
         yticks=range(experts),
     )
     if np.isnan(mean).all():
-        _say(axes, "each token has one expert,\nso that no two are ever together")
+        _write_centred(axes, "one expert per token:\nno pairs")
     _colour_bar(figure, image, axes, "tokens with both / mean of all pairs")
     return figure
 
 
 def coactivation_by_layer(report: RoutingReport) -> Figure:
-    """The same for each layer by itself."""
+    """`coactivation_map` of each layer."""
     values = report.total.coactivation
     layers, experts = values.shape[:2]
     columns = min(layers, 8)
@@ -88,7 +88,7 @@ def coactivation_by_layer(report: RoutingReport) -> Figure:
         axes.set_xticks(ticks, [str(n) for n in ticks], fontsize="small")
         axes.set_yticks(ticks, [str(n) for n in ticks], fontsize="small")
         if np.isnan(values[layer]).all():
-            _say(axes, "no pairs")
+            _write_centred(axes, "no pairs")
     figure.suptitle(
         f"Experts that serve a token together, {report.adapter!r}, layer by layer\n"
         f"at {report.site}, {_tokens(report)}"
@@ -100,10 +100,7 @@ def coactivation_by_layer(report: RoutingReport) -> Figure:
 
 
 def entropy_by_layer(report: RoutingReport) -> Figure:
-    """How decided the routers are: entropy of their distribution, the mean and most tokens' range.
-
-    With several data sets also the mean of each.
-    """
+    """Entropy of the routers in each layer: mean and range over tokens, mean of each data set."""
     total = report.total
     layers = np.arange(len(total.routed))
     tokens = total.relative_entropies
@@ -112,22 +109,21 @@ def entropy_by_layer(report: RoutingReport) -> Figure:
     axes = figure.subplots()
     axes.fill_between(layers, low, high, color="0.85", label="10th to 90th percentile of tokens")
     if len(report.data) > 1:
-        for index, (name, tally) in enumerate(report.data.items()):
+        for index, (name, statistics) in enumerate(report.data.items()):
             colour, marker = _LINES[index % len(_LINES)], "osD^vP*X"[index % 8]
             style = {"color": colour, "marker": marker, "markersize": 4, "linewidth": 1}
-            axes.plot(layers, tally.entropy, label=name, **style)
+            axes.plot(layers, statistics.entropy, label=name, **style)
     axes.plot(layers, total.entropy, color="black", marker="o", linewidth=2.5, label="all tokens")
-    axes.axhline(1.0, color="0.4", linestyle=":", label="uniform: the router has no opinion")
+    axes.axhline(1.0, color="0.4", linestyle=":", label="uniform router")
     axes.set(
         xlabel="layer",
         ylabel="router entropy / that of a uniform router",
         ylim=(0.0, 1.05),
-        title=f"How decided the routers of {report.adapter!r} are\n"
-        f"at {report.site}, {_tokens(report)}",
+        title=f"Router entropy of {report.adapter!r}\nat {report.site}, {_tokens(report)}",
     )
     axes.set_xticks(_layer_ticks(len(layers)))
     counts = set(total.num_experts[total.routed].tolist())
-    if len(counts) == 1:  # otherwise an entropy in nats would mean another height in each layer
+    if len(counts) == 1:  # otherwise the scale in nats would differ between layers
         unit = math.log(counts.pop())
         to_nats, from_nats = lambda y: np.asarray(y) * unit, lambda y: np.asarray(y) / unit
         axes.secondary_yaxis("right", functions=(to_nats, from_nats)).set_ylabel("nats per token")
@@ -137,8 +133,8 @@ def entropy_by_layer(report: RoutingReport) -> Figure:
 
 
 def load_by_data(report: RoutingReport) -> Figure:
-    """The load of each data set in each layer, and how far the experts tell data sets apart."""
-    loads = np.stack([tally.load for tally in report.data.values()])  # [data, L, E]
+    """Load of each data set in each layer, and the divergence between the data sets."""
+    loads = np.stack([statistics.load for statistics in report.data.values()])  # [data, L, E]
     names = list(report.data)
     count, layers, experts = loads.shape
     columns = min(layers, 4)
@@ -170,21 +166,21 @@ def load_by_data(report: RoutingReport) -> Figure:
 
 
 def _bars(axes: Axes, report: RoutingReport) -> None:
-    told = report.specialisation
-    if told is None:
-        _say(axes, "one data set: nothing to compare it with")
+    divergence = report.specialisation
+    if divergence is None:
+        _write_centred(axes, "a single data set")
         axes.set_axis_off()
         return
-    axes.bar(np.arange(len(told)), np.nan_to_num(told), color=_LINES[0])
+    axes.bar(np.arange(len(divergence)), np.nan_to_num(divergence), color=_LINES[0])
     axes.set(
         xlabel="layer",
         ylabel="bits per token",
-        xlim=(-0.6, len(told) - 0.4),
-        title=f"How much a token's expert tells of its data set "
+        xlim=(-0.6, len(divergence) - 0.4),
+        title="Information of a token's expert about its data set "
         f"(at most {math.log2(len(report.data)):.2f} bits)",
     )
     axes.title.set_fontsize("medium")
-    axes.set_xticks(_layer_ticks(len(told)))
+    axes.set_xticks(_layer_ticks(len(divergence)))
     axes.grid(alpha=0.3, axis="y")
 
 
@@ -197,9 +193,9 @@ def _row_height(rows: int) -> float:
 
 
 def _heat(axes: Axes, values: np.ndarray, *, size: str | None) -> Any:
-    """A heat map around 1, each cell with its number unless `size`, of the letters, is None."""
-    axes.set_facecolor(_NOTHING)
-    image = axes.imshow(values, cmap="RdBu_r", vmin=0.0, vmax=_MOST, aspect="auto")
+    """Heat map around 1. Cells have their value in font size `size`, unless that is None."""
+    axes.set_facecolor(_ABSENT_COLOUR)
+    image = axes.imshow(values, cmap="RdBu_r", vmin=0.0, vmax=_MAX_COLOUR_VALUE, aspect="auto")
     if size is not None:
         for row, column in np.argwhere(~np.isnan(values)):
             value = values[row, column]
@@ -216,7 +212,7 @@ def _colour_bar(figure: Figure, image: Any, axes: Axes | Sequence[Axes], label: 
     bar.ax.axhline(1.0, color="black", linewidth=1.5)
 
 
-def _say(axes: Axes, text: str) -> None:
+def _write_centred(axes: Axes, text: str) -> None:
     axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center")
 
 
@@ -229,8 +225,8 @@ def _layer_ticks(layers: int) -> list[int]:
 
 
 def mean_over_layers(values: np.ndarray) -> np.ndarray:
-    """The mean over the layers in which there is a value; NaN where there is none."""
-    there = ~np.isnan(values)
-    count = there.sum(axis=0)
-    total = np.where(there, values, 0.0).sum(axis=0)
+    """Mean over the layers with a value; NaN if no layer has one."""
+    is_present = ~np.isnan(values)
+    count = is_present.sum(axis=0)
+    total = np.where(is_present, values, 0.0).sum(axis=0)
     return np.where(count > 0, total / np.maximum(count, 1), np.nan)

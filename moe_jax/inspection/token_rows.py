@@ -1,4 +1,4 @@
-"""The texts to look at, as tokens: rows as training would show them to the model."""
+"""Data sets as tokenized rows, as training would show them to the model, and the text of tokens."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -18,17 +18,20 @@ from moe_jax.errors import DataError
 from moe_jax.tasks.task import Task
 from moe_jax.tasks.training_rows import task_rows
 
-Texts = Mapping[str, SourceConfig | Task | Sequence[str]]
-"""Data sets by a name of the user's choice: where their rows are read, a task, whose questions are
-followed by the right label, or texts themselves."""
+Sources = Mapping[str, SourceConfig | Task | Sequence[str]]
+"""Data sets by name: a source of rows, a task (its questions with the right labels), or texts."""
+
+_UNFINISHED = "\ufffd"
+_DECODING_CONTEXT = 4
+"""Preceding tokens that a token is decoded with: SentencePiece drops the space of the first one."""
 
 
 class TokenRow(NamedTuple):
-    """One sequence to look at.
+    """A tokenized sequence.
 
     Attributes:
-      data: the name of its data set.
-      where: the place that it came from.
+      data: name of the data set.
+      where: origin of the row, such as a file and line.
       tokens: int32 [n].
     """
 
@@ -38,31 +41,31 @@ class TokenRow(NamedTuple):
 
 
 class TokenRows(NamedTuple):
-    """All sequences to look at.
+    """Tokenized sequences of all data sets.
 
     Attributes:
-      rows: data set by data set, in the order of their files.
-      report: one line for each data set on what became of its rows.
+      rows: sequences, data set by data set, in the order of their files.
+      report: one line for each data set with its number of rows and tokens.
     """
 
     rows: list[TokenRow]
     report: list[str]
 
 
-def read_texts(
-    data: Texts, tokenizer: PreTrainedTokenizerBase, *, limit: int, max_length: int
+def read_token_rows(
+    data: Sources, tokenizer: PreTrainedTokenizerBase, *, limit: int, max_length: int
 ) -> TokenRows:
-    """Reads and tokenises data sets.
+    """Reads and tokenizes data sets.
 
-    A row is what training makes of it, prompt and completion and all. Raw text that is longer than
-    `max_length` is divided, and other rows lose their end; a text that is given as it is has its
-    tokenizer's leading tokens and no end-of-text token.
+    Rows are tokenized as in training: prompt, completion and end-of-text token. Rows longer than
+    `max_length` are cut at their end, except raw text, which is divided. Texts given as strings are
+    divided too; they start with the tokenizer's leading tokens and have no end-of-text token.
 
     Args:
-      data: see `Texts`.
-      tokenizer: of the base.
-      limit: rows of each data set, the first ones.
-      max_length: tokens of a row.
+      data: data sets by name.
+      tokenizer: tokenizer of the base.
+      limit: number of rows of each data set, from the start.
+      max_length: maximum number of tokens of a row.
 
     Raises:
       DataError: a data set cannot be read, a row does not fit its schema, or there is no token.
@@ -73,8 +76,8 @@ def read_texts(
             encoded = _read_source(source, tokenizer, limit)
             divide = source.schema == "text"
         elif isinstance(source, Task):
-            rows_of_task = task_rows(source, "label")[:limit]
-            encoded, divide = _encode(rows_of_task, "completion", None, tokenizer), False
+            questions = task_rows(source, "label")[:limit]
+            encoded, divide = _encode(questions, "completion", None, tokenizer), False
         else:
             texts = list(enumerate(source[:limit], 1))
             for number, text in texts:
@@ -82,13 +85,13 @@ def read_texts(
                     raise DataError(f"{name}: text {number} is empty")
             encoded = [(f"text {n}", encode_prompt(tokenizer, text)) for n, text in texts]
             divide = True
-        found, cut = _rows(name, encoded, max_length, divide)
-        if not found:
-            raise DataError(f"{name}: holds no text to look at")
-        rows += found
-        count = sum(len(row.tokens) for row in found)
-        lost = f", {cut} cut to {max_length} tokens" if cut else ""
-        report.append(f"{name}: {len(found)} rows, {count:,} tokens{lost}")
+        data_rows, num_truncated = _rows(name, encoded, max_length, divide)
+        if not data_rows:
+            raise DataError(f"{name}: holds no text")
+        rows += data_rows
+        count = sum(len(row.tokens) for row in data_rows)
+        truncated = f", {num_truncated} cut to {max_length} tokens" if num_truncated else ""
+        report.append(f"{name}: {len(data_rows)} rows, {count:,} tokens{truncated}")
     if not rows:
         raise DataError("no text is given; name a data set or a text")
     return TokenRows(rows, report)
@@ -99,7 +102,7 @@ def _read_source(
 ) -> list[tuple[str, list[int]]]:
     if source.schema in ("task", "classification"):
         raise DataError(
-            f"{source.title}: rows of the schema {source.schema!r} are no text by themselves; give "
+            f"{source.title}: rows of the schema {source.schema!r} hold no text to tokenize; give "
             "another schema, or a task itself"
         )
     if source.schema == "chat":
@@ -109,7 +112,7 @@ def _read_source(
         table = read_source(source, None).rows
     except DataError as error:
         if source.schema == "text" and "no column" in str(error):
-            raise DataError(f"{error}; of rows of another kind give the schema") from None
+            raise DataError(f"{error}; if the rows have another schema, give it") from None
         raise
     rows: Any = table.select(range(min(limit, len(table))))
     return _encode(rows, source.schema, template, tokenizer)
@@ -121,45 +124,36 @@ def _encode(
     template: PromptTemplate | None,
     tokenizer: PreTrainedTokenizerBase,
 ) -> list[tuple[str, list[int]]]:
-    """Place and tokens of each row."""
-    found = []
+    """Origin and tokens of each row."""
+    encoded = []
     for row in rows:
         examples = make_examples(row, schema, template, tokenizer)
-        encoded = encode_examples(examples, tokenizer, train_on_prompt=False)
-        found += [(Path(row["where"]).name, tokens) for tokens, _ in encoded]
-    return found
+        tokens_and_masks = encode_examples(examples, tokenizer, train_on_prompt=False)
+        encoded += [(Path(row["where"]).name, tokens) for tokens, _ in tokens_and_masks]
+    return encoded
 
 
 def _rows(
     data: str, encoded: Sequence[tuple[str, list[int]]], max_length: int, divide: bool
 ) -> tuple[list[TokenRow], int]:
-    """Rows of at most `max_length` tokens, and how many lost their end."""
-    rows, cut = [], 0
+    """Rows of at most `max_length` tokens, and the number of truncated ones."""
+    rows, num_truncated = [], 0
     for where, tokens in encoded:
-        longer = len(tokens) > max_length
+        exceeds = len(tokens) > max_length
         starts = range(0, len(tokens), max_length) if divide else range(min(1, len(tokens)))
-        cut += longer and not divide
+        num_truncated += exceeds and not divide
         for start in starts:
-            place = f"{where}, from token {start}" if longer and divide else where
-            part = np.asarray(tokens[start : start + max_length], np.int32)
-            rows.append(TokenRow(data, place, part))
-    return rows, cut
+            origin = f"{where}, from token {start}" if exceeds and divide else where
+            ids = np.asarray(tokens[start : start + max_length], np.int32)
+            rows.append(TokenRow(data, origin, ids))
+    return rows, num_truncated
 
 
-# FIXME docstring of the merged inspection.pieces:
-# """The text that each token of a row stands for."""
+def token_texts(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> list[str]:
+    """Text of each token; joined, they are the decoded sequence.
 
-
-_UNFINISHED = "\ufffd"
-_CONTEXT = 4
-"""Tokens in front that decide how a token reads: SentencePiece drops the blank of the first."""
-
-
-def token_pieces(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> list[str]:
-    """One text for each token; joined, they are the decoded row.
-
-    Tokens that hold a part of a character (bytes of an emoji) have an empty text, and the one that
-    completes the character has all of it.
+    Tokens of an incomplete character (such as bytes of an emoji) have an empty text, and the token
+    that completes the character has all of it.
     """
 
     def decode(start: int, stop: int) -> str:
@@ -167,15 +161,16 @@ def token_pieces(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> l
         assert isinstance(text, str)
         return text
 
-    pieces: list[str] = []
-    done = 0  # tokens before this one are written out
+    texts: list[str] = []
+    num_decoded = 0  # tokens whose text is complete
     for index in range(len(tokens)):
-        start = max(0, done - _CONTEXT)
-        before, now = decode(start, done), decode(start, index + 1)
+        start = max(0, num_decoded - _DECODING_CONTEXT)
+        prefix, text = decode(start, num_decoded), decode(start, index + 1)
         is_last = index + 1 == len(tokens)
-        if now.endswith(_UNFINISHED) and not is_last and index - done < _CONTEXT:
-            pieces.append("")
+        is_unfinished = text.endswith(_UNFINISHED) and index - num_decoded < _DECODING_CONTEXT
+        if is_unfinished and not is_last:
+            texts.append("")
             continue
-        pieces.append(now[len(before) :] if now.startswith(before) else decode(index, index + 1))
-        done = index + 1
-    return pieces
+        texts.append(text[len(prefix) :] if text.startswith(prefix) else decode(index, index + 1))
+        num_decoded = index + 1
+    return texts

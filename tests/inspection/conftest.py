@@ -16,6 +16,7 @@ from moe_jax.checkpoints.adapter_files import SavedAdapter, save_adapter
 from moe_jax.checkpoints.leaves import nested
 from moe_jax.hf.base_model import BaseIdentity, base_fingerprint
 from moe_jax.hf.config import read_model_config
+from moe_jax.inspection.routing_inspection import InspectionOptions
 from moe_jax.inspection.routing_report import RoutingReport
 from moe_jax.loaded.adapter_base import expected_leaves
 
@@ -69,6 +70,9 @@ def setting(tmp_path_factory) -> Setting:
     rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     completions = {"path": str(rows), "schema": "completion"}
     report = moe_jax.inspect_routing(
-        saved["mixlora"], {"words": TEXTS, "counts": completions}, BASE, batch_size=4
+        saved["mixlora"],
+        {"words": TEXTS, "counts": completions},
+        BASE,
+        options=InspectionOptions(batch_size=4),
     )
     return Setting(folder / "mixlora", saved, rows, report)

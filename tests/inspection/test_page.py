@@ -68,16 +68,16 @@ def test_nothing_is_loaded_from_anywhere(page, parsed):
 
 
 def test_texts_are_no_markup(setting, parsed):
-    assert TEXTS[0] in "".join(json.loads(parsed.texts["data"])["pieces"])
+    assert TEXTS[0] in "".join(json.loads(parsed.texts["data"])["texts"])
     evil = "</script><script>window.owned = 1</script><!--<script><img src=x onerror=a()>\u2028&lt;"
     row = setting.report.rows[0]
-    row = dataclasses.replace(row, pieces=[evil, *row.pieces[1:]], where=evil, data=evil)
+    row = dataclasses.replace(row, token_texts=[evil, *row.token_texts[1:]], where=evil, data=evil)
     report = dataclasses.replace(setting.report, rows=[row], adapter=evil, base=evil)
     read = _Reader()
     read.feed(routing_page(report))
     assert [tag for tag, _ in read.elements] == [tag for tag, _ in parsed.elements]
     data = json.loads(read.texts["data"])
-    assert data["pieces"][0] == evil and data["rows"][0]["title"] == f"{evil}: {evil}"
+    assert data["texts"][0] == evil and data["rows"][0]["title"] == f"{evil}: {evil}"
     assert not {"<", ">", "&", "\u2028"} & set(read.texts["data"])
     assert read.texts["script"] == parsed.texts["script"]
     assert evil in read.texts["title"] and evil in read.texts["h1"]
@@ -107,7 +107,7 @@ def test_a_page_of_a_part_says_so(setting):
     part = dataclasses.replace(setting.report, rows=setting.report.rows[:1])
     shown, total = len(part.rows[0].tokens), part.total.tokens
     assert f"The first {shown} of {total} tokens are shown" in routing_page(part)
-    with pytest.raises(ValueError, match="kept no tokens"):
+    with pytest.raises(ValueError, match="has no tokens to show"):
         routing_page(dataclasses.replace(part, rows=[]))
 
 
@@ -124,7 +124,7 @@ def test_what_the_script_computes(setting, parsed):
     found = _node(
         f"""
         const module = {{}};
-        {parsed.texts["script"].split("// The page; comes after")[0]}
+        {parsed.texts["script"].split("// The page; follows")[0]}
         const data = {parsed.texts["data"]};
         const found = routing(data);
         const light = {{ page: [255, 255, 255] }};
@@ -135,10 +135,10 @@ def test_what_the_script_computes(setting, parsed):
         console.log(JSON.stringify({{
           weights: tokens.map((t) => [0, 1, 2, 3].map((e) => found.weight(2, t, e))),
           tops: tokens.map((t) => found.top(2, t)),
-          certain: colour(1, true), frozen: colour(1, false), nobody: colour(-1, true),
+          certain: colour(1, true), frozen: colour(1, false), unserved: colour(-1, true),
           ends: [entropyColour(0), entropyColour(1)],
           stops: mixtureStops({{ experts: 3, weight: (l, t, e) => [0.25, 0, 0.75][e] }}, 0, 0),
-          visible: ["a b", "\\n", "", "\\t", "\\u202ex", "<b>"].map(visible),
+          visible: ["a b", "\\n", "", "\\t", "\\u202ex", "<b>"].map(visibleParts),
           inks: [ink([255, 255, 255]), ink([0, 0, 0]), ...PALETTE.map(ink)],
           colours: new Set([...Array(24).keys()].map((e) => String(expertColour(e)))).size,
         }}));
@@ -149,7 +149,7 @@ def test_what_the_script_computes(setting, parsed):
     clear = np.ptp(np.sort(weights, axis=-1)[:, -2:], axis=-1) > 2 / 255
     np.testing.assert_array_equal(np.array(found["tops"])[clear], weights.argmax(-1)[clear])
     assert found["certain"] == [86, 180, 233]  # expert 1, wholly
-    assert found["frozen"] is None and found["nobody"] is None
+    assert found["frozen"] is None and found["unserved"] is None
     assert found["ends"] == [[0, 34, 78], [254, 232, 56]]
     assert found["stops"] == ["rgb(230, 159, 0) 0.0% 25.0%", "rgb(0, 158, 115) 25.0% 100.0%"]
     assert found["visible"] == [
@@ -211,10 +211,10 @@ def test_the_page_answers_pointer_keys_and_controls(setting, parsed):
     )
     rows = setting.report.rows
     weights = np.concatenate([row.weights for row in rows], axis=1)
-    pieces = [piece for row in rows for piece in row.pieces]
-    assert seen["count"] == len(pieces)
+    texts = [text for row in rows for text in row.token_texts]
+    assert seen["count"] == len(texts)
     shown = {" ": "·", "\t": "→", "\n": "↵", "\u2028": "<2028>"}
-    assert seen["texts"] == ["".join(shown.get(c, c) for c in piece) or "…" for piece in pieces]
+    assert seen["texts"] == ["".join(shown.get(c, c) for c in text) or "…" for text in texts]
     assert all(colour.startswith("rgb(") for colour in seen["first"])
     assert seen["first"] != seen["last"] and seen["shown"] == "3 of 0 to 3"
 

@@ -11,13 +11,14 @@ from tolerances import OF_SIX_DIGITS, SIX_DIGITS
 
 import moe_jax
 from moe_jax.cli import main
-from moe_jax.inspection import routing_plots as plots
+from moe_jax.inspection import routing_plots
+from moe_jax.inspection.report_files import save_routing_report
 
 
 @pytest.fixture(scope="module")
 def folder(setting, tmp_path_factory):
     folder = tmp_path_factory.mktemp("files") / "seen"
-    written = setting.report.save(folder)
+    written = save_routing_report(setting.report, folder)
     assert sorted(path.name for path in folder.iterdir()) == [path.name for path in written]
     return folder
 
@@ -40,7 +41,7 @@ def test_what_is_written(folder):
 def test_tables_json_and_pictures_agree(setting, folder):
     report = setting.report
     stated = json.loads((folder / "routing.json").read_text(encoding="utf-8"))
-    load = plots.load_map(report).axes[0].images[0].get_array()
+    load = routing_plots.load_map(report).axes[0].images[0].get_array()
     np.testing.assert_allclose(stated["load"], load, rtol=0, atol=SIX_DIGITS)
     rows = _table(folder / "load.csv")
     assert len(rows) == 16
@@ -52,8 +53,8 @@ def test_tables_json_and_pictures_agree(setting, folder):
         1, abs=OF_SIX_DIGITS
     )
 
-    drawn = plots.coactivation_map(report).axes[0].images[0].get_array()
-    panels = plots.coactivation_by_layer(report).axes
+    drawn = routing_plots.coactivation_map(report).axes[0].images[0].get_array()
+    panels = routing_plots.coactivation_by_layer(report).axes
     rows = _table(folder / "coactivation.csv")
     assert len(rows) == 5 * 6  # the mean and four layers, of six pairs
     for row in rows:
@@ -68,7 +69,8 @@ def test_tables_json_and_pictures_agree(setting, folder):
     assert stated["coactivation"][0][0][0] is None
 
     lines = {
-        line.get_label(): line.get_ydata() for line in plots.entropy_by_layer(report).axes[0].lines
+        line.get_label(): line.get_ydata()
+        for line in routing_plots.entropy_by_layer(report).axes[0].lines
     }
     for row in _table(folder / "entropy.csv"):
         entropy = (stated if row["data"] == "all" else stated["data"][row["data"]])["entropy"]
@@ -80,7 +82,7 @@ def test_tables_json_and_pictures_agree(setting, folder):
             math.log(4) * float(row["mean"]), abs=OF_SIX_DIGITS
         )
 
-    figure = plots.load_by_data(report)
+    figure = routing_plots.load_by_data(report)
     bars = [bar.get_height() for bar in figure.axes[0].patches]
     np.testing.assert_allclose(bars, stated["specialisation_bits"], rtol=0, atol=SIX_DIGITS)
     for row in _table(folder / "load_by_data.csv"):
@@ -97,13 +99,17 @@ def test_tables_json_and_pictures_agree(setting, folder):
 def test_pictures_have_labels_and_say_what_balance_is(setting):
     figures = [
         draw(setting.report)
-        for draw in (plots.load_map, plots.coactivation_map, plots.coactivation_by_layer)
+        for draw in (
+            routing_plots.load_map,
+            routing_plots.coactivation_map,
+            routing_plots.coactivation_by_layer,
+        )
     ]
-    for figure in [*figures, plots.load_by_data(setting.report)]:
+    for figure in [*figures, routing_plots.load_by_data(setting.report)]:
         bar = figure.axes[-1]
         assert "1 balanced" in [tick.get_text() for tick in bar.get_yticklabels()]
         assert bar.get_ylabel()
-    axes = plots.entropy_by_layer(setting.report).axes[0]
+    axes = routing_plots.entropy_by_layer(setting.report).axes[0]
     assert axes.get_xlabel() == "layer" and "uniform" in axes.get_ylabel()
 
 
@@ -141,7 +147,7 @@ def test_the_command(setting, tmp_path, capsys):
         (["--output", "{}", "--data", "{}/none.txt"], "no such file"),
         (["--output", "{}", "--data", "{}/empty.txt"], "holds no rows"),
         (["--output", "{}", "--text", ""], "text: text 1 is empty"),
-        (["--output", "{}", "--data", "{}/rows.jsonl"], "of another kind give the schema"),
+        (["--output", "{}", "--data", "{}/rows.jsonl"], "if the rows have another schema, give it"),
         (["--output", "{}", "--text", "a", "--method", "lora"], "--method: goes without --adapter"),
         (["--output", "{}", "--text", "a", "--rank", "0"], "--rank: goes without --adapter"),
     ],
@@ -166,7 +172,7 @@ def test_a_full_disk_leaves_nothing(setting, tmp_path, monkeypatch):
     def fail(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(plots, "entropy_by_layer", fail)
+    monkeypatch.setattr(routing_plots, "entropy_by_layer", fail)
     with pytest.raises(moe_jax.UserError, match="no space left"):
-        setting.report.save(tmp_path / "seen")
+        save_routing_report(setting.report, tmp_path / "seen")
     assert list(tmp_path.iterdir()) == []

@@ -11,6 +11,7 @@ from tolerances import FEW_OPERATIONS, FLOAT32_LOGITS
 
 import moe_jax
 from moe_jax.data.tokenizer import load_tokenizer
+from moe_jax.inspection.routing_inspection import InspectionOptions
 
 
 def _router_inputs(ids):
@@ -54,7 +55,7 @@ def test_every_token_is_routed_as_by_torch(setting, plain):
         assert (row.data, row.tokens.tolist()) == (data, ids)
         np.testing.assert_allclose(row.weights, weights, rtol=0, atol=FLOAT32_LOGITS)
         np.testing.assert_allclose(row.probabilities, probabilities, rtol=0, atol=FLOAT32_LOGITS)
-        assert "".join(row.pieces) == load_tokenizer(BASE).decode(ids)
+        assert "".join(row.token_texts) == load_tokenizer(BASE).decode(ids)
     # The routers are no constants: layers and tokens differ.
     assert np.ptp(report.rows[0].weights, axis=1).max() > 0.5
     assert [row.where for row in report.rows][::2] == [
@@ -83,15 +84,19 @@ def test_loads_pairs_and_entropies_are_those_of_a_loop(setting, plain):
                     pairs[layer, b, a] += 1
                     own = probabilities[layer, token].astype(float)
                     entropies[layer] -= (own * np.log(own)).sum()
-        tally = report.total if name is None else report.data[name]
-        assert tally.tokens == tokens
-        np.testing.assert_allclose(tally.load, loads / (2 * tokens / experts), **FEW_OPERATIONS)
+        statistics = report.total if name is None else report.data[name]
+        assert statistics.tokens == tokens
+        np.testing.assert_allclose(
+            statistics.load, loads / (2 * tokens / experts), **FEW_OPERATIONS
+        )
         # Each token makes one pair, of six.
         expected = pairs / (tokens / 6)
         off = ~np.eye(experts, dtype=bool)
-        np.testing.assert_allclose(tally.coactivation[:, off], expected[:, off], **FEW_OPERATIONS)
+        np.testing.assert_allclose(
+            statistics.coactivation[:, off], expected[:, off], **FEW_OPERATIONS
+        )
         entropy = entropies / tokens / math.log(experts)
-        np.testing.assert_allclose(tally.entropy, entropy, rtol=0, atol=FLOAT32_LOGITS)
+        np.testing.assert_allclose(statistics.entropy, entropy, rtol=0, atol=FLOAT32_LOGITS)
     assert report.specialisation is not None
     assert (report.specialisation > 0).all()
 
@@ -99,7 +104,11 @@ def test_loads_pairs_and_entropies_are_those_of_a_loop(setting, plain):
 def test_sites_and_groups_of_experts(setting):
     def seen(site):
         return moe_jax.inspect_routing(
-            setting.saved["mola"], {"words": TEXTS[:1]}, BASE, site=site, keep_tokens=5
+            setting.saved["mola"],
+            {"words": TEXTS[:1]},
+            BASE,
+            site=site,
+            options=InspectionOptions(keep_tokens=5),
         )
 
     default, query = seen(None), seen("q_proj")
@@ -110,7 +119,7 @@ def test_sites_and_groups_of_experts(setting):
     assert default.total.num_experts.tolist() == [2, 2, 4, 4]
     np.testing.assert_array_equal(default.total.load[:2], [[1, 1, math.nan, math.nan]] * 2)
     assert default.rows[0].weights.shape == (4, 5, 4)
-    assert len(default.rows[0].pieces) == len(default.rows[0].tokens) == 5
+    assert len(default.rows[0].token_texts) == len(default.rows[0].tokens) == 5
     assert default.specialisation is None
     assert default.summary()[-1] == "not shown self_attn/q_proj; choose with --site"
 
@@ -119,13 +128,19 @@ def test_rows_are_cut_divided_and_counted(setting):
     text = TEXTS[0] * 3
     tokens = 1 + len(load_tokenizer(BASE).encode(text, add_special_tokens=False))
     divided = moe_jax.inspect_routing(
-        setting.saved["mixlora"], {"words": [text]}, BASE, max_length=20, keep_tokens=0
+        setting.saved["mixlora"],
+        {"words": [text]},
+        BASE,
+        options=InspectionOptions(max_length=20, keep_tokens=0),
     )
     assert divided.rows == []
     assert (divided.total.tokens, divided.total.rows) == (tokens, math.ceil(tokens / 20))
     rows = {"counts": {"path": str(setting.rows), "schema": "completion"}}
     cut = moe_jax.inspect_routing(
-        setting.saved["mixlora"], rows, BASE, max_length=8, limit=3, keep_tokens=0
+        setting.saved["mixlora"],
+        rows,
+        BASE,
+        options=InspectionOptions(max_length=8, limit=3, keep_tokens=0),
     )
     assert cut.notes == ["counts: 3 rows, 24 tokens, 3 cut to 8 tokens"]
 
@@ -147,9 +162,12 @@ def test_rows_are_cut_divided_and_counted(setting):
     ],
 )
 def test_what_is_wrong_is_said(setting, adapter, arguments, words):
-    given = {"data": {"words": TEXTS}, "base": BASE, **arguments}
+    arguments = dict(arguments)
+    data, site = arguments.pop("data", {"words": TEXTS}), arguments.pop("site", None)
     with pytest.raises(moe_jax.UserError) as error:
-        moe_jax.inspect_routing(setting.saved[adapter], **given)
+        moe_jax.inspect_routing(
+            setting.saved[adapter], data, BASE, site=site, options=InspectionOptions(**arguments)
+        )
     assert words in str(error.value)
 
 

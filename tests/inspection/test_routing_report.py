@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from tolerances import FEW_OPERATIONS, FLOAT64_ROUNDING
 
-from moe_jax.adapters.routing.token_routing import TokenRouting
-from moe_jax.inspection.routing_report import merged, specialisation, tally_tokens
+from moe_jax.adapters.routing.statistics import TokenRouting
+from moe_jax.inspection.routing_report import batch_statistics, merge_statistics, specialisation
 
 
 def _routing(weights, probabilities=None, load=None, routed=None, present=None):
@@ -28,30 +28,32 @@ def test_by_hand():
     load = [[1, 1, 0], [1, 1, 0], [1, 0, 1], [1, 0, 0], [9, 9, 9]]
     probabilities = [[0.5, 0.5, 0], [1, 0, 0], [1 / 3, 1 / 3, 1 / 3], [0.5, 0.25, 0.25], [9, 9, 9]]
     routing = _routing([[weights]], [[probabilities]], [[load]])
-    tally = tally_tokens(routing, np.array([[True] * 4 + [False]]))
-    assert (tally.rows, tally.tokens) == (1, 4)
+    statistics = batch_statistics(routing, np.array([[True] * 4 + [False]]))
+    assert (statistics.rows, statistics.tokens) == (1, 4)
     # 7 visits: 4 to expert 0, 2 to expert 1, 1 to expert 2; an equal share is 7/3.
-    np.testing.assert_array_equal(tally.load_sum, [[4, 2, 1]])
-    np.testing.assert_allclose(tally.load, [[12 / 7, 6 / 7, 3 / 7]], **FLOAT64_ROUNDING)
-    np.testing.assert_allclose(tally.share, [[4 / 7, 2 / 7, 1 / 7]], **FLOAT64_ROUNDING)
+    np.testing.assert_array_equal(statistics.load_sum, [[4, 2, 1]])
+    np.testing.assert_allclose(statistics.load, [[12 / 7, 6 / 7, 3 / 7]], **FLOAT64_ROUNDING)
+    np.testing.assert_allclose(statistics.share, [[4 / 7, 2 / 7, 1 / 7]], **FLOAT64_ROUNDING)
     # Weights add up to 2.75, 0.75 and 0.5, of 4.
     np.testing.assert_allclose(
-        tally.weight, [[3 * 2.75 / 4, 3 * 0.75 / 4, 3 * 0.5 / 4]], **FLOAT64_ROUNDING
+        statistics.weight, [[3 * 2.75 / 4, 3 * 0.75 / 4, 3 * 0.5 / 4]], **FLOAT64_ROUNDING
     )
     # Pairs: 0 and 1 on two tokens, 0 and 2 on one, 1 and 2 on none; their mean is 1.
     nan = math.nan
-    np.testing.assert_array_equal(tally.coactivation, [[[nan, 2, 1], [2, nan, 0], [1, 0, nan]]])
     np.testing.assert_array_equal(
-        tally.together, [[[1, 0.5, 0.25], [0.5, 0.5, 0], [0.25, 0, 0.25]]]
+        statistics.coactivation, [[[nan, 2, 1], [2, nan, 0], [1, 0, nan]]]
+    )
+    np.testing.assert_array_equal(
+        statistics.together, [[[1, 0.5, 0.25], [0.5, 0.5, 0], [0.25, 0, 0.25]]]
     )
     # ln 2, 0, ln 3 and 1.5 ln 2 nats.
     nats = [[math.log(2), 0, math.log(3), 1.5 * math.log(2)]]
-    np.testing.assert_allclose(tally.entropies, nats, **FEW_OPERATIONS)
-    np.testing.assert_allclose(tally.entropy, np.mean(nats) / math.log(3), **FEW_OPERATIONS)
+    np.testing.assert_allclose(statistics.entropies, nats, **FEW_OPERATIONS)
+    np.testing.assert_allclose(statistics.entropy, np.mean(nats) / math.log(3), **FEW_OPERATIONS)
     # KL((4, 2, 1) / 7 || 1/3) in bits.
     expected = sum(p * math.log2(3 * p) for p in (4 / 7, 2 / 7, 1 / 7))
-    np.testing.assert_allclose(tally.imbalance, [expected], **FLOAT64_ROUNDING)
-    assert tally.dead_experts == []
+    np.testing.assert_allclose(statistics.imbalance, [expected], **FLOAT64_ROUNDING)
+    assert statistics.dead_experts == []
 
 
 def test_what_is_not_there_is_no_number():
@@ -59,14 +61,14 @@ def test_what_is_not_there_is_no_number():
     weights = np.zeros((2, 1, 2, 3))
     weights[1, 0, :, 0] = 1
     routing = _routing(weights, routed=[0, 1], present=[[1, 1, 1], [1, 1, 0]])
-    tally = tally_tokens(routing, np.ones((1, 2), bool))
+    statistics = batch_statistics(routing, np.ones((1, 2), bool))
     nan = math.nan
-    np.testing.assert_array_equal(tally.load, [[nan, nan, nan], [2, 0, nan]])
-    assert tally.dead_experts == [(1, 1)]
-    assert np.isnan(tally.entropy[0]) and tally.entropy[1] == 0
-    assert np.isnan(tally.coactivation).all()  # one expert a token
-    np.testing.assert_array_equal(tally.imbalance, [nan, 1])  # all on one of two: log2 2 bits
-    assert np.isnan(tally.relative_entropies[0]).all()
+    np.testing.assert_array_equal(statistics.load, [[nan, nan, nan], [2, 0, nan]])
+    assert statistics.dead_experts == [(1, 1)]
+    assert np.isnan(statistics.entropy[0]) and statistics.entropy[1] == 0
+    assert np.isnan(statistics.coactivation).all()  # one expert a token
+    np.testing.assert_array_equal(statistics.imbalance, [nan, 1])  # all on one of two: log2 2 bits
+    assert np.isnan(statistics.relative_entropies[0]).all()
 
 
 def test_data_sets_that_are_told_apart_wholly_partly_and_not():
@@ -78,11 +80,11 @@ def test_data_sets_that_are_told_apart_wholly_partly_and_not():
     first[2, 0, 0, 0], first[2, 0, 1, 1] = 1, 1
     second[2] = first[2]
     mask = np.ones((1, 2), bool)
-    tallies = [tally_tokens(_routing(weights), mask) for weights in (first, second)]
+    parts = [batch_statistics(_routing(weights), mask) for weights in (first, second)]
     # Layer 1: H(3/4, 1/4) - (H(1/2, 1/2) + H(1)) / 2 bits.
     partly = (0.75 * math.log2(4 / 3) + 0.25 * 2) - 0.5
-    np.testing.assert_allclose(specialisation(tallies), [1, partly, 0], **FLOAT64_ROUNDING)
-    total = merged(tallies)
+    np.testing.assert_allclose(specialisation(parts), [1, partly, 0], **FLOAT64_ROUNDING)
+    total = merge_statistics(parts)
     np.testing.assert_array_equal(total.load, [[1, 1], [1.5, 0.5], [1, 1]])
     assert (total.rows, total.tokens, total.entropies.shape) == (2, 4, (3, 4))
 
@@ -109,11 +111,11 @@ def test_against_a_loop_over_tokens(kind):
                     own_load = load[layer, row, place]
                     pairs[layer, a, b] += own_load[a] * own_load[b]
             entropies[layer].append(-sum(p * math.log(p) for p in own))
-    tally = tally_tokens(_routing(weights, probabilities, load), mask)
-    np.testing.assert_allclose(tally.load_sum, loads, **FLOAT64_ROUNDING)
-    np.testing.assert_allclose(tally.together_sum, pairs, **FLOAT64_ROUNDING)
-    np.testing.assert_allclose(tally.entropies, entropies, **FEW_OPERATIONS)
-    np.testing.assert_allclose(np.nansum(tally.load, axis=1), [4, 4], **FLOAT64_ROUNDING)
+    statistics = batch_statistics(_routing(weights, probabilities, load), mask)
+    np.testing.assert_allclose(statistics.load_sum, loads, **FLOAT64_ROUNDING)
+    np.testing.assert_allclose(statistics.together_sum, pairs, **FLOAT64_ROUNDING)
+    np.testing.assert_allclose(statistics.entropies, entropies, **FEW_OPERATIONS)
+    np.testing.assert_allclose(np.nansum(statistics.load, axis=1), [4, 4], **FLOAT64_ROUNDING)
     np.testing.assert_allclose(
-        np.nanmean(tally.coactivation, axis=(1, 2)), [1, 1], **FLOAT64_ROUNDING
+        np.nanmean(statistics.coactivation, axis=(1, 2)), [1, 1], **FLOAT64_ROUNDING
     )

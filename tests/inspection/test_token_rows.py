@@ -8,7 +8,7 @@ from inspection.conftest import BASE
 from moe_jax.config.data import SourceConfig
 from moe_jax.data.tokenizer import load_tokenizer
 from moe_jax.errors import DataError
-from moe_jax.inspection.token_rows import read_texts, token_pieces
+from moe_jax.inspection.token_rows import read_token_rows, token_texts
 from moe_jax.tasks.selection import named_task
 
 
@@ -22,7 +22,7 @@ def test_a_task_is_its_questions_with_the_right_label(tmp_path):
     text = "".join(json.dumps(row) + "\n" for row in rows)
     (folder / "validation.jsonl").write_text(text)
     task, tokenizer = named_task("boolq", data=tmp_path), load_tokenizer(BASE)
-    found = read_texts({"boolq": task}, tokenizer, limit=2, max_length=200)
+    found = read_token_rows({"boolq": task}, tokenizer, limit=2, max_length=200)
     assert len(found.rows) == 2 and found.report[0].startswith("boolq: 2 rows, ")
     ends = [tokenizer.decode(row.tokens[1:-1]).split()[-1] for row in found.rows]
     assert ends == ["false", "true"]
@@ -33,8 +33,8 @@ def test_what_is_no_text_is_refused(tmp_path):
     file = tmp_path / "rows.jsonl"
     file.write_text('{"text": "a", "label": "b"}\n')
     source = SourceConfig(path=str(file), schema="classification")
-    with pytest.raises(DataError, match="are no text by themselves"):
-        read_texts({"x": source}, load_tokenizer(BASE), limit=2, max_length=200)
+    with pytest.raises(DataError, match="hold no text to tokenize"):
+        read_token_rows({"x": source}, load_tokenizer(BASE), limit=2, max_length=200)
 
 
 @pytest.mark.parametrize(
@@ -43,6 +43,6 @@ def test_what_is_no_text_is_refused(tmp_path):
 def test_pieces_joined_are_the_text(text):
     tokenizer = load_tokenizer(BASE)
     tokens = tokenizer(text)["input_ids"]
-    pieces = token_pieces(tokenizer, tokens)
-    assert len(pieces) == len(tokens)
-    assert "".join(pieces) == tokenizer.decode(tokens)
+    texts = token_texts(tokenizer, tokens)
+    assert len(texts) == len(tokens)
+    assert "".join(texts) == tokenizer.decode(tokens)

@@ -1,23 +1,23 @@
 "use strict";
 
-// What is computed of the data; nothing here touches the page.
+// Computations on the data, without access to the page.
 
 const LIGHT = { page: [255, 255, 255], ink: [27, 29, 33] };
 const DARK = { page: [22, 24, 29], ink: [232, 234, 237] };
-// Of Okabe and Ito (2008): told apart with any kind of colour vision.
+// Okabe and Ito (2008), distinguishable with any colour vision.
 const PALETTE = [
   [230, 159, 0], [86, 180, 233], [0, 158, 115], [240, 228, 66],
   [0, 114, 178], [213, 94, 0], [204, 121, 167], [153, 153, 153],
 ];
-// Entropy, from decided to undecided: cividis, which also rises in lightness.
+// Entropy from 0 to 1: cividis, whose lightness increases too.
 const RAMP = [[0, 34, 78], [62, 73, 108], [122, 121, 120], [187, 173, 108], [254, 232, 56]];
 
 function unpack(base64) {
   return Uint8Array.from(atob(base64), (letter) => letter.charCodeAt(0));
 }
 
-// Weights are bytes [L, T, E] of 255 for `scale`; entropies bytes [L, T] of 255 for a uniform
-// router's.
+// Weights are bytes [L, T, E], where 255 is `scale`; entropies are bytes [L, T], where 255 is the
+// entropy of a uniform router.
 function routing(data) {
   const { layers, experts } = data;
   const tokens = data.ids.length;
@@ -33,12 +33,12 @@ function routing(data) {
     entropy: (layer, token) => entropies[layer * tokens + token] / 255,
     isRouted: (layer) => data.present[layer].includes("1"),
     isPresent: (layer, expert) => data.present[layer][expert] === "1",
-    // The expert of the largest weight; -1 where the token has none.
+    // Expert with the largest weight; -1 if the token has no expert.
     top(layer, token) {
       let best = -1;
       for (let expert = 0; expert < experts; expert++) {
-        const own = weight(layer, token, expert);
-        if (own > 0 && (best < 0 || own > weight(layer, token, best))) best = expert;
+        const current = weight(layer, token, expert);
+        if (current > 0 && (best < 0 || current > weight(layer, token, best))) best = expert;
       }
       return best;
     },
@@ -61,12 +61,12 @@ function luminance(colour) {
   return 0.2126 * red + 0.7152 * green + 0.0722 * blue;
 }
 
-// Black or white, whichever is read better on a background.
+// Black or white, by contrast with the background.
 function ink(background) {
   return luminance(background) > 0.18 ? "#000" : "#fff";
 }
 
-// Beyond the palette, colours of other hues and lightnesses; numbers then tell more.
+// Experts beyond the palette get other hues and lightnesses.
 function expertColour(expert) {
   if (expert < PALETTE.length) return PALETTE[expert];
   const hue = ((expert * 137.508) % 360) / 60;
@@ -83,22 +83,22 @@ function entropyColour(share) {
   return mix(RAMP[index], RAMP[index + 1], at - index);
 }
 
-// The background of a token, and null where it has none.
-function tokenColour(found, layer, token, colouring, theme) {
-  if (!found.isRouted(layer)) return null;
-  if (colouring === "entropy") return entropyColour(found.entropy(layer, token));
-  const top = found.top(layer, token);
+// Background of a token; null without a router or an expert.
+function tokenColour(routes, layer, token, colouring, theme) {
+  if (!routes.isRouted(layer)) return null;
+  if (colouring === "entropy") return entropyColour(routes.entropy(layer, token));
+  const top = routes.top(layer, token);
   if (top < 0) return null;
-  const most = Math.min(found.weight(layer, token, top), 1);
+  const most = Math.min(routes.weight(layer, token, top), 1);
   return mix(theme.page, expertColour(top), 0.15 + 0.85 * most);
 }
 
-// Several experts side by side, each as wide as its weight: stops of a gradient.
-function mixtureStops(found, layer, token) {
+// Gradient stops that show all experts of a token side by side, with widths by weight.
+function mixtureStops(routes, layer, token) {
   const shares = [];
   let total = 0;
-  for (let expert = 0; expert < found.experts; expert++) {
-    const weight = found.weight(layer, token, expert);
+  for (let expert = 0; expert < routes.experts; expert++) {
+    const weight = routes.weight(layer, token, expert);
     if (weight > 0) shares.push([expert, weight]);
     total += weight;
   }
@@ -111,15 +111,15 @@ function mixtureStops(found, layer, token) {
   });
 }
 
-// Characters that show nothing, or change how others are shown, such as their direction.
+// Characters that are invisible or change the display of others, such as their direction.
 const HIDDEN = [
   [0, 31], [127, 160], [0xad, 0xad], [0x200b, 0x200f], [0x2028, 0x202e], [0x2060, 0x206f],
   [0xfeff, 0xfeff],
 ];
 
-// A token's text in parts: as it is, or a mark that stands for what cannot be seen.
-function visible(piece) {
-  if (piece === "") return [{ mark: "\u2026" }]; // a part of the character that the next one ends
+// Parts of a token's text: plain text, and marks for invisible characters.
+function visibleParts(piece) {
+  if (piece === "") return [{ mark: "\u2026" }]; // incomplete character, completed by the next token
   const marks = { " ": "\u00b7", "\t": "\u2192", "\n": "\u21b5", "\r": "\u240d" };
   const parts = [];
   for (const letter of piece) {
@@ -139,6 +139,6 @@ function visible(piece) {
 
 if (typeof module !== "undefined") {
   module.exports = {
-    unpack, routing, mix, ink, luminance, expertColour, entropyColour, tokenColour, mixtureStops, visible,
+    unpack, routing, mix, ink, luminance, expertColour, entropyColour, tokenColour, mixtureStops, visibleParts,
   };
 }

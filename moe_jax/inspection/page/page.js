@@ -1,13 +1,12 @@
-// The page; comes after colours.js, in one script with it. Texts only ever become text nodes, so
-// that nothing in them is markup.
+// The page; follows colours.js in the same script. Texts only become text nodes, never markup.
 
 function start(document, window) {
   const data = JSON.parse(document.getElementById("data").textContent);
-  const found = routing(data);
+  const routes = routing(data);
   const get = (id) => document.getElementById(id);
   const state = { layer: 0, colouring: "expert", expert: null, token: null };
   const spans = [];
-  const wanted = window.matchMedia ? window.matchMedia("(prefers-color-scheme: dark)") : null;
+  const darkScheme = window.matchMedia ? window.matchMedia("(prefers-color-scheme: dark)") : null;
 
   function make(tag, className, text) {
     const element = document.createElement(tag);
@@ -18,7 +17,7 @@ function start(document, window) {
 
   function isDark() {
     const chosen = get("theme").value;
-    return chosen === "system" ? Boolean(wanted && wanted.matches) : chosen === "dark";
+    return chosen === "system" ? Boolean(darkScheme && darkScheme.matches) : chosen === "dark";
   }
 
   function swatch(colour) {
@@ -36,7 +35,7 @@ function start(document, window) {
         const span = make("span", "t");
         span.dataset.token = String(token);
         span.tabIndex = token === 0 ? 0 : -1;
-        visible(data.pieces[token]).forEach((part) => {
+        visibleParts(data.texts[token]).forEach((part) => {
           if (part.text !== undefined) span.append(part.text);
           else span.append(make("i", "mark", part.mark));
         });
@@ -45,7 +44,7 @@ function start(document, window) {
         span.append(number, strip);
         spans.push({ span, number, strip });
         paragraph.append(span);
-        if (data.pieces[token].endsWith("\n")) paragraph.append(make("br"));
+        if (data.texts[token].endsWith("\n")) paragraph.append(make("br"));
       }
       section.append(paragraph);
       get("rows").append(section);
@@ -58,30 +57,30 @@ function start(document, window) {
     document.documentElement.dataset.theme = isDark() ? "dark" : "light";
     const withNumbers = get("numbers").checked;
     spans.forEach(({ span, number }, token) => {
-      const colour = tokenColour(found, layer, token, colouring, theme);
-      const isNone = colour === null && found.isRouted(layer);
+      const colour = tokenColour(routes, layer, token, colouring, theme);
+      const isNone = colour === null && routes.isRouted(layer);
       span.classList.toggle("none", isNone);
-      const dims = expert !== null && !(found.weight(layer, token, expert) > 0);
+      const dims = expert !== null && !(routes.weight(layer, token, expert) > 0);
       span.classList.toggle("dim", dims);
       span.style.background = "";
       span.style.color = "";
       if (colour !== null) {
         span.style.color = ink(colour);
         if (colouring === "mixture") {
-          const stops = mixtureStops(found, layer, token);
+          const stops = mixtureStops(routes, layer, token);
           span.style.background = `linear-gradient(to right, ${stops.join(", ")})`;
           span.style.color = "#000";
         } else {
           span.style.background = css(colour);
         }
       }
-      const top = found.top(layer, token);
+      const top = routes.top(layer, token);
       number.textContent = withNumbers && top >= 0 ? String(top) : "";
     });
     get("layer").value = String(layer);
-    get("shown").textContent = `${layer} of 0 to ${found.layers - 1}`;
+    get("shown").textContent = `${layer} of 0 to ${routes.layers - 1}`;
     get("before").disabled = layer === 0;
-    get("after").disabled = layer === found.layers - 1;
+    get("after").disabled = layer === routes.layers - 1;
     writeLegend();
     if (state.token !== null) showTip(state.token);
   }
@@ -89,17 +88,17 @@ function start(document, window) {
   function paintStrips() {
     const isOn = get("strips").checked;
     const theme = isDark() ? DARK : LIGHT;
-    const height = Math.max(2, Math.min(5, Math.floor(96 / found.layers)));
+    const height = Math.max(2, Math.min(5, Math.floor(96 / routes.layers)));
     const texts = document.querySelectorAll(".text");
     texts.forEach((text) => text.classList.toggle("strips", isOn));
     if (!isOn) return;
     spans.forEach(({ strip }, token) => {
       const stops = [];
-      for (let layer = 0; layer < found.layers; layer++) {
-        const colour = tokenColour(found, layer, token, state.colouring, theme) || theme.page;
+      for (let layer = 0; layer < routes.layers; layer++) {
+        const colour = tokenColour(routes, layer, token, state.colouring, theme) || theme.page;
         stops.push(`${css(colour)} ${layer * height}px ${(layer + 1) * height}px`);
       }
-      strip.style.height = `${found.layers * height}px`;
+      strip.style.height = `${routes.layers * height}px`;
       strip.style.background = `linear-gradient(to bottom, ${stops.join(", ")})`;
     });
   }
@@ -108,7 +107,7 @@ function start(document, window) {
     const legend = get("legend");
     legend.replaceChildren();
     const { layer } = state;
-    if (!found.isRouted(layer)) {
+    if (!routes.isRouted(layer)) {
       legend.append(make("span", "hint", `Layer ${layer} has no router: its FFN is the base's.`));
       return;
     }
@@ -117,15 +116,15 @@ function start(document, window) {
       const stops = RAMP.map(css).join(", ");
       ramp.style.background = `linear-gradient(to right, ${stops})`;
       legend.append("entropy: 0, decided", ramp, "1, uniform");
-      legend.append(make("span", "hint", `mean of all tokens in this layer ${data.entropies[layer]}`));
+      legend.append(make("span", "hint", `mean over all tokens of this layer: ${data.entropies[layer]}`));
     }
-    for (let expert = 0; expert < found.experts; expert++) {
-      if (!found.isPresent(layer, expert)) continue;
+    for (let expert = 0; expert < routes.experts; expert++) {
+      if (!routes.isPresent(layer, expert)) continue;
       const button = make("button");
       button.type = "button";
       button.dataset.expert = String(expert);
       button.setAttribute("aria-pressed", String(state.expert === expert));
-      button.title = "load over an equal share, of all tokens; press to see only its tokens";
+      button.title = "load relative to an equal share, over all tokens; click to highlight its tokens";
       if (state.colouring !== "entropy") button.append(swatch(expertColour(expert)));
       button.append(`expert ${expert} \u00d7${data.load[layer][expert].toFixed(2)}`);
       legend.append(button);
@@ -139,23 +138,23 @@ function start(document, window) {
     tip.replaceChildren();
     const head = make("div");
     const code = make("code");
-    visible(data.pieces[token]).forEach((part) => code.append(part.text || part.mark));
+    visibleParts(data.texts[token]).forEach((part) => code.append(part.text || part.mark));
     head.append(code, ` id ${data.ids[token]}, layer ${layer}`);
     tip.append(head);
-    if (!found.isRouted(layer)) {
+    if (!routes.isRouted(layer)) {
       tip.append(make("div", "", "This layer has no router."));
     } else {
-      if (found.top(layer, token) < 0) {
-        tip.append(make("div", "", "No expert had room for it."));
+      if (routes.top(layer, token) < 0) {
+        tip.append(make("div", "", "No expert had capacity for this token."));
       }
       const table = make("table");
-      const order = Array.from({ length: found.experts }, (_, expert) => expert)
-        .filter((expert) => found.isPresent(layer, expert));
+      const order = Array.from({ length: routes.experts }, (_, expert) => expert)
+        .filter((expert) => routes.isPresent(layer, expert));
       const shown = order.length <= 16
         ? order
-        : order.filter((expert) => found.weight(layer, token, expert) > 0).slice(0, 16);
+        : order.filter((expert) => routes.weight(layer, token, expert) > 0).slice(0, 16);
       shown.forEach((expert) => {
-        const weight = found.weight(layer, token, expert);
+        const weight = routes.weight(layer, token, expert);
         const row = make("tr", weight > 0 ? "" : "zero");
         const name = make("td");
         name.append(swatch(expertColour(expert)), `expert ${expert}`);
@@ -168,24 +167,24 @@ function start(document, window) {
         table.append(row);
       });
       tip.append(table);
-      tip.append(make("div", "", `entropy ${found.entropy(layer, token).toFixed(2)} of a uniform router's`));
+      tip.append(make("div", "", `entropy ${routes.entropy(layer, token).toFixed(2)} (1 is uniform)`));
     }
-    tip.append(make("div", "hint", `all layers, 0 to ${found.layers - 1}:`));
+    tip.append(make("div", "hint", `all layers, 0 to ${routes.layers - 1}:`));
     const cells = make("div", "cells");
     const theme = isDark() ? DARK : LIGHT;
-    for (let other = 0; other < found.layers; other++) {
+    for (let other = 0; other < routes.layers; other++) {
       const cell = make("span", other === layer ? "now" : "");
-      const colour = tokenColour(found, other, token, state.colouring, theme);
+      const colour = tokenColour(routes, other, token, state.colouring, theme);
       if (colour !== null) cell.style.background = css(colour);
       cells.append(cell);
     }
     tip.append(cells);
     tip.hidden = false;
     spans.forEach(({ span }, index) => span.classList.toggle("now", index === token));
-    place(tip, spans[token].span);
+    positionTip(tip, spans[token].span);
   }
 
-  function place(tip, span) {
+  function positionTip(tip, span) {
     const box = span.getBoundingClientRect();
     const [width, height] = [tip.offsetWidth, tip.offsetHeight];
     const left = Math.min(Math.max(box.left, 8), window.innerWidth - width - 8);
@@ -202,7 +201,7 @@ function start(document, window) {
   }
 
   function setLayer(layer) {
-    state.layer = Math.min(Math.max(layer, 0), found.layers - 1);
+    state.layer = Math.min(Math.max(layer, 0), routes.layers - 1);
     paint();
   }
 
@@ -261,7 +260,7 @@ function start(document, window) {
     get("strips").addEventListener("change", paintStrips);
     const repaint = () => { paint(); paintStrips(); };
     get("theme").addEventListener("change", repaint);
-    if (wanted && wanted.addEventListener) wanted.addEventListener("change", repaint);
+    if (darkScheme && darkScheme.addEventListener) darkScheme.addEventListener("change", repaint);
     get("legend").addEventListener("click", (event) => {
       const button = event.target.closest("button");
       if (!button) return;
@@ -269,7 +268,7 @@ function start(document, window) {
       state.expert = state.expert === expert ? null : expert;
       paint();
       const again = get("legend").querySelector(`[data-expert="${expert}"]`);
-      if (again) again.focus(); // the legend was written anew
+      if (again) again.focus(); // the legend was rebuilt
     });
   }
 
