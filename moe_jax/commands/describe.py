@@ -95,13 +95,13 @@ def add_adapter_fit(group: argparse._ArgumentGroup) -> None:
 
 def describe_base(arguments: argparse.Namespace) -> None:
     """Prints the description of a base, and of the adapters that the flags state."""
-    from moe_jax.inspection.base_description import describe_base, fit_lines
+    from moe_jax.inspection.base_description import adapter_lines, describe_base
 
     methods = _methods(arguments)
     base = describe_base(arguments.base, arguments.revision)
     lines = base.lines()
     for name, method in methods.items():
-        lines += ["", *fit_lines(base.fit(name, method), base)]
+        lines += ["", *adapter_lines(base.adapter(name, method), base)]
     print("\n".join(lines))
 
 
