@@ -13,9 +13,6 @@ import numpy as np
 
 from moe_jax.adapters import METHODS
 from moe_jax.adapters.method import AdapterMethod
-from moe_jax.adapters.rows import AdapterRows
-from moe_jax.adapters.score_head import Predictions
-from moe_jax.adapters.tree import to_collection
 from moe_jax.checkpoints import adapter_files
 from moe_jax.checkpoints.adapter_files import SavedAdapter
 from moe_jax.config.model import ComputeConfig, FloatType, StorageType
@@ -31,10 +28,15 @@ from moe_jax.files.folders import require_unused
 from moe_jax.hf.base_model import BaseModel, open_base, resolve_adapter, resolve_checkpoint
 from moe_jax.hf.load import load_base_params
 from moe_jax.inference.api import InferenceSession
-from moe_jax.layers.names import ADAPTERS, PARAMS
 from moe_jax.loaded.inference_model import Adapter
+from moe_jax.models.adapted import (
+    SINGLE,
+    CompiledLlama,
+    apply,
+    single_adapter,
+    untrained_adapter,
+)
 from moe_jax.models.causal_lm import LlamaForCausalLM
-from moe_jax.models.fresh import fresh_adapter
 from moe_jax.training.run import loop
 from moe_jax.training.run.completion import TrainResult
 
@@ -102,15 +104,15 @@ class AdaptedModel:
         self.methods: dict[str, AdapterMethod] = {
             name: a.method if isinstance(a, SavedAdapter) else a for name, a in adapters.items()
         }
-        self._model = LlamaForCausalLM(base.config, ComputeConfig(dtype=compute_dtype))
+        model = LlamaForCausalLM(base.config, ComputeConfig(dtype=compute_dtype))
+        self._llama = CompiledLlama(model)
         self.adapters: dict[str, Any] = {name: a.tree for name, a in saved.items()}
         fresh = {name: m for name, m in self.methods.items() if name not in saved}
         for name, method in fresh.items():
             with located(f"adapter {name!r}"):
                 method.check_model(base.config)
-            make = jax.jit(functools.partial(fresh_adapter, self._model, method))
-            self.adapters[name] = nn.meta.unbox(make(base.params, jax.random.key(seed)))
-        self._apply = jax.jit(self._logits, static_argnums=0)
+            init = self._llama.jit(untrained_adapter, model, method)
+            self.adapters[name] = nn.meta.unbox(init(base.params, jax.random.key(seed)))
         self._compute_dtype: FloatType = compute_dtype
         self._opened: tuple[Any, list[Any], InferenceSession] | None = None
 
@@ -135,9 +137,12 @@ class AdaptedModel:
                 f"tokens: ids from {tokens.min()} to {tokens.max()}, but {self.base.folder} has "
                 f"embeddings for 0 to {vocab_size - 1}; use that base's own tokenizer"
             )
-        own = {} if adapter is None else {adapter: self._weights(adapter)}
+        tree = {} if adapter is None else {SINGLE: self._weights(adapter)}
+        method = None if adapter is None else self.methods[adapter]
+        model = self._llama.with_rows(single_adapter(method, tokens.shape[0]))
         segment_ids = None if segment_ids is None else jnp.asarray(segment_ids)
-        return self._apply(adapter, self.base.params, own, jnp.asarray(tokens), segment_ids)
+        predict = self._llama.jit(_predictions, model)
+        return predict(self.base.params, tree, jnp.asarray(tokens), segment_ids)
 
     @property
     def session(self) -> InferenceSession:
@@ -164,19 +169,19 @@ class AdaptedModel:
             raise ConfigError(f"adapter {adapter!r}: this model has none of that name; {hint}")
         return self.adapters[adapter]
 
-    def _logits(
-        self, name: str | None, params: Any, adapters: Any, tokens: jax.Array, segment_ids: Any
-    ) -> Any:
-        rows = tokens.shape[0]
-        adapter_rows = () if name is None else (AdapterRows(name, self.methods[name], 0, rows),)
-        variables = {PARAMS: params, ADAPTERS: to_collection(adapters)}
-        computed = self._model.clone(adapter_rows=adapter_rows).apply(
-            variables, tokens, segment_ids=segment_ids
-        )
-        if not isinstance(computed, Predictions):
-            return computed
-        (scores,) = computed.scores.values()
-        return scores
+
+def _predictions(
+    model: LlamaForCausalLM, params: Any, adapters: Any, tokens: jax.Array, segment_ids: Any
+) -> jax.Array:
+    """Logits of the next token, or the scores of a classification adapter."""
+
+    def compute(module: LlamaForCausalLM) -> jax.Array:
+        hidden = module.hidden_states(tokens, segment_ids=segment_ids)
+        mask = jnp.ones_like(tokens, bool) if segment_ids is None else segment_ids != 0
+        return module.scores(hidden, mask)[SINGLE] if is_classifier else module.logits(hidden)
+
+    is_classifier = any(rows.method.classification is not None for rows in model.adapter_rows)
+    return apply(model, params, adapters, compute)
 
 
 def load_adapter(folder: str | Path, *, revision: str | None = None) -> SavedAdapter:

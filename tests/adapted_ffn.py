@@ -15,7 +15,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from moe_jax.adapters import METHODS
 from moe_jax.adapters.method import AdapterContext
 from moe_jax.adapters.routing.statistics import RouterStatistics, collect_statistics
-from moe_jax.adapters.rows import Segment
+from moe_jax.adapters.rows import AdapterRows
 from moe_jax.adapters.tree import MOE, by_adapter, to_collection
 from moe_jax.config.model import ComputeConfig
 from moe_jax.config.parse import parse_member
@@ -56,17 +56,27 @@ def random_input(rows: int, length: int, width: int = TINY["hidden_size"]) -> ja
 class AdaptedFFN:
     """Our FFN with the weights of a PyTorch one and one adapter on all rows."""
 
-    def __init__(self, mlp: Any, method: Any, rows: int, dtype: Any = "float32", **config: Any):
+    def __init__(
+        self,
+        mlp: Any,
+        method: Any,
+        rows: int,
+        dtype: Any = "float32",
+        block_tokens: int | None = None,
+        **config: Any,
+    ):
         """Takes over the weights of `mlp`.
 
         Args:
           mlp: with `gate_proj`, `up_proj` and `down_proj`.
           method: of the adapter.
           rows: B.
-          dtype: that it computes in.
+          dtype: dtype of the computation.
+          block_tokens: see `ComputeConfig.block_tokens`.
           config: what differs from the tiny model.
         """
-        self.method, self.rows, self.dtype = method, rows, dtype
+        self.method, self.rows = method, rows
+        self.compute = ComputeConfig(dtype=dtype, block_tokens=block_tokens)
         wide, narrow = mlp.gate_proj.weight.shape
         self.width = narrow
         self.config = tiny_program.model_config(
@@ -114,12 +124,13 @@ class AdaptedFFN:
         return tiny_program.random_leaves(shapes, devices, seed)
 
     def _module(self, deterministic: bool) -> GatedMLP:
-        segments = (Segment(NAME, self.method, 0, self.rows),)
-        compute, storage = ComputeConfig(dtype=self.dtype), storage_of("float32")
-        return GatedMLP(LayerSettings(self.config, compute, storage, segments, deterministic))
+        adapter_rows = (AdapterRows(NAME, self.method, 0, self.rows),)
+        compute, storage = self.compute, storage_of("float32")
+        return GatedMLP(LayerSettings(self.config, compute, storage, adapter_rows, deterministic))
 
     def _contexts(self, mask: jax.Array) -> dict[str, AdapterContext]:
-        return {NAME: tiny_program.adapter_context(mask)}
+        context = tiny_program.adapter_context(mask)
+        return {NAME: context._replace(block_tokens=self.compute.block_tokens)}
 
 
 def _linear(linear: Any) -> dict[str, jax.Array]:

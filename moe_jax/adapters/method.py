@@ -1,9 +1,9 @@
 """The interface of an adapter method, and its view of the frozen model.
 
 A method is one file: a frozen dataclass that is both its configuration and the factory of its Linen
-modules, derived from `AdapterMethod` and decorated with `@METHODS.register("its_name")`. Its modules
-compute on the rows of one adapter and create their variables in the `adapters` collection. They never
-create or change base parameters.
+modules, derived from `AdapterMethod` and decorated with `@METHODS.register("its_name")`. Its
+modules compute on the rows of one adapter and create their variables in the `adapters` collection.
+They never create or change base parameters.
 """
 
 import abc
@@ -64,8 +64,8 @@ class FFNUpdate(NamedTuple):
     """The result of an adapter that replaces the FFN of its rows: `hidden W_down + output`.
 
     Attributes:
-      hidden: hidden activation [b, S, F] for the frozen down projection, which runs once on the rows
-        of all adapters; None if the adapter has applied the down projection itself.
+      hidden: hidden activation [b, S, F] for the frozen down projection, which runs once on the
+        rows of all adapters; None if the adapter has applied the down projection itself.
       output: [b, S, D], added to that product.
     """
 

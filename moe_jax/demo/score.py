@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.adapters.method import AdapterMethod
-from moe_jax.adapters.rows import AdapterRows
 from moe_jax.checkpoints.adapter_files import SavedAdapter
 from moe_jax.config.run import RunConfig
 from moe_jax.data.batch import Batch
@@ -17,6 +16,7 @@ from moe_jax.data.pipeline import load_validation_data
 from moe_jax.data.tokenizer import load_tokenizer
 from moe_jax.hf.config import read_model_config
 from moe_jax.hf.load import load_base_params
+from moe_jax.models.adapted import SINGLE, single_adapter
 from moe_jax.models.causal_lm import LlamaForCausalLM
 from moe_jax.training.step.loss import row_losses
 from moe_jax.training.step.step import forward
@@ -46,7 +46,8 @@ class Scorer:
 
         @jax.jit
         def judge(params: Any, adapters: Any, batch: Batch) -> tuple[jax.Array, ...]:
-            logits, statistics = forward(model, params, adapters, batch, dropout_key=None)
+            heads = lambda module, hidden, _: module.logits(hidden)
+            logits, statistics = forward(model, params, adapters, batch, heads)
             mask = batch.loss_mask[:, 1:]
             asked = jnp.any(mask, axis=-1)
             hits = jnp.argmax(logits[:, :-1], axis=-1) == batch.tokens[:, 1:]
@@ -84,8 +85,6 @@ class Scorer:
 class Examiner:
     """Asks the held-out questions of a run, of its frozen base and of adapters on it."""
 
-    _NAME = "examined"
-
     def __init__(self, config: RunConfig, adapter: str):
         """Loads the base of `config`, and the questions that validate its adapter `adapter`."""
         base, own = Path(config.base.path), config.adapters[adapter]
@@ -95,12 +94,12 @@ class Examiner:
         self._sets = load_validation_data(own.data, load_tokenizer(base), self._rows)
         dtype = config.base.param_dtype
         self._frozen = LlamaForCausalLM(model_config, config.compute, param_dtype=dtype)
-        self._scorers: list[tuple[AdapterMethod | None, Scorer]] = []
+        self._scorers: dict[AdapterMethod | None, Scorer] = {}
 
     def __call__(self, adapter: SavedAdapter | None) -> dict[str, Score]:
         """The scores by task; None asks the frozen base."""
         method = None if adapter is None else adapter.method
-        adapters = {} if adapter is None else {self._NAME: adapter.tree}
+        adapters = {} if adapter is None else {SINGLE: adapter.tree}
         scorer = self._scorer(method)
         return {
             task: scorer(self._params, adapters, batches) for task, batches in self._sets.items()
@@ -108,10 +107,7 @@ class Examiner:
 
     def _scorer(self, method: AdapterMethod | None) -> Scorer:
         """One for all adapters of an equal method: their weights are arguments."""
-        for known, scorer in self._scorers:
-            if known == method:
-                return scorer
-        adapter_rows = () if method is None else (AdapterRows(self._NAME, method, 0, self._rows),)
-        scorer = Scorer(self._frozen.clone(adapter_rows=adapter_rows))
-        self._scorers.append((method, scorer))
-        return scorer
+        if method not in self._scorers:
+            model = self._frozen.clone(adapter_rows=single_adapter(method, self._rows))
+            self._scorers[method] = Scorer(model)
+        return self._scorers[method]

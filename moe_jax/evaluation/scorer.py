@@ -1,33 +1,24 @@
 """Token sequences to score: their batches, and the compiled function that scores a batch."""
 
-import functools
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Self
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from moe_jax.adapters.method import AdapterMethod
-from moe_jax.adapters.rows import AdapterRows
-from moe_jax.adapters.score_head import Predictions
-from moe_jax.adapters.tree import to_collection
 from moe_jax.data.batch import PADDING_ID, doubled_lengths, padded_length
-from moe_jax.layers.names import ADAPTERS, PARAMS
-from moe_jax.loaded.model import Adapter
+from moe_jax.loaded.inference_model import Adapter
+from moe_jax.models.adapted import SINGLE, CompiledLlama, apply, single_adapter
 from moe_jax.models.causal_lm import LlamaForCausalLM
-from moe_jax.sharding.rules import BATCH_SPEC, RULES
+from moe_jax.sharding.rules import BATCH_SPEC
 
 SHORTEST_BUCKET = 32
 
 _MAX_PENDING = 2
 """Batches computed ahead of the results that are read; each holds device memory."""
-
-_NAME = "evaluated"
-"""Name of the adapter in the compiled function. All adapters of one method share the function."""
 
 
 class ScoredSequence(NamedTuple):
@@ -199,10 +190,9 @@ class Scorer:
         self.rows = -(-batch_size // ways) * ways
         self.buckets = tuple(buckets)
         self.mesh = mesh
-        self._model = model
+        self._llama = CompiledLlama(model, mesh)
         self._params = params
         self._candidates = candidates
-        self._functions: list[tuple[AdapterMethod | None, Callable[..., Any]]] = []
 
     def scores(
         self,
@@ -234,20 +224,19 @@ class Scorer:
 
     def compilations(self) -> int:
         """Number of programs compiled so far."""
-        return sum(function._cache_size() for _, function in self._functions)  # type: ignore[attr-defined]
+        return self._llama.compilations
 
     def _start(self, sequences: Sequence[ScoredSequence], adapter: Adapter | None) -> Any:
         longest = max(len(sequence.tokens) for sequence in sequences)
         length = padded_length(longest, self.buckets)
         batch = sequence_batch(sequences, self.rows, length, self._candidates)
-        function = self._function(None if adapter is None else adapter.method)
-        trees = {} if adapter is None else {_NAME: adapter.tree}
-        if self.mesh is None:
-            return function(self._params, trees, batch)
-        sharding = NamedSharding(self.mesh, BATCH_SPEC)
-        batch = SequenceBatch(*(jax.device_put(array, sharding) for array in batch))
-        with jax.set_mesh(self.mesh):
-            return function(self._params, trees, batch)
+        method = None if adapter is None else adapter.method
+        model = self._llama.with_rows(single_adapter(method, self.rows))
+        trees = {} if adapter is None else {SINGLE: adapter.tree}
+        if self.mesh is not None:
+            sharding = NamedSharding(self.mesh, BATCH_SPEC)
+            batch = SequenceBatch(*(jax.device_put(array, sharding) for array in batch))
+        return self._llama.jit(_score, model)(self._params, trees, batch)
 
     def _finish(
         self,
@@ -265,21 +254,9 @@ class Scorer:
             )
         return scores
 
-    def _function(self, method: AdapterMethod | None) -> Callable[..., Any]:
-        for known, function in self._functions:
-            if known == method:
-                return function
-        function = jax.jit(functools.partial(_score, self._model, method))
-        self._functions.append((method, function))
-        return function
-
 
 def _score(
-    model: LlamaForCausalLM,
-    method: AdapterMethod | None,
-    params: Any,
-    trees: dict[str, Any],
-    batch: SequenceBatch,
+    model: LlamaForCausalLM, params: Any, trees: dict[str, Any], batch: SequenceBatch
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Scores each row of a batch.
 
@@ -289,17 +266,19 @@ def _score(
       labels and their values are the outputs of its score head; the other two arrays are zero.
     """
     rows, length = batch.tokens.shape
-    adapter_rows = () if method is None else (AdapterRows(_NAME, method, 0, rows),)
-    with nn.logical_axis_rules(RULES):
-        logits: Any = model.clone(adapter_rows=adapter_rows).apply(
-            {PARAMS: params, ADAPTERS: to_collection(trees)},
+
+    def compute(module: LlamaForCausalLM) -> tuple[jax.Array, dict[str, jax.Array]]:
+        hidden = module.hidden_states(
             batch.tokens,
-            positions=jnp.where(batch.is_token, jnp.arange(length), 0),
+            positions=jnp.where(batch.is_token, jnp.arange(length)[None], 0),
             token_mask=batch.is_token,
         )
-    if isinstance(logits, Predictions):
-        scores = jnp.take_along_axis(logits.scores[_NAME], batch.candidates, axis=-1)
-        return jnp.zeros(rows), scores, jnp.zeros(rows, bool)
+        return module.logits(hidden), module.scores(hidden, batch.is_token)
+
+    logits, scores = apply(model, params, trees, compute)
+    if scores:
+        at_labels = jnp.take_along_axis(scores[SINGLE], batch.candidates, axis=-1)
+        return jnp.zeros(rows), at_labels, jnp.zeros(rows, bool)
     total = jax.nn.logsumexp(logits, axis=-1)  # [B, S]
     chosen = jnp.take_along_axis(logits, batch.targets[..., None], axis=-1)[..., 0] - total
     sums = jnp.sum(jnp.where(batch.is_target, chosen, 0.0), axis=-1)

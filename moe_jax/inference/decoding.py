@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from moe_jax.adapters.tree import to_collection
 from moe_jax.inference.settings import SamplingConfig
-from moe_jax.layers.kv_cache import CachePlace, updated
-from moe_jax.layers.names import ADAPTERS, CACHE, CACHE_UPDATES, PARAMS
+from moe_jax.layers.kv_cache import CachePosition, updated
+from moe_jax.layers.names import CACHE, CACHE_UPDATES
+from moe_jax.models.adapted import apply
 from moe_jax.models.causal_lm import LlamaForCausalLM
 from moe_jax.sharding.axes import BATCH, constrain
 
@@ -63,7 +63,6 @@ _Carry = tuple[DecodeState, jax.Array, jax.Array]
 
 def prefill(
     model: LlamaForCausalLM,
-    cache_length: int,
     params: Any,
     adapters: Mapping[str, Any],
     tokens: jax.Array,
@@ -72,8 +71,7 @@ def prefill(
     """Computes the prompts and fills the cache.
 
     Args:
-      model: model with the layout of these rows.
-      cache_length: M.
+      model: model with the layout of these rows and the length M of the cache.
       params: parameters of the base.
       adapters: adapter trees by their name in `AdapterRows`.
       tokens: int32 [B, S], padded on the left.
@@ -82,17 +80,14 @@ def prefill(
     Returns:
       The logits after the last token, float32 [B, V], and the cache.
     """
-    is_token = jnp.arange(tokens.shape[1]) >= start[:, None]
-    logits, collections = model.apply(
-        {PARAMS: params, ADAPTERS: to_collection(adapters)},
-        tokens,
-        segment_ids=is_token.astype(jnp.int32),
-        cache_length=cache_length,
-        last_only=True,
-        mutable=[CACHE],
-    )
-    assert isinstance(logits, jax.Array)
-    return logits[:, -1], collections[CACHE]
+    is_token = jnp.arange(tokens.shape[1])[None] >= start[:, None]
+
+    def last_logits(module: LlamaForCausalLM) -> jax.Array:
+        hidden = module.hidden_states(tokens, segment_ids=is_token.astype(jnp.int32))
+        return module.logits(hidden[:, -1])
+
+    logits, collections = apply(model, params, adapters, last_logits, mutable=[CACHE])
+    return logits, collections[CACHE]
 
 
 def first_tokens(
@@ -134,7 +129,6 @@ def decode(
     Returns:
       The new state, the tokens, int32 [MAX_STEPS, B], and the number of valid steps in them.
     """
-    variables = {PARAMS: params, ADAPTERS: to_collection(adapters)}
 
     def is_running(carry: _Carry) -> jax.Array:
         state, _, count = carry
@@ -142,18 +136,21 @@ def decode(
 
     def step(carry: _Carry) -> _Carry:
         state, generated, count = carry
-        place = CachePlace(state.position, rows.start)
-        logits, updates = model.apply(
-            {**variables, CACHE: state.cache},
+        position = CachePosition(state.position, rows.start)
+        logits, updates = apply(
+            model,
+            params,
+            adapters,
+            LlamaForCausalLM.__call__,
             # A row whose logits were not finite has no valid token; its output is discarded.
             jnp.maximum(state.tokens, 0)[:, None],
             positions=(state.position - rows.start)[:, None],
             token_mask=~state.done[:, None],
-            place=place,
+            cache_position=position,
+            cache=state.cache,
             mutable=[CACHE_UPDATES],
         )
-        assert isinstance(logits, jax.Array)
-        cache = updated(state.cache, updates[CACHE_UPDATES], place)
+        cache = updated(state.cache, updates[CACHE_UPDATES], position)
         state = state._replace(cache=cache, position=state.position + 1)
         state = _sample(sampling, logits[:, -1], state, rows, eos_ids)
         return state, generated.at[count].set(state.tokens), count + 1

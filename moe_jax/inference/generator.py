@@ -1,13 +1,10 @@
 """Generation of tokens: many prompts side by side, each with an adapter or with the base alone."""
 
-import contextlib
-import functools
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
@@ -22,9 +19,9 @@ from moe_jax.inference import decoding
 from moe_jax.inference.decoding import MAX_STEPS, DecodeState, RowConstants
 from moe_jax.inference.limits import check_buckets, check_requests, context_of, default_buckets
 from moe_jax.inference.settings import SamplingConfig
+from moe_jax.models.adapted import CompiledLlama
 from moe_jax.models.causal_lm import LlamaForCausalLM
-from moe_jax.sharding import axes
-from moe_jax.sharding.rules import BATCH_SPEC, RULES
+from moe_jax.sharding.rules import BATCH_SPEC
 
 _SECONDS_PER_CALL = 0.05
 """Target duration of one call of `decode`: short enough that output looks like a stream."""
@@ -167,9 +164,8 @@ class TokenGenerator:
         self.model = model
         self.params = params
         self.adapters = {name: tree for name, (_, tree) in adapters.items()}
-        self._model = LlamaForCausalLM(model, replace(compute, remat="none"))
+        self._llama = CompiledLlama(LlamaForCausalLM(model, replace(compute, remat="none")), mesh)
         self._methods = {name: method for name, (method, _) in adapters.items()}
-        self._functions: list[tuple[Any, Callable[..., Any]]] = []
 
     def stream(
         self,
@@ -215,7 +211,7 @@ class TokenGenerator:
     @property
     def dtype(self) -> FloatType:
         """Dtype of the computation and of the cache."""
-        return self._model.compute.dtype
+        return self._llama.model.compute.dtype
 
     def cache_length(self, prompt: int, new_tokens: int) -> int:
         """Length of the cache for prompts of at most `prompt` tokens and `new_tokens` more."""
@@ -224,7 +220,7 @@ class TokenGenerator:
 
     def compilations(self) -> int:
         """Number of programs compiled so far."""
-        return sum(function._cache_size() for _, function in self._functions)  # type: ignore[attr-defined]
+        return self._llama.compilations
 
     def _stream(
         self, batch: _Batch, stop: Callable[[int, list[int]], bool] | None
@@ -261,7 +257,8 @@ class TokenGenerator:
         layout = batch.layout
         adapters = {label: self.adapters[name] for label, name in layout.adapters.items()}
         state, constants = self._prefill(batch, adapters)
-        decode = self._function(decoding.decode, layout.adapter_rows, batch.sampling)
+        model = self._llama.with_rows(layout.adapter_rows)
+        decode = self._llama.jit(decoding.decode, model, batch.sampling, donate=(2,))
         eos_ids = np.array(batch.eos_ids, np.int32)
         yield np.asarray(state.tokens)
         left, steps = batch.max_new_tokens - 1, 1
@@ -270,8 +267,7 @@ class TokenGenerator:
             state = state._replace(done=self._put(done))
             begin = time.perf_counter()
             now = np.int32(min(steps, left))
-            with self._context():
-                state, tokens, count = decode(self.params, adapters, state, constants, eos_ids, now)
+            state, tokens, count = decode(self.params, adapters, state, constants, eos_ids, now)
             yield from np.asarray(tokens)[: int(count)]
             left -= int(count)
             seconds = time.perf_counter() - begin
@@ -304,19 +300,19 @@ class TokenGenerator:
         )
         done = np.array([number is None for number in layout.requests])
         length = self.cache_length(width, batch.max_new_tokens)
-        prefill = self._function(decoding.prefill, layout.adapter_rows, length)
-        first_tokens = self._function(decoding.first_tokens, None, sampling)
-        with self._context():
-            logits, cache = prefill(self.params, adapters, self._put(prompts), constants.start)
-            state = first_tokens(
-                logits,
-                cache,
-                np.int32(width),
-                self._put(seen),
-                self._put(done),
-                constants,
-                np.array(batch.eos_ids, np.int32),
-            )
+        model = self._llama.with_rows(layout.adapter_rows, cache_length=length)
+        prefill = self._llama.jit(decoding.prefill, model)
+        first_tokens = self._llama.jit(decoding.first_tokens, sampling, donate=(1,))
+        logits, cache = prefill(self.params, adapters, self._put(prompts), constants.start)
+        state = first_tokens(
+            logits,
+            cache,
+            np.int32(width),
+            self._put(seen),
+            self._put(done),
+            constants,
+            np.array(batch.eos_ids, np.int32),
+        )
         return state, constants
 
     @property
@@ -328,41 +324,3 @@ class TokenGenerator:
         if self.mesh is None:
             return array
         return jax.device_put(array, NamedSharding(self.mesh, BATCH_SPEC))
-
-    def _context(self) -> Any:
-        return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
-
-    def _function(
-        self,
-        function: Callable[..., Any],
-        adapter_rows: tuple[AdapterRows, ...] | None,
-        *static: Any,
-    ) -> Callable[..., Any]:
-        """Compiled `function` for the layout of a batch and static arguments."""
-        key = (function, adapter_rows, static)  # methods have no hash, but they compare
-        for known, jitted in self._functions:
-            if known == key:
-                return jitted
-        arguments = (
-            static
-            if adapter_rows is None
-            else (self._model.clone(adapter_rows=adapter_rows), *static)
-        )
-
-        @functools.wraps(function)
-        def with_rules(*args: Any) -> Any:
-            with nn.logical_axis_rules(self._rules):
-                return function(*arguments, *args)
-
-        donated = {decoding.decode: (2,), decoding.first_tokens: (1,)}.get(function, ())
-        jitted = jax.jit(with_rules, donate_argnums=donated)
-        self._functions.append((key, jitted))
-        return jitted
-
-    @property
-    def _rules(self) -> tuple[tuple[str, Any], ...]:
-        """Sharding rules; the cache's heads are replicated if the mesh does not divide them."""
-        parts = 1 if self.mesh is None else self.mesh.shape["tensor"]
-        if self.model.num_kv_heads % parts == 0:
-            return RULES
-        return ((axes.CACHE_KV_HEADS, None), *RULES)

@@ -10,15 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.adapters.method import AdapterMethod
-from moe_jax.adapters.routing.token_routing import TokenRouting, collect_routing
-from moe_jax.adapters.rows import Segment
-from moe_jax.adapters.tree import to_collection
+from moe_jax.adapters.routing.statistics import TokenRouting, collect_routing
 from moe_jax.data.batch import PADDING_ID, padded_length
 from moe_jax.inspection.token_rows import TokenRow
-from moe_jax.layers.names import ADAPTERS, PARAMS, ROUTING
+from moe_jax.layers.names import ROUTING
+from moe_jax.models.adapted import SINGLE, abstract_params, apply, single_adapter
 from moe_jax.models.causal_lm import LlamaForCausalLM
 
-_NAME = "inspected"
 _SHORTEST = 32
 """Rows are padded to this length times a power of two, each of which is one compilation."""
 
@@ -36,18 +34,17 @@ def routing_sites(model: LlamaForCausalLM, method: AdapterMethod, tree: Any) -> 
     """Where an adapter routes; nothing is computed, and no weights of the base are needed.
 
     Args:
-      model: without segments.
+      model: without adapter_rows.
       method: of the adapter.
       tree: its weights.
 
     Raises:
       ValueError: the method routes, but does not sow what it does.
     """
-    tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
-    made = jax.eval_shape(model.init, {PARAMS: jax.random.key(0)}, tokens)
-    mask = jax.ShapeDtypeStruct((1, 2), jnp.bool_)
-    traced = functools.partial(_route, model, method)
-    found = jax.eval_shape(traced, nn.meta.unbox(made)[PARAMS], tree, tokens, mask)
+    params = nn.meta.unbox(abstract_params(model))
+    tokens, mask = (jax.ShapeDtypeStruct((1, 2), dtype) for dtype in (jnp.int32, jnp.bool_))
+    route = functools.partial(_route, model.clone(adapter_rows=single_adapter(method, 1)))
+    found = jax.eval_shape(route, params, tree, tokens, mask)
     return sorted(found, key=lambda site: (_ORDER.index(site) if site in _ORDER else 99, site))
 
 
@@ -77,7 +74,8 @@ def route_rows(
     lengths = [_SHORTEST]
     while lengths[-1] < longest:
         lengths.append(2 * lengths[-1])
-    function = jax.jit(lambda *arrays: _route(model, method, *arrays)[site])
+    model = model.clone(adapter_rows=single_adapter(method, batch_size))
+    function = jax.jit(lambda *arrays: _route(model, *arrays)[site])
     order = sorted(range(len(rows)), key=lambda place: -len(rows[place].tokens))
     for start in range(0, len(order), batch_size):
         places = order[start : start + batch_size]
@@ -92,18 +90,13 @@ def route_rows(
 
 def _route(
     model: LlamaForCausalLM,
-    method: AdapterMethod,
     params: Any,
     tree: Any,
     tokens: jax.Array,
     token_mask: jax.Array,
 ) -> dict[str, TokenRouting]:
     """The decisions at every site, for rows [B, S] padded on the right."""
-    segment = Segment(_NAME, method, 0, tokens.shape[0])
-    _, sown = model.clone(segments=(segment,)).apply(
-        {PARAMS: params, ADAPTERS: to_collection({_NAME: tree})},
-        tokens,
-        token_mask=token_mask,
-        mutable=[ROUTING],
-    )
-    return collect_routing(sown)[_NAME]
+    compute = LlamaForCausalLM.hidden_states
+    options: Any = {"token_mask": token_mask, "mutable": [ROUTING]}
+    _, sown = apply(model, params, {SINGLE: tree}, compute, tokens, **options)
+    return collect_routing(sown)[SINGLE]

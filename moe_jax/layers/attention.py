@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from moe_jax.layers.activation import soft_cap
 from moe_jax.layers.blocked_attention import BLOCK, BlockSettings, blocked_attention
-from moe_jax.layers.kv_cache import CachePlace
+from moe_jax.layers.kv_cache import CachePosition
 
 
 def attention_mask(segment_ids: jax.Array) -> jax.Array:
@@ -147,7 +147,7 @@ def cached_attention(
     value: jax.Array,
     cached_key: jax.Array,
     cached_value: jax.Array,
-    place: CachePlace,
+    place: CachePosition,
     *,
     scale: float,
     window: int | None = None,

@@ -6,7 +6,7 @@ One call fills the cache (prefill), many read it (decoding):
   padded on the left, so that the next token's slot is the same in all of them. Keys and values
   become `layers/self_attn/key` and `value` [L, B, K, M, Q]: heads before slots, as the products of
   attention want them, so that reading them moves nothing.
-- To continue, apply it with the cache among the variables, a `CachePlace`, and the collection
+- To continue, apply it with the cache among the variables, a `CachePosition`, and the collection
   `cache_updates` mutable; `updated` then puts what that made into the cache. A layer never writes
   the cache itself: under the scan over layers each step would read and write all of it.
 
@@ -29,7 +29,7 @@ _SLOTS = 3
 """The axis of the slots, behind that of the layers."""
 
 
-class CachePlace(NamedTuple):
+class CachePosition(NamedTuple):
     """Where in the cache the tokens of a call stand.
 
     Attributes:
@@ -91,7 +91,7 @@ def extend_cache(
     return cached_key, cached_value
 
 
-def updated(cache: Any, updates: Any, place: CachePlace) -> Any:
+def updated(cache: Any, updates: Any, place: CachePosition) -> Any:
     """The whole cache with what a call made for it.
 
     Args:

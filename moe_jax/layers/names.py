@@ -1,35 +1,35 @@
-"""Names of the Linen variable collections."""
+"""Names of the Linen variable collections, and of the arrays that rematerialisation may keep."""
 
 PARAMS = "params"
-"""The frozen base parameters."""
+"""Collection of the frozen base parameters."""
+
 ADAPTERS = "adapters"
-"""Every trainable leaf."""
+"""Collection of all trainable leaves."""
+
 ROUTER = "router"
-"""Routing statistics that the layers sow."""
-CACHE = "cache"
-"""What decoding remembers of the tokens before; see `moe_jax.layers.kv_cache`."""
-CACHE_UPDATES = "cache_updates"
-"""What a call adds to the cache, or puts in the place of what is there."""
+"""Collection of the routing statistics that the layers sow."""
+
 ROUTING = "routing"
-"""Every token's routing, which the layers sow only if asked for it."""
+"""Collection of each token's routing, sown only if it is mutable."""
 
+CACHE = "cache"
+"""Collection of keys, values and counts of earlier tokens; see `moe_jax.layers.kv_cache`."""
 
-# FIXME docstring of the merged layers.kept_names:
-# """The names by which rematerialisation policies know what may be kept for the backward pass."""
-
+CACHE_UPDATES = "cache_updates"
+"""Collection of the entries that a decoding step adds to the cache or replaces in it."""
 
 NARROW_PRODUCT = "narrow_product"
-"""A frozen projection's product as wide as the model, or narrower: those of attention."""
+"""Product of a frozen projection whose output is not as wide as the FFN: attention, down."""
 
 WIDE_PRODUCT = "wide_product"
-"""A projection's product as wide as the FFN: frozen, or as MixLoRA's first slot has it."""
+"""Product of a frozen projection whose output is as wide as the FFN: gate, up."""
 
 ATTENTION = "attention"
-"""The result and the log-sum-exps of attention in blocks. Where they are kept, the backward pass
-computes the scores once and not twice."""
+"""Output and log-sum-exps of blocked attention. Kept, they spare the backward pass one of its two
+computations of the scores."""
 
-CODES = "codes"
-"""A low-rank pair's codes and a router's decision, a few numbers a token."""
+LOW_RANK = "low_rank"
+"""Low-rank activations of adapters and decisions of routers, a few numbers a token."""
 
 DORA_NORMS = "dora_norms"
-"""The lengths of adapted weights' columns; none depends on the tokens."""
+"""Column norms of DoRA's adapted weights, which do not depend on the tokens."""

@@ -3,7 +3,6 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 from flax import linen as nn
 
 from moe_jax.adapters.method import AdapterMethod
@@ -13,9 +12,8 @@ from moe_jax.config.model import ComputeConfig, ModelConfig
 from moe_jax.hf.base_model import BaseModel, open_base
 from moe_jax.hf.load import checked_leaves
 from moe_jax.hf.shards import open_shards
-from moe_jax.layers.names import PARAMS
+from moe_jax.models.adapted import abstract_params, untrained_adapter
 from moe_jax.models.causal_lm import LlamaForCausalLM
-from moe_jax.models.fresh import fresh_adapter
 
 
 def expected_leaves(model: ModelConfig, method: AdapterMethod) -> dict[str, LeafSpec]:
@@ -24,10 +22,9 @@ def expected_leaves(model: ModelConfig, method: AdapterMethod) -> dict[str, Leaf
     The model is traced with shapes only: nothing is computed or compiled.
     """
     language_model = LlamaForCausalLM(model, ComputeConfig(dtype="float32"))
-    tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
-    key = jax.random.key(0)
-    params = nn.meta.unbox(jax.eval_shape(language_model.init, {PARAMS: key}, tokens))[PARAMS]
-    tree = jax.eval_shape(functools.partial(fresh_adapter, language_model, method), params, key)
+    params = nn.meta.unbox(abstract_params(language_model))
+    init = functools.partial(untrained_adapter, language_model, method)
+    tree = jax.eval_shape(init, params, jax.random.key(0))
     return leaf_specs(nn.meta.unbox(tree))
 
 

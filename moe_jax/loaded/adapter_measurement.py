@@ -10,17 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.adapters.routing.statistics import collect_statistics
-from moe_jax.adapters.rows import AdapterRows
-from moe_jax.adapters.tree import MOE, to_collection
+from moe_jax.adapters.tree import MOE
 from moe_jax.checkpoints.adapter_files import SavedAdapter
 from moe_jax.config.model import ComputeConfig
 from moe_jax.hf.base_model import BaseModel
 from moe_jax.hf.config import read_model_config
 from moe_jax.hf.load import load_base_params
-from moe_jax.layers.names import ADAPTERS, PARAMS, ROUTER
+from moe_jax.layers.names import ROUTER
+from moe_jax.models.adapted import SINGLE, apply, single_adapter
 from moe_jax.models.causal_lm import LlamaForCausalLM
-
-_NAME = "exported"
 
 
 class LogitChange(NamedTuple):
@@ -54,10 +52,10 @@ class AdapterMeasurement:
         """
         self._compute = ComputeConfig(dtype="float32")
         self._model = LlamaForCausalLM(
-            base.config, self._compute, adapter_rows=(AdapterRows(_NAME, adapter.method, 0, 1),)
+            base.config, self._compute, adapter_rows=single_adapter(adapter.method, 1)
         )
         params = load_base_params(base.folder, base.config, "float32")
-        self._variables = {PARAMS: params, ADAPTERS: to_collection({_NAME: adapter.tree})}
+        self._params, self._adapters = params, {SINGLE: adapter.tree}
         self._rows = [jnp.asarray(row[None]) for row in tokens]
 
     def loads(self) -> dict[str, np.ndarray]:
@@ -67,12 +65,13 @@ class AdapterMeasurement:
         """
 
         @jax.jit
-        def load(variables: Any, row: jax.Array) -> dict[str, jax.Array]:
-            _, sown = self._model.apply(variables, row, mutable=[ROUTER])
-            sites = collect_statistics(sown)[_NAME]
+        def load(params: Any, adapters: Any, row: jax.Array) -> dict[str, jax.Array]:
+            compute = LlamaForCausalLM.hidden_states
+            _, sown = apply(self._model, params, adapters, compute, row, mutable=[ROUTER])
+            sites = collect_statistics(sown)[SINGLE]
             return {site: statistics.load_sum for site, statistics in sites.items()}
 
-        rows = [load(self._variables, row) for row in self._rows]
+        rows = [load(self._params, self._adapters, row) for row in self._rows]
         return {site: np.sum([np.asarray(row[site]) for row in rows], axis=0) for site in rows[0]}
 
     def utilisation(self) -> np.ndarray:
@@ -89,32 +88,29 @@ class AdapterMeasurement:
 
     def change_to(self, adapter: SavedAdapter) -> LogitChange:
         """How far another adapter on the same base is from this one, which is the exact model."""
-        adapter_rows = (AdapterRows(_NAME, adapter.method, 0, 1),)
-        variables = {
-            PARAMS: self._variables[PARAMS],
-            ADAPTERS: to_collection({_NAME: adapter.tree}),
-        }
-        return self._change(
-            (self._model.clone(adapter_rows=adapter_rows), variables), exact_first=True
-        )
+        model = self._model.clone(adapter_rows=single_adapter(adapter.method, 1))
+        return self._change((model, self._params, {SINGLE: adapter.tree}), exact_first=True)
 
     def change_from(self, folder: Path) -> LogitChange:
         """How far this adapter on its base is from the model in `folder`, the exact one."""
         return self._change(self._whole_model(folder), exact_first=False)
 
-    def _whole_model(self, folder: Path) -> tuple[LlamaForCausalLM, Any]:
+    def _whole_model(self, folder: Path) -> tuple[LlamaForCausalLM, Any, Any]:
         model = read_model_config(folder)
         params = load_base_params(folder, model, "float32")
-        return LlamaForCausalLM(model, self._compute), {PARAMS: params}
+        return LlamaForCausalLM(model, self._compute), params, {}
 
-    def _change(self, other: tuple[LlamaForCausalLM, Any], *, exact_first: bool) -> LogitChange:
+    def _change(
+        self, other: tuple[LlamaForCausalLM, Any, Any], *, exact_first: bool
+    ) -> LogitChange:
         """Between this adapter on its base and another model, either of which is the exact one."""
 
         @jax.jit
-        def change(variables: Any, others: Any, row: jax.Array) -> tuple[jax.Array, ...]:
+        def change(arrays: Any, other_arrays: Any, row: jax.Array) -> tuple[jax.Array, ...]:
+            compute = LlamaForCausalLM.__call__
             logits: list[Any] = [
-                self._model.apply(variables, row),
-                other[0].apply(others, row),
+                apply(self._model, *arrays, compute, row),
+                apply(other[0], *other_arrays, compute, row),
             ]
             exact, changed = logits if exact_first else logits[::-1]
             p, q = (jax.nn.log_softmax(each, axis=-1) for each in (exact, changed))
@@ -122,6 +118,7 @@ class AdapterMeasurement:
             divergence = jnp.mean(jnp.sum(jnp.exp(p) * (p - q), axis=-1))
             return divergence, jnp.max(difference), jnp.mean(jnp.square(difference))
 
-        rows = [change(self._variables, other[1], row) for row in self._rows]
+        arrays = self._params, self._adapters
+        rows = [change(arrays, other[1:], row) for row in self._rows]
         divergence, largest, square = (np.asarray(each) for each in zip(*rows, strict=True))
         return LogitChange(float(divergence.mean()), float(largest.max()), float(square.mean()))

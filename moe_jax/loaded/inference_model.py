@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from moe_jax.adapters.method import AdapterMethod
@@ -19,9 +18,8 @@ from moe_jax.config.model import ComputeConfig, FloatType
 from moe_jax.config.parse import located, to_plain
 from moe_jax.hf.base_model import BaseModel, resolve_adapter
 from moe_jax.hf.load import load_base_params
-from moe_jax.layers.names import PARAMS
+from moe_jax.models.adapted import abstract_params, untrained_adapter
 from moe_jax.models.causal_lm import LlamaForCausalLM
-from moe_jax.models.fresh import fresh_adapter
 from moe_jax.sharding.rules import shardings_of
 
 BASE = "base"
@@ -70,7 +68,7 @@ def load_params(base: BaseModel, model: LlamaForCausalLM, mesh: Mesh | None) -> 
     """
     shardings = None
     if mesh is not None:
-        shardings = shardings_of(_boxed_params(model), mesh)
+        shardings = shardings_of(abstract_params(model), mesh)
     if base.params is None:
         return load_base_params(base.folder, base.config, model.param_dtype, shardings)
     return base.params if shardings is None else jax.device_put(base.params, shardings)
@@ -98,17 +96,10 @@ def load_adapters(
         digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
         if mesh is not None:
             boxed = jax.eval_shape(
-                functools.partial(fresh_adapter, model, saved.method),
-                nn.meta.unbox(_boxed_params(model)),
+                functools.partial(untrained_adapter, model, saved.method),
+                nn.meta.unbox(abstract_params(model)),
                 jax.random.key(0),
             )
             saved = saved._replace(tree=jax.device_put(saved.tree, shardings_of(boxed, mesh)))
         loaded.append(NamedAdapter(name, None if is_saved else str(adapter), digest, saved))
     return loaded
-
-
-def _boxed_params(model: LlamaForCausalLM) -> Any:
-    """Shapes and types of the base's weights, with their logical axes around them."""
-    init = functools.partial(model.init, tokens=jnp.zeros((1, 2), jnp.int32))
-    boxed: Any = jax.eval_shape(init, jax.random.key(0))
-    return boxed[PARAMS]

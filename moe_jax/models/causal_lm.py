@@ -1,4 +1,4 @@
-"""The whole language model: embedding, scanned decoder layers, norm and head."""
+"""The language model: embedding, scanned decoder layers, final norm, and the heads on top."""
 
 from typing import Any
 
@@ -6,22 +6,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from moe_jax.adapters.rows import Segment, take_rows_of
-from moe_jax.adapters.score_head import Predictions, ScoreHeads, classifying
-from moe_jax.adapters.tree import SCORE
+from moe_jax.adapters.rows import AdapterRows, take_rows_of_several
+from moe_jax.adapters.score_head import ScoreHeads, is_classifier
 from moe_jax.config.model import ComputeConfig, ModelConfig
-from moe_jax.config.parse import located
 from moe_jax.layers.attention import positions_from_segments
-from moe_jax.layers.frozen import check_storage, storage_of
-from moe_jax.layers.kv_cache import CachePlace
-from moe_jax.layers.names import (
-    ADAPTERS,
-    CACHE,
-    CACHE_UPDATES,
-    PARAMS,
-    ROUTER,
-    ROUTING,
-)
+from moe_jax.layers.frozen import storage_of
+from moe_jax.layers.kv_cache import CachePosition
+from moe_jax.layers.names import ADAPTERS, CACHE, CACHE_UPDATES, PARAMS, ROUTER, ROUTING
 from moe_jax.layers.norm import RMSNorm
 from moe_jax.layers.rope import rotary_tables
 from moe_jax.layers.vocab_loss import token_losses
@@ -31,31 +22,67 @@ from moe_jax.models.remat import REMAT_POLICIES
 from moe_jax.sharding.axes import LAYERS
 
 _STACKED = (PARAMS, ADAPTERS, ROUTER, ROUTING, CACHE, CACHE_UPDATES)
-"""The collections with a leading axis of layers."""
+"""Collections with a leading axis of layers."""
 
 
 class LlamaForCausalLM(nn.Module):
-    """A decoder of Llama's kind, whose layers are stacked along a leading axis, so that program
-    size is independent of depth.
+    """A decoder-only language model of Llama's kind, with adapters on the rows of its batch.
+
+    The layers are stacked along a leading axis, so that program size is independent of depth.
+    Attributes are static and arguments of methods are arrays. `hidden_states` runs the layers;
+    `logits`, `token_losses` and `scores` are the heads on its result, each with one return type.
+    Calling the module gives the logits of all positions.
 
     Attributes:
-      config: the architecture; what it says of a feature decides whether the program has it.
-      compute: types, attention kernel, rematerialisation.
-      segments: which rows of a batch belong to which adapter; none is the base model.
-      param_dtype: how the base parameters are kept, a `StorageType`.
+      config: the architecture; its fields decide which features the program contains.
+      compute: dtypes, attention kernel, rematerialisation.
+      adapter_rows: rows of each adapter; empty for the base model.
+      param_dtype: storage of the base parameters, a `StorageType`.
+      deterministic: turns dropout and router jitter off.
+      cache_length: positions of the cache that `hidden_states` fills; None fills none.
 
-    Collections: `params` (frozen), `adapters` (trainable), `router` and `routing` (sown; ask for
-    them with `mutable=["router"]`), `cache` and `cache_updates` (decoding; see
-    `moe_jax.layers.kv_cache`). Random streams while training: `dropout`.
+    Collections: `params` (frozen), `adapters` (trainable), `router` and `routing` (sown: ask for
+    them with `mutable=["router"]`), `cache` and `cache_updates` (decoding, see
+    `moe_jax.layers.kv_cache`). Random stream during training: `dropout`.
     """
 
     config: ModelConfig
     compute: ComputeConfig
-    segments: tuple[Segment, ...] = ()
+    adapter_rows: tuple[AdapterRows, ...] = ()
     param_dtype: str = "float32"
+    deterministic: bool = True
+    cache_length: int | None = None
 
-    @nn.compact
-    def __call__(
+    def setup(self) -> None:
+        config, dtype = self.config, jnp.dtype(self.compute.dtype)
+        storage = storage_of(self.param_dtype)
+        self.embed_tokens = TokenEmbedding(
+            config.vocab_size,
+            config.hidden_size,
+            dtype,
+            storage.dtype,
+            scale=config.hidden_size**0.5 if config.scale_embeddings else None,
+        )
+        self.layers = self._stack()(
+            LayerSettings(
+                config,
+                self.compute,
+                storage,
+                self.adapter_rows,
+                self.deterministic,
+                self.cache_length,
+            )
+        )
+        self.norm = RMSNorm(config.rms_norm_eps, dtype, storage.dtype, config.norm_unit_offset)
+        if not config.tie_word_embeddings:
+            self.lm_head = LanguageModelHead(config.vocab_size, config.hidden_size, storage.dtype)
+        self.score = ScoreHeads(self.adapter_rows)
+
+    def __call__(self, tokens: jax.Array, **inputs: Any) -> jax.Array:
+        """Logits of the next token at every position, float32 [B, S, V]; see `hidden_states`."""
+        return self.logits(self.hidden_states(tokens, **inputs))
+
+    def hidden_states(
         self,
         tokens: jax.Array,
         *,
@@ -63,95 +90,81 @@ class LlamaForCausalLM(nn.Module):
         segment_ids: jax.Array | None = None,
         token_mask: jax.Array | None = None,
         expert_groups: jax.Array | None = None,
-        deterministic: bool = True,
-        cache_length: int | None = None,
-        place: CachePlace | None = None,
-        last_only: bool = False,
-        targets: jax.Array | None = None,
-    ) -> jax.Array | Predictions:
-        """Logits for the next token, or the losses of given ones; of classification adapters,
-        scores.
+        cache_position: CachePosition | None = None,
+    ) -> jax.Array:
+        """Hidden states after the final norm, [B, S, D].
 
         Args:
           tokens: int [B, S].
-          positions: int [B, S]; by default each token's place within its segment or row.
-          segment_ids: int [B, S], 0 at padding (see `Batch`). None means that every row is one
-            sequence from its first position on; padding on the right may follow, if `token_mask`
-            says where, since causality hides it.
-          token_mask: bool [B, S], false where a token must not count in router statistics; by
-            default where `segment_ids` is not 0.
-          expert_groups: int [B, S], see `Batch`; only losses that know the kinds of data read it.
-          deterministic: no dropout and no jitter.
-          cache_length: slots of the cache that this call fills; None fills none.
-          place: where these tokens stand behind those in the cache, which then must be among the
-            variables; give `positions` too. All tokens are real: `segment_ids` is not read.
-          last_only: computes the logits of the last position only.
-          targets: int [B, S], the token that each position is to predict. With them there are no
-            logits, but each target's cross-entropy; the base is not differentiable then.
-
-        Returns:
-          float32 [B, S, V], or [B, 1, V], or with targets [B, S]; with segments of classification
-          adapters, `Predictions`.
-
-        Raises:
-          ConfigError: `compute` cannot compute this architecture.
+          positions: int [B, S]; by default each token's position in its sequence.
+          segment_ids: int [B, S], 0 at padding (see `Batch`). None if every row is one sequence
+            from its first position on; padding on the right may follow if `token_mask` marks it,
+            since causality hides it.
+          token_mask: bool [B, S], false for tokens that do not count in router statistics; by
+            default where `segment_ids` is 0.
+          expert_groups: int [B, S], see `Batch`; read by losses that know the groups of the data.
+          cache_position: position of these tokens after those in the cache, which then must be
+            among the variables; give `positions` too. All tokens are real: `segment_ids` is not
+            read.
         """
-        rows = sum(segment.rows for segment in self.segments)
-        if self.segments and rows != tokens.shape[0]:
-            raise ValueError(f"a batch of {tokens.shape[0]} rows for segments of {rows}")
-        config, dtype = self.config, jnp.dtype(self.compute.dtype)
-        with located("config.compute"):
-            self.compute.check_model(config)
-        storage = storage_of(self.param_dtype)
-        with located("config.base"):
-            check_storage(storage, config)
-        param_dtype = storage.dtype
+        rows = sum(rows.total for rows in self.adapter_rows)
+        if self.adapter_rows and rows != tokens.shape[0]:
+            raise ValueError(f"a batch of {tokens.shape[0]} rows for adapters of {rows} rows")
         if positions is None:
             ones = jnp.ones_like(tokens) if segment_ids is None else segment_ids
             positions = positions_from_segments(ones)
         if token_mask is None:
             token_mask = jnp.ones_like(tokens, bool) if segment_ids is None else segment_ids != 0
-
-        embed = TokenEmbedding(
-            config.vocab_size,
-            config.hidden_size,
-            dtype,
-            param_dtype,
-            scale=config.hidden_size**0.5 if config.scale_embeddings else None,
-            name="embed_tokens",
-        )
-        x = embed(tokens)
         cos, sin = self._rotary_tables(positions)
-        context = TokenContext(cos, sin, segment_ids, token_mask, expert_groups, place)
-        settings = LayerSettings(
-            config, self.compute, storage, self.segments, deterministic, cache_length
-        )
-        layer_indices = jnp.arange(config.num_layers)
-        x, _ = self._stack()(settings, name="layers")(x, context, layer_indices)
-        norm = RMSNorm(
-            config.rms_norm_eps, dtype, param_dtype, config.norm_unit_offset, name="norm"
-        )
-        x = norm(x)
-        classifiers = classifying(self.segments)
-        scores = {}
-        if classifiers:
-            scores = ScoreHeads(self.segments, name=SCORE)(x, token_mask)
-            others = [segment for segment in self.segments if segment not in classifiers]
-            if not others:
-                return Predictions(None, scores)
-            x = take_rows_of(others, x)
-            targets = None if targets is None else take_rows_of(others, targets)
-        tied, cap = config.tie_word_embeddings, config.final_logit_softcapping
-        if tied:
-            kernel = embed.embedding
-        else:
-            sizes = (config.vocab_size, config.hidden_size)
-            kernel = LanguageModelHead(*sizes, param_dtype, name="lm_head").kernel
-        if targets is not None:
-            losses = token_losses(x, kernel, targets, tied=tied, cap=cap)
-            return Predictions(None, scores, losses) if classifiers else losses
-        next_token = logits(x[:, -1:] if last_only else x, kernel, tied=tied, cap=cap)
-        return Predictions(next_token, scores) if classifiers else next_token
+        context = TokenContext(cos, sin, segment_ids, token_mask, expert_groups, cache_position)
+        layer_indices = jnp.arange(self.config.num_layers)
+        x, _ = self.layers(self.embed_tokens(tokens), context, layer_indices)
+        return self.norm(x)
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """Logits of the next token, float32 [..., V], of hidden states [..., D]."""
+        kernel, tied = self._head()
+        cap = self.config.final_logit_softcapping
+        return logits(hidden, kernel, tied=tied, cap=cap)
+
+    def token_losses(self, hidden: jax.Array, targets: jax.Array) -> jax.Array:
+        """Cross-entropy of each target in nats, float32 [B, S], without materialising all logits.
+
+        Gradients reach `hidden` only: the base is frozen.
+
+        Args:
+          hidden: [B, S, D].
+          targets: int [B, S], the token that each position is to predict.
+        """
+        kernel, tied = self._head()
+        cap = self.config.final_logit_softcapping
+        return token_losses(hidden, kernel, targets, tied=tied, cap=cap)
+
+    def scores(self, hidden: jax.Array, token_mask: jax.Array) -> dict[str, jax.Array]:
+        """Scores float32 [b, N] of the rows of each classification adapter, by name.
+
+        Args:
+          hidden: [B, S, D].
+          token_mask: bool [B, S], false at padding.
+        """
+        return self.score(hidden, token_mask)
+
+    def language_model_rows(self, array: jax.Array) -> jax.Array | None:
+        """The rows of `array` [B, ...] without those of classification adapters; None if none is
+        left.
+
+        They keep their order.
+        """
+        others = [rows for rows in self.adapter_rows if not is_classifier(rows.method)]
+        if len(others) == len(self.adapter_rows):
+            return array
+        return take_rows_of_several(others, array) if others else None
+
+    def _head(self) -> tuple[jax.Array, bool]:
+        """The kernel of the language-model head, and whether it is the embedding's [V, D]."""
+        if self.config.tie_word_embeddings:
+            return self.embed_tokens.embedding, True
+        return self.lm_head.kernel, False
 
     def _rotary_tables(self, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The `cos` and `sin` of `TokenContext`."""
@@ -169,7 +182,8 @@ class LlamaForCausalLM(nn.Module):
             policy = REMAT_POLICIES[self.compute.remat]
             # Inside a scan XLA cannot merge the recomputation with the forward pass anyway.
             layer = nn.remat(layer, policy=policy, prevent_cse=False)
-        # The context is every layer's, each index one layer's; typed as if all axes were integers.
+        # The context is the same for all layers, each index is one layer's. Linen types `in_axes`
+        # as if all axes were integers.
         in_axes: Any = (nn.broadcast, 0)
         return nn.scan(
             layer,

@@ -1,24 +1,23 @@
 """One decoder layer: attention and FFN, frozen, with the adapters that attach to them."""
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from moe_jax.adapters.method import AdapterContext, Finish, FrozenFFN, FrozenProjection
+from moe_jax.adapters.method import AdapterContext, FFNUpdate, FrozenFFN, FrozenProjection
 from moe_jax.adapters.projection import AdaptedLinear
-from moe_jax.adapters.rows import Segment, take_rows, update_rows
+from moe_jax.adapters.rows import AdapterRows, take_rows, update_rows
 from moe_jax.adapters.tree import MLP_MODULES, MOE, module_name
 from moe_jax.config.model import ComputeConfig, ModelConfig
 from moe_jax.layers.activation import ACTIVATIONS, gated
 from moe_jax.layers.attention import cached_attention, causal_attention
 from moe_jax.layers.frozen import Storage
-from moe_jax.layers.kv_cache import CachePlace, extend_cache, fill_cache
+from moe_jax.layers.kv_cache import CachePosition, extend_cache, fill_cache
 from moe_jax.layers.norm import RMSNorm
 from moe_jax.layers.rope import apply_rope
-from moe_jax.models.remat import recomputes_experts
 from moe_jax.sharding.axes import (
     EMBED,
     HEADS,
@@ -40,7 +39,7 @@ class TokenContext(NamedTuple):
         padding on the left, for which causality is mask enough.
       token_mask: bool [B, S], false at padding.
       expert_groups: int32 [B, S] as in `Batch`, or None.
-      place: of these tokens behind others that are in a cache, or None.
+      cache_position: position of these tokens after those in a cache, or None.
     """
 
     cos: jax.Array
@@ -48,7 +47,7 @@ class TokenContext(NamedTuple):
     segment_ids: jax.Array | None
     token_mask: jax.Array
     expert_groups: jax.Array | None
-    place: CachePlace | None = None
+    cache_position: CachePosition | None = None
 
 
 class LayerSettings(NamedTuple):
@@ -60,7 +59,7 @@ class LayerSettings(NamedTuple):
     config: ModelConfig
     compute: ComputeConfig
     storage: Storage
-    segments: tuple[Segment, ...]
+    adapter_rows: tuple[AdapterRows, ...]
     deterministic: bool
     cache_length: int | None = None
 
@@ -80,7 +79,7 @@ class SelfAttention(nn.Module):
         x: jax.Array,
         context: TokenContext,
         layer_index: jax.Array,
-        adapters: Mapping[str, AdapterContext],
+        contexts: Mapping[str, AdapterContext],
     ) -> jax.Array:
         config = self.settings.config
         heads, kv_heads, width = config.num_heads, config.num_kv_heads, config.head_dim
@@ -91,7 +90,7 @@ class SelfAttention(nn.Module):
         ) -> jax.Array:
             layer = _linear(self.settings, name, (x.shape[-1], features), axes, use_bias)
             deterministic = self.settings.deterministic
-            return layer(x, layer.product(x), adapters, deterministic=deterministic)
+            return layer(x, contexts, deterministic=deterministic)
 
         def split(y: jax.Array, n: int) -> jax.Array:
             return y.reshape(*y.shape[:-1], n, width)
@@ -126,9 +125,9 @@ class SelfAttention(nn.Module):
             "slides": _slides(config, layer_index),
             "softcap": config.attn_logit_softcapping,
         }
-        if context.place is not None:
+        if context.cache_position is not None:
             before = extend_cache(self, key, value)
-            return cached_attention(query, key, value, *before, context.place, **options)
+            return cached_attention(query, key, value, *before, context.cache_position, **options)
         if cache_length is not None:
             fill_cache(self, key, value, cache_length)
         return causal_attention(
@@ -141,59 +140,63 @@ class SelfAttention(nn.Module):
         )
 
 
-class MoeSite(nn.Module):
-    """Where adapters take the FFN as a whole; gives it a place of its own in the adapters' tree."""
+class ExpertFFNs(nn.Module):
+    """The adapters that replace the FFN of their rows; gives them the path `moe` in their trees."""
 
     settings: LayerSettings
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, ffn: FrozenFFN, adapters: Mapping[str, AdapterContext]
-    ) -> tuple[dict[str, jax.Array], dict[str, Finish]]:
-        """By adapter, the hidden activation of its rows, and what it does to their product.
+        self, x: jax.Array, ffn: FrozenFFN, contexts: Mapping[str, AdapterContext]
+    ) -> dict[str, FFNUpdate]:
+        """The update of each such adapter, for its own rows.
 
         Args:
-          x: the FFN's input, [B, S, D].
-          ffn: around all rows.
-          adapters: the contexts, by adapter.
+          x: input of the FFN, [B, S, D].
+          ffn: the frozen FFN on all rows.
+          contexts: context of each adapter.
         """
-        hidden, finish = {}, {}
-        for segment in self.settings.segments:
-            adapter = segment.method.mlp_adapter()
+        updates = {}
+        for rows in self.settings.adapter_rows:
+            adapter = rows.method.mlp_adapter()
             if adapter is None:
                 continue
-            if any(segment.method.projection_adapter(t, (EMBED, MLP)) for t in MLP_MODULES):
+            if any(rows.method.projection_adapter(t, (EMBED, MLP)) for t in MLP_MODULES):
                 raise ValueError(
-                    f"adapter {segment.name!r}: its method adapts the FFN both as a whole and "
+                    f"adapter {rows.name!r}: its method adapts the FFN both as a whole and "
                     "projection by projection; only one of the two has an effect"
                 )
-            own = ffn._replace(
-                gate=ffn.gate._replace(product=take_rows(segment, ffn.gate.product)),
-                up=ffn.up._replace(product=take_rows(segment, ffn.up.product)),
+            frozen = ffn._replace(
+                gate=ffn.gate._replace(product=take_rows(rows, ffn.gate.product)),
+                up=ffn.up._replace(product=take_rows(rows, ffn.up.product)),
             )
-            module = adapter.clone(parent=self, name=module_name(segment.name))
-            hidden[segment.name], finish[segment.name] = module(
-                take_rows(segment, x),
-                own,
-                adapters[segment.name],
-                deterministic=self.settings.deterministic,
+            module = adapter.clone(parent=self, name=module_name(rows.name))
+            deterministic = self.settings.deterministic
+            updates[rows.name] = module(
+                take_rows(rows, x), frozen, contexts[rows.name], deterministic=deterministic
             )
-        return hidden, finish
+        return updates
 
 
 class GatedMLP(nn.Module):
-    """The gated FFN (arXiv:2002.05202, section 2): `(act(x W_gate) * x W_up) W_down`."""
+    """The gated FFN (arXiv:2002.05202, section 2): `(act(x W_gate) * x W_up) W_down`.
+
+    Each frozen projection runs once on all rows. An adapter that replaces the FFN, like MixLoRA,
+    changes the hidden activation of its rows before the down projection and adds to the product
+    after it.
+    """
 
     settings: LayerSettings
 
     @nn.compact
-    def __call__(self, x: jax.Array, adapters: Mapping[str, AdapterContext]) -> jax.Array:
+    def __call__(self, x: jax.Array, contexts: Mapping[str, AdapterContext]) -> jax.Array:
         settings, config = self.settings, self.settings.config
         wide, narrow = config.intermediate_size, config.hidden_size
         gate = _linear(settings, "gate_proj", (narrow, wide), (EMBED, MLP), config.mlp_bias)
         up = _linear(settings, "up_proj", (narrow, wide), (EMBED, MLP), config.mlp_bias)
         down = _linear(settings, "down_proj", (wide, narrow), (MLP, EMBED), config.mlp_bias)
-        activation, deterministic = ACTIVATIONS[config.hidden_act], settings.deterministic
+        activation = ACTIVATIONS[config.hidden_act]
+        options: Any = {"deterministic": settings.deterministic}
 
         ffn = FrozenFFN(
             FrozenProjection(gate.product(x), gate.kernel),
@@ -206,15 +209,20 @@ class GatedMLP(nn.Module):
         )
         hidden = gated(
             activation,
-            gate(x, ffn.gate.product, adapters, deterministic=deterministic),
-            up(x, ffn.up.product, adapters, deterministic=deterministic),
+            gate(x, contexts, product=ffn.gate.product, **options),
+            up(x, contexts, product=ffn.up.product, **options),
         )
-        own_hidden, finish = MoeSite(settings, name=MOE)(x, ffn, adapters)
-        replaced = {name: lambda _, new=new: new for name, new in own_hidden.items()}
-        hidden = update_rows(settings.segments, hidden, replaced)
-        hidden = constrain(hidden, MLP_HIDDEN_AXES)
-        product = down.product(hidden)
-        return down(hidden, product, adapters, deterministic=deterministic, finish=finish)
+        experts = ExpertFFNs(settings, name=MOE)(x, ffn, contexts)
+        # Rows whose adapter applies the down projection itself keep a hidden activation of no use.
+        replaced = {name: own.hidden for name, own in experts.items() if own.hidden is not None}
+        hidden = _replace_rows(settings, hidden, replaced)
+        product = down.product(constrain(hidden, MLP_HIDDEN_AXES))
+        added = {
+            name: (lambda y, own=own: own.output if own.hidden is None else y + own.output)
+            for name, own in experts.items()
+        }
+        product = update_rows(settings.adapter_rows, product, added)
+        return down(hidden, contexts, product=product, **options)
 
 
 class DecoderLayer(nn.Module):
@@ -230,40 +238,46 @@ class DecoderLayer(nn.Module):
     def __call__(
         self, x: jax.Array, context: TokenContext, layer_index: jax.Array
     ) -> tuple[jax.Array, None]:
-        adapters = {
-            segment.name: _adapter_context(self.settings, segment, context, layer_index)
-            for segment in self.settings.segments
+        contexts = {
+            rows.name: _adapter_context(self.settings, rows, context, layer_index)
+            for rows in self.settings.adapter_rows
         }
         x = constrain(x, HIDDEN_AXES)
         post_norms = self.settings.config.post_norms
         normed = _norm(self.settings, "input_layernorm")(x)
         attention = SelfAttention(self.settings, name="self_attn")
-        change = attention(normed, context, layer_index, adapters)
+        change = attention(normed, context, layer_index, contexts)
         x = x + (_norm(self.settings, "post_self_attn_layernorm")(change) if post_norms else change)
         normed = _norm(self.settings, "post_attention_layernorm")(x)
-        change = GatedMLP(self.settings, name="mlp")(normed, adapters)
+        change = GatedMLP(self.settings, name="mlp")(normed, contexts)
         x = x + (_norm(self.settings, "post_mlp_layernorm")(change) if post_norms else change)
         return constrain(x, HIDDEN_AXES), None
 
 
 def _adapter_context(
-    settings: LayerSettings, segment: Segment, context: TokenContext, layer_index: jax.Array
+    settings: LayerSettings, rows: AdapterRows, context: TokenContext, layer_index: jax.Array
 ) -> AdapterContext:
     expert_groups = segment_ids = None
-    if context.expert_groups is not None and segment.method.needs_expert_groups:
-        expert_groups = take_rows(segment, context.expert_groups)
+    if context.expert_groups is not None and rows.method.needs_expert_groups:
+        expert_groups = take_rows(rows, context.expert_groups)
     if context.segment_ids is not None:
-        segment_ids = take_rows(segment, context.segment_ids)
+        segment_ids = take_rows(rows, context.segment_ids)
     return AdapterContext(
-        take_rows(segment, context.token_mask),
+        take_rows(rows, context.token_mask),
         layer_index,
         settings.config.num_layers,
         expert_groups,
         segment_ids,
-        segment.shards,
+        rows.shards,
         settings.compute.block_tokens,
-        recomputes=recomputes_experts(settings.compute.remat),
     )
+
+
+def _replace_rows(
+    settings: LayerSettings, array: jax.Array, replacements: Mapping[str, jax.Array]
+) -> jax.Array:
+    updates = {name: lambda _, new=new: new for name, new in replacements.items()}
+    return update_rows(settings.adapter_rows, array, updates)
 
 
 def _rotary_tables(
@@ -306,6 +320,6 @@ def _linear(
         use_bias,
         settings.dtype,
         settings.storage,
-        segments=settings.segments,
+        adapter_rows=settings.adapter_rows,
         name=name,
     )

@@ -259,7 +259,7 @@ def test_the_magnitude_starts_as_the_bases_norms_and_the_model_as_the_base():
     mixdora = {**tiny_program.MIXLORA, "dora": True}
     program = tiny_program.program({"a": mixdora}, config=tiny_program.model_config(num_layers=2))
     params = tiny_program.random_params(program)
-    method = program.segments[0].method
+    method = program.adapter_rows[0].method
     fresh = nn.meta.unbox(fresh_adapter(program.model, method, params, jax.random.key(0)))
     layers, adapters = params["layers"], fresh["layers"]
     query = np.linalg.norm(layers["self_attn"]["q_proj"]["kernel"], axis=1)

@@ -208,7 +208,7 @@ def test_the_sequences_of_every_method_add_up_to_its_statistics():
     batch = tiny_program.random_batch(12)
     groups = np.array([0, 1, 1, 1, 1, 0, 0, 1, 0, 0, 1, 0])
     batch = batch._replace(expert_groups=(groups[:, None] * batch.segment_ids).astype(np.int32))
-    model = program.model.clone(segments=program.segments)
+    model = program.model.clone(adapter_rows=program.adapter_rows)
     adapters = tiny_program.random_adapters(program)
 
     @jax.jit
@@ -230,7 +230,7 @@ def test_the_sequences_of_every_method_add_up_to_its_statistics():
 def test_sequences_are_left_out_where_no_loss_reads_them():
     method = {**METHODS_BY_NAME["loramoe"], "losses": {"router_z": {"coefficient": 1.0}}}
     program = tiny_program.program({"a": method})
-    model = program.model.clone(segments=program.segments)
+    model = program.model.clone(adapter_rows=program.adapter_rows)
     run = lambda *args: forward(model, *args, None)[1]["a"]
     batch = tiny_program.random_batch(8)
     sites = jax.eval_shape(run, program.abstract_params, program.abstract_state.adapters, batch)

@@ -20,7 +20,7 @@ from moe_jax.adapters.tree import adapter_leaf
 from moe_jax.checkpoints.adapter_files import SavedAdapter, load_adapter, save_adapter
 from moe_jax.config.parse import parse_member, require
 from moe_jax.errors import ConfigError
-from moe_jax.hf.fingerprint import BaseIdentity
+from moe_jax.hf.base_model import BaseIdentity
 
 
 class Rescale(nn.Module):
@@ -89,7 +89,7 @@ def trained():
     params = tiny_program.random_params(program)
     state = program.init_state(params)
     before = jax.tree.map(np.asarray, state.adapters)
-    rows = sum(segment.rows for segment in program.segments)
+    rows = sum(segment.total for segment in program.adapter_rows)
     batch = program.put_train_batch(tiny_program.random_batch(rows))
     state, metrics = program.train_step(state, params, batch)
     return program, before, jax.tree.map(np.asarray, state.adapters), jax.device_get(metrics)
@@ -111,7 +111,7 @@ def test_they_train(trained):
 
 def test_they_are_saved_and_loaded_by_name(trained, tmp_path):
     program, _, after, _ = trained
-    for segment in program.segments:
+    for segment in program.adapter_rows:
         tree = jax.tree.map(jnp.asarray, after[segment.name])
         model = tiny_program.model_config()
         folder = tmp_path / segment.name

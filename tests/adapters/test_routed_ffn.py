@@ -9,7 +9,6 @@ import torch_moe_oracle
 from adapted_ffn import AdaptedFFN, llama_mlp, mixlora, random_input
 from tolerances import FLOAT32_LOGITS, GRADIENT_ROUNDING, ROUNDING
 
-from moe_jax.adapters.in_turn import in_turn
 from moe_jax.adapters.method import AdapterContext
 from moe_jax.adapters.routing.losses import ROUTER_LOSSES
 
@@ -179,33 +178,26 @@ def test_ffn_dropout_drops_each_experts_hidden_activation(transparent, router):
 @pytest.mark.parametrize(
     ("router", "dora"),
     [(TOP_P, False), ({"name": "top_k"}, False), ({"name": "top_k", "top_k": 3}, True)],
-    ids=["any", "two chosen", "three chosen, DoRA"],
+    ids=["all experts", "two slots", "three slots, DoRA"],
 )
-def test_what_is_computed_again_in_the_backward_pass_is_the_same(monkeypatch, router, dora, block):
-    # Slot by slot and block by block, or kept as a whole; with the same mask of dropout.
-    mlp, method = llama_mlp(), mixlora(router, dropout=0.3, ffn_dropout=0.3, dora=dora)
-    ours = AdaptedFFN(mlp, method, ROWS)
-    tree, x = ours.random_tree(), random_input(ROWS, LENGTH)
-    monkeypatch.setattr(AdapterContext, "block_length", lambda *_: block)
+def test_blocks_of_tokens_give_the_same_outputs_and_gradients(router, dora, block):
+    # DoRA only on gate and up: with DoRA on the down projection there are no blocks.
+    targets = ("gate_proj", "up_proj") if dora else ("gate_proj", "up_proj", "down_proj")
+    settings = {"dropout": 0.3, "ffn_dropout": 0.3, "dora": dora, "target_modules": targets}
+    mlp, method = llama_mlp(), mixlora(router, **settings)
+    all_at_once = AdaptedFFN(mlp, method, ROWS)
+    in_blocks = AdaptedFFN(mlp, method, ROWS, block_tokens=block)
+    tree, x = all_at_once.random_tree(), random_input(ROWS, LENGTH)
 
-    def gradients(key):
-        output = lambda tree: ours(tree, x, MASK, jax.random.key(key))[0].sum()
-        return jax.jit(jax.grad(output))(tree)
+    def gradients(ffn, key):
+        output = lambda tree, x: ffn(tree, x, MASK, jax.random.key(key))[0].sum()
+        return jax.jit(jax.value_and_grad(output, argnums=(0, 1)))(tree, x)
 
-    again, other = gradients(0), gradients(1)
-    blocks = []
-
-    def kept(slot, operands, block):
-        blocks.append(block)
-        return in_turn(slot, operands, None)
-
-    monkeypatch.setattr("moe_jax.adapters.mixlora.in_turn", kept)
-    once = gradients(0)
-    assert blocks == [block]
+    expected, other_key = gradients(all_at_once, 0), gradients(all_at_once, 1)
     jax.tree.map(
         lambda ours, theirs: np.testing.assert_allclose(ours, theirs, **GRADIENT_ROUNDING),
-        again,
-        once,
+        gradients(in_blocks, 0),
+        expected,
     )
-    kernels = (tree["router"]["kernel"] for tree in (again, other))
+    kernels = (tree["router"]["kernel"] for _, (tree, _) in (expected, other_key))
     assert np.abs(next(kernels) - next(kernels)).max() > 1e-2

@@ -5,25 +5,25 @@ import numpy as np
 import pytest
 
 from moe_jax.adapters.lora.lora import LoraConfig
-from moe_jax.adapters.rows import Segment, segments_of, take_rows, update_rows
+from moe_jax.adapters.rows import AdapterRows, divide_rows, take_rows, update_rows
 
 METHOD = LoraConfig(rank=2, alpha=4.0, target_modules=("q_proj",))
 OTHER = LoraConfig(rank=3, alpha=4.0, target_modules=("q_proj",))
 
 
 def test_rows_follow_each_other_in_the_order_of_the_methods():
-    segments = segments_of({"b": METHOD, "a": OTHER}, {"a": 3, "b": 2})
-    assert segments == (Segment("b", METHOD, 0, 2), Segment("a", OTHER, 2, 5))
-    assert segments_of({}, {}) == ()
+    adapter_rows = divide_rows({"b": METHOD, "a": OTHER}, {"a": 3, "b": 2})
+    assert adapter_rows == (AdapterRows("b", METHOD, 0, 2), AdapterRows("a", OTHER, 2, 5))
+    assert divide_rows({}, {}) == ()
 
 
 def test_every_shard_has_rows_of_every_adapter():
     # Six rows of b and two of a over two devices: three and one in each half of the batch.
-    segments = segments_of({"b": METHOD, "a": OTHER}, {"a": 2, "b": 6}, shards=2)
-    assert segments == (Segment("b", METHOD, 0, 3, 2), Segment("a", OTHER, 3, 4, 2))
-    assert [segment.rows for segment in segments] == [6, 2]
+    adapter_rows = divide_rows({"b": METHOD, "a": OTHER}, {"a": 2, "b": 6}, shards=2)
+    assert adapter_rows == (AdapterRows("b", METHOD, 0, 3, 2), AdapterRows("a", OTHER, 3, 4, 2))
+    assert [segment.total for segment in adapter_rows] == [6, 2]
     with pytest.raises(ValueError, match="3 rows of 'a' do not divide into 2 shards"):
-        segments_of({"b": METHOD, "a": OTHER}, {"a": 3, "b": 6}, shards=2)
+        divide_rows({"b": METHOD, "a": OTHER}, {"a": 3, "b": 6}, shards=2)
 
 
 ROWS = jnp.array([[1], [2], [3], [4]])
@@ -41,16 +41,16 @@ PLACES = [
 
 
 def _batch_of(start, stop, shards):
-    """The segments of four rows of which `x` has the given ones; `before` and `after` the rest."""
+    """The adapter_rows of four rows of which `x` has the given ones; `before` and `after` the rest."""
     rest = [("before", 0, start), ("x", start, stop), ("after", stop, 4 // shards)]
-    return [Segment(n, METHOD, a, b, shards) for n, a, b in rest if a < b]
+    return [AdapterRows(n, METHOD, a, b, shards) for n, a, b in rest if a < b]
 
 
 @pytest.mark.parametrize(("start", "stop", "shards", "mine"), PLACES)
 def test_the_rows_of_a_segment(start, stop, shards, mine):
-    segment = Segment("x", METHOD, start, stop, shards)
+    segment = AdapterRows("x", METHOD, start, stop, shards)
     np.testing.assert_array_equal(take_rows(segment, ROWS), ROWS[np.array(mine)])
-    assert segment.rows == len(mine)
+    assert segment.total == len(mine)
 
 
 @pytest.mark.parametrize(("start", "stop", "shards", "mine"), PLACES)
@@ -69,14 +69,14 @@ def test_only_the_segments_rows_change(start, stop, shards, mine):
 
 def test_each_adapter_changes_its_own_rows():
     # In each of two shards the first row is b's and the next two are a's.
-    segments = segments_of({"b": METHOD, "a": OTHER}, {"b": 2, "a": 4}, shards=2)
+    adapter_rows = divide_rows({"b": METHOD, "a": OTHER}, {"b": 2, "a": 4}, shards=2)
     array = jnp.arange(1, 7)[:, None]
-    updated = update_rows(segments, array, {"a": lambda x: x * 10, "b": lambda x: -x})
+    updated = update_rows(adapter_rows, array, {"a": lambda x: x * 10, "b": lambda x: -x})
     np.testing.assert_array_equal(updated[:, 0], [-1, 20, 30, -4, 50, 60])
 
 
 def test_an_update_may_change_the_width_and_none_changes_nothing():
-    segments = segments_of({"b": METHOD}, {"b": 4}, shards=2)
-    wide = update_rows(segments, ROWS, {"b": lambda x: jnp.tile(x, (1, 3))})
+    adapter_rows = divide_rows({"b": METHOD}, {"b": 4}, shards=2)
+    wide = update_rows(adapter_rows, ROWS, {"b": lambda x: jnp.tile(x, (1, 3))})
     np.testing.assert_array_equal(wide, np.tile(ROWS, (1, 3)))
-    assert update_rows(segments, ROWS, {}) is ROWS
+    assert update_rows(adapter_rows, ROWS, {}) is ROWS

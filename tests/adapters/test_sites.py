@@ -6,7 +6,7 @@ import pytest
 import tiny_program
 
 from moe_jax.adapters import METHODS
-from moe_jax.adapters.rows import segments_of
+from moe_jax.adapters.rows import divide_rows
 from moe_jax.adapters.tree import by_adapter, to_collection
 from moe_jax.config.model import ComputeConfig
 from moe_jax.config.parse import parse_member
@@ -64,8 +64,10 @@ def test_every_name_goes_through_the_model_and_back(kinds):
     methods = methods if kinds == "mixed" else methods[::-1]
     named = {name: methods[i % 2] for i, name in enumerate(AWKWARD)}
     parsed = {name: parse_member(METHODS, method, name) for name, method in named.items()}
-    segments = segments_of(parsed, dict.fromkeys(parsed, 1))
-    model = LlamaForCausalLM(tiny_program.model_config(), ComputeConfig(dtype="float32"), segments)
+    adapter_rows = divide_rows(parsed, dict.fromkeys(parsed, 1))
+    model = LlamaForCausalLM(
+        tiny_program.model_config(), ComputeConfig(dtype="float32"), adapter_rows
+    )
     tokens = np.zeros((len(AWKWARD), 2), np.int32)
     rngs = {"params": jax.random.key(0), "adapters": jax.random.key(0)}
     collection = jax.eval_shape(model.init, rngs, tokens)["adapters"]

@@ -13,7 +13,7 @@ import tiny_program
 from moe_jax.adapters import METHODS
 from moe_jax.adapters.routing import TopKRouter
 from moe_jax.adapters.routing.statistics import collect_statistics, router_statistics
-from moe_jax.adapters.rows import segments_of
+from moe_jax.adapters.rows import divide_rows
 from moe_jax.config.model import ComputeConfig
 from moe_jax.config.parse import parse_member
 from moe_jax.models.causal_lm import LlamaForCausalLM
@@ -126,8 +126,10 @@ def _method(fields, **overrides):
 def model():
     routed = _method(tiny_program.MIXLORA, target_modules=["up_proj"])
     plain = _method(tiny_program.LORA, target_modules=["q_proj"])
-    segments = segments_of({"x": routed, "y": plain, "z": routed}, {"x": 2, "y": 2, "z": 2})
-    return LlamaForCausalLM(tiny_program.model_config(), ComputeConfig(dtype="float32"), segments)
+    adapter_rows = divide_rows({"x": routed, "y": plain, "z": routed}, {"x": 2, "y": 2, "z": 2})
+    return LlamaForCausalLM(
+        tiny_program.model_config(), ComputeConfig(dtype="float32"), adapter_rows
+    )
 
 
 @pytest.fixture(scope="module")
@@ -167,8 +169,8 @@ def test_a_collection_that_was_not_asked_for_is_missed(forward):
 
 def test_a_routed_adapter_without_statistics_is_missed(model):
     with pytest.raises(ValueError, match="'x' routes, but sowed no statistics"):
-        _router_terms(model.segments[0], {}, 1)
-    total, metrics = _router_terms(model.segments[1], {}, 1)
+        _router_terms(model.adapter_rows[0], {}, 1)
+    total, metrics = _router_terms(model.adapter_rows[1], {}, 1)
     assert float(total) == 0 and metrics == {}
 
 
@@ -177,9 +179,9 @@ def test_every_layer_and_adapter_draws_its_own_jitter():
     # same; with the same kernels only jitter tells layers and adapters apart.
     router = {"name": "top_k", "jitter_noise": 0.3}
     routed = _method(tiny_program.MIXLORA, target_modules=["up_proj"], router=router)
-    segments = segments_of({"x": routed, "z": routed}, {"x": 1, "z": 1})
+    adapter_rows = divide_rows({"x": routed, "z": routed}, {"x": 1, "z": 1})
     config = tiny_program.model_config()
-    model = LlamaForCausalLM(config, ComputeConfig(dtype="float32"), segments)
+    model = LlamaForCausalLM(config, ComputeConfig(dtype="float32"), adapter_rows)
     tokens = jnp.tile(jnp.arange(8), (2, 1))
     keys = {name: jax.random.key(0) for name in ("params", "adapters")}
     shapes = nn.meta.unbox(jax.eval_shape(model.init, keys, tokens))

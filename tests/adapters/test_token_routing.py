@@ -10,8 +10,7 @@ from tolerances import ROUNDING
 
 from moe_jax.adapters import METHODS, mixlora
 from moe_jax.adapters.mixtures import mixture
-from moe_jax.adapters.routing.statistics import collect_statistics
-from moe_jax.adapters.routing.token_routing import collect_routing
+from moe_jax.adapters.routing.statistics import collect_routing, collect_statistics
 from moe_jax.adapters.tree import to_collection
 from moe_jax.config.parse import parse_member
 
@@ -40,7 +39,7 @@ METHODS_BY_SITE = {
 
 
 def _segmented(program):
-    return program.model.clone(segments=program.segments)
+    return program.model.clone(adapter_rows=program.adapter_rows)
 
 
 def _sown(method, mutable):

@@ -1,4 +1,4 @@
-"""LoRA: a low-rank delta beside a frozen projection (arXiv:2106.09685, eq. 3); rsLoRA and DoRA."""
+"""LoRA: a low-rank delta on a frozen projection (arXiv:2106.09685, eq. 3); also rsLoRA and DoRA."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ from moe_jax.adapters.lora.dora import apply_gains, dora_gains
 from moe_jax.adapters.lora.low_rank import LowRankConfig
 from moe_jax.adapters.method import METHODS, AdapterContext, AdapterMethod, FrozenProjection
 from moe_jax.adapters.tree import adapter_leaf
-from moe_jax.layers.names import CODES
+from moe_jax.layers.names import LOW_RANK
 from moe_jax.layers.tokens import token_product
 from moe_jax.sharding.axes import RANK
 
@@ -19,7 +19,7 @@ class Lora(nn.Module):
     """Adds `s (x A) B` to a projection's frozen product; with DoRA, times its gains.
 
     Attributes:
-      low_rank: what the pair is.
+      low_rank: settings of the pair.
       axes: logical axes of the projection's kernel, (in, out).
 
     Leaves: `lora_A` [in, R], `lora_B` [R, out]; with DoRA `magnitude` [out].
@@ -48,8 +48,8 @@ class Lora(nn.Module):
             gains = dora_gains(self, frozen.kernel, lora_a, lora_b, config.scale, self.axes[1:])
             product, lora_b = apply_gains(product, gains), lora_b * gains
         x = nn.Dropout(config.dropout)(x, deterministic=deterministic)
-        codes = checkpoint_name(token_product(x, lora_a.astype(x.dtype)) * config.scale, CODES)
-        return product + token_product(codes, lora_b.astype(x.dtype))
+        z = checkpoint_name(token_product(x, lora_a.astype(x.dtype)) * config.scale, LOW_RANK)
+        return product + token_product(z, lora_b.astype(x.dtype))
 
 
 @METHODS.register("lora")

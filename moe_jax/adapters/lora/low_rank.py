@@ -1,41 +1,41 @@
-"""Low-rank pairs: their settings, and the products that every adapter method is made of.
+"""Low-rank pairs: their settings, the weights of E pairs on one projection, and their products.
 
-An adapted projection is `x W' = (x W) + s (x A) B`, for one pair (LoRA) or for each of E experts on
-the same frozen W. Experts differ from each other in rank-sized codes `x A_e` only, so it is these
-that are dispatched, and not the tokens: shapes are static, there is no gather, scatter, sort or
-dropped token. CONTRIBUTING.md has the algebra.
+An adapted projection is `x W' = x W + s (x A) B` (arXiv:2106.09685, eq. 3). The E experts of a
+projection share the frozen product `x W` and differ in the low-rank activations `z_e = s x A_e`
+only, [..., E, R]. Experts are therefore selected on these, and not on the tokens: all shapes are
+static, and no token is gathered, sorted or dropped.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
 
-from moe_jax.adapters.lora.dora import apply_gains, dora_gains
+from moe_jax.adapters.lora.dora import dora_gains
 from moe_jax.adapters.tree import adapter_leaf
 from moe_jax.config.parse import require
 from moe_jax.layers.quantized import Kernel
-from moe_jax.layers.tokens import token_product
 from moe_jax.sharding.axes import EXPERTS, RANK
 
 
 @dataclass(frozen=True, kw_only=True)
 class LowRankConfig:
-    """What one low-rank pair is; of experts, each has one.
+    """Settings of a low-rank pair; all experts of a method have the same.
 
     Attributes:
       rank: R.
-      alpha: a pair's product is scaled by alpha / rank.
-      dropout: share of a pair's inputs that is dropped while training.
-      init: distribution of A; B starts at zero. `kaiming` is uniform within 1 / sqrt(inputs), what
-        peft and the LoRA authors use; `gaussian` is normal with standard deviation 1 / rank.
+      alpha: the pair's product is scaled by alpha / rank.
+      dropout: share of the pair's input that is dropped during training.
+      init: distribution of A; B starts at zero. `kaiming` is uniform within 1 / sqrt(inputs), as in
+        peft and the LoRA authors' code; `gaussian` is normal with standard deviation 1 / rank.
       rslora: scales by alpha / sqrt(rank) instead (rsLoRA, arXiv:2312.03732, eq. 4), so that the
-        size of a step does not shrink as the rank grows.
-      dora: trains the length of each column of the adapted weight apart from its direction (DoRA,
+        update does not shrink as the rank grows.
+      dora: trains the norm of each column of the adapted weight apart from its direction (DoRA,
         arXiv:2402.09353, eq. 5); see `moe_jax.adapters.lora.dora`.
     """
 
@@ -57,7 +57,7 @@ class LowRankConfig:
         return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
 
     def init_a(self, fan_in: int) -> nn.initializers.Initializer:
-        """Initialiser of A for a projection of `fan_in` inputs."""
+        """Initializer of A for a projection of `fan_in` inputs."""
         if self.init == "gaussian":
             return nn.initializers.normal(1.0 / self.rank)
         bound = fan_in**-0.5
@@ -65,110 +65,67 @@ class LowRankConfig:
 
 
 @flax.struct.dataclass
-class LoraA:
-    """The A of E experts' pairs on one projection.
+class ExpertPairs:
+    """The low-rank pairs of E experts on one projection.
+
+    Callers put all tokens along one axis: over two, [B, S], XLA computes the gradient of A or B
+    from a transposed copy of the wider operand.
 
     Attributes:
-      lora_a: [in, E, R]; the expert axis stands before the rank so that no transpose is needed.
+      lora_a: A, [in, E, R]; the expert axis precedes the rank, so that the product with all experts
+        needs no transpose.
+      lora_b: B, [E, R, out]; with DoRA already multiplied by the gains.
+      gains: [E, out], DoRA's factor of each column of the adapted weight; None without DoRA.
       scale: s, see `LowRankConfig.scale`.
     """
 
     lora_a: jax.Array
-    scale: float = flax.struct.field(pytree_node=False)
-
-    def codes(self, x: jax.Array) -> jax.Array:
-        """The scaled codes of every expert in one thin product: [..., in] to [..., E, R]."""
-        width, experts, rank = self.lora_a.shape
-        codes = token_product(x, self.lora_a.astype(x.dtype).reshape(width, experts * rank))
-        return codes.reshape(*x.shape[:-1], experts, rank) * self.scale
-
-    def of_each(self) -> "LoraA":
-        """The experts one by one, each for itself, along a new first axis: [E, in, 1, R]."""
-        return LoraA(jnp.moveaxis(self.lora_a, 1, 0)[:, :, None], self.scale)
-
-
-@flax.struct.dataclass
-class LoraB:
-    """The B of E experts' pairs on one projection.
-
-    Attributes:
-      lora_b: [E, R, out]; with DoRA, times the gains.
-      gains: [E, out], what DoRA multiplies each column of the adapted weight by; None without it.
-    """
-
     lora_b: jax.Array
     gains: jax.Array | None
+    scale: float = flax.struct.field(pytree_node=False)
 
-    def expand(self, codes: jax.Array) -> jax.Array:
-        """Sum over experts of `codes_e B_e`, in one product: [..., E, R] to [..., out]."""
-        experts, rank, features = self.lora_b.shape
-        flat = codes.reshape(*codes.shape[:-2], experts * rank)
-        return token_product(
-            flat, self.lora_b.astype(codes.dtype).reshape(experts * rank, features)
-        )
+    def activations(self, x: jax.Array) -> jax.Array:
+        """The low-rank activations z = s x A of all experts: [..., in] to [..., E, R]."""
+        return jnp.einsum("...i,ier->...er", x, self.lora_a.astype(x.dtype)) * self.scale
 
-    def adapt(self, product: jax.Array, codes: jax.Array, combine: jax.Array | None) -> jax.Array:
-        """The frozen product with the experts' changes, weighted.
+    def expand(self, z: jax.Array) -> jax.Array:
+        """`sum_e z_e B_e`: [..., E, R] to [..., out]."""
+        return jnp.einsum("...er,ero->...o", z, self.lora_b.astype(z.dtype))
 
-        Args:
-          product: x W, [..., out], without a bias.
-          codes: [..., E, R].
-          combine: [..., E], each expert's share; one-hot for a slot's expert. A token whose shares
-            are all zero keeps the frozen product. None is for a single expert, who has all of it.
+    def rescale(self, product: jax.Array, combine: jax.Array) -> jax.Array:
+        """The frozen product [..., out] under DoRA's gains, mixed by `combine` [..., E].
+
+        Gains near one keep their digits in bfloat16. Without DoRA it is the product itself.
         """
-        if combine is None:
-            gains = self.gains
-            adapted = product if gains is None else apply_gains(product, jnp.squeeze(gains, 0))
-            return adapted + self.expand(codes)
-        adapted = self.regain(product, combine)
-        return adapted + self.expand(codes * combine.astype(codes.dtype)[..., None])
-
-    def regain(self, product: jax.Array, combine: jax.Array) -> jax.Array:
-        """The frozen product under DoRA's gains alone; the product itself without DoRA."""
         if self.gains is None:
             return product
-        change = token_product(
-            combine.astype(product.dtype), (self.gains - 1.0).astype(product.dtype)
-        )
-        return product + product * change
+        gains = (self.gains - 1.0).astype(product.dtype)
+        return product + product * jnp.einsum("...e,eo->...o", combine.astype(product.dtype), gains)
 
-    def of_each(self) -> "LoraB":
-        """The experts one by one, each for itself, along a new first axis: [E, 1, R, out]."""
+    def adapt(self, product: jax.Array, z: jax.Array, combine: jax.Array) -> jax.Array:
+        """The frozen product plus the experts' deltas, weighted: `x W + sum_e combine_e z_e B_e`.
+
+        Args:
+          product: x W without its bias, [..., out].
+          z: low-rank activations [..., E, R].
+          combine: weight of each expert, [..., E]; one-hot for the expert of one slot. A token with
+            all-zero weights keeps the frozen product.
+        """
+        selected = jnp.einsum("...er,...e->...er", z, combine.astype(z.dtype))
+        return self.rescale(product, combine) + self.expand(selected)
+
+    def experts_first(self) -> "ExpertPairs":
+        """E pairs of one expert each, stacked along a new leading axis [E, ...]."""
         gains = None if self.gains is None else self.gains[:, None]
-        return LoraB(self.lora_b[:, None], gains)
+        lora_a = jnp.moveaxis(self.lora_a, 1, 0)[:, :, None]
+        return ExpertPairs(lora_a, self.lora_b[:, None], gains, self.scale)
 
 
-class Pairs(NamedTuple):
-    """The low-rank pairs of E experts of one projection, ready to be applied."""
-
-    a: LoraA
-    b: LoraB
-
-
-def joint_codes(x: jax.Array, pairs: Mapping[str, LoraA]) -> dict[str, jax.Array]:
-    """The scaled codes [B, S, E, R] of several projections of the same input, in one product.
-
-    Args:
-      x: [B, S, in].
-      pairs: by projection; of equal shapes and scales.
-    """
-    if not pairs:
-        return {}
-    first = next(iter(pairs.values()))
-    stacked = jnp.concatenate([pair.lora_a for pair in pairs.values()], axis=-1)
-    codes = LoraA(stacked, first.scale).codes(x)
-    return dict(zip(pairs, jnp.split(codes, len(pairs), axis=-1), strict=True))
-
-
-# FIXME docstring of the merged adapters.experts:
-# """The trainable leaves of a projection's experts."""
-
-
-class ExpertPairs(nn.Module):
-    """The low-rank pairs of all experts of one projection.
+class ExpertLora(nn.Module):
+    """Creates the low-rank pairs of all experts of one projection.
 
     Attributes:
-      low_rank: what each pair is.
+      low_rank: settings of each pair.
       num_experts: E.
       axes: logical axes of the projection's kernel, (in, out).
 
@@ -180,27 +137,42 @@ class ExpertPairs(nn.Module):
     axes: tuple[str, str]
 
     @nn.compact
-    def __call__(self, kernel: Kernel, present: jax.Array | None = None) -> Pairs:
+    def __call__(self, kernel: Kernel, present: jax.Array | None = None) -> ExpertPairs:
         """The pairs on a frozen kernel [in, out].
 
         Args:
           kernel: the frozen kernel.
-          present: bool [E], the experts that this layer has. The others start at zero, A too, and
-            as no token reaches them they stay there. None stands for all.
+          present: bool [E], the experts that this layer has; None if it has all. The others start
+            at zero, A included, and stay there, since no token reaches them.
         """
         config, (fan_in, features) = self.low_rank, kernel.shape
         experts, rank = self.num_experts, config.rank
 
         def init_a(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
             drawn = config.init_a(fan_in)(key, shape, dtype)
-            return drawn if present is None else drawn * present[:, None]
+            return drawn if present is None else drawn * present[:, None].astype(dtype)
 
         axes_a, axes_b = (self.axes[0], EXPERTS, RANK), (EXPERTS, RANK, self.axes[1])
         lora_a = adapter_leaf(self, "lora_A", init_a, (fan_in, experts, rank), axes_a)
         zeros = nn.initializers.zeros
         lora_b = adapter_leaf(self, "lora_B", zeros, (experts, rank, features), axes_b)
         if not config.dora:
-            return Pairs(LoraA(lora_a, config.scale), LoraB(lora_b, None))
+            return ExpertPairs(lora_a, lora_b, None, config.scale)
         axes = (EXPERTS, self.axes[1])
         gains = dora_gains(self, kernel, lora_a, lora_b, config.scale, axes)
-        return Pairs(LoraA(lora_a, config.scale), LoraB(lora_b * gains[:, None], gains))
+        return ExpertPairs(lora_a, lora_b * gains[:, None], gains, config.scale)
+
+
+def joint_activations(x: jax.Array, pairs: Mapping[str, ExpertPairs]) -> dict[str, jax.Array]:
+    """The low-rank activations [..., E, R] of several projections of one input, in one product.
+
+    Args:
+      x: [..., in].
+      pairs: by projection; equal shapes and scales.
+    """
+    if not pairs:
+        return {}
+    first = next(iter(pairs.values()))
+    stacked = jnp.concatenate([pair.lora_a for pair in pairs.values()], axis=-1)
+    z = dataclasses.replace(first, lora_a=stacked).activations(x)
+    return dict(zip(pairs, jnp.split(z, len(pairs), axis=-1), strict=True))

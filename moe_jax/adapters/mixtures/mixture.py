@@ -6,23 +6,35 @@ FFN, every projection mixes the deltas of its own experts, so that there is one 
     y = x W + s sum_e w_e(x) (x A_e) B_e
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.core import FrozenDict
 from jax.ad_checkpoint import checkpoint_name
 
-from moe_jax.adapters.lora.low_rank import ExpertPairs, LowRankConfig
+from moe_jax.adapters.lora.low_rank import ExpertLora, LowRankConfig
 from moe_jax.adapters.method import AdapterContext, AdapterMethod, FrozenProjection
 from moe_jax.adapters.routing.losses import RouterLoss, check_losses
 from moe_jax.adapters.routing.router import ROUTERS, Router, RouterLogits
-from moe_jax.adapters.routing.statistics import router_statistics, sow_statistics
-from moe_jax.adapters.routing.token_routing import sow_routing
+from moe_jax.adapters.routing.statistics import sow_routing
 from moe_jax.config.model import ModelConfig
 from moe_jax.config.parse import require, within
-from moe_jax.layers.names import CODES
+from moe_jax.layers.names import LOW_RANK
+
+
+def layer_group(layer_index: Any, num_groups: int, num_layers: int) -> Any:
+    """Index of a layer's group, where `num_layers` are divided into equal consecutive groups.
+
+    Args:
+      layer_index: index of the layer; an int, or an integer array of NumPy or JAX.
+      num_groups: number of groups.
+      num_layers: number of layers.
+    """
+    return layer_index * num_groups // num_layers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,19 +43,19 @@ class MixtureConfig(AdapterMethod):
 
     Attributes:
       router: the routing strategy, chosen by `router.name`; each projection has its own.
-      losses: the routers' auxiliary losses by name; see `moe_jax.adapters.routing.losses`. Of several
-        routers in a layer, losses are averaged.
+      losses: the routers' auxiliary losses by name; see `moe_jax.adapters.routing.losses`. Of
+        several routers in a layer, losses are averaged.
     """
 
     router: Router
-    losses: dict[str, RouterLoss] = field(default_factory=dict)
+    losses: Mapping[str, RouterLoss] = field(default_factory=FrozenDict)
 
     @property
     def routes(self) -> bool:
         return True
 
     @property
-    def router_losses(self) -> dict[str, RouterLoss]:
+    def router_losses(self) -> Mapping[str, RouterLoss]:
         return self.losses
 
     def check_model(self, model: ModelConfig) -> None:
@@ -79,7 +91,7 @@ class ProjectionMixture(nn.Module):
     the last of them: no token reaches them, their router logits are `ABSENT`, and their leaves
     start at zero (a magnitude of DoRA at W's norms, like any) and get no gradient.
 
-    Leaves: `router/kernel` [in, E], and the pairs; see `ExpertPairs`.
+    Leaves: `router/kernel` [in, E], and the pairs; see `ExpertLora`.
     """
 
     low_rank: LowRankConfig
@@ -104,7 +116,8 @@ class ProjectionMixture(nn.Module):
         )
         routing = router.route(logits, context.token_mask)
         routed = router.routes_layer(context.layer_index)
-        statistics = router_statistics(
+        sow_routing(
+            self,
             routing,
             context.token_mask,
             routed=routed,
@@ -112,21 +125,19 @@ class ProjectionMixture(nn.Module):
             expert_groups=context.expert_groups,
             segment_ids=context.segment_ids,
         )
-        sow_statistics(self, statistics)
-        sow_routing(self, routing, context.token_mask, routed=routed, present=present)
-
-        experts = ExpertPairs(self.low_rank, num_experts, self.axes)
-        nn.share_scope(self, experts)  # their leaves are this module's, as a single pair's would be
+        experts = ExpertLora(self.low_rank, num_experts, self.axes)
+        nn.share_scope(self, experts)  # the leaves belong to this module, as those of `Lora` do
         pairs = experts(frozen.kernel, present)
-        # One mask of dropout for all experts of a token.
+        # One dropout mask for all experts of a token.
         x = nn.Dropout(self.low_rank.dropout)(x, deterministic=deterministic)
-        codes, combine = checkpoint_name((pairs.a.codes(x), routing.combine), CODES)
-        adapted = pairs.b.adapt(frozen.product, codes, combine)
+        flat = lambda array: array.reshape(-1, *array.shape[2:])
+        z, combine = checkpoint_name((pairs.activations(flat(x)), flat(routing.combine)), LOW_RANK)
+        adapted = pairs.adapt(flat(frozen.product), z, combine).reshape(frozen.product.shape)
         return adapted if routed is None else jnp.where(routed, adapted, frozen.product)
 
     def _present(self, context: AdapterContext) -> jax.Array | None:
         """The experts that the layer has, bool [E]; None if all layers have as many."""
         if len(set(self.experts)) == 1:
             return None
-        group = context.layer_index * len(self.experts) // context.num_layers
+        group = layer_group(context.layer_index, len(self.experts), context.num_layers)
         return jnp.arange(max(self.experts)) < jnp.array(self.experts)[group]

@@ -12,7 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 from moe_jax.adapters.tree import adapter_leaf
 from moe_jax.config.parse import Registry, require
 from moe_jax.layers.kv_cache import cached, remember
-from moe_jax.layers.names import CODES
+from moe_jax.layers.names import LOW_RANK
 from moe_jax.layers.tokens import token_product
 from moe_jax.sharding.axes import EXPERTS
 
@@ -124,38 +124,24 @@ class Router(abc.ABC):
         return None
 
     @abc.abstractmethod
-    def route(self, router_logits: jax.Array, token_mask: jax.Array) -> Routing:
-        """The decision for every token.
+    def route(
+        self,
+        router_logits: jax.Array,
+        token_mask: jax.Array,
+        *,
+        segment_ids: jax.Array | None = None,
+        earlier: jax.Array | None = None,
+    ) -> Routing:
+        """Routes every token.
 
         Args:
           router_logits: float32 [B, S, E]; `ABSENT` where the layer has no such expert.
           token_mask: bool [B, S], false at padding, which must not take capacity from real tokens.
+          segment_ids: int [B, S], the sequence of each token where rows are packed (see `Batch`);
+            None where every row is one sequence. Only routers that limit load read it.
+          earlier: int32 [B, E], number of each row's earlier tokens that chose each expert, in
+            decoding; None for none. Only routers that limit load read it.
         """
-
-    def route_on(
-        self, router_logits: jax.Array, token_mask: jax.Array, earlier: jax.Array
-    ) -> Routing:
-        """The decision for tokens that follow others of the same rows, as in decoding.
-
-        Args:
-          router_logits: as in `route`.
-          token_mask: as in `route`.
-          earlier: int32 [B, E], how many of each row's tokens before chose each expert. Only
-            routers that limit load have a use for it.
-        """
-        return self.route(router_logits, token_mask)
-
-    def route_packed(
-        self, router_logits: jax.Array, token_mask: jax.Array, segment_ids: jax.Array
-    ) -> Routing:
-        """The decision for every token of rows that may hold several sequences.
-
-        Args:
-          router_logits: as in `route`.
-          token_mask: as in `route`.
-          segment_ids: int [B, S], see `Batch`. Only routers that limit load have a use for it.
-        """
-        return self.route(router_logits, token_mask)
 
 
 class RouterLogits(nn.Module):
@@ -199,44 +185,36 @@ class RouterLogits(nn.Module):
             )
             x = x * noise
         logits = token_product(x, kernel, precision=jax.lax.Precision.HIGHEST)
-        logits = checkpoint_name(logits, CODES)
+        logits = checkpoint_name(logits, LOW_RANK)
         return logits if present is None else jnp.where(present, logits, ABSENT)
 
 
-# FIXME docstring of the merged adapters.expert_counts:
-# """How many tokens of a row have chosen each expert: what a limited load needs while decoding."""
-
-
-_NAME = "expert_counts"
-
-
-def route_and_count(
+def route_with_cache(
     module: nn.Module,
     router: Router,
     router_logits: jax.Array,
     token_mask: jax.Array,
     segment_ids: jax.Array | None,
 ) -> Routing:
-    """Routes tokens behind those that the cache knows of, and counts them there.
+    """Routes tokens, and in decoding after the earlier tokens of their rows.
+
+    A router with limited load has to know how many earlier tokens chose each expert. `module` keeps
+    these counts, int32 [B, E], in the collection `cache`.
 
     Args:
-      module: that keeps the counts, int32 [B, E], in the collection `cache`.
-      router: the strategy.
+      module: the routed module.
+      router: the routing strategy.
       router_logits: float32 [B, S, E].
       token_mask: bool [B, S], false at padding.
-      segment_ids: int [B, S], see `AdapterContext`; rows that a cache is filled with are of one
-        sequence each.
+      segment_ids: int [B, S], see `Router.route`; a cache is filled from rows of one sequence each.
     """
     if not router.limits_load:
         return router.route(router_logits, token_mask)
-    earlier = cached(module, _NAME)
+    earlier = cached(module, "expert_counts")
     if earlier is not None:
-        routing = router.route_on(router_logits, token_mask, earlier)
-    elif segment_ids is not None:
-        routing = router.route_packed(router_logits, token_mask, segment_ids)
-    else:
-        routing = router.route(router_logits, token_mask)
-    # The load is what tokens chose, served or not.
+        segment_ids = None
+    routing = router.route(router_logits, token_mask, segment_ids=segment_ids, earlier=earlier)
+    # The load counts what tokens chose, whether the expert had capacity or not.
     counts = jnp.sum(routing.load * token_mask[..., None], axis=1).astype(jnp.int32)
-    remember(module, _NAME, counts if earlier is None else earlier + counts)
+    remember(module, "expert_counts", counts if earlier is None else earlier + counts)
     return routing

@@ -14,7 +14,7 @@ from flax.traverse_util import flatten_dict
 
 from moe_jax.adapters.routing.router import Routing
 from moe_jax.adapters.tree import by_adapter
-from moe_jax.layers.names import ROUTER
+from moe_jax.layers.names import ROUTER, ROUTING
 from moe_jax.layers.tokens import sequence_sums
 
 STATISTICS = "statistics"
@@ -105,9 +105,8 @@ def router_statistics(
         sequences out.
       segment_ids: int [B, S] as in `Batch`; None where every row is one sequence.
     """
-    experts, sequences = routing.router_logits.shape[-1], None
-    routed = jnp.ones((), jnp.float32) if routed is None else routed.astype(jnp.float32)
-    present = jnp.ones(experts) if present is None else present.astype(jnp.float32)
+    sequences = None
+    routed, present = _layer_facts(routing, routed, present)
     mask = token_mask.astype(jnp.float32) * routed
     log_probs = jax.nn.log_softmax(routing.router_logits, axis=-1)
     entropy = -jnp.sum(routing.router_probs * log_probs, axis=-1)
@@ -156,13 +155,6 @@ def _of_segments(
     )
 
 
-def sow_statistics(module: nn.Module, statistics: RouterStatistics) -> None:
-    """Puts the statistics into the `router` collection, replacing Linen's default of a tuple."""
-    nothing: Any = None
-    last = lambda _, new: new
-    module.sow(ROUTER, STATISTICS, statistics, reduce_fn=last, init_fn=lambda: nothing)
-
-
 def collect_statistics(sown: Mapping[str, Any]) -> dict[str, dict[str, RouterStatistics]]:
     """The statistics of each adapter, `{adapter: {site: statistics}}`, each with a leading axis L.
 
@@ -175,12 +167,110 @@ def collect_statistics(sown: Mapping[str, Any]) -> dict[str, dict[str, RouterSta
       ValueError: the collection is missing. Sowing is silent where a collection is not mutable, so
         its absence is a defect of the caller and never means "no routers".
     """
-    if ROUTER not in sown:
-        raise ValueError(f"no {ROUTER!r} collection was sown; apply the model with it mutable")
-    collected: dict[str, dict[str, RouterStatistics]] = {}
-    for name, tree in by_adapter(sown[ROUTER]).items():
-        leaves: Any = flatten_dict(tree)
-        for path, statistics in leaves.items():
-            site = "/".join(part for part in path if part not in ("layers", STATISTICS))
-            collected.setdefault(name, {})[site] = statistics
+    return _collect(sown, ROUTER, STATISTICS)
+
+
+TOKENS = "tokens"
+
+
+class TokenRouting(NamedTuple):
+    """The decisions of one layer's router, float32; zero at padding and in a layer left frozen.
+
+    Under the scan over layers each field has a leading axis L.
+
+    Attributes:
+      weights: [B, S, E], each expert's share of the token's output.
+      probabilities: [B, S, E], the router's own, before experts are chosen.
+      load: [B, S, E], see `Routing.load`: 1 for a chosen expert, the weight where all share.
+      routed: [], 1 if the layer routes, 0 if it was left frozen.
+      present: [E], 1 for the experts that the layer has.
+    """
+
+    weights: jax.Array
+    probabilities: jax.Array
+    load: jax.Array
+    routed: jax.Array
+    present: jax.Array
+
+
+def token_routing(
+    routing: Routing,
+    token_mask: jax.Array,
+    *,
+    routed: jax.Array | None = None,
+    present: jax.Array | None = None,
+) -> TokenRouting:
+    """The routing of each token of one layer; arguments as in `router_statistics`."""
+    routed, present = _layer_facts(routing, routed, present)
+    mask = (token_mask.astype(jnp.float32) * routed)[..., None]
+    return TokenRouting(
+        weights=mask * routing.combine,
+        probabilities=mask * routing.router_probs,
+        load=mask * routing.load * present[None, None],
+        routed=routed,
+        present=present,
+    )
+
+
+def _layer_facts(
+    routing: Routing, routed: jax.Array | None, present: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+    """`routed` and `present` as float32 arrays; None stands for a layer with all experts."""
+    routed = jnp.ones((), jnp.float32) if routed is None else routed.astype(jnp.float32)
+    if present is None:
+        return routed, jnp.ones(routing.router_logits.shape[-1], jnp.float32)
+    return routed, present.astype(jnp.float32)
+
+
+def sow_routing(
+    module: nn.Module,
+    routing: Routing,
+    token_mask: jax.Array,
+    *,
+    routed: jax.Array | None = None,
+    present: jax.Array | None = None,
+    expert_groups: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
+) -> None:
+    """Sows the statistics of a routed module, and each token's routing if `routing` is mutable.
+
+    Args:
+      module: the routed module.
+      routing, token_mask, routed, present, expert_groups, segment_ids: see `router_statistics`.
+    """
+    options: dict[str, Any] = {"routed": routed, "present": present}
+    sequences = {"expert_groups": expert_groups, "segment_ids": segment_ids}
+    _sow(module, ROUTER, STATISTICS, router_statistics(routing, token_mask, **options, **sequences))
+    if module.is_mutable_collection(ROUTING) and not module.is_initializing():
+        _sow(module, ROUTING, TOKENS, token_routing(routing, token_mask, **options))
+
+
+def _sow(module: nn.Module, collection: str, name: str, value: Any) -> None:
+    """Sows `value` itself, where Linen's default is a tuple of all values sown so far."""
+    nothing: Any = None
+    module.sow(collection, name, value, reduce_fn=lambda _, new: new, init_fn=lambda: nothing)
+
+
+def collect_routing(sown: Mapping[str, Any]) -> dict[str, dict[str, TokenRouting]]:
+    """The decisions of each adapter, `{adapter: {site: decisions}}`, each with a leading axis L.
+
+    Args:
+      sown: the variables that `apply(..., mutable=["routing"])` returned.
+
+    Raises:
+      ValueError: the collection is missing. Sowing is silent where a collection is not mutable, so
+        its absence is a defect of the caller or of a method, and never means "no routers".
+    """
+    return _collect(sown, ROUTING, TOKENS)
+
+
+def _collect(sown: Mapping[str, Any], collection: str, leaf: str) -> dict[str, dict[str, Any]]:
+    if collection not in sown:
+        raise ValueError(f"no {collection!r} collection was sown; apply the model with it mutable")
+    collected: dict[str, dict[str, Any]] = {}
+    for name, tree in by_adapter(sown[collection]).items():
+        values: Any = flatten_dict(tree)
+        for path, value in values.items():
+            site = "/".join(part for part in path if part not in ("layers", leaf))
+            collected.setdefault(name, {})[site] = value
     return collected

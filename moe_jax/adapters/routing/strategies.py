@@ -21,7 +21,14 @@ class SoftRouter(Router):
     pair of rank E R does.
     """
 
-    def route(self, router_logits: jax.Array, token_mask: jax.Array) -> Routing:
+    def route(
+        self,
+        router_logits: jax.Array,
+        token_mask: jax.Array,
+        *,
+        segment_ids: jax.Array | None = None,
+        earlier: jax.Array | None = None,
+    ) -> Routing:
         probs = jax.nn.softmax(router_logits, axis=-1)
         return Routing(router_logits, probs, None, probs, probs)
 
@@ -56,7 +63,14 @@ class TopKRouter(Router):
             f"{self.top_k} experts per token, but there are only {num_experts}",
         )
 
-    def route(self, router_logits: jax.Array, token_mask: jax.Array) -> Routing:
+    def route(
+        self,
+        router_logits: jax.Array,
+        token_mask: jax.Array,
+        *,
+        segment_ids: jax.Array | None = None,
+        earlier: jax.Array | None = None,
+    ) -> Routing:
         probs = jax.nn.softmax(router_logits, axis=-1)
         weights, experts = jax.lax.top_k(probs, self.top_k)
         weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
@@ -96,7 +110,14 @@ class TopPRouter(Router):
         require(0.0 < self.top_p <= 1.0, "top_p", "must lie in (0, 1]")
         require(self.temperature > 0.0, "temperature", "must be positive")
 
-    def route(self, router_logits: jax.Array, token_mask: jax.Array) -> Routing:
+    def route(
+        self,
+        router_logits: jax.Array,
+        token_mask: jax.Array,
+        *,
+        segment_ids: jax.Array | None = None,
+        earlier: jax.Array | None = None,
+    ) -> Routing:
         router_logits = router_logits / self.temperature
         probs = jax.nn.softmax(router_logits, axis=-1)
         kept = (_mass_before(probs) <= self.top_p).astype(probs.dtype)

@@ -80,25 +80,23 @@ class SwitchRouter(Router):
     def routes_layer(self, layer_index: jax.Array) -> jax.Array | None:
         return None if self.sparse_step == 1 else layer_index % self.sparse_step == 1
 
-    def route(self, router_logits: jax.Array, token_mask: jax.Array) -> Routing:
-        rows, experts = router_logits.shape[0], router_logits.shape[-1]
-        return self.route_on(router_logits, token_mask, jnp.zeros((rows, experts), jnp.int32))
-
-    def route_on(
-        self, router_logits: jax.Array, token_mask: jax.Array, earlier: jax.Array
+    def route(
+        self,
+        router_logits: jax.Array,
+        token_mask: jax.Array,
+        *,
+        segment_ids: jax.Array | None = None,
+        earlier: jax.Array | None = None,
     ) -> Routing:
         chosen, counts = _choices(router_logits, token_mask)
-        # Every token before chose one expert, so that these are all of them.
-        tokens = jnp.sum(token_mask, axis=1, keepdims=True, dtype=jnp.int32)
-        tokens = tokens + jnp.sum(earlier, axis=1, keepdims=True)
-        return self._serve(router_logits, chosen, counts + earlier[:, None], tokens)
-
-    def route_packed(
-        self, router_logits: jax.Array, token_mask: jax.Array, segment_ids: jax.Array
-    ) -> Routing:
-        chosen, counts = _choices(router_logits, token_mask)
-        first, last = (place[..., None] for place in sequence_bounds(segment_ids))
-        # What was counted in the row before the sequence; in integers, so that nothing is lost.
+        if segment_ids is None:
+            tokens = jnp.sum(token_mask, axis=1, keepdims=True, dtype=jnp.int32)
+            if earlier is not None:  # each earlier token chose one expert: the sum counts all
+                tokens = tokens + jnp.sum(earlier, axis=1, keepdims=True)
+                counts = counts + earlier[:, None]
+            return self._serve(router_logits, chosen, counts, tokens)
+        first, last = (bound[..., None] for bound in sequence_bounds(segment_ids))
+        # Counts of the row before the sequence; in integers, so that nothing is lost to rounding.
         at_first = jnp.take_along_axis(chosen * token_mask[..., None], first, axis=1)
         before = jnp.take_along_axis(counts, first, axis=1) - at_first
         tokens = jnp.sum(jnp.take_along_axis(counts, last, axis=1) - before, axis=-1)

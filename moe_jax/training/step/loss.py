@@ -1,104 +1,130 @@
-"""Cross-entropy of the next tokens that are to be learned, and of the classes of rows."""
+"""Losses of a batch: next-token cross-entropy, and the loss of rows that are classified."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from moe_jax.adapters.rows import Segment, segments_of, take_rows, take_rows_of
-from moe_jax.adapters.score_head import Predictions, classifying, last_place
+from moe_jax.adapters.rows import AdapterRows, divide_rows, take_rows, take_rows_of_several
+from moe_jax.adapters.score_head import is_classifier, last_position
 from moe_jax.data.batch import Batch
+from moe_jax.models.causal_lm import LlamaForCausalLM
+
+
+class HeadOutputs(NamedTuple):
+    """Outputs of all heads on one batch.
+
+    Attributes:
+      token_losses: cross-entropy of the next token at each position, float32 [b, S], of the rows
+        that belong to no classification adapter; None if all do.
+      scores: scores of the rows of each classification adapter, float32 [b, N].
+    """
+
+    token_losses: jax.Array | None
+    scores: dict[str, jax.Array]
+
+
+def head_outputs(model: LlamaForCausalLM, hidden: jax.Array, batch: Batch) -> HeadOutputs:
+    """Applies every head to its rows.
+
+    Args:
+      model: the bound model.
+      hidden: hidden states of the batch, [B, S, D].
+      batch: [B, S].
+    """
+    rows, losses = model.language_model_rows(hidden), None
+    if rows is not None:
+        targets = model.language_model_rows(next_tokens(batch))
+        assert targets is not None
+        losses = model.token_losses(rows, targets)
+    return HeadOutputs(losses, model.scores(hidden, batch.segment_ids != 0))
 
 
 def row_losses(logits: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
-    """Cross-entropy per row, as sums, so that the caller decides over what to average.
+    """Cross-entropy of each row as sums, so that the caller chooses what to average over.
 
     Args:
       logits: float32 [B, S, V]; position s predicts the token at s + 1.
-      batch: [B, S]; `loss_mask` marks the tokens that are predicted.
+      batch: [B, S]; `loss_mask` marks the predicted tokens.
 
     Returns:
       Sum of the losses in nats, float32 [B], and number of predicted tokens, float32 [B].
     """
     targets = next_tokens(batch)[..., None]
     target_logits = jnp.take_along_axis(logits, targets, axis=-1)[..., 0]
-    return summed_by_row(jax.nn.logsumexp(logits, axis=-1) - target_logits, batch)
+    return sum_by_row(jax.nn.logsumexp(logits, axis=-1) - target_logits, batch)
 
 
 def next_tokens(batch: Batch) -> jax.Array:
-    """What each position predicts, int32 [B, S]; at the last one something that is not read."""
+    """Target of each position, int32 [B, S]; the last one is never read."""
     return jnp.roll(batch.tokens, -1, axis=-1)
 
 
-def summed_by_row(token_losses: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
-    """See `row_losses`, of float32 [B, S] losses of `next_tokens`."""
+def sum_by_row(token_losses: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """Sums the losses float32 [B, S] of `next_tokens` over each row; returns as `row_losses`."""
     mask = batch.loss_mask[:, 1:].astype(jnp.float32)
     return jnp.sum(token_losses[:, :-1] * mask, axis=-1), jnp.sum(mask, axis=-1)
 
 
-def target_count(loss_mask: jax.Array) -> jax.Array:
-    """Number of predicted tokens per row, float32 [..., B], of loss_mask [..., B, S]."""
-    return jnp.sum(loss_mask[..., 1:], axis=-1, dtype=jnp.float32)
-
-
 def label_losses(scores: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
-    """The loss of each row that is to be classified.
+    """Loss of each row that is classified.
 
     Args:
-      scores: float32 [B, N]; of one score, N = 1, the label is the number that it should be.
+      scores: float32 [B, N]; with N = 1 the label is a number to regress on.
       batch: [B, S]; see `Batch.labels`.
 
     Returns:
-      Cross-entropy in nats, or the squared error of a number, float32 [B], 0 for rows without a
-      label; and whether a row has one, as 0 or 1, float32 [B].
+      Cross-entropy in nats, or the squared error of a regression, float32 [B], 0 for rows without a
+      label; and 1 for rows with a label, 0 for others, float32 [B].
     """
     is_row = jnp.any(batch.loss_mask, axis=-1).astype(jnp.float32)
-    place = last_place(batch.loss_mask)[:, None]
-    labels = jnp.take_along_axis(batch.labels, place, axis=-1)[:, 0]
+    position = last_position(batch.loss_mask)[:, None]
+    labels = jnp.take_along_axis(batch.labels, position, axis=-1)[:, 0]
     if scores.shape[-1] == 1:
         losses = jnp.square(scores[:, 0] - labels)
     else:
         classes = labels.astype(jnp.int32)[:, None]
-        chosen = jnp.take_along_axis(scores, classes, axis=-1)[:, 0]
-        losses = jax.nn.logsumexp(scores, axis=-1) - chosen
+        label_scores = jnp.take_along_axis(scores, classes, axis=-1)[:, 0]
+        losses = jax.nn.logsumexp(scores, axis=-1) - label_scores
     return losses * is_row, is_row
 
 
-def segment_losses(
-    segments: Sequence[Segment], predictions: jax.Array | Predictions, batch: Batch
+def adapter_losses(
+    adapter_rows: Sequence[AdapterRows], outputs: HeadOutputs, batch: Batch
 ) -> dict[str, tuple[jax.Array, jax.Array]]:
-    """By adapter, loss and number of targets of each of its rows; two float32 [b].
+    """Loss and number of targets of each row of each adapter, two float32 [b] by name.
 
     Args:
-      segments: of the batch; at least one.
-      predictions: what a model with these segments computed of the batch and its `next_tokens`.
+      adapter_rows: rows of all adapters; at least one.
+      outputs: outputs of a model with these rows.
       batch: [B, S].
     """
-    if isinstance(predictions, jax.Array):
-        predictions = Predictions(None, {}, predictions)
-    classifiers = classifying(segments)
-    found = {}
-    for segment in classifiers:
-        own = Batch(*(take_rows(segment, array) for array in batch))
-        found[segment.name] = label_losses(predictions.scores[segment.name], own)
-    others = [segment for segment in segments if segment not in classifiers]
+    losses = {}
+    for rows in adapter_rows:
+        if is_classifier(rows.method):
+            part = Batch(*(take_rows(rows, array) for array in batch))
+            losses[rows.name] = label_losses(outputs.scores[rows.name], part)
+    others = [rows for rows in adapter_rows if not is_classifier(rows.method)]
     if not others:
-        return found
-    assert predictions.token_losses is not None
-    rows = batch
-    if classifiers:
-        rows = Batch(*(take_rows_of(others, array) for array in batch))
-    both = summed_by_row(predictions.token_losses, rows)
-    methods = {segment.name: segment.method for segment in others}
-    counts = {segment.name: segment.rows for segment in others}
-    for segment in segments_of(methods, counts, others[0].shards):  # their places in `rows`
-        losses, targets = (take_rows(segment, array) for array in both)
-        found[segment.name] = losses, targets
-    return found
+        return losses
+    assert outputs.token_losses is not None
+    if len(others) < len(adapter_rows):
+        batch = Batch(*(take_rows_of_several(others, array) for array in batch))
+    sums = sum_by_row(outputs.token_losses, batch)
+    methods = {rows.name: rows.method for rows in others}
+    totals = {rows.name: rows.total for rows in others}
+    for rows in divide_rows(methods, totals, others[0].shards):
+        row_sums, targets = (take_rows(rows, array) for array in sums)
+        losses[rows.name] = row_sums, targets
+    return losses
 
 
-def target_counts(segment: Segment, loss_mask: jax.Array) -> jax.Array:
-    """Number of targets of an adapter's rows, float32 [..., b], of its loss_mask [..., b, S]."""
-    if segment.method.classification is None:
-        return target_count(loss_mask)
-    return jnp.any(loss_mask, axis=-1).astype(jnp.float32)
+def target_counts(rows: AdapterRows, loss_mask: jax.Array) -> jax.Array:
+    """Number of targets of each of an adapter's rows, float32 [..., b], of `loss_mask` [..., b, S].
+
+    Targets are the predicted tokens; a classified row has one.
+    """
+    if is_classifier(rows.method):
+        return jnp.any(loss_mask, axis=-1).astype(jnp.float32)
+    return jnp.sum(loss_mask[..., 1:], axis=-1, dtype=jnp.float32)

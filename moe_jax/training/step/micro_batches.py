@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from moe_jax.adapters.rows import Segment
+from moe_jax.adapters.rows import AdapterRows
 from moe_jax.data.batch import Batch
 
 
@@ -12,7 +12,7 @@ def join_rows(batches: Sequence[Batch]) -> Batch:
     """Stacks batches [B_i, S_i] into one of [sum B_i, max S_i]; shorter rows get padding.
 
     Args:
-      batches: NumPy batches, in the order of the model's segments.
+      batches: NumPy batches, in the order of the model's adapter_rows.
     """
     length = max(batch.tokens.shape[1] for batch in batches)
     padded = [
@@ -22,17 +22,19 @@ def join_rows(batches: Sequence[Batch]) -> Batch:
     return Batch(*(np.concatenate(arrays) for arrays in zip(*padded, strict=True)))
 
 
-def in_micro_batches(batch: Batch, segments: Sequence[Segment], micro_batches: int) -> Batch:
+def in_micro_batches(
+    batch: Batch, adapter_rows: Sequence[AdapterRows], micro_batches: int
+) -> Batch:
     """Cuts a batch [B, S] into micro-batches [M, b, S].
 
     Args:
-      batch: NumPy arrays, rows in the order of the segments.
-      segments: which rows belong to which adapter. Each adapter's are spread evenly over
-        micro-batches and over the segments' shards.
+      batch: NumPy arrays, rows in the order of the adapter_rows.
+      adapter_rows: which rows belong to which adapter. Each adapter's are spread evenly over
+        micro-batches and over the adapter_rows' shards.
       micro_batches: M.
     """
-    ends = np.cumsum([segment.rows for segment in segments])
-    shards = segments[0].shards
+    ends = np.cumsum([segment.total for segment in adapter_rows])
+    shards = adapter_rows[0].shards
 
     def cut(array: np.ndarray) -> np.ndarray:
         parts = np.split(array, ends[:-1])

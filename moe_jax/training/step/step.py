@@ -1,7 +1,7 @@
-"""The two functions that are compiled: a training step and an evaluation step, both pure."""
+"""The compiled steps, all pure: training, evaluation of the loss, and scores of a classifier."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -9,17 +9,16 @@ import jax.numpy as jnp
 import optax
 
 from moe_jax.adapters.routing.statistics import RouterStatistics, collect_statistics
-from moe_jax.adapters.rows import Segment, take_rows
-from moe_jax.adapters.score_head import Predictions
-from moe_jax.adapters.tree import to_collection
+from moe_jax.adapters.rows import AdapterRows, take_rows
 from moe_jax.data.batch import Batch
 from moe_jax.layers.names import ADAPTERS, PARAMS, ROUTER
+from moe_jax.models.adapted import apply
 from moe_jax.models.causal_lm import LlamaForCausalLM
 from moe_jax.training.step.loss import (
+    adapter_losses,
+    head_outputs,
     label_losses,
-    next_tokens,
-    segment_losses,
-    summed_by_row,
+    sum_by_row,
     target_counts,
 )
 from moe_jax.training.step.loss_scale import LossScale, updated
@@ -35,37 +34,42 @@ def forward(
     params: Any,
     adapters: Mapping[str, Any],
     batch: Batch,
-    dropout_key: jax.Array | None,
+    heads: Callable[[LlamaForCausalLM, jax.Array, Batch], Any] = head_outputs,
     *,
-    targets: jax.Array | None = None,
+    dropout_key: jax.Array | None = None,
     packed: bool = False,
 ) -> tuple[Any, dict[str, dict[str, RouterStatistics]]]:
-    """What the model computes, and the routing statistics of the adapters that route.
+    """Runs the model on a batch.
 
     Args:
-      model: with segments that fit the rows of `batch`.
+      model: with the adapter rows of `batch`.
       params: the frozen base parameters.
-      adapters: `{name: tree}`.
-      batch: rows of one sequence each, padded on the right: causality alone hides the padding.
-      dropout_key: None computes deterministically.
-      targets: int [B, S], to compute their losses and no logits.
-      packed: rows may hold several sequences, which a mask then keeps apart.
+      adapters: adapter trees by name.
+      batch: [B, S]; rows of one sequence each, padded on the right (causality hides the padding).
+      heads: maps the bound model, its hidden states and the batch to the result.
+      dropout_key: random key of dropout and jitter; None turns both off.
+      packed: rows may hold several sequences, which attention then separates by a mask.
+
+    Returns:
+      The result of `heads`, and the router statistics of the adapters that route, by name and site.
     """
-    variables = {PARAMS: params, ADAPTERS: to_collection(adapters)}
-    predictions, sown = model.apply(
-        variables,
-        batch.tokens,
-        positions=batch.positions,
-        segment_ids=batch.segment_ids if packed else None,
-        token_mask=batch.segment_ids != 0,
-        expert_groups=batch.expert_groups,
-        deterministic=dropout_key is None,
-        targets=targets,
-        rngs={} if dropout_key is None else {"dropout": dropout_key},
-        mutable=[ROUTER],
+
+    def compute(module: LlamaForCausalLM) -> Any:
+        hidden = module.hidden_states(
+            batch.tokens,
+            positions=batch.positions,
+            segment_ids=batch.segment_ids if packed else None,
+            token_mask=batch.segment_ids != 0,
+            expert_groups=batch.expert_groups,
+        )
+        return heads(module, hidden, batch)
+
+    model = model.clone(deterministic=dropout_key is None)
+    result, sown = apply(
+        model, params, adapters, compute, mutable=[ROUTER], dropout_key=dropout_key
     )
-    routed = any(segment.method.routes for segment in model.segments)
-    return predictions, collect_statistics(sown) if routed else {}
+    routed = any(rows.method.routes for rows in model.adapter_rows)
+    return result, collect_statistics(sown) if routed else {}
 
 
 def train_step(
@@ -78,79 +82,100 @@ def train_step(
     *,
     packed: bool = False,
 ) -> tuple[TrainState, Metrics]:
-    """One optimiser step over all micro-batches.
+    """One optimizer step over all micro-batches.
 
-    The loss of an adapter is its cross-entropy over all its target tokens of the whole batch, or
-    over its rows where it classifies (the squared error where it predicts a number), plus its
-    routers' losses averaged over the micro-batches. Losses of different adapters are added:
-    they share no parameter, so neither sees the other.
+    The loss of an adapter is the mean cross-entropy over its target tokens of the whole batch (for
+    a classifier the mean over its rows, for a regression the mean squared error), plus its router
+    losses averaged over the micro-batches. The losses of different adapters are added: they share
+    no parameter, so that neither affects the other.
 
     Args:
-      model: with segments that fit the rows of one micro-batch.
-      optimizer: `build_optimizer`'s.
-      dropout_seed: of dropout and jitter; each step and micro-batch draws anew.
-      state: where training stands.
+      model: with the adapter rows of one micro-batch.
+      optimizer: transform from `build_optimizer`.
+      dropout_seed: seed of dropout and jitter, which differ by step and micro-batch.
+      state: training state.
       params: the frozen base parameters; not differentiated.
       batch: arrays [M, B, S]; M micro-batches.
       packed: see `forward`.
 
     Returns:
-      The new state, and metrics named `adapter/metric`: scalars, and per-layer arrays of what the
-      routers did (see `routing_summary`).
+      The new state, and metrics named `adapter/metric`: scalars, and arrays by layer of the routers
+      (see `routing_summary`).
     """
-    micro_batches = batch.tokens.shape[0]
     step_key = jax.random.fold_in(jax.random.key(dropout_seed), state.step)
-
-    def own(segment: Segment, array: jax.Array) -> jax.Array:
-        """An adapter's rows of `array` [M, B, ...]."""
-        return jax.vmap(functools.partial(take_rows, segment))(array)
-
-    targets = {s.name: jnp.sum(target_counts(s, own(s, batch.loss_mask))) for s in model.segments}
-    begins = (batch.segment_ids != 0) & (batch.positions == 0)
-    sequences = {s.name: jnp.sum(own(s, begins), dtype=jnp.float32) for s in model.segments}
+    targets = {
+        rows.name: jnp.sum(target_counts(rows, _rows_of(rows, batch.loss_mask)))
+        for rows in model.adapter_rows
+    }
 
     def objective(adapters: Any, micro: Batch, index: jax.Array) -> tuple[jax.Array, Metrics]:
         key = jax.random.fold_in(step_key, index)
-        predictions, statistics = forward(
-            model, params, adapters, micro, key, targets=next_tokens(micro), packed=packed
+        outputs, statistics = forward(
+            model, params, adapters, micro, dropout_key=key, packed=packed
         )
-        losses = segment_losses(model.segments, predictions, micro)
+        losses = adapter_losses(model.adapter_rows, outputs, micro)
         total, metrics = jnp.float32(0.0), Metrics()
-        for segment in model.segments:
-            name = segment.name
-            share = jnp.sum(losses[name][0]) / jnp.maximum(targets[name], 1.0)
-            terms, parts = _router_terms(segment, statistics.get(name, {}), micro_batches)
-            terms = terms + share
-            metrics |= {f"{name}/loss": share, **parts}
-            scale = state.loss_scale.get(name)
-            total = total + (terms if scale is None else terms * scale.scale)
+        for rows in model.adapter_rows:
+            loss = jnp.sum(losses[rows.name][0]) / jnp.maximum(targets[rows.name], 1.0)
+            sites = statistics.get(rows.name, {})
+            router_loss, router_metrics = _router_terms(rows, sites, batch.tokens.shape[0])
+            metrics |= {f"{rows.name}/loss": loss, **router_metrics}
+            scale = state.loss_scale.get(rows.name)
+            loss = loss + router_loss
+            total = total + (loss if scale is None else loss * scale.scale)
         return total, metrics
 
-    def accumulate(gradients: Any, scanned: tuple[Batch, jax.Array]) -> tuple[Any, Metrics]:
-        new, metrics = jax.grad(objective, has_aux=True)(state.adapters, *scanned)
-        return jax.tree.map(jnp.add, gradients, new), metrics
-
-    zeros = jax.tree.map(jnp.zeros_like, state.adapters)
-    indices = jnp.arange(micro_batches)
-    gradients, parts = jax.lax.scan(accumulate, zeros, (batch, indices))
-    metrics = {name: jnp.sum(values, axis=0) for name, values in parts.items()}
+    gradients, metrics = _accumulate(objective, state.adapters, batch)
     gradients = {
         name: _unscaled(tree, state.loss_scale.get(name)) for name, tree in gradients.items()
     }
     new_state = apply_gradients(optimizer, state, params, gradients)
+    return new_state, metrics | _step_metrics(model, new_state, gradients, batch, targets)
 
-    for name, tree in gradients.items():
-        check = finite_check_state(new_state.opt_state, name)
-        metrics[f"{name}/grad_norm"] = optax.tree.norm(tree)
+
+def _accumulate(
+    objective: Callable[..., tuple[jax.Array, Metrics]], adapters: Any, batch: Batch
+) -> tuple[Any, Metrics]:
+    """Gradients and metrics of `objective(adapters, micro_batch, index)`, summed over
+    micro-batches."""
+
+    def add(gradients: Any, scanned: tuple[Batch, jax.Array]) -> tuple[Any, Metrics]:
+        new, metrics = jax.grad(objective, has_aux=True)(adapters, *scanned)
+        return jax.tree.map(jnp.add, gradients, new), metrics
+
+    zeros = jax.tree.map(jnp.zeros_like, adapters)
+    gradients, parts = jax.lax.scan(add, zeros, (batch, jnp.arange(batch.tokens.shape[0])))
+    return gradients, {name: jnp.sum(values, axis=0) for name, values in parts.items()}
+
+
+def _step_metrics(
+    model: LlamaForCausalLM,
+    state: TrainState,
+    gradients: Mapping[str, Any],
+    batch: Batch,
+    targets: Mapping[str, jax.Array],
+) -> Metrics:
+    """Metrics of the optimizer step and of the batch [M, B, S]."""
+    metrics = Metrics()
+    starts = (batch.segment_ids != 0) & (batch.positions == 0)
+    for rows in model.adapter_rows:
+        name = rows.name
+        check = finite_check_state(state.opt_state, name)
+        metrics[f"{name}/grad_norm"] = optax.tree.norm(gradients[name])
         metrics[f"{name}/target_tokens"] = targets[name]
-        metrics[f"{name}/sequences"] = sequences[name]
+        metrics[f"{name}/sequences"] = jnp.sum(_rows_of(rows, starts), dtype=jnp.float32)
         metrics[f"{name}/skipped_in_a_row"] = check.notfinite_count
         metrics[f"{name}/skipped_total"] = check.total_notfinite
-        if name in new_state.loss_scale:
-            metrics[f"{name}/loss_scale"] = new_state.loss_scale[name].scale
+        if name in state.loss_scale:
+            metrics[f"{name}/loss_scale"] = state.loss_scale[name].scale
     metrics["tokens"] = jnp.sum(batch.segment_ids != 0, dtype=jnp.float32)
     metrics["padding_share"] = 1.0 - metrics["tokens"] / batch.tokens.size
-    return new_state, metrics
+    return metrics
+
+
+def _rows_of(rows: AdapterRows, array: jax.Array) -> jax.Array:
+    """An adapter's rows of an array [M, B, ...]."""
+    return jax.vmap(functools.partial(take_rows, rows))(array)
 
 
 def apply_gradients(
@@ -181,16 +206,15 @@ def apply_gradients(
 def eval_step(
     model: LlamaForCausalLM, adapters: Mapping[str, Any], params: Any, batch: Batch
 ) -> tuple[jax.Array, jax.Array]:
-    """Summed loss and number of targets of a batch [B, S] of one adapter or of none; scalars.
+    """Summed loss and number of targets of a batch [B, S] of one adapter or of the base; scalars.
 
-    The loss is the cross-entropy in nats, or the squared error of a number.
+    The loss is the cross-entropy in nats, or the squared error of a regression.
     """
-    targets = next_tokens(batch)
-    predictions, _ = forward(model, params, adapters, batch, None, targets=targets)
-    if model.segments:
-        ((losses, counts),) = segment_losses(model.segments, predictions, batch).values()
+    outputs, _ = forward(model, params, adapters, batch)
+    if model.adapter_rows:
+        ((losses, counts),) = adapter_losses(model.adapter_rows, outputs, batch).values()
     else:
-        losses, counts = summed_by_row(predictions, batch)
+        losses, counts = sum_by_row(outputs.token_losses, batch)
     return jnp.sum(losses), jnp.sum(counts)
 
 
@@ -202,23 +226,22 @@ def score_step(
     Returns:
       float32 [B], 0 for rows without a label, and float32 [B, N].
     """
-    predictions, _ = forward(model, params, adapters, batch, dropout_key=None)
-    assert isinstance(predictions, Predictions)
-    (scores,) = predictions.scores.values()
+    outputs, _ = forward(model, params, adapters, batch)
+    (scores,) = outputs.scores.values()
     losses, _ = label_losses(scores, batch)
     return losses, scores
 
 
 def _router_terms(
-    segment: Segment, sites: dict[str, RouterStatistics], micro_batches: int
+    rows: AdapterRows, sites: dict[str, RouterStatistics], micro_batches: int
 ) -> tuple[jax.Array, Metrics]:
-    """This micro-batch's share of an adapter's router losses, and of what is reported of them."""
-    name, total, metrics = segment.name, jnp.float32(0.0), Metrics()
-    if not segment.method.routes:
+    """A micro-batch's share of an adapter's router losses, weighted and summed, and its metrics."""
+    name, total, metrics = rows.name, jnp.float32(0.0), Metrics()
+    if not rows.method.routes:
         return total, metrics
     if not sites:
         raise ValueError(f"adapter {name!r} routes, but sowed no statistics")
-    for label, loss in segment.method.router_losses.items():
+    for label, loss in rows.method.router_losses.items():
         value = sum(loss.over_layers(site) for site in sites.values()) / len(sites)
         value = jnp.asarray(value) / micro_batches
         metrics[f"{name}/{label}"] = value

@@ -1,0 +1,64 @@
+"""Token-wise functions computed block by block, for CPUs.
+
+On a CPU, elementwise work on an array that the second-level cache does not hold waits for memory
+for several times as long as it computes. In blocks, the hidden activations of MixLoRA's slots stay
+in the cache, and the backward pass recomputes one block at a time. On accelerators one block of all
+tokens
+is best: XLA fuses the same work into its kernels. `cpu_block_tokens` is asked in one place, where
+the training program is built for its devices (`moe_jax.training.step.program`).
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+CACHE_BYTES = 2**20
+"""Bytes of the widest array of a block: about the size of a core's second-level cache."""
+
+SMALLEST_BLOCK = 64
+"""Tokens; a matrix product of fewer rows is bound by reading its matrix."""
+
+
+def cpu_block_tokens(width: int, dtype: Any) -> int:
+    """Number of tokens per block, so that an array [tokens, width] of `dtype` fits the cache."""
+    return max(SMALLEST_BLOCK, CACHE_BYTES // (width * jnp.dtype(dtype).itemsize))
+
+
+def map_token_blocks(
+    function: Callable[[Any, Any], Any],
+    tokens: Any,
+    shared: Any,
+    block_tokens: int,
+    shards: int = 1,
+) -> Any:
+    """`function(tokens, shared)`, computed on blocks of tokens; each block is recomputed in
+    backward.
+
+    Args:
+      function: maps arrays [T, ...] to arrays [T, ...], each token independently of the others.
+      tokens: tree of arrays with the tokens as their leading axis.
+      shared: tree of arrays that all tokens share.
+      block_tokens: largest number of a device's tokens in a block. The largest divisor of their
+        number below it is taken; where that is less than half, all tokens are one block.
+      shards: number of devices, or groups of them, that the rows are divided over. A block takes
+        the same share of each shard's tokens, so that no token moves between devices.
+    """
+    total = jax.tree.leaves(tokens)[0].shape[0]
+    per_shard = total // shards
+    block = max(n for n in range(1, min(block_tokens, per_shard) + 1) if per_shard % n == 0)
+    count = per_shard // block
+    if count == 1 or 2 * block <= block_tokens:
+        return jax.checkpoint(function)(tokens, shared)
+
+    def split(array: jax.Array) -> jax.Array:
+        blocks = array.reshape(shards, count, block, *array.shape[1:])
+        return jnp.swapaxes(blocks, 0, 1).reshape(count, shards * block, *array.shape[1:])
+
+    def join(array: jax.Array) -> jax.Array:
+        blocks = array.reshape(count, shards, block, *array.shape[2:])
+        return jnp.swapaxes(blocks, 0, 1).reshape(total, *array.shape[2:])
+
+    run = jax.checkpoint(lambda block: function(block, shared))
+    return jax.tree.map(join, jax.lax.map(run, jax.tree.map(split, tokens)))
