@@ -22,12 +22,15 @@ if TYPE_CHECKING:  # the names of `_NAMES`, for type checkers
     from moe_jax.adapters.routing import TopPRouter as TopPRouter
     from moe_jax.adapters.tree import TARGET_MODULES as TARGET_MODULES
     from moe_jax.errors import UserError as UserError
+    from moe_jax.evaluation.model_evaluation import EvaluationOptions as EvaluationOptions
     from moe_jax.evaluation.model_evaluation import evaluate as evaluate
     from moe_jax.inference.api import generate as generate
     from moe_jax.inference.api import generate_stream as generate_stream
     from moe_jax.inspection import routing_plots as routing_plots
     from moe_jax.inspection.base_description import describe_base as describe_base
     from moe_jax.inspection.report_files import routing_page as routing_page
+    from moe_jax.inspection.report_files import save_routing_report as save_routing_report
+    from moe_jax.inspection.routing_inspection import InspectionOptions as InspectionOptions
     from moe_jax.inspection.routing_inspection import inspect_routing as inspect_routing
     from moe_jax.library import AdaptedModel as AdaptedModel
     from moe_jax.library import Base as Base
@@ -48,11 +51,11 @@ _NAMES = {
     "moe_jax.adapters.routing": "SoftRouter SwitchRouter TopKRouter TopPRouter",
     "moe_jax.adapters.tree": "TARGET_MODULES",
     "moe_jax.errors": "UserError",
-    "moe_jax.evaluation.model_evaluation": "evaluate",
+    "moe_jax.evaluation.model_evaluation": "EvaluationOptions evaluate",
     "moe_jax.inference.api": "generate generate_stream",
     "moe_jax.inspection.base_description": "describe_base",
-    "moe_jax.inspection.report_files": "routing_page",
-    "moe_jax.inspection.routing_inspection": "inspect_routing",
+    "moe_jax.inspection.report_files": "routing_page save_routing_report",
+    "moe_jax.inspection.routing_inspection": "InspectionOptions inspect_routing",
     "moe_jax.inspection.routing_plots": "routing_plots",  # the module itself
     "moe_jax.library": "AdaptedModel Base export_adapter import_adapter load_adapter load_base "
     "parse_config train",

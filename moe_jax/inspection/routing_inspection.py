@@ -25,7 +25,7 @@ from moe_jax.inspection.routing_report import (
     merge_statistics,
 )
 from moe_jax.inspection.token_rows import TokenRow, TokenRows, read_token_rows, token_texts
-from moe_jax.loaded.model import build_model, load_adapters, load_params
+from moe_jax.loaded.inference_model import build_model, load_adapters, load_params
 from moe_jax.tasks.task import Task
 
 _MAX_LENGTH = 512
