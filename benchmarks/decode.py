@@ -40,7 +40,7 @@ from benchmarks.timing import OUT_OF_MEMORY, is_out_of_memory
 from moe_jax.adapters import METHODS
 from moe_jax.adapters.method import AdapterMethod
 from moe_jax.adapters.tree import TARGET_MODULES
-from moe_jax.checkpoints.leaves import named_leaves, nested
+from moe_jax.checkpoints.leaves import named_leaves, nested_dict
 from moe_jax.config.model import ComputeConfig, ModelConfig
 from moe_jax.config.parse import parse_member
 from moe_jax.errors import ConfigError, UserError
@@ -66,7 +66,7 @@ def random_adapter(fields: dict[str, Any], model: ModelConfig) -> tuple[AdapterM
         path: jnp.asarray(0.02 * rng.standard_normal(spec.shape), spec.dtype)
         for path, spec in expected_leaves(model, method).items()
     }
-    return method, nested(leaves)
+    return method, nested_dict(leaves)
 
 
 def ours(generator: TokenGenerator, requests: Sequence[Request], new_tokens: int) -> float:

@@ -45,7 +45,7 @@ def export(base: Path, output: Path, dtype: str, dora: bool) -> None:
     import moe_jax
     from moe_jax.adapters import METHODS
     from moe_jax.checkpoints.adapter_files import SavedAdapter
-    from moe_jax.checkpoints.leaves import nested
+    from moe_jax.checkpoints.leaves import nested_dict
     from moe_jax.config.model import FloatType
     from moe_jax.config.parse import parse, parse_member
     from moe_jax.hf.base_model import open_base
@@ -60,7 +60,7 @@ def export(base: Path, output: Path, dtype: str, dora: bool) -> None:
         path: jax.device_put(rng.standard_normal(spec.shape, np.float32))
         for path, spec in expected_leaves(opened.config, method).items()
     }
-    adapter = SavedAdapter(method, nested(leaves), opened.config, opened.identity, 0)
+    adapter = SavedAdapter(method, nested_dict(leaves), opened.config, opened.identity, 0)
     print("ready", flush=True)
     sys.stdin.readline()
     start = time.perf_counter()

@@ -12,11 +12,11 @@ from transformers import LlamaForCausalLM
 
 from moe_jax.adapters import METHODS
 from moe_jax.checkpoints.adapter_files import SavedAdapter
-from moe_jax.checkpoints.leaves import named_leaves, nested
+from moe_jax.checkpoints.leaves import named_leaves, nested_dict
 from moe_jax.config.model import ModelConfig
 from moe_jax.config.parse import parse_member
-from moe_jax.hf.fingerprint import BaseIdentity
-from moe_jax.loaded.expected_leaves import expected_leaves
+from moe_jax.hf.base_model import BaseIdentity
+from moe_jax.loaded.adapter_base import expected_leaves
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 FFN = ["gate_proj", "up_proj", "down_proj"]
@@ -49,7 +49,7 @@ def random_adapter(
         # A magnitude is about as long as a column of a random projection.
         centre = 1.0 if name == "magnitude" else 0.0
         leaves[path] = (centre + spread * rng.standard_normal(spec.shape)).astype(spec.dtype)
-    tree = jax.tree.map(jax.numpy.asarray, nested(leaves))
+    tree = jax.tree.map(jax.numpy.asarray, nested_dict(leaves))
     return SavedAdapter(parsed, tree, model, BaseIdentity(base, "0" * 64), 7)
 
 

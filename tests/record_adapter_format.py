@@ -19,11 +19,11 @@ import jax.numpy as jnp
 
 from moe_jax.adapters import METHODS
 from moe_jax.checkpoints.adapter_files import FORMAT_VERSION, SavedAdapter, save_adapter
-from moe_jax.checkpoints.leaves import LeafSpec, nested
+from moe_jax.checkpoints.leaves import LeafSpec, nested_dict
 from moe_jax.config.model import ModelConfig, RopeConfig
 from moe_jax.config.parse import parse_member, to_plain
-from moe_jax.hf.fingerprint import BaseIdentity
-from moe_jax.loaded.expected_leaves import expected_leaves
+from moe_jax.hf.base_model import BaseIdentity
+from moe_jax.loaded.adapter_base import expected_leaves
 
 ROOT = Path(__file__).resolve().parent / "data" / "adapter_format"
 
@@ -92,7 +92,7 @@ def made_adapter(name: str) -> SavedAdapter:
         return count.reshape(spec.shape) / 16 - 1
 
     leaves = {path: values(spec) for path, spec in expected_leaves(MODEL, method).items()}
-    return SavedAdapter(method, nested(leaves), MODEL, BASE, STEP)
+    return SavedAdapter(method, nested_dict(leaves), MODEL, BASE, STEP)
 
 
 def layout(folder: Path) -> dict[str, Any]:

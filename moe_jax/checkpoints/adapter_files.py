@@ -1,6 +1,6 @@
-"""A trained adapter as a folder of its own: its weights, and `adapter.json` to explain them.
+"""Folders of trained adapters: weights, and `adapter.json`, which describes them.
 
-How it was trained may lie beside them, see `training_record`.
+They may also hold the record of the training, see `training_record`.
 """
 
 import dataclasses
@@ -23,9 +23,9 @@ from moe_jax.checkpoints.leaves import (
     LeafSpec,
     Snapshot,
     leaf_specs,
-    nested,
+    nested_dict,
+    snapshot_without_copy,
     take_snapshot,
-    without_copy,
 )
 from moe_jax.checkpoints.restored_tree import restore_tree
 from moe_jax.checkpoints.training_record import (
@@ -51,16 +51,16 @@ _CHANGED = "the file was changed or is damaged"
 
 @dataclasses.dataclass(frozen=True)
 class Description:
-    """What `adapter.json` says.
+    """Content of `adapter.json`.
 
     Attributes:
-      package_version: the release that wrote it.
-      method: the method's fields, and its `name`.
-      base: the checkpoint it was trained on.
-      model: the fields of that checkpoint's architecture.
-      step: how many optimiser steps it was trained for.
+      package_version: release that wrote the folder.
+      method: fields of the method, and its `name`.
+      base: identity of the base model that it was trained on.
+      model: fields of the base model's architecture.
+      step: number of optimiser steps it was trained for.
       leaves: shape and type of every weight, by path.
-      checksums: of every weight, by path.
+      checksums: checksum of every weight, by path.
     """
 
     package_version: str
@@ -73,16 +73,16 @@ class Description:
 
 
 class SavedAdapter(NamedTuple):
-    """An adapter and what is needed to use it.
+    """A trained adapter: its method, its weights and the base model that it belongs to.
 
     Attributes:
-      method: the method's own configuration, for example `MixLoraConfig`.
-      tree: its weights, as they stand in `TrainState.adapters[name]`.
-      model: the architecture it was trained on.
-      base: the checkpoint it was trained on.
-      step: how many optimiser steps it was trained for.
-      training: how it was trained; None if that is not on record.
-      pictures: of its training, files of `PICTURES` by name.
+      method: configuration of the method, for example `MixLoraConfig`.
+      tree: weights, as in `TrainState.adapters[name]`.
+      model: architecture of the base model.
+      base: identity of the base model.
+      step: number of optimiser steps it was trained for.
+      training: record of the training; None if there is none.
+      pictures: content of picture files by name, see `PICTURES`.
     """
 
     method: Any
@@ -95,27 +95,27 @@ class SavedAdapter(NamedTuple):
 
 
 def save_adapter(folder: Path, adapter: SavedAdapter) -> None:
-    """Writes `folder`, replacing what it held only when the new one is complete.
+    """Writes the folder of an adapter; an existing one is replaced once the new one is complete.
 
-    Whoever reads it finds the former or the new one, also after a process was killed in between.
-    With several processes, each calls this.
+    Readers find the former or the new folder, even after a process was killed. With several
+    processes, each must call this.
 
     Raises:
       TrainingError: a weight is not finite; nothing is written.
       CheckpointError: the disk is too small, full or not writable; a former `folder` is untouched.
     """
-    _write(folder, adapter, without_copy(adapter.tree))
+    _write(folder, adapter, snapshot_without_copy(adapter.tree))
 
 
-def captured_adapter(folder: Path, adapter: SavedAdapter) -> Callable[[], None]:
-    """Copies an adapter on the device, without waiting for it; the next step may have its arrays.
+def capture_adapter(folder: Path, adapter: SavedAdapter) -> Callable[[], None]:
+    """Copies an adapter on its devices without waiting; its arrays may be donated to the next step.
 
     Returns:
-      A function that writes the copy as `save_adapter` does, with the same errors. It computes
-      nothing across devices, so that with one process another thread may call it.
+      A function that writes the copy as `save_adapter` does, with the same errors. It runs no
+      computation across devices, so with a single process another thread may call it.
     """
     weights = take_snapshot(adapter.tree)
-    # Not the tree itself, whose arrays are gone when this is called.
+    # The copy, since the arrays of the tree are donated before the function is called.
     return functools.partial(_write, folder, adapter._replace(tree=weights.tree), weights)
 
 
@@ -156,14 +156,14 @@ def _write(folder: Path, adapter: SavedAdapter, weights: Snapshot) -> None:
 
 
 def load_adapter(folder: Path, shardings: Any = None) -> SavedAdapter:
-    """Reads what `save_adapter` wrote.
+    """Reads the folder of an adapter.
 
     Args:
-      folder: holds `adapter.json`.
-      shardings: a tree of shardings like the adapter's; None puts it on the default device.
+      folder: folder with `adapter.json`.
+      shardings: tree of shardings like the adapter's; None puts all leaves on the default device.
 
     Raises:
-      CheckpointError: not such a folder, of another format version, incomplete or damaged.
+      CheckpointError: the folder is missing, incomplete or damaged, or of another format version.
     """
     folder = current_folder(folder)
     description = read_description(folder)
@@ -173,7 +173,7 @@ def load_adapter(folder: Path, shardings: Any = None) -> SavedAdapter:
         model = parse(ModelConfig, description.model, f"{file}: model")
     except ConfigError as error:
         raise CheckpointError(f"{error}; {_CHANGED}") from None
-    target = nested(
+    target = nested_dict(
         {path: jax.ShapeDtypeStruct(*spec) for path, spec in description.leaves.items()}
     )
     if shardings is None:
@@ -200,9 +200,9 @@ def load_adapter(folder: Path, shardings: Any = None) -> SavedAdapter:
 
 
 def read_description(folder: Path) -> Description:
-    """`adapter.json`, checked for its version and its fields' types; errors as in `load_adapter`.
+    """Reads `adapter.json` and checks its version and types; raises as `load_adapter` does.
 
-    What the method's and the model's fields must be is left to `load_adapter`.
+    The fields of the method and the model are checked by `load_adapter`.
     """
     file = current_folder(folder) / DESCRIPTION
     try:
@@ -210,11 +210,11 @@ def read_description(folder: Path) -> Description:
     except FileNotFoundError:
         if (folder / "adapter_config.json").is_file():
             raise CheckpointError(
-                f"{folder}: is an adapter of another tool; bring it in with `moe-jax import`"
+                f"{folder}: is an adapter of another tool; convert it with `moe-jax import`"
             ) from None
         raise CheckpointError(
-            f"{folder}: no adapter here, {DESCRIPTION} is missing; a finished run leaves one in "
-            "WORKDIR/adapters/NAME"
+            f"{folder}: no adapter here, {DESCRIPTION} is missing; a finished run has its adapters "
+            "in WORKDIR/adapters/NAME"
         ) from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{file} cannot be read: {error}") from None
@@ -223,21 +223,21 @@ def read_description(folder: Path) -> Description:
         raise CheckpointError(
             f"{file}: format version {version!r}, this release reads {FORMAT_VERSION}"
         )
-    found = {}
+    fields = {}
     for field, hint in _TYPES.items():
         if field not in description:
             raise CheckpointError(f"{file}: field {field!r} is missing; {_CHANGED}")
         try:
-            found[field] = parse(hint, description[field], f"{file}: {field}")
+            fields[field] = parse(hint, description[field], f"{file}: {field}")
         except ConfigError as error:
             raise CheckpointError(f"{error}; {_CHANGED}") from None
     for field, keys in (("method", ("name",)), ("base", BaseIdentity._fields)):
         for key in keys:
-            if not isinstance(found[field].get(key), str):
+            if not isinstance(fields[field].get(key), str):
                 raise CheckpointError(f"{file}: {field}.{key}: expected a text; {_CHANGED}")
-    found["base"] = BaseIdentity(**{key: found["base"][key] for key in BaseIdentity._fields})
-    found["leaves"] = _leaf_specs(found["leaves"], file)
-    return Description(**found)
+    fields["base"] = BaseIdentity(**{key: fields["base"][key] for key in BaseIdentity._fields})
+    fields["leaves"] = _leaf_specs(fields["leaves"], file)
+    return Description(**fields)
 
 
 _TYPES: dict[str, Any] = {
@@ -245,7 +245,7 @@ _TYPES: dict[str, Any] = {
     "base": dict[str, Any],
     "leaves": dict[str, Any],
 }
-"""What JSON has for each field."""
+"""JSON type of each field."""
 
 
 def _leaf_specs(leaves: dict[str, Any], file: Path) -> dict[str, LeafSpec]:
@@ -265,7 +265,7 @@ def _leaf_specs(leaves: dict[str, Any], file: Path) -> dict[str, LeafSpec]:
 
 
 def add_pictures(folder: Path, pictures: Mapping[str, bytes]) -> None:
-    """Puts pictures beside the weights of an adapter that was saved before.
+    """Adds pictures to the folder of a saved adapter.
 
     Raises:
       CheckpointError: the disk is full or not writable.

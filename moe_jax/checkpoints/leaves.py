@@ -1,4 +1,4 @@
-"""Trees of arrays as leaves with names, and the strict comparison of two such sets of leaves."""
+"""Named leaves of trees of arrays: strict comparison, checksums and snapshots."""
 
 import functools
 from collections.abc import Iterable, Mapping
@@ -13,20 +13,20 @@ from moe_jax.errors import CheckpointError, TrainingError
 
 
 class LeafSpec(NamedTuple):
-    """What a leaf must agree on to be the same leaf."""
+    """Shape and type of a leaf, which must match when it is restored."""
 
     shape: tuple[int, ...]
     dtype: str
 
 
 def named_leaves(tree: Any) -> dict[str, Any]:
-    """The leaves of any tree by their path, its parts joined by `/`; empty nodes leave no trace."""
+    """Leaves of a tree by path, its names joined by `/`; empty nodes are dropped."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     return {"/".join(_part(key) for key in path): leaf for path, leaf in leaves}
 
 
-def nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """The nested dict whose `named_leaves` are `leaves`."""
+def nested_dict(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested dict whose `named_leaves` are `leaves`."""
     tree: dict[str, Any] = {}
     for path, leaf in leaves.items():
         *parents, last = path.split("/")
@@ -38,7 +38,7 @@ def nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def leaf_specs(tree: Any) -> dict[str, LeafSpec]:
-    """Shape and dtype of every leaf that has both (arrays, `ShapeDtypeStruct`, Orbax metadata)."""
+    """Shape and type of every leaf: of arrays, `ShapeDtypeStruct` or Orbax metadata."""
     return {
         path: LeafSpec(tuple(leaf.shape), np.dtype(leaf.dtype).name)
         for path, leaf in named_leaves(tree).items()
@@ -46,38 +46,38 @@ def leaf_specs(tree: Any) -> dict[str, LeafSpec]:
 
 
 def require_same_leaves(
-    found: Mapping[str, LeafSpec], expected: Mapping[str, LeafSpec], where: str
+    stored: Mapping[str, LeafSpec], expected: Mapping[str, LeafSpec], where: str
 ) -> None:
-    """Refuses a checkpoint whose leaves are not exactly the expected ones.
+    """Requires that the leaves of a checkpoint are exactly the expected ones.
 
     Args:
-      found: the checkpoint's leaves.
-      expected: the leaves that this run or adapter has.
-      where: the checkpoint's folder, for the message.
+      stored: leaves of the checkpoint.
+      expected: leaves of this run or adapter.
+      where: folder of the checkpoint, for the message.
 
     Raises:
-      CheckpointError: a leaf is missing, is left over, or has another shape or dtype.
+      CheckpointError: a leaf is missing or unexpected, or has another shape or type.
     """
     for problem, names in (
-        ("has no array for", [name for name in expected if name not in found]),
-        ("holds arrays that nothing here uses:", [name for name in found if name not in expected]),
+        ("has no array for", [name for name in expected if name not in stored]),
+        ("holds unexpected arrays:", [name for name in stored if name not in expected]),
     ):
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             raise CheckpointError(f"{where}: {problem} {names[0]!r}{more}; it is not a match")
     for name, spec in expected.items():
-        if found[name] != spec:
+        if stored[name] != spec:
             raise CheckpointError(
-                f"{where}: {name!r} has shape {found[name].shape} and type {found[name].dtype}, "
+                f"{where}: {name!r} has shape {stored[name].shape} and type {stored[name].dtype}, "
                 f"expected {spec.shape} and {spec.dtype}"
             )
 
 
 def checksums(tree: Any) -> dict[str, int]:
-    """A number per leaf that changes when any one of its bits does.
+    """Checksum of each leaf by path; it changes when any single bit does.
 
-    The sum of the words' bit patterns modulo 2^32: the same on every mesh, and computed where the
-    leaf lies. TensorStore compresses without a checksum, so a flipped bit would load unnoticed.
+    It is the sum of the words' bit patterns modulo 2^32, computed on the device, and the same on
+    every mesh. TensorStore compresses without a checksum, so a flipped bit would load unnoticed.
     """
     leaves = named_leaves(tree)
     sums = jax.device_get(bit_sums(list(leaves.values())))
@@ -86,7 +86,7 @@ def checksums(tree: Any) -> dict[str, int]:
 
 @jax.jit
 def bit_sums(leaves: list[jax.Array]) -> list[jax.Array]:
-    """The numbers of `checksums`, still on the device."""
+    """Checksums of `checksums`, still on the device."""
 
     def bit_sum(leaf: jax.Array) -> jax.Array:
         if leaf.dtype == jnp.bool_:
@@ -102,21 +102,17 @@ def _part(key: Any) -> str:
     for attribute in ("key", "name", "idx"):
         if hasattr(key, attribute):
             return str(getattr(key, attribute))
-    raise TypeError(f"a tree node of a kind without names: {key!r}")
-
-
-# FIXME docstring of the merged checkpoints.snapshot:
-# """Trees of arrays as they are at one moment, to be written while training goes on."""
+    raise TypeError(f"tree node without names: {key!r}")
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """See `take_snapshot` and `without_copy`.
+    """State of a tree at one moment, to be written while training continues.
 
     Attributes:
-      tree: the leaves.
-      finite: by path, whether all numbers of a leaf are finite; still on the device.
-      sums: by path, a leaf's checksum; still on the device.
+      tree: tree of arrays.
+      finite: boolean scalar for each leaf by path, True if all values are finite; on the device.
+      sums: checksum of each leaf by path; on the device.
     """
 
     tree: Any
@@ -124,13 +120,13 @@ class Snapshot:
     sums: Mapping[str, jax.Array]
 
     def require_finite(self, step: int) -> None:
-        """Waits for the leaves to be there, and refuses numbers that are not finite.
+        """Waits for the leaves and requires that all values are finite.
 
         Args:
-          step: after which the tree was like this.
+          step: optimizer step of the tree, for the message.
 
         Raises:
-          TrainingError: names the first leaf that holds a NaN or an infinity.
+          TrainingError: a leaf has a NaN or an infinity; names the first one.
         """
         for path, ok in jax.device_get(dict(self.finite)).items():
             if not np.all(ok):
@@ -140,47 +136,47 @@ class Snapshot:
                 )
 
     def checksums(self) -> dict[str, int]:
-        """Those of `leaves.checksums`; waits for the leaves to be there."""
+        """Checksums of the leaves, see `leaves.checksums`; waits for the leaves."""
         return {path: int(total) for path, total in jax.device_get(dict(self.sums)).items()}
 
 
 def take_snapshot(tree: Any) -> Snapshot:
-    """Copies a tree of jax arrays where it lies, without waiting for the device.
+    """Copies a tree of jax arrays on its devices, without waiting for them.
 
-    The tree may be donated to the next step at once. Until the snapshot is dropped, the device
-    holds its leaves twice.
+    The tree may be donated to the next step at once. While the snapshot exists, the devices hold
+    the leaves twice.
     """
     leaves = named_leaves(tree)
-    copy = _copying(tuple(leaf.sharding for leaf in leaves.values()))
-    copies, facts = copy(list(leaves.values()))
-    return _snapshot(jax.tree.unflatten(jax.tree.structure(tree), copies), leaves, facts)
+    copy = _compiled_copy(tuple(leaf.sharding for leaf in leaves.values()))
+    copies, statistics = copy(list(leaves.values()))
+    return _snapshot(jax.tree.unflatten(jax.tree.structure(tree), copies), leaves, statistics)
 
 
-def without_copy(tree: Any) -> Snapshot:
-    """The same of a tree that nobody changes until it is written: its own leaves."""
+def snapshot_without_copy(tree: Any) -> Snapshot:
+    """Snapshot of a tree that is not donated or changed before it is written."""
     leaves = named_leaves(tree)
-    return _snapshot(tree, leaves, _facts(list(leaves.values())))
+    return _snapshot(tree, leaves, _statistics(list(leaves.values())))
 
 
-def _snapshot(tree: Any, paths: Iterable[str], facts: Any) -> Snapshot:
-    for fact in jax.tree.leaves(facts):
-        fact.copy_to_host_async()
-    finite, sums = (dict(zip(paths, values, strict=True)) for values in facts)
+def _snapshot(tree: Any, paths: Iterable[str], statistics: Any) -> Snapshot:
+    for scalar in jax.tree.leaves(statistics):
+        scalar.copy_to_host_async()
+    finite, sums = (dict(zip(paths, values, strict=True)) for values in statistics)
     return Snapshot(tree, finite, sums)
 
 
 @functools.lru_cache(maxsize=16)
-def _copying(shardings: tuple[jax.sharding.Sharding, ...]) -> Any:
-    """A function that copies leaves and finds their `_facts`, compiled once a tree."""
+def _compiled_copy(shardings: tuple[jax.sharding.Sharding, ...]) -> Any:
+    """Compiled function that copies leaves and computes their `_statistics`."""
 
     def copy(leaves: list[jax.Array]) -> Any:
-        # `jnp.copy`, since jit would hand on the argument itself, which is donated soon.
-        return [jnp.copy(leaf) for leaf in leaves], _facts(leaves)
+        # `jnp.copy`, since jit would return the argument itself, which is donated to the next step.
+        return [jnp.copy(leaf) for leaf in leaves], _statistics(leaves)
 
     return jax.jit(copy, out_shardings=(list(shardings), None))
 
 
 @jax.jit
-def _facts(leaves: list[jax.Array]) -> tuple[list[jax.Array], list[jax.Array]]:
-    """Whether each leaf is finite, and its checksum."""
+def _statistics(leaves: list[jax.Array]) -> tuple[list[jax.Array], list[jax.Array]]:
+    """Boolean scalars that are True if a leaf is finite, and checksums."""
     return [jnp.all(jnp.isfinite(leaf)) for leaf in leaves], bit_sums(leaves)

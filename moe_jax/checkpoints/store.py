@@ -1,8 +1,8 @@
-"""Training states on disk: adapters, optimiser, data position and metadata, never the base.
+"""Training states on disk: adapters, optimiser, data position and metadata, without the base.
 
-One folder per saved step, written by Orbax in the background and renamed when complete, so that a
-run that dies while saving leaves the previous step as the latest. Adapters are an item of their
-own: they load without the optimiser.
+Each saved step has one folder, which Orbax writes in the background and renames when it is
+complete: a run that is killed while saving leaves the previous step as the latest. Adapters are a
+separate item, which loads without the optimiser.
 """
 
 import contextlib
@@ -16,8 +16,8 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
 from moe_jax.checkpoints.late_errors import register_folder
-from moe_jax.checkpoints.leaves import Snapshot, named_leaves, nested, take_snapshot
-from moe_jax.checkpoints.restored_tree import first_line, restore_tree
+from moe_jax.checkpoints.leaves import Snapshot, named_leaves, nested_dict, take_snapshot
+from moe_jax.checkpoints.restored_tree import error_summary, restore_tree
 from moe_jax.errors import CheckpointError
 from moe_jax.files.disk import disk_errors
 
@@ -25,14 +25,14 @@ FORMAT_VERSION = 1
 
 
 class SavedState(NamedTuple):
-    """What one step's folder holds.
+    """Training state of one step.
 
     Attributes:
-      step: how many optimiser steps had been taken.
+      step: number of optimiser steps taken.
       adapters: `{adapter name: tree}`.
-      optimizer: everything else of the training state, in the tree it was saved from.
-      data: JSON values: where the data iterators stood.
-      metadata: JSON values: identity of the base and other facts of the run.
+      optimizer: rest of the training state, with the structure that was saved.
+      data: positions of the data iterators, as JSON values.
+      metadata: identity of the base and other properties of the run, as JSON values.
     """
 
     step: int
@@ -43,37 +43,40 @@ class SavedState(NamedTuple):
 
 
 class CapturedState(NamedTuple):
-    """The arrays of a training state at one moment, still on the device; see `capture`."""
+    """Arrays of a training state at one moment, on the devices; see `capture_state`."""
 
     adapters: Snapshot
     optimizer: Snapshot
 
 
-def capture(adapters: Any, optimizer: Any) -> CapturedState:
-    """Copies a state on the device, without waiting for it; the next step may have the arrays.
+def capture_state(adapters: Any, optimizer: Any) -> CapturedState:
+    """Copies a state on its devices without waiting; the arrays may be donated to the next step.
 
     Args:
-      adapters, optimizer: trees of jax arrays; `optimizer` is any tree whose nodes have names.
+      adapters: `{adapter name: tree}` of jax arrays.
+      optimizer: rest of the training state: any tree of jax arrays whose nodes have names.
     """
-    return CapturedState(take_snapshot(adapters), take_snapshot(nested(named_leaves(optimizer))))
+    return CapturedState(
+        take_snapshot(adapters), take_snapshot(nested_dict(named_leaves(optimizer)))
+    )
 
 
 class TrainingStore:
-    """The training states of one run.
+    """Training states of one run.
 
-    Not safe for two runs at once: the caller holds the work directory's lock.
+    Not safe for concurrent runs: the caller must hold the lock of the work directory.
     """
 
     def __init__(self, folder: Path, *, every: int, keep: int):
-        """Opens or creates `folder`; removes what an interrupted save left there.
+        """Opens or creates `folder`, and removes leftovers of an interrupted save.
 
         Args:
-          folder: holds one folder per step; absolute.
-          every: a save is due at each multiple of this many steps.
-          keep: how many saved steps stay, the newest ones.
+          folder: folder with one subfolder for each step.
+          every: number of steps between saves.
+          keep: number of saved steps that are kept, the newest ones.
 
         Raises:
-          CheckpointError: `folder` cannot be made or written.
+          CheckpointError: `folder` cannot be created or written.
         """
         self.folder = folder.absolute()
         register_folder(self.folder)
@@ -86,17 +89,17 @@ class TrainingStore:
                     preservation_policy=policies.LatestN(keep),
                     cleanup_tmp_directories=True,
                     enable_async_checkpointing=True,
-                    lightweight_initialize=True,  # an old step may be half deleted; nobody asks
+                    lightweight_initialize=True,  # does not read old steps, which may be damaged
                 ),
             )
 
     @property
     def latest(self) -> int | None:
-        """The newest complete step, or None."""
+        """Newest complete step, or None."""
         return self._manager.latest_step()
 
     def due(self, step: int) -> bool:
-        """Whether `save` should be called after this step."""
+        """True if the state should be saved after this step."""
         return step != self.latest and self._manager.should_save(step)
 
     def save(
@@ -108,20 +111,21 @@ class TrainingStore:
         data: dict[str, Any],
         metadata: dict[str, Any],
     ) -> None:
-        """`capture` and `write` at once; arguments and errors as there."""
-        self.write(step, capture(adapters, optimizer), data=data, metadata=metadata)
+        """Captures and writes a state; see `capture_state` and `write`."""
+        self.write(step, capture_state(adapters, optimizer), data=data, metadata=metadata)
 
     def write(
         self, step: int, state: CapturedState, *, data: dict[str, Any], metadata: dict[str, Any]
     ) -> None:
-        """Copies a captured state off the device and writes it in the background.
+        """Copies a captured state to the host and writes it in the background.
 
-        Waits for the previous save to end first. A step that is already there is left alone.
+        It waits for the previous save first. A step that is already saved is not written again.
 
         Args:
-          step: how many optimiser steps had been taken.
-          state: as it was then.
-          data, metadata: plain JSON values.
+          step: number of optimiser steps taken.
+          state: captured arrays.
+          data: positions of the data iterators, as JSON values.
+          metadata: other properties of the run, as JSON values.
 
         Raises:
           TrainingError: an adapter leaf is not finite; nothing is written.
@@ -130,9 +134,9 @@ class TrainingStore:
         if step == self.latest:
             return
         state.adapters.require_finite(step)
-        sums = {name: own.checksums() for name, own in state._asdict().items()}
+        sums = {name: snapshot.checksums() for name, snapshot in state._asdict().items()}
         header = {"format_version": FORMAT_VERSION, "checksums": sums}
-        with disk_errors(self.folder / str(step), self.kept()):
+        with disk_errors(self.folder / str(step), self.kept_state()):
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
@@ -145,16 +149,16 @@ class TrainingStore:
             )
 
     def wait(self) -> None:
-        """Returns once nothing is being written.
+        """Waits for the write in the background.
 
         Raises:
-          CheckpointError: the write in the background failed, for example on a full disk.
+          CheckpointError: it failed, for example on a full disk.
         """
-        with disk_errors(self.folder, self.kept()):
+        with disk_errors(self.folder, self.kept_state()):
             self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Waits for the last write and releases the threads; errors as in `wait`."""
+        """Waits for the last write and releases the threads; raises as `wait` does."""
         self.wait()
         self._manager.close()
 
@@ -169,7 +173,7 @@ class TrainingStore:
     ) -> None:
         if error is None:
             self.close()
-        else:  # let a save that is under way end, and let the error at hand be the one that is seen
+        else:  # wait for a save that is under way, and raise the original error
             with contextlib.suppress(CheckpointError):
                 self.wait()
 
@@ -177,15 +181,16 @@ class TrainingStore:
         """Reads a saved step onto the devices.
 
         Args:
-          step: which one.
-          adapters, optimizer: trees of `ShapeDtypeStruct` with shardings, as they are to be; the
-            mesh may differ from the one that saved.
+          step: saved step.
+          adapters: `{adapter name: tree}` of `ShapeDtypeStruct` with shardings; the mesh may differ
+            from the one that saved.
+          optimizer: tree of `ShapeDtypeStruct` with shardings for the rest of the state.
 
         Raises:
-          CheckpointError: damaged, of another format, or not exactly these leaves.
+          CheckpointError: the state is damaged, has another format version, or other leaves.
         """
         paths = named_leaves(optimizer)
-        leaves = self._restore_item(step, "optimizer", nested(paths))
+        leaves = self._restore_item(step, "optimizer", nested_dict(paths))
         flat = named_leaves(leaves)
         return SavedState(
             step=step,
@@ -198,7 +203,7 @@ class TrainingStore:
         )
 
     def restore_adapters(self, step: int, adapters: Any) -> Any:
-        """Reads only the adapters of a saved step; see `restore`."""
+        """Reads the adapters of a saved step without the optimiser; see `restore`."""
         return self._restore_item(step, "adapters", adapters)
 
     def _restore_item(self, step: int, item: str, target: Any) -> Any:
@@ -206,23 +211,23 @@ class TrainingStore:
         folder = self.folder / str(step) / item
         return restore_tree(folder, target, sums, _advice(self.folder, step))
 
-    def kept(self) -> str:
-        """Which state is safe on the disk, in words, for messages."""
-        # Read from the disk: Orbax's own list already counts the step that is being written.
+    def kept_state(self) -> str:
+        """Text that names the newest saved state, for messages."""
+        # Read from the disk, since Orbax's list includes the step that is being written.
         step = latest_step(self.folder)
         return "no state was saved before" if step is None else f"the state at step {step} is kept"
 
 
 def latest_step(folder: Path) -> int | None:
-    """The newest complete step in a `TrainingStore`'s folder, or None; touches no device."""
+    """Newest complete step in the folder of a `TrainingStore`, or None; uses no device."""
     return max(_steps(folder), default=None)
 
 
 def read_metadata(folder: Path, step: int) -> dict[str, Any]:
-    """The metadata of a saved step, without its arrays; touches no device.
+    """Reads the metadata of a saved step without its arrays; uses no device.
 
     Raises:
-      CheckpointError: missing, damaged, or of another format version.
+      CheckpointError: the file is missing or damaged, or has another format version.
     """
     metadata = _read_json(folder, step, "metadata")
     if (version := metadata.get("format_version")) != FORMAT_VERSION:
@@ -234,17 +239,17 @@ def read_metadata(folder: Path, step: int) -> dict[str, Any]:
 
 
 def _steps(folder: Path) -> list[int]:
-    # Orbax gives a step's folder its number as the name by a rename, when all of it is written.
+    # Orbax renames a step's folder to its number when it is complete.
     return [int(child.name) for child in folder.glob("[0-9]*") if child.name.isdecimal()]
 
 
 def _read_json(folder: Path, step: int, item: str) -> dict[str, Any]:
-    file = folder / str(step) / item / "metadata"  # the name that Orbax gives JSON items
+    file = folder / str(step) / item / "metadata"  # Orbax's name for JSON items
     try:
         return dict(json.loads(file.read_text()))
     except (OSError, ValueError, TypeError) as error:
         raise CheckpointError(
-            f"{file} is damaged ({first_line(error)}); {_advice(folder, step)}"
+            f"{file} is damaged ({error_summary(error)}); {_advice(folder, step)}"
         ) from None
 
 

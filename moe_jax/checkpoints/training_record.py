@@ -1,8 +1,8 @@
-"""What is on record of how an adapter was trained, beside its weights: `training.json`, pictures.
+"""Record of an adapter's training, beside its weights: `training.json` and pictures.
 
-Both are for people and for model cards; nothing that an adapter computes depends on them, and an
-adapter that was not trained here has neither. They hold no times, so that a run that was resumed
-leaves what one leaves that never stopped.
+Both are for readers and model cards. The adapter's computation does not depend on them, and an
+imported adapter has neither. They hold no times, so a resumed run writes the same files as an
+uninterrupted one.
 """
 
 import dataclasses
@@ -22,22 +22,22 @@ _ADDED = {
     2: {"start_from": None, "validation_metrics": {}, "accuracies": {}, "accuracies_step": None},
     3: {"packing": "none"},
 }
-"""The fields that a version added, and what stands for them in a record of a version before."""
+"""Fields that a version added, with their values for records of earlier versions."""
 
 PICTURES = {"loss.png": "Losses", "experts.png": "Load of the experts"}
-"""The files of pictures that may lie beside an adapter's weights, and what they show."""
+"""Titles of the picture files that an adapter's folder may hold."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataSet:
-    """A data set that an adapter learned from or was measured on.
+    """A data set for training or validation.
 
     Attributes:
       path, schema, split, revision: see `SourceConfig`.
-      task: the evaluation task whose questions these are; None if they are none of a task.
-      on_hub: whether `path` is the id of a hub data set, and not a file or folder.
-      weight: its share of the rows, relative to the other training sets.
-      rows: how many of its rows were used.
+      task: evaluation task of its questions; None if it belongs to no task.
+      on_hub: True if `path` is the id of a hub data set, and not a file or folder.
+      weight: sampling weight, relative to the other training sets.
+      rows: number of rows used.
     """
 
     path: str
@@ -49,41 +49,41 @@ class DataSet:
     weight: float
     rows: int
 
-    def renamed(self) -> "DataSet":
-        """The same with the last name of a file or folder only."""
+    def without_local_path(self) -> "DataSet":
+        """Copy whose path is the name of the file or folder only."""
         return dataclasses.replace(self, path=Path(self.path).name)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainingRecord:
-    """How an adapter was trained.
+    """Settings and results of an adapter's training.
 
     Attributes:
-      package_version: the release that trained it.
-      adapter: its name in the run.
-      method: its method's fields, and the method's `name`.
-      base: `path`, `revision` and `param_dtype` of the base in the run.
+      package_version: release that trained the adapter.
+      adapter: name of the adapter in the run.
+      method: fields of the method, and its `name`.
+      base: `path`, `revision` and `param_dtype` of the base model.
       compute_dtype: see `ComputeConfig.dtype`.
-      optimizer: the fields of `OptimizerConfig`.
-      batch_size: rows in one optimiser step.
-      micro_batches: parts that each batch was cut into.
-      max_length: tokens of a row, at most.
-      packing: what a row of a batch held, see `DataConfig.packing`.
-      train_on_prompt: whether the prompt's tokens counted in the loss.
-      seed: of its initialisation and of the order of its rows.
-      start_from: the folder of the adapter that it began from; None if it began fresh, or in a
-        record of version 1, which did not say.
-      step: the optimiser step after which these weights were saved.
-      total_steps: how many it was to make.
-      train, validation: its data sets, by the name that the run gave them.
-      training_loss: of the last line of metrics up to `step`, in nats per target token, or per row
-        that is classified; of a number, the mean squared error. None if there is none, or it was
-        not finite.
-      validation_losses: at `step`, by data set, in the same unit; None as above.
-      validation_metrics: of a classifier, by data set and name, measured with those losses.
-      best_loss: the lowest mean validation loss up to `step`; None if the run did not keep it.
-      accuracies: on evaluation tasks, by task and measure, those that were measured last.
-      accuracies_step: the step after which they were; None if there are none.
+      optimizer: fields of `OptimizerConfig`.
+      batch_size: rows per optimiser step.
+      micro_batches: number of parts of each batch.
+      max_length: maximum number of tokens of a row.
+      packing: see `DataConfig.packing`.
+      train_on_prompt: True if the tokens of the prompt count in the loss.
+      seed: seed of the initialisation and of the order of the rows.
+      start_from: folder of the initial adapter; None for a fresh adapter, and in records of version
+        1, which lack the field.
+      step: optimiser step after which the weights were saved.
+      total_steps: number of steps planned.
+      train, validation: data sets by their names in the run.
+      training_loss: loss in the last line of metrics up to `step`: nats per target token, nats per
+        row for classification, mean squared error for regression. None if missing or not finite.
+      validation_losses: losses at `step` by data set, in the same unit; None as above.
+      validation_metrics: metrics of a classifier at `step`, by data set and name.
+      best_loss: lowest mean validation loss up to `step`; None if the run does not keep the best
+        adapter.
+      accuracies: latest accuracies on evaluation tasks, by task and measure.
+      accuracies_step: step of `accuracies`; None if there are none.
     """
 
     package_version: str
@@ -110,30 +110,32 @@ class TrainingRecord:
     accuracies: dict[str, dict[str, float]]
     accuracies_step: int | None
 
-    def to_give_away(self, base: str) -> "TrainingRecord":
-        """The same without the places where files and folders lie, which concern nobody else.
+    def without_local_paths(self, base: str) -> "TrainingRecord":
+        """Copy without local paths, for publication.
 
         Args:
-          base: what the base is called instead.
+          base: name of the base model in place of its path.
         """
-        named = [
-            {name: each if each.on_hub else each.renamed() for name, each in sets.items()}
-            for sets in (self.train, self.validation)
-        ]
-        own = {**self.base, "path": base}
-        start = None if self.start_from is None else Path(self.start_from).name
+        train, validation = (
+            {name: s if s.on_hub else s.without_local_path() for name, s in data_sets.items()}
+            for data_sets in (self.train, self.validation)
+        )
         return dataclasses.replace(
-            self, base=own, start_from=start, train=named[0], validation=named[1]
+            self,
+            base={**self.base, "path": base},
+            start_from=None if self.start_from is None else Path(self.start_from).name,
+            train=train,
+            validation=validation,
         )
 
 
 def write_record(
     folder: Path, record: TrainingRecord | None, pictures: Mapping[str, bytes]
 ) -> None:
-    """Writes what there is into an adapter's folder.
+    """Writes the record, if there is one, and the pictures into an adapter's folder.
 
     Raises:
-      OSError: the disk's own.
+      OSError: the disk is full or not writable.
     """
     if record is not None:
         (folder / RECORD).write_text(_text(record), encoding="utf-8")
@@ -147,12 +149,12 @@ def _text(record: TrainingRecord) -> str:
 
 
 def add_accuracies(folder: Path, step: int, accuracies: Mapping[str, Mapping[str, float]]) -> None:
-    """Puts on record how an adapter that was saved before does on evaluation tasks.
+    """Adds accuracies on evaluation tasks to the record of a saved adapter.
 
     Args:
-      folder: the adapter's, with its record.
-      step: after which it was measured.
-      accuracies: by task and measure.
+      folder: folder of the adapter.
+      step: optimiser step of the evaluated weights.
+      accuracies: accuracies by task and measure.
 
     Raises:
       CheckpointError: the record is damaged, or the disk is full or not writable.
@@ -160,32 +162,31 @@ def add_accuracies(folder: Path, step: int, accuracies: Mapping[str, Mapping[str
     record = read_record(folder)
     if record is None:  # deleted by hand
         return
-    measured = {task: dict(own) for task, own in accuracies.items()}
-    former, record = record, dataclasses.replace(record, accuracies=measured, accuracies_step=step)
-    if record == former:  # of a run that was stopped before it had all its results
-        return
-    write_atomic(folder / RECORD, _text(record))
+    by_task = {task: dict(values) for task, values in accuracies.items()}
+    extended = dataclasses.replace(record, accuracies=by_task, accuracies_step=step)
+    if extended != record:  # equal if a stopped run is completed
+        write_atomic(folder / RECORD, _text(extended))
 
 
 def read_record(folder: Path) -> TrainingRecord | None:
-    """The record of an adapter's folder; None if it has none.
+    """Reads the record of an adapter's folder; None if it has none.
 
     Raises:
-      CheckpointError: it is of another version, or damaged.
+      CheckpointError: the record is damaged, or of another version.
     """
     file = folder / RECORD
-    without = "delete the file to use the adapter without it"
+    remedy = "delete the file to use the adapter without it"
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file}: cannot be read ({error}); {without}") from None
+        raise CheckpointError(f"{file}: cannot be read ({error}); {remedy}") from None
     version = content.pop("record_version", None) if isinstance(content, dict) else None
     if type(version) is not int or not 1 <= version <= RECORD_VERSION:
         raise CheckpointError(
             f"{file}: record version {version!r}, this release reads 1 to {RECORD_VERSION}; "
-            f"{without}"
+            f"{remedy}"
         )
     for added, fields in _ADDED.items():
         if version < added:
@@ -193,14 +194,14 @@ def read_record(folder: Path) -> TrainingRecord | None:
     try:
         return parse(TrainingRecord, content, str(file))
     except ConfigError as error:
-        raise CheckpointError(f"{error}; the file was changed or is damaged; {without}") from None
+        raise CheckpointError(f"{error}; the file was changed or is damaged; {remedy}") from None
 
 
 def read_pictures(folder: Path) -> dict[str, bytes]:
-    """The pictures of an adapter's folder, by file name.
+    """Reads the pictures of an adapter's folder, by file name.
 
     Raises:
-      CheckpointError: one of them cannot be read.
+      CheckpointError: a picture cannot be read.
     """
     pictures = {}
     for name in PICTURES:

@@ -12,7 +12,7 @@ import numpy as np
 
 from moe_jax.adapters.method import AdapterMethod
 from moe_jax.checkpoints.adapter_files import SavedAdapter
-from moe_jax.checkpoints.leaves import leaf_specs, named_leaves, nested, require_same_leaves
+from moe_jax.checkpoints.leaves import leaf_specs, named_leaves, nested_dict, require_same_leaves
 from moe_jax.config.model import FloatType, ModelConfig
 from moe_jax.config.parse import Registry, located
 from moe_jax.errors import CheckpointError, ConfigError
@@ -256,7 +256,7 @@ class AdapterFormat(Format):
         layout = adapter_tensors(specs, peft_type)
         require_tensors(source, {tensor.name: tensor.shape for tensor in layout}, base)
         leaves = leaves_from_tensors(source.tensors, layout, specs)
-        return method, nested({path: jax.device_put(leaf) for path, leaf in leaves.items()})
+        return method, nested_dict({path: jax.device_put(leaf) for path, leaf in leaves.items()})
 
 
 def _require_unfused_projections(adapter: SavedAdapter) -> None:

@@ -29,7 +29,7 @@ class NativeFormat(Format):
         record = adapter.training
         published = adapter._replace(
             base=adapter.base._replace(path=options.base),
-            training=None if record is None else record.to_give_away(options.base),
+            training=None if record is None else record.without_local_paths(options.base),
         )
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(adapter.tree)) + 2**20
 

@@ -142,7 +142,8 @@ def _rope_type(section: Mapping[str, Any], location: str, rules: RopeRules) -> s
     rope_type = rules.renamed.get(rope_type, rope_type)
     if rope_type not in rules.types:
         raise CheckpointError(
-            f"{location}.rope_type: {rope_type!r} is not supported; supported: {', '.join(rules.types)}"
+            f"{location}.rope_type: {rope_type!r} is not supported; "
+            f"supported: {', '.join(rules.types)}"
         )
     return rope_type
 
@@ -159,8 +160,8 @@ def _original_length(fields: HFFields, section: Mapping[str, Any], location: str
     default = fields.get(key, int)
     if inside not in (None, default):
         raise CheckpointError(
-            f"{location}.{key}: {inside} is not read here, where transformers takes {default} for a "
-            f"missing {key} beside {location.rsplit(' ', 1)[-1]}; move it there"
+            f"{location}.{key}: {inside} is ignored, since transformers uses {default} "
+            f"for a missing {key} outside {location.rsplit(' ', 1)[-1]}; move it there"
         )
     return default
 

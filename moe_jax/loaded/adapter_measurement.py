@@ -1,6 +1,4 @@
-"""What changing an adapter needs to know of some text: how often each expert is used, and how far
-what is computed afterwards is from what was computed before.
-"""
+"""Measurements of an adapter on text: expert loads, and the change of logits from another model."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,13 +20,13 @@ from moe_jax.models.causal_lm import LlamaForCausalLM
 
 
 class LogitChange(NamedTuple):
-    """How far the logits of one model are from those of another, on the same tokens.
+    """Difference of the logits of two models on the same tokens.
 
     Attributes:
-      divergence: KL of the next-token distributions, `sum_v p(v) (log p(v) - log q(v))` with p the
-        exact model's and q the other's, the mean over tokens, in nats.
-      largest: the largest difference of two logits.
-      mean_square: of the logits' differences, the mean.
+      divergence: KL divergence of the next-token distributions in nats, the mean over tokens of
+        `sum_v p(v) (log p(v) - log q(v))`, with p of the reference model and q of the other.
+      largest: largest absolute difference of two logits.
+      mean_square: mean squared difference of the logits.
     """
 
     divergence: float
@@ -37,18 +35,18 @@ class LogitChange(NamedTuple):
 
 
 class AdapterMeasurement:
-    """The exact model, an adapter on its base, in memory; it computes in float32.
+    """An adapter on its base, measured on rows of tokens in float32.
 
-    Rows go through it one at a time, so that beside the parameters memory holds the logits of one.
+    It computes one row at a time, to hold the logits of one row only beside the parameters.
     """
 
     def __init__(self, adapter: SavedAdapter, base: BaseModel, tokens: np.ndarray):
-        """Loads the base.
+        """Loads the parameters of the base.
 
         Args:
-          adapter: of that base.
-          base: from `open_adapter_base`.
-          tokens: int [N, S], rows of real tokens.
+          adapter: adapter to measure.
+          base: base model of the adapter, from `open_adapter_base`.
+          tokens: int [N, S], rows without padding.
         """
         self._compute = ComputeConfig(dtype="float32")
         self._model = LlamaForCausalLM(
@@ -59,9 +57,9 @@ class AdapterMeasurement:
         self._rows = [jnp.asarray(row[None]) for row in tokens]
 
     def loads(self) -> dict[str, np.ndarray]:
-        """What each expert had to carry, summed over the tokens, [L, E] of each routed site.
+        """Load of each expert, summed over the tokens, [L, E] for each routed site.
 
-        A site is called as in `collect_statistics`. Layers that do not route have zeros.
+        Sites are named as in `collect_statistics`. Layers without a router have zeros.
         """
 
         @jax.jit
@@ -75,25 +73,25 @@ class AdapterMeasurement:
         return {site: np.sum([np.asarray(row[site]) for row in rows], axis=0) for site in rows[0]}
 
     def utilisation(self) -> np.ndarray:
-        """The share of each expert in its layer's load, [L, E], float32; rows sum to one."""
+        """Share of each expert in the load of its layer, float32 [L, E]; rows sum to one."""
         total = self.loads()[f"mlp/{MOE}"]
         return (total / total.sum(axis=-1, keepdims=True)).astype(np.float32)
 
     def divergence(self, folder: Path) -> float:
-        """KL of the next-token distributions from those of the model in `folder`, nats per token.
+        """KL divergence to the model in `folder`, in nats per token; see `LogitChange.divergence`.
 
-        See `LogitChange.divergence`; this adapter on its base is the exact model.
+        This adapter on its base is the reference.
         """
-        return self._change(self._whole_model(folder), exact_first=True).divergence
+        return self._change(self._whole_model(folder), is_reference=True).divergence
 
     def change_to(self, adapter: SavedAdapter) -> LogitChange:
-        """How far another adapter on the same base is from this one, which is the exact model."""
+        """Change to another adapter on the same base; this adapter is the reference."""
         model = self._model.clone(adapter_rows=single_adapter(adapter.method, 1))
-        return self._change((model, self._params, {SINGLE: adapter.tree}), exact_first=True)
+        return self._change((model, self._params, {SINGLE: adapter.tree}), is_reference=True)
 
     def change_from(self, folder: Path) -> LogitChange:
-        """How far this adapter on its base is from the model in `folder`, the exact one."""
-        return self._change(self._whole_model(folder), exact_first=False)
+        """Change from the model in `folder`, the reference, to this adapter on its base."""
+        return self._change(self._whole_model(folder), is_reference=False)
 
     def _whole_model(self, folder: Path) -> tuple[LlamaForCausalLM, Any, Any]:
         model = read_model_config(folder)
@@ -101,9 +99,9 @@ class AdapterMeasurement:
         return LlamaForCausalLM(model, self._compute), params, {}
 
     def _change(
-        self, other: tuple[LlamaForCausalLM, Any, Any], *, exact_first: bool
+        self, other: tuple[LlamaForCausalLM, Any, Any], *, is_reference: bool
     ) -> LogitChange:
-        """Between this adapter on its base and another model, either of which is the exact one."""
+        """Change between this adapter and another model; `is_reference` refers to this adapter."""
 
         @jax.jit
         def change(arrays: Any, other_arrays: Any, row: jax.Array) -> tuple[jax.Array, ...]:
@@ -112,13 +110,13 @@ class AdapterMeasurement:
                 apply(self._model, *arrays, compute, row),
                 apply(other[0], *other_arrays, compute, row),
             ]
-            exact, changed = logits if exact_first else logits[::-1]
-            p, q = (jax.nn.log_softmax(each, axis=-1) for each in (exact, changed))
-            difference = jnp.abs(exact - changed)
+            reference, changed = logits if is_reference else logits[::-1]
+            p, q = (jax.nn.log_softmax(array, axis=-1) for array in (reference, changed))
+            difference = jnp.abs(reference - changed)
             divergence = jnp.mean(jnp.sum(jnp.exp(p) * (p - q), axis=-1))
             return divergence, jnp.max(difference), jnp.mean(jnp.square(difference))
 
         arrays = self._params, self._adapters
         rows = [change(arrays, other[1:], row) for row in self._rows]
-        divergence, largest, square = (np.asarray(each) for each in zip(*rows, strict=True))
+        divergence, largest, square = map(np.asarray, zip(*rows, strict=True))
         return LogitChange(float(divergence.mean()), float(largest.max()), float(square.mean()))

@@ -1,4 +1,4 @@
-"""A base and adapters to compute with: checked before, and loaded after, what they are to read."""
+"""The model, parameters and adapters for inference, evaluation and inspection."""
 
 import functools
 import hashlib
@@ -23,24 +23,24 @@ from moe_jax.models.causal_lm import LlamaForCausalLM
 from moe_jax.sharding.rules import shardings_of
 
 BASE = "base"
-"""What prompts and results call the base without an adapter."""
+"""Name of the base model without an adapter in prompts and results."""
 
 
 class Adapter(NamedTuple):
-    """An adapter to compute with."""
+    """Method and weights of an adapter."""
 
     method: AdapterMethod
     tree: Any
 
 
 class NamedAdapter(NamedTuple):
-    """An adapter, and what results say of it.
+    """A loaded adapter with its name and origin.
 
     Attributes:
-      name: what the user calls it.
-      origin: where it lies; None if it came from memory.
-      digest: of its method and weights.
-      saved: what was loaded.
+      name: the user's name for it.
+      origin: folder or hub id; None if it was given in memory.
+      digest: hash of its method and weights.
+      saved: the adapter as it was loaded.
     """
 
     name: str
@@ -50,21 +50,21 @@ class NamedAdapter(NamedTuple):
 
     @property
     def adapter(self) -> Adapter:
-        """What computing takes."""
+        """Method and weights."""
         return Adapter(self.saved.method, self.saved.tree)
 
 
 def build_model(base: BaseModel, dtype: FloatType) -> LlamaForCausalLM:
-    """The module that computes in `dtype`."""
+    """Model of a base, with parameters and computation in `dtype`."""
     return LlamaForCausalLM(base.config, ComputeConfig(dtype=dtype), param_dtype=dtype)
 
 
 def load_params(base: BaseModel, model: LlamaForCausalLM, mesh: Mesh | None) -> Any:
-    """The weights, in the type that `model` keeps them in, on the mesh or on one device.
+    """Loads the parameters in the type of `model`, onto the mesh or one device.
 
     Raises:
       CheckpointError: a file or tensor is missing or damaged.
-      DeviceError: the mesh does not divide a weight evenly.
+      DeviceError: the mesh does not divide a parameter evenly.
     """
     shardings = None
     if mesh is not None:
@@ -80,10 +80,10 @@ def load_adapters(
     model: LlamaForCausalLM,
     mesh: Mesh | None,
 ) -> list[NamedAdapter]:
-    """Loads adapters, each from its folder or from memory.
+    """Loads adapters from their folders or from memory, onto the mesh or one device.
 
     Raises:
-      CheckpointError: a folder holds none, it is damaged, or it belongs to another base.
+      CheckpointError: a folder holds no adapter or is damaged, or an adapter has another base.
     """
     loaded = []
     for name, adapter in adapters.items():

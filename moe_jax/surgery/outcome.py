@@ -1,4 +1,4 @@
-"""What comes out of an operation: an adapter, and what it has to do with the former one."""
+"""Result of an operation, and the steps that all operations share: open, measure and save."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +10,7 @@ import numpy as np
 
 from moe_jax.adapters.method import METHODS, AdapterMethod, require_language_model
 from moe_jax.checkpoints.adapter_files import SavedAdapter, load_adapter, save_adapter
-from moe_jax.checkpoints.leaves import leaf_specs, nested, require_same_leaves
+from moe_jax.checkpoints.leaves import leaf_specs, nested_dict, require_same_leaves
 from moe_jax.config.model import ModelConfig
 from moe_jax.config.parse import FieldError, located
 from moe_jax.files.folders import require_unused
@@ -18,22 +18,22 @@ from moe_jax.hf.base_model import BaseIdentity, BaseModel, resolve_adapter
 from moe_jax.loaded.adapter_base import expected_leaves, open_adapter_base
 from moe_jax.loaded.adapter_measurement import AdapterMeasurement, LogitChange
 
-_LENGTH = 512
+_MAX_ROW_LENGTH = 512
+
 _ROUNDING = 1e-7
+"""KL divergences below this are reported as rounding."""
 
 
 class SurgeryOutcome(NamedTuple):
-    """A new adapter.
+    """Result of an operation.
 
     Attributes:
-      adapter: it, also in the folder that was asked for.
-      exact: whether it computes what the former one does, to rounding, by construction: on every
-        input, or as far as `notes` say.
-      notes: what was done, what is exact, and what was measured, one sentence each.
-      change: how far its logits are from those of the model that it came from; None if that was not
-        measured.
-      weight_errors: by projection, the relative error of the weights' changes, where a rank cut
-        something off; 0 is none.
+      adapter: the new adapter.
+      exact: whether the new adapter is equivalent to the original model by construction, up to
+        rounding, on the inputs that `notes` state.
+      notes: the operation, its exactness and the measurements, one sentence each.
+      change: difference of the logits from those of the original model; None if not measured.
+      weight_errors: relative error of the weight changes by projection, caused by a lower rank.
     """
 
     adapter: SavedAdapter
@@ -44,25 +44,25 @@ class SurgeryOutcome(NamedTuple):
 
 
 class Text(NamedTuple):
-    """What is measured on.
+    """A text on which adapters of a base are measured.
 
     Attributes:
-      name: of the file.
-      base: the base, whose tokenizer made the rows.
-      rows: int [N, S].
+      name: name of the file.
+      base: the base.
+      rows: token ids of the text from the base's tokenizer, int [N, S].
     """
 
     name: str
     base: BaseModel
     rows: np.ndarray
 
-    def measuring(self, adapter: SavedAdapter) -> AdapterMeasurement:
-        """An adapter on its base, in memory."""
+    def measurement(self, adapter: SavedAdapter) -> AdapterMeasurement:
+        """Loads the base and an adapter for measurements on this text."""
         return AdapterMeasurement(adapter, self.base, self.rows)
 
     def describe(self, change: LogitChange, original: str) -> str:
-        """A change in words."""
-        is_rounding = abs(change.divergence) < _ROUNDING  # of either sign
+        """Describes a measured change in one sentence."""
+        is_rounding = abs(change.divergence) < _ROUNDING
         divergence = f"below {_ROUNDING:.0e}" if is_rounding else f"{change.divergence:.3g}"
         return (
             f"measured on {self.rows.size:,} tokens of {self.name}: KL divergence from {original} "
@@ -71,11 +71,11 @@ class Text(NamedTuple):
         )
 
 
-def opened(adapter: SavedAdapter | str | Path, output: str | Path | None) -> SavedAdapter:
-    """The adapter to be changed, its leaves those of its method; `output` can be written to.
+def open_adapter(adapter: SavedAdapter | str | Path, output: str | Path | None) -> SavedAdapter:
+    """Opens the adapter to convert, and checks its leaves and `output`.
 
     Raises:
-      CheckpointError: it is missing or damaged, or `output` is not empty.
+      CheckpointError: the adapter is missing or damaged, or `output` is not empty.
     """
     if output is not None:
         require_unused(Path(output))
@@ -90,35 +90,35 @@ def opened(adapter: SavedAdapter | str | Path, output: str | Path | None) -> Sav
 def read_text(
     adapter: SavedAdapter, data: str | Path | None, base: str | Path | None, needed: str = ""
 ) -> Text | None:
-    """The rows of a file as the adapter's base reads them.
+    """Opens an adapter's base and reads a text with its tokenizer.
 
     Args:
-      adapter: whose base it is.
-      data: a file of text; None stands for none.
-      base: the base's folder or hub id; None is the path that it was trained with.
-      needed: what it is needed for, if it is.
+      adapter: an adapter of the base.
+      data: a text file, or None.
+      base: folder or hub id of the base; None is the path that the adapter was trained with.
+      needed: the reason why `data` is required; empty if it is optional.
 
     Raises:
-      CheckpointError: the base is missing or another one.
-      ConfigError: it is needed and not given, or the adapter is a classifier, which gives no
-        logits of text.
+      CheckpointError: the base is missing or is not the adapter's.
+      ConfigError: the text is required but missing, or the adapter is a classifier, which has no
+        logits of tokens.
       DataError: the file cannot be read.
     """
     if data is None:
         if needed:
-            raise FieldError("data", f"{needed}; give a file of text with `data`")
+            raise FieldError("data", f"{needed}; give a text file with `data`")
         return None
     require_language_model(adapter.method, "given", "be measured on text")
-    found = open_adapter_base(adapter, str(adapter.base.path if base is None else base))
-    return text_rows(Path(data), found)
+    model = open_adapter_base(adapter, str(adapter.base.path if base is None else base))
+    return tokenized_text(Path(data), model)
 
 
-def text_rows(file: Path, base: BaseModel) -> Text:
-    """The same for a base that is known to be the right one."""
-    from moe_jax.data.encoding import load_token_rows  # with libraries that nothing else needs
+def tokenized_text(file: Path, base: BaseModel) -> Text:
+    """Reads a text with the tokenizer of a base."""
+    from moe_jax.data.encoding import load_token_rows  # imports data libraries
     from moe_jax.data.tokenizer import load_tokenizer
 
-    length = min(_LENGTH, base.config.max_position_embeddings)
+    length = min(_MAX_ROW_LENGTH, base.config.max_position_embeddings)
     return Text(file.name, base, load_token_rows(file, load_tokenizer(base.folder), length=length))
 
 
@@ -129,14 +129,14 @@ def new_adapter(
     base: BaseIdentity,
     step: int,
 ) -> SavedAdapter:
-    """An adapter of these leaves, which must be those of its method.
+    """An adapter from leaves that match its method.
 
     Raises:
-      ConfigError: the method does not go with the model.
+      ConfigError: the method is invalid for the model.
     """
     with located(f"the new {METHODS.name_of(method)}"):
         method.check_model(model)
-    tree = nested({path: jnp.asarray(leaf, jnp.float32) for path, leaf in leaves.items()})
+    tree = nested_dict({path: jnp.asarray(leaf, jnp.float32) for path, leaf in leaves.items()})
     require_same_leaves(leaf_specs(tree), expected_leaves(model, method), "the new adapter")
     return SavedAdapter(method, jax.block_until_ready(tree), model, base, step)
 
@@ -144,16 +144,16 @@ def new_adapter(
 def changed_adapter(
     former: SavedAdapter, method: AdapterMethod, leaves: Mapping[str, np.ndarray]
 ) -> SavedAdapter:
-    """The same for one that takes another's place, on the same base and after as many steps.
+    """An adapter that replaces another on the same base, with its step and training record.
 
-    How that one was trained stays on record, with the method that it had.
+    The record keeps the former method.
     """
     adapter = new_adapter(method, leaves, former.model, former.base, former.step)
     return adapter._replace(training=former.training, pictures=former.pictures)
 
 
-def finished(outcome: SurgeryOutcome, output: str | Path | None) -> SurgeryOutcome:
-    """Writes the adapter, if it is to be written, complete or not at all.
+def save_outcome(outcome: SurgeryOutcome, output: str | Path | None) -> SurgeryOutcome:
+    """Writes the adapter to `output`, if given, completely or not at all, and returns the outcome.
 
     Raises:
       CheckpointError: the disk is too small, full or not writable.

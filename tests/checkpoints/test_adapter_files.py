@@ -14,7 +14,7 @@ from moe_jax.adapters import METHODS
 from moe_jax.checkpoints.adapter_files import (
     SavedAdapter,
     add_pictures,
-    captured_adapter,
+    capture_adapter,
     load_adapter,
     save_adapter,
 )
@@ -135,7 +135,7 @@ def test_what_is_captured_is_the_adapter_at_the_call(folder, devices):
     adapter, step = load_adapter(folder), 31
     sharding = NamedSharding(Mesh(np.array(devices[:2]), ("x",)), PartitionSpec(None, "x"))
     tree = jax.device_put(adapter.tree, sharding)
-    write = captured_adapter(folder, adapter._replace(tree=tree, step=step))
+    write = capture_adapter(folder, adapter._replace(tree=tree, step=step))
     jax.block_until_ready(double(tree))
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(tree)), "or this shows nothing"
     assert load_adapter(folder).step == 30, "not written yet"
@@ -178,7 +178,7 @@ def test_not_finite_is_not_saved(folder):
         ({"base": {}}, "damaged"),
         ({"leaves": {"layers/q_proj/lora_A": [[2, 8, 5], "float32"]}}, "has shape (2, 8, 4)"),
         ({"leaves": {"layers/q_proj/lora_B": [[2, 8, 4], "float32"]}}, "has no array for"),
-        ({"leaves": {}}, "holds arrays that nothing here uses"),
+        ({"leaves": {}}, "holds unexpected arrays"),
         ({"leaves": {"layers/q_proj/lora_A": 5}}, "damaged"),
         ({"checksums": {"layers/q_proj/lora_A": 1}}, "checksum of 'layers/q_proj/lora_A' differs"),
     ],

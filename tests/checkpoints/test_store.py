@@ -145,7 +145,7 @@ def leaf(*shape, dtype=jnp.float32):
 @pytest.mark.parametrize(
     ("target", "words"),
     [
-        ({"lora_A": leaf(2, 8, 4)}, "holds arrays that nothing here uses: 'default/layers/gate'"),
+        ({"lora_A": leaf(2, 8, 4)}, "holds unexpected arrays: 'default/layers/gate'"),
         (
             {"lora_A": leaf(2, 8, 4), "gate": leaf(3), "lora_B": leaf(2), "more": leaf(2)},
             "has no array for 'default/layers/lora_B' and 1 more",
@@ -174,7 +174,7 @@ def test_a_state_that_is_not_finite_is_not_saved(saved, adapters, bad):
         with pytest.raises(TrainingError) as error:
             save(store, 5, adapters)
         store.wait()
-        assert store.kept() == "the state at step 4 is kept"
+        assert store.kept_state() == "the state at step 4 is kept"
     assert "'default/layers/gate' are not finite at step 5" in str(error.value)
     assert sorted(p.name for p in saved.iterdir()) == ["3", "4"]
 

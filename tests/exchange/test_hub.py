@@ -227,7 +227,7 @@ def test_adapters_are_read_from_the_hub(hub, folder, tmp_path, monkeypatch, caps
     assert ours.base == expected.base._replace(path="some/base")
     assert ours.pictures == expected.pictures
     require_same_bits(moe_jax.import_adapter("me/peft", folder / "base"), expected)
-    with pytest.raises(CheckpointError, match=r"of another tool; bring it in with `moe-jax import"):
+    with pytest.raises(CheckpointError, match=r"of another tool; convert it with `moe-jax import"):
         moe_jax.load_adapter("me/peft")
     with pytest.raises(CheckpointError, match=r"me/nothing: no such folder, and as a hub id: the "):
         moe_jax.load_adapter("me/nothing")

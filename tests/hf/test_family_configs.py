@@ -247,7 +247,7 @@ LONGROPE = dict(type="longrope", short_factor=[1.0] * 8, long_factor=[2.0] * 8)
         (
             "phi3",
             dict(rope_scaling=LONGROPE | dict(original_max_position_embeddings=16)),
-            r"original_max_position_embeddings: 16 is not read here.*takes 4096",
+            r"original_max_position_embeddings: 16 is ignored.*uses 4096",
         ),
         ("phi3", dict(rope_scaling=LONGROPE | dict(short_factor=[0.0] * 8)), r"must be positive"),
         ("phi3", dict(partial_rotary_factor=0.2), r"partial_rotary_factor: 0.2 of head_dim 16"),

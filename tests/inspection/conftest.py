@@ -13,7 +13,7 @@ import pytest
 
 import moe_jax
 from moe_jax.checkpoints.adapter_files import SavedAdapter, save_adapter
-from moe_jax.checkpoints.leaves import nested
+from moe_jax.checkpoints.leaves import nested_dict
 from moe_jax.hf.base_model import BaseIdentity, base_fingerprint
 from moe_jax.hf.config import read_model_config
 from moe_jax.inspection.routing_inspection import InspectionOptions
@@ -63,7 +63,7 @@ def setting(tmp_path_factory) -> Setting:
     for name, method in METHODS.items():
         leaves = {path: leaf(path, spec) for path, spec in expected_leaves(model, method).items()}
         saved[name] = SavedAdapter(
-            method, jax.tree.map(jnp.asarray, nested(leaves)), model, identity, step=0
+            method, jax.tree.map(jnp.asarray, nested_dict(leaves)), model, identity, step=0
         )
     save_adapter(folder / "mixlora", saved["mixlora"])
     rows = folder / "rows.jsonl"

@@ -1,4 +1,4 @@
-"""The most used experts stay, and what that changes is measured, or nothing is."""
+"""Pruning keeps the most used experts, is exact, or measures the change."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +7,7 @@ from foreign_adapters import LORAMOE, MIXLORA, MOLA
 from tolerances import FLOAT64_ROUNDING
 
 from moe_jax import surgery
-from moe_jax.checkpoints.leaves import named_leaves, nested
+from moe_jax.checkpoints.leaves import named_leaves, nested_dict
 
 BY_DEPTH = {**MOLA, "num_experts": [2, 4, 3], "target_modules": ["q_proj", "up_proj"]}
 ROUTER = "layers/mlp/moe/router/kernel"
@@ -37,28 +37,28 @@ def test_keeps_the_most_used(world, method, keep, counts):
                 assert not found[len(kept) :].any()
     assert not outcome.exact
     assert f"the others had {lost / total:.2%} of the load" in outcome.notes[0]
-    assert outcome.notes[1] == "not exact: tokens that chose a dropped expert go to others"
+    assert outcome.notes[1] == "not exact: tokens that chose a dropped expert are routed to others"
     world.require_measured(outcome, adapter)
 
 
-def test_experts_that_are_never_chosen_are_not_missed(world):
-    """With logits (a, -a, 0, b, -b), two are never below that of expert 2."""
+def test_dropping_an_expert_that_is_never_chosen_is_exact(world):
+    """With logits (a, -a, 0, b, -b), two are never below the logit of expert 2."""
     adapter = world.adapter({**MIXLORA, "num_experts": 5})
     leaves = named_leaves(adapter.tree)
     a, _, _, b, _ = np.moveaxis(np.asarray(leaves[ROUTER]), -1, 0)
     leaves[ROUTER] = jnp.asarray(np.stack([a, -a, 0 * a, b, -b], axis=-1))
-    adapter = adapter._replace(tree=nested(leaves))
+    adapter = adapter._replace(tree=nested_dict(leaves))
     outcome = surgery.prune(adapter, 4, data=world.text)
     assert outcome.exact
     assert "had 0.00% of the load" in outcome.notes[0]
-    assert outcome.notes[1].startswith("exact on text.txt, up to rounding: no token there chose")
+    assert outcome.notes[1].startswith("exact on text.txt, up to rounding: no token in it chose")
     expected = world.logits(adapter)
     np.testing.assert_allclose(world.logits(outcome.adapter), expected, **FLOAT64_ROUNDING)
     router = np.asarray(named_leaves(outcome.adapter.tree)[ROUTER])
     np.testing.assert_array_equal(router, np.delete(np.asarray(leaves[ROUTER]), 2, axis=-1))
 
 
-def test_shares_of_all_experts_are_never_exact(world, unmeasured):
+def test_soft_routing_is_never_exact(world, unmeasured):
     outcome = surgery.prune(world.adapter(LORAMOE), 2, data=world.text)
     assert not outcome.exact
     assert outcome.notes[1].startswith("not exact: the weights or capacity of 'soft' depend on")

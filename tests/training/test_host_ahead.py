@@ -51,9 +51,9 @@ class Watched:
         with one_device() as patch:
             for owner, name, watch in (
                 (Program, "train_step", self._step),
-                (Recorder, "_note", self._note),
+                (Recorder, "_record", self._note),
                 (TrainingStore, "write", self._write),
-                (session, "captured_adapter", self._captured),
+                (session, "capture_adapter", self._captured),
             ):
                 original = getattr(owner, name)
                 patch.setattr(owner, name, lambda *a, w=watch, o=original, **k: w(o, *a, **k))
@@ -163,7 +163,7 @@ def test_a_state_whose_saving_has_begun_is_written_before_an_error_leaves(failin
 
 
 def test_also_where_an_earlier_step_has_gone_wrong(failing):
-    error, folder = failing("step", (Recorder, "_note", 3, TrainingError("step 3 went wrong")))
+    error, folder = failing("step", (Recorder, "_record", 3, TrainingError("step 3 went wrong")))
     assert error == "step 3 went wrong; the state at step 5 is kept"
     assert latest_step(folder) == 5
 
@@ -198,7 +198,7 @@ def test_no_state_knows_of_a_best_adapter_that_was_not_written(inputs, tmp_path,
         if run.progress.step == 10:  # it waits for its metrics, and the best is of step 8
             begun.set()
 
-    monkeypatch.setattr(session, "captured_adapter", captured)
+    monkeypatch.setattr(session, "capture_adapter", captured)
     monkeypatch.setattr(TrainingSession, "_save", save)
     config = read_config(inputs, **OVERRIDES)
     with one_device(), pytest.raises(CheckpointError, match="no space left for the best"):

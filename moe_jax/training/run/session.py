@@ -1,11 +1,11 @@
-"""The steps of a run, with what happens between them: measuring, recording, saving, stopping."""
+"""Events of the training loop: batches, steps, records, measurements and saves."""
 
 import contextlib
 import copy
 import math
 import statistics
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -13,235 +13,220 @@ import jax
 from moe_jax.checkpoints.adapter_files import (
     SavedAdapter,
     add_pictures,
-    captured_adapter,
+    capture_adapter,
     save_adapter,
 )
-from moe_jax.checkpoints.store import TrainingStore, capture
+from moe_jax.checkpoints.store import TrainingStore, capture_state
 from moe_jax.config.parse import to_plain
 from moe_jax.config.run import RunConfig
+from moe_jax.data.batch import Batch
+from moe_jax.errors import TrainingError
 from moe_jax.files.folders import current_folder
 from moe_jax.training.records.metric_log import METRICS_FILE
 from moe_jax.training.records.plots import adapter_pictures, loss_unit
 from moe_jax.training.records.recorder import Recorder
-from moe_jax.training.run.adapter_reports import training_record
-from moe_jax.training.run.asynchronous import Background, Interrupts
-from moe_jax.training.run.inputs import Inputs, Phase, phase_after, phases_of
-from moe_jax.training.run.measurement import Evaluator, Stopped, validate
+from moe_jax.training.run.adapter_reports import build_training_record
+from moe_jax.training.run.asynchronous import BackgroundWriter, Interrupts
+from moe_jax.training.run.inputs import Inputs, Phase, Progress, phases_after, phases_of
+from moe_jax.training.run.measurement import EvaluationInterrupted, TaskEvaluator, validate
 from moe_jax.training.run.workdir import WorkDir, is_main_process, lengths
 from moe_jax.training.step.micro_batches import join_rows
 from moe_jax.training.step.program import Program
 from moe_jax.training.step.state import TrainState, carried_over
 
 
-@dataclass
-class Progress:
-    """What changes besides the state and the data's position; saved with them.
-
-    Attributes:
-      step: optimiser steps done.
-      validation: the losses measured last, by `adapter/set`.
-      best: the lowest mean validation loss so far, by adapter.
-    """
-
-    step: int
-    validation: dict[str, float]
-    best: dict[str, float]
-
-
-@dataclass(frozen=True)
+@dataclass(kw_only=True)
 class TrainingSession:
-    """Everything that the steps of a run need.
+    """Events of the training loop, in the order in which `train_loop` calls them.
 
     Attributes:
-      config: the run's configuration.
-      inputs: base, data and length.
-      params: the frozen base.
-      store: the training states.
+      config: configuration of the run.
+      inputs: base, data and steps.
+      params: frozen base parameters.
+      store: training states on disk.
       background: writes the best adapters.
-      recorder: takes the metrics.
-      interrupts: says when to stop early.
-      progress: where the run stands; changed in place.
-      work: gets the final adapters, and each as it was at its lowest validation loss.
-      say: takes the lines for people.
-      evaluator: asks the adapters the questions of their tasks; None where they have none.
+      recorder: records the metrics.
+      interrupts: signals that stop the run.
+      progress: position of the run; changed in place.
+      work: work directory, with the final and best adapters.
+      say: prints a line.
+      evaluator: evaluates adapters on tasks; None without tasks.
+      is_interrupted: True once the loop must stop after its present step.
     """
 
     config: RunConfig
     inputs: Inputs
     params: Any
     store: TrainingStore
-    background: Background
+    background: BackgroundWriter
     recorder: Recorder
     interrupts: Interrupts
     progress: Progress
     work: WorkDir
     say: Callable[[str], None]
-    evaluator: Evaluator | None = None
+    evaluator: TaskEvaluator | None = None
+    is_interrupted: bool = field(default=False, init=False)
+    _compiled_lengths: set[int] = field(default_factory=set, init=False)
 
-    def run(self, program: Program, state: TrainState) -> None:
-        """Steps until the end, or until interrupted; then all is saved.
+    def remaining_phases(self) -> tuple[Phase, ...]:
+        """Phases from the current step on."""
+        return phases_after(phases_of(self.inputs.steps), self.progress.step)
 
-        Args:
-          program: of the phase that `state` belongs to.
-          state: where training stands; do not use it again.
-        """
-        phases, progress = phases_of(self.inputs.steps), self.progress
-        phase = phase_after(phases, progress.step)
-        if progress.step == 0:  # untrained adapters are the base as it is: what to compare with
-            self._measure(program, state, phase.adapters)
-            self._ask_between(state, phase.adapters)
-        while True:
-            state, stopped = self._steps(phase, program, state)
-            if progress.step == phase.stop:
-                self.background.wait()
-                self.store.wait()  # if the disk is full, the state is what to hear of first
-                for name in phase.ending:
-                    # A run that was killed in its last evaluation has left them already.
-                    if self.work.exported_step(name) != progress.step:
-                        self._finish(name, state)
-            if stopped or phase == phases[-1]:
-                break
-            phase = phases[phases.index(phase) + 1]
-            program.compiled.clear()  # whoever holds the program still
+    def measure_untrained(self, program: Program, state: TrainState) -> None:
+        """Measures the adapters before step 1, when they equal the base, for comparison."""
+        if self.progress.step == 0:
+            adapters = self.remaining_phases()[0].adapters
+            self._validate(program, state, adapters)
+            self._evaluate_tasks(state, adapters)
+
+    def enter(
+        self, phase: Phase, program: Program, state: TrainState
+    ) -> tuple[Program, TrainState]:
+        """Program and state of a phase, from those of the phase before or of the same phase."""
+        self._compiled_lengths.clear()
+        if set(program.config.adapters) != set(phase.adapters):
+            program.compiled.clear()  # callers may still hold the former program
             program = program.narrowed(phase.adapters)
             state = carried_over(state, program.abstract_state)
-            self.recorder.follow(program)
+            self.recorder.set_program(program)
+        return program, state
+
+    def batches(self, phase: Phase) -> Iterator[tuple[int, Batch]]:
+        """Yields the number and NumPy batch of each step left in a phase, until interrupted."""
+        iterators = [self.inputs.train[name].iterator for name in phase.adapters]
+        while self.progress.step < phase.stop and not self.is_interrupted:
+            yield self.progress.step + 1, join_rows([next(iterator) for iterator in iterators])
+
+    def train_step(
+        self, program: Program, state: TrainState, batch: Batch
+    ) -> tuple[TrainState, Mapping[str, jax.Array]]:
+        """Dispatches an optimizer step; `state` is donated."""
+        rows = program.put_train_batch(batch)
+        if batch.tokens.shape[1] in self._compiled_lengths:
+            return program.train_step(state, self.params, rows)
+        with self.recorder.paused():  # compiles first, which does not count for the speed
+            return program.train_step(state, self.params, rows)
+
+    def record(self, step: int, batch: Batch, metrics: Mapping[str, jax.Array]) -> None:
+        """Records a dispatched step; raises errors of earlier steps and background writes."""
+        length = batch.tokens.shape[1]
+        is_timed = length in self._compiled_lengths
+        self._compiled_lengths.add(length)
+        self.progress.step = step
+        self.recorder.push(step, metrics, int((batch.segment_ids > 0).sum()) if is_timed else 0)
+        self.recorder.collect()
+        self.background.check()
+        self.is_interrupted = self.interrupts.requested(step)
+
+    def validate_if_due(self, phase: Phase, program: Program, state: TrainState) -> None:
+        """Measures validation losses every `eval_every` steps, and of adapters at their end."""
+        if self._is_due(self.config.training.eval_every):
+            self._validate(program, state, phase.adapters)
+        elif self.progress.step == phase.stop:
+            self._validate(program, state, phase.ending)
+
+    def evaluate_tasks_if_due(self, phase: Phase, state: TrainState) -> None:
+        """Evaluates adapters on tasks every `evaluation.every` steps, except at their end.
+
+        Final adapters are evaluated together, once all have ended.
+        """
+        self._evaluate_tasks(state, phase.adapters)
+
+    def save_if_due(self, phase: Phase, state: TrainState) -> None:
+        """Starts saving the state at the intervals of the store, at the end and when interrupted.
+
+        The state after the last step of a phase still has the adapters that end with it.
+        """
+        step = self.progress.step
+        if step == self.inputs.total_steps or self.is_interrupted or self.store.due(step):
+            self._save(phase, state)
+
+    def finish_adapters(self, phase: Phase, state: TrainState) -> None:
+        """Writes the final folders of the adapters that end with a phase, if that is at its end."""
+        self.recorder.drain()
+        if self.progress.step == phase.stop:
+            self.wait_for_writes()  # raises the error of a full disk before adapters are written
+            for name in phase.ending:
+                # A run that was killed in its final evaluation has written them.
+                if self.work.exported_step(name) != self.progress.step:
+                    self._finish(name, state)
+
+    def wait_for_writes(self) -> None:
+        """Waits for the best adapters and training states that are being written."""
         self.background.wait()
         self.store.wait()
 
-    def finish_save(self) -> None:
-        """After an error: lets the save that was begun last end, and raises nothing.
+    @contextlib.contextmanager
+    def complete_saves_on_error(self) -> Iterator[None]:
+        """Completes the save in progress if an error is raised, and adds the saved step to it.
 
-        Not with several processes: writing a state takes all of them, and the others may have met
-        no error.
+        Not with several processes: writing a state takes all of them, and the error may be in one.
         """
-        if jax.process_count() == 1:
-            self.recorder.note_what_is_waited_for()
-        with contextlib.suppress(Exception):
-            self.store.wait()
+        try:
+            yield
+        except Exception as error:
+            if jax.process_count() == 1:
+                self.recorder.complete_deferred()
+            with contextlib.suppress(Exception):
+                self.store.wait()
+            if not isinstance(error, TrainingError):
+                raise
+            raise TrainingError(f"{error}; {self.store.kept_state()}") from None
 
-    def _steps(self, phase: Phase, program: Program, state: TrainState) -> tuple[TrainState, bool]:
-        """The steps of a phase that are left, and whether it was interrupted, which saves.
-
-        What is saved after its last step still holds the adapters that end with it.
-        """
-        progress, total, stop = self.progress, self.inputs.total_steps, False
-        iterators = [self.inputs.train[name].iterator for name in phase.adapters]
-        compiled: set[int] = set()
-        while progress.step < phase.stop and not stop:
-            rows = join_rows([next(iterator) for iterator in iterators])
-            batch = program.put_train_batch(rows)
-            length, tokens = rows.tokens.shape[1], int((rows.segment_ids > 0).sum())
-            if length in compiled:
-                state, metrics = program.train_step(state, self.params, batch)
-            else:  # compiles first, which is no measure of speed
-                compiled.add(length)
-                tokens = 0
-                with self.recorder.paused():
-                    state, metrics = program.train_step(state, self.params, batch)
-            progress.step += 1
-            self.recorder.push(progress.step, metrics, tokens)
-            self.recorder.collect()
-            self.background.check()
-
-            stop = self.interrupts.requested(progress.step)
-            if self._due(self.config.training.eval_every):
-                self._measure(program, state, phase.adapters)
-            elif progress.step == phase.stop:
-                self._measure(program, state, phase.ending)
-            self._ask_between(state, phase.adapters)
-            if progress.step == total or stop or self.store.due(progress.step):
-                self._save(phase, state)
-        self.recorder.drain()
-        return state, stop
-
-    def _finish(self, name: str, state: TrainState) -> None:
-        """Writes the final folder of an adapter at once: it survives whatever comes later."""
-        folder, best = self.work.adapters / name, self.work.best / name
-        with self.recorder.paused():
-            pictures: dict[str, bytes] = {}
-            if is_main_process():
-                unit = loss_unit(self.config.adapters[name].method)
-                pictures = adapter_pictures(self.work.folder / METRICS_FILE, name, unit)
-                # Before the final folder, without which the run counts as not finished.
-                if current_folder(best).is_dir():
-                    add_pictures(best, pictures)
-                elif name in self.progress.best:  # removed by hand; no reason to lose the final one
-                    self.say(f"adapter {name!r}: its best weights are no longer in {best}")
-            save_adapter(folder, self._saved_adapter(name, state)._replace(pictures=pictures))
-        self.say(f"adapter {name!r} finished at step {self.progress.step}; it is in {folder}")
-
-    def _saved_adapter(self, name: str, state: TrainState) -> SavedAdapter:
-        """Adapter `name` with all that its folder is to say about it."""
-        method = self.config.adapters[name].method
-        inputs, progress = self.inputs, self.progress
-        record = training_record(
-            self.config,
-            inputs,
-            name,
-            step=progress.step,
-            validation=progress.validation,
-            best=progress.best.get(name),
-            training_loss=self.recorder.losses.get(name),
-            metrics=self.work.folder / METRICS_FILE,
-        )
-        tree, step = state.adapters[name], progress.step
-        return SavedAdapter(method, tree, inputs.base.config, inputs.base.identity, step, record)
-
-    def _due(self, every: int) -> bool:
+    def _is_due(self, every: int) -> bool:
         return every > 0 and self.progress.step % every == 0
 
-    def _measure(self, program: Program, state: TrainState, names: Collection[str]) -> None:
-        """Measures validation losses, and keeps each adapter where it is better than before."""
-        measured = {name: self.inputs.validation[name] for name in names}
-        if not any(measured.values()):
+    def _validate(self, program: Program, state: TrainState, names: Collection[str]) -> None:
+        """Measures validation losses, and keeps the adapters whose mean loss is the lowest yet."""
+        data = {name: self.inputs.validation[name] for name in names}
+        if not any(data.values()):
             return
         progress = self.progress
         self.recorder.drain()
         with self.recorder.paused():
-            losses, metrics = validate(program, state.adapters, self.params, measured)
+            losses, metrics = validate(program, state.adapters, self.params, data)
         progress.validation |= losses
-        self.recorder.validation(progress.step, losses, metrics)
+        self.recorder.write_validation(progress.step, losses, metrics)
         if not self.config.training.eval_every:
             return  # measured at the end only, where the final adapter is the best
-        for name, sets in measured.items():
+        for name, sets in data.items():
             if progress.step == 0 and self.config.adapters[name].start_from is None:
                 continue  # untrained
-            own = [losses[f"{name}/{each}"] for each in sets]
-            if own and statistics.fmean(own) < progress.best.get(name, math.inf):
-                progress.best[name] = statistics.fmean(own)
-                with self.recorder.paused():  # compiles at first
+            set_losses = [losses[f"{name}/{data_set}"] for data_set in sets]
+            mean = statistics.fmean(set_losses) if set_losses else math.inf
+            if mean < progress.best.get(name, math.inf):
+                progress.best[name] = mean
+                with self.recorder.paused():  # compiles the first time
                     adapter = self._saved_adapter(name, state)
-                    write = captured_adapter(self.work.best / name, adapter)
-                self.background.start(write)
+                    write = capture_adapter(self.work.best / name, adapter)
+                self.background.submit(write)
 
-    def _ask_between(self, state: TrainState, names: Collection[str]) -> None:
-        """Asks the adapters that it is time for; those that end are asked when all have."""
-        progress = self.progress
+    def _evaluate_tasks(self, state: TrainState, names: Collection[str]) -> None:
+        """Evaluates the adapters that are due and not at their end."""
+        progress, stop = self.progress, self.interrupts.is_received
         for name in names:
-            own = self.config.adapters[name].evaluation
-            is_due = own is not None and self._due(own.every)
+            evaluation = self.config.adapters[name].evaluation
+            is_due = evaluation is not None and self._is_due(evaluation.every)
             if self.evaluator is None or not is_due or progress.step == self.inputs.steps[name]:
                 continue
             self.recorder.drain()
             try:
                 with self.recorder.paused():
-                    shares = self.evaluator.measure(
-                        name, state.adapters[name], self.params, self.interrupts.noted
-                    )
-            except Stopped:  # the steps so far are saved soon; half a measurement is none
+                    tree = state.adapters[name]
+                    scores = self.evaluator.measure(name, tree, self.params, stop)
+            except EvaluationInterrupted:  # the state is saved after the next step
                 return
-            self.recorder.evaluation(progress.step, name, shares)
+            self.recorder.write_task_scores(progress.step, name, scores)
 
     def _save(self, phase: Phase, state: TrainState) -> None:
-        """Begins to save the state as it is now; the device goes on with the steps it has.
+        """Copies the state on the device, as the next step reuses its arrays, and saves the copy.
 
-        The state is copied on the device, since the next step takes its arrays. It is written once
-        the metrics of its own step are there, a few steps later: they belong to it.
+        Writing starts once the metrics of this step, which are part of what is saved, are on the
+        host, a few steps later.
         """
         data, progress, step = self.inputs.train, self.progress, self.progress.step
-        with self.recorder.paused():  # compiles at first
-            captured = capture(state.adapters, _without_adapters(state))
+        with self.recorder.paused():  # compiles the first time
+            captured = capture_state(state.adapters, _without_adapters(state))
         position = {name: data[name].iterator.get_state() for name in phase.adapters}
         metadata = {
             "base": self.inputs.base.identity._asdict(),
@@ -254,26 +239,56 @@ class TrainingSession:
         position, metadata = copy.deepcopy((position, metadata))
 
         def write() -> None:
-            self.background.wait()  # the best, of which this state says how good it is
+            self.background.wait()  # for the best adapters, whose losses are in the metadata
             if self.background.failed:
-                return  # it is not there, and whoever asked before has been told why
+                return  # a best adapter is missing; its error was raised before
             window = {"window": list(self.recorder.window.steps)}
             self.store.write(step, captured, data=position, metadata={**metadata, **window})
 
-        self.recorder.when_noted(step, write)
+        self.recorder.after_metrics(step, write)
+
+    def _finish(self, name: str, state: TrainState) -> None:
+        """Writes the final folder of an adapter, before other adapters train on."""
+        folder, best = self.work.adapters / name, self.work.best / name
+        with self.recorder.paused():
+            pictures: dict[str, bytes] = {}
+            if is_main_process():
+                unit = loss_unit(self.config.adapters[name].method)
+                pictures = adapter_pictures(self.work.folder / METRICS_FILE, name, unit)
+                # Before the final folder, without which the run counts as not finished.
+                if current_folder(best).is_dir():
+                    add_pictures(best, pictures)
+                elif name in self.progress.best:  # deleted by hand; the final one is still written
+                    self.say(f"adapter {name!r}: its best weights are no longer in {best}")
+            save_adapter(folder, self._saved_adapter(name, state)._replace(pictures=pictures))
+        self.say(f"adapter {name!r} finished at step {self.progress.step}; it is in {folder}")
+
+    def _saved_adapter(self, name: str, state: TrainState) -> SavedAdapter:
+        """Adapter with the content of its folder, except figures."""
+        base, progress = self.inputs.base, self.progress
+        record = build_training_record(
+            self.config,
+            self.inputs,
+            name,
+            progress=progress,
+            training_loss=self.recorder.losses.get(name),
+            metrics=self.work.folder / METRICS_FILE,
+        )
+        method, tree = self.config.adapters[name].method, state.adapters[name]
+        return SavedAdapter(method, tree, base.config, base.identity, progress.step, record)
 
 
 def restore(store: TrainingStore, program: Program, step: int, inputs: Inputs) -> TrainState:
-    """The state that was saved after `step`, on this run's mesh; also moves the data there.
+    """Restores a training state onto the mesh of the run, and the position of its data.
 
     Args:
-      store: the training states.
-      program: of the adapters that trained in that step.
-      step: which state.
-      inputs: whose data is moved.
+      store: training states.
+      program: compiled computations of the phase that contains `step`.
+      step: step of the state.
+      inputs: inputs of the run; their iterators are moved.
 
     Raises:
-      CheckpointError: it is damaged, or not that of such a program.
+      CheckpointError: the state is damaged, or does not fit the program.
     """
     target = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
@@ -281,8 +296,8 @@ def restore(store: TrainingStore, program: Program, step: int, inputs: Inputs) -
         program.state_shardings,
     )
     saved = store.restore(step, target.adapters, _without_adapters(target))
-    for name, state in saved.data.items():
-        inputs.train[name].iterator.set_state(state)
+    for name, position in saved.data.items():
+        inputs.train[name].iterator.set_state(position)
     return TrainState(adapters=saved.adapters, **saved.optimizer)
 
 
