@@ -1,13 +1,19 @@
-"""Adapters made of adapters and of checkpoints; each says what is exact, and measures the rest.
+"""Operations that convert adapters and checkpoints to new adapters, one file an operation.
 
-    upcycle      a LoRA becomes a mixture of experts that start as its copies
-    from_dense   a checkpoint and its fine-tuned version become a LoRA
-    prune        the experts that some text uses least are dropped
-    grow         experts are split into more
-    merge        groups of experts become one
+    upcycle      converts a LoRA to a mixture of experts that start as its copies
+    from_dense   extracts a LoRA from a base and its fine-tuned version
+    prune        drops the experts that a text uses least
+    grow         splits experts into more
+    merge        merges groups of experts into one
 
-One operation a file. Each returns a `SurgeryOutcome`, and writes an ordinary adapter's folder if it
-is given one; a run goes on from there with `adapters.NAME.start_from`.
+Each operation returns a `SurgeryOutcome`: the new adapter, whether it is exact, and what was
+measured. With `output` it also writes the adapter's folder. A run continues training from that
+folder with `adapters.NAME.start_from`.
+
+To add an operation, write one file with a function that returns a `SurgeryOutcome` (`prune.py` is
+the shortest example), import it below, and add its flags to `moe_jax/commands/surgery.py`.
+`outcome.py` opens, measures and saves adapters, and `experts.py` finds and rearranges experts in
+the leaves of an adapter.
 """
 
 from moe_jax.surgery.from_dense import from_dense as from_dense

@@ -1,7 +1,7 @@
-"""Where an adapter has experts, and how they are taken out of its leaves and put back.
+"""Experts in the leaves of an adapter: their sites, counts and rearrangement.
 
-Letters: L layers, E experts. All layers have leaves for the largest number of experts of any; in a
-layer with fewer, the experts that it has are the first, and the others are absent (see
+Letters: L layers, E experts. The leaves of every layer have room for the largest number of experts
+of any layer. A layer with fewer experts has them in front; the others are absent (see
 `moe_jax.adapters.mixtures.mixture`).
 """
 
@@ -14,6 +14,7 @@ from moe_jax.adapters.lora.low_rank import LowRankConfig
 from moe_jax.adapters.method import METHODS
 from moe_jax.adapters.mixlora import MixLoraConfig
 from moe_jax.adapters.mixtures.loramoe import LoraMoeConfig
+from moe_jax.adapters.mixtures.mixture import layer_group
 from moe_jax.adapters.mixtures.mola import MolaConfig
 from moe_jax.adapters.routing.router import Router
 from moe_jax.adapters.tree import MOE
@@ -26,10 +27,10 @@ Leaves = dict[str, np.ndarray]
 
 ROUTER = "router/kernel"
 EXPERT_AXIS = {"lora_A": 2, "lora_B": 1, "magnitude": 1, "kernel": 2}
-"""Of each leaf of an expert, and of its router's kernel, with layers in front."""
+"""Expert axis of leaves with a layer axis in front, by the name of the leaf."""
 
-ABSENT = -1
-"""In the place of an expert's index: the layer has no expert there."""
+NO_EXPERT = -1
+"""Index that stands for an absent expert."""
 
 ExpertMethod = MixLoraConfig | LoraMoeConfig | MolaConfig
 
@@ -38,94 +39,96 @@ def expert_method(adapter: SavedAdapter) -> ExpertMethod:
     """The method of an adapter with experts.
 
     Raises:
-      CheckpointError: it has none, or is of a method that these operations know nothing of.
+      CheckpointError: the adapter has no experts, or its method is not supported.
     """
     if not isinstance(adapter.method, ExpertMethod):
         known = ", ".join(n for n, cls in METHODS.items() if issubclass(cls, ExpertMethod))
         raise CheckpointError(
             f"method {METHODS.name_of(adapter.method)!r} has no experts that can be changed; give "
-            f"an adapter of one of {known}, or make one of a LoRA with upcycle"
+            f"an adapter of one of {known}, or convert a LoRA with upcycle"
         )
     return adapter.method
 
 
-def leaves_of(adapter: SavedAdapter) -> Leaves:
+def adapter_leaves(adapter: SavedAdapter) -> Leaves:
     """An adapter's leaves by path, on the host."""
     return {path: np.asarray(leaf) for path, leaf in named_leaves(adapter.tree).items()}
 
 
 def expert_counts(method: ExpertMethod, num_layers: int) -> np.ndarray:
-    """How many experts each layer has, int [L]."""
+    """Number of experts of each layer, int [L]."""
     groups = method.num_experts if isinstance(method, MolaConfig) else (method.num_experts,)
-    return np.array([groups[layer * len(groups) // num_layers] for layer in range(num_layers)])
+    return np.array(groups)[layer_group(np.arange(num_layers), len(groups), num_layers)]
 
 
-def sites_of(leaves: Mapping[str, np.ndarray]) -> dict[str, tuple[str, ...]]:
-    """The routed sites as `collect_statistics` calls them, each with its experts' leaves.
+def routed_sites(leaves: Mapping[str, np.ndarray]) -> dict[str, tuple[str, ...]]:
+    """Paths of the leaves of each routed site, by the site's name in `collect_statistics`.
 
-    A site's leaves are those of all the projections that one router serves, and its kernel.
+    The leaves of a site are the router's kernel and the pairs of all projections that it serves.
     """
     sites = {}
     for path in leaves:
         if path.endswith(f"/{ROUTER}"):
             stem = path.removesuffix(ROUTER)
-            own = tuple(other for other in leaves if other.startswith(stem))
-            sites[stem.removeprefix("layers/").removesuffix("/")] = own
+            paths = tuple(other for other in leaves if other.startswith(stem))
+            sites[stem.removeprefix("layers/").removesuffix("/")] = paths
     return sites
 
 
-def projections_of(site: str, paths: Sequence[str]) -> dict[str, str]:
-    """The projections of a site, `{"mlp/gate_proj": path without the leaf's name}`."""
+def site_projections(site: str, paths: Sequence[str]) -> dict[str, str]:
+    """Projections of a site: their paths without the leaf name, by names as `mlp/gate_proj`."""
     stems = [path.removesuffix("/lora_A") for path in paths if path.endswith("/lora_A")]
     return {stem.removeprefix("layers/").replace(f"{MOE}/", ""): stem for stem in stems}
 
 
 def expert_low_rank(method: ExpertMethod) -> LowRankConfig:
-    """What each expert's pair is."""
+    """Settings of the experts' pairs."""
     return method.expert_low_rank if isinstance(method, MixLoraConfig) else method.low_rank
 
 
-def rearranged(leaves: Leaves, sources: Mapping[str, np.ndarray]) -> Leaves:
-    """Leaves whose experts are copies of these ones.
+def gather_experts(leaves: Leaves, sources: Mapping[str, np.ndarray]) -> Leaves:
+    """Leaves whose experts are copies of the given experts.
 
     Args:
-      leaves: of the adapter.
-      sources: for each site, int [L, E'], which of its experts each new one is a copy of, or
-        `ABSENT`: then all is zero but DoRA's magnitude, which no token reaches either.
+      leaves: leaves of the adapter.
+      sources: int [L, E'] for each site, the index of the expert that each new expert copies, or
+        `NO_EXPERT`: then its leaves are zero, except DoRA's magnitude, which has no effect.
     """
     result = dict(leaves)
-    for site, paths in sites_of(leaves).items():
+    for site, paths in routed_sites(leaves).items():
         index = sources[site]
         for path in paths:
             name = path.rpartition("/")[2]
             axis = EXPERT_AXIS[name]
             shape = [1] * leaves[path].ndim
             shape[0], shape[axis] = index.shape
-            taken = np.take_along_axis(leaves[path], np.maximum(index, 0).reshape(shape), axis=axis)
-            present = (index != ABSENT).reshape(shape)
-            result[path] = taken if name == "magnitude" else np.where(present, taken, 0.0)
+            gathered = np.take_along_axis(
+                leaves[path], np.maximum(index, 0).reshape(shape), axis=axis
+            )
+            present = (index != NO_EXPERT).reshape(shape)
+            result[path] = gathered if name == "magnitude" else np.where(present, gathered, 0.0)
             result[path] = result[path].astype(leaves[path].dtype)
     return result
 
 
-def padded(kept: Sequence[Sequence[int]]) -> np.ndarray:
-    """Lists of experts, one a layer, as int [L, E'] with `ABSENT` behind the shorter ones."""
-    width = max(len(own) for own in kept)
-    return np.array([[*own, *[ABSENT] * (width - len(own))] for own in kept])
+def padded_experts(experts: Sequence[Sequence[int]]) -> np.ndarray:
+    """Lists of experts, one for each layer, as int [L, E'] padded with `NO_EXPERT`."""
+    width = max(len(layer) for layer in experts)
+    return np.array([[*layer, *[NO_EXPERT] * (width - len(layer))] for layer in experts])
 
 
 def with_num_experts(
     method: ExpertMethod, change: Callable[[int], int], router: Router | None = None
 ) -> ExpertMethod:
-    """The method with another number of experts, and perhaps another router.
+    """The method with another number of experts, and optionally another router.
 
     Args:
-      method: of the former adapter.
-      change: makes the new number of an old one; MoLA has one for each group of layers.
-      router: None keeps the router.
+      method: method of the former adapter.
+      change: computes the new number from the former; MoLA has one for each group of layers.
+      router: the new router; None keeps the former.
 
     Raises:
-      ConfigError: the method does not go with so many experts.
+      ConfigError: the number of experts is invalid for the method.
     """
     router = method.router if router is None else router
     with located("the new method"):

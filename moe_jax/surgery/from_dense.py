@@ -177,12 +177,13 @@ def _common_model(base: Path, dense: Path) -> ModelConfig:
 
 
 def _notes(overall: float, others: dict[str, float], rank: int) -> list[str]:
-    if overall < _ROUNDING:
-        notes = [f"exact, up to rounding: the differences have at most rank {rank}"]
-    else:
+    if overall >= _ROUNDING:
         notes = [f"not exact: rank {rank} has a relative error of {overall:.3g} over all changes"]
+    elif others:
+        notes = [f"not exact: other weights differ; the projections have at most rank {rank}"]
+    else:
+        notes = [f"exact, up to rounding: the differences have at most rank {rank}"]
     if others:
-        notes[0] = notes[0].replace("exact, up to rounding: ", "not exact outside the targeted projections: ")
         largest = max(others, key=others.__getitem__)
         notes.append(
             f"left out: {name_list(list(others))}, relative difference up to {others[largest]:.3g} "

@@ -1,19 +1,19 @@
-"""More experts: new ones are split off from those that are there, with a little noise.
+"""Adds experts: new experts are copies of existing ones with a little noise.
 
-A copy of an expert has its pairs and its column of the router, so that both have the same logit for
-every token. What that does to the output, without noise:
+A copy of an expert has the same pairs and the same router column, so both have equal logits for
+every token. The effect on the output without noise:
 
-- Every expert M-fold, and with `top_k` M times as many slots (`times`), is exact: the copies of an
-  expert tie, so the chosen ones are all M copies of the experts that were chosen before, and each
-  has an M-th of the weight. So it is with `soft`, and with `top_p` 1, where all share. With
-  `switch` of straight-through weights and a fixed capacity the first copy serves all.
-- Some experts once more (`add`) is exact where one expert serves a token with weight one: `top_k`
-  1, and that kind of `switch`. Of two equal logits the first wins.
-- Otherwise it is not: of `top_k` 2 the copy takes the place of the second expert, and shares of
-  probability go to the copy. No column of a router without bias undoes that: to halve an expert's
-  share its logit would have to fall by log 2 for every token.
+- Replacing each expert by M copies (`times`), with `top_k` multiplied by M, is exact. The copies of
+  an expert tie, so all M copies of the formerly chosen experts are chosen, each with 1/M of the
+  weight. The same holds for `soft` and for `top_p` 1, where all experts share. With `switch` with
+  straight-through weights and a fixed capacity, the first copy serves all tokens.
+- Copying some experts once (`add`) is exact if one expert serves a token with weight one: `top_k`
+  1, and `switch` as above. The first of two equal logits wins.
+- Otherwise the result is not exact. With `top_k` 2 the copy displaces the second expert, and
+  otherwise it takes a share of probability. No router column without a bias avoids this: halving an
+  expert's share needs a logit that is lower by log 2 for every token.
 
-Noise makes the copies differ, without which training changes them alike for ever.
+Noise makes the copies differ. Without it they get equal gradients and stay equal.
 """
 
 import dataclasses
@@ -29,15 +29,21 @@ from moe_jax.config.parse import FieldError
 from moe_jax.surgery.experts import (
     EXPERT_AXIS,
     Leaves,
+    adapter_leaves,
     expert_counts,
     expert_method,
-    leaves_of,
-    padded,
-    rearranged,
-    sites_of,
+    gather_experts,
+    padded_experts,
+    routed_sites,
     with_num_experts,
 )
-from moe_jax.surgery.outcome import SurgeryOutcome, changed_adapter, finished, opened, read_text
+from moe_jax.surgery.outcome import (
+    SurgeryOutcome,
+    changed_adapter,
+    open_adapter,
+    read_text,
+    save_outcome,
+)
 
 DEFAULT_NOISE = 0.01
 
@@ -54,31 +60,31 @@ def grow(
     base: str | Path | None = None,
     output: str | Path | None = None,
 ) -> SurgeryOutcome:
-    """Splits experts; give either `add` or `times`.
+    """Splits experts into copies; give either `add` or `times`.
 
     Args:
       adapter: a MixLoRA, LoRAMoE or MoLA, or its folder or hub id.
-      add: so many new experts for each router, behind the others.
-      times: every expert becomes so many, next to each other; `top_k` becomes so many times larger.
-      split: with `add`, the experts that new ones are split off from, one for each; by default
-        those that had the most to carry on `data`, whose load is then taken to be shared.
-      noise: normal noise on the pairs and the router's column of each new expert, in shares of the
-        root mean square of each of these. 0 is none.
-      seed: of the noise.
-      data: a file of text to measure on; needed where the result is not exact, or without `split`.
-      base: the base's folder or hub id, where something is measured; by default the path that the
-        adapter was trained with.
-      output: where the adapter is written too; does not exist yet, or is empty.
+      add: number of new experts of each router, appended to the others.
+      times: number of adjacent copies that replace each expert; `top_k` is multiplied by it.
+      split: with `add`, the experts to copy, one for each new expert; by default those with the
+        highest load on `data`, where copies share the load.
+      noise: standard deviation of normal noise on the pairs and the router column of each new
+        expert, relative to the root mean square of each; 0 for no noise.
+      seed: seed of the noise.
+      data: a text file to measure on; required if the result is not exact, or without `split`.
+      base: folder or hub id of the base, used for measuring; by default the path that the adapter
+        was trained with.
+      output: a folder for the adapter; does not exist, or is empty.
 
     Raises:
-      UserError: the adapter has no experts, or these arguments do not go with it.
+      UserError: the adapter has no experts, or an argument is invalid for it.
     """
-    saved = opened(adapter, output)
+    saved = open_adapter(adapter, output)
     former = expert_method(saved)
     counts = expert_counts(former, saved.model.num_layers)
     _check(add, times, split, noise, int(counts.min()))
-    fair = _is_exact(former.router, times)
-    exact = fair and noise == 0.0
+    copies_are_exact = _is_exact(former.router, times)
+    exact = copies_are_exact and noise == 0.0
     router = former.router
     if times is not None:
         if isinstance(router, TopKRouter):
@@ -86,36 +92,38 @@ def grow(
         method = with_num_experts(former, lambda number: times * number, router)
     else:
         method = with_num_experts(former, lambda number: number + (add or 0))
-    needed = "" if exact else "the result is not exact, and what changes has to be measured"
+    needed = "" if exact else "the result is not exact, so the change has to be measured"
     if add is not None and not split:
-        needed = "without --split, which experts to split has to be measured"
+        needed = "without --split, the load of experts has to be measured"
     text = read_text(saved, data, base, needed)
-    measuring = None if text is None else text.measuring(saved)
+    measurement = None if text is None else text.measurement(saved)
 
-    leaves = leaves_of(saved)
-    loads = measuring.loads() if measuring is not None and add is not None and not split else {}
+    leaves = adapter_leaves(saved)
+    loads = measurement.loads() if measurement is not None and add is not None and not split else {}
     sources, is_new = {}, {}
-    for site in sites_of(leaves):
+    for site in routed_sites(leaves):
         lists = [
             _sources(count, add, times, split, loads[site][layer] if loads else None)
             for layer, count in enumerate(counts.tolist())
         ]
-        sources[site] = padded([[parent for parent, _ in own] for own in lists])
-        # Absent experts are not new, and stay zero.
-        is_new[site] = padded([[int(new) for _, new in own] for own in lists]) == 1
-    grown = rearranged(leaves, sources)
+        sources[site] = padded_experts([[parent for parent, _ in layer] for layer in lists])
+        # Absent experts are not new and stay zero.
+        is_new[site] = padded_experts([[int(new) for _, new in layer] for layer in lists]) == 1
+    grown = gather_experts(leaves, sources)
     rng = np.random.default_rng(seed)
-    for site, paths in sites_of(grown).items():
+    for site, paths in routed_sites(grown).items():
         _add_noise(grown, paths, is_new[site], noise, rng)
     result = changed_adapter(saved, method, grown)
-    notes = [_what(counts, add, times, router, sources), _statement(fair, noise)]
+    notes = [_summary(counts, add, times, router, sources), _statement(copies_are_exact, noise)]
     if noise == 0.0:
-        notes.append("without noise training changes copies alike; give some before training on")
+        notes.append(
+            "without noise the copies stay equal in training; add noise before further training"
+        )
     change = None
-    if text is not None and measuring is not None:
-        change = measuring.change_to(result)
-        notes.append(text.describe(change, "the adapter as it was"))
-    return finished(SurgeryOutcome(result, exact, notes, change), output)
+    if text is not None and measurement is not None:
+        change = measurement.change_to(result)
+        notes.append(text.describe(change, "the original adapter"))
+    return save_outcome(SurgeryOutcome(result, exact, notes, change), output)
 
 
 def _check(
@@ -124,22 +132,24 @@ def _check(
     if (add is None) == (times is None):
         raise FieldError("add", "give either `add` or `times`")
     if add is not None and add < 1:
-        raise FieldError("add", f"{add}, but it has to be at least 1")
+        raise FieldError("add", f"{add}, but must be at least 1")
     if times is not None and times < 2:
-        raise FieldError("times", f"{times}, but it has to be at least 2")
+        raise FieldError("times", f"{times}, but must be at least 2")
     if times is not None and split:
-        raise FieldError("split", "goes with `add`; with `times` every expert is split")
+        raise FieldError("split", "requires `add`; with `times` every expert is split")
     if split and len(split) != add:
-        raise FieldError("split", f"names {len(split)} experts, but {add} are to be added")
+        raise FieldError("split", f"{len(split)} experts for {add} new ones; give as many")
     for expert in split:
         if not 0 <= expert < fewest:
-            raise FieldError("split", f"there is no expert {expert}; a layer has 0 to {fewest - 1}")
+            raise FieldError(
+                "split", f"there is no expert {expert}; a layer has experts 0 to {fewest - 1}"
+            )
     if not 0.0 <= noise < 1.0:
-        raise FieldError("noise", f"{noise}, but it has to lie in [0, 1)")
+        raise FieldError("noise", f"{noise}, but must lie in [0, 1)")
 
 
 def _is_exact(router: Router, times: int | None) -> bool:
-    """Whether copies without noise leave the output as it is; see the module's docstring."""
+    """True if copies without noise do not change the output; see the module docstring."""
     if isinstance(router, SwitchRouter):
         return router.weights == "straight_through" and router.capacity is not None
     if isinstance(router, TopKRouter):
@@ -156,7 +166,7 @@ def _sources(
     split: Sequence[int],
     load: np.ndarray | None,
 ) -> list[tuple[int, bool]]:
-    """The experts of a layer: which former one each is, and whether it is a copy."""
+    """The experts of a new layer: index of the former expert, and whether it is a copy."""
     if times is not None:
         return [(expert, copy > 0) for expert in range(count) for copy in range(times)]
     parents = list(split)
@@ -175,21 +185,21 @@ def _add_noise(
     noise: float,
     rng: np.random.Generator,
 ) -> None:
-    """Adds noise in place to the pairs and columns of new experts; `is_new` is bool [L, E']."""
+    """Adds noise in place to pairs and router columns of new experts; `is_new` is bool [L, E']."""
     for path in paths:
         name = path.rpartition("/")[2]
         if noise == 0.0 or name == "magnitude":
             continue
         leaf, axis = leaves[path], EXPERT_AXIS[name]
-        others = tuple(place for place in range(1, leaf.ndim) if place != axis)
-        size = np.sqrt(np.mean(np.square(leaf), axis=others, keepdims=True))
+        others = tuple(other for other in range(1, leaf.ndim) if other != axis)
+        scale = np.sqrt(np.mean(np.square(leaf), axis=others, keepdims=True))
         shape = [1] * leaf.ndim
         shape[0], shape[axis] = is_new.shape
-        drawn = rng.standard_normal(leaf.shape) * size * is_new.reshape(shape)
-        leaves[path] = (leaf + noise * drawn).astype(leaf.dtype)
+        change = rng.standard_normal(leaf.shape) * scale * is_new.reshape(shape)
+        leaves[path] = (leaf + noise * change).astype(leaf.dtype)
 
 
-def _what(
+def _summary(
     counts: np.ndarray,
     add: int | None,
     times: int | None,
@@ -197,20 +207,20 @@ def _what(
     sources: Mapping[str, np.ndarray],
 ) -> str:
     if times is not None:
-        slots = f", and top_k is {router.top_k} now" if isinstance(router, TopKRouter) else ""
-        return f"every expert is {times} experts now{slots}"
+        top_k = f"; top_k is now {router.top_k}" if isinstance(router, TopKRouter) else ""
+        return f"every expert was replaced by {times} copies{top_k}"
     lists = {
-        tuple(own[count : count + (add or 0)].tolist())
+        tuple(layer[count : count + (add or 0)].tolist())
         for index in sources.values()
-        for own, count in zip(index, counts.tolist(), strict=True)
+        for layer, count in zip(index, counts.tolist(), strict=True)
     }
-    which = "the most used of each layer" if len(lists) > 1 else ", ".join(map(str, *lists))
-    return f"each router has {add} more experts, split off from {which}"
+    parents = "the most used of each layer" if len(lists) > 1 else ", ".join(map(str, *lists))
+    return f"each router has {add} more experts, copies of {parents}"
 
 
-def _statement(fair: bool, noise: float) -> str:
-    if not fair:
-        return "not exact: copies take slots or probability from other experts"
+def _statement(copies_are_exact: bool, noise: float) -> str:
+    if not copies_are_exact:
+        return "not exact: copies take tokens or probability from other experts"
     if noise > 0.0:
-        return f"not exact: new experts differ by noise of {noise:g} from those they were split off"
-    return "exact, up to rounding: copies share what the expert that they are of had"
+        return f"not exact: new experts differ from their originals by noise of {noise:g}"
+    return "exact, up to rounding: copies share the weight of their original"

@@ -1,12 +1,12 @@
-"""Fewer experts: groups of them become one, whose change of the weights is the mean of theirs.
+"""Merges groups of experts into one expert each, by the mean of their weight changes.
 
-What is averaged are the experts' products A B, since they are what is added to the frozen weight;
-the mean of pairs is no pair of the mean. A mean of G products has rank G R, and the best pair of
-rank R for it comes from its singular values, without a matrix of the weight's size. The router's
-column of the new expert is the mean of the columns, so that its logit is the mean of the logits.
+The mean is taken over the products A B, which are added to the frozen weight. (The product of mean
+pairs is different.) The mean of G products has rank G R. The nearest pair of rank R follows from
+its singular value decomposition, without a matrix of the weight's size. The router column of the
+new expert is the mean of the columns, so its logit is the mean of the logits.
 
-The result is exact where all experts of a router are equal, as after upcycling, and weights sum to
-one; otherwise it is not, and what changes is measured.
+The result is exact if all experts of a router are equal, as after upcycling, and weights sum to
+one. Otherwise the change is measured.
 """
 
 import dataclasses
@@ -27,20 +27,26 @@ from moe_jax.surgery.experts import (
     ROUTER,
     ExpertMethod,
     Leaves,
+    adapter_leaves,
     expert_counts,
     expert_low_rank,
     expert_method,
-    leaves_of,
-    projections_of,
-    sites_of,
+    routed_sites,
+    site_projections,
     with_num_experts,
 )
-from moe_jax.surgery.outcome import SurgeryOutcome, changed_adapter, finished, opened, read_text
-from moe_jax.surgery.truncation import Truncated, relative_error, truncated_product
+from moe_jax.surgery.outcome import (
+    SurgeryOutcome,
+    changed_adapter,
+    open_adapter,
+    read_text,
+    save_outcome,
+)
+from moe_jax.surgery.truncation import NearestPair, nearest_pair_of_product, relative_error
 from moe_jax.surgery.upcycle import why_not_exact
 
 Weighting = Literal["average", "utilisation"]
-"""How the experts of a group count: all alike, or each by its share of the group's load."""
+"""Weights of the experts in a mean: equal, or proportional to each expert's load."""
 
 Groups = Sequence[Sequence[int]]
 
@@ -58,69 +64,56 @@ def merge(
 ) -> SurgeryOutcome:
     """Merges experts; give either `into` or `groups`.
 
-    Into one, a mixture becomes a LoRA.
+    A mixture merged into one expert becomes a LoRA.
 
     Args:
       adapter: a MixLoRA, LoRAMoE or MoLA, or its folder or hub id; without DoRA.
-      into: how many experts each router keeps. The two nearest ones become one, and so on.
-      groups: instead, which experts become one, the same in all layers: `[[0, 1], [2, 3]]`. Each
-        expert stands in one group.
-      weights: of the experts of a group.
-      data: a file of text, on which load and change are measured.
-      seed: for directions that the products leave open; see `truncation`.
-      base: the base's folder or hub id; by default the path that it was trained with.
-      output: where the adapter is written too; does not exist yet, or is empty.
+      into: number of experts that each router keeps; the two nearest groups merge repeatedly.
+      groups: instead, the groups to merge in all layers: `[[0, 1], [2, 3]]`. Each expert belongs
+        to one group.
+      weights: weights of the experts of a group.
+      data: a text file on which load and change are measured.
+      seed: seed of A's columns beyond the rank of a mean; see `truncation`.
+      base: folder or hub id of the base; by default the path that the adapter was trained with.
+      output: a folder for the adapter; does not exist, or is empty.
 
     Raises:
-      UserError: the adapter has no experts, or these arguments do not go with it.
+      UserError: the adapter has no experts, or an argument is invalid for it.
     """
-    saved = opened(adapter, output)
+    saved = open_adapter(adapter, output)
     former = expert_method(saved)
     counts = expert_counts(former, saved.model.num_layers)
     _check(former, counts, into, groups, weights)
     number = len(groups) if groups is not None else into or 0
-    method = _lora_of(former) if number == 1 else _fewer(former, number)
-    text = read_text(saved, data, base, "what changes has to be measured")
-    assert text is not None
-    measuring = text.measuring(saved)
-    loads = measuring.loads() if weights == "utilisation" else {}
-
-    leaves, rng = leaves_of(saved), np.random.default_rng(seed)
-    sites = sites_of(leaves)
-    merged = {p: leaf for p, leaf in leaves.items() if not any(p in own for own in sites.values())}
-    parts: dict[str, list[Truncated]] = {}
-    for site, paths in sites.items():
-        projections = projections_of(site, paths)
-        chosen = [
-            _groups_of_layer(leaves, list(projections.values()), layer, count, number, groups)
-            for layer, count in enumerate(counts.tolist())
-        ]
-        shares = [_shares(own, loads[site][i] if loads else None) for i, own in enumerate(chosen)]
-        _merge_site(merged, leaves, site, projections, chosen, shares, parts, rng)
     if number == 1:
-        merged = _as_lora(merged)
-    result = changed_adapter(saved, method, merged)
-    errors = {name: relative_error(own) for name, own in parts.items()}
-    worst = max(errors, key=errors.__getitem__)
-    overall = relative_error([part for own in parts.values() for part in own])
-    change = measuring.change_to(result)
-    rank = expert_low_rank(former).rank
-    how = "plain means" if weights == "average" else f"means weighted by the load on {text.name}"
+        method = _lora_method(former)
+    else:
+        method = with_num_experts(former, lambda count: min(count, number))
+    text = read_text(saved, data, base, "the change has to be measured")
+    assert text is not None
+    measurement = text.measurement(saved)
+    loads = measurement.loads() if weights == "utilisation" else {}
+
+    leaves, rng = adapter_leaves(saved), np.random.default_rng(seed)
+    merged, pairs = _merge_sites(leaves, counts, number, groups, loads, rng)
+    result = changed_adapter(saved, method, _lora_leaves(merged) if number == 1 else merged)
+    change = measurement.change_to(result)
+    means = "plain means" if weights == "average" else f"means weighted by the load on {text.name}"
     models = [former] if isinstance(method, LoraConfig) else [former, method]
-    exact = _all_equal(leaves, counts) and not any(why_not_exact(m, saved.model) for m in models)
-    cut = (
-        f"rank {rank} leaves a relative error of {overall:.3g} in these means, the largest in "
-        f"{worst}: {errors[worst]:.3g}"
-    )
+    inexact = any(why_not_exact(model, saved.model) for model in models)
+    exact = _has_equal_experts(leaves, counts) and not inexact
+    errors = {name: relative_error(layers) for name, layers in pairs.items()}
+    worst = max(errors, key=errors.__getitem__)
+    overall = relative_error([pair for layers in pairs.values() for pair in layers])
     notes = [
-        f"{counts.max()} experts of each router became {number}, as {how}",
+        f"{counts.max()} experts of each router were merged into {number}, by {means}",
         "exact, up to rounding: all experts of each router are equal"
         if exact
-        else "not exact: a mean stands for experts that differ, and the router for fewer",
-        cut,
-        text.describe(change, "the adapter as it was"),
+        else "not exact: means replace experts that differ, and their router columns",
+        f"the rank has a relative error of {overall:.3g}; largest in {worst}: {errors[worst]:.3g}",
+        text.describe(change, "the original adapter"),
     ]
-    return finished(SurgeryOutcome(result, exact, notes, change, errors), output)
+    return save_outcome(SurgeryOutcome(result, exact, notes, change, errors), output)
 
 
 def _check(
@@ -128,8 +121,8 @@ def _check(
 ) -> None:
     if expert_low_rank(method).dora:
         raise CheckpointError(
-            "dora: each expert has lengths of its own for the columns of its weight, so that the "
-            "mean of experts is no mean of pairs; experts of DoRA can be pruned, not merged"
+            "dora: each expert rescales the columns of its weight, so a mean of experts is not a "
+            "pair on the frozen weight; prune the experts instead"
         )
     if weights not in get_args(Weighting):
         raise FieldError(
@@ -143,56 +136,79 @@ def _check(
     if groups is None:
         return
     if len(set(counts.tolist())) > 1:
-        raise FieldError("groups", "layers have different numbers of experts; give `into`")
+        raise FieldError("groups", "layers have different numbers of experts; give `into` instead")
     named = sorted(expert for group in groups for expert in group)
     if named != list(range(most)) or not all(groups) or len(groups) == most:
         raise FieldError(
             "groups",
-            f"{_written(groups)} has to name each of the experts 0 to {most - 1} once, at "
-            "least two of them together",
+            f"{_joined(groups)} must name each of the experts 0 to {most - 1} once, at least two "
+            "of them in one group",
         )
 
 
-def _written(groups: Groups) -> str:
+def _joined(groups: Groups) -> str:
     return ";".join(",".join(map(str, group)) for group in groups)
 
 
-def _fewer(method: ExpertMethod, number: int) -> ExpertMethod:
-    return with_num_experts(method, lambda own: min(own, number))
-
-
-def _lora_of(method: ExpertMethod) -> LoraConfig:
-    """The LoRA that a mixture becomes when all its experts become one."""
-    pairs = expert_low_rank(method)
+def _lora_method(method: ExpertMethod) -> LoraConfig:
+    """Method of the LoRA that results from merging all experts of a mixture."""
+    low_rank = expert_low_rank(method)
     on_attention = any(target in ATTENTION_MODULES for target in method.target_modules)
-    if isinstance(method, MixLoraConfig) and on_attention and pairs != method.low_rank:
+    if isinstance(method, MixLoraConfig) and on_attention and low_rank != method.low_rank:
         raise FieldError(
             "into",
-            "1 makes a LoRA, which has one rank, alpha and kind for all modules; here the "
-            "experts have others than attention (expert_lora), so give 2 or more",
+            "1 results in a LoRA, which has one rank, alpha and kind for all modules; here experts "
+            "differ from attention (expert_lora), so give 2 or more",
         )
     with located("the new lora"):
         common = {f.name: getattr(method, f.name) for f in dataclasses.fields(LoraConfig)}
-        return LoraConfig(**{**common, **vars(pairs)})
+        return LoraConfig(**{**common, **vars(low_rank)})
 
 
-def _as_lora(leaves: Leaves) -> Leaves:
-    """The leaves of a mixture of one expert as those of a LoRA."""
+def _lora_leaves(leaves: Leaves) -> Leaves:
+    """Converts the leaves of a mixture of one expert to those of a LoRA."""
     result = {}
     for path, leaf in leaves.items():
         name = path.rpartition("/")[2]
         if path.endswith(ROUTER):
             continue
-        is_expert = leaf.ndim == 4  # with layers in front
+        is_expert = leaf.ndim == 4  # with the layer axis
         new = path.replace(f"/{MOE}/", "/")
         result[new] = np.squeeze(leaf, EXPERT_AXIS[name]) if is_expert else leaf
     return result
 
 
-def _groups_of_layer(
+def _merge_sites(
+    leaves: Leaves,
+    counts: np.ndarray,
+    number: int,
+    groups: Groups | None,
+    loads: Mapping[str, np.ndarray],
+    rng: np.random.Generator,
+) -> tuple[Leaves, dict[str, list[NearestPair]]]:
+    """Leaves with merged experts, and the merged pairs of each projection with their errors."""
+    sites = routed_sites(leaves)
+    routed = {path for paths in sites.values() for path in paths}
+    merged = {path: leaf for path, leaf in leaves.items() if path not in routed}
+    pairs: dict[str, list[NearestPair]] = {}
+    for site, paths in sites.items():
+        projections = site_projections(site, paths)
+        site_groups = [
+            _layer_groups(leaves, list(projections.values()), layer, count, number, groups)
+            for layer, count in enumerate(counts.tolist())
+        ]
+        shares = [
+            _shares(layer_groups, loads[site][layer] if loads else None)
+            for layer, layer_groups in enumerate(site_groups)
+        ]
+        _merge_site(merged, leaves, site, projections, site_groups, shares, pairs, rng)
+    return merged, pairs
+
+
+def _layer_groups(
     leaves: Leaves, stems: Sequence[str], layer: int, count: int, number: int, groups: Groups | None
 ) -> list[list[int]]:
-    """The groups of one router: those that are given, or else the most similar experts."""
+    """Groups of one router: the given groups, or else groups of the most similar experts."""
     if groups is not None:
         return [sorted(group) for group in groups]
     pairs = [(leaves[f"{s}/lora_A"][layer], leaves[f"{s}/lora_B"][layer]) for s in stems]
@@ -204,9 +220,10 @@ def _shares(groups: list[list[int]], load: np.ndarray | None) -> list[np.ndarray
     """The share of each expert in its group; they sum to one."""
     shares = []
     for group in groups:
-        own = np.ones(len(group)) if load is None else load[group].astype(np.float64)
-        own = own if own.sum() > 0.0 else np.ones(len(group))  # a group that nothing reached
-        shares.append(own / own.sum())
+        weights = np.ones(len(group)) if load is None else load[group].astype(np.float64)
+        if weights.sum() == 0.0:  # no token was routed to this group
+            weights = np.ones(len(group))
+        shares.append(weights / weights.sum())
     return shares
 
 
@@ -217,11 +234,11 @@ def _merge_site(
     projections: Mapping[str, str],
     groups: Sequence[list[list[int]]],
     shares: Sequence[list[np.ndarray]],
-    parts: dict[str, list[Truncated]],
+    pairs: dict[str, list[NearestPair]],
     rng: np.random.Generator,
 ) -> None:
-    """Puts the merged leaves of one site into `merged`, and what was cut off into `parts`."""
-    width = max(len(own) for own in groups)
+    """Adds the merged leaves of one site to `merged`, and its pairs with errors to `pairs`."""
+    width = max(len(layer_groups) for layer_groups in groups)
     router = f"layers/{site}/{ROUTER}"
     kernel = leaves[router]
     merged[router] = np.zeros((*kernel.shape[:2], width), np.float32)
@@ -229,46 +246,42 @@ def _merge_site(
         lora_a, lora_b = leaves[f"{stem}/lora_A"], leaves[f"{stem}/lora_B"]
         new_a = np.zeros((*lora_a.shape[:2], width, lora_a.shape[3]), np.float32)
         new_b = np.zeros((len(lora_b), width, *lora_b.shape[2:]), np.float32)
-        for layer, (own_groups, own_shares) in enumerate(zip(groups, shares, strict=True)):
-            for index, (group, share) in enumerate(zip(own_groups, own_shares, strict=True)):
-                part = _mean_pair(lora_a[layer][:, group], lora_b[layer][group], share, rng)
-                new_a[layer, :, index], new_b[layer, index] = part.lora_a, part.lora_b
+        for layer, layer_items in enumerate(zip(groups, shares, strict=True)):
+            for index, (group, share) in enumerate(zip(*layer_items, strict=True)):
+                pair = _mean_pair(lora_a[layer][:, group], lora_b[layer][group], share, rng)
+                new_a[layer, :, index], new_b[layer, index] = pair.lora_a, pair.lora_b
                 merged[router][layer, :, index] = kernel[layer][:, group] @ share
-                parts.setdefault(name, []).append(part)
+                pairs.setdefault(name, []).append(pair)
         merged[f"{stem}/lora_A"], merged[f"{stem}/lora_B"] = new_a, new_b
 
 
 def _mean_pair(
     lora_a: np.ndarray, lora_b: np.ndarray, share: np.ndarray, rng: np.random.Generator
-) -> Truncated:
-    """The pair nearest to the mean of pairs [in, n, R] and [n, R, out]; one pair stays as it is."""
+) -> NearestPair:
+    """The pair nearest to the mean of pairs [in, n, R] and [n, R, out]; one pair is unchanged."""
     width, count, rank = lora_a.shape
     if count == 1:
         square = float(product_gram(lora_a, lora_b)[0, 0])
-        return Truncated(lora_a[:, 0], lora_b[0], square, 0.0)
+        return NearestPair(lora_a[:, 0], lora_b[0], square, 0.0)
     left = (lora_a * share[:, None]).reshape(width, count * rank)
-    return truncated_product(left, lora_b.reshape(count * rank, -1), rank, rng)
+    return nearest_pair_of_product(left, lora_b.reshape(count * rank, -1), rank, rng)
 
 
-def _all_equal(leaves: Leaves, counts: np.ndarray) -> bool:
-    """Whether every expert of a router has the same pairs, as after upcycling."""
-    for paths in sites_of(leaves).values():
+def _has_equal_experts(leaves: Leaves, counts: np.ndarray) -> bool:
+    """True if all experts of each router have equal pairs, as after upcycling."""
+    for paths in routed_sites(leaves).values():
         for path in paths:
             if path.endswith(ROUTER):
                 continue
             experts = np.moveaxis(leaves[path], EXPERT_AXIS[path.rpartition("/")[2]], 1)
-            for own, count in zip(experts, counts, strict=True):
-                if not (own[:count] == own[:1]).all():
+            for layer, count in zip(experts, counts, strict=True):
+                if not (layer[:count] == layer[:1]).all():
                     return False
     return True
 
 
-# FIXME docstring of the merged surgery.similarity:
-# """Which experts are nearest to each other, by what they change of the weights."""
-
-
 def product_gram(lora_a: np.ndarray, lora_b: np.ndarray) -> np.ndarray:
-    """Inner products of the experts' products A B, [E, E], without making any of them.
+    """Inner products of the experts' products A B, [E, E], without computing the products.
 
     `<A_i B_i, A_j B_j> = sum((A_i' A_j) * (B_i B_j'))`.
 
@@ -282,14 +295,14 @@ def product_gram(lora_a: np.ndarray, lora_b: np.ndarray) -> np.ndarray:
 
 
 def similar_groups(gram: np.ndarray, number: int) -> list[list[int]]:
-    """Merges the two groups whose means are nearest to each other until `number` are left.
+    """Merges the two groups with the nearest means repeatedly until `number` groups are left.
 
     Args:
       gram: inner products of the experts, [E, E].
-      number: at most E.
+      number: number of groups, at most E.
 
     Returns:
-      The groups, each in rising order, by their first experts.
+      The groups, each in ascending order, sorted by their first expert.
     """
     groups = [[expert] for expert in range(len(gram))]
     while len(groups) > number:
@@ -302,5 +315,5 @@ def similar_groups(gram: np.ndarray, number: int) -> list[list[int]]:
 
 
 def _mean(gram: np.ndarray, first: Sequence[int], second: Sequence[int]) -> float:
-    """The inner product of two groups' means."""
+    """Inner product of the means of two groups."""
     return float(gram[np.ix_(first, second)].mean())

@@ -1,26 +1,26 @@
-"""The best pair of a rank for a matrix, or for a sum of pairs.
+"""The nearest pair of rank R to a matrix, or to a sum of pairs.
 
-By Eckart and Young the first R terms of the singular value decomposition are the nearest matrix of
-rank R in the Frobenius norm, and the error is what the other singular values have. Computed in
-float64.
+By the Eckart-Young theorem the first R terms of the singular value decomposition are the nearest
+matrix of rank R in the Frobenius norm, and the remaining singular values give the error. All
+computations are in float64.
 """
 
 from typing import NamedTuple
 
 import numpy as np
 
-_NOTHING = 1e-7
-"""A singular value below this share of the largest is rounding: float32 weights have no more."""
+_RELATIVE_TOLERANCE = 1e-7
+"""Singular values below this share of the largest are rounding errors of float32 weights."""
 
 
-class Truncated(NamedTuple):
-    """A pair, and what it leaves out.
+class NearestPair(NamedTuple):
+    """The nearest pair to a matrix, and its error.
 
     Attributes:
       lora_a: [in, R], float32.
-      lora_b: [R, out], float32; `lora_a @ lora_b` is the matrix nearest to the given one.
-      square: the given matrix's squared norm.
-      lost: that of what is left out.
+      lora_b: [R, out], float32; `lora_a @ lora_b` is the nearest matrix of rank R.
+      square: squared norm of the given matrix.
+      lost: squared norm of the error.
     """
 
     lora_a: np.ndarray
@@ -29,23 +29,23 @@ class Truncated(NamedTuple):
     lost: float
 
 
-def relative_error(parts: list[Truncated]) -> float:
-    """Of several matrices together: the norm of what is left out over the norm of all."""
+def relative_error(parts: list[NearestPair]) -> float:
+    """Norm of the errors of several matrices, relative to the norm of the matrices."""
     square = sum(part.square for part in parts)
     return (sum(part.lost for part in parts) / square) ** 0.5 if square > 0.0 else 0.0
 
 
-def truncated(matrix: np.ndarray, rank: int, rng: np.random.Generator) -> Truncated:
+def nearest_pair(matrix: np.ndarray, rank: int, rng: np.random.Generator) -> NearestPair:
     """The pair of rank R nearest to a matrix [in, out].
 
-    The singular vectors of the shorter side come from the matrix times its transpose; then the
-    other side's are products. Beyond the first R nothing is computed, and the error is accurate to
-    1e-8 of the matrix's norm.
+    The singular vectors of the shorter side are eigenvectors of the matrix times its transpose;
+    those of the other side follow by a product. Only the first R are computed. The error is
+    accurate to 1e-8 of the matrix's norm.
 
     Args:
       matrix: [in, out].
-      rank: R; may exceed the matrix's rank, see `_pair`.
-      rng: for the directions that the matrix leaves open.
+      rank: R; may exceed the rank of the matrix, see `_pair`.
+      rng: generator of A's columns beyond the rank of the matrix.
     """
     matrix = matrix.astype(np.float64)
     tall = matrix.shape[0] > matrix.shape[1]
@@ -61,16 +61,16 @@ def truncated(matrix: np.ndarray, rank: int, rng: np.random.Generator) -> Trunca
     return _pair(left, sizes, right, rank, square, lost, rng)
 
 
-def truncated_product(
+def nearest_pair_of_product(
     left: np.ndarray, right: np.ndarray, rank: int, rng: np.random.Generator
-) -> Truncated:
-    """The pair of rank R nearest to `left @ right`, which is never made.
+) -> NearestPair:
+    """The pair of rank R nearest to `left @ right`, without computing that product.
 
     Args:
       left: [in, n].
       right: [n, out].
       rank: R.
-      rng: for the directions that the product leaves open.
+      rng: generator of A's columns beyond the rank of the product.
     """
     basis_in, first = np.linalg.qr(left.astype(np.float64))
     basis_out, second = np.linalg.qr(right.T.astype(np.float64))
@@ -88,17 +88,18 @@ def _pair(
     square: float,
     lost: float,
     rng: np.random.Generator,
-) -> Truncated:
-    """A pair of singular vectors, each side with the roots of the singular values.
+) -> NearestPair:
+    """A pair from singular vectors, each side scaled by the roots of the singular values.
 
-    Where there are fewer than R that are not zero, A's column is fresh, as a new LoRA's, and B's
-    row is zero: two zeros would get no gradient, ever.
+    With fewer than R nonzero singular values, the remaining columns of A are random, as in a new
+    LoRA, and the rows of B are zero. If both were zero, neither would ever get a gradient.
     """
     bound = left.shape[0] ** -0.5
     lora_a = rng.uniform(-bound, bound, (left.shape[0], rank))
     lora_b = np.zeros((rank, right.shape[1]))
-    used = int(np.sum(sizes > _NOTHING * max(sizes.max(initial=0.0), np.finfo(float).tiny)))
+    largest = max(sizes.max(initial=0.0), np.finfo(float).tiny)
+    used = int(np.sum(sizes > _RELATIVE_TOLERANCE * largest))
     roots = np.sqrt(sizes[:used])
     lora_a[:, :used] = left[:, :used] * roots
     lora_b[:used] = right[:used] * roots[:, None]
-    return Truncated(lora_a.astype(np.float32), lora_b.astype(np.float32), square, lost)
+    return NearestPair(lora_a.astype(np.float32), lora_b.astype(np.float32), square, lost)

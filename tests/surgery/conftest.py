@@ -1,4 +1,4 @@
-"""A tiny base with a tokenizer, text, and what is computed on it without our model code."""
+"""A tiny base with a tokenizer, a text, and a reference model in NumPy."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,14 +20,14 @@ from moe_jax.surgery import outcome
 
 
 class World(NamedTuple):
-    """What operations work on.
+    """Inputs of the operations, and the reference model.
 
     Attributes:
-      folder: the base's checkpoint.
+      folder: folder of the base's checkpoint.
       base: the base.
-      plain: the same in NumPy.
-      text: a file.
-      rows: its tokens, as they are measured on, [2, 24].
+      plain: the base in NumPy.
+      text: a text file.
+      rows: tokens of the text in rows for measuring, [2, 24].
     """
 
     folder: Path
@@ -41,15 +41,15 @@ class World(NamedTuple):
         return adapter_of(self.base, method, spread)
 
     def logits(self, adapter: SavedAdapter | None) -> np.ndarray:
-        """What the plain model computes of the rows."""
+        """Logits of the NumPy model on the rows."""
         return self.plain.logits(adapter, self.rows)[0]
 
     def loads(self, adapter: SavedAdapter) -> dict[str, np.ndarray]:
-        """How often the plain model uses each expert on the rows."""
+        """Load of each expert in the NumPy model on the rows, [L, E] by site."""
         return self.plain.logits(adapter, self.rows)[1]
 
     def require_measured(self, outcome: Any, former: SavedAdapter) -> None:
-        """Fails unless the change that was measured is the plain models'."""
+        """Requires the measured change to equal that of the NumPy model."""
         expected = divergence(self.logits(former), self.logits(outcome.adapter))
         assert expected[0] > 1e-3
         np.testing.assert_allclose(outcome.change, expected, rtol=1e-3)
@@ -71,7 +71,7 @@ def world(tmp_path_factory) -> World:
 
 
 class _Unmeasured:
-    """Takes the place of `AdapterMeasurement` where a test is about weights alone; compiles nothing."""
+    """Replaces `AdapterMeasurement` in tests of weights alone, without compilation."""
 
     def __init__(self, adapter: SavedAdapter, base: Any, rows: np.ndarray):
         leaves = named_leaves(adapter.tree)
@@ -91,5 +91,5 @@ class _Unmeasured:
 
 @pytest.fixture
 def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Replaces what is measured by ones."""
+    """Replaces all measurements by ones."""
     monkeypatch.setattr(outcome, "AdapterMeasurement", _Unmeasured)

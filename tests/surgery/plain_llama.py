@@ -1,6 +1,6 @@
-"""A Llama with an adapter in NumPy, float64: one token and one expert after the other, all whole.
+"""A Llama with an adapter in NumPy, float64, with a plain loop over experts.
 
-Every adapted weight is made, DoRA's column by column. No expert has a limit to its tokens.
+Every adapted weight is computed in full, including DoRA. Experts have unlimited capacity.
 """
 
 import json
@@ -13,7 +13,7 @@ from moe_jax.checkpoints.leaves import named_leaves
 
 
 class PlainLlama:
-    """The base in a folder; `logits` puts an adapter on it."""
+    """A base from a folder; `logits` applies an adapter to it."""
 
     def __init__(self, folder):
         self.config = json.loads((folder / "config.json").read_text())
@@ -22,7 +22,7 @@ class PlainLlama:
         self.tensors = {k: v.T if k.endswith("proj.weight") else v for k, v in tensors.items()}
 
     def logits(self, adapter, rows):
-        """[N, S, V] of rows [N, S], and of each routed site the load of its experts, [L, E]."""
+        """Logits [N, S, V] of rows [N, S], and the load of experts [L, E] by routed site."""
         self.adapter, self.loads = adapter, {}
         self.leaves: dict[str, Any] = {}
         if adapter is not None:
@@ -52,9 +52,9 @@ class PlainLlama:
         causal = np.tril(np.ones((len(x), len(x)), bool))
         outputs = []
         for head in range(heads):
-            own = head * groups // heads
-            scores = q[:, head] @ k[:, own].T / np.sqrt(q.shape[-1])
-            outputs.append(_softmax(np.where(causal, scores, -np.inf)) @ v[:, own])
+            group = head * groups // heads
+            scores = q[:, head] @ k[:, group].T / np.sqrt(q.shape[-1])
+            outputs.append(_softmax(np.where(causal, scores, -np.inf)) @ v[:, group])
         return self._projection(np.concatenate(outputs, axis=-1), "self_attn", "o_proj")
 
     def _ffn(self, x):
@@ -103,18 +103,18 @@ class PlainLlama:
     def _weights(self, site, probs, width=None):
         router = self.adapter.method.router
         kind, weights = type(router).__name__, np.zeros_like(probs)
-        for token, own in enumerate(probs):
-            order = np.argsort(-own, kind="stable")
+        for token, token_probs in enumerate(probs):
+            order = np.argsort(-token_probs, kind="stable")
             if kind == "TopKRouter":
                 chosen = order[: router.top_k]
             elif kind == "SwitchRouter":
                 chosen = order[:1]
             elif kind == "TopPRouter":
-                before = np.concatenate([[0.0], np.cumsum(own[order])[:-1]])
+                before = np.concatenate([[0.0], np.cumsum(token_probs[order])[:-1]])
                 chosen = order[before <= router.top_p]
             else:
                 chosen = order
-            weights[token, chosen] = own[chosen]
+            weights[token, chosen] = token_probs[chosen]
             if kind == "SwitchRouter":
                 if router.weights == "straight_through":
                     weights[token, chosen] = 1.0
@@ -128,8 +128,8 @@ class PlainLlama:
 
 
 def divergence(exact, other):
-    """KL in nats per token, the largest difference of logits, and the mean squared one."""
-    p, q = (_log_softmax(each) for each in (exact, other))
+    """KL in nats per token, and the largest and the mean squared difference of logits."""
+    p, q = (_log_softmax(logits) for logits in (exact, other))
     kl = (np.exp(p) * (p - q)).sum(axis=-1).mean()
     return kl, np.abs(exact - other).max(), np.square(exact - other).mean()
 

@@ -1,4 +1,4 @@
-"""`moe-jax surgery`: what it prints, refuses, and leaves behind."""
+"""`moe-jax surgery`: output, refusals and written folders."""
 
 import numpy as np
 import pytest
@@ -36,17 +36,17 @@ def test_from_a_lora_to_more_experts(world, folders, tmp_path, capsys):
     arguments = ["--adapter", up, "--add", 2, "--split", "0,1", "--noise", 0]
     assert run("grow", *arguments, "--output", grown) == 0
     assert capsys.readouterr().out.splitlines() == [
-        "each router has 2 more experts, split off from 0, 1",
-        "exact, up to rounding: copies share what the expert that they are of had",
-        "without noise training changes copies alike; give some before training on",
+        "each router has 2 more experts, copies of 0, 1",
+        "exact, up to rounding: copies share the weight of their original",
+        "without noise copies stay equal in training; add noise before further training",
         f"wrote {grown} (mixlora)",
     ]
-    found = moe_jax.load_adapter(grown)
-    assert found.method.num_experts == 4
+    adapter = moe_jax.load_adapter(grown)
+    assert adapter.method.num_experts == 4
     expected = world.logits(moe_jax.load_adapter(folders / "lora"))
-    np.testing.assert_allclose(world.logits(found), expected, **FLOAT64_ROUNDING)
+    np.testing.assert_allclose(world.logits(adapter), expected, **FLOAT64_ROUNDING)
     again = moe_jax.surgery.grow(up, add=2, split=[0, 1], noise=0.0).adapter
-    require_same_bits(again, found)
+    require_same_bits(again, adapter)
 
 
 @pytest.mark.parametrize(
@@ -55,7 +55,7 @@ def test_from_a_lora_to_more_experts(world, folders, tmp_path, capsys):
         ("upcycle --adapter mix --experts 2", "method 'mixlora': only a LoRA can be upcycled; f"),
         ("upcycle --adapter none --experts 2", "none: no adapter here, adapter.json is missing"),
         ("upcycle --adapter lora --experts 1", "mixlora.num_experts: must be at least 2; for one"),
-        ("upcycle --adapter lora --experts 2,3", "error: --experts: 'mixlora' has one number fo"),
+        ("upcycle --adapter lora --experts 2,3", "error: --experts: 'mixlora' takes one number"),
         ("upcycle --adapter lora --to mola --experts 2,3", "3 layers cannot be divided into 2"),
         ("upcycle --adapter lora --experts 2 --router tpk", "unknown router 'tpk'; did you mean"),
         ("upcycle --adapter lora --experts 2 --router top_k:k=1", "router.k: unknown field; known"),
@@ -63,32 +63,30 @@ def test_from_a_lora_to_more_experts(world, folders, tmp_path, capsys):
         ("upcycle --adapter lora --experts 2 --router top_k:1", "--router: expected FIELD=VALUE"),
         ("merge --adapter mix --groups 0,a --data TEXT", "--groups: expected whole numbers"),
         ("prune --adapter lora --keep 2 --data TEXT", "method 'lora' has no experts that can be"),
-        ("prune --adapter mix --keep 4 --data TEXT", "keep: 4, but a layer has 4 experts at most"),
+        ("prune --adapter mix --keep 4 --data TEXT", "keep: 4, but a layer has at most 4 experts"),
         ("prune --adapter mix --keep 1 --data TEXT", "num_experts: must be at least 2; for one"),
         ("prune --adapter mix --keep 3 --data none.txt", "none.txt: cannot be read"),
         ("prune --adapter mix --keep 3 --data TEXT --base none", "none: no such folder"),
-        ("grow --adapter mix --add 0 --data TEXT", "add: 0, but it has to be at least 1"),
+        ("grow --adapter mix --add 0 --data TEXT", "add: 0, but must be at least 1"),
         (
             "grow --adapter mix --times 1 --data TEXT",
-            "error: --times: 1, but it has to be at least 2",
+            "error: --times: 1, but must be at least 2",
         ),
-        ("grow --adapter mix --times 2 --split 1", "error: --split: goes with --add; with --times"),
-        ("grow --adapter mix --add 2 --split 1", "split: names 1 experts, but 2 are to be added"),
+        ("grow --adapter mix --times 2 --split 1", "error: --split: requires --add; with --times"),
+        ("grow --adapter mix --add 2 --split 1", "split: 1 experts for 2 new ones; give as many"),
         ("grow --adapter mix --add 1 --split 4", "there is no expert 4; a layer has 0 to 3"),
-        ("grow --adapter mix --add 1 --noise 1.5", "noise: 1.5, but it has to lie in [0, 1)"),
-        ("grow --adapter mix --add 1", "data: without --split, which experts to split has to be"),
+        ("grow --adapter mix --add 1 --noise 1.5", "noise: 1.5, but must lie in [0, 1)"),
+        ("grow --adapter mix --add 1", "data: without --split, the load of experts has to be"),
         ("merge --adapter mix --into 4 --data TEXT", "into: 4, but a router has 4 experts; give"),
-        ("merge --adapter mix --groups 0,1;2 --data TEXT", "groups: 0,1;2 has to name each of the"),
-        ("merge --adapter dora --into 2 --data TEXT", "dora: each expert has lengths of its own"),
+        ("merge --adapter mix --groups 0,1;2 --data TEXT", "groups: 0,1;2 must name each of the"),
+        ("merge --adapter dora --into 2 --data TEXT", "dora: each expert rescales the columns"),
     ],
 )
-def test_refusals_are_one_line_and_leave_nothing(
-    world, folders, tmp_path, arguments, words, capsys
-):
-    places = {name: folders / name for name in ("lora", "mix", "dora")} | {"TEXT": world.text}
-    given = [places.get(part, part) for part in arguments.split()]
-    given = [tmp_path / part if part in ("none", "none.txt") else part for part in given]
-    assert run(*given, "--output", tmp_path / "out") == 2
+def test_refusals(world, folders, tmp_path, arguments, words, capsys):
+    paths = {name: folders / name for name in ("lora", "mix", "dora")} | {"TEXT": world.text}
+    paths |= {name: tmp_path / name for name in ("none", "none.txt")}
+    flags = [paths.get(part, part) for part in arguments.split()]
+    assert run(*flags, "--output", tmp_path / "out") == 2
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.startswith("error: ") and words in captured.err
@@ -96,7 +94,7 @@ def test_refusals_are_one_line_and_leave_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_that_is_in_use_and_a_full_disk(folders, tmp_path, capsys, monkeypatch):
+def test_an_output_in_use_and_a_full_disk(folders, tmp_path, capsys, monkeypatch):
     arguments = ["--adapter", folders / "lora", "--experts", 2, "--output", tmp_path / "out"]
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "kept").touch()
@@ -125,9 +123,9 @@ def test_a_folder_that_is_in_use_and_a_full_disk(folders, tmp_path, capsys, monk
         ("merge", ["--into", "--groups", "--weights", "the result is a LoRA"]),
     ],
 )
-def test_help_is_enough(capsys, operation, words):
-    with pytest.raises(SystemExit) as ended:
+def test_help(capsys, operation, words):
+    with pytest.raises(SystemExit) as exit_info:
         run(*([] if operation is None else [operation]), "--help")
-    assert ended.value.code == 0
+    assert exit_info.value.code == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert all(word in shown for word in words), shown

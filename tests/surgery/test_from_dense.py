@@ -1,4 +1,4 @@
-"""A LoRA of two checkpoints, against singular values of whole differences."""
+"""LoRAs extracted from two checkpoints, compared with singular values of the differences."""
 
 import shutil
 
@@ -21,7 +21,7 @@ NORM = "model.layers.0.input_layernorm.weight"
 
 
 def tuned(world, folder, deltas):
-    """A copy of the base with other tensors."""
+    """A copy of the base with changed tensors."""
     shutil.copytree(world.folder, folder)
     tensors = load_file(folder / "model.safetensors")
     for name, delta in deltas.items():
@@ -30,8 +30,8 @@ def tuned(world, folder, deltas):
     return folder
 
 
-def of_rank(world, rank):
-    """Differences of every projection."""
+def random_differences(world, rank):
+    """Random differences of a rank for every projection."""
     rng = np.random.default_rng(3)
     draw = lambda *shape: 0.1 * rng.standard_normal(shape)
     names = [f"model.layers.{layer}.{name}.weight" for layer in range(3) for name in TARGETS]
@@ -39,12 +39,12 @@ def of_rank(world, rank):
     return {name: draw(out, rank) @ draw(rank, in_) for name, (out, in_) in shapes.items()}
 
 
-def test_differences_of_its_rank_come_back(world, tmp_path):
-    deltas = of_rank(world, 3)
+def test_low_rank_differences_are_exact(world, tmp_path):
+    deltas = random_differences(world, 3)
     dense = tuned(world, tmp_path / "dense", deltas)
     outcome = surgery.from_dense(world.folder, dense, rank=3, alpha=6.0, output=tmp_path / "out")
     assert outcome.exact
-    assert outcome.notes[0].startswith("exact, up to rounding: the differences have no more than")
+    assert outcome.notes[0].startswith("exact, up to rounding: the differences have at most")
     saved = moe_jax.load_adapter(tmp_path / "out")
     assert saved.base.fingerprint == world.base.identity.fingerprint and saved.step == 0
     leaves = named_leaves(saved.tree)
@@ -58,8 +58,8 @@ def test_differences_of_its_rank_come_back(world, tmp_path):
     assert np.abs(expected - world.logits(None)).max() > 0.1
 
 
-def test_what_a_rank_leaves_out_is_measured(world, tmp_path):
-    deltas = of_rank(world, 6)
+def test_the_error_of_a_lower_rank_is_measured(world, tmp_path):
+    deltas = random_differences(world, 6)
     dense = tuned(world, tmp_path / "dense", deltas)
     outcome = surgery.from_dense(world.folder, dense, rank=2, data=world.text)
     lost, total = {}, {}
@@ -72,7 +72,7 @@ def test_what_a_rank_leaves_out_is_measured(world, tmp_path):
     assert dict(outcome.weight_errors) == pytest.approx(expected, rel=TRUNCATION)
     overall = (sum(lost.values()) / sum(total.values())) ** 0.5
     assert outcome.notes[0] == (
-        f"not exact: rank 2 leaves a relative error of {overall:.3g} of all changes"
+        f"not exact: rank 2 has a relative error of {overall:.3g} over all changes"
     )
     exact = PlainLlama(dense).logits(None, world.rows)[0]
     change = divergence(exact, world.logits(outcome.adapter))
@@ -80,7 +80,7 @@ def test_what_a_rank_leaves_out_is_measured(world, tmp_path):
     np.testing.assert_allclose(outcome.change, change, rtol=DIVERGENCE)
 
 
-def test_what_a_lora_has_no_place_for(world, tmp_path):
+def test_differences_in_other_weights(world, tmp_path):
     deltas = {GATE: 0.1 * np.ones((48, 32)), NORM: 0.5 * np.ones(32)}
     dense = tuned(world, tmp_path / "dense", deltas)
     keywords = {"rank": 1, "output": tmp_path / "out"}
@@ -93,7 +93,7 @@ def test_what_a_lora_has_no_place_for(world, tmp_path):
     norm = load_file(world.folder / "model.safetensors")[NORM].numpy()
     size = 0.5 * 32**0.5 / np.linalg.norm(norm)
     assert not outcome.exact
-    assert outcome.notes[0].startswith("not exact as a whole: the differences have no more than r")
+    assert outcome.notes[0].startswith("not exact: other weights differ; the projections have at m")
     assert outcome.notes[1] == (f"left out: {NORM}, relative difference up to {size:.3g} ({NORM})")
 
 

@@ -1,4 +1,4 @@
-"""More experts: where copies change nothing, and what noise and lost slots change."""
+"""Splitting experts: exact copies, noise, and measured changes."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ ALL = {"name": "top_p", "top_p": 1.0}
 
 
 @pytest.mark.parametrize(
-    ("method", "how"),
+    ("method", "arguments"),
     [
         (MIXLORA, {"times": 2}),
         ({**MIXLORA, "router": {"name": "soft"}}, {"times": 3}),
@@ -28,21 +28,21 @@ ALL = {"name": "top_p", "top_p": 1.0}
         ({**MOLA, "num_experts": [2, 4, 3], "router": TOP_1}, {"add": 2, "split": (1, 0)}),
     ],
 )
-def test_exact_without_noise(world, method, how):
+def test_exact_without_noise(world, method, arguments):
     adapter = world.adapter(method)
-    outcome = surgery.grow(adapter, noise=0.0, **how)
+    outcome = surgery.grow(adapter, noise=0.0, **arguments)
     assert outcome.exact
     expected = world.logits(adapter)
     np.testing.assert_allclose(world.logits(outcome.adapter), expected, **FLOAT64_ROUNDING)
     assert any(note.startswith("exact, up to rounding") for note in outcome.notes)
     number = adapter.method.num_experts
-    more = lambda n: n * how["times"] if "times" in how else n + how["add"]
+    more = lambda n: n * arguments["times"] if "times" in arguments else n + arguments["add"]
     grown = tuple(map(more, number)) if isinstance(number, tuple) else more(number)
     assert outcome.adapter.method.num_experts == grown
 
 
 @pytest.mark.parametrize(
-    ("method", "how"),
+    ("method", "arguments"),
     [
         (MIXLORA, {"add": 1, "split": (1,)}),
         (LORAMOE, {"add": 1, "split": (1,)}),
@@ -50,9 +50,9 @@ def test_exact_without_noise(world, method, how):
         ({**MIXLORA, "router": {"name": "top_p", "top_p": 0.6}}, {"times": 2}),
     ],
 )
-def test_copies_that_change_the_output_have_to_be_measured(world, method, how):
-    with pytest.raises(moe_jax.UserError, match=r"^data: the result is not exact, and what"):
-        surgery.grow(world.adapter(method), noise=0.0, **how)
+def test_inexact_copies_require_a_text(world, method, arguments):
+    with pytest.raises(moe_jax.UserError, match=r"^data: the result is not exact, so the"):
+        surgery.grow(world.adapter(method), noise=0.0, **arguments)
 
 
 def test_splits_the_most_used_with_noise(world):
@@ -63,7 +63,7 @@ def test_splits_the_most_used_with_noise(world):
     for path in (path for path in after if "/moe/" in path):
         axis = 0 if path.endswith("lora_B") else 1
         for layer in range(3):
-            # The first new one halves the largest load, and the second what is then the largest.
+            # The first copy halves the largest load, the second the largest load after that.
             first = int(load[layer].argmax())
             left = load[layer] / (1 + (np.arange(4) == first))
             parents = [first, int(left.argmax())]
@@ -73,7 +73,7 @@ def test_splits_the_most_used_with_noise(world):
             size = np.sqrt(np.square(old[parents].reshape(2, -1)).mean(axis=1))
             np.testing.assert_allclose(noise.std(axis=1) / size, 0.1, rtol=0.4)
     assert not outcome.exact
-    assert "not exact: copies take slots or probability from other experts" in outcome.notes
+    assert "not exact: copies take tokens or probability from other experts" in outcome.notes
     world.require_measured(outcome, adapter)
 
 

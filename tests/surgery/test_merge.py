@@ -1,4 +1,4 @@
-"""Merged experts are the nearest pairs to the mean of products, computed whole here."""
+"""Merged experts, compared with the nearest pairs to the mean of full products."""
 
 import numpy as np
 import pytest
@@ -9,11 +9,11 @@ from moe_jax import surgery
 from moe_jax.adapters.lora.lora import LoraConfig
 from moe_jax.checkpoints.leaves import named_leaves
 from moe_jax.surgery.merge import product_gram, similar_groups
-from moe_jax.surgery.truncation import relative_error, truncated, truncated_product
+from moe_jax.surgery.truncation import nearest_pair, nearest_pair_of_product, relative_error
 
 
 def products(adapter, stem, layer):
-    """[E, in, out] of a projection."""
+    """Products of the experts of a projection, [E, in, out]."""
     leaves = named_leaves(adapter.tree)
     a, b = (np.asarray(leaves[f"{stem}/{n}"][layer], float) for n in ("lora_A", "lora_B"))
     return np.einsum("der,ero->edo", a, b)
@@ -44,12 +44,12 @@ def test_groups(world, weights):
         path = "layers/mlp/moe/router/kernel"
         column = np.asarray(before[path][layer])[:, groups[0]] @ share
         np.testing.assert_allclose(after[path][layer][:, 0], column, **ROUNDING)
-    assert f"a relative error of {(lost / square) ** 0.5:.3g} in these means" in outcome.notes[2]
-    assert outcome.notes[1].startswith("not exact: a mean stands for experts that differ")
+    assert f"a relative error of {(lost / square) ** 0.5:.3g}; largest in" in outcome.notes[2]
+    assert outcome.notes[1].startswith("not exact: means replace experts that differ")
     world.require_measured(outcome, adapter)
 
 
-def test_all_copies_into_one_are_the_lora_again(world):
+def test_merging_all_copies_restores_the_lora(world):
     lora = world.adapter(LORA)
     mixture = surgery.upcycle(lora, "mola", num_experts=(2, 4, 3)).adapter
     outcome = surgery.merge(mixture, into=1, data=world.text)
@@ -61,8 +61,8 @@ def test_all_copies_into_one_are_the_lora_again(world):
     assert max(outcome.weight_errors.values()) < 1e-12
 
 
-def test_the_nearest_are_merged(world, unmeasured):
-    """Layer by layer; in a layer with few experts, all stay."""
+def test_the_nearest_experts_are_merged(world, unmeasured):
+    """Each layer merges on its own; a layer with few experts keeps all."""
     adapter = world.adapter({**MOLA, "num_experts": [2, 4, 3], "target_modules": ["up_proj"]})
     outcome = surgery.merge(adapter, into=3, data=world.text)
     assert outcome.adapter.method.num_experts == (2, 3, 3)
@@ -87,7 +87,7 @@ def test_inner_products_and_groups():
     a, b = rng.standard_normal((5, 3, 2)), rng.standard_normal((3, 2, 7))
     whole = np.einsum("der,ero->edo", a, b).reshape(3, -1)
     np.testing.assert_allclose(product_gram(a, b), whole @ whole.T, **ROUNDING)
-    # On a line at 0, 10, 1, 11.5 and 30: first 0 and 1, then 10 and 11.5, then the two pairs.
+    # On a line at 0, 10, 1, 11.5 and 30: merges 0 and 1, then 10 and 11.5, then the two pairs.
     points = np.array([0.0, 10.0, 1.0, 11.5, 30.0])
     gram = np.outer(points, points)
     assert similar_groups(gram, 4) == [[0, 2], [1], [3], [4]]
@@ -96,11 +96,14 @@ def test_inner_products_and_groups():
 
 
 @pytest.mark.parametrize("shape", [(12, 7), (7, 12)])
-def test_truncation(shape):
+def test_nearest_pairs(shape):
     rng = np.random.default_rng(0)
     matrix = rng.standard_normal(shape)
     u, sizes, vt = np.linalg.svd(matrix, full_matrices=False)
-    for part in (truncated(matrix, 3, rng), truncated_product(matrix, np.eye(shape[1]), 3, rng)):
+    for part in (
+        nearest_pair(matrix, 3, rng),
+        nearest_pair_of_product(matrix, np.eye(shape[1]), 3, rng),
+    ):
         np.testing.assert_allclose(
             part.lora_a @ part.lora_b, (u[:, :3] * sizes[:3]) @ vt[:3], **ROUNDING
         )
@@ -108,11 +111,11 @@ def test_truncation(shape):
         assert relative_error([part]) == pytest.approx(expected)
 
 
-def test_what_a_matrix_leaves_open_can_be_trained():
-    """A's columns beyond the matrix's rank are fresh and B's rows zero, whose gradient is not."""
+def test_columns_beyond_the_rank_are_trainable():
+    """Beyond the rank of the matrix, A's columns are random and B's rows zero."""
     matrix = np.outer(np.arange(1.0, 7.0), np.ones(5))
     for given in (matrix, 0 * matrix):
-        part = truncated(given, 3, np.random.default_rng(0))
+        part = nearest_pair(given, 3, np.random.default_rng(0))
         rank = int(given.any())
         np.testing.assert_allclose(part.lora_a @ part.lora_b, given, **ROUNDING)
         assert not part.lora_b[rank:].any()

@@ -1,4 +1,4 @@
-"""A run that begins from a saved adapter: at its loss, exactly resumable, and refused early."""
+"""Runs that start from a saved adapter: initial loss, exact resume, and early refusals."""
 
 import dataclasses
 import json
@@ -29,20 +29,20 @@ BASE = {
 
 CONFIG = """
 
-_one = get_config
+_base_config = get_config
 
 
 def get_config():
-    config = _one()
+    config = _base_config()
     up = config["adapters"].pop("default")
     up["method"]["num_experts"] = 3
     up["method"]["losses"] = {}
     lora = adapter("train", name="lora")
     fresh = adapter("train", name="lora")
-    for one in (up, lora, fresh):
-        one["method"]["target_modules"] = ("q_proj", "up_proj")  # less to compile
-        one["data"]["buckets"] = ()
-        one["optimizer"]["schedule"] = dict(kind="constant")
+    for settings in (up, lora, fresh):
+        settings["method"]["target_modules"] = ("q_proj", "up_proj")  # less to compile
+        settings["data"]["buckets"] = ()
+        settings["optimizer"]["schedule"] = dict(kind="constant")
     up["start_from"], lora["start_from"] = str(HERE / "up"), str(HERE / "trained")
     config["adapters"] = dict(lora=lora, up=up, fresh=fresh)
     config["training"].update(steps=6, eval_every=3, log_every=3)
@@ -53,7 +53,7 @@ def get_config():
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
-    """A configuration with a LoRA that goes on, a MixLoRA made of it, and a fresh one."""
+    """A configuration with a LoRA that continues, its upcycled MixLoRA, and a new LoRA."""
     config = write_inputs(tmp_path_factory.mktemp("inputs"))
     config.write_text(config.read_text() + CONFIG)
     base = moe_jax.load_base(config.parent / "base")
@@ -73,7 +73,7 @@ def test_begins_at_its_loss_and_resumes_exactly(inputs, tmp_path):
     assert loss("up")[0] == pytest.approx(loss("lora")[0], rel=1e-5)
     assert abs(loss("fresh")[0] - loss("lora")[0]) > 1e-3
     assert loss("up")[-1] < loss("up")[0] - 0.01
-    # The best of an adapter that does not begin fresh may be what it began from.
+    # The best loss of an adapter with `start_from` may be the initial one.
     best = json.loads((whole.workdir / "adapters.json").read_text())
     for line in best:
         first = line["adapter"] == "fresh"
@@ -81,7 +81,7 @@ def test_begins_at_its_loss_and_resumes_exactly(inputs, tmp_path):
 
     half = Run(inputs, tmp_path / "half", overrides={"training__steps": 3})
     assert half.join() == 0, half.log.read_text()
-    moved = shutil.move(inputs.parent / "up", tmp_path / "moved")  # it is not needed any more
+    moved = shutil.move(inputs.parent / "up", tmp_path / "moved")  # not needed after the start
     resumed = Run(inputs, tmp_path / "half")
     status = resumed.join()
     shutil.move(moved, inputs.parent / "up")
@@ -98,7 +98,7 @@ def test_begins_at_its_loss_and_resumes_exactly(inputs, tmp_path):
             assert (leaf == expected[path]).all(), path
 
 
-def test_damaged_weights_are_refused_before_anything_is_left(inputs, tmp_path):
+def test_damaged_weights_are_refused_before_anything_is_written(inputs, tmp_path):
     damaged = shutil.copytree(inputs.parent / "up", tmp_path / "damaged")
     for file in damaged.glob("weights/**/d/*"):
         content = file.read_bytes()
@@ -123,13 +123,13 @@ def test_refused_before_the_data_is_read(inputs, tmp_path, overrides, words):
     if "base__path" in overrides:
         write_checkpoint(tmp_path / "base", **{**BASE, "seed": 1})
         overrides = {"base__path": str(tmp_path / "base")}
-    missing = {f"{each}data__train__words__path": "no_data.jsonl" for each in (LORA, UP)}
+    missing = {f"{prefix}data__train__words__path": "no_data.jsonl" for prefix in (LORA, UP)}
     with pytest.raises(moe_jax.UserError, match=rf"^config\.adapters\.\w+\.start_from: .*{words}"):
         read_inputs(read_config(inputs, **missing, **overrides), lambda line: None)
 
 
-def test_only_what_training_reads_may_differ(inputs):
-    """Dropout, losses and jitter; it is the data that is missed then."""
+def test_training_settings_may_differ(inputs):
+    """Dropout, losses and jitter are accepted; the run fails later, on missing data."""
     changes = {
         UP + "method__dropout": 0.3,
         UP + "method__losses__router_z__coefficient": 0.1,

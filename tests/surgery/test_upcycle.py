@@ -1,4 +1,4 @@
-"""A LoRA as a mixture: equal to it, and said so, exactly where weights sum to one."""
+"""Upcycling a LoRA: exact if the weights of a token's experts sum to one, else measured."""
 
 import numpy as np
 import pytest
@@ -37,7 +37,7 @@ def test_equals_the_lora(world, to, experts, router, kind):
         assert getattr(outcome.adapter.method, field) == getattr(lora.method, field)
 
 
-def test_our_model_agrees(world, tmp_path):
+def test_equal_logits_in_moe_jax(world, tmp_path):
     lora = world.adapter(LORA)
     outcome = surgery.upcycle(lora, num_experts=4, data=world.text, output=tmp_path / "out")
     assert outcome.change is not None and outcome.change.largest < FLOAT32_LOGITS
@@ -48,7 +48,7 @@ def test_our_model_agrees(world, tmp_path):
 
 
 def test_leaves(world):
-    """Routers are fresh, attention's pairs are the LoRA's, and absent experts are zero."""
+    """Routers are random, pairs of attention are the LoRA's, and absent experts are zero."""
     lora = world.adapter(LORA)
     before = named_leaves(lora.tree)
     first, other = (surgery.upcycle(lora, num_experts=4, seed=seed) for seed in (0, 1))
@@ -69,22 +69,22 @@ def test_leaves(world):
 
 
 @pytest.mark.parametrize(
-    ("router", "why"),
+    ("router", "reason"),
     [
         ({"name": "top_p", "top_p": 0.5, "renormalise": False}, "without renormalise sum to less"),
-        ({**CERTAIN, "weights": "probability"}, "weights its expert by a probability"),
-        ({**CERTAIN, "sparse_step": 2}, "with sparse_step 2 some FFNs are without the LoRA"),
-        ({**CERTAIN, "capacity_factor": 2.9}, "with capacity_factor 3.0 there are none"),
+        ({**CERTAIN, "weights": "probability"}, "multiplies its expert by a probability"),
+        ({**CERTAIN, "sparse_step": 2}, "with sparse_step 2 some FFNs do not get the LoRA"),
+        ({**CERTAIN, "capacity_factor": 2.9}, "capacity_factor 3.0 avoids this"),
     ],
 )
-def test_what_is_not_exact_has_to_be_measured(world, router, why):
+def test_inexact_upcycling_requires_a_text(world, router, reason):
     with pytest.raises(
-        moe_jax.UserError, match=f"^data: .*{why}.* give a file of text with `data`"
+        moe_jax.UserError, match=f"^data: .*{reason}.* give a text file with `data`"
     ):
         surgery.upcycle(world.adapter(LORA), num_experts=3, router=router)
 
 
-def test_what_is_not_exact_is_measured(world):
+def test_inexact_upcycling_is_measured(world):
     lora = world.adapter(LORA)
     router = {"name": "top_p", "top_p": 0.5, "renormalise": False}
     outcome = surgery.upcycle(lora, num_experts=3, router=router, data=world.text)
