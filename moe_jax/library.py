@@ -1,9 +1,11 @@
-"""The library in a few names: load a base, put adapters on it, compute, train, save, load."""
+"""Public API: load a base, put adapters on it, compute, train, save, load and convert."""
 
 import functools
 import operator
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import flax.linen as nn
@@ -28,6 +30,7 @@ from moe_jax.files.folders import require_unused
 from moe_jax.hf.base_model import BaseModel, open_base, resolve_adapter, resolve_checkpoint
 from moe_jax.hf.load import load_base_params
 from moe_jax.inference.api import InferenceSession
+from moe_jax.layers.frozen import storage_of
 from moe_jax.loaded.inference_model import Adapter
 from moe_jax.models.adapted import (
     SINGLE,
@@ -41,13 +44,20 @@ from moe_jax.training.run import loop
 from moe_jax.training.run.completion import TrainResult
 
 
+@dataclass(frozen=True)
 class Base(BaseModel):
-    """A base model with its parameters in memory; see `BaseModel` for its attributes."""
+    """A base model with its parameters in memory; see `BaseModel` for further attributes.
+
+    Attributes:
+      param_dtype: storage of the parameters.
+    """
+
+    param_dtype: StorageType = "float32"
 
     @functools.cached_property
     def session(self) -> InferenceSession:
-        """What `generate` uses; computes in the type that the parameters are kept in."""
-        dtype = jax.tree.leaves(self.params)[0].dtype.name
+        """Session of `generate`; computes in the dtype of the parameters that are not quantised."""
+        dtype: Any = storage_of(self.param_dtype).dtype.name
         return InferenceSession(self, {}, dtype=dtype)
 
 
@@ -57,25 +67,25 @@ def load_base(
     """Loads a Llama from a folder in the Hugging Face format or from the hub, on one device.
 
     Args:
-      path: a folder, or a hub id.
-      revision: the hub revision.
-      dtype: the type in which the parameters are kept.
+      path: folder or hub id.
+      revision: hub revision.
+      dtype: storage of the parameters.
 
     Raises:
-      CheckpointError: the checkpoint is missing, damaged, or not of a known architecture.
+      CheckpointError: the checkpoint is missing or damaged, or its architecture is not supported.
     """
     base = open_base(path, revision)
     params = load_base_params(base.folder, base.config, dtype)
-    return Base(base.folder, base.identity, base.config, params)
+    return Base(base.folder, base.identity, base.config, params, dtype)
 
 
 class AdaptedModel:
-    """A base with adapters on it, fresh or trained, on one device.
+    """A base with adapters on one device.
 
     Attributes:
-      base: the frozen model.
-      methods: each adapter's method.
-      adapters: each adapter's weights, `{name: tree}`.
+      base: frozen base.
+      methods: method of each adapter; read-only.
+      adapters: weights of each adapter, `{name: tree}`; may be replaced.
     """
 
     def __init__(
@@ -89,9 +99,9 @@ class AdaptedModel:
         """Puts adapters on a base.
 
         Args:
-          base: from `load_base`.
-          adapters: a method makes a fresh adapter, a saved adapter brings its weights.
-          seed: of the fresh ones.
+          base: result of `load_base`.
+          adapters: saved adapters, or methods, whose weights are initialised.
+          seed: random seed of the initialisation.
           compute_dtype: see `ComputeConfig.dtype`.
 
         Raises:
@@ -101,14 +111,14 @@ class AdaptedModel:
         for name, adapter in saved.items():
             base.require_trained_on(f"adapter {name!r}", adapter.base, "load that base")
         self.base = base
-        self.methods: dict[str, AdapterMethod] = {
-            name: a.method if isinstance(a, SavedAdapter) else a for name, a in adapters.items()
-        }
+        self.methods: Mapping[str, AdapterMethod] = MappingProxyType(
+            {n: a.method if isinstance(a, SavedAdapter) else a for n, a in adapters.items()}
+        )
         model = LlamaForCausalLM(base.config, ComputeConfig(dtype=compute_dtype))
         self._llama = CompiledLlama(model)
         self.adapters: dict[str, Any] = {name: a.tree for name, a in saved.items()}
-        fresh = {name: m for name, m in self.methods.items() if name not in saved}
-        for name, method in fresh.items():
+        untrained = {name: m for name, m in self.methods.items() if name not in saved}
+        for name, method in untrained.items():
             with located(f"adapter {name!r}"):
                 method.check_model(base.config)
             init = self._llama.jit(untrained_adapter, model, method)
@@ -119,20 +129,20 @@ class AdaptedModel:
     def __call__(
         self, tokens: Any, adapter: str | None = None, segment_ids: Any = None
     ) -> jax.Array:
-        """Logits for the next token, float32 [B, S, V]; of a classifier, scores float32 [B, N].
+        """Logits of the next token, float32 [B, S, V]; for a classifier, scores, float32 [B, N].
 
         Args:
           tokens: int [B, S].
-          adapter: which adapter all rows go through; None is the base as it is.
-          segment_ids: int [B, S], 0 at padding; None where rows have no padding.
+          adapter: adapter of all rows; None is the base alone.
+          segment_ids: int [B, S], 0 at padding; None is no padding.
 
         Raises:
           ConfigError: there is no such adapter.
-          DataError: a token id lies outside the base's vocabulary.
+          DataError: a token id is beyond the base's vocabulary.
         """
         tokens, vocab_size = np.asarray(tokens), self.base.config.vocab_size
         if tokens.size and not 0 <= tokens.min() <= tokens.max() < vocab_size:
-            # Under jit a look-up past the table's end is NaN, not an error.
+            # Under jit an embedding lookup out of bounds gives NaN, not an error.
             raise DataError(
                 f"tokens: ids from {tokens.min()} to {tokens.max()}, but {self.base.folder} has "
                 f"embeddings for 0 to {vocab_size - 1}; use that base's own tokenizer"
@@ -146,7 +156,7 @@ class AdaptedModel:
 
     @property
     def session(self) -> InferenceSession:
-        """What `generate` uses; made anew only where an adapter's weights were replaced."""
+        """Session of `generate`; created again if an adapter's weights are replaced."""
         leaves, structure = jax.tree.flatten(self.adapters)
         if self._opened is not None:
             known_structure, known, session = self._opened
@@ -158,7 +168,7 @@ class AdaptedModel:
         return session
 
     def save(self, adapter: str, folder: str | Path, step: int = 0) -> None:
-        """Writes an adapter as a folder that `load_adapter` reads; see `save_adapter`."""
+        """Writes an adapter to a folder that `load_adapter` reads; see `save_adapter`."""
         base, tree = self.base, self._weights(adapter)
         saved = SavedAdapter(self.methods[adapter], tree, base.config, base.identity, step)
         adapter_files.save_adapter(Path(folder), saved)
@@ -166,7 +176,7 @@ class AdaptedModel:
     def _weights(self, adapter: str) -> Any:
         if adapter not in self.adapters:
             hint = suggest(adapter, self.adapters)
-            raise ConfigError(f"adapter {adapter!r}: this model has none of that name; {hint}")
+            raise ConfigError(f"adapter {adapter!r}: is not in this model; {hint}")
         return self.adapters[adapter]
 
 
@@ -188,8 +198,8 @@ def load_adapter(folder: str | Path, *, revision: str | None = None) -> SavedAda
     """Reads an adapter's folder; see `adapter_files.load_adapter`.
 
     Args:
-      folder: the folder, or a hub id `owner/name`.
-      revision: the hub revision.
+      folder: folder, or hub id `owner/name`.
+      revision: hub revision.
     """
     return adapter_files.load_adapter(resolve_adapter(folder, revision))
 
@@ -208,26 +218,26 @@ def export_adapter(
     revision: str | None = None,
     commit_message: str | None = None,
 ) -> list[str]:
-    """Writes an adapter, or the one in a folder, for another tool; see `exchange.export_adapter`.
+    """Writes an adapter for another tool; see `exchange.export_adapter`.
 
     Args:
-      adapter: the adapter, or its folder or hub id.
-      to: the format: `mixlora` or `peft` for the adapter alone; `mixtral` or `llama` for a whole
-        model; `moe_jax`, our own, to give it away as it is.
-      output: a folder that does not exist yet, or is empty.
-      dtype: the type of the tensors that are written.
-      base: the base as the other tool will find it, and where that of a whole model is read; by
-        default the path it was trained with.
-      weights: how `llama` merges experts: `average`, the default, or by their `utilisation`.
-      data: a file of text, on which `llama` measures utilisation and what merging changes; see
-        `load_token_rows`. It is needed where there are experts.
-      push_to_hub: `OWNER/NAME`, a model on the hub that the complete `output` is uploaded to.
-        Whether that will be allowed is asked first, and `output` is kept in any case.
+      adapter: adapter, or its folder or hub id.
+      to: format: `mixlora` or `peft` for the adapter alone; `mixtral` or `llama` for a whole model;
+        `moe_jax`, our own, for sharing.
+      output: folder that does not exist yet, or is empty.
+      dtype: dtype of the written tensors.
+      base: path of the base for the other tool, and where a whole model's base is read; by default
+        the path at training.
+      weights: weights of the experts that `llama` merges: `average` (default) or `utilisation`.
+      data: text file on which `llama` measures utilisation and the change by merging; see
+        `load_token_rows`. Required for adapters with experts.
+      push_to_hub: `OWNER/NAME`, repository on the hub to upload the complete `output` to. Access is
+        checked first; `output` is kept in any case.
       private, revision, commit_message: see `HubTarget`; with `push_to_hub` only.
 
     Returns:
-      What the format leaves out or states in another way, what was measured, and where it is on the
-      hub, one sentence each.
+      One sentence each: what the format omits or states differently, what was measured, and the
+      address on the hub.
     """
     target = _hub_target(push_to_hub, private, revision, commit_message)
     if target is not None:
@@ -255,7 +265,7 @@ def export_adapter(
         known_base = saved.base.path if base is None else base
         if exchange.names_base(to) and Path(known_base).expanduser().exists():
             notes.append(
-                f"it names the base by the folder {known_base}, which others do not have; state "
+                f"it names the base by the folder {known_base}, which others do not have; give "
                 "its hub id with --base OWNER/NAME"
             )
         notes.append(f"pushed to {push_folder(Path(output), target)}")
@@ -271,7 +281,7 @@ def _hub_target(
     for name, value in given.items():
         if value:
             raise FieldError(
-                name, "nothing is pushed; leave it out, or say where with `push_to_hub`"
+                name, "has no effect without `push_to_hub`; leave it out, or give a repository"
             )
     return None
 
@@ -279,12 +289,12 @@ def _hub_target(
 def import_adapter(
     source: str | Path, base: Base | str | Path, output: str | Path | None = None
 ) -> SavedAdapter:
-    """Reads a folder of PEFT or MoE-PEFT; see `exchange.import_adapter`.
+    """Reads an adapter of PEFT or MoE-PEFT; see `exchange.import_adapter`.
 
     Args:
-      source: the folder, or a hub id `owner/name`.
-      base: the base it was trained on, or its folder or hub id.
-      output: where it is also written in our own format; does not exist yet, or is empty.
+      source: folder, or hub id `owner/name`.
+      base: base that it was trained on, or its folder or hub id.
+      output: folder to write the adapter to in our own format; does not exist yet, or is empty.
     """
     if output is not None:
         require_unused(Path(output))
@@ -296,21 +306,21 @@ def import_adapter(
 
 
 def parse_config(config: Any) -> RunConfig:
-    """A `RunConfig` from nested mappings or from an `ml_collections.ConfigDict`; strict."""
+    """Parses nested mappings or an `ml_collections.ConfigDict`; rejects unknown fields."""
     plain = config.to_dict() if hasattr(config, "to_dict") else config
     return parse_run_config(plain, METHODS)
 
 
 def train(config: Any, workdir: str | Path) -> TrainResult:
-    """The whole run of `train.py`: see `moe_jax.training.run.loop.train`.
+    """Trains adapters, like `train.py`; see `moe_jax.training.run.loop.train`.
 
     Args:
-      config: a `RunConfig`, or what `parse_config` takes.
-      workdir: where everything is written; a run that was stopped goes on from there.
+      config: a `RunConfig`, or an argument of `parse_config`.
+      workdir: folder of the run; resumes if it holds a run.
     """
+    # Imported late, since it imports the libraries of all tasks.
+    from moe_jax.evaluation.training_evaluator import TrainingTaskEvaluation
+
     parsed = config if isinstance(config, RunConfig) else parse_config(config)
-    from moe_jax.evaluation.training_evaluator import (
-        TrainingTaskEvaluation,  # with libraries that others do not need
-    )
 
     return loop.train(parsed, Path(workdir), task_evaluation=TrainingTaskEvaluation())

@@ -63,7 +63,7 @@ def test_what_a_model_does_not_have_is_refused(tmp_path):
     model = moe_jax.AdaptedModel(moe_jax.load_base(tmp_path / "base"), {"mine": METHOD})
     with pytest.raises(moe_jax.UserError, match=r"'mne': .* did you mean 'mine'\?"):
         model([[1, 2]], "mne")
-    with pytest.raises(moe_jax.UserError, match=r"none of that name"):
+    with pytest.raises(moe_jax.UserError, match=r"is not in this model"):
         model.save("other", tmp_path / "adapter")
     with pytest.raises(moe_jax.UserError, match=r"ids from 1 to 96, .* embeddings for 0 to 95"):
         model([[1, 96]], "mine")
