@@ -12,8 +12,8 @@ from tolerances import GRADIENT_ROUNDING
 
 from moe_jax.checkpoints.leaves import named_leaves
 from moe_jax.errors import ConfigError
+from moe_jax.training.run.inputs import phases_after, phases_of
 from moe_jax.training.run.loop import train
-from moe_jax.training.run.phases import phase_after, phases_of
 from moe_jax.training.step import program as program_module
 from moe_jax.training.step import step
 from moe_jax.training.step.state import carried_over
@@ -33,8 +33,9 @@ def test_phases_by_hand():
         (60, 90, ("d",), ("d",)),
     )
     # The state after step 40 still holds the adapters that ended with it.
-    found = {step: phase_after(phases, step).stop for step in (0, 1, 40, 41, 60, 61, 90)}
-    assert found == {0: 40, 1: 40, 40: 40, 41: 60, 60: 60, 61: 90, 90: 90}
+    stops = {step: phases_after(phases, step)[0].stop for step in (0, 1, 40, 41, 60, 61, 90)}
+    assert stops == {0: 40, 1: 40, 40: 40, 41: 60, 60: 60, 61: 90, 90: 90}
+    assert phases_after(phases, 41) == phases[1:]
     assert phases_of({"a": 5}) == ((0, 5, ("a",), ("a",)),)
 
 
@@ -83,7 +84,7 @@ def test_adapters_of_equal_methods_are_evaluated_by_one_compilation(monkeypatch)
     traced, eval_step = [], step.eval_step
 
     def counted(model, *arguments):
-        traced.append([segment.name for segment in model.segments])
+        traced.append([segment.name for segment in model.adapter_rows])
         return eval_step(model, *arguments)
 
     monkeypatch.setattr(step, "eval_step", counted)
@@ -168,7 +169,7 @@ def on_one_device(inputs, tmp_path_factory):
     lower = program_module.Program.lower_train_step
 
     def counted(self, row_length):
-        lowered.append((tuple(segment.name for segment in self.segments), row_length))
+        lowered.append((tuple(segment.name for segment in self.adapter_rows), row_length))
         return lower(self, row_length)
 
     with one_device() as patch:

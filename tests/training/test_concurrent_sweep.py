@@ -10,7 +10,6 @@ from tiny_run import final_adapter, metric_lines, write_inputs
 import moe_jax
 from moe_jax.config.command_line import load_config_file
 from moe_jax.data import pipeline
-from moe_jax.training.records.results import AdapterReport, table_lines, write_table
 
 SWEEP = """
 
@@ -90,31 +89,3 @@ def test_the_table_is_sorted_by_validation_loss(swept):
     assert best.validation_loss == losses[0]
     markdown = (workdir / "adapters.md").read_text().splitlines()
     assert [text.split(" ")[1] for text in markdown[2:]] == list(result.reports)
-
-
-def report(name, validation, training_loss):
-    return AdapterReport(name, 5, None, validation, training_loss, None)
-
-
-def test_the_order_by_hand():
-    assert report("x", {"a": 1.0, "b": 4.0}, 9.0).order == 2.5
-    assert report("x", {}, 3.0).order == 3.0
-    assert report("x", {}, None).order == float("inf")
-    assert report("x", {"a": float("nan")}, 1.0).order == float("inf")
-
-
-def test_the_table_by_hand(tmp_path):
-    reports = [report("first", {"a": 1.0}, 2.0), report("b", {}, None)]
-    assert table_lines(reports) == [
-        "adapter  steps  validation loss  best  training loss",
-        "first        5           1.0000               2.0000",
-        "b            5",
-    ]
-    write_table(tmp_path, reports)
-    assert (tmp_path / "adapters.md").read_text() == (
-        "| adapter | steps | validation loss | best | training loss |\n"
-        "| --- | ---: | ---: | ---: | ---: |\n"
-        "| first | 5 | 1.0000 |  | 2.0000 |\n"
-        "| b | 5 |  |  |  |\n"
-    )
-    assert json.loads((tmp_path / "adapters.json").read_text())[1]["validation_loss"] is None

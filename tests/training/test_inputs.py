@@ -2,17 +2,18 @@
 
 import json
 import math
-import subprocess
-import sys
+import os
 from pathlib import Path
 from typing import Any
 
+import jax
 import pytest
 from tiny_run import read_config, write_inputs
 from transformers import PreTrainedTokenizerFast
 
+from moe_jax.data import tokenised_source
 from moe_jax.errors import CheckpointError, ConfigError, DataError
-from moe_jax.training.run.inputs import devices_in_use, read_inputs
+from moe_jax.training.run.inputs import read_inputs
 
 DATA = "adapters__default__data"
 
@@ -165,21 +166,30 @@ def test_a_warm_up_that_never_ends(inputs):
     assert "trains for 13; give fewer" in refusal(inputs, **in_epochs, **{steps: 13})
 
 
-def test_processes_are_not_forked_beside_jax(inputs):
-    assert devices_in_use(), "conftest.py has looked at them"
-    error = refusal(inputs, **{f"{DATA}__num_workers": 2})
-    assert error.startswith("config.adapters.default.data.num_workers: 2 processes cannot be")
-    assert "set 0" in error
+def test_worker_processes_are_not_forked_from_the_process_of_jax(inputs, tmp_path, monkeypatch):
+    assert jax.device_count() == 8, "JAX has started its threads"
+    monkeypatch.setattr(os, "fork", lambda: pytest.fail("forked beside the threads of JAX"))
+    fingerprints = []
+    for workers in (0, 2):
+        fields = {
+            f"{DATA}__num_workers": workers,
+            f"{DATA}__cache_dir": str(tmp_path / str(workers)),
+        }
+        found = read_inputs(read_config(inputs, **fields), lambda _: None)
+        fingerprints.append(found.data_fingerprint("default"))
+    assert fingerprints[0] == fingerprints[1]
+
+    gone = {f"{DATA}__train__words__path": "gone.jsonl", f"{DATA}__num_workers": 2}
+    error = refusal(inputs, DataError, **gone)
+    assert error.startswith("config.adapters.default.data.train.words: gone.jsonl: no such file")
 
 
-FRESH = """
-import jax
-from moe_jax.training.run.inputs import devices_in_use
-assert [devices_in_use(), devices_in_use()] == [False, False]
-assert jax.device_count() == 8
-assert devices_in_use()
-"""
+def test_worker_processes_fill_the_cache(inputs, tmp_path, monkeypatch):
+    """The process of JAX reads what they have tokenised."""
 
+    def fail(*arguments):
+        raise AssertionError("tokenised again")
 
-def test_asking_whether_devices_are_in_use_does_not_change_them():
-    subprocess.run([sys.executable, "-c", FRESH], check=True)
+    monkeypatch.setattr(tokenised_source, "encode_examples", fail)
+    fields = {f"{DATA}__num_workers": 2, f"{DATA}__cache_dir": str(tmp_path)}
+    read_inputs(read_config(inputs, **fields), lambda _: None)

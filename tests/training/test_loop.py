@@ -13,7 +13,9 @@ from tolerances import FLOAT32_LOGITS, ROUNDING
 
 from moe_jax.checkpoints.adapter_files import load_adapter
 from moe_jax.checkpoints.store import TrainingStore
-from moe_jax.hf.fingerprint import base_fingerprint
+from moe_jax.config.metric_names import METRICS, TIMES
+from moe_jax.hf.base_model import base_fingerprint
+from moe_jax.training.records.metric_log import read_metrics
 
 # Twice the adapter, each with data of its own; nothing random besides initialisation and order.
 TWO_ADAPTERS = """
@@ -126,6 +128,16 @@ def test_how_it_was_trained_is_on_record(finished, inputs):
         assert record.best_loss == min(held_out[1:])
         assert list(saved.pictures) == ["loss.png", "experts.png"]
         assert all(picture.startswith(b"\x89PNG") for picture in saved.pictures.values())
+
+
+def test_every_metric_of_a_run_is_in_the_table(finished):
+    lines = read_metrics(finished.workdir / "metrics.jsonl")
+    assert set().union(*(line.pop("time") for line in lines)) == TIMES.keys()
+    names = set().union(*lines) - {"step", "validation/default/held_out/loss"}
+    router_losses = {"default/load_balance"}
+    for name in names - router_losses:
+        adapter, _, kind = name.rpartition("/")
+        assert adapter in ("", "default") and kind in METRICS, name
 
 
 def test_it_learns(finished):

@@ -7,7 +7,7 @@ import pytest
 from tiny_run import Run, final_adapter, metric_lines, write_inputs
 
 from moe_jax.checkpoints.store import latest_step
-from moe_jax.demo.checkpoint import TINY_LLAMA, write_checkpoint
+from moe_jax.demo.tiny_llama import TINY_LLAMA, write_checkpoint
 
 CONSTANT = {
     "adapters__default__optimizer__schedule__kind": "constant",

@@ -10,7 +10,7 @@ import pytest
 import tiny_program
 from tolerances import GRADIENT_ROUNDING, ROUNDING
 
-from moe_jax.adapters.rows import Segment
+from moe_jax.adapters.rows import AdapterRows
 from moe_jax.data.batch import Batch
 from moe_jax.training.step.loss import row_losses
 from moe_jax.training.step.loss_scale import initial_loss_scale
@@ -176,8 +176,8 @@ def test_the_base_has_no_gradient(both, batches):
     assert not shapes & _products(both.lower_train_step(16))
 
     # Where the base is differentiated, these products are there.
-    own = Segment("y", both.config.adapters["y"].method, 0, 2 * ROWS)
-    model = both.model.clone(segments=(own,))
+    own = AdapterRows("y", both.config.adapters["y"].method, 0, 2 * ROWS)
+    model = both.model.clone(adapter_rows=(own,))
 
     def loss(params, adapters, batch):
         logits, _ = forward(model, params, {"y": adapters["y"]}, batch, dropout_key=None)

@@ -1,4 +1,4 @@
-"""What a run will need, from the compiled step alone: no weights, no data, no accelerator."""
+"""Memory of a run, from the compiled step alone: needs no weights, data or accelerator."""
 
 import math
 from typing import Any, NamedTuple
@@ -10,12 +10,12 @@ from moe_jax.training.step.program import Program
 
 
 def readable(size: int) -> str:
-    """A number of bytes for people: in GiB, or in MiB below a tenth of that."""
+    """Formats a number of bytes in GiB, or in MiB below 0.1 GiB."""
     return f"{size / 2**30:.2f} GiB" if size >= 2**30 / 10 else f"{size / 2**20:.2f} MiB"
 
 
 def parameter_count(tree: Any) -> int:
-    """Numbers in all leaves of a tree of arrays or of their shapes, however they are stored."""
+    """Number of parameters in a tree of arrays or shapes; a quantised kernel counts unquantised."""
     leaves = jax.tree.leaves(tree, is_leaf=lambda leaf: isinstance(leaf, QuantizedKernel))
     return sum(math.prod(leaf.shape) for leaf in leaves)
 
@@ -24,11 +24,11 @@ class MemoryPlan(NamedTuple):
     """Bytes on one device.
 
     Attributes:
-      params: the frozen base.
-      adapters: the trainable leaves.
-      optimizer: the optimiser's state and counters.
-      temporary: what the compiled step needs besides its arguments, at its peak.
-      total: all of these.
+      params: frozen base parameters.
+      adapters: trainable leaves.
+      optimizer: state of the optimizer, and counters.
+      temporary: peak temporary memory of the compiled step, besides its arguments.
+      total: sum of the others.
     """
 
     params: int
@@ -39,9 +39,9 @@ class MemoryPlan(NamedTuple):
 
 
 def memory_plan(program: Program, row_length: int) -> MemoryPlan | None:
-    """Compiles the training step for rows of `row_length` tokens and reads its memory.
+    """Compiles the training step for rows of `row_length` tokens and reports its memory.
 
-    None where the backend does not report a compiled program's memory.
+    Returns None if the backend does not report the memory of compiled programs.
     """
     analysis = program.compiled_train_step(row_length).memory_analysis()
     if analysis is None:
@@ -56,7 +56,7 @@ def memory_plan(program: Program, row_length: int) -> MemoryPlan | None:
 
 
 def describe_plan(program: Program, row_length: int) -> str:
-    """A table of `memory_plan` and of the parameter counts behind it, for people."""
+    """Formats `memory_plan` and parameter counts as a table."""
     plan = memory_plan(program, row_length)
     base = parameter_count(program.abstract_params)
     lines = [
@@ -64,9 +64,10 @@ def describe_plan(program: Program, row_length: int) -> str:
         f"base            {base:,} parameters, frozen, {program.config.base.param_dtype}",
     ]
     for name, tree in program.abstract_state.adapters.items():
-        own = parameter_count(tree)
-        lines.append(f"adapter         {name}: {own:,} parameters ({own / base:.2%} of the base)")
-    rows = sum(segment.rows for segment in program.segments)
+        count = parameter_count(tree)
+        share = f"{count / base:.2%} of the base"
+        lines.append(f"adapter         {name}: {count:,} parameters ({share})")
+    rows = sum(segment.total for segment in program.adapter_rows)
     micro = program.config.training.micro_batches
     remat = program.config.compute.remat
     lines += [

@@ -1,8 +1,7 @@
-"""Pictures of a run: how the losses went, and how the tokens spread over the experts."""
+"""Figures of a run: loss curves, and heat maps of expert load."""
 
 import io
-import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,38 +10,39 @@ from matplotlib.figure import Figure
 
 from moe_jax.adapters.method import AdapterMethod
 from moe_jax.adapters.tree import expert_name
+from moe_jax.config.metric_names import METRICS
+from moe_jax.training.records.metric_log import read_metrics
 from moe_jax.training.step.router_metrics import row_places
 
 _READABLE_ROWS = 40
-"""Rows of an expert map up to which they are drawn large."""
+"""Largest number of rows that an expert map draws in full size."""
 
-
-PER_TOKEN = "nats per target token"
-"""The unit of a language model's loss."""
+PER_TOKEN = METRICS["loss"].unit
+"""Unit of a language model's loss."""
 
 Series = dict[str, list[tuple[int, float]]]
-"""Losses by name, each a list of steps and values."""
+"""Losses by name, each as pairs of step and value."""
 
 
 def loss_unit(method: AdapterMethod) -> str:
-    """In what the loss of an adapter is measured."""
+    """Unit of the loss of an adapter."""
     if method.classification is None:
         return PER_TOKEN
     return "squared error" if method.classification.regression else "nats per row"
 
 
 def loss_curves(metrics: Path, units: Mapping[str, str] | None = None) -> Figure:
-    """The training and validation losses over the steps, from a run's `metrics.jsonl`.
+    """Plots training and validation losses over the steps of a run.
 
-    Of one adapter, each loss is a line. Of several, each adapter has a colour, its training loss a
-    solid line and the mean of its validation losses a dashed one.
+    A run with one adapter has a curve for each loss. With several, each adapter has a colour, with
+    a solid curve for its training loss and a dashed one for the mean of its validation losses.
 
     Args:
-      metrics: the file.
-      units: of each adapter's losses, as `loss_unit` has them; others are in nats per target token.
-        Each unit has axes of its own.
+      metrics: `metrics.jsonl` of the run.
+      units: unit of the losses of each adapter, from `loss_unit`; nats per target token by default.
+        Each unit has separate axes.
     """
-    return _loss_curves(_lines(metrics), units or {})
+    return _loss_curves(read_metrics(metrics), units or {})
 
 
 def _loss_curves(lines: Iterable[dict[str, Any]], units: Mapping[str, str]) -> Figure:
@@ -77,12 +77,12 @@ def _loss_curves(lines: Iterable[dict[str, Any]], units: Mapping[str, str]) -> F
         for data_set, measured in sets.items():
             label = f"validation/{adapter}/{data_set}"
             axes.plot(*zip(*measured, strict=True), label=label, marker="o", linestyle="--")
-    title = "Loss in training (solid), and its mean in validation (dashed)" if several else "Loss"
+    title = "Training loss (solid) and mean validation loss (dashed)" if several else "Loss"
     stacked[0].set_title(title)
     stacked[-1].set_xlabel("step")
     for unit, axes in axes_of.items():
         axes.set_ylabel(f"loss ({unit})")
-        # The untrained base is often ten times worse than what follows and would flatten it.
+        # On a linear scale the first loss, often ten times the later ones, would flatten them.
         axes.set_yscale("log")
         axes.grid(alpha=0.3)
     if several:
@@ -93,31 +93,27 @@ def _loss_curves(lines: Iterable[dict[str, Any]], units: Mapping[str, str]) -> F
 
 
 def _mean(sets: Series) -> list[tuple[int, float]]:
-    """The mean over data sets that were measured at the same steps."""
+    """Mean over data sets that were measured at the same steps."""
     return [
         (points[0][0], sum(value for _, value in points) / len(points))
         for points in zip(*sets.values(), strict=True)
     ]
 
 
-def _lines(metrics: Path) -> Iterator[dict[str, Any]]:
-    for text in metrics.read_text(encoding="utf-8").splitlines():
-        yield json.loads(text)
-
-
 def draw_run(metrics: Path, folder: Path, units: Mapping[str, str] | None = None) -> list[Path]:
-    """Draws a run's losses, and the expert loads of its last line of metrics, into `folder`.
+    """Draws the losses of a run and the expert loads of its last lines.
 
     Args:
-      metrics: the run's `metrics.jsonl`.
-      folder: gets `loss.png`, and `experts_NAME.png` for each adapter that routes.
-      units: of the losses; see `loss_curves`.
+      metrics: `metrics.jsonl` of the run.
+      folder: destination of `loss.png`, and of `experts_NAME.png` for each adapter that routes.
+      units: units of the losses; see `loss_curves`.
 
     Returns:
       The files that were written.
     """
-    figures = {"loss.png": loss_curves(metrics, units)}
-    for adapter, figure in _expert_maps(_lines(metrics)).items():
+    lines = read_metrics(metrics)
+    figures = {"loss.png": _loss_curves(lines, units or {})}
+    for adapter, figure in _expert_maps(lines).items():
         figures[f"experts_{adapter}.png"] = figure
     for name, figure in figures.items():
         figure.savefig(folder / name)
@@ -125,17 +121,17 @@ def draw_run(metrics: Path, folder: Path, units: Mapping[str, str] | None = None
 
 
 def adapter_pictures(metrics: Path, adapter: str, unit: str = PER_TOKEN) -> dict[str, bytes]:
-    """The pictures of one adapter of a run, PNG by file name: `loss.png`, and `experts.png`.
+    """Draws `loss.png` and, if it routes, `experts.png` of one adapter; PNG data by file name.
 
     Args:
-      metrics: the run's `metrics.jsonl`.
-      adapter: its name; `experts.png` is there if it routes.
-      unit: of its losses; see `loss_unit`.
+      metrics: `metrics.jsonl` of the run.
+      adapter: name of the adapter.
+      unit: unit of its losses; see `loss_unit`.
     """
-    own = (f"{adapter}/", f"validation/{adapter}/")
+    prefixes = (f"{adapter}/", f"validation/{adapter}/")
     lines = [
-        {k: v for k, v in line.items() if k == "step" or k.startswith(own)}
-        for line in _lines(metrics)
+        {k: v for k, v in line.items() if k == "step" or k.startswith(prefixes)}
+        for line in read_metrics(metrics)
     ]
     figures = {"loss.png": _loss_curves(lines, {adapter: unit})}
     for figure in _expert_maps(lines).values():  # one at most
@@ -149,7 +145,7 @@ def adapter_pictures(metrics: Path, adapter: str, unit: str = PER_TOKEN) -> dict
 
 
 def _expert_maps(lines: Iterable[dict[str, Any]]) -> dict[str, Figure]:
-    """The map of each adapter that routes, by name, of the last line that has its loads."""
+    """Expert maps by adapter, from the last line with its loads; only of adapters that route."""
     last: dict[str, dict[str, Any]] = {}
     for line in lines:
         for name, value in line.items():
@@ -165,14 +161,14 @@ def _expert_maps(lines: Iterable[dict[str, Any]]) -> dict[str, Figure]:
 
 
 def expert_map(relative: np.ndarray, title: str, adapter: str, sites: Sequence[str]) -> Figure:
-    """A heat map of experts' loads.
+    """Plots a heat map of expert loads.
 
     Args:
-      relative: float [sites * L, E], the load of each expert as a multiple of an equal share; NaN,
-        which stays blank, where there is no such expert.
-      title: whose load it is.
-      adapter: whose experts they are.
-      sites: where the routers sit, each with its L layers.
+      relative: float [sites * L, E], load of each expert as a multiple of an equal share; NaN,
+        drawn blank, for an expert that the layer does not have.
+      title: title of the figure.
+      adapter: name of the adapter.
+      sites: modules with routers, each with L layers.
     """
     rows, experts = relative.shape
     dense = rows > _READABLE_ROWS
@@ -180,7 +176,7 @@ def expert_map(relative: np.ndarray, title: str, adapter: str, sites: Sequence[s
         figsize=(3.5 + 0.7 * experts, 1.5 + (0.2 if dense else 0.4) * rows), layout="constrained"
     )
     axes = figure.subplots()
-    # White is an equal share, so that colour alone tells too much from too little; grey is nothing.
+    # White is an equal share, so that the colour tells overload from underload; absent is grey.
     axes.set_facecolor("0.8")
     image = axes.imshow(relative, cmap="RdBu_r", vmin=0.0, vmax=2.0, aspect="auto")
     size = "xx-small" if dense else "medium"

@@ -1,37 +1,91 @@
-"""Follows a run: reads metrics when they are there, writes lines, notices a run gone wrong."""
+"""Recording of a run: metric lines, console lines, the progress bar, and non-finite gradients."""
 
 import collections
 import contextlib
 import datetime
 import itertools
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol, Self
 
 import jax
+from tqdm import tqdm
 
+from moe_jax.config.metric_names import metric_semantics
 from moe_jax.errors import TrainingError
-from moe_jax.training.records.metrics import TIME, PendingMetrics, Window, Writer
-from moe_jax.training.run.progress import ProgressBar
-from moe_jax.training.run.task_evaluation import Shares, sentences
+from moe_jax.training.records.metric_log import (
+    TIME,
+    PendingMetrics,
+    Window,
+    Writer,
+    nested_by_task,
+)
 from moe_jax.training.step.program import Program
 
-_NOT_SHOWN = (
-    *("loss", "grad_norm", "learning_rate", "target_tokens", "loss_scale"),  # in words of their own
-    *("busiest_expert", "mean_entropy", "router_z", "importance_cv", "sequences"),  # in the file
-)
-
 _NAMED_ON_BAR = 3
-"""So many adapters have their own numbers on the progress bar; of more, only the mean fits."""
+"""Largest number of adapters that the progress bar shows one by one; it shows a mean of more."""
+
+
+class TaskScore(Protocol):
+    """Score on a task, a share in [0, 1]."""
+
+    @property
+    def value(self) -> float: ...
+    @property
+    def standard_error(self) -> float: ...
+
+
+TaskScores = Mapping[str, TaskScore]
+"""Scores by `task/measure`."""
+
+
+def print_line(line: str) -> None:
+    """Prints a line above the progress bar, and flushes it."""
+    tqdm.write(line)
+    sys.stdout.flush()
+
+
+class ProgressBar:
+    """Progress bar with steps, loss, learning rate, speed and time left."""
+
+    def __init__(self, total_steps: int, done: int, *, show: bool | None = None):
+        """Shows the bar.
+
+        Args:
+          total_steps: steps of the whole run.
+          done: steps done before, in a resumed run.
+          show: None shows it if standard error is a terminal.
+        """
+        self._bar = tqdm(
+            total=total_steps,
+            initial=done,
+            unit="step",
+            dynamic_ncols=True,
+            leave=False,
+            disable=None if show is None else not show,
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def update(self, step: int, values: Mapping[str, Any]) -> None:
+        """Advances the bar to `step` and shows `values` beside it."""
+        self._bar.set_postfix(values, refresh=False)
+        self._bar.update(step - self._bar.n)
 
 
 class Recorder:
-    """What the loop tells of its steps: `push` and `collect` each step, `drain` at the end.
+    """Recorder of a run's steps: `push` and `collect` after each step, `drain` at the end.
 
     Attributes:
-      window: the steps since the last line.
-      losses: each adapter's training loss in the last line that has one; None where not finite.
+      bar: progress bar.
+      window: metrics of the steps since the last line.
+      losses: training loss of each adapter in its last line; None where not finite.
     """
 
     def __init__(
@@ -47,13 +101,13 @@ class Recorder:
         """Starts the clock.
 
         Args:
-          program: the compiled computations of the run's present phase.
-          steps: how many each adapter of the run makes; a line is written where one ends.
-          writers: where lines of metrics go.
-          window: the steps since the last line; not empty where a run resumes between two lines.
-          say: prints a line for people.
-          bar: shows where the run stands, between two lines.
-          losses: those of the last lines so far, where a run resumes.
+          program: compiled computations of the current phase.
+          steps: total steps of each adapter; a line is written where one ends.
+          writers: destinations of the lines.
+          window: metrics since the last line; not empty if a run resumes between two lines.
+          say: prints a line on the console.
+          bar: progress bar, updated after each step.
+          losses: training losses of the last lines, if a run resumes.
         """
         self.window = window
         self.losses = dict(losses or {})
@@ -63,120 +117,130 @@ class Recorder:
         self._several = len(steps) > 1
         self._writers = writers
         self._say = say
-        self._bar = bar
+        self.bar = bar
         self._pending = PendingMetrics()
-        self._then: collections.deque[tuple[int, Callable[[], None]]] = collections.deque()
+        self._deferred: collections.deque[tuple[int, Callable[[], None]]] = collections.deque()
         self._start = time.perf_counter()
         self._speed = _Speed()
-        self.follow(program)
+        self.set_program(program)
 
-    def follow(self, program: Program) -> None:
-        """Takes the steps of `program` from now on; those before must have been drained."""
+    def set_program(self, program: Program) -> None:
+        """Records the steps of `program` from here; steps of the former one must be drained."""
         self._program = program
-        self._names = [segment.name for segment in program.segments]
+        self._names = [segment.name for segment in program.adapter_rows]
         program.learning_rates(0)  # evaluates the schedules now, while the device is idle
 
     def push(self, step: int, metrics: Mapping[str, jax.Array], tokens: int) -> None:
-        """Takes the metrics of a step that was just dispatched.
+        """Adds the metrics of a step that was just dispatched.
 
         Args:
-          step: its number, from 1.
-          metrics: as the device will deliver them.
-          tokens: how many it has for the speed; 0 where it had to be compiled first.
+          step: number of the step, from 1.
+          metrics: metrics of the step, on the device.
+          tokens: tokens to count for the speed; 0 for a step that was compiled first.
         """
         self._pending.push(step, metrics)
         if tokens:
             self._speed.add(tokens)
 
     def collect(self) -> None:
-        """Takes note of steps that ended a while ago; does not wait for the newest ones.
+        """Records steps that ended a while ago, without waiting for the newest ones.
 
         Raises:
           TrainingError: too many gradients in a row were not finite.
         """
-        self._note_all(self._pending.ready())
+        self._record_steps(self._pending.ready())
 
     def drain(self) -> None:
-        """As `collect`, but waits for all steps that were pushed."""
-        self._note_all(self._pending.drain())
+        """Records all steps that were pushed; waits for the device."""
+        self._record_steps(self._pending.drain())
 
-    def when_noted(self, step: int, action: Callable[[], None]) -> None:
-        """Calls `action` as soon as the metrics of `step`, the newest one, have been taken note of.
+    def after_metrics(self, step: int, action: Callable[[], None]) -> None:
+        """Calls `action` once the metrics of `step`, the newest one, are recorded.
 
-        If they say that the run has gone wrong, it is not called. At most one action waits: the
-        metrics that a former one waits for are waited for here.
+        It is not called if they raise. At most one action is deferred: a former one is completed
+        first, by draining.
         """
-        if self._then:
+        if self._deferred:
             self.drain()
         if self._pending.newest == step:
-            self._then.append((step, action))
+            self._deferred.append((step, action))
         else:
             action()
 
-    def note_what_is_waited_for(self) -> None:
-        """After an error: takes note of the steps that an action waits for, so that it is done.
+    def complete_deferred(self) -> None:
+        """Records the steps of deferred actions after an error, so that the actions are called.
 
-        Waits for the device. Nothing else is raised beside the error at hand: an action whose own
-        step has gone wrong, or that fails, is left.
+        Waits for the device and raises nothing beside the error at hand: an action whose step
+        has failed, or that fails itself, is dropped.
         """
-        while self._then and self._pending.newest is not None:
+        while self._deferred and self._pending.newest is not None:
             with contextlib.suppress(Exception):
-                self._note_all(itertools.islice(self._pending.drain(), 1))
+                self._record_steps(itertools.islice(self._pending.drain(), 1))
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Time in here does not count for the speed of training."""
+        """Excludes the time inside from the speed of training."""
         with self._speed.paused():
             yield
 
-    def validation(
+    def write_validation(
         self,
         step: int,
         losses: Mapping[str, float],
         metrics: Mapping[str, Mapping[str, float]] | None = None,
     ) -> None:
-        """Writes what was measured after `step`.
+        """Writes validation losses and metrics measured after `step`.
 
         Args:
-          step: how many steps were made.
-          losses: by `adapter/set`.
-          metrics: of classification adapters, by `adapter/set` and name.
+          step: steps done.
+          losses: losses by `adapter/set`.
+          metrics: metrics of classification adapters, by `adapter/set` and name.
         """
         line, metrics = dict[str, Any](), metrics or {}
-        for name, loss in losses.items():
-            own = {"loss": loss, **metrics.get(name, {})}
-            line |= {f"validation/{name}/{metric}": value for metric, value in own.items()}
-            values = "  ".join(f"{metric} {value:.4f}" for metric, value in own.items())
-            self._say(f"step {step}  validation {name}  {values}")
+        for label, loss in losses.items():
+            values = {"loss": loss, **metrics.get(label, {})}
+            line |= {f"validation/{label}/{name}": value for name, value in values.items()}
+            text = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
+            self._say(f"step {step}  validation {label}  {text}")
         self._write(step, line, {})
 
-    def evaluation(self, step: int, name: str, shares: Shares) -> None:
-        """Writes the shares of right answers of adapter `name`, measured after `step`."""
-        values = {f"evaluation/{name}/{key}": share.value for key, share in shares.items()}
-        self._write(step, values, {})
-        for text in sentences(step, name, shares):
-            self._say(text)
+    def write_task_scores(self, step: int, adapter: str, scores: TaskScores) -> None:
+        """Writes the task scores of an adapter measured after `step`; percentages on the console.
 
-    def _note_all(self, steps: Iterator[tuple[int, dict[str, Any]]]) -> None:
+        Args:
+          step: steps done.
+          adapter: name of the adapter.
+          scores: scores by `task/measure`.
+        """
+        values = {f"evaluation/{adapter}/{key}": score.value for key, score in scores.items()}
+        self._write(step, values, {})
+        for task, by_measure in nested_by_task(scores).items():
+            texts = [
+                f"{measure} {100 * score.value:.1f} ± {100 * score.standard_error:.1f}"
+                for measure, score in by_measure.items()
+            ]
+            self._say(f"step {step}  evaluation {adapter}/{task}  {'  '.join(texts)}")
+
+    def _record_steps(self, steps: Iterator[tuple[int, dict[str, Any]]]) -> None:
         while True:
             start = time.perf_counter()
-            found = next(steps, None)
-            self._speed.waited(time.perf_counter() - start)
-            if found is None:
+            pending = next(steps, None)
+            self._speed.add_wait(time.perf_counter() - start)
+            if pending is None:
                 return
-            step, metrics = found
-            self._note(step, metrics)
-            if self._then and self._then[0][0] == step:
-                _, action = self._then.popleft()
+            step, metrics = pending
+            self._record(step, metrics)
+            if self._deferred and self._deferred[0][0] == step:
+                _, action = self._deferred.popleft()
                 action()
 
-    def _note(self, step: int, metrics: dict[str, float]) -> None:
+    def _record(self, step: int, metrics: dict[str, float]) -> None:
         self.window.add(metrics)
-        self._show(step, metrics)
+        self._update_bar(step, metrics)
         for name in self._names:
             skipped = int(metrics[f"{name}/skipped_in_a_row"])
             at_end = step == self._program.total_steps[name]
-            # A run shorter than that must not end as if it had trained.
+            # A run shorter than `max_skipped_steps` must not end as if it had trained.
             if skipped >= self._training.max_skipped_steps or (at_end and skipped == step):
                 raise TrainingError(
                     f"adapter {name!r}: the last {skipped} gradients, up to step {step}, were not "
@@ -186,7 +250,7 @@ class Recorder:
         if step % self._training.log_every == 0 or step in self._ends:
             self._close_window(step)
 
-    def _show(self, step: int, metrics: dict[str, Any]) -> None:
+    def _update_bar(self, step: int, metrics: dict[str, Any]) -> None:
         rates = self._program.learning_rates(step - 1)
         values = {}
         if len(self._names) > _NAMED_ON_BAR:
@@ -199,7 +263,7 @@ class Recorder:
                 values[f"{label}loss"] = f"{metrics[f'{name}/loss']:.4f}"
                 values[f"{label}lr"] = f"{rates[name]:.1e}"
         speed = self._speed.latest.get("tokens_per_second")
-        self._bar.update(step, values if speed is None else {**values, "tokens/s": f"{speed:,.0f}"})
+        self.bar.update(step, values if speed is None else {**values, "tokens/s": f"{speed:,.0f}"})
 
     def _close_window(self, step: int) -> None:
         line: dict[str, Any] = self.window.close()
@@ -208,58 +272,59 @@ class Recorder:
             # The schedule advances with the steps that were applied.
             rates = self._program.learning_rates(step - 1 - count)
             line[f"{name}/learning_rate"] = rates[name]
-            if name in self._program.sites:  # whose rows, each with all layers, the metrics have
+            if name in self._program.sites:  # labels of the rows of its routing metrics
                 line[f"{name}/sites"] = self._program.sites[name]
-            self.losses[name] = _finite(line[f"{name}/loss"])
+            self.losses[name] = _finite_or_none(line[f"{name}/loss"])
         elapsed = round(time.perf_counter() - self._start, 3)
         times = {"elapsed_seconds": elapsed, **self._speed.measure()}
         self._write(step, line, times)
-        for text in self._sentences(step, line, times):
+        for text in self._console_lines(step, line, times):
             self._say(text)
 
     def _write(self, step: int, line: Mapping[str, Any], times: Mapping[str, float]) -> None:
-        values = {name: _finite(value) for name, value in line.items()}
+        values = {name: _finite_or_none(value) for name, value in line.items()}
         for writer in self._writers:
             writer.write(step, {**values, TIME: dict(times)})
 
-    def _sentences(
+    def _console_lines(
         self, step: int, line: Mapping[str, Any], times: Mapping[str, float]
     ) -> list[str]:
-        """One adapter's line with all in it; of several, one about the step and one of each."""
+        """Console lines of a step: one line if there is one adapter, else one more for each."""
         width = len(str(self._total_steps))
-        start = [f"step {step:{width}d}/{self._total_steps}"]
-        end = [f"padding {line['padding_share']:.0%}"]
+        head = [f"step {step:{width}d}/{self._total_steps}"]
+        tail = [f"padding {line['padding_share']:.0%}"]
         if "tokens_per_second" in times:
             left = round((self._total_steps - step) * times["seconds_per_step"])
-            end.append(f"{times['tokens_per_second']:,.0f} tokens/s")
-            end.append(f"left {datetime.timedelta(seconds=left)}")
+            tail.append(f"{times['tokens_per_second']:,.0f} tokens/s")
+            tail.append(f"left {datetime.timedelta(seconds=left)}")
         if not self._several:
-            return ["  ".join([*start, *self._parts(self._names[0], line), *end])]
-        adapters = ["  ".join([f"  [{name}]", *self._parts(name, line)]) for name in self._names]
-        return ["  ".join([*start, *end]), *adapters]
+            return ["  ".join([*head, *_adapter_texts(self._names[0], line), *tail])]
+        adapters = ["  ".join([f"  [{name}]", *_adapter_texts(name, line)]) for name in self._names]
+        return ["  ".join([*head, *tail]), *adapters]
 
-    def _parts(self, name: str, line: Mapping[str, Any]) -> list[str]:
-        """What is said of one adapter."""
-        own = {k.removeprefix(f"{name}/"): v for k, v in line.items() if k.startswith(f"{name}/")}
-        parts = [f"loss {_number(own['loss'], '.4f')}"]
-        parts += [
-            f"{key} {_number(value, '.3g')}"
-            for key, value in own.items()
-            if key not in _NOT_SHOWN and not key.startswith("skipped")
-            if not isinstance(value, list)
-        ]
-        parts.append(f"grad {_number(own['grad_norm'], '.3g')}")
-        parts.append(f"lr {own['learning_rate']:.2e}")
-        if own["skipped_total"]:
-            parts.append(f"skipped {own['skipped_total']:.0f}")
-        return parts
+
+def _adapter_texts(adapter: str, line: Mapping[str, Any]) -> list[str]:
+    """Metrics of an adapter as texts for the console."""
+    prefix = f"{adapter}/"
+    metrics = {k.removeprefix(prefix): v for k, v in line.items() if k.startswith(prefix)}
+    texts = [f"loss {_number(metrics['loss'], '.4f')}"]
+    texts += [
+        f"{name} {_number(value, '.3g')}"
+        for name, value in metrics.items()
+        if metric_semantics(name).printed
+    ]
+    texts.append(f"grad {_number(metrics['grad_norm'], '.3g')}")
+    texts.append(f"lr {metrics['learning_rate']:.2e}")
+    if metrics["skipped_total"]:
+        texts.append(f"skipped {metrics['skipped_total']:.0f}")
+    return texts
 
 
 class _Speed:
-    """Steps and tokens per second of the dispatched steps, which keep pace with the device."""
+    """Steps and tokens per second, from dispatch times; dispatch keeps pace with the device."""
 
-    _FEWEST = 8
-    """Steps to measure over; the host runs ahead of the device by a few."""
+    _MIN_STEPS = 8
+    """Steps to average over, as the host runs ahead of the device by a few."""
 
     def __init__(self):
         self.latest: dict[str, float] = {}
@@ -269,8 +334,8 @@ class _Speed:
         self._steps += 1
         self._tokens += tokens
 
-    def waited(self, seconds: float) -> None:
-        """The host had nothing to do for so long, because the device was still busy."""
+    def add_wait(self, seconds: float) -> None:
+        """Adds time in which the host waited for the device."""
         self._waited += seconds
 
     @contextlib.contextmanager
@@ -280,12 +345,12 @@ class _Speed:
         self._mark += time.perf_counter() - start
 
     def measure(self) -> dict[str, float]:
-        """The speed since the last call, or that of the last call if few steps were made since.
+        """Speed since the last call, or that of the last call if fewer than 8 steps were made.
 
-        `host_share` is the share of the time that the host was busy. As long as that is below 1, it
-        keeps ahead of the device, which then finds its next step waiting.
+        `host_share` is the share of the time in which the host was busy. Below 1, the host runs
+        ahead of the device, which never waits for its next step.
         """
-        if self._steps >= self._FEWEST:
+        if self._steps >= self._MIN_STEPS:
             seconds = time.perf_counter() - self._mark
             self.latest = {
                 "seconds_per_step": round(seconds / self._steps, 6),
@@ -300,10 +365,10 @@ class _Speed:
         self._waited = 0.0
 
 
-def _finite(value: Any) -> Any:
-    """JSON has no numbers that are not finite; also within lists, they become None."""
+def _finite_or_none(value: Any) -> Any:
+    """Replaces numbers that are not finite, which JSON lacks, by None, also within lists."""
     if isinstance(value, list):
-        return [_finite(each) for each in value]
+        return [_finite_or_none(element) for element in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -1,8 +1,11 @@
 """Inputs of a run besides weights: base model, data, and the steps that follow from them."""
 
 import functools
+import multiprocessing
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -148,6 +151,7 @@ def read_inputs(config: RunConfig, say: Callable[[str], None], *, resumes: bool 
     require_divisible_rows(config, make_mesh(config.mesh))
 
     tokenizer = load_tokenizer(base.folder)
+    _tokenise_in_processes(config, base.folder)
     train, validation = _load_data(config, tokenizer, say)
     for name, data in train.items():
         field = f"config.adapters.{name}.data"
@@ -163,6 +167,46 @@ def read_inputs(config: RunConfig, say: Callable[[str], None], *, resumes: bool 
     return Inputs(base, train, validation, steps)
 
 
+def _tokenise_in_processes(config: RunConfig, base: Path) -> None:
+    """Fills the cache of tokenised data where `num_workers` is given.
+
+    The workers are forked from a fresh process, since they can deadlock if they are forked from
+    this one, on locks that threads of JAX hold.
+    """
+    multiple = [name for name, adapter in config.adapters.items() if adapter.data.num_workers > 1]
+    if not multiple:
+        return
+    try:
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            pool.submit(_fill_token_cache, config.narrowed(multiple), base).result()
+    except BrokenProcessPool as error:
+        raise ConfigError(
+            f"config.adapters.{multiple[0]}.data.num_workers: the process that tokenises did not "
+            "start; a script that trains needs `if __name__ == '__main__':`, or set 0"
+        ) from error
+
+
+def _fill_token_cache(config: RunConfig, base: Path) -> None:
+    tokenizer, tokenised = load_tokenizer(base), {}
+    for name, adapter in config.adapters.items():
+        field, options = f"config.adapters.{name}.data", _loading_options(config, name, tokenised)
+        load_train_data(adapter.data, tokenizer, 1, 0, field, **options)
+        load_validation_data(adapter.data, tokenizer, 1, field, **options)
+
+
+def _loading_options(
+    config: RunConfig, name: str, tokenised: dict[str, TokenisedSource]
+) -> dict[str, Any]:
+    """Options for training and validation data of an adapter; equal sets are tokenised once."""
+    classification = config.adapters[name].method.classification
+    read = functools.partial(
+        read_source_or_task,
+        folder=config.tasks_folder,
+        classified=classification is not None,
+    )
+    return {"known": tokenised, "read": read, "classification": classification}
+
+
 def _load_data(
     config: RunConfig, tokenizer: PreTrainedTokenizerBase, say: Callable[[str], None]
 ) -> tuple[TrainSets, ValidationSets]:
@@ -171,32 +215,19 @@ def _load_data(
     tokenised: dict[str, TokenisedSource] = {}
     reports: dict[str, list[str]] = {}
     for name, adapter in config.adapters.items():
-        field, classification = f"config.adapters.{name}.data", adapter.method.classification
-        read = functools.partial(
-            read_source_or_task,
-            folder=config.tasks_folder,
-            classified=classification is not None,
-        )
+        field, options = f"config.adapters.{name}.data", _loading_options(config, name, tokenised)
+        data = replace(adapter.data, num_workers=0)  # see `_tokenise_in_processes`
         train[name] = load_train_data(
-            adapter.data,
+            data,
             tokenizer,
             adapter.batch_size,
             config.seed(name),
             field,
             grouping_seed=config.training.seed,
-            known=tokenised,
-            read=read,
-            classification=classification,
+            **options,
         )
-        validation[name] = load_validation_data(
-            adapter.data,
-            tokenizer,
-            adapter.batch_size // config.training.micro_batches,
-            field,
-            known=tokenised,
-            read=read,
-            classification=classification,
-        )
+        micro_rows = adapter.batch_size // config.training.micro_batches
+        validation[name] = load_validation_data(data, tokenizer, micro_rows, field, **options)
         data_sets = [train[name], *validation[name].values()]
         report = "\n".join(data.report for data in data_sets)
         if report not in reports:

@@ -1,4 +1,4 @@
-"""The folder of one run: who uses it, which configuration made it, where its parts are."""
+"""Work directory of a run: its lock, its folders, and the configuration that it belongs to."""
 
 import contextlib
 import fcntl
@@ -34,7 +34,7 @@ MAY_CHANGE = (
     "training.eval_every",
     "training.max_skipped_steps",
     "training.max_batch_rows",
-    "base.path",  # the base is known by its content
+    "base.path",  # the base is identified by its content
     "base.revision",
     "base.hf_config*",
     "adapters.*.data.*.*.path",  # so are the data sets
@@ -44,15 +44,21 @@ MAY_CHANGE = (
     "adapters.*.data.num_workers",
     "adapters.*.data.cache_dir",
 )
-"""Fields that a resumed run may give another value: none of them changes what is learned, beyond
-the rounding that another mesh, kernel or recomputation brings."""
+"""Fields that may differ in a resumed run: none changes the adapters, except for the rounding of
+another mesh, kernel or rematerialisation."""
 
 
 class WorkDir:
-    """A run's folder, locked while entered so that no second run writes to it.
+    """Work directory, locked while the context is entered so that no second run writes to it.
 
-    If it was not there before and nothing was written to it, as where a configuration is refused,
-    it is gone again when left.
+    A folder that was created on entry and is empty on exit, as after an invalid configuration, is
+    removed.
+
+    Attributes:
+      folder: absolute path of the work directory.
+      checkpoints: folder of the training states.
+      adapters: parent of the adapters' final folders.
+      best: parent of the adapters' folders at their lowest validation loss.
     """
 
     def __init__(self, folder: Path):
@@ -61,18 +67,20 @@ class WorkDir:
         self.adapters = self.folder / "adapters"
         self.best = self.folder / "best"
         self._lock: int | None = None
-        self._made: list[Path] = []
+        self._created: list[Path] = []
 
     def __enter__(self) -> Self:
         if is_main_process():
             folders = [self.folder, *self.folder.parents]
             with disk_errors(self.folder):
-                self._made = list(itertools.takewhile(lambda each: not each.exists(), folders))
+                self._created = list(
+                    itertools.takewhile(lambda folder: not folder.exists(), folders)
+                )
                 self.folder.mkdir(parents=True, exist_ok=True)
                 self._lock = os.open(self.folder / _LOCK, os.O_CREAT | os.O_RDWR)
             try:
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if not os.fstat(self._lock).st_nlink:  # removed by another run, as of no use
+                if not os.fstat(self._lock).st_nlink:  # another run has removed the empty folder
                     raise BlockingIOError
             except BlockingIOError:
                 os.close(self._lock)
@@ -86,21 +94,21 @@ class WorkDir:
         if self._lock is not None:
             with contextlib.suppress(OSError):
                 self._remove_if_unused()
-            os.close(self._lock)  # which unlocks, as the end of the process does in any case
+            os.close(self._lock)  # which unlocks it, as the end of the process does
 
     def _remove_if_unused(self) -> None:
         files = list(self.folder.iterdir())
-        if self._made and all(file.is_file() and not file.stat().st_size for file in files):
+        if self._created and all(file.is_file() and not file.stat().st_size for file in files):
             for file in files:
                 file.unlink()
-            for folder in self._made:
+            for folder in self._created:
                 folder.rmdir()
 
     def former_settings(self) -> dict[str, Any] | None:
-        """The configuration that made this folder, or None if there is none.
+        """Configuration of the run that created this folder; None without one.
 
         Raises:
-          ConfigError: the file is not readable.
+          ConfigError: the file cannot be read.
         """
         file = self.folder / CONFIG_FILE
         try:
@@ -113,51 +121,50 @@ class WorkDir:
             ) from None
 
     def write_settings(self, settings: Mapping[str, Any]) -> None:
-        """Records the configuration that this run goes by."""
+        """Writes the configuration of this run."""
         file = self.folder / CONFIG_FILE
         if is_main_process():
             write_atomic(file, json.dumps(settings, indent=2) + "\n")
 
     def exported_step(self, name: str) -> int | None:
-        """After which step the final folder of adapter `name` was written; None if it is not."""
+        """Step of the final folder of an adapter; None without that folder."""
         folder = current_folder(self.adapters / name)
         return read_description(folder).step if (folder / DESCRIPTION).exists() else None
 
 
 def is_main_process() -> bool:
-    """Whether this is the one process that writes files; does not start JAX's devices by itself."""
+    """True in the process that writes files; does not initialise the devices of JAX."""
     return not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
 def _with_new_fields(former: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A configuration of an earlier version, with the defaults of fields that it did not know."""
+    """Adds fields that the configuration of an earlier version lacks, with their defaults."""
     try:
         return json.loads(to_json(parse_run_config(former, METHODS)))
-    except ConfigError:  # of a field that there is no more, which will differ
+    except ConfigError:  # a field was removed since; the comparison reports it
         return former
 
 
 def require_same_run(
     former: Mapping[str, Any], config: RunConfig, settings: Mapping[str, Any], folder: Path
 ) -> None:
-    """Refuses to resume a run under a configuration that would make it another run.
+    """Requires that a configuration differs from that of a saved run in `MAY_CHANGE` only.
 
     Args:
-      former: the configuration in the work directory, plain JSON values.
-      config: the configuration now.
-      settings: `config` as plain JSON values.
-      folder: the work directory, for the message.
+      former: configuration in the work directory, as JSON values.
+      config: configuration of this run.
+      settings: `config` as JSON values.
+      folder: work directory, for the message.
 
     Raises:
-      ConfigError: names the fields that differ, with both values.
+      ConfigError: another field differs; names it, with both values.
     """
     allowed = MAY_CHANGE + changeable_lengths(config)
-    before, now = flat_fields(_with_new_fields(former)), flat_fields(settings)
-    missing = object()
+    before, now, absent = flat_fields(_with_new_fields(former)), flat_fields(settings), object()
     changed = [
         name
         for name in sorted(before.keys() | now.keys())
-        if before.get(name, missing) != now.get(name, missing)
+        if before.get(name, absent) != now.get(name, absent)
         and not any(fnmatch.fnmatchcase(name, pattern) for pattern in allowed)
     ]
     if changed:
@@ -173,29 +180,29 @@ def require_same_run(
 
 
 def changeable_lengths(config: RunConfig) -> tuple[str, ...]:
-    """The fields of lengths that may change too, as the learning rate of a step stays the same.
+    """Fields of numbers of steps and epochs that may differ in a resumed run.
 
-    That is so where it does not depend on the number of steps: with a constant schedule.
+    They may with a constant schedule, whose learning rates do not depend on the number of steps.
     """
     groups: dict[str, bool] = {}
     for name, adapter in config.adapters.items():
         schedule = adapter.optimizer.schedule
-        free = schedule.kind == "constant" and schedule.warmup_ratio is None
-        group, _ = config.length_group(name)
-        for each in {group, f"adapters.{name}"}:
-            groups[each] = groups.get(each, True) and free
+        is_constant = schedule.kind == "constant" and schedule.warmup_ratio is None
+        for group in {config.length_group(name)[0], f"adapters.{name}"}:
+            groups[group] = groups.get(group, True) and is_constant
     return tuple(
         f"{group}.{field}"
-        for group, free in groups.items()
+        for group, is_constant in groups.items()
         for field in ("steps", "epochs")
-        if free
+        if is_constant
     )
 
 
 def lengths(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of nested settings that say how long adapters train."""
+    """Fields of a configuration, as JSON values, with numbers of steps and epochs."""
     groups = {"training": settings.get("training", {})}
-    groups |= {f"adapters.{name}": own for name, own in settings.get("adapters", {}).items()}
+    adapters = settings.get("adapters", {})
+    groups |= {f"adapters.{name}": fields for name, fields in adapters.items()}
     return {
         f"{group}.{field}": fields.get(field)
         for group, fields in groups.items()
@@ -204,7 +211,7 @@ def lengths(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def flat_fields(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The fields of nested settings by their dotted path; lists and empty groups are values."""
+    """Flattens nested mappings to values by dotted path; lists and empty mappings are values."""
     fields = {}
     for name, value in settings.items():
         if isinstance(value, Mapping) and value:

@@ -1,4 +1,4 @@
-"""Metrics between the device and their files."""
+"""Metrics between the device and their files, and the table of their semantics."""
 
 import contextlib
 import json
@@ -8,16 +8,22 @@ import types
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_program
 from tensorboardX.proto.event_pb2 import Event
 
+from moe_jax.config.metric_names import METRICS
 from moe_jax.config.run import LoggingConfig
 from moe_jax.errors import CheckpointError, ConfigError
-from moe_jax.training.records.metrics import (
+from moe_jax.training.records.metric_log import (
     JsonLines,
     PendingMetrics,
     Window,
+    last_task_scores,
+    last_validation_metrics,
     open_writers,
+    read_metrics,
     require_writers,
+    training_losses,
 )
 
 
@@ -92,6 +98,44 @@ def test_lines_of_later_steps_are_cut_off(tmp_path):
     assert steps == [1, 2]
     JsonLines(file, 0).close()
     assert file.read_text() == ""
+
+
+LINES = [
+    {"step": 4, "x/loss": 3.0, "validation/x/b/loss": 4.0, "validation/x/b/f1": 0.4},
+    {"step": 6, "evaluation/x/arc_easy/acc": 0.125},
+    {"step": 6, "evaluation/x/boolq/acc": 0.5, "evaluation/x/boolq/label_acc": 0.25},
+    {"step": 8, "validation/x/a/loss": 2.0, "validation/x/b/loss": 1.0, "validation/x/b/f1": None},
+    {"step": 8, "evaluation/xy/boolq/acc": 0.9},
+    {"step": 9, "x/loss": None, "validation/xy/a/loss": 7.0, "validation/xy/a/f1": 0.7},
+]
+
+
+def test_last_values_by_hand():
+    assert last_validation_metrics(LINES, "x", "b") == {"f1": None}
+    assert last_validation_metrics(LINES[:3], "x", "b") == {"f1": 0.4}
+    assert last_validation_metrics(LINES, "x", "a") == {}
+    assert last_task_scores(LINES, "x") == (6, {"boolq": {"acc": 0.5, "label_acc": 0.25}})
+    assert last_task_scores(LINES, "y") == (None, {})
+    assert training_losses(LINES) == {"x": None}
+    assert training_losses(LINES[:-1]) == {"x": 3.0}
+
+
+def test_an_incomplete_last_line_is_ignored(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    assert read_metrics(file, missing_ok=True) == []
+    with pytest.raises(FileNotFoundError):
+        read_metrics(file)
+    file.write_text("".join(json.dumps(line) + "\n" for line in LINES) + '{"step": 10, "x/lo')
+    assert read_metrics(file) == LINES
+
+
+def test_every_metric_of_a_step_is_in_the_table():
+    method = {**tiny_program.MIXLORA, "router": {"name": "switch", "capacity": 4}}
+    program = tiny_program.program({"a": method}, rows=2, compute={"dtype": "float16"})
+    _, metrics = program.lower_train_step(8).out_info
+    written = {name.removeprefix("a/") for name in metrics} - method["losses"].keys()
+    # The recorder adds two. An entry of the table that no step writes fails too.
+    assert written | {"learning_rate", "sites"} == METRICS.keys()
 
 
 def events(folder):

@@ -1,4 +1,4 @@
-"""What a run says of itself before its first step."""
+"""The table that is printed before the first step."""
 
 import jax
 import pytest
@@ -9,8 +9,8 @@ from moe_jax.training.run.start_up import start_up_table
 from moe_jax.training.step.program import build_program
 
 
-@pytest.mark.parametrize(("length", "is_said"), [(256, False), (257, True)])
-def test_rows_longer_than_the_base_was_made_for(tmp_path, length, is_said):
+@pytest.mark.parametrize(("length", "is_noted"), [(256, False), (257, True)])
+def test_rows_longer_than_the_positions_of_the_base_are_noted(tmp_path, length, is_noted):
     overrides = {"max_length": length, "buckets": "()"}
     fields = {f"adapters__default__data__{name}": value for name, value in overrides.items()}
     config = read_config(write_inputs(tmp_path), **fields)
@@ -18,5 +18,5 @@ def test_rows_longer_than_the_base_was_made_for(tmp_path, length, is_said):
     assert inputs.base.config.max_position_embeddings == 256
     program = build_program(config, inputs.base.config, inputs.steps, jax.devices()[:1])
     texts = [text for _, text in start_up_table(config, inputs, program)]
-    words = "its data.max_length of 257 is beyond the 256 positions that the base was made for"
-    assert (words in texts) == is_said
+    note = "its data.max_length of 257 exceeds the 256 positions of the base"
+    assert (note in texts) == is_noted

@@ -1,17 +1,21 @@
-"""Metrics on their way from the device to `metrics.jsonl`, TensorBoard and Weights & Biases."""
+"""Metrics from the device to `metrics.jsonl`, TensorBoard and Weights & Biases, and back.
+
+Names and aggregation of metrics are in `moe_jax.config.metric_names`.
+"""
 
 import collections
 import contextlib
 import importlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import jax
 import numpy as np
 
 from moe_jax.adapters.tree import expert_name
+from moe_jax.config.metric_names import metric_semantics
 from moe_jax.config.run import LoggingConfig
 from moe_jax.errors import ConfigError
 from moe_jax.files.atomic import write_atomic
@@ -20,17 +24,16 @@ from moe_jax.training.step.router_metrics import row_places
 
 METRICS_FILE = "metrics.jsonl"
 TIME = "time"
-"""The one field of a line that depends on the clock; the rest is the same on every run."""
+"""Field of a line that depends on the clock; all others are equal in equal runs."""
 
-_LAST_VALUE = ("loss_scale", "skipped_in_a_row", "skipped_total")
-_SUM = ("sequences", "target_tokens", "tokens")
+_T = TypeVar("_T")
 
 
 class PendingMetrics:
     """Metrics of the newest steps, which the device may still be computing.
 
-    Reading a value waits for its step. Only values that are `lag` steps old are read, so the host
-    stays ahead of the device, but never by more than `lag` steps.
+    Reading a value waits for its step. Only values that are `lag` steps old are read, so that the
+    host runs ahead of the device by at most `lag` steps.
     """
 
     def __init__(self, lag: int = 4):
@@ -38,7 +41,7 @@ class PendingMetrics:
         self._steps: collections.deque[tuple[int, dict[str, Any]]] = collections.deque()
 
     def push(self, step: int, metrics: Mapping[str, jax.Array | float]) -> None:
-        """Takes the metrics of `step` as the device will deliver them."""
+        """Adds the metrics of `step` and starts their copy to the host."""
         for value in metrics.values():
             if isinstance(value, jax.Array):
                 value.copy_to_host_async()
@@ -46,15 +49,15 @@ class PendingMetrics:
 
     @property
     def newest(self) -> int | None:
-        """The last step whose metrics have not been read yet."""
+        """Newest step whose metrics have not been read; None without any."""
         return self._steps[-1][0] if self._steps else None
 
     def ready(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Removes and yields the steps that are old enough, oldest first."""
+        """Removes and yields the steps that are at least `lag` steps old, oldest first."""
         yield from self._pop(self._lag)
 
     def drain(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Removes and yields all of them; waits for the device."""
+        """Removes and yields all steps, oldest first; waits for the device."""
         yield from self._pop(0)
 
     def _pop(self, keep: int) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -65,40 +68,39 @@ class PendingMetrics:
 
 
 class Window:
-    """The steps since the last line of metrics."""
+    """Metrics of the steps since the last line."""
 
     def __init__(self, steps: list[dict[str, Any]] | None = None):
         self.steps = list(steps or [])
-        """One dict a step; plain JSON values, saved with a checkpoint so that a resumed run writes
-        the same line as one that was never interrupted."""
+        """Metrics of each step as JSON values. They are saved with each training state, so that a
+        resumed run writes the same lines as an uninterrupted one."""
 
     def add(self, metrics: dict[str, Any]) -> None:
         self.steps.append(metrics)
 
     def close(self) -> dict[str, Any]:
-        """One value per metric over the window, which is empty afterwards.
+        """Empties the window and returns one value for each metric.
 
-        Counts of tokens and of sequences are summed, loss scale and counters are those of the last
-        step, and all else is the mean over the steps where it is finite (None, or NaN within a
-        list, if it never is).
+        The value is the sum, the last value or the mean, by the metric's aggregation. A mean is
+        over the steps with a finite value: None, or NaN within a list, if there are none.
         """
         names = dict.fromkeys(name for step in self.steps for name in step)
         summary = {}
         for name in names:
             values = [step[name] for step in self.steps if name in step]
-            kind = name.rpartition("/")[2]
-            if kind in _LAST_VALUE:
-                summary[name] = values[-1]
-            elif kind in _SUM:
-                summary[name] = sum(values)
-            else:
-                summary[name] = _finite_mean(np.array(values, np.float64))
+            match metric_semantics(name).aggregation:
+                case "last":
+                    summary[name] = values[-1]
+                case "sum":
+                    summary[name] = sum(values)
+                case "mean":
+                    summary[name] = _finite_mean(np.array(values, np.float64))
         self.steps = []
         return summary
 
 
 def _finite_mean(values: np.ndarray) -> Any:
-    """The mean over the first axis of what is finite, number by number."""
+    """Mean of the finite values over the first axis."""
     finite = np.isfinite(values)
     count = finite.sum(axis=0)
     mean = np.where(finite, values, 0.0).sum(axis=0) / np.maximum(count, 1)
@@ -107,11 +109,73 @@ def _finite_mean(values: np.ndarray) -> Any:
     return np.where(count > 0, mean, np.nan).tolist()
 
 
+def read_metrics(file: Path, *, missing_ok: bool = False) -> list[dict[str, Any]]:
+    """Lines of a `metrics.jsonl` in their order.
+
+    An incomplete line, from a process that was killed or is writing now, ends the list.
+
+    Args:
+      file: file to read.
+      missing_ok: a file that does not exist has no lines.
+    """
+    if missing_ok and not file.exists():
+        return []
+    lines = []
+    for text in file.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            break
+    return lines
+
+
+def training_losses(lines: Iterable[Mapping[str, Any]]) -> dict[str, float | None]:
+    """Training loss of each adapter in its last line; None if that was not finite."""
+    losses: dict[str, float | None] = {}
+    for line in lines:
+        fields = ((*name.partition("/"), value) for name, value in line.items())
+        losses |= {adapter: value for adapter, _, kind, value in fields if kind == "loss"}
+    return losses
+
+
+def last_validation_metrics(
+    lines: Sequence[Mapping[str, Any]], adapter: str, data_set: str
+) -> dict[str, float | None]:
+    """Metrics of a classifier, without its loss, in the last line that has its validation loss."""
+    label = f"validation/{adapter}/{data_set}"
+    for line in reversed(lines):
+        if f"{label}/loss" in line:
+            fields = ((*name.rpartition("/"), value) for name, value in line.items())
+            return {m: value for of, _, m, value in fields if of == label and m != "loss"}
+    return {}
+
+
+def last_task_scores(
+    lines: Sequence[Mapping[str, Any]], adapter: str
+) -> tuple[int | None, dict[str, dict[str, float]]]:
+    """Step and task scores, by task and measure, of an adapter's last evaluation on tasks."""
+    prefix = f"evaluation/{adapter}/"
+    for line in reversed(lines):
+        scores = {k.removeprefix(prefix): v for k, v in line.items() if k.startswith(prefix)}
+        if scores:
+            return line["step"], nested_by_task(scores)
+    return None, {}
+
+
+def nested_by_task(scores: Mapping[str, _T]) -> dict[str, dict[str, _T]]:
+    """Values by `task/measure` as values by task and measure."""
+    tasks: dict[str, dict[str, _T]] = {}
+    for key, score in scores.items():
+        task, _, measure = key.rpartition("/")
+        tasks.setdefault(task, {})[measure] = score
+    return tasks
+
+
 class Writer(Protocol):
-    """Somewhere that lines of metrics go."""
+    """Destination of lines of metrics."""
 
     def write(self, step: int, line: Mapping[str, Any]) -> None:
-        """Takes one line: metrics by name, and a `time` mapping of values that depend on it."""
+        """Writes one line: metrics by name, and under `time` a mapping of times."""
         ...
 
     def close(self) -> None: ...
@@ -124,14 +188,14 @@ def open_writers(
     resume_step: int,
     opened: contextlib.ExitStack,
 ) -> list[Writer]:
-    """Opens every writer that `config` asks for; lines after `resume_step` are cut off.
+    """Opens the writers of `config` and removes lines after `resume_step`.
 
     Args:
-      workdir: the run's folder.
-      config: which writers besides `metrics.jsonl`.
-      settings: the run's configuration as plain JSON values, for the services that show it.
-      resume_step: the last step that counts; -1 for a new run.
-      opened: closes them when it is closed itself.
+      workdir: work directory of the run.
+      config: writers besides `metrics.jsonl`.
+      settings: configuration of the run as JSON values, for services that show it.
+      resume_step: last step whose lines are kept; -1 for a new run.
+      opened: closes the writers when it is closed.
 
     Raises:
       ConfigError: W&B cannot be used.
@@ -160,7 +224,7 @@ def require_writers(config: LoggingConfig) -> None:
 
 
 class JsonLines:
-    """One JSON object a line: `step`, the metrics, and `time`."""
+    """Writer of `metrics.jsonl`: a JSON object a line with `step`, the metrics and `time`."""
 
     def __init__(self, file: Path, resume_step: int):
         self._file = file
@@ -179,7 +243,7 @@ class JsonLines:
 
 
 class TensorBoard:
-    """Event files for TensorBoard, written by tensorboardX."""
+    """Writer of event files for TensorBoard, through tensorboardX."""
 
     def __init__(self, folder: Path, resume_step: int):
         module = _import("tensorboardX", "config.logging.tensorboard", "tensorboard")
@@ -200,7 +264,7 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A W&B run; its id is kept in the work directory, so that a resumed run continues it."""
+    """Writer to a W&B run. Its id is kept in the work directory, so that resuming continues it."""
 
     def __init__(self, workdir: Path, project: str, settings: dict[str, Any]):
         wandb = _import("wandb", "config.logging.wandb_project", "wandb")
@@ -211,7 +275,7 @@ class WeightsAndBiases:
             self._run = wandb.init(
                 project=project, id=run_id, resume="allow", dir=str(workdir), config=settings
             )
-        except Exception as error:  # its own, and those of the libraries that it connects with
+        except Exception as error:  # of wandb, and of the libraries that it connects with
             reason = str(error).strip().splitlines() or [type(error).__name__]
             raise ConfigError(
                 f"config.logging.wandb_project: W&B does not start ({reason[0]}); log in with "
@@ -228,9 +292,9 @@ class WeightsAndBiases:
 
 
 def _flat(line: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers of a line, each under a name of its own.
+    """Numbers of a line as scalars.
 
-    Rows of routers are named by site and layer, columns by the expert:
+    Rows of routing metrics are named by site and layer, columns by expert:
     `moe.ADAPTER.experts.0/load/mlp/moe/3` in layer 3, `ADAPTER/layer_entropy/mlp/moe/3`.
     """
     scalars: dict[str, float] = {}
@@ -256,18 +320,10 @@ def _flat(line: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _keep_until(file: Path, step: int) -> None:
-    """Removes lines of later steps, and a last line that was cut off by the end of its process."""
-    if not file.exists():
-        return
-    kept = []
-    for text in file.read_text().splitlines():
-        try:
-            line = json.loads(text)
-        except ValueError:
-            break
-        if line["step"] <= step:
-            kept.append(text + "\n")
-    write_atomic(file, "".join(kept))
+    """Removes lines of later steps, and an incomplete last line."""
+    if file.exists():
+        kept = [line for line in read_metrics(file) if line["step"] <= step]
+        write_atomic(file, "".join(json.dumps(line) + "\n" for line in kept))
 
 
 def _import(package: str, field: str, extra: str) -> Any:
