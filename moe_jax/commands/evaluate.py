@@ -7,6 +7,7 @@ from moe_jax.commands import Run
 from moe_jax.commands.arguments import (
     LESS_MEMORY_FLAGS,
     add_adapters,
+    add_base,
     add_dtype,
     add_mesh,
     base_path,
@@ -15,10 +16,10 @@ from moe_jax.commands.arguments import (
     named_folders,
     numbers,
 )
-from moe_jax.errors import ConfigError
+from moe_jax.errors import ConfigError, memory_errors
 from moe_jax.tasks.families import TASKS
 from moe_jax.tasks.families.glue import ClassificationTask
-from moe_jax.tasks.selection import own_task, task_names
+from moe_jax.tasks.selection import task_names, template_task
 
 EPILOG = """\
 tasks:
@@ -28,34 +29,34 @@ tasks:
   with the columns of the hub's data set, named after their split (test.jsonl, validation.jsonl).
 
 classifiers:
-  An adapter trained with method.classification is measured on the tasks with its labels, those of
-  GLUE: {classified}. Its score head
-  answers; other adapters and the base are asked the same rows in words (stsb cannot be).
+  An adapter trained with method.classification is evaluated on tasks with its labels, those of
+  GLUE: {classified}. It predicts
+  with its score head; other adapters and the base get the same rows as text (except stsb).
 
 your own task:
-  --own-task quiz.txt quiz.jsonl, where quiz.txt says how a row of quiz.jsonl is asked, for example
+  --own-task quiz.txt quiz.jsonl, where quiz.txt is a template for the rows of quiz.jsonl:
 
       Question: {{question}}
       {{options}}
       Answer:
 
   Each row then has a text `question`, a list `choices` and an `answer`: the text, the letter or
-  the index from 0 of the right choice. Other columns can be named the same way; the sections
-  `--- choices ---` and `--- answer ---` after the prompt say where these two are to be found.
+  the index from 0 of the correct choice. Other columns can be used in the same way; the sections
+  `--- choices ---` and `--- answer ---` after the prompt name the columns of these two.
 
-  Kept as template.txt in FOLDER/quiz/ beside test.jsonl, it is --tasks quiz --data FOLDER.
+  With the template in FOLDER/quiz/template.txt, beside test.jsonl: --tasks quiz --data FOLDER.
 
-measures:
-  label_acc   the prompt lists the options; which label (A, B, true, ...) is likeliest next
-  acc         it does not; which option's words are likeliest after it
-  acc_norm    the same, the log-likelihood divided by the option's number of characters
+metrics:
+  label_acc   accuracy of the most likely label (A, B, true, ...) after a prompt with the options
+  acc         accuracy of the most likely option after a prompt without them
+  acc_norm    the same, with log-likelihoods divided by the number of characters of the option
   accuracy, f1, matthews, pearson, spearman
-              of a classifier's labels or numbers, as GLUE measures each task
+              metrics of classifiers, as in GLUE
 
-what it leaves in the output folder:
-  results.json, results.md             accuracies, counts, standard errors
-  predictions/MODEL/TASK.PROTOCOL.jsonl  what the model said to each question; the same command
-                                         again goes on from here
+output folder:
+  results.json, results.md               accuracies, counts, standard errors
+  predictions/MODEL/TASK.PROTOCOL.jsonl  prediction for each question; the same command resumes
+                                         from these
 
 example:
   moe-jax evaluate --base models/llama --adapter runs/mine/adapters/default --with-base \\
@@ -64,16 +65,14 @@ example:
 
 
 def add(parser: argparse.ArgumentParser) -> Run:
-    """Measure how well a base, or adapters on it, answer the questions of tasks."""
+    """Measure the accuracy of a base, or of adapters on it, on tasks."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     classified = ", ".join(n for n in task_names() if issubclass(TASKS[n], ClassificationTask))
     parser.epilog = EPILOG.format(tasks=", ".join(task_names()), classified=classified)
+    add_base(parser)
     parser.add_argument(
-        "--base",
-        help="folder in the Hugging Face format, or hub id (default: the adapter's own)",
+        "--tasks", default="", metavar="A,B,...", help="names of tasks, listed below"
     )
-    parser.add_argument("--revision", help="of a hub id")
-    parser.add_argument("--tasks", default="", metavar="A,B,...", help="names, listed below")
     parser.add_argument(
         "--own-task",
         nargs=2,
@@ -87,8 +86,8 @@ def add(parser: argparse.ArgumentParser) -> Run:
         "--with-base", action="store_true", help="evaluate the base without an adapter too"
     )
     parser.add_argument("--data", metavar="FOLDER", help="read the tasks from here, not the hub")
-    parser.add_argument("--split", help="another split than the task's own")
-    parser.add_argument("--limit", type=int, metavar="N", help="only the first N rows of each task")
+    parser.add_argument("--split", help="split of the rows (default: the task's)")
+    parser.add_argument("--limit", type=int, metavar="N", help="use the first N rows of each task")
     parser.add_argument(
         "--shots", type=int, metavar="N", help="answered examples before each question (mmlu: 5)"
     )
@@ -104,7 +103,8 @@ def add(parser: argparse.ArgumentParser) -> Run:
         type=int,
         default=16,
         metavar="N",
-        help="sequences at once; the logits need N x length x vocabulary x 4 bytes (default: 16)",
+        help="sequences computed side by side; their logits take N x length x vocabulary x 4 bytes "
+        "(default: %(default)s)",
     )
     parser.add_argument(
         "--buckets",
@@ -117,14 +117,13 @@ def add(parser: argparse.ArgumentParser) -> Run:
     parser.add_argument(
         "--truncate",
         action="store_true",
-        help="cut the start off prompts longer than the base's context; they are refused otherwise",
+        help="cut off the start of prompts that exceed the base's context; an error otherwise",
     )
     return _run
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    # With libraries that other commands do not need.
-    from moe_jax.errors import memory_errors
+    # Imports the libraries of all tasks.
     from moe_jax.evaluation.model_evaluation import EvaluationOptions, evaluate
 
     split, limit, shots = arguments.split, arguments.limit, arguments.shots
@@ -142,9 +141,11 @@ def _run(arguments: argparse.Namespace) -> None:
     )
     tasks = [options.task(name) for name in listed(arguments.tasks)]
     for template, data in arguments.own_task:
-        tasks.append(own_task(template, data, split=split, limit=limit, shots=shots))
+        tasks.append(template_task(template, data, split=split, limit=limit, shots=shots))
     if not tasks:
-        raise ConfigError("--tasks: none is given; --help lists them")
+        raise ConfigError(
+            "--tasks: is missing; give names of tasks (--help lists them), or --own-task"
+        )
     adapters = named_folders(arguments.adapter)
     base = base_path(arguments.base, adapters, arguments.revision)
     try:
@@ -160,7 +161,7 @@ def _run(arguments: argparse.Namespace) -> None:
                 say=lambda line: print(line, file=sys.stderr, flush=True),
             )
     except KeyboardInterrupt:
-        kept = "the same command goes on from here" if arguments.output else "nothing is kept"
-        print(f"stopped; {kept}", file=sys.stderr)
+        result = "the same command resumes" if arguments.output else "no results are kept"
+        print(f"stopped; {result}", file=sys.stderr)
         sys.exit(130)
     print(evaluation.to_markdown())

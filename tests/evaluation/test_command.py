@@ -45,8 +45,8 @@ def test_everything_at_once(setting, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "error: --tasks: none is given"),
-        (["--tasks", "arc"], "error: task 'arc': there is none of that name; "),
+        ([], "error: --tasks: is missing"),
+        (["--tasks", "arc"], "error: task 'arc': unknown task; "),
         (["--tasks", "boolq", "--protocols", "x"], "error: --protocols: there is none called 'x'"),
         (["--tasks", "boolq", "--batch-size", "0"], "error: --batch-size: must be positive, got 0"),
         (["--tasks", "boolq", "--buckets", "8,4"], "error: --buckets: must be positive and ascend"),
@@ -54,7 +54,7 @@ def test_everything_at_once(setting, tmp_path, capsys):
         (["--tasks", "boolq", "--mesh", "dat=2"], "error: --mesh.dat: unknown field; did you "),
         (["--tasks", "boolq", "--mesh", "data"], "error: --mesh data: expected whole numbers"),
         (["--tasks", "boolq", "--mesh", "data=99"], "error: .* data=99 .* needs 99 devices"),
-        (["--tasks", "boolq", "--adapter", "a/x", "--adapter", "b/x"], "another one is called 'x'"),
+        (["--tasks", "boolq", "--adapter", "a/x", "--adapter", "b/x"], "another .* is named 'x'"),
     ],
 )
 def test_one_line_says_what_is_wrong(setting, capsys, arguments, message):
@@ -67,7 +67,7 @@ def test_one_line_says_what_is_wrong(setting, capsys, arguments, message):
 
 @pytest.mark.parametrize(
     ("output", "kept"),
-    [([], "nothing is kept"), (["--output", "out"], "the same command goes on from here")],
+    [([], "no results are kept"), (["--output", "out"], "the same command resumes")],
 )
 def test_an_interrupt_says_what_is_kept(setting, monkeypatch, tmp_path, capsys, output, kept):
     def interrupted(*_arguments):

@@ -71,7 +71,7 @@ def test_the_adapters_of_a_configuration(capsys):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([], "--base to see what a checkpoint is"),
+        ([], "--base to describe a checkpoint"),
         (["--base", "/nowhere"], "/nowhere: no such folder"),
         (["--base", "{}", "--method", "mixlor"], "unknown method 'mixlor'; did you mean 'mixlora'"),
         (["--base", "{}", "--method", "lora", "--num-experts", "4"], "lora has no experts"),

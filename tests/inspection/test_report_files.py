@@ -141,9 +141,9 @@ def test_the_command(setting, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--text", "a"], "--output: is not given"),
-        (["--output", "{}"], "--data: no text is given"),
-        (["--output", "{}", "--data", "a=x.txt", "--data", "a=y.txt"], "another one is called 'a'"),
+        (["--text", "a"], "--output: is missing"),
+        (["--output", "{}"], "--data: there is no text"),
+        (["--output", "{}", "--data", "a=x.txt", "--data", "a=y.txt"], "another one is named 'a'"),
         (["--output", "{}", "--data", "{}/none.txt"], "no such file"),
         (["--output", "{}", "--data", "{}/empty.txt"], "holds no rows"),
         (["--output", "{}", "--text", ""], "text: text 1 is empty"),
