@@ -43,7 +43,7 @@ from moe_jax.evaluation.scoring_protocols import (
     prepare_tasks,
 )
 from moe_jax.hf.base_model import BaseModel, open_base
-from moe_jax.loaded.model import (
+from moe_jax.loaded.inference_model import (
     BASE,
     NamedAdapter,
     build_model,
@@ -135,7 +135,7 @@ def evaluate(
 
     Args:
       base: folder in the Hugging Face format, hub id, or result of `moe_jax.load_base`.
-      tasks: names (`selection.task_names`) or tasks made in Python (`selection.own_task`).
+      tasks: names (`selection.task_names`) or tasks made in Python (`selection.template_task`).
       adapters: folders or loaded adapters, by their name in the results.
       with_base: evaluates the base alone too; without adapters this is always done.
       output: folder for the results and the answer to each question; None keeps them in memory.

@@ -1,1 +1,1 @@
-"""Tasks: data sets whose rows become questions; one file a family in `families`."""
+"""Tasks: data sets whose rows become questions; `families` has one file per task family."""

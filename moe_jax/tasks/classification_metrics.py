@@ -1,9 +1,9 @@
-"""The metrics of classification, from predictions and labels, with their standard errors.
+"""Metrics of classification and regression, with standard errors.
 
-The standard error of an accuracy is that of a binomial share, as in all other results. The others
-are of a bootstrap over the rows (Efron 1979): the spread of the metric over samples of as many rows
-with replacement. What is undefined, such as the correlation with predictions that are all the same,
-is 0.
+The standard error of an accuracy is that of a binomial proportion, as in all other results. Those
+of other metrics come from a bootstrap over the rows (Efron 1979): the standard deviation of the
+metric over samples of equal size with replacement. An undefined metric, such as the correlation
+with constant predictions, is 0.
 """
 
 import math
@@ -15,16 +15,16 @@ import numpy as np
 from moe_jax.config.classification import MetricName
 
 SAMPLES = 1000
-"""Bootstrap samples; drawn alike every time."""
+"""Number of bootstrap samples, drawn with a fixed seed."""
 
 
-class Measured(NamedTuple):
-    """A metric of some rows.
+class Measurement(NamedTuple):
+    """A measured metric.
 
     Attributes:
-      value: from -1 or 0 to 1.
-      standard_error: of the value.
-      rows: over how many rows.
+      value: value in [0, 1], or in [-1, 1] for a correlation.
+      standard_error: standard error of the value.
+      rows: number of rows.
     """
 
     value: float
@@ -33,38 +33,38 @@ class Measured(NamedTuple):
 
 
 def metric_value(metric: MetricName, predicted: np.ndarray, labels: np.ndarray) -> float:
-    """A metric of predictions without its standard error, which draws samples; see `measure`."""
-    if metric in _OF_COUNTS:
-        return float(_OF_COUNTS[metric](confusion(predicted, labels)))
-    return _OF_NUMBERS[metric](predicted, labels)
+    """Value of a metric without its standard error, which takes a bootstrap; see `measure`."""
+    if metric in _COUNT_METRICS:
+        return float(_COUNT_METRICS[metric](confusion(predicted, labels)))
+    return _NUMBER_METRICS[metric](predicted, labels)
 
 
-def measure(metric: MetricName, predicted: np.ndarray, labels: np.ndarray) -> Measured:
-    """A metric of predictions.
+def measure(metric: MetricName, predicted: np.ndarray, labels: np.ndarray) -> Measurement:
+    """Value and standard error of a metric.
 
     Args:
-      metric: its name.
-      predicted: classes as indices, or numbers; [n], at least one.
-      labels: the right ones, [n].
+      metric: name of the metric.
+      predicted: predicted class indices or numbers, [n], n >= 1.
+      labels: true class indices or numbers, [n].
     """
     value, rows = metric_value(metric, predicted, labels), len(labels)
     if metric == "accuracy":
-        return Measured(value, math.sqrt(value * (1.0 - value) / rows), rows)
+        return Measurement(value, math.sqrt(value * (1.0 - value) / rows), rows)
     rng = np.random.default_rng(0)
-    if metric in _OF_COUNTS:
+    if metric in _COUNT_METRICS:
         counts = confusion(predicted, labels)
-        # Drawing rows with replacement is drawing the counts of their kinds.
+        # Sampling rows with replacement samples the counts of the matrix's cells.
         drawn = rng.multinomial(rows, counts.ravel() / rows, size=SAMPLES)
-        samples = _OF_COUNTS[metric](drawn.reshape(SAMPLES, *counts.shape))
+        samples = _COUNT_METRICS[metric](drawn.reshape(SAMPLES, *counts.shape))
     else:
-        correlate = _OF_NUMBERS[metric]
-        places = (rng.integers(0, rows, rows) for _ in range(SAMPLES))
-        samples = np.array([correlate(predicted[at], labels[at]) for at in places])
-    return Measured(value, float(np.std(samples, ddof=1)), rows)
+        correlate = _NUMBER_METRICS[metric]
+        resampled = (rng.integers(0, rows, rows) for _ in range(SAMPLES))
+        samples = np.array([correlate(predicted[i], labels[i]) for i in resampled])
+    return Measurement(value, float(np.std(samples, ddof=1)), rows)
 
 
 def confusion(predicted: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """How many rows have each label (first axis) and each prediction; [K, K]."""
+    """Confusion matrix [K, K]: number of rows by label (first axis) and prediction."""
     size = max(2, int(predicted.max()) + 1, int(labels.max()) + 1)
     counts = np.zeros((size, size), np.int64)
     np.add.at(counts, (labels.astype(int), predicted.astype(int)), 1)
@@ -72,34 +72,34 @@ def confusion(predicted: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 def accuracy(counts: np.ndarray) -> np.ndarray:
-    """The share of right answers, of confusion matrices [..., K, K]."""
+    """Share of right predictions, of confusion matrices [..., K, K]."""
     return np.trace(counts, axis1=-2, axis2=-1) / counts.sum(axis=(-2, -1))
 
 
 def f1(counts: np.ndarray) -> np.ndarray:
-    """The harmonic mean of precision and recall of class 1, of confusion matrices [..., 2, 2]."""
+    """Harmonic mean of precision and recall of class 1, of confusion matrices [..., 2, 2]."""
     right = counts[..., 1, 1]
     return _ratio(2.0 * right, counts[..., 1, :].sum(axis=-1) + counts[..., :, 1].sum(axis=-1))
 
 
 def matthews(counts: np.ndarray) -> np.ndarray:
-    """Matthews' correlation of confusion matrices [..., K, K], for any number of classes.
+    """Matthews correlation of confusion matrices [..., K, K], for any number of classes.
 
-    As in Gorodkin 2004, equation 8: for two classes it is the original.
+    As in Gorodkin 2004, equation 8, which is the original definition for two classes.
     """
     counts = counts.astype(np.float64)
     total = counts.sum(axis=(-2, -1))
-    of_label, of_prediction = counts.sum(axis=-1), counts.sum(axis=-2)
+    by_label, by_prediction = counts.sum(axis=-1), counts.sum(axis=-2)
     right = np.trace(counts, axis1=-2, axis2=-1)
-    covariance = right * total - (of_label * of_prediction).sum(axis=-1)
-    spread_label = total**2 - (of_label**2).sum(axis=-1)
-    spread_prediction = total**2 - (of_prediction**2).sum(axis=-1)
+    covariance = right * total - (by_label * by_prediction).sum(axis=-1)
+    spread_label = total**2 - (by_label**2).sum(axis=-1)
+    spread_prediction = total**2 - (by_prediction**2).sum(axis=-1)
     return _ratio(covariance, np.sqrt(spread_label * spread_prediction))
 
 
 def pearson(first: np.ndarray, second: np.ndarray) -> float:
-    """The linear correlation of two arrays [n]."""
-    if np.ptp(first) == 0 or np.ptp(second) == 0:  # whose rounding errors would correlate
+    """Linear correlation of two arrays [n]."""
+    if np.ptp(first) == 0 or np.ptp(second) == 0:  # rounding errors would correlate
         return 0.0
     first, second = first - first.mean(), second - second.mean()
     spread = math.sqrt(float((first**2).sum()) * float((second**2).sum()))
@@ -107,7 +107,7 @@ def pearson(first: np.ndarray, second: np.ndarray) -> float:
 
 
 def spearman(first: np.ndarray, second: np.ndarray) -> float:
-    """The correlation of the ranks of two arrays [n]; equal values share their mean rank."""
+    """Correlation of the ranks of two arrays [n]; equal values share their mean rank."""
     return pearson(_ranks(first), _ranks(second))
 
 
@@ -120,12 +120,12 @@ def _ratio(over: np.ndarray, under: np.ndarray) -> np.ndarray:
     return np.divide(over, under, out=np.zeros_like(under, np.float64), where=under > 0)
 
 
-_OF_COUNTS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+_COUNT_METRICS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "accuracy": accuracy,
     "f1": f1,
     "matthews": matthews,
 }
-_OF_NUMBERS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
+_NUMBER_METRICS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
     "pearson": pearson,
     "spearman": spearman,
 }

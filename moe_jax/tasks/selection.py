@@ -1,4 +1,4 @@
-"""Which tasks the user means."""
+"""Tasks by name, and tasks from a template file."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +12,7 @@ from moe_jax.tasks.task import Task
 
 
 def task_names() -> list[str]:
-    """The tasks that a name is enough for."""
+    """Names of the registered tasks, sorted."""
     return sorted(name for name, cls in TASKS.items() if cls is not TemplateTask)
 
 
@@ -25,29 +25,29 @@ def named_task(
     limit: int | None = None,
     shots: int | None = None,
 ) -> Task:
-    """A task by its name.
+    """Creates a task from its name.
 
     Args:
-      name: see `task_names`; also that of a folder in `data` which holds a `template.txt`, as
-        `families.template` describes it.
-      data: a folder that has a folder of that name; None takes the hub's data.
-      path: a file or folder with the task's rows, in place of those.
-      split, limit, shots: see `Task`; None leaves the task's own.
+      name: a name of `task_names`, or of a folder in `data` with a `template.txt` (see
+        `families.template`).
+      data: folder with a folder of rows for each task; None reads them from the hub.
+      path: file or folder with the rows of this task, in place of those.
+      split, limit, shots: see `Task`; None leaves the task's default.
 
     Raises:
       ConfigError: there is no such task, or a value is out of range.
-      DataError: `data` has no folder for it.
+      DataError: `data` has no folder for the task.
     """
-    known, own = task_names(), {}
+    known, templates = task_names(), {}
     if data is not None:
-        own = {f.parent.name: f for f in Path(data).expanduser().glob(f"*/{TEMPLATE_FILE}")}
-    if name not in known and name not in own:
-        hint = suggest(name, [*known, *own])
-        raise ConfigError(f"task {name!r}: there is none of that name; {hint}")
-    if name in known and name in own:
+        templates = {f.parent.name: f for f in Path(data).expanduser().glob(f"*/{TEMPLATE_FILE}")}
+    if name not in known and name not in templates:
+        hint = suggest(name, [*known, *templates])
+        raise ConfigError(f"task {name!r}: unknown task; {hint}")
+    if name in known and name in templates:
         raise ConfigError(
-            f"{own[name]}: describes a task called {name!r}, which there is already; rename its "
-            "folder"
+            f"{templates[name]}: the name {name!r} of this task is taken by a registered task; "
+            "rename its folder"
         )
     if path is None and data is not None:
         folder = Path(data).expanduser() / name
@@ -64,12 +64,12 @@ def named_task(
     }
     if shots is not None:
         fields["shots"] = shots
-    if name in own:
-        return make_task(TemplateTask, f"task {name!r}", template=str(own[name]), **fields)
+    if name in templates:
+        return make_task(TemplateTask, f"task {name!r}", template=str(templates[name]), **fields)
     return make_task(TASKS[name], f"task {name!r}", **fields)
 
 
-def own_task(
+def template_task(
     template: str | Path,
     data: str | Path,
     *,
@@ -77,11 +77,11 @@ def own_task(
     limit: int | None = None,
     shots: int | None = None,
 ) -> Task:
-    """A user's own task; see `families.template`.
+    """Creates a task from a template file; see `families.template`.
 
     Args:
-      template: the text file that says how rows are asked; the task is called as it is.
-      data: a file or folder with the rows.
+      template: template file, after which the task is named.
+      data: file or folder with the rows.
       split, limit, shots: see `Task`.
 
     Raises:
@@ -99,14 +99,14 @@ def own_task(
 
 
 def make_task(cls: type, where: str, **fields: Any) -> Task:
-    """A task from its fields; what is wrong with one is said to stand in `where`."""
+    """Creates a task from its fields; messages about an invalid field begin with `where`."""
     with located(where):
         return cls(**fields)
 
 
 def require_distinct(tasks: Sequence[Task]) -> None:
-    """Refuses two tasks of one name: results go by the name."""
+    """Refuses two tasks of the same name, which is the key of their results."""
     names = [task.name for task in tasks]
     for name in names:
         if names.count(name) > 1:
-            raise ConfigError(f"task {name!r}: is given twice; evaluate it once, or rename one")
+            raise ConfigError(f"task {name!r}: is given twice; remove or rename one")

@@ -1,4 +1,4 @@
-"""What a task is: a data set whose rows become questions with a few choices each."""
+"""Tasks: data sets whose rows become multiple-choice questions."""
 
 import abc
 import dataclasses
@@ -13,15 +13,16 @@ from moe_jax.tasks.task_rows import HubData, TaskRow, read_hub, read_local
 
 TASKS = Registry("task")
 
-BETWEEN_SHOTS = "\n\n"
+SHOT_SEPARATOR = "\n\n"
+"""Text after each answered example in front of a question."""
 
 
 class Choice(NamedTuple):
-    """One possible answer as a stretch of text.
+    """One possible answer, scored by its likelihood.
 
     Attributes:
-      context: what stands before it.
-      continuation: the text whose likelihood is measured, with the blank in front of it.
+      context: text before the answer.
+      continuation: text whose likelihood is scored, including the blank before it.
     """
 
     context: str
@@ -29,17 +30,16 @@ class Choice(NamedTuple):
 
 
 class Question(NamedTuple):
-    """A row as text, for both ways of answering; see `protocols`.
+    """A row as text, for both scoring protocols: by label, and by the text of each choice.
 
     Attributes:
-      where: the place of the row, for messages.
-      preface: what stands once before the prompt and its shots.
-      prompt: the question with its options, up to the place where a label follows.
-      labels: what may follow there, one for each choice, without the blank in front of it; empty
-        where the task has no labels.
-      choices: what the options say, each after its own context.
-      answer: the index of the right one.
-      subject: the part of the task that it belongs to, if the task has parts.
+      where: file and line or row, for messages.
+      preface: instruction, once before the prompt and its shots.
+      prompt: question with its options; a label follows it.
+      labels: label of each choice, without the blank before it; empty if the task has no labels.
+      choices: text of each choice with its context.
+      answer: index of the right choice.
+      subject: part of the task that the question belongs to; empty if the task has no parts.
     """
 
     where: str
@@ -52,24 +52,25 @@ class Question(NamedTuple):
 
     @property
     def whole_prompt(self) -> str:
-        """What stands before a label."""
+        """Text before a label: preface and prompt."""
         return self.preface + self.prompt
 
     @property
     def label_texts(self) -> tuple[str, ...]:
-        """What follows `whole_prompt` for each choice: the label with the blank in front of it."""
+        """Labels with the blank before them, as they follow `whole_prompt`."""
         return tuple(f" {label}" for label in self.labels)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Task(abc.ABC):
-    """A data set and how its rows are asked. Members are registered in `TASKS`.
+    """A data set and its prompts. Members are registered in `TASKS`.
 
     Attributes:
-      path: a local file or folder with the rows; None takes them from the hub.
-      split: None takes the one by which models are compared.
-      limit: only so many of the first rows; None takes all.
-      shots: answered examples in front of each question.
+      hub: data set on the hub, and its splits.
+      path: local file or folder with the rows; None reads them from the hub.
+      split: split to evaluate; None takes `hub.split`.
+      limit: largest number of rows, from the start; None takes all.
+      shots: number of answered examples in front of each question.
     """
 
     registry: ClassVar[Registry] = TASKS
@@ -87,22 +88,22 @@ class Task(abc.ABC):
 
     @property
     def name(self) -> str:
-        """What results call it."""
+        """Name of the task in results."""
         return self.registry.name_of(self)
 
     @abc.abstractmethod
     def question(self, row: TaskRow) -> Question:
-        """A row as text, without shots.
+        """Converts a row to a question, without shots.
 
         Raises:
           DataError: the row does not fit the task's schema.
         """
 
     def rows(self) -> list[TaskRow]:
-        """The rows that are evaluated.
+        """Reads the rows to evaluate.
 
         Raises:
-          DataError: the data cannot be read, or has no splits where one is asked for.
+          DataError: the data cannot be read, or is a single file and `split` or `shots` is set.
         """
         if self.path is not None and Path(self.path).expanduser().is_file():
             for field in ("split", "shots"):
@@ -114,10 +115,10 @@ class Task(abc.ABC):
         return self._read(self.split or self.hub.split, self.limit)
 
     def questions(self) -> list[Question]:
-        """All questions, with the shots in front of them.
+        """Reads all questions, with their shots.
 
         Raises:
-          DataError: the data cannot be read, a row does not fit, or the shots are too few.
+          DataError: the data cannot be read, a row does not fit, or there are too few shots.
         """
         split = self.split or self.hub.split
         if self.shots and split == self.hub.shots_split:
@@ -134,12 +135,12 @@ class Task(abc.ABC):
             if len(shots.get(shot.subject, ())) < self.shots:
                 shots.setdefault(shot.subject, []).append(shot)
         for question in questions:
-            found = len(shots[question.subject])
-            if found < self.shots:
+            available = len(shots[question.subject])
+            if available < self.shots:
                 about = f" about {question.subject}" if question.subject else ""
                 raise DataError(
-                    f"task {self.name!r}: {self.shots} shots asked for, but the split "
-                    f"{self.hub.shots_split!r} has {found}{about}; set shots to at most that"
+                    f"task {self.name!r}: shots is {self.shots}, but the split "
+                    f"{self.hub.shots_split!r} has {available}{about}; set shots to at most that"
                 )
         return [with_shots(question, shots[question.subject]) for question in questions]
 
@@ -150,29 +151,29 @@ class Task(abc.ABC):
 
 
 def with_shots(question: Question, shots: Sequence[Question]) -> Question:
-    """`question` after examples that are answered in the way in which it is asked."""
-    labelled, told = [], []
+    """Puts answered examples in front of a question's prompt and of each choice's context.
+
+    Examples before the prompt are answered by label, those before a choice by the choice's text.
+    """
+    label_shots, choice_shots = [], []
     for shot in shots:
         if shot.labels:
-            labelled.append(f"{shot.prompt} {shot.labels[shot.answer]}{BETWEEN_SHOTS}")
+            label_shots.append(f"{shot.prompt} {shot.labels[shot.answer]}{SHOT_SEPARATOR}")
         right = shot.choices[shot.answer]
-        told.append(f"{right.context}{right.continuation}{BETWEEN_SHOTS}")
-    before = "".join(told)
+        choice_shots.append(f"{right.context}{right.continuation}{SHOT_SEPARATOR}")
+    before = "".join(choice_shots)
     return question._replace(
-        prompt="".join(labelled) + question.prompt,
+        prompt="".join(label_shots) + question.prompt,
         choices=tuple(Choice(before + c.context, c.continuation) for c in question.choices),
     )
 
 
-# FIXME docstring of the merged tasks.options:
-# """Questions whose options are listed under letters."""
-
-
 LETTERS = tuple(string.ascii_uppercase)
+"""Labels of lettered options."""
 
 
-def lettered(texts: Sequence[str]) -> str:
-    """The options, one a line: `(A) first`."""
+def lettered_options(texts: Sequence[str]) -> str:
+    """Options with their letters, one per line: `(A) first`."""
     return "\n".join(f"({letter}) {text}" for letter, text in zip(LETTERS, texts, strict=False))
 
 
@@ -186,25 +187,28 @@ def lettered_question(
     subject: str = "",
     choices: tuple[Choice, ...] | None = None,
 ) -> Question:
-    """A question that is answered by the letter of an option, or by the option's own words.
+    """A question with lettered options, answered by the letter or the text of an option.
 
-    Letters go by the options' order, whatever the data set itself calls them: some rows of ARC
-    number theirs, and a digit is two tokens in Llama's tokenizer where a letter is one.
+    Letters follow the order of the options, whatever labels the data set has: some rows of ARC have
+    numbers, and a digit is two tokens in Llama's tokenizer where a letter is one.
 
     Args:
-      row: where the question comes from.
-      preface: the instruction.
-      stem: the question, the line before the options.
-      texts: the options.
-      answer: the index of the right one.
+      row: row of the question.
+      preface: instruction.
+      stem: question, on the line before the options.
+      texts: text of each option.
+      answer: index of the right option.
       subject: see `Question`.
-      choices: what is scored by likelihood; by default each option after `stem` and `Answer:`.
+      choices: choices scored by likelihood; by default each option after `stem` and `Answer:`.
+
+    Raises:
+      DataError: there are more options than letters.
     """
     if len(texts) > len(LETTERS):
-        raise DataError(f"{row.where}: {len(texts)} options, of at most {len(LETTERS)}")
+        raise DataError(f"{row.where}: {len(texts)} options; at most {len(LETTERS)} are supported")
     if choices is None:
         choices = tuple(Choice(f"{stem}\nAnswer:", f" {text}") for text in texts)
-    prompt = f"{stem}\n{lettered(texts)}\nAnswer:"
+    prompt = f"{stem}\n{lettered_options(texts)}\nAnswer:"
     labels = LETTERS[: len(texts)]
     return Question(row.where, preface, prompt, labels, choices, answer, subject)
 

@@ -1,4 +1,9 @@
-"""A row of a data set, whose fields are checked as they are asked for."""
+"""Rows of a task's split, from local files or from the hub, with columns checked on access.
+
+A local folder has the hub's schema: files named after their split (`test.jsonl`,
+`test-00000-of-00001.parquet`), in the folder itself or in a subfolder named after the data set's
+configuration (`ARC-Easy/`).
+"""
 
 import itertools
 import re
@@ -8,19 +13,20 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from moe_jax.config.parse import suggest
+from moe_jax.data.schema import describe_value
 from moe_jax.errors import DataError
 
 
 @dataclass(frozen=True)
 class TaskRow:
-    """A row and the place that it came from.
+    """A row of a task's data set.
 
-    Every method raises a `DataError` that names the place and the column where the row does not
-    hold what is asked for.
+    Every method raises a `DataError` that names the row and the column if a column is missing or of
+    another type.
 
     Attributes:
       where: file and line or row, for messages.
-      fields: the row's own columns.
+      fields: values by column.
     """
 
     where: str
@@ -28,109 +34,94 @@ class TaskRow:
 
     @classmethod
     def checked(cls, where: str, value: Any) -> "TaskRow":
-        """A row out of whatever a file holds."""
+        """Creates a row from a value read from a file."""
         if not isinstance(value, Mapping):
             raise DataError(
-                f"{where}: a row must be an object with named columns, got {kind(value)}"
+                f"{where}: a row must be an object with named columns, got {describe_value(value)}"
             )
         return cls(where, value)
 
     def value(self, column: str) -> Any:
-        """Whatever stands in a column, as long as there is one."""
+        """Value of a column, of any type."""
         if column not in self.fields:
             columns = ", ".join(map(str, self.fields)) or "none"
             raise DataError(f"{self.where}: no column {column!r} (it has: {columns})")
         return self.fields[column]
 
     def text(self, column: str) -> str:
-        """A text that is not blank, without the blanks around it."""
+        """Non-blank text, stripped."""
         return self._text(self.value(column), f"column {column!r}")
 
     def texts(self, column: str, count: int | None = None) -> tuple[str, ...]:
-        """A list of texts; `count` of them, or at least two."""
+        """List of `count` texts, or of at least two."""
         values = self.value(column)
         if not isinstance(values, list | tuple):
-            raise DataError(f"{self.where}: column {column!r} must be a list, got {kind(values)}")
+            raise self._error(column, f"must be a list, got {describe_value(values)}")
         if len(values) != count if count else len(values) < 2:
-            wanted = str(count) if count else "at least 2"
-            raise DataError(
-                f"{self.where}: column {column!r} must hold {wanted} texts, got {len(values)}"
-            )
+            expected = str(count) if count else "at least 2"
+            raise self._error(column, f"must hold {expected} texts, got {len(values)}")
         return tuple(
             self._text(value, f"column {column!r}, item {number}")
             for number, value in enumerate(values, 1)
         )
 
     def group(self, column: str) -> "TaskRow":
-        """A column that has columns of its own."""
+        """Nested columns of a column."""
         value = self.value(column)
         if not isinstance(value, Mapping):
-            raise DataError(f"{self.where}: column {column!r} must be an object, got {kind(value)}")
+            raise self._error(column, f"must be an object, got {describe_value(value)}")
         return TaskRow(f"{self.where}: {column}", value)
 
     def position(self, column: str, known: Sequence[str]) -> int:
-        """Which of the `known` values a column holds; a number counts as its digits."""
+        """Index of a column's value among the `known` ones; a number is compared by its digits."""
         value = self.value(column)
         text = str(value) if isinstance(value, str) or type(value) is int else None
         if text is None or text not in known:
-            raise DataError(
-                f"{self.where}: column {column!r} is {kind(value)}, not one of {', '.join(known)}; "
-                "take a split whose answers are public, or fix the row"
+            raise self._error(
+                column,
+                f"is {describe_value(value)}, not one of {', '.join(known)}; take a split whose "
+                "answers are public, or fix the row",
             )
         return list(known).index(text)
 
     def flag(self, column: str) -> bool:
-        """True or false."""
+        """Boolean value of a column."""
         value = self.value(column)
         if not isinstance(value, bool):
-            raise DataError(
-                f"{self.where}: column {column!r} must be true or false, got {kind(value)}; take a "
-                "split whose answers are public, or fix the row"
+            raise self._error(
+                column,
+                f"must be true or false, got {describe_value(value)}; take a split whose answers "
+                "are public, or fix the row",
             )
         return value
 
-    def _text(self, value: Any, what: str) -> str:
+    def _error(self, column: str, problem: str) -> DataError:
+        return DataError(f"{self.where}: column {column!r} {problem}")
+
+    def _text(self, value: Any, name: str) -> str:
         if not isinstance(value, str) or not value.strip():
-            raise DataError(
-                f"{self.where}: {what} must be a text that is not blank, got {kind(value)}"
-            )
+            got = describe_value(value)
+            raise DataError(f"{self.where}: {name} must be a text that is not blank, got {got}")
         try:
             value.encode()
         except UnicodeEncodeError:
             raise DataError(
-                f"{self.where}: {what} holds an unpaired surrogate, which is not a character"
+                f"{self.where}: {name} holds an unpaired surrogate, which is not a character"
             ) from None
         return value.strip()
 
 
-def kind(value: Any) -> str:
-    """A value's type and its beginning, for messages."""
-    if value is None:
-        return "null"
-    text = repr(value)
-    return f"{type(value).__name__} ({text if len(text) <= 40 else text[:37] + '...'})"
-
-
-# FIXME docstring of the merged tasks.sources:
-# """The rows of a task's split, from local files or from the hub.
-#
-# A local folder has the hub's schema: files named after their split (`test.jsonl`,
-# `test-00000-of-00001.parquet`), in the folder itself or in one named after the data set's
-# configuration (`ARC-Easy/`).
-# """
-
-
-KINDS = (".json", ".jsonl", ".parquet")
+FILE_KINDS = (".json", ".jsonl", ".parquet")
 
 
 class HubData(NamedTuple):
     """A data set on the hub.
 
     Attributes:
-      dataset: its id.
-      config: its configuration, where it has several.
-      split: the split whose answers are public, by which models are compared.
-      shots_split: the split that examples in a prompt are taken from.
+      dataset: id of the data set.
+      config: configuration of the data set, if it has several.
+      split: split to evaluate: the usual one with public answers.
+      shots_split: split of the answered examples (shots) in a prompt.
     """
 
     dataset: str
@@ -140,7 +131,7 @@ class HubData(NamedTuple):
 
 
 def read_hub(hub: HubData, split: str, limit: int | None) -> list[TaskRow]:
-    """The first `limit` rows of a hub data set's split.
+    """Reads the first `limit` rows of a split of a data set on the hub.
 
     Raises:
       DataError: the hub cannot be reached, or has no such data set or split.
@@ -167,27 +158,29 @@ def read_hub(hub: HubData, split: str, limit: int | None) -> list[TaskRow]:
 
 
 def read_local(path: Path, config: str | None, split: str, limit: int | None) -> list[TaskRow]:
-    """The first `limit` rows of a local split.
+    """Reads the first `limit` rows of a local split.
 
     Args:
-      path: a file, whose rows are the split, or a folder.
-      config: the configuration after which a folder in `path` may be named.
-      split: after which the files are named.
-      limit: rows at most; None takes all.
+      path: file with the rows of the split, or folder.
+      config: configuration of the data set; a subfolder of `path` may have its name.
+      split: split, after which the files of a folder are named.
+      limit: largest number of rows; None reads all.
 
     Raises:
-      DataError: there is no such file, it cannot be read, or it has no rows.
+      DataError: the file is missing, cannot be read, or has no rows.
     """
     from moe_jax.data.readers import read_rows
 
     path = path.expanduser()
     if path.is_dir():
         files = _split_files(path / config if config and (path / config).is_dir() else path, split)
-    elif path.is_file() and path.suffix.lower() in KINDS:
+    elif path.is_file() and path.suffix.lower() in FILE_KINDS:
         files = [path]
     else:
         problem = "unknown kind of file" if path.is_file() else "no such file or folder"
-        raise DataError(f"{path}: {problem}; give a {', '.join(KINDS)} file or a folder of these")
+        raise DataError(
+            f"{path}: {problem}; give a {', '.join(FILE_KINDS)} file or a folder of these"
+        )
     pairs: Iterator = itertools.chain.from_iterable(read_rows(file) for file in files)
     rows = [TaskRow.checked(where, row) for where, row in itertools.islice(pairs, limit)]
     if not rows:
@@ -196,10 +189,10 @@ def read_local(path: Path, config: str | None, split: str, limit: int | None) ->
 
 
 def _split_files(folder: Path, split: str) -> list[Path]:
-    files = sorted(f for f in folder.rglob("*") if f.is_file() and f.suffix.lower() in KINDS)
+    files = sorted(f for f in folder.rglob("*") if f.is_file() and f.suffix.lower() in FILE_KINDS)
     if not files:
-        raise DataError(f"{folder}: the folder holds no {', '.join(KINDS)} file")
-    # Exactly the split's own name: MMLU has both `dev` and `validation`.
+        raise DataError(f"{folder}: the folder holds no {', '.join(FILE_KINDS)} file")
+    # Only the exact name of the split: MMLU has both `dev` and `validation`.
     pattern = re.compile(rf"(^|[-_./]){re.escape(split)}($|[-_./])")
     named = [file for file in files if pattern.search(file.relative_to(folder).as_posix())]
     if not named:

@@ -1,4 +1,4 @@
-"""A task's questions as rows to train on, in the words that evaluation asks them with."""
+"""Questions of tasks as training rows, with the prompts of evaluation."""
 
 import json
 from pathlib import Path
@@ -17,17 +17,17 @@ from moe_jax.tasks.task import TASKS, Question, Task
 def read_source_or_task(
     source: SourceConfig, cache_dir: str | None, *, folder: str | None, classified: bool = False
 ) -> RowTable:
-    """As `read_source`, which see, also for sources that name a task.
+    """Reads a data set, as `read_source` does, or the training rows of a task.
 
     Args:
-      source: what to read.
-      cache_dir: for what is no task.
-      folder: has a folder with the rows of each task; None takes them from the hub.
-      classified: whether rows are to be classified, instead of asked as questions.
+      source: data set or task to read.
+      cache_dir: cache folder of a data set's table; unused for a task.
+      folder: folder with a folder of rows for each task; None reads them from the hub.
+      classified: if true, rows of a task are texts with labels in place of questions.
 
     Raises:
       ConfigError: there is no such task.
-      DataError: its rows cannot be read, do not fit, or have no such answer.
+      DataError: the rows cannot be read, do not fit, or have no such answer.
     """
     if source.task is None:
         return read_source(source, cache_dir)
@@ -39,24 +39,24 @@ def read_source_or_task(
 
 
 def source_task(source: SourceConfig, folder: str | None) -> Task:
-    """The task that a source names, with the split to train on.
+    """Creates the task that a source names, with the training split.
 
     Raises:
       ConfigError: there is no such task.
-      DataError: `folder` has no folder for it.
+      DataError: `folder` has no folder for the task.
     """
     assert source.task is not None
     split: str | None = source.split.partition("[")[0]
     if source.path and split == "train" and Path(source.path).expanduser().is_file():
-        split = None  # the rows of a single file have no split
+        split = None  # a single file has no splits
     return named_task(source.task, data=folder, path=source.path or None, split=split, shots=0)
 
 
 def task_rows(task: Task, answer: Literal["label", "choice"]) -> list[dict[str, str]]:
-    """Each question's prompt and completion, and the place that it comes from.
+    """Prompt, completion and origin (`where`) of each question.
 
     Args:
-      task: whose rows have answers.
+      task: task whose rows have answers.
       answer: see `SourceConfig.answer`.
 
     Raises:
@@ -64,20 +64,20 @@ def task_rows(task: Task, answer: Literal["label", "choice"]) -> list[dict[str, 
     """
     rows = []
     for question in task.questions():
-        prompt, completion = _texts(task.name, question, answer)
+        prompt, completion = _prompt_and_completion(task.name, question, answer)
         rows.append({"prompt": prompt, "completion": completion, "where": question.where})
     return rows
 
 
 def labelled_rows(task: Task) -> list[dict[str, str]]:
-    """The rows of a classification task in the schema `classification`, checked.
+    """Checked rows of a classification task in the schema `classification`.
 
     Raises:
-      DataError: it is no such task, its data cannot be read, or a row does not fit.
+      DataError: the task has no labels, its data cannot be read, or a row does not fit.
     """
     if not isinstance(task, ClassificationTask):
         known = ", ".join(n for n, cls in TASKS.items() if issubclass(cls, ClassificationTask))
-        raise DataError(f"task {task.name!r}: has no rows to classify; those with them: {known}")
+        raise DataError(f"task {task.name!r}: is not a classification task; known: {known}")
     return [
         {
             "text": row.text,
@@ -89,7 +89,7 @@ def labelled_rows(task: Task) -> list[dict[str, str]]:
     ]
 
 
-def _texts(task: str, question: Question, answer: str) -> tuple[str, str]:
+def _prompt_and_completion(task: str, question: Question, answer: str) -> tuple[str, str]:
     if answer == "choice":
         return question.choices[question.answer]
     if not question.labels:

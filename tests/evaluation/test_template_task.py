@@ -6,7 +6,7 @@ from evaluation.reference_scores import choice_scores, label_logits
 
 from moe_jax.errors import UserError
 from moe_jax.evaluation.model_evaluation import evaluate
-from moe_jax.tasks.selection import own_task
+from moe_jax.tasks.selection import template_task
 
 PLAIN = "Question: {question}\n{options}\nAnswer:\n"
 ROWS = [
@@ -24,7 +24,7 @@ def make(tmp_path):
     def make_task(template: str, rows: list, **fields):
         (tmp_path / "quiz.txt").write_text(template)
         data = write_rows(tmp_path / "quiz.jsonl", rows)
-        return own_task(tmp_path / "quiz.txt", data, **fields)
+        return template_task(tmp_path / "quiz.txt", data, **fields)
 
     return make_task
 
@@ -80,12 +80,12 @@ def test_shots_come_from_a_folder(make, tmp_path):
     write_rows(tmp_path / "folder" / "train.jsonl", ROWS[:1])
     write_rows(tmp_path / "folder" / "test.jsonl", ROWS[1:])
     (tmp_path / "quiz.txt").write_text(PLAIN)
-    first, *_ = own_task(tmp_path / "quiz.txt", tmp_path / "folder", shots=1).questions()
+    first, *_ = template_task(tmp_path / "quiz.txt", tmp_path / "folder", shots=1).questions()
     assert first.prompt.startswith(
         "Question: Who?\n(A) Ann\n(B) Bob\nAnswer: B\n\nQuestion: Where?"
     )
-    with pytest.raises(UserError, match="2 shots asked for, but the split 'train' has 1;"):
-        own_task(tmp_path / "quiz.txt", tmp_path / "folder", shots=2).questions()
+    with pytest.raises(UserError, match="shots is 2, but the split 'train' has 1;"):
+        template_task(tmp_path / "quiz.txt", tmp_path / "folder", shots=2).questions()
     for field in ({"shots": 1}, {"split": "test"}):
         with pytest.raises(UserError, match=r"quiz.jsonl is a single file, which has no splits"):
             make(PLAIN, ROWS, **field).questions()
@@ -101,9 +101,9 @@ def test_shots_come_from_a_folder(make, tmp_path):
         ("{options}\n{options}", "quiz.txt: {options} must be a line by itself, .* once"),
         ("\n", "quiz.txt: a section.* is empty"),
         ("q\n--- choices ---\na\n\nb\n", "quiz.txt: .* a line of the choices, is empty"),
-        ("q\n--- choices ---\na\nb\na\n", "quiz.txt: the line 'a' of the choices comes twice"),
+        ("q\n--- choices ---\na\nb\na\n", "quiz.txt: the line 'a' of the choices is given twice"),
         ("q\n--- answers ---\na\n", "the section 'answers' is unknown; known: choices, answer"),
-        ("q\n--- answer ---\na\n--- answer ---\na\n", "the section 'answer' comes twice"),
+        ("q\n--- answer ---\na\n--- answer ---\na\n", "the section 'answer' is given twice"),
     ],
 )
 def test_bad_templates(make, template, message):
@@ -123,7 +123,7 @@ def test_bad_templates(make, template, message):
             r"jsonl: line 1: the choices 1 and 3 are equal \('Bob'\)",
         ),
         ({"choices": ["Bob"]}, "column 'choices' must hold at least 2"),
-        ({"choices": "Bob"}, "line 1: 1 choices, but it takes 2 to 26"),
+        ({"choices": "Bob"}, "line 1: 1 choices, but 2 to 26 are required"),
         ({"question": ["a"]}, "line 1: column 'question' must be a text"),
     ],
 )
@@ -133,9 +133,9 @@ def test_bad_rows(make, change, message):
 
 
 def test_missing_files(tmp_path):
-    task = own_task(tmp_path / "nowhere.txt", write_rows(tmp_path / "a.jsonl", ROWS))
+    task = template_task(tmp_path / "nowhere.txt", write_rows(tmp_path / "a.jsonl", ROWS))
     with pytest.raises(UserError, match=r"nowhere.txt: no such task template"):
         task.questions()
     (tmp_path / "quiz.txt").write_text(PLAIN)
     with pytest.raises(UserError, match=r"b.jsonl: no such file or folder"):
-        own_task(tmp_path / "quiz.txt", tmp_path / "b.jsonl").questions()
+        template_task(tmp_path / "quiz.txt", tmp_path / "b.jsonl").questions()

@@ -167,7 +167,7 @@ def test_an_adapter_with_a_head_learns_the_rows_and_another_one_the_words(tmp_pa
     ]
     asked = read_source_or_task(source, None, folder=str(tmp_path))
     assert asked.rows[1]["completion"] == " yes"
-    with pytest.raises(DataError, match="'boolq': has no rows to classify; those with them: cola"):
+    with pytest.raises(DataError, match="'boolq': is not a classification task; known: cola"):
         read_source_or_task(SourceConfig(task="boolq"), None, folder=None, classified=True)
     with pytest.raises(ConfigError, match="did you mean 'sst2'"):
         named_task("sst22")

@@ -92,7 +92,7 @@ def test_a_part_of_a_split_and_a_single_file(folder, tokenizer):
     [
         (
             {"task": "arc_esy"},
-            "task 'arc_esy': there is none of that name; did you mean 'arc_easy'",
+            "task 'arc_esy': unknown task; did you mean 'arc_easy'",
         ),
         ({"task": "kins"}, "did you mean 'kinds'"),
         ({"task": "kinds", "split": "dev"}, "kinds: no file is named after the split 'dev'"),
@@ -115,5 +115,7 @@ def test_bad_sources(fields, message, folder, tokenizer):
 def test_a_folder_may_not_take_the_name_of_a_task(folder, tmp_path):
     (tmp_path / "boolq").mkdir()
     (tmp_path / "boolq" / "template.txt").write_text(TEMPLATE)
-    with pytest.raises(UserError, match=r"boolq.template.txt: describes a task called 'boolq'"):
+    with pytest.raises(
+        UserError, match=r"boolq.template.txt: the name 'boolq' of this task is taken"
+    ):
         named_task("boolq", data=tmp_path)

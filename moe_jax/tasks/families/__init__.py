@@ -1,4 +1,11 @@
-"""Tasks, one family a file; importing this package enters all of them in `TASKS`."""
+"""Task families, one per file; importing this package registers all tasks in `TASKS`.
+
+To add a task, add a file with a frozen dataclass derived from `Task` and decorated with
+`@TASKS.register("its_name")`, and import the class below. The class has the data set on the hub
+(`hub`) and a method `question` that converts a row to a `Question`; `openbookqa.py` is a short
+example. The name is then known to `moe-jax evaluate --tasks`, to `evaluation.tasks`, and to `task`
+of a data set.
+"""
 
 from moe_jax.tasks.families.arc import ArcChallenge as ArcChallenge
 from moe_jax.tasks.families.arc import ArcEasy as ArcEasy

@@ -1,4 +1,4 @@
-"""ARC: science questions from schools (arXiv:1803.05457)."""
+"""ARC: grade-school science questions (arXiv:1803.05457)."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -20,7 +20,7 @@ class _Arc(Task):
 @TASKS.register("arc_easy")
 @dataclass(frozen=True, kw_only=True)
 class ArcEasy(_Arc):
-    """The easy ones; 2,376 test questions of three to five options."""
+    """ARC-Easy: 2,376 test questions of three to five options."""
 
     hub: ClassVar[HubData] = HubData("allenai/ai2_arc", "ARC-Easy", "test", "train")
 
@@ -28,6 +28,6 @@ class ArcEasy(_Arc):
 @TASKS.register("arc_challenge")
 @dataclass(frozen=True, kw_only=True)
 class ArcChallenge(_Arc):
-    """Those that looking words up does not answer; 1,172 test questions."""
+    """ARC-Challenge: 1,172 test questions that retrieval and word statistics do not answer."""
 
     hub: ClassVar[HubData] = HubData("allenai/ai2_arc", "ARC-Challenge", "test", "train")

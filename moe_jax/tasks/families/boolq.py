@@ -1,6 +1,6 @@
-"""BoolQ: questions that people asked a search engine, true or false (arXiv:1905.10044).
+"""BoolQ: yes/no questions from users of a search engine (arXiv:1905.10044).
 
-Asked without the passage that the data set has for each question, as in the reference.
+The prompt leaves out the passage that the data set has for each question, as the reference does.
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ WORDS = ("yes", "no")
 @TASKS.register("boolq")
 @dataclass(frozen=True, kw_only=True)
 class BoolQ(Task):
-    """3,270 validation questions; the test split's answers are not public."""
+    """BoolQ: 3,270 validation questions; test answers are not public."""
 
     hub: ClassVar[HubData] = HubData("google/boolq", None, "validation", "train")
 

@@ -12,7 +12,7 @@ PREFACE = "Use common sense to choose the option that answers the question.\n\n"
 @TASKS.register("csqa")
 @dataclass(frozen=True, kw_only=True)
 class CommonsenseQA(Task):
-    """1,221 validation questions of five options; the test split's answers are not public."""
+    """CommonsenseQA: 1,221 validation questions of five options; test answers are not public."""
 
     hub: ClassVar[HubData] = HubData("tau/commonsense_qa", None, "validation", "train")
 

@@ -1,6 +1,6 @@
-"""Tasks whose rows are one or two texts with a label, for adapters that classify.
+"""GLUE: eight of its nine tasks of classifying one or two texts (arXiv:1804.07461), without WNLI.
 
-A model without a score head is asked the same rows in words, as other tasks are.
+Adapters with a score head read the texts alone. Language models answer the questions below.
 """
 
 import abc
@@ -8,20 +8,22 @@ from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 from moe_jax.config.classification import GLUE, GLUE_HUB_ID, ClassificationConfig, MetricName
-from moe_jax.data.schema import label_number
+from moe_jax.data.schema import describe_value, label_number
 from moe_jax.errors import DataError
 from moe_jax.tasks.task import TASKS, Choice, Question, Task
-from moe_jax.tasks.task_rows import HubData, TaskRow, kind
+from moe_jax.tasks.task_rows import HubData, TaskRow
+
+SENTENCES = ("First sentence", "Second sentence")
 
 
 class LabelledText(NamedTuple):
-    """A row that is to be classified.
+    """A row to classify.
 
     Attributes:
-      where: the place of the row, for messages.
-      text: the text, or the first of two.
-      text_pair: the second; empty where there is one.
-      label: the name of its class, or its number.
+      where: file and line or row, for messages.
+      text: text, or the first of two texts.
+      text_pair: second text; empty if there is one text.
+      label: class name, or number for regression.
     """
 
     where: str
@@ -32,13 +34,13 @@ class LabelledText(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class ClassificationTask(Task, abc.ABC):
-    """A data set of texts with labels, in the hub's schema.
+    """A GLUE data set of texts with labels, in the hub's schema.
 
     Attributes:
-      glue: which task of GLUE it is.
-      preface: what a language model is asked, once before the texts.
-      captions: what stands before each text there.
-      words: what the classes are called there; none where no words can answer.
+      glue: name of the task in `moe_jax.config.classification.GLUE`.
+      preface: instruction in a language model's prompt.
+      captions: name of each text in the prompt.
+      words: answer for each class in the prompt; empty for regression.
     """
 
     glue: ClassVar[str]
@@ -48,16 +50,16 @@ class ClassificationTask(Task, abc.ABC):
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """Names of the classes; none where the label is a number."""
+        """Class names; empty for regression."""
         return GLUE[self.glue].labels
 
     @property
     def metrics(self) -> tuple[MetricName, ...]:
-        """What is measured."""
+        """Metrics of the task."""
         return GLUE[self.glue].metrics
 
     def labelled(self, row: TaskRow) -> LabelledText:
-        """A row as text and label.
+        """Text and label of a row.
 
         Raises:
           DataError: the row does not fit the task's schema.
@@ -70,10 +72,10 @@ class ClassificationTask(Task, abc.ABC):
         return LabelledText(row.where, texts[0], texts[1] if len(texts) > 1 else "", label)
 
     def labelled_rows(self) -> list[LabelledText]:
-        """All rows of the split.
+        """Texts and labels of all rows of the split.
 
         Raises:
-          DataError: the data cannot be read, or a row does not fit.
+          DataError: the data cannot be read, a row does not fit, or `shots` is set.
         """
         if self.shots:
             raise DataError(f"task {self.name!r}: a classifier sees no shots; set shots to 0")
@@ -96,23 +98,13 @@ class ClassificationTask(Task, abc.ABC):
 
 
 def _text(row: TaskRow, column: str) -> str:
-    """A column's text, which may be blank: a few rows of QQP have no second question."""
+    """Text of a column, possibly blank: a few rows of QQP have no second question."""
     value = row.value(column)
     if isinstance(value, str) and not value.strip():
         return ""
     if not isinstance(value, str):
-        raise DataError(f"{row.where}: column {column!r} must be text, got {kind(value)}")
+        raise DataError(f"{row.where}: column {column!r} must be text, got {describe_value(value)}")
     return row.text(column)
-
-
-# FIXME docstring of the merged tasks.families.glue:
-# """GLUE: eight of its nine tasks of understanding a text or two (arXiv:1804.07461), without WNLI.
-#
-# A classification adapter sees the bare texts. A language model is asked in the words below.
-# """
-
-
-SENTENCES = ("First sentence", "Second sentence")
 
 
 def _hub(name: str, split: str = "validation") -> HubData:
@@ -122,7 +114,7 @@ def _hub(name: str, split: str = "validation") -> HubData:
 @TASKS.register("cola")
 @dataclass(frozen=True, kw_only=True)
 class Cola(ClassificationTask):
-    """1,043 validation sentences, acceptable to a speaker of English or not."""
+    """CoLA: 1,043 validation sentences, grammatically acceptable or not."""
 
     hub: ClassVar[HubData] = _hub("cola")
     glue: ClassVar[str] = "cola"
@@ -134,7 +126,7 @@ class Cola(ClassificationTask):
 @TASKS.register("sst2")
 @dataclass(frozen=True, kw_only=True)
 class Sst2(ClassificationTask):
-    """872 validation sentences of film reviews, negative or positive."""
+    """SST-2: 872 validation sentences of film reviews, negative or positive."""
 
     hub: ClassVar[HubData] = _hub("sst2")
     glue: ClassVar[str] = "sst2"
@@ -146,7 +138,7 @@ class Sst2(ClassificationTask):
 @TASKS.register("mrpc")
 @dataclass(frozen=True, kw_only=True)
 class Mrpc(ClassificationTask):
-    """408 validation pairs of sentences from the news, which say the same or not."""
+    """MRPC: 408 validation pairs of sentences from the news, equivalent or not."""
 
     hub: ClassVar[HubData] = _hub("mrpc")
     glue: ClassVar[str] = "mrpc"
@@ -158,7 +150,7 @@ class Mrpc(ClassificationTask):
 @TASKS.register("qqp")
 @dataclass(frozen=True, kw_only=True)
 class Qqp(ClassificationTask):
-    """40,430 validation pairs of questions from a forum, which ask the same or not."""
+    """QQP: 40,430 validation pairs of questions from a forum, duplicates or not."""
 
     hub: ClassVar[HubData] = _hub("qqp")
     glue: ClassVar[str] = "qqp"
@@ -170,7 +162,7 @@ class Qqp(ClassificationTask):
 @TASKS.register("stsb")
 @dataclass(frozen=True, kw_only=True)
 class Stsb(ClassificationTask):
-    """1,500 validation pairs of sentences, whose likeness is a number from 0 to 5."""
+    """STS-B: 1,500 validation pairs of sentences, with a similarity from 0 to 5."""
 
     hub: ClassVar[HubData] = _hub("stsb")
     glue: ClassVar[str] = "stsb"
@@ -190,7 +182,7 @@ class _Entailment(ClassificationTask):
 @TASKS.register("mnli")
 @dataclass(frozen=True, kw_only=True)
 class Mnli(_Entailment):
-    """9,815 validation pairs from the kinds of text that training has too ("matched")."""
+    """MNLI matched: 9,815 validation pairs from the same kinds of text as in training."""
 
     hub: ClassVar[HubData] = _hub("mnli", "validation_matched")
     glue: ClassVar[str] = "mnli"
@@ -199,7 +191,7 @@ class Mnli(_Entailment):
 @TASKS.register("mnli_mismatched")
 @dataclass(frozen=True, kw_only=True)
 class MnliMismatched(_Entailment):
-    """9,832 validation pairs from other kinds of text."""
+    """MNLI mismatched: 9,832 validation pairs from other kinds of text than in training."""
 
     hub: ClassVar[HubData] = _hub("mnli", "validation_mismatched")
     glue: ClassVar[str] = "mnli"
@@ -208,7 +200,7 @@ class MnliMismatched(_Entailment):
 @TASKS.register("qnli")
 @dataclass(frozen=True, kw_only=True)
 class Qnli(ClassificationTask):
-    """5,463 validation pairs of a question and a sentence, which answers it or not."""
+    """QNLI: 5,463 validation pairs of a question and a sentence that answers it or not."""
 
     hub: ClassVar[HubData] = _hub("qnli")
     glue: ClassVar[str] = "qnli"
@@ -220,7 +212,7 @@ class Qnli(ClassificationTask):
 @TASKS.register("rte")
 @dataclass(frozen=True, kw_only=True)
 class Rte(ClassificationTask):
-    """277 validation pairs of texts, the second of which follows from the first or not."""
+    """RTE: 277 validation pairs of a premise and a hypothesis, entailed or not."""
 
     hub: ClassVar[HubData] = _hub("rte")
     glue: ClassVar[str] = "rte"

@@ -1,4 +1,4 @@
-"""HellaSwag: how does a scene or an instruction go on (arXiv:1905.07830)."""
+"""HellaSwag: continuations of a scene or an instruction (arXiv:1905.07830)."""
 
 import re
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ LABELS = ("0", "1", "2", "3")
 @TASKS.register("hellaswag")
 @dataclass(frozen=True, kw_only=True)
 class HellaSwag(Task):
-    """10,042 validation texts of four endings; the test split's answers are not public."""
+    """HellaSwag: 10,042 validation texts of four endings; test answers are not public."""
 
     hub: ClassVar[HubData] = HubData("Rowan/hellaswag", None, "validation", "train")
 
@@ -32,6 +32,6 @@ class HellaSwag(Task):
 
 
 def plain(text: str) -> str:
-    """`text` without the marks, such as `[header]`, that texts from WikiHow carry."""
+    """Removes the marks of texts from WikiHow, such as `[header]`."""
     unmarked = re.sub(r"\[.*?\]", "", text.replace(" [title]", ". "))
     return re.sub(r" {2,}", " ", unmarked).strip() or text

@@ -13,9 +13,9 @@ LABELS = ("0", "1", "2", "3")
 @TASKS.register("mmlu")
 @dataclass(frozen=True, kw_only=True)
 class Mmlu(Task):
-    """14,042 test questions of four options, after five of the same subject with their answers.
+    """MMLU: 14,042 test questions of four options, with five shots of the same subject.
 
-    The accuracy is that over all questions; results have each subject's too.
+    The accuracy is over all questions; results have that of each subject too.
     """
 
     hub: ClassVar[HubData] = HubData("cais/mmlu", "all", "test", "dev")

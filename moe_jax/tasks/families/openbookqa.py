@@ -1,4 +1,4 @@
-"""OpenBookQA: elementary science, to be reasoned from a fact (arXiv:1809.02789)."""
+"""OpenBookQA: elementary science questions, each based on a fact (arXiv:1809.02789)."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -12,7 +12,7 @@ PREFACE = "Choose the option that answers the question or completes the sentence
 @TASKS.register("openbookqa")
 @dataclass(frozen=True, kw_only=True)
 class OpenBookQA(Task):
-    """500 test questions of four options, asked without the fact."""
+    """OpenBookQA: 500 test questions of four options, without the fact."""
 
     hub: ClassVar[HubData] = HubData("allenai/openbookqa", "main", "test", "train")
 
@@ -25,6 +25,6 @@ class OpenBookQA(Task):
             stem=f"Question: {stem}",
             texts=texts,
             answer=answer,
-            # Most stems are the first half of a sentence.
+            # Most stems are the beginning of a sentence.
             choices=tuple(Choice(stem, f" {text}") for text in texts),
         )

@@ -1,4 +1,4 @@
-"""PIQA: which of two ways works in the physical world (arXiv:1911.11641)."""
+"""PIQA: the better of two solutions in the physical world (arXiv:1911.11641)."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -13,9 +13,9 @@ LABELS = ("0", "1")
 @TASKS.register("piqa")
 @dataclass(frozen=True, kw_only=True)
 class Piqa(Task):
-    """1,838 validation goals; the test split's answers are not public."""
+    """PIQA: 1,838 validation goals; test answers are not public."""
 
-    # The authors' own `ybisk/piqa` is a script, which `datasets` no longer runs.
+    # The authors' own `ybisk/piqa` is a script, and `datasets` no longer runs scripts.
     hub: ClassVar[HubData] = HubData("baber/piqa", None, "validation", "train")
 
     def question(self, row: TaskRow) -> Question:

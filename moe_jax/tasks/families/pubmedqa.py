@@ -1,4 +1,4 @@
-"""PubMedQA: questions on the abstracts of medical papers (arXiv:1909.06146)."""
+"""PubMedQA: questions about abstracts of medical papers (arXiv:1909.06146)."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -13,9 +13,9 @@ LABELS = ("yes", "no", "maybe")
 @TASKS.register("pubmedqa")
 @dataclass(frozen=True, kw_only=True)
 class PubMedQA(Task):
-    """The 1,000 questions that experts answered, asked with the abstract but its conclusion.
+    """PubMedQA: 1,000 expert-labelled questions, with the abstract except its conclusion.
 
-    They are one split, which the hub calls train; there are no others to take shots from.
+    All of them are in one split, called train on the hub, so there is no other split for shots.
     """
 
     hub: ClassVar[HubData] = HubData("qiaojin/PubMedQA", "pqa_labeled", "train", "train")

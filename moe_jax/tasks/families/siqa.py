@@ -1,4 +1,4 @@
-"""Social IQa: what people feel, want and do next (arXiv:1904.09728)."""
+"""Social IQa: reactions and intentions in social situations (arXiv:1904.09728)."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -13,9 +13,9 @@ LABELS = ("1", "2", "3")
 @TASKS.register("siqa")
 @dataclass(frozen=True, kw_only=True)
 class SocialIQA(Task):
-    """1,954 validation questions of three options."""
+    """Social IQa: 1,954 validation questions of three options."""
 
-    # The authors' own `allenai/social_i_qa` is a script, which `datasets` no longer runs.
+    # The authors' own `allenai/social_i_qa` is a script, and `datasets` no longer runs scripts.
     hub: ClassVar[HubData] = HubData("lighteval/siqa", None, "validation", "train")
 
     def question(self, row: TaskRow) -> Question:

@@ -1,4 +1,4 @@
-"""A user's own task: a file of rows, and a text file that says how they are asked.
+"""Tasks from a template: a file of rows, and a text file with their prompt.
 
 The text file has up to three sections:
 
@@ -15,19 +15,19 @@ The text file has up to three sections:
     --- answer ---
     {solution}
 
-The first is the prompt. `{passage}` stands for the row's column of that name; a brace that is meant
-as such is written twice. A line `{options}` lists the choices under letters, which then are the
-labels; for scoring the choices by likelihood the prompt is taken without that line.
+The first section is the prompt. `{passage}` stands for the row's column of that name; a literal
+brace is written twice. A line `{options}` lists the choices under letters, which are then the
+labels; for scoring the choices by likelihood, that line is removed from the prompt.
 
-The second has one choice a line. A line that is a single column whose value is a list stands for
-all its items. Left out, it is `{choices}`. Choices without any column, such as yes and no, are the
-labels of a prompt that has no line `{options}`.
+The second section has one choice per line. A line that is a single column whose value is a list
+stands for all of its items. The default is `{choices}`. Choices without a column, such as yes and
+no, are the labels of a prompt that has no line `{options}`.
 
-The third gives the right choice: its text, its letter, or, as a number in the data, its index from
-0. Left out, it is `{answer}`. The line breaks at the end of a section do not belong to it.
+The third section gives the right choice: its text, its letter, or, as a number in the data, its
+index from 0. The default is `{answer}`. Line breaks at the end of a section are dropped.
 
-A file called `template.txt` in a folder with the rows, named after their split (`train.jsonl`,
-`test.jsonl`), makes a task of that folder, which is then called by the folder's name.
+A folder with a file `template.txt`, and with rows in files named after their split (`train.jsonl`,
+`test.jsonl`), is a task with the folder's name.
 """
 
 import functools
@@ -39,9 +39,10 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 from moe_jax.config.parse import require
+from moe_jax.data.schema import describe_value
 from moe_jax.errors import DataError
-from moe_jax.tasks.task import LETTERS, TASKS, Choice, Question, Task, lettered
-from moe_jax.tasks.task_rows import HubData, TaskRow, kind
+from moe_jax.tasks.task import LETTERS, TASKS, Choice, Question, Task, lettered_options
+from moe_jax.tasks.task_rows import HubData, TaskRow
 
 SECTIONS = ("choices", "answer")
 OPTIONS_LINE = "{options}"
@@ -52,9 +53,9 @@ class Template(NamedTuple):
     """A parsed template file.
 
     Attributes:
-      prompt: the text up to the place where the answer follows.
-      choices: one template each, or one that names a column with a list.
-      answer: what gives the right choice.
+      prompt: text before the answer.
+      choices: a template for each choice, or one that names a column with a list.
+      answer: template of the right choice.
     """
 
     prompt: str
@@ -65,18 +66,18 @@ class Template(NamedTuple):
 @TASKS.register("template")
 @dataclass(frozen=True, kw_only=True)
 class TemplateTask(Task):
-    """Rows from `path`, asked as the file `template` says.
+    """Rows from `path` with the prompts of a template file.
 
-    Named after that file, or after its folder where it is called `template.txt`.
+    Its name is that of the file, or of its folder if the file is `template.txt`.
 
     Attributes:
-      template: the text file; see this module.
-      shots_split: the split of a folder that shots are taken from.
+      template: template file; see this module.
+      shots_split: split of a folder that shots are taken from.
     """
 
     template: str
     shots_split: str = "train"
-    hub: ClassVar[HubData]  # an own task has no other home than `path`
+    hub: ClassVar[HubData]  # holds the splits alone; rows come from `path`
 
     def __post_init__(self):
         super().__post_init__()
@@ -90,7 +91,7 @@ class TemplateTask(Task):
 
     @functools.cached_property
     def parsed(self) -> Template:
-        """The template file; raises `DataError` if it cannot be used."""
+        """Parsed template file; raises `DataError` if it is invalid."""
         return load_template(Path(self.template).expanduser())
 
     def question(self, row: TaskRow) -> Question:
@@ -103,7 +104,7 @@ class TemplateTask(Task):
         prompt = plain
         if OPTIONS_LINE in lines:
             labels = LETTERS[: len(texts)]
-            filled = {"options": lettered(texts)}
+            filled = {"options": lettered_options(texts)}
             prompt = _fill(template.prompt, row, filled)
         elif not any(_columns(choice) for choice in template.choices):
             labels = texts
@@ -115,7 +116,7 @@ def load_template(path: Path) -> Template:
     """Reads and checks a template file.
 
     Raises:
-      DataError: it cannot be read, or a section or placeholder is not as it should be.
+      DataError: the file cannot be read, or a section or placeholder is invalid.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -127,7 +128,7 @@ def load_template(path: Path) -> Template:
     sections = dict(zip(rest[::2], rest[1::2], strict=True))
     for name in rest[::2]:
         if name not in SECTIONS or rest[::2].count(name) > 1:
-            problem = "comes twice" if name in SECTIONS else "is unknown"
+            problem = "is given twice" if name in SECTIONS else "is unknown"
             raise DataError(f"{path}: the section {name!r} {problem}; known: {', '.join(SECTIONS)}")
     choices = [line.strip() for line in sections.get("choices", "{choices}").strip().split("\n")]
     template = Template(prompt.rstrip(), tuple(choices), sections.get("answer", "{answer}").strip())
@@ -135,7 +136,7 @@ def load_template(path: Path) -> Template:
         raise DataError(f"{path}: a section, or a line of the choices, is empty")
     for line in choices:
         if choices.count(line) > 1:
-            raise DataError(f"{path}: the line {line!r} of the choices comes twice; leave one out")
+            raise DataError(f"{path}: the line {line!r} of the choices is given twice; remove one")
     try:
         for line in (template.prompt, *choices, template.answer):
             _columns(line)
@@ -145,12 +146,12 @@ def load_template(path: Path) -> Template:
     if lines.count(OPTIONS_LINE) != template.prompt.count(OPTIONS_LINE) or (
         lines.count(OPTIONS_LINE) > 1
     ):
-        raise DataError(f"{path}: {OPTIONS_LINE} must be a line by itself, and stand there once")
+        raise DataError(f"{path}: {OPTIONS_LINE} must be a line by itself, and be given once")
     return template
 
 
 def _columns(template: str) -> list[str]:
-    """The placeholders of a template; raises ValueError where it does not parse."""
+    """Placeholders of a template; raises ValueError if it does not parse."""
     names = []
     for _, name, spec, conversion in string.Formatter().parse(template):
         if name is None:
@@ -186,13 +187,13 @@ def _choices(templates: tuple[str, ...], row: TaskRow) -> tuple[str, ...]:
         else:
             texts.append(_fill(template, row))
     if len(texts) < 2 or len(texts) > len(LETTERS):
-        raise DataError(f"{row.where}: {len(texts)} choices, but it takes 2 to {len(LETTERS)}")
+        raise DataError(f"{row.where}: {len(texts)} choices, but 2 to {len(LETTERS)} are required")
     for text in texts:
         if texts.count(text) > 1:
             same = [str(number) for number, other in enumerate(texts, 1) if other == text]
             raise DataError(
                 f"{row.where}: the choices {' and '.join(same)} are equal ({text!r}); make them "
-                "differ, or leave the row out"
+                "differ, or remove the row"
             )
     return tuple(texts)
 
@@ -215,12 +216,12 @@ def _answer(template: str, row: TaskRow, texts: tuple[str, ...]) -> int:
     if text in letters and text not in texts:
         return letters.index(text)
     raise DataError(
-        f"{row.where}: the answer is {kind(text)}; it must be the text of one choice "
+        f"{row.where}: the answer is {describe_value(text)}; it must be the text of one choice "
         f"({', '.join(texts)}), its letter, or its index from 0 as a number"
     )
 
 
 def _lone_value(template: str, row: TaskRow) -> Any:
-    """The value of the column that is all of a template; None where it is more than that."""
+    """Value of the column that is the full template; None if the template has other text."""
     names = _columns(template)
     return row.value(names[0]) if names and template == f"{{{names[0]}}}" else None

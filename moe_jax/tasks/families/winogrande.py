@@ -1,4 +1,4 @@
-"""WinoGrande: which of two fills the blank in a sentence (arXiv:1907.10641)."""
+"""WinoGrande: the right one of two options for a blank in a sentence (arXiv:1907.10641)."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -15,10 +15,11 @@ BLANK = "_"
 @TASKS.register("winogrande")
 @dataclass(frozen=True, kw_only=True)
 class WinoGrande(Task):
-    """1,267 validation sentences, the same in all its configurations.
+    """WinoGrande: 1,267 validation sentences, equal in all of its configurations.
 
-    By likelihood the options are compared through what follows the blank once each is filled in
-    (partial scoring, arXiv:1806.02847, section 3): how likely a name is by itself says nothing.
+    By likelihood, the options are compared by the text after the blank, with each option filled in
+    (partial scoring, arXiv:1806.02847, section 3), since the likelihood of a name alone says
+    nothing.
     """
 
     hub: ClassVar[HubData] = HubData(
