@@ -34,10 +34,11 @@ COMMANDS: dict[str, Callable[[argparse.ArgumentParser], Run]] = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs a subcommand; what the user got wrong is one line on stderr and exit status 2.
+    """Runs a subcommand and returns the exit status.
 
-    Ctrl-C and SIGTERM end it with 130 and 143, after what was half written is removed, and a reader
-    of its output that leaves, such as `head`, with 141.
+    The status is 0 on success, 2 for invalid input (one line on stderr), 130 after Ctrl-C and 143
+    after SIGTERM (unfinished output is removed), and 141 if the reader of the output, such as
+    `head`, has closed it.
     """
     parser = argparse.ArgumentParser(
         prog="moe-jax", description="Mixtures of LoRA experts on a frozen Llama."
@@ -63,8 +64,8 @@ def main(arguments: list[str] | None = None) -> int:
         print("stopped", file=sys.stderr)
         return 128 + signal.SIGINT
     except BrokenPipeError:
-        # Whoever read the output, such as `head`, has left. Nothing more can be said there, and
-        # what is still in the buffer must not fail again when the interpreter ends.
+        # The reader, such as `head`, has closed the pipe. The rest of the buffer must not raise
+        # again when the interpreter exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     return 0
@@ -72,9 +73,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 @contextlib.contextmanager
 def _sigterm_unwinds() -> Iterator[None]:
-    """While entered, SIGTERM raises `SystemExit`; by default it ends the process on the spot.
+    """Makes SIGTERM raise `SystemExit`, so that context managers clean up.
 
-    Outside the main thread Python cannot handle signals, and nothing changes.
+    Has no effect outside the main thread, where Python cannot handle signals.
     """
 
     def stop(number: int, frame: FrameType | None) -> None:

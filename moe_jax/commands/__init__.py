@@ -1,11 +1,11 @@
-"""Subcommands of `moe-jax`, one a file.
+"""Commands: the subcommands of `moe-jax`, and `train.py`.
 
-Each file has a function `add(parser)` that gives its arguments to the parser and returns what the
-command does; its docstring is the command's help. `moe_jax.cli` lists them.
+A command is a function `add(parser)` that adds its arguments to the parser and returns the function
+that runs it; its docstring is the command's help. `moe_jax.cli` lists the commands.
 """
 
 import argparse
 from collections.abc import Callable
 
 Run = Callable[[argparse.Namespace], None]
-"""What a command does with its arguments; it raises `UserError` for what the user got wrong."""
+"""Function that runs a command; raises `UserError` for invalid input."""

@@ -70,9 +70,7 @@ def add(parser: argparse.ArgumentParser) -> Run:
     classified = ", ".join(n for n in task_names() if issubclass(TASKS[n], ClassificationTask))
     parser.epilog = EPILOG.format(tasks=", ".join(task_names()), classified=classified)
     add_base(parser)
-    parser.add_argument(
-        "--tasks", default="", metavar="A,B,...", help="names of tasks, listed below"
-    )
+    parser.add_argument("--tasks", default="", metavar="A,B,...", help="tasks, listed below")
     parser.add_argument(
         "--own-task",
         nargs=2,
@@ -143,9 +141,7 @@ def _run(arguments: argparse.Namespace) -> None:
     for template, data in arguments.own_task:
         tasks.append(template_task(template, data, split=split, limit=limit, shots=shots))
     if not tasks:
-        raise ConfigError(
-            "--tasks: is missing; give names of tasks (--help lists them), or --own-task"
-        )
+        raise ConfigError("--tasks: is missing; give tasks (--help lists them), or --own-task")
     adapters = named_folders(arguments.adapter)
     base = base_path(arguments.base, adapters, arguments.revision)
     try:

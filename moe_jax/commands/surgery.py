@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from moe_jax.surgery import SurgeryOutcome
 
 EPILOG = """\
-Each writes an adapter's folder and says, one line each, what is exact and what was measured. Train
-it on with `adapters.NAME.start_from` in a run's configuration.
+Each operation writes an adapter's folder and prints what is exact and what was measured. To train
+the result further, set `adapters.NAME.start_from` in the configuration of a run.
 
 examples:
   moe-jax surgery upcycle --adapter runs/lora/adapters/default --experts 8 --output upcycled
@@ -37,7 +37,7 @@ examples:
 
 
 def add(parser: argparse.ArgumentParser) -> Run:
-    """Change an adapter: make experts of a LoRA, prune, grow or merge them, extract a LoRA."""
+    """Change the experts of an adapter: upcycle a LoRA, prune, grow, merge; or extract a LoRA."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = EPILOG
     operations = parser.add_subparsers(required=True, metavar="OPERATION")
@@ -61,12 +61,12 @@ def _run(arguments: argparse.Namespace) -> None:
 
 
 def _upcycle(parser: argparse.ArgumentParser) -> Operate:
-    """Make experts of a LoRA, rsLoRA or DoRA; they all start as copies of it.
+    """Turn a LoRA, rsLoRA or DoRA into experts, all of them copies of it.
 
-    The output equals the LoRA's wherever the weights of a token's experts sum to one: with the
-    routers top_k, soft, top_p with renormalise or top_p=1, and with switch if
-    weights=straight_through, sparse_step=1 and no token is beyond its expert's capacity. Otherwise
-    --data is needed, and the change is measured on it.
+    The output equals the LoRA's if the weights of a token's experts sum to one: with the routers
+    top_k, soft, top_p with renormalise or top_p=1, and with switch if weights=straight_through,
+    sparse_step=1 and no token exceeds its expert's capacity. Otherwise --data is required, and the
+    change is measured on it.
     """
     _add_adapter(parser, "a LoRA")
     parser.add_argument(
@@ -76,7 +76,7 @@ def _upcycle(parser: argparse.ArgumentParser) -> Operate:
         "--experts",
         required=True,
         metavar="N[,N,...]",
-        help="how many; for mola also one number for each of equal groups of layers",
+        help="number of experts; for mola also one number for each of equal groups of layers",
     )
     parser.add_argument(
         "--router",
@@ -84,7 +84,7 @@ def _upcycle(parser: argparse.ArgumentParser) -> Operate:
         help=f"one of {', '.join(ROUTERS)}, for example top_p:top_p=0.8 (default: the method's)",
     )
     _add_seed(parser, "the routers")
-    _add_data(parser, needed="where the result is not exact")
+    _add_data(parser, needed="if the result is not exact")
     parser.set_defaults(flags={"num_experts": "--experts"})
     return lambda arguments: moe_jax.surgery.upcycle(
         arguments.adapter,
@@ -99,23 +99,21 @@ def _upcycle(parser: argparse.ArgumentParser) -> Operate:
 
 
 def _from_dense(parser: argparse.ArgumentParser) -> Operate:
-    """Make a LoRA of what fine-tuning a whole model changed, by SVD of the differences.
+    """Extract a LoRA from a fine-tuned model, by SVD of the differences from its base.
 
-    It is exact where no difference has more than the rank. The relative error of each module is
-    printed, and with --data the KL divergence from the fine-tuned model.
+    It is exact if no difference exceeds the rank. The relative error of each module is printed, and
+    with --data the KL divergence from the fine-tuned model.
     """
     parser.add_argument(
-        "--base", required=True, metavar="DIR_OR_ID", help="what the fine-tuning began from"
+        "--base", required=True, metavar="DIR_OR_ID", help="base of the fine-tuned model"
     )
-    parser.add_argument(
-        "--dense", required=True, metavar="DIR_OR_ID", help="the fine-tuned checkpoint"
-    )
-    parser.add_argument("--rank", type=int, required=True, metavar="N", help="of the LoRA")
+    parser.add_argument("--dense", required=True, metavar="DIR_OR_ID", help="fine-tuned model")
+    parser.add_argument("--rank", type=int, required=True, metavar="N", help="rank of the LoRA")
     parser.add_argument(
         "--alpha",
         type=float,
         metavar="X",
-        help="of the LoRA; matters for further training only (default: the rank)",
+        help="alpha of the LoRA; matters for further training only (default: the rank)",
     )
     parser.add_argument(
         "--targets",
@@ -126,9 +124,9 @@ def _from_dense(parser: argparse.ArgumentParser) -> Operate:
     parser.add_argument(
         "--leave-out",
         action="store_true",
-        help="leave out what differs elsewhere, in norms or embeddings; refused otherwise",
+        help="ignore differences elsewhere, in norms or embeddings; an error otherwise",
     )
-    _add_seed(parser, "directions that a difference leaves open")
+    _add_seed(parser, "directions that a difference does not determine")
     _add_data(parser, needed="", base=False)
     _add_output(parser)
     return lambda arguments: moe_jax.surgery.from_dense(
@@ -145,14 +143,14 @@ def _from_dense(parser: argparse.ArgumentParser) -> Operate:
 
 
 def _prune(parser: argparse.ArgumentParser) -> Operate:
-    """Keep the experts of each router that a text uses most.
+    """Keep the experts of each router that serve the most tokens of a text.
 
     With top_k, and with switch of weights=straight_through and a fixed capacity, the output on that
-    text stays the same where no token chose a dropped expert. Otherwise the change is measured.
+    text stays the same if no token chose a dropped expert. Otherwise the change is measured.
     """
     _add_adapter(parser, "a MixLoRA, LoRAMoE or MoLA")
     parser.add_argument(
-        "--keep", type=int, required=True, metavar="N", help="experts that each router keeps"
+        "--keep", type=int, required=True, metavar="N", help="number of experts to keep per router"
     )
     _add_data(parser, needed="always")
     return lambda arguments: moe_jax.surgery.prune(
@@ -169,29 +167,29 @@ def _grow(parser: argparse.ArgumentParser) -> Operate:
 
     Without noise, --times is exact with top_k (whose top_k grows with it), soft, top_p=1, and
     switch of weights=straight_through and a fixed capacity; --add is exact with top_k=1 and that
-    kind of switch. Everything else changes the output, and the change is measured.
+    kind of switch. Otherwise the output changes, and the change is measured.
     """
     _add_adapter(parser, "a MixLoRA, LoRAMoE or MoLA")
-    how = parser.add_mutually_exclusive_group(required=True)
-    how.add_argument("--add", type=int, metavar="N", help="so many more experts for each router")
-    how.add_argument("--times", type=int, metavar="N", help="every expert becomes so many")
+    size = parser.add_mutually_exclusive_group(required=True)
+    size.add_argument("--add", type=int, metavar="N", help="number of new experts per router")
+    size.add_argument("--times", type=int, metavar="N", help="copies of each expert")
     parser.add_argument(
         "--split",
         default="",
         metavar="N,N,...",
-        help="with --add: the experts that the new ones are split off from, counted from 0 "
-        "(default: those most used on --data)",
+        help="with --add: experts to split, counted from 0 (default: those with the largest load "
+        "on --data)",
     )
     parser.add_argument(
         "--noise",
         type=float,
         default=GROW_NOISE,
         metavar="X",
-        help="of the new experts' pairs and router columns, in shares of their own size "
+        help="noise on the new experts' weights and router columns, relative to their size "
         "(default: %(default)s)",
     )
     _add_seed(parser, "the noise")
-    _add_data(parser, needed="where the result is not exact, and without --split")
+    _add_data(parser, needed="if the result is not exact, and without --split")
     return lambda arguments: moe_jax.surgery.grow(
         arguments.adapter,
         add=arguments.add,
@@ -206,29 +204,29 @@ def _grow(parser: argparse.ArgumentParser) -> Operate:
 
 
 def _merge(parser: argparse.ArgumentParser) -> Operate:
-    """Make groups of experts one: the mean of what they change, brought back to their rank.
+    """Merge groups of experts: the mean of their weight updates, truncated to their rank.
 
-    It is exact only where all experts are equal, as after upcycle. The error of the rank and the
-    change of the output are measured. Into one, the result is a LoRA.
+    It is exact only if all experts are equal, as after upcycle. The error of the truncation and the
+    change of the output are measured. Merging all experts into one gives a LoRA.
     """
     _add_adapter(parser, "a MixLoRA, LoRAMoE or MoLA, without DoRA")
-    how = parser.add_mutually_exclusive_group(required=True)
-    how.add_argument(
-        "--into", type=int, metavar="N", help="experts that each router keeps; the nearest merge"
+    groups = parser.add_mutually_exclusive_group(required=True)
+    groups.add_argument(
+        "--into", type=int, metavar="N", help="number of experts per router; the nearest merge"
     )
-    how.add_argument(
+    groups.add_argument(
         "--groups",
         metavar="N,N;N,N;...",
-        help="which experts become one, counted from 0, the same in all layers",
+        help="groups of experts to merge, counted from 0, the same in all layers",
     )
     parser.add_argument(
         "--weights",
         choices=MERGE_WEIGHTS,
         default="average",
-        help="of the experts of a group: all alike, or by their load on --data "
+        help="weights of the experts of a group: equal, or by their load on --data "
         "(default: %(default)s)",
     )
-    _add_seed(parser, "directions that the means leave open")
+    _add_seed(parser, "directions that the means do not determine")
     _add_data(parser, needed="always")
     return lambda arguments: moe_jax.surgery.merge(
         arguments.adapter,
@@ -257,7 +255,7 @@ def _add_adapter(parser: argparse.ArgumentParser, kind: str) -> None:
         type=Path,
         required=True,
         metavar="DIR_OR_ID",
-        help=f"{kind}: its folder, as in WORKDIR/adapters/NAME, or a hub id",
+        help=f"{kind}: folder, as in WORKDIR/adapters/NAME, or hub id",
     )
     _add_output(parser)
 
@@ -272,24 +270,26 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_seed(parser: argparse.ArgumentParser, what: str) -> None:
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help=f"of {what} (default: 0)")
+def _add_seed(parser: argparse.ArgumentParser, subject: str) -> None:
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help=f"random seed of {subject} (default: 0)"
+    )
 
 
 def _add_data(parser: argparse.ArgumentParser, *, needed: str, base: bool = True) -> None:
-    when = f"; needed {needed}" if needed else ""
+    condition = f"; required {needed}" if needed else ""
     parser.add_argument(
         "--data",
         type=Path,
         required=needed == "always",
         metavar="FILE",
-        help=f"text to measure on, a .txt or rows with a column `text`{when}",
+        help=f"text to measure on, a .txt or rows with a column `text`{condition}",
     )
     if base:
         parser.add_argument(
             "--base",
             metavar="DIR_OR_ID",
-            help="where the base is read, to measure (default: the path that it was trained with)",
+            help="base, for the measurement (default: the path at training)",
         )
 
 
@@ -298,7 +298,7 @@ def _groups(text: str) -> list[list[int]]:
 
 
 def _router(text: str) -> dict[str, Any]:
-    """`top_p:top_p=0.8,temperature=2.0` as the fields of a configuration."""
+    """Parses `top_p:top_p=0.8,temperature=2.0` to the fields of a configuration."""
     name, _, rest = text.partition(":")
     fields: dict[str, Any] = {"name": name}
     for part in listed(rest):

@@ -118,9 +118,9 @@ def test_an_output_in_use_and_a_full_disk(folders, tmp_path, capsys, monkeypatch
         (None, ["upcycle", "from-dense", "prune", "grow", "merge", "start_from"]),
         ("upcycle", ["--experts", "--router", "renormalise", "straight_through", "--data"]),
         ("from-dense", ["--dense", "--rank", "--leave-out", "relative error"]),
-        ("prune", ["--keep", "stays the same where no token chose a dropped expert"]),
+        ("prune", ["--keep", "stays the same if no token chose a dropped expert"]),
         ("grow", ["--add", "--times", "--split", "--noise", "is exact with top_k=1"]),
-        ("merge", ["--into", "--groups", "--weights", "the result is a LoRA"]),
+        ("merge", ["--into", "--groups", "--weights", "into one gives a LoRA"]),
     ],
 )
 def test_help(capsys, operation, words):
