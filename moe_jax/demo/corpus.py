@@ -1,10 +1,10 @@
-"""Text of the project's own: plain sentences to pre-train on, and instructions to fine-tune on.
+"""Data of the demo: plain sentences to pre-train on, instructions to fine-tune on, and tasks.
 
-Everything follows from the seed. The sentences state facts (plurals, opposites, colours, sums) and
-show letters being reversed and sorted; the instructions ask for the same things in a form that no
-sentence has, one answer and nothing more. What an instruction of the validation split asks about
-(the noun, the pair of opposites, the thing, the sum, the letters) occurs in no instruction of the
-training split, in any wording; its letters occur in no sentence either.
+All data is a function of a seed. The sentences state facts (plurals, opposites, colours, sums) and
+show letters that are reversed and sorted. The instructions ask for the same facts in a form that
+does not occur in the sentences, and expect the answer alone. The subject of a validation
+instruction (noun, pair of opposites, thing, sum, or letters) occurs in no training instruction, and
+its letters occur in no sentence.
 """
 
 import json
@@ -13,17 +13,25 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from moe_jax.adapters import METHODS
+from moe_jax.config.command_line import load_config_file
+from moe_jax.config.run import RunConfig, parse_run_config
 from moe_jax.demo.words import COLOURS, LARGEST_NUMBER, LETTERS, NAMES, OPPOSITES, PLURALS
 from moe_jax.tasks.families.template import TEMPLATE_FILE
 
+DEMO_CONFIG = "configs/tiny_mixlora.py"
+DATA_SEED = 0
+_CONFIG_DATA = Path("demo_output/data")
+"""Data folder in the paths of the demo's configurations."""
+
 TASKS = ("plural", "opposite", "colour", "sum", "reverse", "sort")
 
-# Of each of the two tasks on letters; the others have as many rows as there are words and wordings.
+# Rows of each of the two tasks on letters; the others have a row for each word and wording.
 LETTER_ROWS = 500
 HELD_OUT_LETTER_ROWS = 60
 HELD_OUT_SHARE = 0.15
 
-# Questions with their answers that belong to one split together: ((input, output), ...).
+# Questions with answers, ((input, output), ...), that must be in the same split.
 Subject = tuple[tuple[str, str], ...]
 
 _COLOUR_OF = {thing: colour for colour, things in COLOURS.items() for thing in things}
@@ -41,7 +49,7 @@ _WORDINGS = {
 
 @dataclass(frozen=True)
 class Row:
-    """An instruction of the kind `task`, and the one right answer to it."""
+    """An instruction of a task with its single right answer."""
 
     task: str
     instruction: str
@@ -50,7 +58,7 @@ class Row:
 
 
 def plain_sentences(seed: int, count: int) -> list[str]:
-    """`count` lines of two to four sentences each, for pre-training."""
+    """Lines of two to four sentences each, for pre-training."""
     rng = random.Random(seed)
     makers: tuple[Callable[[random.Random], str], ...] = (
         _plural_sentence,
@@ -79,7 +87,7 @@ def instruction_rows(seed: int) -> tuple[list[Row], list[Row]]:
 
 
 def write_corpus(folder: Path, seed: int) -> None:
-    """Writes `train.jsonl` and, for each task, `validation/<task>.jsonl` into `folder`."""
+    """Writes `train.jsonl` and, for each task, `validation/TASK.jsonl`."""
     train, validation = instruction_rows(seed)
     (folder / "validation").mkdir(parents=True, exist_ok=True)
     _write_jsonl(folder / "train.jsonl", train)
@@ -94,7 +102,7 @@ def _write_jsonl(path: Path, rows: list[Row]) -> None:
 
 
 def _split_subjects(task: str, rng: random.Random) -> tuple[list[Subject], list[Subject]]:
-    """What the task asks about in training and in validation."""
+    """Subjects of the training and of the validation split."""
     if task in ("reverse", "sort"):
         change = reversed if task == "reverse" else sorted
         subjects = {
@@ -117,7 +125,7 @@ def _facts() -> dict[str, list[Subject]]:
         "opposite": [((a, b), (b, a)) for a, b in OPPOSITES],
         "colour": [(item,) for item in _COLOUR_OF.items()],
         "sum": [
-            # 3 + 4 and 4 + 3 are one question.
+            # 3 + 4 and 4 + 3 are in the same split.
             tuple({(f"{a} + {b}", str(a + b)), (f"{b} + {a}", str(a + b))})
             for a in range(LARGEST_NUMBER + 1)
             for b in range(a + 1)
@@ -126,7 +134,7 @@ def _facts() -> dict[str, list[Subject]]:
 
 
 def _draw(rng: random.Random, held_out: bool) -> tuple[str, ...]:
-    """Three or four distinct letters, of the fifth of all draws that is held out or of the rest."""
+    """Three or four distinct letters, from the fifth that is held out or from the others."""
     while True:
         letters = tuple(rng.sample(LETTERS, rng.randint(3, 4)))
         if (sum(map(LETTERS.index, letters)) % 5 == 0) == held_out:
@@ -142,7 +150,7 @@ def _distinct_draws(rng: random.Random, held_out: bool, count: int) -> list[tupl
 
 def _rows(task: str, subject: Subject, rng: random.Random) -> list[Row]:
     wordings = _WORDINGS[task]
-    if task in ("reverse", "sort"):  # plenty of subjects: one wording each
+    if task in ("reverse", "sort"):  # one wording for each of many subjects
         wordings = (rng.choice(wordings),)
     return [
         Row(task=task, instruction=wording, input=question, output=answer)
@@ -213,46 +221,47 @@ def _spelling_sentence(rng: random.Random) -> str:
 
 def _reverse_sentence(rng: random.Random) -> str:
     letters = _draw(rng, held_out=False)
-    said, back = " ".join(letters), " ".join(reversed(letters))
+    spelled, back = " ".join(letters), " ".join(reversed(letters))
     name = rng.choice(NAMES)
-    return rng.choice((f"Backwards {said} is {back}.", f"{name} turns {said} round into {back}."))
+    return rng.choice(
+        (f"Backwards {spelled} is {back}.", f"{name} turns {spelled} round into {back}.")
+    )
 
 
 def _sort_sentence(rng: random.Random) -> str:
     letters = _draw(rng, held_out=False)
-    said, ordered = " ".join(letters), " ".join(sorted(letters))
+    spelled, ordered = " ".join(letters), " ".join(sorted(letters))
     name = rng.choice(NAMES)
-    return rng.choice((f"In order {said} is {ordered}.", f"{name} puts {said} in line: {ordered}."))
-
-
-# FIXME docstring of the merged demo.tasks:
-# """The demo's instructions as tasks of one's own: each question with four answers to choose from."""
+    return rng.choice(
+        (f"In order {spelled} is {ordered}.", f"{name} puts {spelled} in line: {ordered}.")
+    )
 
 
 CHOICES = 4
 
 TEMPLATE = "{instruction}\n{input}\nAnswer:\n"
-"""Left out are the choices, which the model is not shown, and where the answer stands: `answer`."""
+"""Prompt of the tasks. The choices are not shown, and the right one is in the column `answer`."""
 
 
 def write_tasks(folder: Path, seed: int) -> None:
-    """Writes a folder for each task: `train.jsonl`, `test.jsonl` and `template.txt`.
+    """Writes the instructions as tasks with four choices each.
 
-    They ask what `corpus.write_corpus` writes with the same seed, its validation rows as `test`.
+    Each task is a folder with `train.jsonl`, `test.jsonl` (the validation rows of `write_corpus`)
+    and `template.txt`.
     """
     rng = random.Random(seed)
     for split, rows in zip(("train", "test"), instruction_rows(seed), strict=True):
         for task in TASKS:
-            own = [row for row in rows if row.task == task]
-            outputs = sorted({row.output for row in own})
-            lines = [json.dumps(_with_choices(row, outputs, rng)) + "\n" for row in own]
+            task_rows = [row for row in rows if row.task == task]
+            outputs = sorted({row.output for row in task_rows})
+            lines = [json.dumps(_with_choices(row, outputs, rng)) + "\n" for row in task_rows]
             (folder / task).mkdir(parents=True, exist_ok=True)
             (folder / task / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
             (folder / task / TEMPLATE_FILE).write_text(TEMPLATE, encoding="utf-8")
 
 
 def _with_choices(row: Row, outputs: list[str], rng: random.Random) -> dict[str, object]:
-    """A row with the right answer somewhere among wrong ones."""
+    """A row with the right answer at a random index among wrong ones."""
     if row.task in ("reverse", "sort"):  # the same letters in another order
         letters = row.output.split()
         others = {" ".join(rng.sample(letters, len(letters))) for _ in range(10 * CHOICES)}
@@ -267,3 +276,27 @@ def _with_choices(row: Row, outputs: list[str], rng: random.Random) -> dict[str,
         "choices": choices,
         "answer": choices.index(row.output),
     }
+
+
+def write_demo_data(output: Path) -> Path:
+    """Writes the corpus and the tasks of the demo into `output/data` and returns that folder."""
+    write_corpus(output / "data", DATA_SEED)
+    write_tasks(output / "data" / "tasks", DATA_SEED)
+    return output / "data"
+
+
+def demo_config(file: str, data: Path, steps: int | None = None) -> RunConfig:
+    """Configuration in `file`, with the demo's data read from the folder `data`.
+
+    Raises:
+      ConfigError: the file does not exist or is invalid.
+    """
+    raw = load_config_file(file)
+    for adapter in raw["adapters"].values():
+        for split in ("train", "validation"):
+            for source in adapter["data"][split].values():
+                if Path(source["path"]).is_relative_to(_CONFIG_DATA):
+                    source["path"] = str(data / Path(source["path"]).relative_to(_CONFIG_DATA))
+    if steps is not None:
+        raw["training"]["steps"] = steps
+    return parse_run_config(raw, METHODS)

@@ -2,7 +2,8 @@
 
     python -m moe_jax.demo.pretrain --output moe_jax/demo/base
 
-made the checkpoint in `moe_jax/demo/base`. It has read plain sentences only, never an instruction.
+This is the command that made the checkpoint in `moe_jax/demo/base`. It is trained on plain
+sentences only, not on instructions.
 """
 
 import argparse
@@ -35,19 +36,19 @@ from moe_jax.models.causal_lm import LlamaForCausalLM
 from moe_jax.training.step.loss import row_losses
 
 PROMPT = "bare"
-"""The prompt template of the demo's instructions."""
+"""Prompt template of the demo's instructions."""
 
 ROWS, LENGTH = 8, 128
 LEARNING_RATE = 3e-3
 WARMUP_STEPS = 50
 WEIGHT_DECAY = 0.05
 
-# Lines of text that are made and tokenised at a time.
-_LINES_AT_ONCE = 2000
+# Lines of text that are generated and tokenized at a time.
+_LINES_PER_CHUNK = 2000
 
 
 def demo_tokenizer(seed: int) -> PreTrainedTokenizerFast:
-    """The tokenizer of the demo, which has seen the wording of sentences and instructions."""
+    """Tokenizer of the demo, trained on sentences and instructions."""
     template = load_prompt_template(PROMPT)
     train, _ = instruction_rows(seed)
     texts = [template.fill(row.instruction, row.input, "") + row.output for row in train]
@@ -56,11 +57,11 @@ def demo_tokenizer(seed: int) -> PreTrainedTokenizerFast:
 
 
 def packed_batches(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[Batch]:
-    """Endless batches of [ROWS, LENGTH], each row filled with whole lines of fresh text."""
+    """Endless batches of [ROWS, LENGTH], each row filled with whole lines of new text."""
     rows: list[list[list[int]]] = []
     row: list[list[int]] = []
     while True:
-        for tokens in tokenizer(plain_sentences(seed, _LINES_AT_ONCE))["input_ids"]:
+        for tokens in tokenizer(plain_sentences(seed, _LINES_PER_CHUNK))["input_ids"]:
             tokens = [*tokens, tokenizer.eos_token_id]
             if sum(map(len, row)) + len(tokens) > LENGTH:
                 rows.append(row)
@@ -82,7 +83,7 @@ def _collate(rows: Sequence[Sequence[Sequence[int]]]) -> Batch:
             segment_ids[index, part] = number
             positions[index, part] = np.arange(len(line))
             start += len(line)
-    # A line's first token follows nothing.
+    # The first token of a line is not predicted.
     loss_mask = (segment_ids > 0) & (positions > 0)
     zeros = np.zeros_like(tokens)
     return Batch(tokens, loss_mask, segment_ids, positions, zeros, zeros.astype(np.float32))

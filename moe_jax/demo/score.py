@@ -1,4 +1,4 @@
-"""How well questions are answered, and which experts answer them."""
+"""Scores of the demo's held-out questions: exact answers, losses, and loads of the experts."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -22,14 +22,14 @@ from moe_jax.training.step.loss import row_losses
 from moe_jax.training.step.step import forward
 
 
-class Score(NamedTuple):
-    """Of one set of questions.
+class AnswerScore(NamedTuple):
+    """Scores of one set of questions.
 
     Attributes:
-      questions: how many.
-      exact: share of them that greedy decoding answers exactly, the end of text included.
-      loss: nats per token of the right answers.
-      load: float [L, E], share of the slots of layer L that went to expert E; None without routers.
+      questions: number of questions.
+      exact: share that greedy decoding answers exactly, including the end-of-text token.
+      loss: mean loss of the right answers in nats per token.
+      load: float [L, E], share of the load of layer L on expert E; None without routers.
     """
 
     questions: int
@@ -38,66 +38,72 @@ class Score(NamedTuple):
     load: np.ndarray | None
 
 
-class Scorer:
-    """Scores answers with one model, compiled once for each shape of batch."""
+class AnswerScorer:
+    """Scores answers with one model. It is compiled once for each batch shape."""
 
     def __init__(self, model: LlamaForCausalLM):
-        """Takes a model whose adapter_rows fit the adapters and the rows of the batches to come."""
+        """Takes a model whose `adapter_rows` match the adapters and batches to score."""
 
         @jax.jit
-        def judge(params: Any, adapters: Any, batch: Batch) -> tuple[jax.Array, ...]:
+        def score_batch(params: Any, adapters: Any, batch: Batch) -> tuple[jax.Array, ...]:
             heads = lambda module, hidden, _: module.logits(hidden)
             logits, statistics = forward(model, params, adapters, batch, heads)
             mask = batch.loss_mask[:, 1:]
-            asked = jnp.any(mask, axis=-1)
+            is_question = jnp.any(mask, axis=-1)
             hits = jnp.argmax(logits[:, :-1], axis=-1) == batch.tokens[:, 1:]
-            right = asked & jnp.all(hits | ~mask, axis=-1)
+            is_exact = is_question & jnp.all(hits | ~mask, axis=-1)
             losses, targets = row_losses(logits, batch)
             loads = [site.load_sum for sites in statistics.values() for site in sites.values()]
-            return jnp.sum(asked), jnp.sum(right), jnp.sum(losses), jnp.sum(targets), *loads
+            return (
+                jnp.sum(is_question),
+                jnp.sum(is_exact),
+                jnp.sum(losses),
+                jnp.sum(targets),
+                *loads,
+            )
 
-        self._judge = judge
+        self._score_batch = score_batch
 
-    def __call__(self, params: Any, adapters: Mapping[str, Any], batches: Iterable[Batch]) -> Score:
-        """Scores the answers in `batches`, rows of one question each; empty rows do not count.
+    def __call__(
+        self, params: Any, adapters: Mapping[str, Any], batches: Iterable[Batch]
+    ) -> AnswerScore:
+        """Scores the answers in `batches`, with one question per row; empty rows do not count.
 
-        Greedy decoding writes an answer exactly if and only if each of its tokens is the likeliest
-        one after the question and the answer's own earlier tokens, so one forward pass decides it.
+        Greedy decoding gives an answer exactly if and only if each of its tokens is the most likely
+        one after the question and the earlier tokens of the answer: one forward pass suffices.
 
         Args:
-          params: the frozen base parameters.
-          adapters: `{name: tree}`; empty scores the base.
-          batches: NumPy arrays.
+          params: frozen base parameters.
+          adapters: adapter trees by name; empty for the base alone.
+          batches: batches of NumPy arrays.
         """
         totals = None
         for batch in batches:
-            parts = jax.device_get(self._judge(params, adapters, batch))
-            totals = (
-                parts if totals is None else [a + b for a, b in zip(totals, parts, strict=True)]
-            )
+            sums = jax.device_get(self._score_batch(params, adapters, batch))
+            totals = sums if totals is None else [a + b for a, b in zip(totals, sums, strict=True)]
         if totals is None:
             raise ValueError("no batch to score")
-        asked, right, loss, targets, *loads = totals
+        questions, exact, loss, targets, *loads = totals
         load = loads[0] / loads[0].sum(axis=-1, keepdims=True) if loads else None
-        return Score(int(asked), float(right / asked), float(loss / targets), load)
+        return AnswerScore(int(questions), float(exact / questions), float(loss / targets), load)
 
 
-class Examiner:
-    """Asks the held-out questions of a run, of its frozen base and of adapters on it."""
+class HeldOutScorer:
+    """Scores the base of a run and adapters of it on held-out questions."""
 
     def __init__(self, config: RunConfig, adapter: str):
-        """Loads the base of `config`, and the questions that validate its adapter `adapter`."""
-        base, own = Path(config.base.path), config.adapters[adapter]
+        """Loads the base of `config` and the validation data of its adapter `adapter`."""
+        base, adapter_config = Path(config.base.path), config.adapters[adapter]
         model_config = read_model_config(base)
         self._params = load_base_params(base, model_config, config.base.param_dtype)
-        self._rows = own.batch_size
-        self._sets = load_validation_data(own.data, load_tokenizer(base), self._rows)
+        self._rows = adapter_config.batch_size
+        self._sets = load_validation_data(adapter_config.data, load_tokenizer(base), self._rows)
         dtype = config.base.param_dtype
         self._frozen = LlamaForCausalLM(model_config, config.compute, param_dtype=dtype)
-        self._scorers: dict[AdapterMethod | None, Scorer] = {}
+        self._scorers: dict[AdapterMethod | None, AnswerScorer] = {}
 
-    def __call__(self, adapter: SavedAdapter | None) -> dict[str, Score]:
-        """The scores by task; None asks the frozen base."""
+    def __call__(self, adapter: SavedAdapter | None) -> dict[str, AnswerScore]:
+        """Scores by task; None scores the base alone."""
         method = None if adapter is None else adapter.method
         adapters = {} if adapter is None else {SINGLE: adapter.tree}
         scorer = self._scorer(method)
@@ -105,9 +111,9 @@ class Examiner:
             task: scorer(self._params, adapters, batches) for task, batches in self._sets.items()
         }
 
-    def _scorer(self, method: AdapterMethod | None) -> Scorer:
-        """One for all adapters of an equal method: their weights are arguments."""
+    def _scorer(self, method: AdapterMethod | None) -> AnswerScorer:
+        """Scorer of a method; the weights of an adapter are arguments of its compiled function."""
         if method not in self._scorers:
             model = self._frozen.clone(adapter_rows=single_adapter(method, self._rows))
-            self._scorers[method] = Scorer(model)
+            self._scorers[method] = AnswerScorer(model)
         return self._scorers[method]

@@ -1,4 +1,4 @@
-"""Writes a tiny Llama in the Hugging Face format, without torch."""
+"""A tiny random Llama in the Hugging Face format, and its tokenizer; without torch."""
 
 import json
 import math
@@ -55,7 +55,7 @@ _DTYPES = {
 
 
 def tensor_shapes(hf_config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of a Llama, as Hugging Face stores them: weights [out, in]."""
+    """Name and shape of every tensor of a Llama checkpoint; weights are [out, in]."""
     d, f = hf_config["hidden_size"], hf_config["intermediate_size"]
     q = hf_config["num_attention_heads"] * hf_config["head_dim"]
     kv = hf_config["num_key_value_heads"] * hf_config["head_dim"]
@@ -84,10 +84,9 @@ def tensor_shapes(hf_config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
 
 
 def random_tensors(hf_config: dict[str, Any], seed: int) -> dict[str, np.ndarray]:
-    """Float32 tensors at initialisation: normal weights, norms near one, biases that are not zero.
+    """Random float32 tensors: normal weights and biases, and norms near one.
 
-    A random norm or bias is no way to start pre-training, but a test that compares two computations
-    sees a mistake in them that ones and zeros would hide.
+    Norms of one and biases of zero would be usual for pre-training, but would hide errors in tests.
     """
     rng = np.random.default_rng(seed)
     tensors = {}
@@ -103,10 +102,10 @@ def write_checkpoint(
     """Writes `config.json` and randomly initialised weights into `folder`.
 
     Args:
-      folder: made where it does not exist.
-      seed: of the weights.
-      shards: files over which the weights are spread.
-      dtype: type of the weights: `float32`, `float16` or `bfloat16`.
+      folder: folder, created if it does not exist.
+      seed: seed of the weights.
+      shards: number of weight files.
+      dtype: dtype of the weights: `float32`, `float16` or `bfloat16`.
       **overrides: fields of `config.json` that differ from `TINY_LLAMA`.
 
     Returns:
@@ -122,7 +121,9 @@ def write_model(
 ) -> None:
     """Writes `config.json` and `tensors`, cast to the config's `dtype`, into `folder`."""
     if {name: tensor.shape for name, tensor in tensors.items()} != tensor_shapes(hf_config):
-        raise ValueError("the tensors are not those that the config describes")
+        raise ValueError(
+            "names or shapes of the tensors differ from those that the config describes"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(hf_config, indent=2, sort_keys=True) + "\n"
     (folder / "config.json").write_text(text, encoding="utf-8")
@@ -149,13 +150,9 @@ def write_model(
     (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
 
 
-# FIXME docstring of the merged demo.tokenizer:
-# """A small byte-level BPE tokenizer, trained on the demo's own text."""
-
-
 BOS, EOS = "<s>", "</s>"
 
-# Turns are marked by plain words, so that they need no tokens of their own.
+# Roles are plain words, so that no special tokens are needed.
 CHAT_TEMPLATE = (
     "{{ bos_token }}"
     "{% for message in messages %}"
@@ -167,16 +164,16 @@ CHAT_TEMPLATE = (
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Trains a tokenizer on `texts` that can represent any text, with `BOS` put in front.
+    """Trains a byte-level BPE tokenizer, which puts `BOS` in front of each text.
 
     Args:
-      texts: the lines to learn the merges from; the same lines give the same tokenizer.
-      vocab_size: tokens at most, counting the 256 bytes and the two special tokens.
+      texts: training texts; equal texts give equal tokenizers.
+      vocab_size: maximum number of tokens, including the 256 bytes and the two special tokens.
     """
     tokenizer = Tokenizer(models.BPE())
-    # A space goes before each line's first word, as Llama's tokenizer puts one before a text, so
-    # that a word is the same tokens wherever it stands. Nothing is added after a last line break:
-    # the tokens of a prompt begin those of prompt and completion.
+    # A space is put before the first word of each line, as Llama's tokenizer does for a text, so
+    # that the tokens of a word do not depend on its position. There is none after a last line
+    # break, so that the tokens of a prompt are a prefix of those of prompt and completion.
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.Prepend(" "), normalizers.Replace(Regex(r"\n(?=\S)"), "\n ")]
     )

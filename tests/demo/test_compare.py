@@ -13,28 +13,30 @@ from moe_jax.adapters import METHODS
 from moe_jax.config.run import parse_run_config
 from moe_jax.data.pipeline import load_train_data
 from moe_jax.data.tokenizer import load_tokenizer
-from moe_jax.demo.compare import Answers, Comparison, Spread, chance, spread, verdict
+from moe_jax.demo.compare import Comparison, MethodScores, Spread, p_value, spread, verdict
 from moe_jax.demo.corpus import write_corpus
-from moe_jax.demo.score import Score
+from moe_jax.demo.score import AnswerScore
 from moe_jax.hf.config import read_model_config
 from moe_jax.training.records.plan import parameter_count
 from moe_jax.training.step.program import build_program
 
 
-def answers(method, table):
+def method_scores(method, table):
     """Of `{seed: {task: (exact, loss)}}`, two questions each."""
     scores = {
-        seed: {task: Score(2, exact, loss, None) for task, (exact, loss) in tasks.items()}
+        seed: {task: AnswerScore(2, exact, loss, None) for task, (exact, loss) in tasks.items()}
         for seed, tasks in table.items()
     }
-    return Answers(method, 100, 1e-3, scores)
+    return MethodScores(method, 100, 1e-3, scores)
 
 
 @pytest.fixture
 def comparison():
     first = {4: {"a": (0.5, 1.0), "b": (1.0, 0.2)}, 3: {"a": (0.0, 3.0), "b": (1.0, 0.4)}}
     second = {3: {"a": (0.5, 2.0), "b": (0.5, 0.4)}, 4: {"a": (0.5, 2.0), "b": (0.0, 0.6)}}
-    return Comparison(answers("mixlora", first), answers("lora", second), steps=7, rows=5)
+    return Comparison(
+        method_scores("mixlora", first), method_scores("lora", second), steps=7, rows=5
+    )
 
 
 def test_figures_by_hand(comparison):
@@ -71,27 +73,27 @@ def test_chance_is_that_of_the_paired_t_test(count):
     first, second = rng.normal(size=count) + 0.8, rng.normal(size=count)
     expected = scipy.stats.ttest_rel(first, second).pvalue
     assert 0.01 < expected < 0.99
-    assert chance(list(first - second)) == pytest.approx(expected, abs=1e-5)
+    assert p_value(list(first - second)) == pytest.approx(expected, abs=1e-5)
 
 
 def test_chance_without_spread():
-    assert chance([0.0, 0.0, 0.0]) == 1.0
-    assert chance([0.25, 0.25]) == 0.0
+    assert p_value([0.0, 0.0, 0.0]) == 1.0
+    assert p_value([0.25, 0.25]) == 0.0
     with pytest.raises(ValueError, match="two pairs"):
-        chance([1.0])
+        p_value([1.0])
 
 
 def test_verdict_follows_the_figures():
     # Mean 1, deviation 1: standard error 0.58, t = 1.73 with 2 degrees of freedom.
     said = verdict("A", "B", "Loss", "nats", 2, [0.0, 1.0, 2.0])
     assert said == (
-        "Loss: A less B is +1.00 nats, standard error 0.58 (3 pairs, t-test p = 0.23): "
-        "no difference beyond the spread over seeds."
+        "Loss: A minus B is +1.00 nats, standard error 0.58 (3 pairs, t-test p = 0.23): "
+        "not larger than the variation over seeds."
     )
     # t = 17.3: p = 0.0033.
     said = verdict("A", "B", "Loss", "nats", 1, [-0.9, -1.0, -1.1])
     assert "is -1.0 nats" in said and "p = 0.0033" in said
-    assert ": a difference beyond the spread over seeds" in said
+    assert ": larger than the variation over seeds" in said
 
 
 @pytest.fixture(scope="module")
