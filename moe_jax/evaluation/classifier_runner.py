@@ -22,7 +22,7 @@ from moe_jax.evaluation.question_runner import announcement, progress_bar, requi
 from moe_jax.evaluation.scorer import ScoredSequence, Scorer
 from moe_jax.evaluation.scoring_protocols import BaseLimits
 from moe_jax.hf.base_model import BaseModel
-from moe_jax.loaded.model import NamedAdapter
+from moe_jax.loaded.inference_model import NamedAdapter
 from moe_jax.tasks.classification_metrics import measure
 from moe_jax.tasks.families.glue import ClassificationTask, LabelledText
 from moe_jax.tasks.task import Task

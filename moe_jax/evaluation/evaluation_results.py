@@ -13,7 +13,7 @@ from moe_jax.errors import ConfigError
 from moe_jax.evaluation.scoring_protocols import PreparedTask
 from moe_jax.files.atomic import write_atomic
 from moe_jax.hf.base_model import BaseModel
-from moe_jax.loaded.model import BASE, NamedAdapter
+from moe_jax.loaded.inference_model import BASE, NamedAdapter
 from moe_jax.tasks.task import Task
 from moe_jax.version import __version__
 
@@ -246,7 +246,7 @@ class Evaluation:
         }
 
     def to_markdown(self) -> str:
-        """Content of `results.md`: a table for each measure, models as rows and tasks as columns."""
+        """Content of `results.md`: tables with models as rows and tasks as columns, by measure."""
         tables = [self._table(measure) for measure in self.measures()]
         return "\n".join(["In percent, ± one standard error.\n", *tables])
 

@@ -30,7 +30,7 @@ from moe_jax.hf.base_model import BaseModel, open_base
 from moe_jax.inference.api import InferenceSession
 from moe_jax.inference.prompts import Prompt
 from moe_jax.inference.settings import GenerationConfig, SamplingConfig
-from moe_jax.loaded.model import build_model, load_adapters, load_params
+from moe_jax.loaded.inference_model import build_model, load_adapters, load_params
 from moe_jax.sharding.mesh import make_mesh
 
 try:

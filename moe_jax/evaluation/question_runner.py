@@ -13,7 +13,7 @@ from moe_jax.evaluation.evaluation_results import TaskOutcome, count_correct
 from moe_jax.evaluation.scorer import Scorer, sequences_digest
 from moe_jax.evaluation.scoring_protocols import SCORING_PROTOCOLS, PreparedTask
 from moe_jax.hf.base_model import BaseModel
-from moe_jax.loaded.model import BASE, Adapter, NamedAdapter
+from moe_jax.loaded.inference_model import BASE, Adapter, NamedAdapter
 from moe_jax.tasks.task import Question
 from moe_jax.training.run.measurement import EvaluationInterrupted
 

@@ -32,7 +32,7 @@ from moe_jax.evaluation.scoring_protocols import (
     max_candidates,
     prepare_tasks,
 )
-from moe_jax.loaded.model import BASE, Adapter, NamedAdapter, load_adapters
+from moe_jax.loaded.inference_model import BASE, Adapter, NamedAdapter, load_adapters
 from moe_jax.tasks.selection import named_task
 from moe_jax.tasks.task import Question, Task
 from moe_jax.training.run.inputs import Inputs

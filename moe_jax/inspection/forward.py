@@ -1,4 +1,4 @@
-"""The model's side: where an adapter routes, and its routers' decisions for batches of rows."""
+"""Forward passes that record the routing of tokens: sites of an adapter, and batches of rows."""
 
 import functools
 from collections.abc import Iterator, Sequence
@@ -17,35 +17,37 @@ from moe_jax.layers.names import ROUTING
 from moe_jax.models.adapted import SINGLE, abstract_params, apply, single_adapter
 from moe_jax.models.causal_lm import LlamaForCausalLM
 
-_SHORTEST = 32
-"""Rows are padded to this length times a power of two, each of which is one compilation."""
+_SHORTEST_LENGTH = 32
+"""Rows are padded to this length times a power of two; each length is compiled once."""
 
 Batches = Iterator[tuple[list[int], TokenRouting, np.ndarray]]
-"""See `route_rows`."""
+"""Indices, routing and token mask of each batch; see `route_rows`."""
 
-_ORDER = (
+_SITE_ORDER = (
     *("mlp/moe", "mlp/gate_proj", "mlp/up_proj", "mlp/down_proj"),
     *("self_attn/q_proj", "self_attn/k_proj", "self_attn/v_proj", "self_attn/o_proj"),
 )
-"""Sites, the first one of which is looked at unless told otherwise."""
+"""Order of sites; the first one of an adapter is the default."""
 
 
 def routing_sites(model: LlamaForCausalLM, method: AdapterMethod, tree: Any) -> list[str]:
-    """Where an adapter routes; nothing is computed, and no weights of the base are needed.
+    """Modules of an adapter with a router, from shapes only.
 
     Args:
-      model: without adapter_rows.
-      method: of the adapter.
-      tree: its weights.
+      model: model without adapters.
+      method: method of the adapter.
+      tree: adapter tree.
 
     Raises:
-      ValueError: the method routes, but does not sow what it does.
+      ValueError: the method routes but sows no routing.
     """
     params = nn.meta.unbox(abstract_params(model))
     tokens, mask = (jax.ShapeDtypeStruct((1, 2), dtype) for dtype in (jnp.int32, jnp.bool_))
     route = functools.partial(_route, model.clone(adapter_rows=single_adapter(method, 1)))
     found = jax.eval_shape(route, params, tree, tokens, mask)
-    return sorted(found, key=lambda site: (_ORDER.index(site) if site in _ORDER else 99, site))
+    return sorted(
+        found, key=lambda site: (_SITE_ORDER.index(site) if site in _SITE_ORDER else 99, site)
+    )
 
 
 def route_rows(
@@ -57,35 +59,37 @@ def route_rows(
     rows: Sequence[TokenRow],
     batch_size: int,
 ) -> Batches:
-    """The routers' decisions at one site, the longest rows first.
+    """Routing of all rows at one site, the longest rows first.
 
     Args:
-      model, method, tree: see `routing_sites`.
-      site: one of them.
-      params: the base.
-      rows: any number.
-      batch_size: rows at once.
+      model: model without adapters.
+      method: method of the adapter.
+      site: one of `routing_sites`.
+      params: frozen base parameters.
+      tree: adapter tree.
+      rows: sequences.
+      batch_size: number of rows in a batch.
 
     Yields:
-      The places in `rows` of a batch's first rows (others are empty), the decisions [L, B, S, E] on
-      the host, and the mask bool [B, S] of tokens.
+      Indices in `rows` of the first rows of a batch (others are padding), routing [L, B, S, E] on
+      the host, and token mask bool [B, S].
     """
     longest = max(len(row.tokens) for row in rows)
-    lengths = [_SHORTEST]
+    lengths = [_SHORTEST_LENGTH]
     while lengths[-1] < longest:
         lengths.append(2 * lengths[-1])
     model = model.clone(adapter_rows=single_adapter(method, batch_size))
     function = jax.jit(lambda *arrays: _route(model, *arrays)[site])
-    order = sorted(range(len(rows)), key=lambda place: -len(rows[place].tokens))
+    order = sorted(range(len(rows)), key=lambda index: -len(rows[index].tokens))
     for start in range(0, len(order), batch_size):
-        places = order[start : start + batch_size]
-        shape = (batch_size, padded_length(len(rows[places[0]].tokens), lengths))
+        indices = order[start : start + batch_size]
+        shape = (batch_size, padded_length(len(rows[indices[0]].tokens), lengths))
         tokens, mask = np.full(shape, PADDING_ID, np.int32), np.zeros(shape, bool)
-        for number, place in enumerate(places):
-            length = len(rows[place].tokens)
-            tokens[number, :length] = rows[place].tokens
-            mask[number, :length] = True
-        yield places, jax.device_get(function(params, tree, tokens, mask)), mask
+        for position, index in enumerate(indices):
+            length = len(rows[index].tokens)
+            tokens[position, :length] = rows[index].tokens
+            mask[position, :length] = True
+        yield indices, jax.device_get(function(params, tree, tokens, mask)), mask
 
 
 def _route(
@@ -95,7 +99,7 @@ def _route(
     tokens: jax.Array,
     token_mask: jax.Array,
 ) -> dict[str, TokenRouting]:
-    """The decisions at every site, for rows [B, S] padded on the right."""
+    """Routing at every site of rows [B, S], which are padded on the right."""
     compute = LlamaForCausalLM.hidden_states
     options: Any = {"token_mask": token_mask, "mutable": [ROUTING]}
     _, sown = apply(model, params, {SINGLE: tree}, compute, tokens, **options)

@@ -339,11 +339,11 @@ def test_results_of_others_are_not_written_over(setting, arc, whole, tmp_path):
     shutil.copytree(whole[1], folder)
     before = _files(folder)
     adapters = {"tuned": setting.adapter}
-    with pytest.raises(UserError, match=r"models that are not asked now.* base; ask for these too"):
+    with pytest.raises(UserError, match=r"models that this evaluation leaves out.* base; include these too"):
         _evaluate(setting, arc, folder, adapters=adapters)
     assert _files(folder) == before
     results = json.loads((folder / "results.json").read_text())
     results["tasks"].append({"name": "boolq"})
     (folder / "results.json").write_text(json.dumps(results))
-    with pytest.raises(UserError, match=r"results.json: holds tasks .* boolq; ask for these too"):
+    with pytest.raises(UserError, match=r"results.json: holds tasks .* boolq; include these too"):
         _evaluate(setting, arc, folder)
