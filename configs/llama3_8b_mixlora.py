@@ -1,6 +1,6 @@
 """MixLoRA on Llama-3-8B, with the hyper-parameters of `llama7b_mixlora.py`.
 
-Train on your own instructions, on all devices there are:
+Train on your own instructions, on all devices:
 
     python train.py --config configs/llama3_8b_mixlora.py --workdir runs/llama3 \
         --config.base.path=/path/to/Meta-Llama-3-8B \

@@ -1,12 +1,12 @@
-"""Plain LoRA on Llama-2-7B with as many trainable parameters as `llama7b_mixlora.py`: the baseline.
+"""Plain LoRA on Llama-2-7B, the baseline of `llama7b_mixlora.py` with equal trainable parameters.
 
-Train on your own instructions, on all devices there are:
+Train on your own instructions, on all devices:
 
     python train.py --config configs/llama7b_lora.py --workdir runs/lora \
         --config.base.path=/path/to/Llama-2-7b-hf \
         --config.adapters.default.data.train.instructions.path=/path/to/train.jsonl
 
-Everything but the method is the other file's, so that the two runs differ in nothing else.
+Only the method differs from the other file.
 """
 
 from typing import Any
@@ -22,8 +22,8 @@ def get_config() -> ConfigDict:
     config.adapters.default.method = ConfigDict(
         {
             "name": "lora",
-            # 78,080 weights a layer for each unit of rank: 199.9 million at rank 80, MixLoRA has
-            # 203.4 million. Rank 80 and alpha 160 are the paper's own baseline.
+            # A layer has 78,080 weights per unit of rank: 199.9 million in total at rank 80;
+            # MixLoRA has 203.4 million. Rank 80 and alpha 160 are the paper's baseline.
             "rank": 80,
             "alpha": 160.0,
             "dropout": mixlora.dropout,

@@ -2,15 +2,15 @@
 
 Rank 16, alpha 32, 8 experts, top-2, dropout 0.05 and all seven projections; AdamW with learning
 rate 2e-4, batches of 16 rows of at most 512 tokens and two epochs are the paper's
-(arXiv:2404.15159, experimental setup). Where it says nothing, the comments below say why.
+(arXiv:2404.15159, experimental setup). Comments below explain the other settings.
 
-Train on your own instructions, on all devices there are:
+Train on your own instructions, on all devices:
 
     python train.py --config configs/llama7b_mixlora.py --workdir runs/mixlora \
         --config.base.path=/path/to/Llama-2-7b-hf \
         --config.adapters.default.data.train.instructions.path=/path/to/train.jsonl
 
-See first what it will need, without weights, data or an accelerator:
+Print the memory that a run needs, without weights, data or an accelerator:
 
     python train.py --config configs/llama7b_mixlora.py --plan --devices 8
 """
@@ -43,20 +43,20 @@ def get_config() -> ConfigDict:
 
     config.base = ConfigDict()
     config.base.path = "meta-llama/Llama-2-7b-hf"
-    # Half of float32's memory; frozen weights are never updated, so no update is lost to rounding.
+    # Half the memory of float32. Frozen weights get no updates that bfloat16 could round away.
     config.base.param_dtype = "bfloat16"
-    # Only for --plan; a run compares it with the checkpoint's own config.json.
+    # For --plan; a run compares it with the checkpoint's config.json.
     config.base.hf_config = LLAMA_2_7B
 
     config.compute = ConfigDict()
     config.compute.dtype = "bfloat16"
     config.compute.attention = "xla"  # "cudnn" on NVIDIA GPUs
-    # Computes 2% of a step again, and keeps little more than a third of its activations, 4 MB a
-    # token (benchmarks/remat.md). Where they do not fit: more micro_batches, "narrow", or "full".
+    # Keeps 4 MB of activations per token, little more than a third, and computes 2% of a step again
+    # (benchmarks/remat.md). If a step runs out of memory: more micro_batches, "narrow", or "full".
     config.compute.remat = "frozen"
 
-    # All devices share one copy of the weights: 13.5 GB do not fit next to activations on most
-    # accelerators. One device alone is the same mesh with fsdp = 1.
+    # All devices share one copy of the weights: 13.5 GB do not fit next to the activations on most
+    # accelerators. On a single device, -1 is 1.
     config.mesh = ConfigDict()
     config.mesh.data = 1
     config.mesh.fsdp = -1
@@ -82,9 +82,9 @@ def get_config() -> ConfigDict:
         "up_proj",
         "down_proj",
     )
-    # 1e-2 is Switch Transformer's coefficient (arXiv:2101.03961, section 2.2), whose loss this is;
-    # the MixLoRA authors' own package, `mixlora`, has 1e-3 as its default. The z loss keeps router
-    # logits small (ST-MoE, arXiv:2202.08906, with that paper's coefficient).
+    # The load-balancing loss and its coefficient are those of Switch Transformer (arXiv:2101.03961,
+    # section 2.2); the default of the MixLoRA authors' package `mixlora` is 1e-3. The z loss, with
+    # the coefficient of ST-MoE (arXiv:2202.08906), keeps router logits small.
     adapter.method.losses = ConfigDict(
         {
             "load_balance": {"coefficient": 0.01, "scope": "per_layer"},
@@ -104,11 +104,11 @@ def get_config() -> ConfigDict:
         }
     )
     adapter.data.max_length = 512
-    # Each length is one compilation; rows are sorted so that little of a batch is padding.
+    # Each length is one compilation. Batches hold rows of similar length, so little is padding.
     adapter.data.buckets = (128, 256)
-    # The paper's batches are of 16 rows of a data set. "first_fit" packs as many as fit into each
-    # row, which leaves next to no padding and an epoch of fewer steps; lower batch_size
-    # then, so that a step learns from about as many.
+    # The paper's batches hold 16 rows of a data set. "first_fit" packs several of them into a row,
+    # which leaves almost no padding and fewer steps per epoch; divide batch_size by the packing
+    # factor printed at start-up to keep their number per step.
     adapter.data.packing = "none"
     adapter.data.train_on_prompt = False
 
@@ -117,7 +117,7 @@ def get_config() -> ConfigDict:
     adapter.optimizer.learning_rate = 2e-4
     adapter.optimizer.weight_decay = 0.0
     adapter.optimizer.clip_norm = 1.0
-    # The paper names no schedule; a short warm-up and a cosine are usual for LoRA.
+    # The paper does not state a schedule; a short warm-up and a cosine are usual for LoRA.
     adapter.optimizer.schedule = ConfigDict(
         {"kind": "cosine", "warmup_ratio": 0.03, "final_fraction": 0.1}
     )

@@ -1,4 +1,4 @@
-"""MixLoRA against LoRA of as many trainable parameters, on the demo's tiny Llama; three seeds each.
+"""MixLoRA and LoRA with equal trainable parameters, on the demo's tiny Llama; three seeds each.
 
     python -m moe_jax.demo --only-data --output demo_output
     python train.py --config configs/tiny_comparison.py --workdir demo_output/comparison
@@ -14,8 +14,8 @@ import ml_collections
 
 from configs import tiny_mixlora
 
-# For each method the best of 1e-3, 3e-3 and 1e-2, by the mean loss on the held-out questions over
-# two seeds that are not compared: see `tiny_comparison_rates.py`.
+# The best of 1e-3, 3e-3 and 1e-2 for each method, by the mean loss on the held-out questions over
+# two other seeds; see `tiny_comparison_rates.py`.
 LEARNING_RATES = {"mixlora": 3e-3, "lora": 3e-3}
 SEEDS = (0, 1, 2)
 
@@ -32,31 +32,30 @@ def get_config() -> ml_collections.ConfigDict:
 
 
 def methods() -> dict[str, dict[str, Any]]:
-    """What is compared, by name."""
+    """Configurations of the compared methods, by name."""
     config: Any = tiny_mixlora.get_config()
     mixlora: dict[str, Any] = config.adapters.default.method.to_dict()
     lora = {
         "name": "lora",
-        # Weights of a layer: 2,336 for each unit of rank, 53,728 at rank 23. MixLoRA has 53,760,
-        # the router's 512 included.
+        # A layer has 2,336 weights per unit of rank, 53,728 at rank 23. MixLoRA has 53,760,
+        # including the router's 512.
         "rank": 23,
-        # The same alpha / rank.
-        "alpha": 46.0,
+        "alpha": 46.0,  # equal alpha / rank
         **{field: mixlora[field] for field in ("dropout", "init", "target_modules")},
     }
     return {"mixlora": mixlora, "lora": lora}
 
 
 def adapter(method: dict[str, Any], learning_rate: float, seed: int) -> dict[str, Any]:
-    """An adapter's group of fields; those of an equal seed read the same rows in the same order."""
+    """Fields of an adapter; adapters of equal seed read the same rows in the same order."""
     config: Any = tiny_mixlora.get_config()
     fields: dict[str, Any] = config.adapters.default.to_dict()
     fields |= {"method": copy.deepcopy(method), "seed": seed}
-    # All questions as one set: the demo scores each skill afterwards.
+    # All questions in one set: the demo scores each task afterwards.
     fields["data"]["validation"] = {"held_out": tiny_mixlora.source("demo_output/data/validation")}
-    # As a share of the steps, so that it goes with any number of them.
+    # A share of the steps, so that it fits any number of them.
     schedule = {"kind": "cosine", "warmup_ratio": 0.05}
     fields["optimizer"] |= {"learning_rate": learning_rate, "schedule": schedule}
-    # Half of what `tiny_mixlora.py` takes: six adapters of 32 rows would take six times as long.
+    # Half of the rows in `tiny_mixlora.py`: six adapters of 32 rows would take six times as long.
     fields["batch_size"] = 16
     return fields

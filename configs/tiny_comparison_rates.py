@@ -1,10 +1,10 @@
-"""The learning rates of `tiny_comparison.py`: three for each method, two seeds each, all at once.
+"""Search for the learning rates of `tiny_comparison.py`: three per method, two seeds each.
 
     python -m moe_jax.demo --only-data --output demo_output
     python train.py --config configs/tiny_comparison_rates.py --workdir demo_output/rates
 
-Twelve adapters, some minutes; the table at the end has their losses on the held-out questions. When
-the rates were chosen, these were, as means over the two seeds:
+Twelve adapters train at once, in some minutes; the table at the end has their losses on the
+held-out questions. The means over the two seeds, from which the rates were chosen:
 
     rate     MixLoRA   LoRA
     1e-3     0.551     0.258
@@ -19,7 +19,7 @@ import ml_collections
 from configs import tiny_comparison
 
 LEARNING_RATES = (1e-3, 3e-3, 1e-2)
-# Not those of the comparison: a rate that suits their luck would flatter it.
+# Not the seeds of the comparison, to which the rates would otherwise be fitted.
 SEEDS = (10, 11)
 
 

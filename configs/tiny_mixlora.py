@@ -1,4 +1,4 @@
-"""MixLoRA on a tiny Llama and data of the project's own; a few minutes on two CPU cores.
+"""MixLoRA on the project's tiny Llama and data; a few minutes on two CPU cores.
 
     python -m moe_jax.demo --only-data --output demo_output
     python train.py --config configs/tiny_mixlora.py --workdir demo_output/run
@@ -14,19 +14,19 @@ TASKS = ("plural", "opposite", "colour", "sum", "reverse", "sort")
 def get_config() -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
 
-    # Pre-trained by `python -m moe_jax.demo.pretrain` on plain sentences; stored as bfloat16.
+    # Pre-trained by `python -m moe_jax.demo.pretrain` on plain sentences; stored in bfloat16.
     config.base = {"path": "moe_jax/demo/base", "param_dtype": "float32"}
-    # CPUs are no faster in bfloat16.
+    # bfloat16 is no faster on CPUs.
     config.compute = {"dtype": "float32"}
 
     method = {
         "name": "mixlora",
-        # Half the paper's rank and half its experts: the base is 128 wide.
+        # Half the paper's rank and number of experts: the base is 128 wide.
         "rank": 8,
         "alpha": 16.0,
         "num_experts": 4,
         "router": {"name": "top_k", "top_k": 2},
-        "dropout": 0.0,  # a minute of training is too short to overfit by much
+        "dropout": 0.0,  # a short run overfits little
         "init": "kaiming",
         "target_modules": (
             *("q_proj", "k_proj", "v_proj", "o_proj"),
@@ -36,14 +36,14 @@ def get_config() -> ml_collections.ConfigDict:
     }
     data = {
         "train": {"tasks": source("demo_output/data/train.jsonl")},
-        # One set a task, so that each has a loss of its own.
+        # One set per task, so that each has its own loss.
         "validation": {task: source(f"demo_output/data/validation/{task}.jsonl") for task in TASKS},
-        # All rows fit; a single length is a single compilation.
+        # All rows fit, and one length is one compilation.
         "max_length": 24,
     }
     optimizer = {
         "name": "adamw",
-        # Ten times what a large base wants: there are few steps, and the factors are small.
+        # Ten times that of a large base: there are few steps, and the factors are small.
         "learning_rate": 3e-3,
         "schedule": {"kind": "cosine", "warmup_steps": 20},
     }
@@ -57,5 +57,5 @@ def get_config() -> ml_collections.ConfigDict:
 
 
 def source(path: str) -> dict[str, str]:
-    """A data set of questions and answers in the file or folder `path`."""
+    """Data set of questions and answers in the file or folder `path`."""
     return {"path": path, "schema": "instruction", "prompt": "bare"}

@@ -1,11 +1,11 @@
-"""MixLoRA on a mix of six tasks of one's own, and how it does on each; the demo's tiny Llama.
+"""MixLoRA on the demo's tiny Llama, trained on six tasks from templates and evaluated on each.
 
     python -m moe_jax.demo --only-data --output demo_output
     python train.py --config configs/tiny_multitask.py --workdir demo_output/multitask
 
-The table at the end is also in `demo_output/multitask/evaluation`. LoRA of as many trainable
-parameters trains beside it, in the same step, with `--config.train_only=None`, and alone with
-`--config.train_only=lora`.
+The table at the end is also in `demo_output/multitask/evaluation`. With `--config.train_only=None`,
+LoRA with equal trainable parameters trains beside MixLoRA in the same step; with
+`--config.train_only=lora` it trains alone.
 """
 
 import copy
@@ -16,27 +16,27 @@ import ml_collections
 from configs import tiny_comparison, tiny_mixlora
 
 TASKS = tiny_mixlora.TASKS
-# Letters have the most rows and are the hardest; equal shares would repeat colours most.
+# The tasks on letters have the most rows and are the hardest.
 WEIGHTS = {"reverse": 2.0, "sort": 2.0}
 
 
 def get_config() -> ml_collections.ConfigDict:
     config: Any = tiny_mixlora.get_config()
-    # A folder for each task, with its rows and a template.txt that says how they are asked.
+    # Has a folder for each task, with its rows and a template.txt for its prompt.
     config.tasks_folder = "demo_output/data/tasks"
     adapter: dict[str, Any] = config.adapters.default.to_dict()
     adapter["data"] = {
-        # What is learned is what is measured: the words of the right choice after the prompt.
+        # As in evaluation, the completion is the text of the right choice.
         "train": {
             task: {"task": task, "answer": "choice", "weight": WEIGHTS.get(task, 1.0)}
             for task in TASKS
         },
-        # All rows fit; a single length is a single compilation.
+        # All rows fit, and one length is one compilation.
         "max_length": 32,
     }
     adapter["evaluation"] = {
         "tasks": TASKS,
-        # The template lists no options, so that there is no label to ask for.
+        # The templates list no options, so the tasks have no labels.
         "protocols": ("choices",),
         "every": 100,
         "limit_between": 20,

@@ -1,9 +1,9 @@
-"""A sweep on the demo's tiny Llama: MixLoRA at three learning rates and two ranks, all at once.
+"""Sweep on the demo's tiny Llama: MixLoRA at three learning rates and two ranks, all at once.
 
     python -m moe_jax.demo --only-data --output demo_output
     python train.py --config configs/tiny_sweep.py --workdir demo_output/sweep
 
-Six adapters share one base and one step; the table at the end says which did best.
+Six adapters share one base and one step; the table at the end ranks them.
 """
 
 from typing import Any
@@ -19,9 +19,9 @@ def get_config() -> ml_collections.ConfigDict:
         "adapter": "default",
         "grid": {"optimizer": {"learning_rate": (3e-4, 1e-3, 3e-3)}, "method": {"rank": (4, 8)}},
     }
-    # Six batches of 32 rows a step would take six times as long; small ones still tell them apart.
+    # Six batches of 32 rows would make a step six times as long; small ones show the differences.
     config.adapters.default.batch_size = 8
-    # As a share of the steps, so that it goes with any number of them.
+    # A share of the steps, so that it fits any number of them.
     config.adapters.default.optimizer.schedule = {"kind": "cosine", "warmup_ratio": 0.05}
     config.training.steps = 200
     config.training.eval_every = 100

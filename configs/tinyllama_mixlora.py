@@ -1,6 +1,6 @@
 """MixLoRA on TinyLlama-1.1B, with the hyper-parameters of `llama7b_mixlora.py`.
 
-Train on your own instructions, on all devices there are:
+Train on your own instructions, on all devices:
 
     python train.py --config configs/tinyllama_mixlora.py --workdir runs/tinyllama \
         --config.base.path=/path/to/TinyLlama-1.1B-intermediate-step-1431k-3T \
@@ -30,7 +30,7 @@ def get_config() -> ConfigDict:
     config: Any = llama7b_mixlora.get_config()
     config.base.path = "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T"
     config.base.hf_config = HF_CONFIG
-    # 2.2 GB of weights: small enough for one consumer GPU with the activations kept.
+    # 2.2 GB of weights: one consumer GPU holds a copy, and more of the activations can be kept.
     config.mesh.data = -1
     config.mesh.fsdp = 1
     config.compute.remat = "dots"

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from moe_jax.config.classification import ClassificationConfig
 from moe_jax.config.parse import require
 
 Schema = Literal["instruction", "completion", "chat", "text", "classification", "task"]
@@ -137,3 +138,26 @@ class DataConfig:
     def lengths(self) -> tuple[int, ...]:
         """Padded lengths of rows that are not packed, ascending."""
         return tuple(sorted({*self.buckets, self.max_length}))
+
+    def check_labels(self, classification: ClassificationConfig | None) -> None:
+        """Refuses, with `require`, data sets whose labels do not fit the adapter's head."""
+        require(
+            classification is None or not self.is_packed,
+            "packing",
+            "a classifier has one answer for each row, which can then hold one sequence only; "
+            "leave packing out, and set buckets",
+        )
+        for split, sources in (("train", self.train), ("validation", self.validation)):
+            for name, source in sources.items():
+                has_labels = source.schema == "classification"
+                require(
+                    has_labels or classification is None or source.task is not None,
+                    f"{split}.{name}.schema",
+                    f"{source.schema!r}, but method.classification learns rows of the schema "
+                    "'classification' or of a GLUE task",
+                )
+                require(
+                    not has_labels or classification is not None,
+                    f"{split}.{name}.schema",
+                    "'classification' needs method.classification, which names the labels",
+                )

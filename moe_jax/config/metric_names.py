@@ -61,6 +61,6 @@ TIMES = {
 
 
 def metric_semantics(name: str) -> Metric:
-    """Semantics of the metric `NAME` or `ADAPTER/NAME`; a name outside `METRICS` is a router loss."""
+    """Semantics of the metric `NAME` or `ADAPTER/NAME`; other names are those of router losses."""
     kind = name.rpartition("/")[2]
     return METRICS.get(kind) or Metric("mean", printed=kind not in UNPRINTED_LOSSES)

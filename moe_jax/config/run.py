@@ -7,7 +7,6 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from moe_jax.config.classification import ClassificationConfig
 from moe_jax.config.data import DataConfig
 from moe_jax.config.expand import expand_sweep, select_adapters
 from moe_jax.config.model import ComputeConfig, StorageType
@@ -164,7 +163,7 @@ class AdapterConfig:
         _require_length(self, "or neither for those of training")
         require(self.seed is None or self.seed >= 0, "seed", "must not be negative")
         with within("data"):
-            _check_labels(self.method.classification, self.data)
+            self.data.check_labels(self.method.classification)
             groups = {name: source.expert_group for name, source in self.data.train.items()}
             self.method.check_expert_groups(groups)
         require(
@@ -172,30 +171,6 @@ class AdapterConfig:
             "evaluation",
             "a classifier answers no questions; name its task's validation rows in data.validation",
         )
-
-
-def _check_labels(classification: ClassificationConfig | None, data: DataConfig) -> None:
-    """Refuses data sets without labels for a classifier, and with labels for a language model."""
-    require(
-        classification is None or not data.is_packed,
-        "packing",
-        "a classifier has one answer for each row, which can then hold one sequence only; "
-        "leave packing out, and set buckets",
-    )
-    for split, sources in (("train", data.train), ("validation", data.validation)):
-        for name, source in sources.items():
-            has_labels = source.schema == "classification"
-            require(
-                has_labels or classification is None or source.task is not None,
-                f"{split}.{name}.schema",
-                f"{source.schema!r}, but method.classification learns rows of the schema "
-                "'classification' or of a GLUE task",
-            )
-            require(
-                not has_labels or classification is not None,
-                f"{split}.{name}.schema",
-                "'classification' needs method.classification, which names the labels",
-            )
 
 
 _NOT_BETWEEN = "0 measures only before the first step and after the last"
