@@ -6,7 +6,7 @@ from typing import get_args
 
 import moe_jax
 from moe_jax.commands import Run
-from moe_jax.commands.arguments import EXPORT_FORMATS, EXPORT_WEIGHTS
+from moe_jax.commands.arguments import EXPORT_FORMATS, EXPORT_WEIGHTS, add_output
 from moe_jax.config.model import FloatType
 
 _EXAMPLES = """
@@ -36,7 +36,7 @@ def add_export(parser: argparse.ArgumentParser) -> Run:
         help="a folder, as in WORKDIR/adapters/NAME, or a hub id",
     )
     parser.add_argument("--to", required=True, choices=tuple(EXPORT_FORMATS), help="see below")
-    _add_output(parser)
+    add_output(parser)
     parser.add_argument(
         "--dtype",
         choices=get_args(FloatType),
@@ -117,7 +117,7 @@ def add_import(parser: argparse.ArgumentParser) -> Run:
         metavar="DIR_OR_ID",
         help="folder or hub id of the base that it was trained on",
     )
-    _add_output(parser)
+    add_output(parser)
     parser.add_argument(
         "--name",
         type=_folder_name,
@@ -130,16 +130,6 @@ def _import(arguments: argparse.Namespace) -> None:
     output = arguments.output / arguments.name if arguments.name else arguments.output
     adapter = moe_jax.import_adapter(arguments.source, arguments.base, output)
     print(f"wrote {output} ({type(adapter.method).registry.name_of(adapter.method)})")
-
-
-def _add_output(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--output",
-        type=Path,
-        required=True,
-        metavar="DIR",
-        help="a folder that does not exist yet, or is empty",
-    )
 
 
 def _folder_name(text: str) -> str:

@@ -117,6 +117,17 @@ def add_adapters(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_output(parser: argparse.ArgumentParser) -> None:
+    """Adds `--output`."""
+    parser.add_argument(
+        "--output",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="a folder that does not exist yet, or is empty",
+    )
+
+
 LESS_MEMORY_FLAGS = "--dtype bfloat16, or --mesh fsdp=-1 where there are several devices"
 """Advice for commands with `add_dtype` and `add_mesh` that run out of memory."""
 

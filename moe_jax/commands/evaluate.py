@@ -80,9 +80,7 @@ def add(parser: argparse.ArgumentParser) -> Run:
         help="a task of your own, see below; may be given several times",
     )
     add_adapters(parser)
-    parser.add_argument(
-        "--with-base", action="store_true", help="evaluate the base without an adapter too"
-    )
+    parser.add_argument("--with-base", action="store_true", help="evaluate the base alone too")
     parser.add_argument("--data", metavar="FOLDER", help="read the tasks from here, not the hub")
     parser.add_argument("--split", help="split of the rows (default: the task's)")
     parser.add_argument("--limit", type=int, metavar="N", help="use the first N rows of each task")

@@ -73,9 +73,7 @@ def add(parser: argparse.ArgumentParser) -> Run:
     parser.epilog = EPILOG
     add_base(parser)
     add_adapters(parser)
-    parser.add_argument(
-        "--with-base", action="store_true", help="let the base without an adapter answer too"
-    )
+    parser.add_argument("--with-base", action="store_true", help="answer with the base alone too")
     prompts = parser.add_argument_group("prompts (one of these)")
     prompts.add_argument(
         "--prompt", action="append", default=[], metavar="TEXT", help="may be given several times"
@@ -114,13 +112,15 @@ def _add_sampling(group: argparse._ArgumentGroup) -> None:
         metavar="X",
         help="0 is greedy decoding (default); below 1 sharpens the distribution, above 1 flattens",
     )
-    group.add_argument("--top-k", type=int, metavar="N", help="sample from the N likeliest tokens")
+    group.add_argument(
+        "--top-k", type=int, metavar="N", help="sample from the N most likely tokens"
+    )
     group.add_argument(
         "--top-p",
         type=float,
         default=SamplingConfig.top_p,
         metavar="X",
-        help="sample from the likeliest tokens with a total probability of X",
+        help="sample from the most likely tokens with a total probability of X",
     )
     group.add_argument(
         "--min-p",

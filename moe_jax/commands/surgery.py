@@ -15,6 +15,7 @@ from moe_jax.commands.arguments import (
     ROUTERS,
     TARGETS,
     UPCYCLE_TO,
+    add_output,
     listed,
     numbers,
 )
@@ -128,7 +129,7 @@ def _from_dense(parser: argparse.ArgumentParser) -> Operate:
     )
     _add_seed(parser, "directions that a difference does not determine")
     _add_data(parser, needed="", base=False)
-    _add_output(parser)
+    add_output(parser)
     return lambda arguments: moe_jax.surgery.from_dense(
         arguments.base,
         arguments.dense,
@@ -257,17 +258,7 @@ def _add_adapter(parser: argparse.ArgumentParser, kind: str) -> None:
         metavar="DIR_OR_ID",
         help=f"{kind}: folder, as in WORKDIR/adapters/NAME, or hub id",
     )
-    _add_output(parser)
-
-
-def _add_output(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--output",
-        type=Path,
-        required=True,
-        metavar="DIR",
-        help="a folder that does not exist yet, or is empty",
-    )
+    add_output(parser)
 
 
 def _add_seed(parser: argparse.ArgumentParser, subject: str) -> None:
