@@ -65,6 +65,7 @@ def save(store, step, adapters):
     store.save(step, adapters=adapters, optimizer={"n": jnp.int32(0)}, data={}, metadata={})
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # late errors
 def test_a_full_disk_keeps_the_former_state(small_disk):
     folder = small_disk.folder / "states"
     state = {"a": {"w": jax.random.normal(jax.random.key(0), (50_000,))}}  # hardly compresses
