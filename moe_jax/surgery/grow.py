@@ -117,7 +117,7 @@ def grow(
     notes = [_summary(counts, add, times, router, sources), _statement(copies_are_exact, noise)]
     if noise == 0.0:
         notes.append(
-            "without noise the copies stay equal in training; add noise before further training"
+            "without noise copies stay equal in training; add noise before further training"
         )
     change = None
     if text is not None and measurement is not None:
@@ -141,9 +141,7 @@ def _check(
         raise FieldError("split", f"{len(split)} experts for {add} new ones; give as many")
     for expert in split:
         if not 0 <= expert < fewest:
-            raise FieldError(
-                "split", f"there is no expert {expert}; a layer has experts 0 to {fewest - 1}"
-            )
+            raise FieldError("split", f"there is no expert {expert}; a layer has 0 to {fewest - 1}")
     if not 0.0 <= noise < 1.0:
         raise FieldError("noise", f"{noise}, but must lie in [0, 1)")
 

@@ -310,5 +310,5 @@ def test_without_a_network(hub, tmp_path, monkeypatch):
 
 def test_options_without_a_push(folder, tmp_path, capsys):
     assert export(folder, tmp_path / "out", "--private") == 2
-    assert "private: nothing is pushed; leave it out, or say where" in capsys.readouterr().err
+    assert "--private: has no effect without --push-to-hub; leave it out" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

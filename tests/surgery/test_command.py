@@ -52,7 +52,7 @@ def test_from_a_lora_to_more_experts(world, folders, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ("upcycle --adapter mix --experts 2", "method 'mixlora': only a LoRA can be upcycled; f"),
+        ("upcycle --adapter mix --experts 2", "method 'mixlora': only a LoRA can be upcycled; t"),
         ("upcycle --adapter none --experts 2", "none: no adapter here, adapter.json is missing"),
         ("upcycle --adapter lora --experts 1", "mixlora.num_experts: must be at least 2; for one"),
         ("upcycle --adapter lora --experts 2,3", "error: --experts: 'mixlora' takes one number"),

@@ -86,7 +86,7 @@ def test_differences_in_other_weights(world, tmp_path):
     keywords = {"rank": 1, "output": tmp_path / "out"}
     with pytest.raises(moe_jax.UserError, match=f"also differs from the base in {NORM}, which"):
         surgery.from_dense(world.folder, dense, **keywords)
-    with pytest.raises(moe_jax.UserError, match=f"in {NORM}, {GATE}, which a LoRA on up_proj has"):
+    with pytest.raises(moe_jax.UserError, match=f"in {NORM}, {GATE}, which a LoRA on up_proj can"):
         surgery.from_dense(world.folder, dense, target_modules=["up_proj"], **keywords)
     assert not (tmp_path / "out").exists()
     outcome = surgery.from_dense(world.folder, dense, leave_out=True, **keywords)
