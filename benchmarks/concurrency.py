@@ -58,7 +58,7 @@ def program_of(kind: str, adapters: int, args: argparse.Namespace) -> Program:
 
 def step_of(program: Program, params: Any, length: int) -> Callable[[], None]:
     """A function that does one training step and waits for it."""
-    rows = sum(segment.rows for segment in program.segments)
+    rows = sum(segment.total for segment in program.adapter_rows)
     batch = program.put_train_batch(random_batch(program.model.config, rows, length))
     box = [program.init_state(params)]
 

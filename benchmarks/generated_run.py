@@ -11,8 +11,7 @@ from benchmarks.sizes import hf_fields, model_of
 from moe_jax.adapters import METHODS
 from moe_jax.adapters.tree import TARGET_MODULES
 from moe_jax.config.run import RunConfig, parse_run_config
-from moe_jax.demo.checkpoint import write_checkpoint
-from moe_jax.demo.tokenizer import save_tokenizer, train_tokenizer
+from moe_jax.demo.tiny_llama import save_tokenizer, train_tokenizer, write_checkpoint
 
 VOCAB_SIZE = 512
 WORDS = tuple(f"word{i}" for i in range(200))

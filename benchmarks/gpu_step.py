@@ -18,7 +18,6 @@ network.
 """
 
 import argparse
-import dataclasses
 import re
 import sys
 import time
@@ -108,12 +107,7 @@ def check(args: argparse.Namespace) -> list[str]:
 
 def _config_of(name: str, args: argparse.Namespace) -> RunConfig:
     """The configuration of a run; that of the frozen model has an adapter, for its base."""
-    config = run_config(method_named(LORA if name == FROZEN else name, args), args)
-    # What is left to the platform would be chosen for the CPU, as jax runs nothing else here.
-    tokens = args.rows * args.length
-    return dataclasses.replace(
-        config, compute=dataclasses.replace(config.compute, block_tokens=tokens)
-    )
+    return run_config(method_named(LORA if name == FROZEN else name, args), args)
 
 
 def lowered_step(name: str, args: argparse.Namespace, chip: Any) -> jax.stages.Lowered:

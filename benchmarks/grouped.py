@@ -50,9 +50,9 @@ from moe_jax.adapters.method import AdapterMethod
 from moe_jax.config.model import ComputeConfig
 from moe_jax.errors import ConfigError, UserError
 
-CODES, EXPANSION, LAYER, LORA = "codes", "expansion", "layer", "lora"
+LOW_RANK, EXPANSION, LAYER, LORA = "codes", "expansion", "layer", "lora"
 FORMS_OF_PART = {
-    CODES: (ONE_HOT, GROUPED, BATCHED, RAGGED),
+    LOW_RANK: (ONE_HOT, GROUPED, BATCHED, RAGGED),
     EXPANSION: (ONE_HOT, GROUPED, BATCHED, RAGGED),
     LAYER: (ONE_HOT, GROUPED, BATCHED, LORA),
 }
@@ -94,7 +94,7 @@ def case_of(part: str, form: str, shape: Shape) -> Case:
     array = lambda *sizes, dtype=jnp.float32: jax.ShapeDtypeStruct(sizes, dtype)
     tokens, slots = shape.rows * shape.length, shape.top_k
     choice = array(tokens, slots, dtype=jnp.int32)
-    if part == CODES:
+    if part == LOW_RANK:
         operands = (
             array(slots, tokens, shape.rank),
             choice,

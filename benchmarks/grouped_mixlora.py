@@ -1,6 +1,6 @@
 """MixLoRA whose tokens are sorted by expert, to measure beside the package's; needs jax and flax.
 
-It is MixLoRA's algebra (see `MixLoraMLP`), and the leaves are the same. But a block of rows, which
+It is MixLoRA's algebra (see `moe_jax.adapters.mixlora`), and the leaves are the same. But a block of rows, which
 have one expert, meets that expert's pairs alone, in all three projections, so that no code of
 another expert is computed.
 """
@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.grouped_rows import Walk, group_rows, in_groups, rows_of_block
-from moe_jax.adapters.lora.low_rank import ExpertPairs
-from moe_jax.adapters.method import AdapterContext, AdapterMethod, Finish, FrozenFFN
-from moe_jax.adapters.mixlora import MixLoraConfig, MixLoraMLP
+from moe_jax.adapters.lora.low_rank import ExpertLora
+from moe_jax.adapters.method import AdapterContext, AdapterMethod, FFNUpdate, FrozenFFN
+from moe_jax.adapters.mixlora import MixLoraConfig, MixLoraFFN
 from moe_jax.adapters.tree import MLP_MODULES
 from moe_jax.config.parse import require
 from moe_jax.layers.activation import gated
@@ -91,13 +91,13 @@ class Expert(NamedTuple):
         return Made(hidden, added("down_proj", hidden))
 
 
-class GroupedMLP(MixLoraMLP):
-    """The routed FFN, block by block, of a `GroupedMixLora`. Leaves as of `MixLoraMLP`."""
+class GroupedMLP(MixLoraFFN):
+    """The routed FFN, block by block, of a `GroupedMixLora`. Leaves as of `MixLoraFFN`."""
 
     @nn.compact
     def __call__(
         self, x: jax.Array, ffn: FrozenFFN, context: AdapterContext, *, deterministic: bool
-    ) -> tuple[jax.Array, Finish]:
+    ) -> FFNUpdate:
         """See `AdapterMethod.mlp_adapter`.
 
         Raises:
@@ -116,8 +116,8 @@ class GroupedMLP(MixLoraMLP):
         }
         pairs = {}
         for target, (kernel, axes) in kernels.items():
-            made = ExpertPairs(method.expert_low_rank, experts, axes, name=target)(kernel)
-            pairs[target] = (jnp.moveaxis(made.a.lora_a, 1, 0), made.b.lora_b)
+            pair = ExpertLora(method.expert_low_rank, experts, axes, name=target)(kernel)
+            pairs[target] = (jnp.moveaxis(pair.lora_a, 1, 0), pair.lora_b)
 
         by_slot = lambda array: array.reshape(-1, slots)
         chosen = by_slot(jnp.argmax(routing.dispatch, axis=-1))
@@ -130,5 +130,4 @@ class GroupedMLP(MixLoraMLP):
         body = Expert(ffn.activation, method.expert_low_rank.scale)
         operands = tokens, rows, pairs, group_rows(chosen, experts, block)
         made = in_groups(body, method.walk, True, *operands)
-        hidden, delta = (array.reshape(*x.shape[:2], -1) for array in made)
-        return hidden, lambda product: product + delta
+        return FFNUpdate(*(array.reshape(*x.shape[:2], -1) for array in made))

@@ -31,7 +31,7 @@ from moe_jax.adapters.mixlora import MixLoraConfig
 from moe_jax.adapters.mixtures.loramoe import LoraMoeConfig
 from moe_jax.adapters.mixtures.mola import MolaConfig
 from moe_jax.adapters.routing import SoftRouter, SwitchRouter, TopKRouter, TopPRouter
-from moe_jax.adapters.rows import segments_of
+from moe_jax.adapters.rows import divide_rows
 from moe_jax.adapters.tree import ATTENTION_MODULES, TARGET_MODULES
 from moe_jax.config.model import ComputeConfig, ModelConfig, RopeConfig
 from moe_jax.errors import UserError
@@ -183,10 +183,10 @@ def layer_step(
         mlp_bias=False,
         tie_word_embeddings=False,
     )
-    segments = () if method is None else segments_of({"a": method}, {"a": shape.rows})
+    adapter_rows = () if method is None else divide_rows({"a": method}, {"a": shape.rows})
     settings: Any = {"dtype": "float32", "remat": remat, "block_tokens": block_tokens}
     compute, storage = ComputeConfig(**settings), storage_of("float32")
-    layer = DecoderLayer(LayerSettings(config, compute, storage, segments, deterministic=True))
+    layer = DecoderLayer(LayerSettings(config, compute, storage, adapter_rows, deterministic=True))
     tokens = (shape.rows, shape.length)
     x = jax.ShapeDtypeStruct((*tokens, shape.width), jnp.float32)
     table = jax.ShapeDtypeStruct((*tokens, config.head_dim), jnp.float32)

@@ -28,7 +28,6 @@ from moe_jax.layers.vocabulary import TokenEmbedding
 from moe_jax.sharding.rules import BATCH_SPEC
 from moe_jax.training.records.plan import parameter_count
 from moe_jax.training.step import step
-from moe_jax.training.step.evaluate import with_rules
 from moe_jax.training.step.program import BATCH_TYPES, Program, build_program
 
 FROZEN = "frozen"
@@ -227,7 +226,7 @@ def _lower_frozen(program: Program, args: Namespace) -> jax.stages.Lowered:
     replicated = NamedSharding(program.mesh, PartitionSpec())
     rows = NamedSharding(program.mesh, PartitionSpec(None, *BATCH_SPEC))
     jitted = jax.jit(
-        with_rules(frozen_step),
+        program.llama.traceable(frozen_step),
         in_shardings=(program.param_shardings, rows),
         out_shardings=replicated,
     )

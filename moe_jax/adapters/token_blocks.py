@@ -26,6 +26,12 @@ def cpu_block_tokens(width: int, dtype: Any) -> int:
     return max(SMALLEST_BLOCK, CACHE_BYTES // (width * jnp.dtype(dtype).itemsize))
 
 
+def block_length(tokens: int, largest: int) -> int:
+    """Largest divisor of `tokens` up to `largest`; `tokens` itself if that is below half of it."""
+    block = max(n for n in range(1, min(largest, tokens) + 1) if tokens % n == 0)
+    return block if 2 * block > largest else tokens
+
+
 def map_token_blocks(
     function: Callable[[Any, Any], Any],
     tokens: Any,
@@ -33,24 +39,23 @@ def map_token_blocks(
     block_tokens: int,
     shards: int = 1,
 ) -> Any:
-    """`function(tokens, shared)`, computed on blocks of tokens; each block is recomputed in
-    backward.
+    """Computes `function(tokens, shared)` block by block, and each block again in the backward pass.
 
     Args:
       function: maps arrays [T, ...] to arrays [T, ...], each token independently of the others.
       tokens: tree of arrays with the tokens as their leading axis.
       shared: tree of arrays that all tokens share.
-      block_tokens: largest number of a device's tokens in a block. The largest divisor of their
-        number below it is taken; where that is less than half, all tokens are one block.
+      block_tokens: largest number of a device's tokens in a block; see `block_length`. If one
+        block holds all tokens, the function is called as it is.
       shards: number of devices, or groups of them, that the rows are divided over. A block takes
         the same share of each shard's tokens, so that no token moves between devices.
     """
     total = jax.tree.leaves(tokens)[0].shape[0]
     per_shard = total // shards
-    block = max(n for n in range(1, min(block_tokens, per_shard) + 1) if per_shard % n == 0)
+    block = block_length(per_shard, block_tokens)
     count = per_shard // block
-    if count == 1 or 2 * block <= block_tokens:
-        return jax.checkpoint(function)(tokens, shared)
+    if count == 1:
+        return function(tokens, shared)
 
     def split(array: jax.Array) -> jax.Array:
         blocks = array.reshape(shards, count, block, *array.shape[1:])

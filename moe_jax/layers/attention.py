@@ -147,14 +147,14 @@ def cached_attention(
     value: jax.Array,
     cached_key: jax.Array,
     cached_value: jax.Array,
-    place: CachePosition,
+    position: CachePosition,
     *,
     scale: float,
     window: int | None = None,
     slides: jax.Array | None = None,
     softcap: float | None = None,
 ) -> jax.Array:
-    """The same for tokens that follow others, whose keys and values are in a cache.
+    """Attention of tokens that follow others, whose keys and values are in a cache.
 
     Its scores are [B, H, S, M + S]: it is meant for the few tokens of a step of decoding. A prompt
     of any length goes through `causal_attention`, which fills the cache.
@@ -163,9 +163,9 @@ def cached_attention(
       query: [B, S, H, Q], of the new tokens.
       key: [B, S, K, Q], of the new tokens.
       value: [B, S, K, Q], of the new tokens.
-      cached_key: [B, K, M, Q]; slots from `place.slot` on are not read.
+      cached_key: [B, K, M, Q]; positions from `position.index` on are not read.
       cached_value: [B, K, M, Q].
-      place: where the new tokens stand.
+      position: cache position of the new tokens.
       scale: factor of the scores.
       window, slides: as in `causal_attention`.
       softcap: as in `causal_attention`.
@@ -174,31 +174,31 @@ def cached_attention(
       [B, S, H, Q] in the type of `query`.
     """
     batch, length, heads, width = query.shape
-    kv_heads, slots = cached_key.shape[1:3]
+    kv_heads, cache_length = cached_key.shape[1:3]
     grouped = query.reshape(batch, length, kv_heads, heads // kv_heads, width)
 
     def scores(equation: str, keys: jax.Array) -> jax.Array:
         product = jnp.einsum(equation, grouped, keys, preferred_element_type=jnp.float32) * scale
         return product if softcap is None else soft_cap(product, softcap)
 
-    slot = jnp.arange(slots)
-    before = (slot < place.slot) & (slot >= place.start[:, None])
+    index = jnp.arange(cache_length)
+    before = (index < position.index)[None] & (index[None] >= position.start[:, None])
     before = before[:, None, None, None, :]  # [B, K, G, S, M], as the scores
     new = jnp.arange(length)
     distance = new[:, None] - new[None, :]
     among = distance >= 0
     if window is not None:
-        back = place.slot + new[:, None] - slot[None, :]
-        before = before & _within_window(back, window, slides)
+        back = position.index + new[:, None] - index[None, :]
+        before = before & _within_window(back, window, slides)[None, None, None]
         among = among & _within_window(distance, window, slides)
     lowest = jnp.finfo(jnp.float32).min
     both = [
         jnp.where(before, scores("bskgq,bktq->bkgst", cached_key), lowest),
-        jnp.where(among, scores("bskgq,btkq->bkgst", key), lowest),
+        jnp.where(among[None, None, None], scores("bskgq,btkq->bkgst", key), lowest),
     ]
     probs = jax.nn.softmax(jnp.concatenate(both, axis=-1), axis=-1).astype(value.dtype)
-    attended = jnp.einsum("bkgst,bktq->bskgq", probs[..., :slots], cached_value)
-    attended = attended + jnp.einsum("bkgst,btkq->bskgq", probs[..., slots:], value)
+    attended = jnp.einsum("bkgst,bktq->bskgq", probs[..., :cache_length], cached_value)
+    attended = attended + jnp.einsum("bkgst,btkq->bskgq", probs[..., cache_length:], value)
     return attended.reshape(query.shape)
 
 

@@ -1,16 +1,16 @@
-"""What decoding remembers of the tokens before: their keys and values, and what adapters add.
+"""The cache of decoding: keys and values of earlier tokens, and values that adapters keep.
 
-One call fills the cache (prefill), many read it (decoding):
+Prefill fills the cache, each decoding step reads it and adds to it.
 
-- To fill it, apply the model with `cache_length=M` and the collection `cache` mutable. Rows are
-  padded on the left, so that the next token's slot is the same in all of them. Keys and values
-  become `layers/self_attn/key` and `value` [L, B, K, M, Q]: heads before slots, as the products of
-  attention want them, so that reading them moves nothing.
-- To continue, apply it with the cache among the variables, a `CachePosition`, and the collection
-  `cache_updates` mutable; `updated` then puts what that made into the cache. A layer never writes
+- Prefill: apply a model with `cache_length=M` and the collection `cache` mutable. Rows are padded on
+  the left, so that the next token's cache position is the same in all rows. Keys and values become
+  `layers/self_attn/key` and `value` [L, B, K, M, Q]: heads before positions, as attention's products
+  read them, so that no transpose is needed.
+- Decoding: apply the model with the cache among the variables, a `CachePosition`, and the collection
+  `cache_updates` mutable; `updated` then writes these updates into the cache. A layer never writes
   the cache itself: under the scan over layers each step would read and write all of it.
 
-What else is remembered with `remember` keeps its shape from call to call.
+Other values kept with `remember` have the same shape from call to call.
 """
 
 from collections.abc import Mapping
@@ -23,31 +23,31 @@ import jax.numpy as jnp
 from moe_jax.layers.names import CACHE, CACHE_UPDATES
 from moe_jax.sharding.axes import BATCH, CACHE_KV_HEADS, HEAD_WIDTH, LENGTH, constrain
 
-_SLOTTED = ("key", "value")
+_BY_POSITION = ("key", "value")
 _AXES = (BATCH, CACHE_KV_HEADS, LENGTH, HEAD_WIDTH)
-_SLOTS = 3
-"""The axis of the slots, behind that of the layers."""
+_POSITION_AXIS = 3
+"""Axis of the cache positions in arrays with a leading axis of layers."""
 
 
 class CachePosition(NamedTuple):
-    """Where in the cache the tokens of a call stand.
+    """Position in the cache of the tokens of a call.
 
     Attributes:
-      slot: int32 [], of the first one; those of the others follow.
-      start: int32 [B], each row's first slot; those before it are padding.
+      index: int32 [], cache position of the first token; the others follow.
+      start: int32 [B], first cache position of each row; those before it are padding.
     """
 
-    slot: jax.Array
+    index: jax.Array
     start: jax.Array
 
 
 def cached(module: nn.Module, name: str) -> jax.Array | None:
-    """What `module` remembered as `name`; None outside of decoding."""
+    """The value that `module` kept as `name`; None outside of decoding."""
     return module.get_variable(CACHE, name) if module.has_variable(CACHE, name) else None
 
 
 def remember(module: nn.Module, name: str, value: jax.Array) -> None:
-    """Keeps `value` for the next call, where there will be one."""
+    """Keeps `value` for the next call, if the cache is filled or updated."""
     if module.is_initializing():
         return
     for collection in (CACHE, CACHE_UPDATES):
@@ -56,10 +56,10 @@ def remember(module: nn.Module, name: str, value: jax.Array) -> None:
 
 
 def fill_cache(module: nn.Module, key: jax.Array, value: jax.Array, length: int) -> None:
-    """Makes the cache of a layer.
+    """Creates the cache of a layer.
 
     Args:
-      module: the attention.
+      module: the attention module.
       key: [B, S, K, Q], rotated.
       value: [B, S, K, Q].
       length: M, at least S.
@@ -67,7 +67,7 @@ def fill_cache(module: nn.Module, key: jax.Array, value: jax.Array, length: int)
     rest = length - key.shape[1]
     if rest < 0:
         raise ValueError(f"{key.shape[1]} tokens do not fit into a cache of {length}")
-    for name, array in zip(_SLOTTED, (key, value), strict=True):
+    for name, array in zip(_BY_POSITION, (key, value), strict=True):
         padded = jnp.pad(_heads_first(array), ((0, 0), (0, 0), (0, rest), (0, 0)))
         remember(module, name, constrain(padded, _AXES))
 
@@ -75,37 +75,37 @@ def fill_cache(module: nn.Module, key: jax.Array, value: jax.Array, length: int)
 def extend_cache(
     module: nn.Module, key: jax.Array, value: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Hands out the keys and values [B, K, M, Q] of the tokens before, and adds new ones.
+    """Returns the keys and values [B, K, M, Q] of earlier tokens, and adds those of new ones.
 
     Args:
-      module: the attention.
+      module: the attention module.
       key: [B, S, K, Q] of the new tokens, rotated.
       value: [B, S, K, Q].
     """
-    before = [cached(module, name) for name in _SLOTTED]
-    for name, array in zip(_SLOTTED, (key, value), strict=True):
+    before = [cached(module, name) for name in _BY_POSITION]
+    for name, array in zip(_BY_POSITION, (key, value), strict=True):
         remember(module, name, constrain(_heads_first(array), _AXES))
     cached_key, cached_value = before
     if cached_key is None or cached_value is None:
-        raise ValueError("decoding needs a cache that a call before has filled")
+        raise ValueError("decoding needs a cache; apply the model with cache_length first")
     return cached_key, cached_value
 
 
-def updated(cache: Any, updates: Any, place: CachePosition) -> Any:
-    """The whole cache with what a call made for it.
+def updated(cache: Any, updates: Any, position: CachePosition) -> Any:
+    """The whole cache with the updates of a call.
 
     Args:
       cache: the collection before the call.
       updates: the collection `cache_updates` of the call.
-      place: of the call.
+      position: position of the call's tokens.
     """
     merged = dict(cache)
     for name, new in updates.items():
         if isinstance(new, Mapping):
-            merged[name] = updated(cache[name], new, place)
-        elif name in _SLOTTED:
+            merged[name] = updated(cache[name], new, position)
+        elif name in _BY_POSITION:
             merged[name] = jax.lax.dynamic_update_slice_in_dim(
-                cache[name], new, place.slot, axis=_SLOTS
+                cache[name], new, position.index, axis=_POSITION_AXIS
             )
         else:
             merged[name] = new

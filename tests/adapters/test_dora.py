@@ -12,9 +12,9 @@ from tolerances import FLOAT64_ROUNDING, ROUNDING
 
 from moe_jax.adapters.lora.dora import apply_gains, column_norms
 from moe_jax.adapters.lora.lora import Lora, LoraConfig
-from moe_jax.adapters.lora.low_rank import ExpertPairs, LowRankConfig
+from moe_jax.adapters.lora.low_rank import ExpertLora, LowRankConfig
 from moe_jax.adapters.method import AdapterContext, FrozenProjection
-from moe_jax.models.fresh import fresh_adapter
+from moe_jax.models.adapted import untrained_adapter
 from moe_jax.sharding.axes import EMBED, MLP
 
 CONTEXT = AdapterContext(*[None] * len(AdapterContext._fields))
@@ -109,7 +109,7 @@ def test_a_projection_costs_its_norms_and_its_gains_more_than_lora(experts):
     def flops(*, dora):
         config = LowRankConfig(rank=rank, alpha=16.0, dora=dora)
         axes = (EMBED, MLP)
-        module = Lora(config, axes) if experts is None else ExpertPairs(config, experts, axes)
+        module = Lora(config, axes) if experts is None else ExpertLora(config, experts, axes)
 
         def adapted(adapter, x, kernel, combine):
             product = x @ kernel
@@ -117,7 +117,7 @@ def test_a_projection_costs_its_norms_and_its_gains_more_than_lora(experts):
                 frozen = FrozenProjection(product, kernel)
                 return module.apply(adapter, x, frozen, CONTEXT, deterministic=True)
             pairs = module.apply(adapter, kernel)
-            return pairs.b.adapt(product, pairs.a.codes(x), combine)
+            return pairs.adapt(product, pairs.activations(x), combine)
 
         def step(adapter, x, kernel, combine, cotangent):
             y, pullback = jax.vjp(lambda *args: adapted(*args, kernel, combine), adapter, x)
@@ -205,25 +205,25 @@ class TestExperts:
         return y
 
     def _apply(self, form, x, combine, kernel, lora_a, lora_b, magnitude):
-        module = ExpertPairs(
+        module = ExpertLora(
             LowRankConfig(rank=self.R, alpha=self.S * self.R, dora=True), self.E, (EMBED, MLP)
         )
         leaves = {"lora_A": lora_a, "lora_B": lora_b, "magnitude": magnitude}
         pairs, product = module.apply({"adapters": leaves}, kernel), x @ kernel
         if form == "adapt":
-            return pairs.b.adapt(product, pairs.a.codes(x), combine)
-        if form == "regain and expand":
-            codes = pairs.a.codes(x) * combine[..., None]
-            return pairs.b.regain(product, combine) + pairs.b.expand(codes)
-        y, (each_a, each_b) = product, (pairs.a.of_each(), pairs.b.of_each())
+            return pairs.adapt(product, pairs.activations(x), combine)
+        if form == "rescale and expand":
+            z = pairs.activations(x) * combine[..., None]
+            return pairs.rescale(product, combine) + pairs.expand(z)
+        y, stacked = product, pairs.experts_first()
         for expert in range(self.E):
-            own_a, own_b = jax.tree.map(lambda leaf, e=expert: leaf[e], (each_a, each_b))
-            own = own_b.adapt(product, own_a.codes(x), None)
-            y = y + combine[..., expert, None] * (own - product)
+            pair = jax.tree.map(lambda leaf, e=expert: leaf[e], stacked)
+            adapted = pair.adapt(product, pair.activations(x), jnp.ones_like(combine[..., :1]))
+            y = y + combine[..., expert, None] * (adapted - product)
         return y
 
     @pytest.mark.parametrize("shares", ["one-hot", "soft", "zero"])
-    @pytest.mark.parametrize("form", ["adapt", "regain and expand", "each by itself"])
+    @pytest.mark.parametrize("form", ["adapt", "rescale and expand", "each by itself"])
     def test_values_and_gradients_equal_whole_weights(self, form, shares):
         combine = {
             "one-hot": np.eye(self.E)[np.arange(10).reshape(2, 5) % self.E],
@@ -260,7 +260,7 @@ def test_the_magnitude_starts_as_the_bases_norms_and_the_model_as_the_base():
     program = tiny_program.program({"a": mixdora}, config=tiny_program.model_config(num_layers=2))
     params = tiny_program.random_params(program)
     method = program.adapter_rows[0].method
-    fresh = nn.meta.unbox(fresh_adapter(program.model, method, params, jax.random.key(0)))
+    fresh = nn.meta.unbox(untrained_adapter(program.model, method, params, jax.random.key(0)))
     layers, adapters = params["layers"], fresh["layers"]
     query = np.linalg.norm(layers["self_attn"]["q_proj"]["kernel"], axis=1)
     np.testing.assert_allclose(adapters["self_attn"]["q_proj"]["magnitude"], query, **ROUNDING)
@@ -284,7 +284,7 @@ def test_the_magnitude_starts_without_the_pairs():
     # B is a constant of zeros in this program. XLA for CPUs (jaxlib 0.10.2) fuses products with
     # such constants into one that reads past their end: some columns began as NaN.
     kernel = _draw(352, 128).astype(np.float32)
-    module = ExpertPairs(LowRankConfig(rank=8, alpha=16.0, dora=True), 4, (MLP, EMBED))
+    module = ExpertLora(LowRankConfig(rank=8, alpha=16.0, dora=True), 4, (MLP, EMBED))
 
     def init(kernel):
         return module.init({"adapters": jax.random.key(0)}, kernel)["adapters"]["magnitude"]

@@ -10,7 +10,7 @@ from moe_jax.adapters import METHODS, LoraConfig, MixLoraConfig
 from moe_jax.adapters.lora.lora import Lora
 from moe_jax.adapters.lora.low_rank import LowRankConfig
 from moe_jax.adapters.method import AdapterMethod
-from moe_jax.adapters.mixlora import MixLoraMLP
+from moe_jax.adapters.mixlora import MixLoraFFN
 from moe_jax.adapters.routing import TopKRouter
 from moe_jax.config.parse import parse
 from moe_jax.errors import ConfigError
@@ -138,7 +138,7 @@ def test_only_targeted_projections_are_adapted():
         assert method.projection_adapter("k_proj", axes) is None
     # The experts take the FFN as a whole.
     assert mixlora.projection_adapter("up_proj", axes) is None
-    assert isinstance(mixlora.mlp_adapter(), MixLoraMLP)
+    assert isinstance(mixlora.mlp_adapter(), MixLoraFFN)
     assert lora.mlp_adapter() is None
     assert (lora.routes, mixlora.routes) == (False, True)
     assert lora.router_losses == {}

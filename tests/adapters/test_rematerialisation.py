@@ -10,7 +10,6 @@ import pytest
 import tiny_program
 from tolerances import GRADIENT_ROUNDING
 
-from moe_jax.adapters.method import AdapterContext
 from moe_jax.config.model import ComputeConfig
 from moe_jax.models.remat import REMAT_POLICIES
 
@@ -27,8 +26,8 @@ METHODS = {
 }
 
 
-def _program(remat):
-    return tiny_program.program(METHODS, rows=2, compute={"remat": remat})
+def _program(remat, **compute):
+    return tiny_program.program(METHODS, rows=2, compute={"remat": remat, **compute})
 
 
 @pytest.fixture(scope="module")
@@ -52,12 +51,11 @@ def expected(start):
 
 
 @pytest.mark.parametrize("remat", REMAT_POLICIES)
-def test_every_policy_makes_the_same_step(remat, start, expected, monkeypatch):
-    # Of the 32 tokens of two rows, four at a time.
-    monkeypatch.setattr(AdapterContext, "block_length", lambda *_: 4)
+def test_every_policy_makes_the_same_step(remat, start, expected):
+    # The 32 tokens of two rows in blocks of four.
     jax.tree.map(
         lambda ours, theirs: np.testing.assert_allclose(ours, theirs, **GRADIENT_ROUNDING),
-        _after_a_step(_program(remat), start),
+        _after_a_step(_program(remat, block_tokens=4), start),
         expected,
     )
 

@@ -9,7 +9,6 @@ import torch_moe_oracle
 from adapted_ffn import AdaptedFFN, llama_mlp, mixlora, random_input
 from tolerances import FLOAT32_LOGITS, GRADIENT_ROUNDING, ROUNDING
 
-from moe_jax.adapters.method import AdapterContext
 from moe_jax.adapters.routing.losses import ROUTER_LOSSES
 
 COEFFICIENTS = {"load_balance": 0.5, "importance_cv": 0.3, "router_z": 0.2, "router_entropy": 0.7}

@@ -14,7 +14,6 @@ import torch_moe_oracle
 import torch_oracle
 from adapted_ffn import NAME, mixlora
 from hf_models import save_tiny_llama
-from moe_jax.models.fresh import fresh_adapter
 from tolerances import FLOAT32_LOGITS, GRADIENT_ROUNDING
 
 from moe_jax.adapters.routing.statistics import collect_statistics
@@ -23,6 +22,7 @@ from moe_jax.adapters.tree import to_collection
 from moe_jax.config.model import ComputeConfig
 from moe_jax.hf.config import read_model_config
 from moe_jax.hf.load import load_base_params
+from moe_jax.models.adapted import untrained_adapter
 from moe_jax.models.causal_lm import LlamaForCausalLM
 from moe_jax.training.step.router_metrics import routing_summary
 
@@ -48,7 +48,7 @@ def _random_tree(folder, method):
     config = read_model_config(folder)
     model = LlamaForCausalLM(config, ComputeConfig(dtype="float32"))
     params = load_base_params(folder, config, "float32")
-    make = functools.partial(fresh_adapter, model, method)
+    make = functools.partial(untrained_adapter, model, method)
     shapes = nn.meta.unbox(jax.eval_shape(make, params, jax.random.key(0)))
     devices = jax.tree.map(lambda _: jax.devices()[0], shapes)
     return tiny_program.random_leaves(shapes, devices, seed=1)

@@ -59,8 +59,8 @@ def test_padding_takes_no_capacity_wherever_it_stands():
 def test_sequences_in_one_row_are_served_as_each_alone(settings):
     # Sequences of 3, 4 and 1 tokens; of 2 and 4, with padding behind them.
     ids = np.array([[1, 1, 1, 2, 2, 2, 2, 3], [1, 1, 2, 2, 2, 2, 0, 0]])
-    route = jax.jit(SwitchRouter(**settings).route_packed)
-    together = route(LOGITS, jnp.asarray(ids != 0), jnp.asarray(ids))
+    route = jax.jit(SwitchRouter(**settings).route)
+    together = route(LOGITS, jnp.asarray(ids != 0), segment_ids=jnp.asarray(ids))
     for row, segment in ((0, 1), (0, 2), (0, 3), (1, 1), (1, 2)):
         own = (row, ids[row] == segment)
         tokens = LOGITS[own][None]
@@ -77,7 +77,7 @@ def _token_by_token(prompt, **settings):
     """Overflow where the first `prompt` tokens are routed together and the others one by one."""
     router, earlier, found = SwitchRouter(**settings), jnp.zeros((2, 4), jnp.int32), []
     for at in ([*range(prompt)], *([n] for n in range(prompt, 8))):
-        routing = router.route_on(LOGITS[:, at], jnp.ones((2, len(at)), bool), earlier)
+        routing = router.route(LOGITS[:, at], jnp.ones((2, len(at)), bool), earlier=earlier)
         earlier = earlier + jnp.sum(routing.load, axis=1).astype(jnp.int32)
         found.append(routing.overflow)
     return np.concatenate(found, axis=1)

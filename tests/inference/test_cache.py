@@ -17,8 +17,8 @@ from moe_jax.adapters.tree import to_collection
 from moe_jax.config.model import ComputeConfig, RopeConfig
 from moe_jax.config.parse import parse_member
 from moe_jax.layers.kv_cache import CachePosition, updated
+from moe_jax.models.adapted import untrained_adapter
 from moe_jax.models.causal_lm import LlamaForCausalLM
-from moe_jax.models.fresh import fresh_adapter
 
 ROUTERS = {
     "top_k": {"name": "top_k", "top_k": 2},
@@ -73,7 +73,7 @@ def computed():
         name: _random(
             nn.meta.unbox(
                 jax.eval_shape(
-                    functools.partial(fresh_adapter, bare, method), params, jax.random.key(0)
+                    functools.partial(untrained_adapter, bare, method), params, jax.random.key(0)
                 )
             )
         )
@@ -94,9 +94,9 @@ def computed():
     start = np.arange(len(everyone)) % 3
     at = np.arange(PROMPT)[None] - start[:, None]  # which token of the row stands in each slot
     prompts = np.where(at >= 0, np.take_along_axis(tokens, np.maximum(at, 0), axis=1), 0)
-    fill = functools.partial(model.apply, cache_length=SLOTS, last_only=True, mutable=["cache"])
+    fill = functools.partial(model.clone(cache_length=SLOTS).apply, mutable=["cache"])
     logits, made = jax.jit(fill)(variables, prompts, segment_ids=jnp.asarray(at >= 0, jnp.int32))
-    cache, parts = made["cache"], [logits]
+    cache, parts = made["cache"], [logits[:, -1:]]
 
     @jax.jit
     def step(cache, tokens, slot):
@@ -105,7 +105,7 @@ def computed():
             {**variables, "cache": cache},
             tokens,
             positions=(slot - place.start)[:, None],
-            place=place,
+            cache_position=place,
             mutable=["cache_updates"],
         )
         return logits, updated(cache, updates["cache_updates"], place)

@@ -13,7 +13,7 @@ from moe_jax.layers.attention import (
     causal_attention,
     positions_from_segments,
 )
-from moe_jax.layers.kv_cache import CachePlace
+from moe_jax.layers.kv_cache import CachePosition
 
 SEGMENTS = np.array(
     [
@@ -161,6 +161,6 @@ def test_tokens_behind_a_cache_attend_as_in_one_row(window, softcap):
         jnp.asarray(rubbish).at[:, :, 2:9].set(jnp.swapaxes(array[:, :7], 1, 2))
         for array in (key, value)
     ]
-    place = CachePlace(jnp.int32(9), jnp.array([2]))
+    place = CachePosition(jnp.int32(9), jnp.array([2]))
     found = cached_attention(query[:, 7:], key[:, 7:], value[:, 7:], *cached, place, **options)
     np.testing.assert_allclose(found, expected[:, 7:], **ROUNDING)

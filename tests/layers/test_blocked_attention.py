@@ -181,7 +181,9 @@ def test_on_a_mesh(devices):
     auto = (AxisType.Auto, AxisType.Auto)
     mesh = jax.make_mesh((2, 2), ("data", "tensor"), auto, devices=devices[:4])
     heads = NamedSharding(mesh, PartitionSpec("data", None, "tensor"))
-    rows = jax.device_put(jnp.asarray(case.segments), NamedSharding(mesh, PartitionSpec("data")))
+    rows = jax.device_put(
+        jnp.asarray(case.segments), NamedSharding(mesh, PartitionSpec("data"))
+    )
     settings = BlockSettings(**case.options, block=BLOCK)
 
     @partial(jax.jit, out_shardings=heads)

@@ -124,7 +124,9 @@ def test_what_is_asked_for_is_the_same_attention(slides, segments, monkeypatch):
     rng = np.random.default_rng(0)
     inputs = [rng.standard_normal((2, 6, heads, 8)).astype(np.float32) for heads in (4, 2, 2)]
     options = {
-        "segment_ids": jnp.array([[1, 1, 1, 2, 2, 0], [0, 0, 1, 1, 1, 1]]) if segments else None,
+        "segment_ids": jnp.array([[1, 1, 1, 2, 2, 0], [0, 0, 1, 1, 1, 1]])
+        if segments
+        else None,
         "window": 3,
         "slides": slides,
         "scale": 0.3,

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 from hf_models import merge_lora, tiny_model
-from moe_jax.models.fresh import fresh_adapter
 from tiny_program import ALL_TARGETS
 from tolerances import FLOAT32_LOGITS
 
@@ -27,6 +26,7 @@ from moe_jax.config.run import MeshConfig
 from moe_jax.hf.config import read_model_config
 from moe_jax.hf.key_table import hf_tensors
 from moe_jax.hf.load import abstract_base_params, load_base_params
+from moe_jax.models.adapted import untrained_adapter
 from moe_jax.models.causal_lm import LlamaForCausalLM
 from moe_jax.sharding.mesh import make_mesh
 from moe_jax.sharding.rules import shardings_of
@@ -295,7 +295,7 @@ def test_experts_get_gradients(case, tmp_path):
     method = MixLoraConfig(rank=RANK, alpha=ALPHA, target_modules=targets, num_experts=3)
     adapter_rows = (AdapterRows("default", method, 0, 3),)
     model = LlamaForCausalLM(config, ComputeConfig(dtype="float32"), adapter_rows)
-    make = functools.partial(fresh_adapter, model, method)
+    make = functools.partial(untrained_adapter, model, method)
     shapes = nn.meta.unbox(jax.eval_shape(make, params, jax.random.key(0)))
     rng = np.random.default_rng(3)
     tree = jax.tree.map(lambda leaf: 0.3 * rng.standard_normal(leaf.shape, np.float32), shapes)

@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from hf_models import tiny_model
-from moe_jax.models.fresh import fresh_adapter
 from tiny_program import ALL_TARGETS
 from tolerances import FLOAT32_LOGITS, GRADIENT_ROUNDING
 
@@ -15,6 +14,7 @@ from moe_jax.config.model import ComputeConfig
 from moe_jax.hf.config import read_model_config
 from moe_jax.hf.load import load_base_params
 from moe_jax.layers import attention
+from moe_jax.models.adapted import untrained_adapter
 from moe_jax.models.causal_lm import LlamaForCausalLM
 
 # Two sequences in a row and padding behind them; padding on the left.
@@ -35,7 +35,7 @@ def test_blocks_compute_the_same_model(tmp_path, monkeypatch):
         return LlamaForCausalLM(config, ComputeConfig(dtype="float32", remat=remat), adapter_rows)
 
     fresh = jax.eval_shape(
-        lambda key: fresh_adapter(model("none"), method, params, key), jax.random.key(0)
+        lambda key: untrained_adapter(model("none"), method, params, key), jax.random.key(0)
     )
     rng = np.random.default_rng(1)
     tree = jax.tree.map(lambda leaf: 0.3 * rng.standard_normal(leaf.shape, np.float32), fresh)

@@ -7,11 +7,11 @@ import pytest
 import tiny_program
 
 from moe_jax.adapters import METHODS
-from moe_jax.adapters.rows import segments_of
+from moe_jax.adapters.rows import divide_rows
 from moe_jax.config.model import ComputeConfig
 from moe_jax.config.parse import parse_member
+from moe_jax.models.adapted import untrained_adapter
 from moe_jax.models.causal_lm import LlamaForCausalLM
-from moe_jax.models.fresh import fresh_adapter
 from moe_jax.sharding.axes import EXPERTS, LAYERS, MLP
 
 CONFIG = tiny_program.model_config(num_layers=2)
@@ -30,9 +30,9 @@ def _method(fields):
 
 def _fresh(fields, params, seed=0, neighbours=()):
     methods = {f"other_{i}": _method(other) for i, other in enumerate(neighbours)}
-    segments = segments_of(methods, dict.fromkeys(methods, 3))
-    model = LlamaForCausalLM(CONFIG, ComputeConfig(dtype="float32"), segments)
-    make = jax.jit(lambda params, key: fresh_adapter(model, _method(fields), params, key))
+    adapter_rows = divide_rows(methods, dict.fromkeys(methods, 3))
+    model = LlamaForCausalLM(CONFIG, ComputeConfig(dtype="float32"), adapter_rows)
+    make = jax.jit(lambda params, key: untrained_adapter(model, _method(fields), params, key))
     return make(params, jax.random.key(seed))
 
 
