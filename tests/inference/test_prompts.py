@@ -115,7 +115,7 @@ def test_an_input_needs_a_template():
         ([1] * 16, None, "x: has 16 tokens, and with 5 new tokens .* 20; .* at most 4 new tokens"),
         ([1, 9], None, "x: has ids from 1 to 9, but the base has embeddings for 0 to 8"),
         ([], None, "x: has no tokens"),
-        ([1], "judge", "adapter 'judge': is a classifier .*, and cannot generate text"),
+        ([1], "judge", "adapter 'judge': is a classifier .* that it cannot generate text"),
         ([1], "mne", "x: adapter 'mne': is not loaded; did you mean 'mine'"),
     ],
 )
