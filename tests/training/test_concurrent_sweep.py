@@ -1,6 +1,8 @@
 """A sweep through the library: one run, an adapter for each combination, and a table of them."""
 
 import json
+import logging
+import sys
 
 import numpy as np
 import pytest
@@ -31,7 +33,7 @@ NAMES = [f"default-learning_rate={rate}-seed={seed}" for rate in (0.01, 0.1) for
 
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory):
-    """The work directory, what `train` returned, and which data sets were tokenised."""
+    """The work directory, what `train` returned, tokenised data sets, and changed process hooks."""
     folder = tmp_path_factory.mktemp("sweep")
     config = write_inputs(folder)
     config.write_text(config.read_text() + SWEEP)
@@ -44,12 +46,24 @@ def swept(tmp_path_factory):
 
     with one_device() as patch:
         patch.setattr(pipeline, "tokenise_source", counted)
+        hooks = process_hooks()
         result = moe_jax.train(load_config_file(str(config)), folder / "run")
-    return folder / "run", result, tokenised
+        changed = {name for name, hook in process_hooks().items() if hook != hooks[name]}
+    return folder / "run", result, tokenised, changed
+
+
+def process_hooks():
+    loggers = ("absl", "asyncio", "jax", None)
+    filters = {f"filters of {name}": [*logging.getLogger(name).filters] for name in loggers}
+    return {"unraisable": sys.unraisablehook, "except": sys.excepthook, **filters}
+
+
+def test_training_from_python_leaves_process_hooks_alone(swept):
+    assert swept[3] == set()
 
 
 def test_every_combination_is_trained(swept):
-    workdir, result, _ = swept
+    workdir, result, *_ = swept
     assert sorted(path.name for path in (workdir / "adapters").iterdir()) == sorted(NAMES)
     assert list(result.adapters) == NAMES
     recorded = json.loads((workdir / "config.json").read_text())
@@ -65,7 +79,7 @@ def test_equal_data_is_tokenised_once(swept):
 
 
 def test_the_table_is_sorted_by_validation_loss(swept):
-    workdir, result, _ = swept
+    workdir, result, *_ = swept
     table = json.loads((workdir / "adapters.json").read_text())
     lines = metric_lines(workdir)
     for row in table:
