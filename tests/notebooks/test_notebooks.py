@@ -1,4 +1,4 @@
-"""The notebooks run from start to end, each in its own kernel, and are stored as they should be."""
+"""Runs each notebook from start to end in its own kernel, and checks how they are stored."""
 
 import base64
 import json
@@ -15,10 +15,10 @@ from xla_flags import xla_flags
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 NAMES = ("quick_start", "routing_tour")
 SECONDS = 600
-"""That one cell may take, on the slowest machine."""
+"""Limit for one cell, on the slowest machine."""
 
-# Read in the notebook's own kernel, after its last cell.
-ASK = {
+# Cells that run after the last one of each notebook and print its results as JSON.
+RESULT_CELLS = {
     "quick_start": """
 import json
 losses = {}
@@ -37,7 +37,7 @@ print(json.dumps({
     "routing_tour": """
 import json
 print(json.dumps({
-    "parameters": {name: parameter_count(a.tree) for name, a in adapters.items()},
+    "parameters": {name: moe_jax.parameter_count(a.tree) for name, a in adapters.items()},
     "losses": {n: {t: s.loss for t, s in each.items()} for n, each in scores.items()},
     "validation": result.validation,
     "load": report.total.load.tolist(),
@@ -54,14 +54,14 @@ def read(name):
 
 
 def run(name, folder, steps):
-    """The executed notebook, and what `ASK` printed."""
+    """The executed notebook, and the results that its `RESULT_CELLS` entry printed."""
     notebook = read(name)
-    (place,) = [
+    (position,) = [
         n for n, c in enumerate(notebook.cells) if "parameters" in c.metadata.get("tags", [])
     ]
-    given = nbformat.v4.new_code_cell(f"STEPS = {steps}")
-    notebook.cells.insert(place + 1, given)
-    notebook.cells.append(nbformat.v4.new_code_cell(ASK[name]))
+    steps_cell = nbformat.v4.new_code_cell(f"STEPS = {steps}")
+    notebook.cells.insert(position + 1, steps_cell)
+    notebook.cells.append(nbformat.v4.new_code_cell(RESULT_CELLS[name]))
     # A user's machine: one device.
     environment = {**os.environ, "XLA_FLAGS": xla_flags(devices=1)}
     client = NotebookClient(
@@ -75,8 +75,8 @@ def run(name, folder, steps):
 
 
 @pytest.fixture(autouse=True)
-def nobodys_jupyter(tmp_path_factory, monkeypatch):
-    """The kernel of this environment, and nothing that a user set up for theirs."""
+def clean_jupyter(tmp_path_factory, monkeypatch):
+    """Selects the kernel of this environment, without any settings of the user."""
     monkeypatch.setenv("JUPYTER_PREFER_ENV_PATH", "1")
     monkeypatch.setenv("JUPYTER_CONFIG_DIR", str(tmp_path_factory.mktemp("jupyter")))
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path_factory.mktemp("ipython")))
@@ -100,7 +100,7 @@ def pictures(notebook):
 def test_quick_start_learns(tmp_path):
     notebook, found = run("quick_start", tmp_path, steps=40)
     assert len(found["losses"]) == 6
-    # Each is measured at step 0, and a base that has read no question is far off.
+    # Each is measured at step 0, when the base has not seen a question.
     assert all(values[-1] < values[0] / 3 for values in found["losses"].values()), found["losses"]
     assert found["questions"] == 120
     assert found["right"]["base"] == [0.0] * 6
@@ -114,7 +114,7 @@ def test_quick_start_learns(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["output"]
 
 
-def test_routing_tour_looks_at_what_was_trained(tmp_path):
+def test_routing_tour_inspects_the_trained_adapter(tmp_path):
     notebook, found = run("routing_tour", tmp_path, steps=24)
     assert found["parameters"] == {"lora": 214_912, "mixlora": 215_040}
     for name, losses in found["losses"].items():
@@ -126,7 +126,7 @@ def test_routing_tour_looks_at_what_was_trained(tmp_path):
     untrained, trained = found["bits"]
     assert untrained != trained
     assert all(0 <= bits <= 2.6 for bits in untrained + trained)
-    # By layer, expert and task: some expert is worth something, and not all of them the same.
+    # By layer, expert and task: some expert matters, and not all of them equally.
     rise = np.array(found["rise"])
     assert rise.shape == (4, 4, 6)
     assert rise.max() > 0.01
@@ -138,13 +138,13 @@ def test_routing_tour_looks_at_what_was_trained(tmp_path):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_is_stored_clean(name):
+def test_is_stored_without_outputs(name):
     notebook = read(name)
     nbformat.validate(notebook)
     for cell in notebook.cells:
         if cell.cell_type == "code":
             assert cell.outputs == [] and cell.execution_count is None, "clear all outputs"
-    # Nothing of the machine it was last opened on.
+    # No trace of the machine on which it was last opened.
     assert notebook.metadata == {
         "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
         "language_info": {"name": "python"},
@@ -154,12 +154,12 @@ def test_is_stored_clean(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_links_lead_somewhere(name):
+def test_links_lead_to_files(name):
     for cell in read(name).cells:
         if cell.cell_type == "markdown":
             for target in re.findall(r"\]\(([^)]+)\)", cell.source):
                 assert (NOTEBOOKS / target).exists(), target
 
 
-def test_every_notebook_is_run():
+def test_every_notebook_runs():
     assert sorted(path.stem for path in NOTEBOOKS.glob("*.ipynb")) == sorted(NAMES)
