@@ -1,4 +1,4 @@
-"""What a configuration says of a score head."""
+"""Configuration of a score head."""
 
 import pytest
 
@@ -24,7 +24,7 @@ def method(**classification):
         ({"glue": "stsb"}, (), ("pearson", "spearman")),
     ],
 )
-def test_what_is_left_out_follows(fields, labels, metrics):
+def test_defaults_follow_from_the_given_fields(fields, labels, metrics):
     found = method(**fields)
     own = found.classification
     assert (own.labels, own.metrics) == (labels, metrics)
@@ -51,7 +51,7 @@ def test_what_is_left_out_follows(fields, labels, metrics):
         ({"label": ["a", "b"]}, "label: unknown field; did you mean 'labels'"),
     ],
 )
-def test_what_does_not_go_together_is_refused(fields, words):
+def test_inconsistent_fields_are_refused(fields, words):
     with pytest.raises(ConfigError) as error:
         method(**fields)
     assert str(error.value).startswith("method.classification")
@@ -89,7 +89,7 @@ def test_what_does_not_go_together_is_refused(fields, words):
         ),
     ],
 )
-def test_data_and_evaluation_go_with_the_head(own, fields, words):
+def test_data_and_evaluation_must_fit_the_head(own, fields, words):
     data = {"train": {"x": {"task": "sst2"}}, "max_length": 8}
     adapter = {
         "method": own,

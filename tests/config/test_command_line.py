@@ -1,4 +1,4 @@
-"""The configuration file and the fields that the command line changes."""
+"""Configuration files, and overrides on the command line."""
 
 import pytest
 
@@ -31,7 +31,7 @@ def test_a_file_with_dicts_or_config_dicts(tmp_path):
         ("raise ValueError('a\\nb')\n", "fails in line 1: ValueError: a"),
     ],
 )
-def test_a_file_that_will_not_do(tmp_path, text, words):
+def test_invalid_files(tmp_path, text, words):
     with pytest.raises(ConfigError) as error:
         load_config_file(write(tmp_path, text))
     assert words in str(error.value)
@@ -39,8 +39,8 @@ def test_a_file_that_will_not_do(tmp_path, text, words):
     assert "\n" not in str(error.value)
 
 
-def test_a_key_twice_in_one_dict(tmp_path):
-    # Python keeps the last of them, so that the first of two adapters of one name would be lost.
+def test_duplicate_key_in_one_dict(tmp_path):
+    # Python keeps the last one, and the first of two adapters of the same name would be lost.
     text = """
 def get_config():
     return {
@@ -58,18 +58,18 @@ def get_config():
     )
     with pytest.raises(ConfigError, match="line 1: the key 1 is given twice"):
         load_config_file(write(tmp_path, "X = {1: 2, 1: 3}\n"))
-    # Equal keys of different dicts, and keys that are only looked up, are no mistake.
+    # Equal keys of different dicts, and keys in subscripts, are valid.
     fine = "X = 'a'\n\ndef get_config():\n    return {'a': {'a': 1}, 'b': {'a': 1, X + 'b': 2}}\n"
     assert load_config_file(write(tmp_path, fine)) == {"a": {"a": 1}, "b": {"a": 1, "ab": 2}}
 
 
-def test_no_such_file(tmp_path):
+def test_missing_file(tmp_path):
     (tmp_path / "tiny_mixlora.py").write_text("")
     with pytest.raises(ConfigError, match=r"no such file: .*; did you mean 'tiny_mixlora\.py'\?"):
         load_config_file(str(tmp_path / "tiny_mixlra.py"))
 
 
-def test_overrides_are_told_from_flags():
+def test_overrides_are_separated_from_flags():
     others, overrides = split_overrides(
         ["--config", "x.py", "--config.a.b=1=2", "--config.c", "3", "-config.d=", "--workdir=w"]
     )
@@ -120,7 +120,7 @@ def test_values(text, value):
         ("training.epochs", "None", None),
     ],
 )
-def test_fields_that_are_texts_stay_texts(path, text, value):
+def test_string_fields_stay_strings(path, text, value):
     config = {}
     apply_overrides(config, {path: text})
     for name in path.split("."):

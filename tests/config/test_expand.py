@@ -49,7 +49,7 @@ def parsed(grid: Any, adapter: str | None = "default", **adapters: Any) -> RunCo
     return parse_run_config(raw(grid, adapter, **adapters), METHODS)
 
 
-def test_every_combination_is_an_adapter_and_the_template_is_none():
+def test_every_combination_is_an_adapter_and_the_template_is_removed():
     given = raw(GRID, after=OTHER)
     given["adapters"] = {"before": OTHER, **given["adapters"]}
     before = copy.deepcopy(given)
@@ -67,12 +67,12 @@ def test_every_combination_is_an_adapter_and_the_template_is_none():
         if name.startswith("default")
     ]
     assert found == list(itertools.product((1e-4, 3e-4), (4, 8), (0, 1)))
-    # All else is the template's.
+    # All other fields equal the template's.
     assert all(adapter.method.alpha == 16.0 for adapter in config.adapters.values())
     assert config.adapters["before"].method.rank == 8
 
 
-def test_what_is_recorded_is_what_it_became():
+def test_recorded_configuration_is_expanded():
     config = parsed(GRID)
     recorded = json.loads(to_json(config))
     assert "sweep" not in recorded
@@ -80,19 +80,18 @@ def test_what_is_recorded_is_what_it_became():
     assert parse_run_config(recorded, METHODS) == config
 
 
-def test_groups_say_the_same_as_dots():
+def test_nested_groups_equal_dotted_names():
     nested = {"optimizer": {"learning_rate": (1e-4, 3e-4)}, "method": {"rank": (4, 8)}}
     nested["seed"] = (0, 1)
     assert parsed(nested) == parsed(GRID)
-    # What a configuration file of ConfigDicts, whose names hold no dots, has to write. These sort
-    # their fields.
+    # Names in ConfigDicts cannot hold dots, and ConfigDicts sort their fields.
     config = moe_jax.parse_config(ml_collections.ConfigDict(raw(nested)))
     by_name = parsed({field: GRID[field] for field in sorted(GRID)})
     assert config == by_name
     assert "default-rank=4-learning_rate=0.0003-seed=1" in config.adapters
 
 
-def test_the_only_adapter_needs_no_name():
+def test_single_adapter_needs_no_name():
     assert parsed({"seed": (0, 1)}, None) == parsed({"seed": (0, 1)})
 
 
@@ -112,14 +111,14 @@ def test_no_sweep():
             {"method.target_modules": (("q_proj", "up_proj"), ("up_proj",))},
             ["target_modules=q_proj+up_proj", "target_modules=up_proj"],
         ),
-        # Parts are added until they tell the fields apart.
+        # Parts are added until the fields differ.
         (
             {"method.rank": (4,), "method.expert_lora.rank": (2, 3)},
             ["method.rank=4-expert_lora.rank=2", "method.rank=4-expert_lora.rank=3"],
         ),
         ({"data.train.rows.path": ("a/b.jsonl", "c d")}, ["path=a_b.jsonl", "path=c_d"]),
         ({"method.losses.load_balance.coefficient": (0.1,)}, ["coefficient=0.1"]),
-        # A value may be a whole group of fields, by its name.
+        # A value can be a group of fields with a name.
         (
             {"method.router": ({"name": "top_k", "top_k": 1}, {"name": "soft"})},
             ["router=top_k", "router=soft"],
@@ -172,14 +171,14 @@ def refusal(given: dict[str, Any]) -> str:
 
 
 @pytest.mark.parametrize(("field", "case"), REFUSED.items())
-def test_fields_that_will_not_do(field, case):
+def test_invalid_fields_of_a_grid(field, case):
     grid, reason = case
     error = refusal(raw(grid))
     assert error.startswith(f"config.sweep.{field}: ")
     assert reason in error
 
 
-def test_grids_that_will_not_do():
+def test_invalid_grids():
     assert refusal(raw({})).startswith("config.sweep.grid: names no field")
     assert "grid: expected a group of fields" in refusal(raw((1, 2)))
     many = {"seed": tuple(range(13)), "batch_size": (1, 2, 3, 4, 5)}
@@ -205,7 +204,7 @@ def test_names_that_collide():
     assert "makes the adapter 'default-path=a_b'" in refusal(paths)
 
 
-def test_adapters_that_are_not_there():
+def test_unknown_adapters():
     assert refusal(raw(GRID, "defualt")) == (
         "config.sweep.adapter: unknown adapter 'defualt'; did you mean 'default'?"
     )
@@ -214,7 +213,7 @@ def test_adapters_that_are_not_there():
     )
 
 
-def test_values_are_checked_as_any_others():
+def test_values_of_a_grid_are_checked():
     error = refusal(raw({"method.rank": (4, 0)}))
     assert error == "config.adapters.default-rank=0.method.rank: must be positive"
 
@@ -231,7 +230,7 @@ def test_on_the_command_line():
     config = parse_run_config(given, METHODS)
     assert list(config.adapters) == list(parsed(GRID).adapters)
     assert {adapter.batch_size for adapter in config.adapters.values()} == {4}
-    # Without one in the file; an adapter's name is a text, whatever it looks like.
+    # Without a sweep in the file. An adapter's name is always a string.
     given = raw({})
     given["adapters"] = {"8": ADAPTER}
     del given["sweep"]

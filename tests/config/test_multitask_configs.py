@@ -1,4 +1,4 @@
-"""The multi-task configurations: MixLoRA, and beside it a LoRA of the same size on demand."""
+"""Multi-task configurations: MixLoRA, and on demand a LoRA of equal size beside it."""
 
 import importlib
 
@@ -26,7 +26,7 @@ def test_one_override_adds_lora(name):
     assert set(both) == {"mixlora", "lora"}
     assert list(_config(name, train_only="lora").adapters) == ["lora"]
     assert both["mixlora"] == alone["mixlora"]
-    # Nothing but the method differs.
+    # Only the method differs.
     assert both["lora"].method != both["mixlora"].method
     for field in ("data", "optimizer", "batch_size", "seed", "evaluation"):
         assert getattr(both["lora"], field) == getattr(both["mixlora"], field)
@@ -42,7 +42,7 @@ def test_one_override_adds_lora(name):
         ("tiny_multitask", 4, 2 * (128 + 128) + 2 * (128 + 64) + 3 * (128 + 352)),
     ],
 )
-def test_lora_is_of_mixloras_size(name, layers, unit):
+def test_lora_has_as_many_parameters_as_mixlora(name, layers, unit):
     config = _config(name, train_only=None)
     stated = config.base.hf_config
     model = model_config_from_hf(stated, name) if stated else read_model_config(config.base.path)
@@ -52,7 +52,7 @@ def test_lora_is_of_mixloras_size(name, layers, unit):
         for adapter, tree in program.abstract_state.adapters.items()
     }
     assert sizes["lora"] == layers * unit * config.adapters["lora"].method.rank
-    # No whole rank comes nearer.
+    # No integer rank is nearer.
     assert abs(sizes["lora"] - sizes["mixlora"]) <= layers * unit / 2
     assert sizes["lora"] <= sizes["mixlora"]
 
@@ -65,6 +65,6 @@ def test_lora_is_of_mixloras_size(name, layers, unit):
         (3, "config.train_only: expected names of adapters, or None, got 3"),
     ],
 )
-def test_adapters_that_there_are_not(train_only, message):
+def test_unknown_adapters_are_refused(train_only, message):
     with pytest.raises(ConfigError, match=message):
         _config("tiny_multitask", train_only=train_only)

@@ -1,4 +1,4 @@
-"""The strict parser: what it accepts, what it refuses, and where it says the fault lies."""
+"""Strict parser: accepted values, refusals, and the path in its messages."""
 
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -64,7 +64,7 @@ def test_only_lossless_conversions_are_made():
     assert parsed.groups == {"a": Inner(rate=1.0, kind="cosine")}
 
 
-def test_none_where_it_may_stand():
+def test_none_is_accepted_for_optional_fields():
     parsed = parse(Outer, {**MINIMAL, "limit": None, "free": None})
     assert parsed.limit is None and parsed.free is None
 
@@ -137,17 +137,17 @@ def test_require():
     assert (error.value.field, error.value.reason) == ("rank", "must be positive")
 
 
-def test_checks_outside_of_parsing_say_where_the_field_stands():
+def test_checks_outside_of_parsing_name_the_path_of_the_field():
     with pytest.raises(ConfigError) as error, located("config.adapters.a"), within("router"):
         require(False, "top_k", "must be positive")
     assert str(error.value) == "config.adapters.a.router.top_k: must be positive"
-    # Once it is said, nothing above says it again.
+    # An outer context does not add its path again.
     assert not isinstance(error.value, FieldError)
     with pytest.raises(ConfigError, match=r"^config\.a: no$"), located("above"), located("config"):
         require(False, "a", "no")
 
 
-def test_what_is_not_a_refused_field_passes_through():
+def test_other_errors_pass_through():
     with located("config"), within("router"):
         require(True, "top_k", "must be positive")
     for error in (ConfigError("config.rank: refused"), ValueError("other")):
@@ -156,7 +156,7 @@ def test_what_is_not_a_refused_field_passes_through():
         assert raised.value is error
 
 
-def test_a_check_that_a_dataclass_makes_of_its_part_names_the_part():
+def test_nested_check_names_the_nested_field():
     @dataclass(frozen=True, kw_only=True)
     class Whole:
         inner: Inner

@@ -1,4 +1,4 @@
-"""Families that a configuration picks from by name, with members that are defined here."""
+"""Registries, with members defined here."""
 
 import abc
 import json
@@ -38,7 +38,7 @@ class Square(Shape):
 @SHAPES.register("framed")
 @dataclass(frozen=True, kw_only=True)
 class Framed(Shape):
-    """A member that holds another one."""
+    """A member with a field of the base class."""
 
     inside: Shape
     border: tuple[float, ...] = (1.0, 2.0)
@@ -66,7 +66,7 @@ def test_no_name_is_registered_twice():
     assert SHAPES["square"] is Square
 
 
-def test_what_is_not_registered_has_no_name():
+def test_unregistered_classes_have_no_name():
     class Rounded(Square):
         pass
 
@@ -74,12 +74,12 @@ def test_what_is_not_registered_has_no_name():
         SHAPES.name_of(Rounded(side=1.0))
 
 
-def test_only_the_base_class_stands_for_the_family():
+def test_only_the_base_class_names_the_registry():
     assert family_of(Shape) is SHAPES
     assert family_of(Square) is None and family_of(int) is None and family_of(None) is None
 
 
-def test_the_name_picks_the_member_wherever_the_base_class_stands():
+def test_name_chooses_the_member_wherever_the_base_class_is_the_type():
     raw = {
         "main": {"name": "framed", "inside": {"name": "square", "side": 2}, "colour": "blue"},
         "others": {"a": {"name": "square", "side": 3.0}},
@@ -95,7 +95,7 @@ def test_the_name_picks_the_member_wherever_the_base_class_stands():
     assert parse(Drawing, {**raw, "maybe": None}).maybe is None
 
 
-def test_in_a_dict_the_key_stands_for_a_name_that_is_left_out():
+def test_key_of_a_dict_is_the_default_name():
     raw = {"square": {"side": 2.0}, "big": {"name": "square", "side": 9.0}}
     parsed = parse(Drawing, {"main": {"name": "square", "side": 1.0}, "others": raw})
     assert parsed.others == {"square": Square(side=2.0), "big": Square(side=9.0)}
@@ -137,7 +137,7 @@ def test_an_unknown_key_of_a_dict_suggests_too():
         parse(Drawing, {"main": SQUARE, "others": {"sqare": {"side": 1.0}}})
 
 
-def test_an_empty_family_says_so():
+def test_empty_registry():
     with pytest.raises(ConfigError, match="unknown thing 'a'; none are known here"):
         parse_member(Registry("thing"), {"name": "a"}, "config")
 

@@ -1,4 +1,4 @@
-"""The whole configuration: what each of its groups refuses, and its way through JSON."""
+"""Configuration of a run: refusals of each group, and the round trip through JSON."""
 
 import copy
 import json
@@ -86,7 +86,7 @@ def test_parsing_does_not_change_what_it_is_given():
 
 ADAPTER = "adapters.default"
 REFUSED = {
-    # A path below the configuration, a value, and the reason that the message gives.
+    # Path of a field, an invalid value, and the reason in the message.
     "base.path": [(None, "expected str, got None")],
     "base.param_dtype": [("float64", "not one of 'float32', 'bfloat16', 'float16'")],
     "base.hf_config": [("config.json", "expected a group of fields")],
@@ -170,7 +170,7 @@ def test_refusals(path, value, reason):
 
 
 @pytest.mark.parametrize("every", [None, -1])
-def test_what_switches_evaluation_between_steps_off_is_said(every):
+def test_message_names_the_value_that_switches_evaluation_off(every):
     own = {"tasks": ["boolq"], "every": every}
     with pytest.raises(ConfigError, match=r"evaluation\.every: .*; 0 measures at the end only"):
         parse_run_config(_raw(f"{ADAPTER}.evaluation", own), METHODS)
@@ -194,7 +194,7 @@ def test_what_switches_evaluation_between_steps_off_is_said(every):
         f"{ADAPTER}.batch_size",
     ],
 )
-def test_what_has_no_default_must_be_given(path):
+def test_required_fields(path):
     with pytest.raises(ConfigError) as error:
         parse_run_config(_without(path), METHODS)
     assert str(error.value) == f"config.{path}: this field is required and was not given"
@@ -203,7 +203,7 @@ def test_what_has_no_default_must_be_given(path):
 @pytest.mark.parametrize(
     ("group", "known"), [("method", "known: lora, .*mixlora"), ("method.router", "known: .*top_k")]
 )
-def test_what_is_picked_by_name_needs_one(group, known):
+def test_registry_members_need_a_name(group, known):
     where = re.escape(f"config.{ADAPTER}.{group}.name")
     with pytest.raises(ConfigError, match=f"^{where}: this field is required .*; {known}"):
         parse_run_config(_without(f"{ADAPTER}.{group}.name"), METHODS)
@@ -250,7 +250,7 @@ def test_adapter_names_that_are_taken(name):
 
 
 @pytest.mark.parametrize("name", ["", "_a", "-a", ".a", "a.", "a b", "a/b", "é", "a\n"])
-def test_adapter_names_that_are_no_names(name):
+def test_invalid_adapter_names(name):
     raw = {**RAW, "adapters": {name: RAW["adapters"]["default"]}}
     with pytest.raises(ConfigError, match="an adapter's name holds letters, digits"):
         parse_run_config(raw, METHODS)
@@ -354,7 +354,7 @@ def test_no_field_of_the_architecture_has_a_default(field):
         ("num_kv_heads", 0, "must divide num_heads (6)"),
     ],
 )
-def test_architectures_that_cannot_be(field, value, reason):
+def test_invalid_architectures(field, value, reason):
     with pytest.raises(ConfigError) as error:
         parse(ModelConfig, {**MODEL, field: value})
     assert str(error.value) == f"config.{field}: {reason}"

@@ -1,4 +1,4 @@
-"""Every file in configs/ parses, and says of the model what its name says."""
+"""Every file in configs/ parses, and describes the model in its name."""
 
 import importlib
 from pathlib import Path
@@ -23,7 +23,7 @@ def _config(name: str) -> RunConfig:
 def test_parses_and_opens_with_its_command(name):
     adapters = _config(name).adapters
     # 3 learning rates times 2 ranks; 2 methods times 3 seeds; 2 methods, 3 rates, 2 seeds.
-    # The README's commands name the one adapter of the others.
+    # The README's commands name the single adapter of the other files.
     several = {"tiny_sweep": 6, "tiny_comparison": 6, "tiny_comparison_rates": 12}
     several |= {"tiny_multitask": 1, "llama7b_mixlora_multitask": 1}
     assert list(adapters) == ["default"] or len(adapters) == several[name]
@@ -37,7 +37,7 @@ def _mixlora_layer(width: int, kv_width: int, ffn_width: int) -> int:
     return attention + 8 * 3 * 16 * (width + ffn_width) + width * 8
 
 
-# Parameters of the checkpoints, as their model cards and safetensors indices count them.
+# Parameters of the checkpoints, from their model cards and safetensors indices.
 @pytest.mark.parametrize(
     ("name", "base", "trainable"),
     [
@@ -47,7 +47,7 @@ def _mixlora_layer(width: int, kv_width: int, ffn_width: int) -> int:
         ("tinyllama_mixlora", 1_100_048_384, 22 * _mixlora_layer(2048, 256, 5632)),
     ],
 )
-def test_describes_the_checkpoint_it_is_named_after(name, base, trainable):
+def test_config_describes_the_checkpoint_in_its_name(name, base, trainable):
     program, size = _sizes(name)
     assert sum(leaf.size for leaf in jax.tree.leaves(program.abstract_params)) == base
     assert size == trainable

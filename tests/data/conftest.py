@@ -1,4 +1,4 @@
-"""Tokenizers small enough to reason about, built here from nothing."""
+"""Tokenizers that are small enough to reason about, built here."""
 
 import json
 
@@ -39,7 +39,7 @@ def word_tokenizer():
 
 @pytest.fixture(scope="session")
 def metaspace_tokenizer():
-    """SentencePiece's way: a mark before the text, bytes for what is unknown, BOS by convention."""
+    """As SentencePiece: a mark before the text, bytes for unknown characters, BOS by convention."""
     bytes_ = [f"<0x{i:02X}>" for i in range(256)]
     trainer = trainers.BpeTrainer(
         vocab_size=400,
@@ -48,7 +48,7 @@ def metaspace_tokenizer():
     )
     trained = tokenizers.Tokenizer(models.BPE())
     trained.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
-    # Without line breaks and "H", which then are bytes, as in Llama's own vocabulary.
+    # Without line breaks and "H", which are then bytes, as in Llama's vocabulary.
     trained.train_from_iterator(
         [text.replace("\n", " ").replace("H", "") for text in CORPUS], trainer
     )
@@ -81,7 +81,7 @@ def metaspace_tokenizer():
 
 @pytest.fixture(scope="session")
 def byte_tokenizer():
-    """GPT-2's way: bytes, no mark, no BOS; with a chat template of the usual form."""
+    """As GPT-2: bytes, no mark, no BOS; with a chat template of the usual form."""
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -107,7 +107,7 @@ def any_tokenizer(request):
 
 @pytest.fixture
 def write(tmp_path):
-    """Writes a file of rows, as JSON lines or as a JSON list, or of text, and gives its path."""
+    """Writes rows as JSON lines or a JSON list, or text, to a file and returns its path."""
 
     def write_file(name, content):
         path = tmp_path / name
@@ -127,7 +127,7 @@ def write(tmp_path):
 
 @pytest.fixture
 def data_config(tmp_path):
-    """A DataConfig with its cache in the test's own folder."""
+    """DataConfig with its cache in the test's folder."""
 
     def make(train, **fields):
         train = train if isinstance(train, dict) else {"only": train}

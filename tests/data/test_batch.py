@@ -1,11 +1,11 @@
-"""Padding is visible to nobody: no segment, no target."""
+"""Padding has no segment and no target."""
 
 import numpy as np
 
 from moe_jax.data.batch import TokenSequence, pad_rows, padded_length
 
 
-def test_smallest_length_that_holds_the_longest_row():
+def test_padded_length_is_the_smallest_that_fits():
     assert [padded_length(n, (4, 8, 10)) for n in (1, 4, 5, 8, 9, 10)] == [4, 4, 8, 8, 10, 10]
 
 

@@ -13,12 +13,12 @@ TALK = [
     {"role": "assistant", "content": "A2"},
 ]
 
-# Llama 2's: no header for the assistant, so that the generation prompt changes nothing.
+# Llama 2's template has no header for the assistant, so the generation prompt is empty.
 INSTRUCT = (
     "{% for m in messages %}{% if m.role == 'assistant' %} {{ m.content }} </s>"
     "{% else %}<s>[INST] {{ m.content }} [/INST]{% endif %}{% endfor %}"
 )
-# Takes the reasoning out of all turns but the last, as reasoning models' templates do.
+# Removes the reasoning from all turns except the last, like the templates of reasoning models.
 REASONING = (
     "{% for m in messages %}<|start|>{{ m.role }}\n"
     "{% if m.thinking and loop.last %}[{{ m.thinking }}]{% endif %}{{ m.content }}<|stop|>\n"
@@ -57,7 +57,7 @@ def test_messages_after_the_last_answer_are_left_out(spans):
 
 def test_template_without_generation_prompt(spans):
     cut, ends = spans(TALK[1:], INSTRUCT)[0]
-    # "</s>" is no token of this tokenizer, so its own end-of-text token is still to be added.
+    # "</s>" is not a token of this tokenizer, so its end-of-text token is added.
     assert ends
     assert cut == [
         ("<s>[INST] U1 [/INST]", False),

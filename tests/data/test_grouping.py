@@ -23,14 +23,14 @@ def test_orders_differ_by_epoch_and_by_seed_and_are_reproducible():
     assert epochs(0, 1) == epochs(0, 1)
 
 
-def test_any_place_can_be_asked_for_alone():
+def test_positions_are_independent_of_the_order_of_access():
     rows = ShuffledRange(0, 10, [0])
     in_order = [rows[index] for index in range(100)]
     fresh = ShuffledRange(0, 10, [0])
     assert [fresh[index] for index in reversed(range(100))] == in_order[::-1]
 
 
-def test_place_in_an_epoch_is_uniform():
+def test_position_in_an_epoch_is_uniform():
     rows = ShuffledRange(0, 4, [0])
     firsts = [rows[epoch * 4] for epoch in range(2000)]
     # 500 each, with a standard deviation of 19.
@@ -73,20 +73,20 @@ def test_each_window_holds_the_rows_of_the_stream(num_rows, batch_size, sort_win
 
 
 @pytest.mark.parametrize(("num_rows", "batch_size", "sort_window"), SHAPES)
-def test_no_row_comes_again_before_all_others_have_come(num_rows, batch_size, sort_window):
+def test_every_row_comes_once_before_any_comes_again(num_rows, batch_size, sort_window):
     _, batches, _ = grouped(num_rows, batch_size, sort_window)
     counts = np.zeros(num_rows, int)
     for index in range(5 * num_rows // batch_size + 5):
         epoch = index * batch_size // num_rows
         np.add.at(counts, batches[index], 1)
-        # A batch may hold the end of one epoch and the start of the next.
+        # A batch can span the boundary of two epochs.
         spill = -(-batch_size // num_rows)
         assert counts.max() <= epoch + 1 + spill
         if (index + 1) * batch_size % num_rows == 0:
             assert set(counts) == {(index + 1) * batch_size // num_rows}
 
 
-def test_batches_hold_rows_of_like_length_and_are_shuffled():
+def test_batches_hold_rows_of_similar_length_and_are_shuffled():
     _, batches, lengths = grouped(800, 8, 100)
     spans = [np.ptp(lengths[batches[i]]) for i in range(100)]
     assert max(spans) <= 5  # 800 rows over 99 lengths: a batch of eight spans one or two
@@ -94,13 +94,13 @@ def test_batches_hold_rows_of_like_length_and_are_shuffled():
     assert abs(np.corrcoef(means, np.arange(100))[0, 1]) < 0.4
 
 
-def test_window_of_one_leaves_the_stream_as_it_is():
+def test_window_of_one_keeps_the_order_of_the_stream():
     stream, batches, _ = grouped(30, 4, 1)
     for index in range(20):
         assert batches[index].tolist() == [stream[index * 4 + i] for i in range(4)]
 
 
-def test_epochs_differ_and_any_index_can_be_asked_for_alone():
+def test_epochs_differ_and_batches_are_independent_of_the_order_of_access():
     _, batches, _ = grouped(40, 4, 5)
     in_order = [batches[i].tolist() for i in range(30)]
     assert in_order[:10] != in_order[10:20]
@@ -117,17 +117,17 @@ def test_rows_of_one_length_keep_their_shuffled_order_within_a_window():
     assert sorted(tuple(batches[i]) for i in range(4)) == expected
 
 
-def test_the_rank_of_a_place_picks_the_batch():
+def test_rank_of_a_position_selects_the_batch():
     _, batches, lengths = grouped(60, 3, 5, seed=4)
     for first in range(0, 60, 5):
         assert batches.window(first) == (first, first + 5)
-        # The place of the smallest number has the shortest rows, that of the next one the next.
+        # The position with the smallest number has the shortest rows, and so on.
         by_number = np.argsort(position_numbers(4, first, first + 5))
         rows = np.concatenate([lengths[batches[first + int(place)]] for place in by_number])
         assert rows.tolist() == sorted(rows)
 
 
-def test_numbers_of_places_do_not_depend_on_how_many_are_asked_for():
+def test_position_numbers_are_independent_of_the_range():
     numbers = position_numbers(7, 0, 5000)
     assert len(np.unique(numbers)) == 5000
     assert numbers.min() >= 0 and numbers.max() < 1 and abs(numbers.mean() - 0.5) < 0.02
@@ -154,12 +154,12 @@ def joint_padding(streams, steps=400):
     return 1 - tokens / padded
 
 
-def test_rows_of_several_adapters_are_of_like_length():
+def test_rows_of_several_adapters_have_similar_length():
     sizes = ((20_000, 16), (7_000, 8), (3_000, 8))
     apart = [long_tailed(*size, seed, grouping_seed=seed) for seed, size in enumerate(sizes)]
     together = [long_tailed(*size, seed, grouping_seed=0) for seed, size in enumerate(sizes)]
     alone = max(joint_padding([stream]) for stream in together)
     assert alone < 0.13
-    # Each adapter shuffling for itself wastes nearly half of a step.
+    # With separate seeds, nearly half of a step is padding.
     assert joint_padding(apart) > 0.4
     assert joint_padding(together) < 0.2

@@ -1,4 +1,4 @@
-"""Rows that are to be classified: their ids, their labels, and what is wrong with them."""
+"""Rows to classify: their ids and labels, and messages about invalid rows."""
 
 import json
 
@@ -18,7 +18,7 @@ NUMBER = ClassificationConfig(regression=True)
 
 @pytest.fixture
 def source(tmp_path):
-    """Writes rows and gives the data set of them."""
+    """Writes rows and returns their data set."""
 
     def write(*rows, **fields):
         file = tmp_path / "rows.jsonl"
@@ -29,7 +29,7 @@ def source(tmp_path):
 
 
 def rows_of(batch):
-    """(ids, place of the label, label) of each row."""
+    """(ids, position of the label, label) of each row."""
     rows = zip(batch.tokens, batch.segment_ids, batch.loss_mask, batch.labels, strict=True)
     return [
         (ids[real > 0].tolist(), np.flatnonzero(mask).tolist(), labels[mask].tolist())
@@ -59,7 +59,7 @@ def test_rows_are_texts_with_their_label_at_the_last_token(source, data_config, 
     assert "4 rows, 1 truncated to 6 tokens" in data.report
 
 
-def test_ids_are_those_of_the_tokenizer(metaspace_tokenizer):
+def test_ids_equal_the_tokenizers(metaspace_tokenizer):
     found = encode_texts([("The fox", ""), ("The fox", "Paris")], metaspace_tokenizer)
     assert found == metaspace_tokenizer(["The fox", "The fox\nParis"])["input_ids"]
 
@@ -72,8 +72,8 @@ def test_columns_and_numbers(source, data_config, word_tokenizer):
     assert rows_of(batch) == [([1, 3, 4], [2], [2.5]), ([1, 3, 5], [2], [-1.0])]
 
 
-def test_other_labels_are_other_data(source, data_config, word_tokenizer):
-    """A run must not resume with them, and adapters with other labels not share the rows."""
+def test_other_labels_change_the_digest_and_the_cache(source, data_config, word_tokenizer):
+    """Runs with other labels do not resume, and adapters with other labels do not share rows."""
     rows = [{"text": "a", "label": 0}, {"text": "b", "label": 1}]
     known, digests = {}, []
     for some in (rows, rows[::-1]):

@@ -1,4 +1,4 @@
-"""Packing: which examples share a row, and what a packed batch then holds."""
+"""Packing: the examples of a row, and the contents of a packed batch."""
 
 import json
 import math
@@ -23,7 +23,7 @@ def packed(num_examples, batch_size=4, sort_window=5, seed=0, lengths=None, orde
     return stream, PackedBatches(stream, lengths, *window), lengths
 
 
-def test_first_fit_is_that_of_a_plain_loop():
+def test_first_fit_equals_a_plain_loop():
     rng = np.random.default_rng(0)
     for count in (1, 2, 30, 300):
         lengths = rng.integers(1, ROW + 1, count)
@@ -58,7 +58,7 @@ def test_every_epoch_has_every_example_once_and_no_row_is_too_long(
             epoch_rows += 1
         assert sorted(drawn) == list(range(num_examples))
         orders.append(drawn)
-        # The rows that an epoch takes are those that its steps are counted by.
+        # The number of rows of an epoch is that from which its steps are counted.
         before = batches.batches_of(epoch * num_examples)
         assert batches.batches_of((epoch + 1) * num_examples) - before in (
             epoch_rows // batch_size,
@@ -103,7 +103,7 @@ def test_a_windows_rows_are_its_examples_packed_longest_first():
         assert longest != sorted(longest, reverse=True)
 
 
-def test_any_batch_can_be_asked_for_alone():
+def test_batches_are_independent_of_the_order_of_access():
     _, batches, _ = packed(120)
     in_order = [[row.tolist() for row in batches[index]] for index in range(60)]
     for index in (59, 0, 31, 17):
@@ -145,7 +145,7 @@ def rows_of_length(lengths):
 
 
 def letters(batch):
-    """The prompt's letter of every sequence: what stands behind its <s>."""
+    """Letter of the prompt of every sequence, after its <s>."""
     return [LETTERS[token - 3] for token in batch.tokens[batch.positions == 1]]
 
 
@@ -167,7 +167,7 @@ def same(first, second):
     return all(np.array_equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_a_batch_is_what_the_rows_say(load, completions):
+def test_batch_holds_the_tokens_of_its_rows(load, completions):
     data = load(
         completions([("a b", "c"), ("d", "e")], expert_group=1),
         batch_size=1,
@@ -175,8 +175,8 @@ def test_a_batch_is_what_the_rows_say(load, completions):
         train_on_prompt=True,
     )
     batch = next(data.iterator)
-    # <s> a b c </s> is longer than <s> d e </s> and comes first; two places of padding. All is
-    # learned but what begins a sequence.
+    # <s> a b c </s> is longer than <s> d e </s> and comes first, then two positions of padding.
+    # All tokens except the first of a sequence are targets.
     assert batch.tokens.tolist() == [[1, 3, 4, 5, 2, 1, 6, 7, 2, 0, 0]]
     assert batch.segment_ids.tolist() == [[1, 1, 1, 1, 1, 2, 2, 2, 2, 0, 0]]
     assert batch.positions.tolist() == [[0, 1, 2, 3, 4, 0, 1, 2, 3, 0, 0]]
@@ -184,8 +184,8 @@ def test_a_batch_is_what_the_rows_say(load, completions):
     assert batch.expert_groups.tolist() == [[1] * 9 + [0, 0]]
 
 
-def test_every_epoch_has_every_row_once_in_other_company(load, twenty):
-    # 250 tokens: eleven rows of 24, of which 22 and 21 leave no room for 3.
+def test_every_epoch_has_every_row_once_in_another_packing(load, twenty):
+    # 250 tokens in eleven rows of 24; the rows with 22 and 21 tokens have no room for 3 more.
     data = load(twenty, batch_size=1)
     assert data.batches_of_epochs(1.0) == 11
     epochs = [[next(data.iterator) for _ in range(11)] for _ in range(3)]
@@ -198,7 +198,7 @@ def test_every_epoch_has_every_row_once_in_other_company(load, twenty):
     assert "packed, 1.8 to a row of 24 tokens: 5.2% of a batch is padding" in data.report
 
 
-def test_the_sequences_are_those_of_unpacked_batches(load, twenty):
+def test_sequences_equal_those_of_unpacked_batches(load, twenty):
     def sequences(batch):
         found = set()
         for number, ids in enumerate(batch.segment_ids):
@@ -214,7 +214,7 @@ def test_the_sequences_are_those_of_unpacked_batches(load, twenty):
     assert ours == theirs and len(ours) == 20
 
 
-def test_the_weights_are_shares_of_the_rows_of_the_data_sets(load, completions):
+def test_weights_are_shares_of_the_rows_of_the_data_sets(load, completions):
     sources = {
         "much": completions([("a", "z")] * 6, "much.jsonl", weight=3.0),
         "some": completions([("b", "z " * 15)] * 11, "some.jsonl", weight=1.0),
@@ -240,7 +240,7 @@ def test_iteration_resumes_exactly_from_its_state(load, twenty, steps):
     assert all(map(same, expected, [next(fresh.iterator) for _ in range(12)]))
 
 
-def test_the_fingerprint_is_of_the_packing(load, twenty):
+def test_fingerprint_depends_on_the_packing(load, twenty):
     before = load(twenty).fingerprint
     assert load(twenty).fingerprint == before
     assert load(twenty, buckets=(8,)).fingerprint == before  # which only validation is padded to

@@ -1,4 +1,4 @@
-"""The whole way from files to batches: mixture, epochs, resumption, validation."""
+"""Data pipeline from files to batches: mixture, epochs, resumption, validation."""
 
 import json
 import subprocess
@@ -95,7 +95,7 @@ def test_batches_are_padded_to_the_buckets(load, twenty):
     assert "padded to 8, 16, 24 tokens: 29.0% of a batch is padding" in data.report
 
 
-def test_a_batch_is_what_the_rows_say(load, completions):
+def test_batch_holds_the_tokens_of_its_rows(load, completions):
     batch = next(load(completions([("a b", "c")]), batch_size=2, max_length=6).iterator)
     # <s> a b c </s>, one place of padding; c and </s> are to be predicted.
     assert batch.tokens.tolist() == [[1, 3, 4, 5, 2, 0]] * 2
@@ -142,7 +142,7 @@ def test_every_row_carries_the_expert_group_of_its_source(
     assert batch.expert_groups.max(axis=1).tolist() == [1, 1, 0]  # the last row is empty
 
 
-def test_each_source_of_a_mixture_is_shuffled_in_its_own_way(load, completions):
+def test_sources_of_a_mixture_have_different_orders(load, completions):
     same_rows = rows_of_length([4] * 12)
     sources = {name: completions(same_rows, f"{name}.jsonl") for name in ("one", "two")}
     data = load(sources, batch_size=2, sort_window=1)
@@ -159,7 +159,7 @@ def test_seed_decides_the_order(load, twenty):
     assert streams[0].fingerprint == streams[1].fingerprint != streams[2].fingerprint
 
 
-def test_the_fingerprint_is_of_the_content(load, completions, monkeypatch):
+def test_fingerprint_depends_on_the_content_alone(load, completions, monkeypatch):
     rows = rows_of_length(range(3, 9))
     before = load(completions(rows)).fingerprint
     assert before.keys() == {"train/only", "order"}
@@ -184,9 +184,9 @@ def test_the_fingerprint_is_of_the_content(load, completions, monkeypatch):
     "change",
     [{"seed": 1}, {"batch_size": 2}, {"sort_window": 3}, {"buckets": (8,)}, {"shuffle": None}],
 )
-def test_the_fingerprint_is_of_the_order_too(load, twenty, monkeypatch, change):
+def test_fingerprint_depends_on_the_order(load, twenty, monkeypatch, change):
     before = load(twenty).fingerprint
-    if "shuffle" in change:  # as another release might do it
+    if "shuffle" in change:  # like another release
         plan = LengthGroupedBatches._plan_window
         monkeypatch.setattr(
             LengthGroupedBatches, "_plan_window", lambda *window: plan(*window)[::-1]
@@ -267,7 +267,7 @@ def load(source):
     return load_train_data(config, load_tokenizer(folder), 4, 0)
 
 if workers == "0":
-    tokenised_source.encode_examples = None  # what the processes left in the cache must do
+    tokenised_source.encode_examples = None  # the cache has every row
 data = load(SourceConfig(path=good, schema="completion"))
 print(data.fingerprint, [next(data.iterator).tokens.tolist() for _ in range(5)])
 try:
@@ -280,7 +280,7 @@ except DataError as error:
 def test_worker_processes_give_the_same_rows_cache_and_errors(
     load, twenty, word_tokenizer, tmp_path, write
 ):
-    """In processes of their own, because this one has started JAX and must not fork."""
+    """Runs in subprocesses, because this process has started JAX and must not fork."""
     word_tokenizer.save_pretrained(tmp_path)
     rows = [{"instruction": "a", "input": "b" * (i == 8), "output": "c"} for i in range(10)]
     bad, template = write("bad.json", rows), write("t.txt", "{instruction}")

@@ -1,4 +1,4 @@
-"""Templates are filled in literally, and mistakes in them are found before any row is read."""
+"""Templates are filled verbatim, and their mistakes are reported before any row is read."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from moe_jax.data.prompt_template import FOLDER, load_prompt_template
 from moe_jax.errors import DataError
 
 
-def test_own_template_with_and_without_input():
+def test_package_template_with_and_without_input():
     template = load_prompt_template("instruction")
     assert template.fill("Say {x}.", "{instruction}", "row 1") == (
         "Carry out the task below, using the material that comes with it.\n\n"
@@ -24,12 +24,12 @@ def test_every_template_of_the_package_serves_both_kinds_of_row(name):
     assert {"DO", "THIS"} <= set(template.fill("DO", "THIS", "row 1").split())
 
 
-def test_text_is_taken_as_it_is_and_doubled_braces_are_braces(write):
+def test_text_is_verbatim_and_double_braces_are_literal(write):
     template = load_prompt_template(write("mine.txt", 'A {{"k"}}: {instruction}'))
     assert template.fill("x", "", "row 1") == 'A {"k"}: x'
 
 
-def test_template_without_a_place_for_input_refuses_a_row_with_one(write):
+def test_template_without_input_placeholder_refuses_a_row_with_input(write):
     template = load_prompt_template(write("mine.txt", "{instruction}\n"))
     with pytest.raises(DataError, match=r"^d\.json: row 3: has an input, and .*mine\.txt"):
         template.fill("x", "y", "d.json: row 3")
@@ -56,6 +56,6 @@ def test_mistakes_name_the_file(write, content, message):
     assert message in str(caught.value)
 
 
-def test_unknown_template_suggests_the_near_one():
+def test_unknown_template_suggests_the_nearest_one():
     with pytest.raises(DataError, match=r"'instructions': .* did you mean 'instruction'"):
         load_prompt_template("instructions")

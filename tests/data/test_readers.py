@@ -1,4 +1,4 @@
-"""Files are read row by row, and what is wrong in one is named by file and line."""
+"""Files are read row by row, and messages name file and line."""
 
 from pathlib import Path
 
@@ -26,7 +26,7 @@ def test_json_lines_keep_line_numbers_over_blank_lines_and_any_ending(write):
     assert rows_of(write("a.json", content)) == expected
 
 
-def test_text_is_cut_at_blank_lines_and_keeps_other_line_breaks(write):
+def test_text_is_divided_at_blank_lines_and_keeps_other_line_breaks(write):
     path = write("a.txt", "\n\none\n  two\n \n\nthree\r\n")
     assert rows_of(path) == [("line 3", {"text": "one\n  two"}), ("line 7", {"text": "three"})]
 

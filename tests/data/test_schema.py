@@ -1,4 +1,4 @@
-"""A row that does not fit its schema is refused with its place and column."""
+"""A row that does not fit its schema is refused with its line and column."""
 
 import json
 
@@ -28,12 +28,12 @@ def test_input_may_be_left_out(row):
     assert check(row, "instruction") == {"instruction": "i", "input": "", "output": "o"}
 
 
-def test_input_that_was_named_may_not_be_missing():
+def test_input_named_in_columns_is_required():
     with pytest.raises(DataError, match=r"x\.json: row 7: no column 'context'"):
         check({"instruction": "i", "output": "o"}, "instruction", columns={"input": "context"})
 
 
-def test_messages_keep_the_keys_they_have():
+def test_messages_keep_their_keys():
     messages = [
         {"role": "user", "content": "hi", "name": None},
         {"role": "assistant", "content": "", "thinking": "hm"},
@@ -74,7 +74,7 @@ def test_refusals_name_row_and_column(schema, row, message):
     assert "\n" not in str(caught.value)
 
 
-def test_column_names_of_unknown_fields_are_refused_with_the_near_one():
+def test_column_names_of_unknown_fields_are_refused_with_the_nearest_one():
     source = SourceConfig(path="x.json", schema="completion", columns={"promt": "q"})
     with pytest.raises(DataError, match=r"columns\.promt is no field .* did you mean 'prompt'"):
         column_names(source)

@@ -1,4 +1,4 @@
-"""Where rows are looked for, which split is taken, and what is said when there is nothing."""
+"""Files and splits of a source, and messages about missing ones."""
 
 import errno
 import json
@@ -40,7 +40,7 @@ def test_every_kind_of_file_gives_the_same_rows(write, tmp_path, read):
         assert list(read(path)["text"]) == ["one", "2020-01-01"]
 
 
-def test_rows_know_where_they_came_from(write, read):
+def test_rows_hold_their_file_and_line(write, read):
     rows = read(write("a.jsonl", texts("x", "y")))
     assert [where.rsplit("/")[-1] for where in rows["where"]] == [
         "a.jsonl: line 1",
@@ -90,13 +90,13 @@ def test_splits_that_a_file_does_not_have(write, read, split, message):
 
 
 @pytest.mark.parametrize("path", ["/no/such", "./gone", "~/gone", "gone.jsonl", "a/b/c"])
-def test_missing_file_is_not_looked_for_on_the_hub(monkeypatch, read, path):
+def test_missing_file_is_not_requested_from_the_hub(monkeypatch, read, path):
     monkeypatch.setattr(datasets, "load_dataset", None)
     with pytest.raises(DataError, match=r"^[^ ]*: no such file or folder$"):
         read(path)
 
 
-def test_nothing_to_read(write, tmp_path, read):
+def test_empty_sources_are_refused(write, tmp_path, read):
     with pytest.raises(DataError, match=r"a\.csv: unknown kind of file; known: \.json,"):
         read(write("a.csv", "x"))
     with pytest.raises(DataError, match=r"holds no \.json"):
@@ -124,7 +124,7 @@ def test_rows_follow_the_file_and_the_columns(write, read):
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    """`datasets.load_dataset` for real, with a folder in place of the id `someone/things`."""
+    """The real `datasets.load_dataset`, with a folder in place of the id `someone/things`."""
     load = datasets.load_dataset
     asked = {}
 

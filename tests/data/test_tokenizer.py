@@ -1,4 +1,4 @@
-"""What is asked of a tokenizer: its start and end tokens, its identity, and clear refusals."""
+"""Tokenizers: leading and end tokens, digest, and messages about invalid ones."""
 
 import subprocess
 import sys
@@ -16,14 +16,14 @@ from moe_jax.data.tokenizer import (
 from moe_jax.errors import CheckpointError, DataError
 
 
-def test_leading_tokens_are_what_the_tokenizer_does(word_tokenizer, byte_tokenizer):
+def test_leading_tokens_equal_the_tokenizers(word_tokenizer, byte_tokenizer):
     assert leading_tokens(word_tokenizer) == [1]
     assert leading_tokens(byte_tokenizer) == []
     assert encode_prompt(word_tokenizer, "a c") == [1, 3, 5]
     assert encode_prompt(word_tokenizer, "") == [1]
 
 
-def test_an_end_token_put_there_by_the_tokenizer_does_not_lead(word_tokenizer, tmp_path):
+def test_end_token_added_by_the_tokenizer_is_not_a_leading_token(word_tokenizer, tmp_path):
     word_tokenizer.save_pretrained(tmp_path)
     tokenizer = load_tokenizer(tmp_path)
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(

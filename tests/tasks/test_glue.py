@@ -1,4 +1,4 @@
-"""GLUE's rows as texts with labels, and as questions in words."""
+"""Rows of GLUE as texts with labels, and as questions."""
 
 import json
 
@@ -15,7 +15,7 @@ from moe_jax.tasks.training_rows import read_source_or_task
 
 TASKS_OF_GLUE = [name for name, cls in TASKS.items() if issubclass(cls, ClassificationTask)]
 
-# By task: a row as the hub has it, what it is, and the prompt and the word for it, by hand.
+# By task: a row of the hub, its text and label, and its prompt and answer by hand.
 ROWS = {
     "cola": (
         {"sentence": "She slept the bed.", "label": 0, "idx": 0},
@@ -98,7 +98,7 @@ ROWS = {
 }
 
 
-def test_all_tasks_are_here():
+def test_all_tasks_are_covered():
     assert set(TASKS_OF_GLUE) == set(ROWS) <= set(task_names())
     assert {TASKS[name].glue for name in ROWS} == set(GLUE)
 
@@ -143,7 +143,7 @@ def test_rows_that_do_not_fit_are_named(name, fields, words):
     assert words in str(error.value)
 
 
-def test_an_adapter_with_a_head_learns_the_rows_and_another_one_the_words(tmp_path):
+def test_classifiers_read_texts_and_language_models_questions(tmp_path):
     rows = [ROWS["rte"][0], {"sentence1": "Up.", "sentence2": "Not down.", "label": 0}]
     (tmp_path / "rte").mkdir()
     text = "".join(json.dumps(row) + "\n" for row in rows)

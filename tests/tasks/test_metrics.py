@@ -11,13 +11,13 @@ from moe_jax.tasks.classification_metrics import measure
 
 
 def noisy(rng, labels, classes, share):
-    """The labels with a share of them drawn anew."""
+    """Labels, a share of them replaced by random ones."""
     anew = rng.random(len(labels)) < share
     return np.where(anew, rng.integers(0, classes, len(labels)), labels)
 
 
 @pytest.mark.parametrize("classes", [2, 3])
-def test_of_classes(classes):
+def test_class_metrics_equal_scikit_learns(classes):
     rng = np.random.default_rng(classes)
     labels = rng.integers(0, classes, 300)
     predicted = noisy(rng, labels, classes, 0.4)
@@ -33,7 +33,7 @@ def test_of_classes(classes):
         assert found.rows == 300
 
 
-def test_of_numbers():
+def test_correlations_equal_scipys():
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 11, 200) / 2.0  # with ties
     predicted = np.round(labels + rng.standard_normal(200), 1)
@@ -46,7 +46,7 @@ def test_of_numbers():
     assert expected["pearson"] != expected["spearman"]
 
 
-def test_by_hand():
+def test_class_metrics_by_hand():
     # Of class 1: 3 found, 1 missed, 1 wrongly named; of class 0: 2 right. F1 = 6/8, and
     # Matthews' (3*2 - 1*1) / sqrt(4*4*3*3) = 5/12.
     labels, predicted = np.array([1, 1, 1, 1, 0, 0, 0]), np.array([1, 1, 1, 0, 1, 0, 0])
@@ -57,7 +57,7 @@ def test_by_hand():
     assert accuracy.standard_error == pytest.approx(math.sqrt(5 / 7 * 2 / 7 / 7))
 
 
-def test_what_is_undefined_is_zero():
+def test_undefined_metrics_are_zero():
     same, labels = np.zeros(4, int), np.array([0, 1, 0, 1])
     for name in ("matthews", "f1"):
         assert measure(name, same, labels) == (0.0, 0.0, 4)
@@ -75,7 +75,7 @@ def test_what_is_undefined_is_zero():
         ("spearman", lambda labels, found: scipy.stats.spearmanr(labels, found).statistic),
     ],
 )
-def test_an_error_is_the_spread_over_data_drawn_anew(name, reference):
+def test_standard_error_equals_the_spread_over_new_samples(name, reference):
     rng = np.random.default_rng(0)
 
     def drawn():

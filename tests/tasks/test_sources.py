@@ -1,4 +1,4 @@
-"""Rows that do not fit, data that is not there, and a task from outside the package."""
+"""Invalid rows, missing data, and a task registered from outside of the package."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -63,7 +63,7 @@ def test_columns_that_are_missing(tmp_path):
         questions(tmp_path, "piqa", [["q"]])
 
 
-def test_data_that_is_not_there(tmp_path):
+def test_missing_data(tmp_path):
     with pytest.raises(DataError, match=r"nowhere: no such folder; give one with"):
         named_task("boolq", data=tmp_path / "nowhere").questions()
     (tmp_path / "boolq").mkdir()
@@ -80,7 +80,7 @@ def test_data_that_is_not_there(tmp_path):
         read_local(tmp_path / "rows.csv", None, "test", None)
 
 
-def test_a_split_is_not_taken_for_another(tmp_path):
+def test_split_names_match_exactly(tmp_path):
     for name in ("dev", "validation", "test-00000-of-00002", "test-00001-of-00002"):
         write_rows(tmp_path / f"{name}.jsonl", [{"name": name}])
     found = {
@@ -95,8 +95,8 @@ def test_a_split_is_not_taken_for_another(tmp_path):
     assert len(read_local(tmp_path, None, "test", 1)) == 1
 
 
-def test_rows_as_the_hubs_library_gives_them(tmp_path):
-    """The same call as for a hub id, on a folder, which that library takes too."""
+def test_rows_of_the_datasets_library(tmp_path):
+    """The call for a hub id, on a folder, which the library accepts too."""
     write_rows(tmp_path / "ARC" / "test.parquet", ARC_ROWS)
     hub = HubData(str(tmp_path / "ARC"), None, "test", "train")
     rows = read_hub(hub, "test", 2)

@@ -1,4 +1,4 @@
-"""Training on a task's questions: the same ids as those that evaluation scores."""
+"""Training on the questions of a task reads the ids that evaluation scores."""
 
 import functools
 
@@ -49,7 +49,7 @@ def _tokenised(source, folder, tokenizer):
 
 @pytest.mark.parametrize("answer", ["label", "choice"])
 @pytest.mark.parametrize("task", [*FAMILIES, "kinds"])
-def test_training_reads_what_evaluation_scores(task, answer, folder, tokenizer):
+def test_training_ids_equal_those_that_evaluation_scores(task, answer, folder, tokenizer):
     questions = named_task(task, data=folder, shots=0).questions()
     split = named_task(task).hub.split if task in FAMILIES else "test"
     source = SourceConfig(task=task, split=split, answer=answer)
@@ -68,9 +68,9 @@ def test_training_reads_what_evaluation_scores(task, answer, folder, tokenizer):
         assert mask[-len(learnt) :] == [True] * len(learnt)
 
 
-# What stands by hand for mmlu has shots, which training does not.
+# The expected prompts of mmlu have shots; training has none.
 @pytest.mark.parametrize("task", sorted(set(FAMILIES) - {"mmlu"}))
-def test_training_says_the_words_that_stand_here_by_hand(task, folder):
+def test_training_prompts_by_hand(task, folder):
     made = named_task(task, data=folder, shots=0)
     labels, choices = task_rows(made, "label"), task_rows(made, "choice")
     for row, told, expected in zip(labels, choices, FAMILIES[task].expected, strict=True):
