@@ -1,4 +1,4 @@
-"""Adapters with score heads, against transformers' sequence classifier, and beside each other."""
+"""Adapters with score heads: equal to transformers' classifier, alone or together."""
 
 import jax
 import numpy as np
@@ -26,7 +26,7 @@ METHODS = {
     "number": {
         **tiny_program.MIXLORA,
         "target_modules": TARGETS,
-        "losses": {"load_balance": {"coefficient": 0.0}},  # which micro-batches have their own of
+        "losses": {"load_balance": {"coefficient": 0.0}},  # differs between micro-batches
         "classification": {"regression": True},
     },
 }
@@ -35,7 +35,7 @@ ROWS = 4
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """A base in transformers, and in ours."""
+    """Folder, transformers model, configuration and parameters of a base."""
     folder = tmp_path_factory.mktemp("base")
     reference = save_tiny_llama(folder, **SIZES, **HEADS)
     config = read_model_config(folder)
@@ -43,7 +43,7 @@ def base(tmp_path_factory):
 
 
 def labelled_batch(labels, seed):
-    """Rows of different lengths with a label each, none of whose tokens is 0."""
+    """Labelled rows of different lengths, without the token 0."""
     batch = tiny_program.random_batch(ROWS, seed=seed)
     last = batch.segment_ids.sum(axis=1) - 1
     at = np.arange(ROWS), last
@@ -64,7 +64,7 @@ def batches():
 
 
 def one_step(names, base, batches, adapters, micro_batches=1, mesh=None):
-    """The gradients and metrics of one step with these adapters; SGD takes just them away."""
+    """Gradients and metrics of one step with these adapters; SGD subtracts the gradients."""
     program = tiny_program.program(
         {name: METHODS[name] for name in names},
         rows=ROWS,
@@ -94,7 +94,7 @@ def together(base, batches, adapters):
 
 
 def torch_classifier(base, tree, labels):
-    """transformers' classifier with LoRA in its layers and our head, in float64."""
+    """Classifier of transformers in float64 with the LoRA weights and head of `tree`."""
     folder = base[0]
     model = LlamaForSequenceClassification.from_pretrained(
         folder, num_labels=labels, pad_token_id=0, attn_implementation="eager"
@@ -112,15 +112,15 @@ def oracle(base, batches, adapters):
 
 
 def rows_of(batch):
-    """Each row's own tokens, [1, n]."""
+    """Tokens of each row without padding, [1, n]."""
     return [
         torch.tensor(tokens[:length][None]).long()
         for tokens, length in zip(batch.tokens, batch.segment_ids.sum(axis=1), strict=True)
     ]
 
 
-def test_loss_and_gradients_are_those_of_transformers(oracle, batches, adapters, together):
-    """Row by row in transformers, which so needs no padding."""
+def test_loss_and_gradients_equal_transformers(oracle, batches, adapters, together):
+    """transformers computes row by row, without padding."""
     batch, (found, metrics) = batches["classes"], together
     scores = torch.cat([oracle(row).logits for row in rows_of(batch)])
     labels = torch.tensor(batch.labels.sum(axis=1)).long()
@@ -140,7 +140,7 @@ def test_loss_and_gradients_are_those_of_transformers(oracle, batches, adapters,
                 np.testing.assert_allclose(own, gradient, **GRADIENT_ROUNDING)
 
 
-def test_scores_from_python_are_those_of_transformers_with_padding(base, oracle, batches, adapters):
+def test_scores_of_the_python_api_equal_transformers_with_padding(base, oracle, batches, adapters):
     batch, method = batches["classes"], METHODS["classes"]
     mine = moe_jax.load_base(base[0])
     labels = ClassificationConfig(labels=tuple(method["classification"]["labels"]))
@@ -154,14 +154,14 @@ def test_scores_from_python_are_those_of_transformers_with_padding(base, oracle,
         expected = oracle(tokens, attention_mask=(tokens != 0).long()).logits.numpy()
     np.testing.assert_allclose(scores, expected, rtol=0, atol=FLOAT32_LOGITS)
     assert np.abs(scores - untrained).max() > 0.1
-    # Other tokens at the padding, and more of it.
+    # Other padding tokens, and more of them.
     other = np.pad(np.where(batch.segment_ids, batch.tokens, 7), ((0, 0), (0, 4)))
     more = np.pad(batch.segment_ids, ((0, 0), (0, 4)))
     np.testing.assert_allclose(model(other, "x", more), scores, **ROUNDING)
 
 
 @pytest.mark.parametrize("name", ["words", "number"])
-def test_beside_others_and_in_micro_batches_each_learns_as_alone(
+def test_training_together_in_micro_batches_equals_training_alone(
     name, base, batches, adapters, together
 ):
     found, metrics = together
@@ -172,8 +172,8 @@ def test_beside_others_and_in_micro_batches_each_learns_as_alone(
         np.testing.assert_allclose(own[f"{name}/{metric}"], expected, rtol=1e-5)
 
 
-def test_shared_by_devices_all_learn_the_same(base, batches, adapters, together):
-    """Where rows of each adapter lie in several shards of a batch."""
+def test_a_mesh_does_not_change_the_step(base, batches, adapters, together):
+    """The rows of each adapter are spread over several shards."""
     mesh = {"data": 2, "fsdp": 2, "tensor": 2}
     found, metrics = one_step(METHODS, base, batches, adapters, mesh=mesh)
     assert_equal(found, together[0])

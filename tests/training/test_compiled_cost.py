@@ -1,4 +1,4 @@
-"""What a step costs, read from the compiled program: counted by XLA, so free of noise."""
+"""Cost of a step as XLA reports it for the compiled program, which is free of noise."""
 
 import importlib.util
 import re
@@ -16,7 +16,7 @@ from moe_jax.hf.config import model_config_from_hf
 from moe_jax.training.records.plan import describe_plan, memory_plan
 from moe_jax.training.step.program import build_program
 
-# Widths that occur in no adapter, so that a product of a frozen kernel's shape is recognised.
+# Widths that no adapter has, so that shapes tell products of frozen kernels apart.
 _CONFIG = {"hidden_size": 48, "intermediate_size": 112, "num_heads": 5, "num_kv_heads": 5}
 _KERNELS = {(48, 40), (40, 48), (48, 112), (112, 48), (48, 96), (96, 48)}
 
@@ -32,7 +32,7 @@ def _program(num_layers, remat="none"):
 
 
 def _product_shapes(text):
-    """Result shapes of all matrix products of a compiled program."""
+    """Result shapes of the matrix products in a compiled program."""
     found = re.findall(r"= \w+\[([\d,]+)\]\S* dot\(", text)
     return {tuple(int(n) for n in shape.split(",")) for shape in found}
 
@@ -44,7 +44,7 @@ def test_no_gradient_of_a_frozen_weight_is_computed(remat):
     assert not shapes & _KERNELS
 
 
-def test_the_search_for_frozen_gradients_finds_them_where_they_are():
+def test_the_search_detects_gradients_of_frozen_weights():
     program = _program(2)
     tokens = jnp.zeros((8, 16), jnp.int32)
     model = program.model
@@ -74,7 +74,7 @@ def test_memory_plan_of_the_7b_configuration():
     text = describe_plan(program, row_length=512)
     assert plan is not None
 
-    # Llama-2-7B has 6,738,415,616 parameters; bfloat16, in eight parts, but for the norms.
+    # Llama-2-7B has 6,738,415,616 parameters in bfloat16; all but the norms are in eight shards.
     norms = (2 * 32 + 1) * 4096
     assert plan.params == 2 * ((6_738_415_616 - norms) // 8 + norms)
     assert "6,738,415,616 parameters" in text
@@ -82,7 +82,7 @@ def test_memory_plan_of_the_7b_configuration():
     layer = 4 * 16 * (4096 + 4096) + 8 * 3 * 16 * (4096 + 11008) + 4096 * 8
     assert f"{32 * layer:,} parameters" in text
     assert plan.adapters == 4 * 32 * layer // 8
-    # Adam's two moments, and a few counters.
+    # Two moments of Adam, and a few counters.
     assert 0 <= plan.optimizer - 2 * plan.adapters < 1024
     # The layers' inputs and the products with q, k, v, o, gate and up, which rematerialisation
     # keeps, are the least there must be; a CPU multiplies bfloat16 in float32, so that they may be
@@ -92,7 +92,7 @@ def test_memory_plan_of_the_7b_configuration():
     assert plan.total == sum(plan[:4])
 
 
-def test_a_backend_that_reports_no_memory_still_has_a_plan(monkeypatch):
+def test_plan_without_memory_of_the_backend(monkeypatch):
     program = tiny_program.program({"default": tiny_program.LORA})
     silent = types.SimpleNamespace(memory_analysis=lambda: None)
     monkeypatch.setattr(type(program), "compiled_train_step", lambda self, length: silent)

@@ -1,4 +1,4 @@
-"""Adapters that train at once, each on its own terms, are the adapters that each would be alone."""
+"""Adapters that train together with different settings equal adapters that train alone."""
 
 import numpy as np
 import pytest
@@ -8,8 +8,8 @@ from tolerances import ROUNDING
 
 from moe_jax.training.run.loop import train
 
-# No two of them have the same data, row length, batch size, length of training, optimiser,
-# schedule or seed. Dropout is off, and a large epsilon keeps rounding of gradients near zero small.
+# They differ in data, row length, batch size, steps, optimizer, schedule and seed. Dropout
+# is off, and a large epsilon keeps rounding of gradients near zero small.
 ADAPTERS = """
 
 def get_config():
@@ -59,7 +59,7 @@ def inputs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(inputs, tmp_path_factory):
-    """A function that trains some of the adapters together, once, and gives the run's folder."""
+    """Function that trains a set of adapters together once, and returns the work directory."""
     runs = {}
 
     def run(*names):
@@ -75,7 +75,7 @@ def trained(inputs, tmp_path_factory):
 
 
 @pytest.mark.parametrize("pair", PAIRS, ids="+".join)
-def test_together_as_alone(trained, pair):
+def test_training_together_equals_training_alone(trained, pair):
     together = trained(*pair)
     theirs = {line["step"]: line for line in metric_lines(together) if "tokens" in line}
     for name in pair:
@@ -84,7 +84,7 @@ def test_together_as_alone(trained, pair):
         assert expected.keys() == actual.keys()
         for path, leaf in expected.items():
             np.testing.assert_allclose(actual[path], leaf, **ROUNDING, err_msg=f"{name}: {path}")
-            # B began at zero, and what became of it is far above the tolerance.
+            # B starts at zero and moves by far more than the tolerance.
             assert np.abs(leaf).max() > 100 * ROUNDING["atol"], f"{name}: {path}"
         lines = [line for line in metric_lines(alone) if "tokens" in line]
         assert [line["step"] for line in lines] == list(range(1, STEPS[name] + 1))
@@ -93,7 +93,7 @@ def test_together_as_alone(trained, pair):
                 other = theirs[line["step"]][metric]
                 assert line[metric] == pytest.approx(other, rel=1e-4), (metric, line["step"])
             assert line[f"{name}/target_tokens"] == theirs[line["step"]][f"{name}/target_tokens"]
-        # The rows were padded differently, or this would show less.
+        # Different padding makes the comparison stricter.
         assert {line["step"]: line["padding_share"] for line in lines} != {
             step: line["padding_share"] for step, line in theirs.items()
         }

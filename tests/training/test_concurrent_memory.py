@@ -1,4 +1,4 @@
-"""The memory of the compiled step with N adapters: one base, N adapters, their activations."""
+"""Memory of the compiled step with N adapters: one base, N adapters and their activations."""
 
 import math
 from typing import Any
@@ -7,8 +7,8 @@ import jax
 import pytest
 import tiny_program
 
-# A base that is large against its adapters and against the activations of four tokens each, so that
-# a second copy of it, or of a part of it for each adapter, would show.
+# A base much larger than the adapters and the activations of four tokens each, so that a second
+# copy of it, or of a part for each adapter, is visible.
 MODEL = tiny_program.model_config(
     vocab_size=64,
     hidden_size=512,
@@ -29,7 +29,7 @@ def in_bytes(tree: Any) -> int:
 
 @pytest.fixture(scope="module")
 def compiled():
-    """By number of adapters: the program, and what XLA says of its step's memory."""
+    """Program and memory analysis of its compiled step, by number of adapters."""
     found = {}
     for count in (1, 2, 4):
         methods = {f"a{i}": MIXLORA if i % 2 else LORA for i in range(count)}
@@ -43,16 +43,16 @@ def test_arguments_are_one_base_and_the_adapters(compiled):
     for count, (program, memory) in compiled.items():
         base, state = in_bytes(program.abstract_params), in_bytes(program.abstract_state)
         assert in_bytes(program.abstract_state.adapters) < base / 50
-        # Of each token its id, segment, position and loss mask; nobody asks for the expert group.
+        # Id, segment, position and loss mask of each token; the expert group is unused.
         batch = count * TOKENS * (4 + 4 + 4 + 1)
-        # Whether an adapter's last gradient was finite is written and never read: one byte each.
+        # The flag of a finite last gradient is written and never read: one byte each.
         assert memory.argument_size_in_bytes == base + state + batch - count
 
 
-def test_what_the_step_needs_besides_grows_by_activations(compiled):
+def test_temporary_memory_grows_by_activations(compiled):
     base = in_bytes(compiled[1][0].abstract_params)
     temporary = {count: memory.temp_size_in_bytes for count, (_, memory) in compiled.items()}
     # Measured on CPU with jax 0.10.2: 18.3, 22.2 and 27.6 MB beside a base of 67.4 MB. Most of the
-    # first is the layer at hand, which the scan takes out of the stack.
+    # first is the current layer, which the scan copies out of the stack.
     assert temporary[1] < temporary[2] < temporary[4] < base / 2
     assert (temporary[4] - temporary[1]) / 3 < base / 12

@@ -1,4 +1,4 @@
-"""Where an adapter ends, the others go on without it: phases, the state, compilations."""
+"""Phases of a run: when an adapter ends, the others train on without it."""
 
 import dataclasses
 
@@ -32,7 +32,7 @@ def test_phases_by_hand():
         (40, 60, ("b", "d"), ("b",)),
         (60, 90, ("d",), ("d",)),
     )
-    # The state after step 40 still holds the adapters that ended with it.
+    # The state after step 40 still has the adapters that end with it.
     stops = {step: phases_after(phases, step)[0].stop for step in (0, 1, 40, 41, 60, 61, 90)}
     assert stops == {0: 40, 1: 40, 40: 40, 41: 60, 60: 60, 61: 90, 90: 90}
     assert phases_after(phases, 41) == phases[1:]
@@ -44,8 +44,8 @@ def both():
     return tiny_program.program(METHODS, rows=2, optimizer=ADAMW, config=MODEL)
 
 
-def test_the_state_goes_on_by_path(both):
-    """Every leaf of the smaller state is the larger one's, and what is left over is freed."""
+def test_the_state_is_carried_over_by_path(both):
+    """Leaves of the smaller state come from the larger one, whose other leaves are freed."""
     state = both.init_state(tiny_program.random_params(both))
     rng = np.random.default_rng(0)
     numbers = jax.tree.map(
@@ -66,11 +66,11 @@ def test_the_state_goes_on_by_path(both):
         assert leaf.sharding == named_leaves(narrow.state_shardings)[path]
     freed = [path for path, leaf in leaves.items() if leaf.is_deleted()]
     assert sorted(freed) == sorted(set(before) - set(after))
-    # The moments, counters and weights of 'a', and nothing of the base.
+    # Moments, counters and weights of 'a', but no leaf of the base.
     assert {path.split("/")[0] for path in freed} == {"adapters", "opt_state"}
 
 
-def test_a_state_that_lacks_a_leaf_is_refused(both):
+def test_a_missing_leaf_of_the_state_raises(both):
     narrow = both.narrowed(["b"])
     state = narrow.init_state(tiny_program.random_params(narrow))
     with pytest.raises(ValueError, match="the state has no adapters/a/"):
@@ -91,7 +91,7 @@ def test_adapters_of_equal_methods_are_evaluated_by_one_compilation(monkeypatch)
     batch = program.put_eval_batch(tiny_program.random_batch(2))
     losses = {name: program.eval_step(name, adapters, params, batch)[0] for name in methods}
     assert traced == [["a"], ["b"]]
-    # Each with its own weights all the same, also where fewer adapters go on.
+    # Each has different weights all the same, also after adapters have ended.
     assert losses["a"] != losses["c"]
     swapped = {**adapters, "a": adapters["c"]}
     assert program.eval_step("a", swapped, params, batch)[0] == losses["c"]
@@ -99,18 +99,18 @@ def test_adapters_of_equal_methods_are_evaluated_by_one_compilation(monkeypatch)
     assert len(traced) == 2
 
 
-def test_schedules_stay_those_of_the_whole_run(both):
+def test_a_narrowed_program_keeps_its_schedules(both):
     steps = {"a": 4, "b": 8}
     program = program_module.build_program(both.config, MODEL, steps, devices=jax.devices()[:1])
     narrow = program.narrowed(["b"])
     for done in (0, 3, 4):
-        # Linear, from the peak of 0.01 to zero at each adapter's own last step.
+        # Linear from the peak of 0.01 to zero at the last step of each adapter.
         expected = {name: 1e-2 * (1 - done / count) for name, count in steps.items()}
         assert program.learning_rates(done) == pytest.approx(expected, rel=1e-6)
         assert narrow.learning_rates(done) == pytest.approx({"b": expected["b"]}, rel=1e-6)
 
 
-def test_an_adapter_begins_by_its_own_seed(both):
+def test_initialisation_depends_on_the_seed_of_the_adapter(both):
     params = tiny_program.random_params(both)
 
     def fresh(**seeds):
@@ -125,10 +125,10 @@ def test_an_adapter_begins_by_its_own_seed(both):
         state = program.init_state(params)
         return {name: np.asarray(jax.tree.leaves(tree)[0]) for name, tree in state.adapters.items()}
 
-    shared, own = fresh(), fresh(b=7)
-    assert (shared["a"] == shared["b"]).all()
-    assert (own["a"] == shared["a"]).all()
-    assert (own["b"] != shared["b"]).any()
+    same, different = fresh(), fresh(b=7)
+    assert (same["a"] == same["b"]).all()
+    assert (different["a"] == same["a"]).all()
+    assert (different["b"] != same["b"]).any()
 
 
 TWO = """
@@ -141,7 +141,7 @@ def get_config():
     for each in adapters.values():
         each["method"] |= dict(dropout=0.0, target_modules=("q_proj", "up_proj"))
         each["data"] |= dict(validation={}, sort_window=6)
-        # Rounding stays rounding, which Adam would divide by.
+        # Adam would divide by, and so amplify, rounding errors.
         each["optimizer"] = dict(name="sgd", learning_rate=0.1)
     adapters["short"]["steps"] = 2
     adapters["long"] |= dict(batch_size=4, steps=4)
@@ -163,7 +163,7 @@ def inputs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def on_one_device(inputs, tmp_path_factory):
-    """A run, what it said, and which training steps were lowered for it."""
+    """Work directory and printed lines of a run, and the training steps that it lowered."""
     workdir = tmp_path_factory.mktemp("runs") / "one"
     said, lowered = [], []
     lower = program_module.Program.lower_train_step
@@ -178,7 +178,7 @@ def on_one_device(inputs, tmp_path_factory):
     return workdir, said, lowered
 
 
-def test_one_compilation_a_program_and_row_length(on_one_device):
+def test_one_compilation_for_each_program_and_row_length(on_one_device):
     _, said, lowered = on_one_device
     assert len(lowered) == len(set(lowered))
     assert {names for names, _ in lowered} == {("short", "long"), ("long",)}
@@ -190,7 +190,7 @@ def test_one_compilation_a_program_and_row_length(on_one_device):
     ]
 
 
-def test_what_is_said_of_phases(on_one_device):
+def test_the_table_has_a_row_for_each_phase(on_one_device):
     _, said, _ = on_one_device
     table = [line.split() for line in said]
     (short,) = [line for line in said if line.startswith("adapter      'short'")]
@@ -200,8 +200,8 @@ def test_what_is_said_of_phases(on_one_device):
     assert said[at + 1].strip() == "3 to 4 of 4 rows, up to 96 tokens each: 1 adapter"
 
 
-def test_a_mesh_changes_nothing(on_one_device, inputs, tmp_path):
-    """The shards of the state of the adapter that goes on stay where they are."""
+def test_a_mesh_does_not_change_the_adapters(on_one_device, inputs, tmp_path):
+    """The state of the remaining adapter stays sharded as before."""
     overrides = {f"adapters__{name}__data__buckets": "()" for name in ("short", "long")}
     run = Run(inputs, tmp_path / "mesh", devices=4, overrides={**overrides, "mesh__fsdp": 2})
     assert run.join() == 0, run.log.read_text()
@@ -229,12 +229,12 @@ def test_a_mesh_changes_nothing(on_one_device, inputs, tmp_path):
         ({"adapters__long__steps": None}, "config.training.steps: give either steps or epochs"),
     ],
 )
-def test_refusals(inputs, overrides, words):
+def test_invalid_settings(inputs, overrides, words):
     with pytest.raises(ConfigError) as error:
         read_config(inputs, **overrides)
     assert str(error.value).startswith(words)
 
 
-def test_as_many_rows_as_there_may_be(inputs):
+def test_the_largest_number_of_rows_is_valid(inputs):
     config = read_config(inputs, training__max_batch_rows=12)
     assert config.training.max_batch_rows == 12

@@ -1,4 +1,4 @@
-"""A run whose adapters end at different steps resumes at any of them as if it had never stopped."""
+"""Exact resumption of a run whose adapters end at different steps."""
 
 import json
 import shutil
@@ -10,8 +10,8 @@ from tiny_run import Run, final_adapter, metric_lines, write_inputs
 
 from moe_jax.checkpoints.store import latest_step
 
-# With dropout and jitter, which draw anew each step. Adapter 'short' ends in the middle of a window
-# of metrics. The rows of 'long' are packed, and those of 'short' beside them are not.
+# With dropout and jitter, which are random in each step. Adapter 'short' ends in the middle of a
+# window of metrics. Rows of 'long' are packed, those of 'short' are not.
 TWO = """
 
 def get_config():
@@ -50,13 +50,13 @@ def uninterrupted(inputs, tmp_path_factory):
 
 
 def after(uninterrupted, workdir, step):
-    """A copy of the run as it was right after the state of `step` was saved."""
+    """Copy of the run as it was right after the state of `step` was saved."""
     shutil.copytree(uninterrupted, workdir)
     for saved in (workdir / "checkpoints").iterdir():
         if int(saved.name) > step:
             shutil.rmtree(saved)
     shutil.rmtree(workdir / "adapters" / "long")
-    if step <= 6:  # the adapter's own folder is written after the state of its last step
+    if step <= 6:  # the final folder of an adapter is written after the state of its last step
         shutil.rmtree(workdir / "adapters" / "short")
     return workdir
 
@@ -107,7 +107,7 @@ def test_lines_and_states_by_hand(uninterrupted):
 
 
 @pytest.mark.parametrize("step", [5, 6, 7])
-def test_resumed_around_the_change(inputs, uninterrupted, tmp_path, step):
+def test_resuming_near_the_end_of_an_adapter(inputs, uninterrupted, tmp_path, step):
     workdir = after(uninterrupted, tmp_path / "run", step)
     short = workdir / "adapters" / "short" / "adapter.json"
     written = short.stat().st_mtime_ns if step > 6 else None
@@ -127,10 +127,10 @@ def test_killed_between_a_final_folder_and_the_next_state(inputs, uninterrupted,
     run.wait_until("adapter 'short' finished at step 6")
     run.process.kill()
     assert run.join() == -signal.SIGKILL
-    assert latest_step(workdir / "checkpoints") == 5, "killed later than this is about"
+    assert latest_step(workdir / "checkpoints") == 5, "the run was killed too late for this test"
     left = final_adapter(workdir, "short")
     assert not (workdir / "adapters" / "long").exists()
-    # What was finished is whole already, and is the same when its last step is made again.
+    # The finished adapter is complete, and equal after its last step is repeated.
     for path, leaf in final_adapter(uninterrupted, "short").items():
         np.testing.assert_array_equal(left[path], leaf, err_msg=path)
     run = Run(inputs, workdir, overrides={"checkpoints__every": 5})
@@ -151,9 +151,11 @@ def test_killed_between_a_final_folder_and_the_next_state(inputs, uninterrupted,
         (6, {"adapters__short__steps": 5}, "config.adapters.short.steps: 5 steps, but "),
     ],
 )
-def test_ends_that_a_state_does_not_fit(inputs, uninterrupted, tmp_path, step, overrides, words):
+def test_numbers_of_steps_that_do_not_fit_the_state(
+    inputs, uninterrupted, tmp_path, step, overrides, words
+):
     workdir = after(uninterrupted, tmp_path / "run", step)
-    # As if it had been so from the start: with a schedule that the number of steps does not change.
+    # Resuming equals starting with this number, with a schedule that does not depend on it.
     settings = json.loads((workdir / "config.json").read_text())
     for adapter in settings["adapters"].values():
         adapter["optimizer"]["schedule"] |= {"kind": "constant"}
@@ -166,7 +168,9 @@ def test_ends_that_a_state_does_not_fit(inputs, uninterrupted, tmp_path, step, o
     assert f"error: {words}" in run.log.read_text()
 
 
-def test_other_ends_where_a_schedule_depends_on_them(inputs, uninterrupted, tmp_path):
+def test_other_numbers_of_steps_with_a_schedule_that_depends_on_them(
+    inputs, uninterrupted, tmp_path
+):
     workdir = after(uninterrupted, tmp_path / "run", 5)
     run = Run(inputs, workdir, overrides={"adapters__short__steps": 7})
     assert run.join() == 2

@@ -1,4 +1,4 @@
-"""A sweep through the library: one run, an adapter for each combination, and a table of them."""
+"""Sweep through the Python API: one run with an adapter for each combination, and their table."""
 
 import json
 import logging

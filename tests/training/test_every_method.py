@@ -1,4 +1,4 @@
-"""Every method with every router: trained, saved, loaded in a fresh process, and evaluated there.
+"""Every method with every router: trained, saved, and evaluated in a fresh process.
 
 All of them train at once, in one run on one base; the fresh process knows their folders only.
 """
@@ -25,7 +25,7 @@ ROUTERS = {
 LOSSES = dict(load_balance=dict(coefficient=0.01), router_z=dict(coefficient=0.001))
 METHODS = {
     "lora": dict(name="lora"),
-    "lora_plus": dict(name="lora"),  # see the configuration below
+    "lora_plus": dict(name="lora"),  # see `CONFIG`
     "rslora": dict(name="lora", rslora=True),
     "dora": dict(name="lora", dora=True),
     **{
@@ -38,7 +38,7 @@ METHODS = {
     },
     "loramoe-dora": dict(name="loramoe", num_experts=4, dora=True),
     "mola-dora": dict(name="mola", num_experts=(2, 4), dora=True),
-    # Routers with a capacity do not go with these two.
+    # These two do not support routers with a capacity.
     **{
         f"loramoe-{router}": dict(name="loramoe", num_experts=4, router=ROUTERS[router])
         for router in ("top_k", "top_p", "soft")
@@ -62,7 +62,7 @@ def get_config():
     for adapter_config in config["adapters"].values():
         adapter_config["method"]["target_modules"] = ("q_proj", "gate_proj", "down_proj")
         adapter_config["batch_size"] = 4
-        adapter_config["optimizer"]["learning_rate"] = 2e-2  # there are few steps
+        adapter_config["optimizer"]["learning_rate"] = 2e-2  # because of the few steps
         adapter_config["data"]["buckets"] = ()
     config["adapters"]["lora_plus"]["optimizer"]["lora_plus_ratio"] = 4.0
     config["training"] = dict(steps={STEPS}, log_every=4)
@@ -111,13 +111,13 @@ print(json.dumps({"base": mean_loss(model, None), **losses}))
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """The run's folder, its last validation losses, and the losses in a fresh process."""
+    """Work directory of the run, its last validation losses, and the losses in a fresh process."""
     folder = tmp_path_factory.mktemp("every_method")
     tiny_run.write_inputs(folder).rename(folder / "tiny_run_config.py")
     config, workdir = folder / "config.py", folder / "run"
     config.write_text(f"import sys\nsys.path.insert(0, {str(folder)!r})\n{CONFIG}")
     trained = tiny_run.Run(config, workdir)
-    # So many adapters in one program take a while to compile.
+    # A program with this many adapters takes long to compile.
     assert trained.join(600) == 0, trained.log.read_text()
     reported = {}
     for line in tiny_run.metric_lines(workdir):
@@ -136,7 +136,7 @@ def run(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_a_fresh_process_evaluates_what_was_trained(run, name):
+def test_losses_in_a_fresh_process_equal_those_of_the_run(run, name):
     workdir, reported, fresh = run
     np.testing.assert_allclose(fresh[name], reported[name], **ROUNDING)
     assert fresh[name] < fresh["base"] - 0.05
@@ -144,13 +144,13 @@ def test_a_fresh_process_evaluates_what_was_trained(run, name):
     assert saved.step == STEPS
     leaves = tiny_run.final_adapter(workdir, name)
     for path, leaf in leaves.items():
-        # An expert that no token has reached yet may be at zero still; a projection may not.
+        # An expert that no token has reached may still be zero; a projection may not.
         assert leaf.any() and np.isfinite(leaf).all(), path
     has_router = any(path.endswith("router/kernel") for path in leaves)
     assert has_router == (saved.method.routes is True)
     assert any(path.endswith("magnitude") for path in leaves) == ("dora" in name)
 
 
-def test_no_two_of_them_are_the_same(run):
+def test_all_adapters_differ(run):
     _, _, fresh = run
     assert len({round(loss, 6) for loss in fresh.values()}) == len(METHODS) + 1

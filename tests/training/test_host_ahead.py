@@ -1,4 +1,4 @@
-"""Nothing that the loop does between two steps waits for the device, or changes what comes out."""
+"""The host runs ahead of the device: records and saves do not wait, and lose nothing."""
 
 import itertools
 import math
@@ -36,22 +36,22 @@ OVERRIDES = {
 
 
 class Watched:
-    """A run on one device, and when what happened in it.
+    """Run on one device with the times of its events.
 
     Attributes:
-      dispatched: steps that the device had been given.
-      noted: by step, how many it had been given when its metrics were read.
-      losses: by step.
-      best_at: by saved step, the step of the best adapter on the disk when writing began.
+      dispatched: number of steps dispatched so far.
+      recorded: number of steps dispatched when the metrics of a step were read, by step.
+      losses: losses by step.
+      best_at: step of the best adapter on disk when a state was written, by step of the state.
     """
 
     def __init__(self, inputs, workdir):
         self.workdir = workdir
-        self.dispatched, self.noted, self.losses, self.best_at = 0, {}, {}, {}
+        self.dispatched, self.recorded, self.losses, self.best_at = 0, {}, {}, {}
         with one_device() as patch:
             for owner, name, watch in (
                 (Program, "train_step", self._step),
-                (Recorder, "_record", self._note),
+                (Recorder, "_record", self._record),
                 (TrainingStore, "write", self._write),
                 (session, "capture_adapter", self._captured),
             ):
@@ -63,8 +63,8 @@ class Watched:
         self.dispatched += 1
         return original(*arguments)
 
-    def _note(self, original, recorder, step, metrics):
-        self.noted[step], self.losses[step] = self.dispatched, metrics["default/loss"]
+    def _record(self, original, recorder, step, metrics):
+        self.recorded[step], self.losses[step] = self.dispatched, metrics["default/loss"]
         original(recorder, step, metrics)
 
     def _write(self, original, store, step, *arguments, **more):
@@ -92,14 +92,14 @@ def watched(inputs, tmp_path_factory):
     return Watched(inputs, tmp_path_factory.mktemp("watched") / "run")
 
 
-def test_metrics_are_read_when_later_steps_have_been_dispatched(watched):
-    # Neither a line every third step nor a state every fifth makes the host wait for the device;
-    # measuring, after steps 8 and 16, does.
+def test_metrics_are_read_after_later_steps_are_dispatched(watched):
+    # The host waits for the device at validation, after steps 8 and 16, but not for a line every
+    # third step or a state every fifth.
     measured = {s: math.ceil(s / MEASURED_EVERY) * MEASURED_EVERY for s in range(1, STEPS + 1)}
-    assert watched.noted == {s: min(s + AHEAD, measured[s]) for s in range(1, STEPS + 1)}
+    assert watched.recorded == {s: min(s + AHEAD, measured[s]) for s in range(1, STEPS + 1)}
 
 
-def test_a_state_has_the_metrics_of_its_own_step(watched):
+def test_a_state_has_the_metrics_of_its_step(watched):
     folder = watched.workdir / "checkpoints"
     assert sorted(int(each.name) for each in folder.iterdir()) == [5, 10, 15, 16]
     # Lines end with the third, ninth and fifteenth step.
@@ -114,16 +114,16 @@ def test_a_state_has_the_metrics_of_its_own_step(watched):
         if "validation/default/held_out/loss" in line
     }
     for step, last in ((5, 0), (10, 8), (15, 8), (16, 16)):
-        found = read_metadata(folder, step)["validation"]
-        assert found == {"default/held_out": measured[last]}
+        validation = read_metadata(folder, step)["validation"]
+        assert validation == {"default/held_out": measured[last]}
 
 
-def test_the_best_is_on_the_disk_before_a_state_that_knows_of_it(watched):
+def test_the_best_adapter_is_written_before_a_state_that_refers_to_it(watched):
     assert watched.best_at == {5: None, 10: 8, 15: 8, 16: 16}
 
 
 def failing_at(call, method, error):
-    """The method, but that its given call raises the error."""
+    """The method, except that one call of it raises the error."""
     calls = itertools.count(1)
 
     def watched(*arguments, **more):
@@ -136,7 +136,7 @@ def failing_at(call, method, error):
 
 @pytest.fixture(scope="module")
 def failing(inputs, tmp_path_factory):
-    """Runs that fail when they have begun to save, after step 5, what is written after step 9."""
+    """Runs that fail after the save of step 5 starts and before it is written, at step 9."""
     folder = tmp_path_factory.mktemp("failing")
 
     def run(name, *failures):
@@ -151,24 +151,24 @@ def failing(inputs, tmp_path_factory):
     return run
 
 
-# In the seventh step.
+# Raised in the seventh step.
 BAD_ROW = (Program, "put_train_batch", 7, DataError("row 57 cannot be read"))
 
 
-def test_a_state_whose_saving_has_begun_is_written_before_an_error_leaves(failing, watched):
+def test_a_save_in_progress_is_completed_before_an_error_is_raised(failing, watched):
     error, folder = failing("data", BAD_ROW)
     assert error == "row 57 cannot be read"
     assert latest_step(folder) == 5
     assert read_metadata(folder, 5) == read_metadata(watched.workdir / "checkpoints", 5)
 
 
-def test_also_where_an_earlier_step_has_gone_wrong(failing):
+def test_a_save_in_progress_is_completed_after_a_failed_step(failing):
     error, folder = failing("step", (Recorder, "_record", 3, TrainingError("step 3 went wrong")))
     assert error == "step 3 went wrong; the state at step 5 is kept"
     assert latest_step(folder) == 5
 
 
-def test_also_where_memory_did_not_do(failing):
+def test_a_save_in_progress_is_completed_when_out_of_memory(failing):
     full = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")
     error, folder = failing("memory", (Program, "train_step", 7, full))
     assert error.startswith("out of memory (RESOURCE_EXHAUSTED: Out of memory allocating 9")
@@ -176,14 +176,14 @@ def test_also_where_memory_did_not_do(failing):
     assert latest_step(folder) == 5
 
 
-def test_the_first_error_is_the_one_that_is_raised(failing):
+def test_the_first_error_is_raised(failing):
     full = (TrainingStore, "write", 1, CheckpointError("no space left"))
     error, folder = failing("both", BAD_ROW, full)
     assert error == "row 57 cannot be read"
     assert latest_step(folder) is None
 
 
-def test_no_state_knows_of_a_best_adapter_that_was_not_written(inputs, tmp_path, monkeypatch):
+def test_no_state_refers_to_a_best_adapter_that_was_not_written(inputs, tmp_path, monkeypatch):
     begun = threading.Event()
 
     def captured(folder, adapter):
@@ -195,7 +195,7 @@ def test_no_state_knows_of_a_best_adapter_that_was_not_written(inputs, tmp_path,
 
     def save(run, *arguments, original=TrainingSession._save):
         original(run, *arguments)
-        if run.progress.step == 10:  # it waits for its metrics, and the best is of step 8
+        if run.progress.step == 10:  # deferred until its metrics are read; the best is of step 8
             begun.set()
 
     monkeypatch.setattr(session, "capture_adapter", captured)
@@ -208,9 +208,7 @@ def test_no_state_knows_of_a_best_adapter_that_was_not_written(inputs, tmp_path,
     assert read_metadata(folder, 5)["best"] == {}
 
 
-def test_a_best_adapter_that_somebody_removed_does_not_cost_the_final_one(
-    inputs, tmp_path, monkeypatch
-):
+def test_the_final_adapter_is_written_without_a_deleted_best_one(inputs, tmp_path, monkeypatch):
     best, said = tmp_path / "best" / "default", []
 
     def finish(run, *arguments, original=TrainingSession._finish):
@@ -224,7 +222,7 @@ def test_a_best_adapter_that_somebody_removed_does_not_cost_the_final_one(
     assert f"adapter 'default': its best weights are no longer in {best}" in said
 
 
-def test_the_share_of_the_time_that_the_host_was_busy(monkeypatch):
+def test_host_share_by_hand(monkeypatch):
     now = [100.0]
     monkeypatch.setattr(recorder.time, "perf_counter", lambda: now[0])
     speed = recorder._Speed()
@@ -233,16 +231,16 @@ def test_the_share_of_the_time_that_the_host_was_busy(monkeypatch):
     with speed.paused():
         now[0] += 7.0
     now[0] += 4.0
-    speed.waited(3.0)
-    # 8 steps of 10 tokens in 4 seconds, in 3 of which the host waited for the device.
+    speed.add_wait(3.0)
+    # 8 steps of 10 tokens in 4 seconds; in 3 of them the host waited for the device.
     expected = {"seconds_per_step": 0.5, "tokens_per_second": 20.0, "host_share": 0.25}
     assert speed.measure() == expected
-    assert speed.measure() == expected, "too few steps since then"
+    assert speed.measure() == expected, "fewer than 8 steps since then"
 
 
 @pytest.fixture
 def events(tmp_path, monkeypatch):
-    """How often JAX said what of its cache on disk, which is in a folder of its own here."""
+    """Counts of the events of JAX's compilation cache, in an empty folder."""
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
@@ -263,7 +261,7 @@ def events(tmp_path, monkeypatch):
     compilation_cache.reset_cache()
 
 
-def test_a_second_run_compiles_nothing_and_ends_the_same(watched, inputs, tmp_path, events):
+def test_a_second_run_compiles_nothing_and_is_equal(watched, inputs, tmp_path, events):
     keep_compiled_programs()
     kept, found = "/jax/compilation_cache/cache_misses", "/jax/compilation_cache/cache_hits"
     first = Watched(inputs, tmp_path / "first")

@@ -1,4 +1,4 @@
-"""What a run is refused for before its weights are read, and what it is warned of."""
+"""Errors and warnings about the inputs of a run, before its weights are read."""
 
 import json
 import math
@@ -43,7 +43,7 @@ def test_data_errors_name_the_field(inputs, field, value, words):
     assert error.startswith("config.adapters.default.data." + words.format(inputs.parent))
 
 
-def test_what_does_not_fit_is_refused_before_any_data_is_read(inputs):
+def test_settings_are_checked_before_data_is_read(inputs):
     gone = {f"{DATA}__train__words__path": "gone.jsonl"}
     rows = {"mesh__data": 8, "adapters__default__batch_size": 4}
     assert refusal(inputs, **rows, **gone).startswith("config.adapters.default.batch_size: ")
@@ -64,7 +64,7 @@ def test_an_unknown_prompt_template_names_the_field(inputs):
     )
 
 
-def test_a_base_that_is_not_there_names_the_field(inputs):
+def test_a_missing_base_names_the_field(inputs):
     error = refusal(inputs, CheckpointError, base__path="a/b/c")
     assert error == (
         "config.base.path: a/b/c: no such folder; give a folder, or a hub id owner/name"
@@ -72,14 +72,14 @@ def test_a_base_that_is_not_there_names_the_field(inputs):
 
 
 @pytest.mark.parametrize("split", ["train", "validation"])
-def test_a_token_that_the_base_does_not_know(tmp_path, split):
+def test_a_token_without_an_embedding(tmp_path, split):
     config = write_inputs(tmp_path)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(tmp_path / "base")
     tokenizer.add_tokens([f"<spare {i}>" for i in range(300 - len(tokenizer))])
     tokenizer.add_tokens(["<thought>"])
     tokenizer.save_pretrained(tmp_path / "base")
     file, source = {"train": ("train", "words"), "validation": ("held_out", "held_out")}[split]
-    read_inputs(read_config(config), lambda _: None)  # as long as nothing says it
+    read_inputs(read_config(config), lambda _: None)  # valid while no row has the token
     with (tmp_path / f"{file}.jsonl").open("a") as rows:
         rows.write(json.dumps({"prompt": "the <thought>", "completion": " fox"}) + "\n")
     error = refusal(config, DataError)
@@ -96,7 +96,7 @@ def test_a_token_that_the_base_does_not_know(tmp_path, split):
         ({"rope_type": "dynamic", "factor": 2.0}, False),
     ],
 )
-def test_rows_longer_than_the_base_saw(tmp_path, rope, is_warned):
+def test_rows_longer_than_those_of_pretraining(tmp_path, rope, is_warned):
     config = write_inputs(tmp_path)
     file = tmp_path / "base" / "config.json"
     content = json.loads(file.read_text())
@@ -114,7 +114,7 @@ def test_rows_longer_than_the_base_saw(tmp_path, rope, is_warned):
     assert not any("warning" in line for line in said)
 
 
-def test_packed_rows_longer_than_the_base_saw_are_of_shorter_ones(tmp_path):
+def test_positions_of_packed_rows_count_within_a_sequence(tmp_path):
     config = write_inputs(tmp_path)
     file = tmp_path / "base" / "config.json"
     content = json.loads(file.read_text())
@@ -127,7 +127,7 @@ def test_packed_rows_longer_than_the_base_saw_are_of_shorter_ones(tmp_path):
         assert any("to a row of 200 tokens" in line for line in said)
 
 
-def test_an_epoch_of_packed_rows_is_a_pass_over_the_data(inputs):
+def test_an_epoch_of_packed_rows_is_one_pass_over_the_data(inputs):
     epochs = {"training__steps": None, f"{DATA}__packing": "first_fit", f"{DATA}__max_length": 48}
     steps, seen = {}, []
     for count in (1, 2.5):
@@ -137,14 +137,14 @@ def test_an_epoch_of_packed_rows_is_a_pass_over_the_data(inputs):
         batch = next(found.train["default"].iterator)
         begins = (batch.segment_ids > 0) & (batch.positions == 0)
         seen.append(int(begins.sum()))
-    # Of 100 rows in batches of 8, thirteen steps; packed, the last step has the start of the next
-    # epoch too.
+    # 100 rows in batches of 8 are thirteen steps. Packed, the last step also has rows of the next
+    # epoch.
     assert steps[1] < 8
     assert sum(seen) >= 100 > sum(seen[:-1])
     assert 2 * steps[1] <= steps[2.5] <= math.ceil(2.5 * steps[1])
 
 
-def test_rows_that_are_padded_to_packed_ones_beside_them(inputs):
+def test_rows_padded_to_packed_rows_of_another_adapter(inputs):
     config = inputs.with_name("beside.py")
     beside = 'adapters=dict(other=adapter("other", name="lora"), '
     config.write_text(inputs.read_text().replace("adapters=dict(", beside))
@@ -156,7 +156,7 @@ def test_rows_that_are_padded_to_packed_ones_beside_them(inputs):
     assert "padded to the 48 tokens of 'default'" in warning
 
 
-def test_a_warm_up_that_never_ends(inputs):
+def test_a_warmup_longer_than_training(inputs):
     steps = "adapters__default__optimizer__schedule__warmup_steps"
     error = refusal(inputs, training__steps=5, **{steps: 5})
     assert error.startswith("config.adapters.default.optimizer.schedule.warmup_steps: 5 steps of")
@@ -185,7 +185,7 @@ def test_worker_processes_are_not_forked_from_the_process_of_jax(inputs, tmp_pat
 
 
 def test_worker_processes_fill_the_cache(inputs, tmp_path, monkeypatch):
-    """The process of JAX reads what they have tokenised."""
+    """The process of JAX reads what the workers have tokenised."""
 
     def fail(*arguments):
         raise AssertionError("tokenised again")

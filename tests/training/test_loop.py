@@ -1,4 +1,4 @@
-"""Whole runs on a tiny base: what they leave behind, and that the numbers are right."""
+"""Whole runs on a tiny base: files, metrics and adapters."""
 
 import json
 import math
@@ -17,7 +17,7 @@ from moe_jax.config.metric_names import METRICS, TIMES
 from moe_jax.hf.base_model import base_fingerprint
 from moe_jax.training.records.metric_log import read_metrics
 
-# Twice the adapter, each with data of its own; nothing random besides initialisation and order.
+# Two adapters with different data; only initialisation and the order of rows are random.
 TWO_ADAPTERS = """
 
 def get_config():
@@ -37,7 +37,7 @@ def get_config():
 """
 
 ONE_LENGTH = {"adapters__default__data__buckets": "()"}
-"""One compilation instead of two, where lengths are not the point."""
+"""One compilation instead of two."""
 
 
 @pytest.fixture(scope="module")
@@ -61,15 +61,15 @@ def completed(config, workdir, **overrides):
 def refused(config, workdir, **overrides):
     run = Run(config, workdir, overrides=overrides)
     assert run.join() == 2, run.log.read_text()
-    said = run.log.read_text()
-    assert "Traceback" not in said
-    return said[said.index("error: ") :].rstrip("\n")
+    log = run.log.read_text()
+    assert "Traceback" not in log
+    return log[log.index("error: ") :].rstrip("\n")
 
 
 CUDNN = {"compute__dtype": "bfloat16", "compute__attention": "cudnn"}
 
 
-def test_a_kernel_of_gpus_is_refused_elsewhere_before_the_data_is_read(inputs, tmp_path):
+def test_a_gpu_kernel_is_invalid_on_a_cpu_before_data_is_read(inputs, tmp_path):
     error = refused(
         inputs,
         tmp_path / "run",
@@ -81,7 +81,7 @@ def test_a_kernel_of_gpus_is_refused_elsewhere_before_the_data_is_read(inputs, t
     assert not (tmp_path / "run").exists()
 
 
-def test_a_kernel_of_gpus_is_refused_also_where_processes_read_the_data(inputs, tmp_path):
+def test_a_gpu_kernel_is_invalid_on_a_cpu_with_worker_processes(inputs, tmp_path):
     error = refused(
         inputs,
         tmp_path / "run",
@@ -91,7 +91,7 @@ def test_a_kernel_of_gpus_is_refused_also_where_processes_read_the_data(inputs, 
     assert error.startswith("error: config.compute.attention: 'cudnn' needs an NVIDIA GPU")
 
 
-def test_what_a_run_leaves(finished, inputs):
+def test_files_of_a_run(finished, inputs):
     workdir = finished.workdir
     kept = sorted(p.name for p in workdir.iterdir() if not p.name.startswith("."))
     pictures = ["experts_default.png", "loss.png"]
@@ -108,7 +108,7 @@ def test_what_a_run_leaves(finished, inputs):
     assert all(np.any(leaf) for leaf in final_adapter(workdir).values())
 
 
-def test_how_it_was_trained_is_on_record(finished, inputs):
+def test_the_training_record(finished, inputs):
     lines = metric_lines(finished.workdir)
     losses = [line["default/loss"] for line in lines if "default/loss" in line]
     held_out = [v for line in lines for k, v in line.items() if k.startswith("validation/")]
@@ -140,7 +140,7 @@ def test_every_metric_of_a_run_is_in_the_table(finished):
         assert adapter in ("", "default") and kind in METRICS, name
 
 
-def test_it_learns(finished):
+def test_the_loss_decreases(finished):
     lines = metric_lines(finished.workdir)
     losses = [line["default/loss"] for line in lines if "default/loss" in line]
     held_out = [v for line in lines for k, v in line.items() if k.startswith("validation/")]
@@ -149,8 +149,8 @@ def test_it_learns(finished):
     assert held_out == sorted(held_out, reverse=True)
 
 
-def test_the_best_is_kept(inputs, tmp_path):
-    # A learning rate at which it soon gets worse again.
+def test_the_best_adapter_is_kept(inputs, tmp_path):
+    # A learning rate at which the loss soon increases again.
     run = completed(
         inputs,
         tmp_path / "run",
@@ -164,7 +164,7 @@ def test_the_best_is_kept(inputs, tmp_path):
     losses = {line["step"]: line[name] for line in metric_lines(run.workdir) if name in line}
     best = load_adapter(run.workdir / "best" / "default")
     assert losses[best.step] == min(losses.values())
-    assert best.step < 30, "the last is not the best here, or this shows nothing"
+    assert best.step < 30, "the best adapter is not the last one, or this test shows nothing"
     target = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), best.tree
     )
@@ -173,14 +173,14 @@ def test_the_best_is_kept(inputs, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, best.tree, saved)
 
 
-def test_when_lines_are_written(finished):
+def test_steps_of_the_lines(finished):
     lines = metric_lines(finished.workdir)
     assert [line["step"] for line in lines] == [0, 4, 8, 10, 12, 16, 20, 20, 24, 28, 30, 30]
     measured = [line["step"] for line in lines if "validation/default/held_out/loss" in line]
     assert measured == [0, 10, 20, 30]
 
 
-def test_a_line_sums_up_its_steps(finished, inputs, tmp_path):
+def test_a_line_aggregates_its_steps(finished, inputs, tmp_path):
     every = metric_lines(completed(inputs, tmp_path / "run", training__log_every=1).workdir)
     steps = {line["step"]: line for line in every if "default/loss" in line}
     lines = [line for line in metric_lines(finished.workdir) if "default/loss" in line]
@@ -194,13 +194,13 @@ def test_a_line_sums_up_its_steps(finished, inputs, tmp_path):
         assert line["default/target_tokens"] == total
         assert line["default/learning_rate"] == window[-1]["default/learning_rate"]
         first = line["step"] + 1
-    # Two steps of warm-up from 0 to 5e-3, then a cosine over the other 28 down to 0.
+    # Two steps of warm-up from 0 to 5e-3, then 28 of a cosine down to 0.
     rates = [steps[i]["default/learning_rate"] for i in (1, 2, 3, 17)]
     assert rates == pytest.approx([0.0, 2.5e-3, 5e-3, 2.5e-3], rel=1e-6)
 
 
-def test_validation_loss_is_that_of_transformers(inputs, tmp_path):
-    # One step with next to no learning rate: B stays zero, so the model is still the base.
+def test_validation_loss_equals_transformers(inputs, tmp_path):
+    # One step with a vanishing learning rate: B stays zero, so that the model equals the base.
     run = completed(
         inputs,
         tmp_path / "run",
@@ -223,7 +223,7 @@ def test_validation_loss_is_that_of_transformers(inputs, tmp_path):
         row = json.loads(text)
         prompt = tokenizer(row["prompt"]).input_ids
         whole = tokenizer(row["prompt"] + row["completion"]).input_ids
-        assert whole[: len(prompt)] == prompt, "otherwise it is unclear what the completion is"
+        assert whole[: len(prompt)] == prompt, "the completion is ambiguous otherwise"
         ids = [*whole, tokenizer.eos_token_id][:24]
         with torch.no_grad():
             log_probs = model(torch.tensor([ids])).logits[0].log_softmax(-1)
@@ -234,7 +234,7 @@ def test_validation_loss_is_that_of_transformers(inputs, tmp_path):
     assert losses == pytest.approx([total / count] * 2, abs=FLOAT32_LOGITS)
 
 
-def test_adapters_beside_each_other(inputs, tmp_path):
+def test_two_adapters(inputs, tmp_path):
     both, alone = inputs.with_name("two.py"), inputs.with_name("one.py")
     both.write_text(inputs.read_text() + TWO_ADAPTERS + '\n\nNAMES = ("default", "second")\n')
     alone.write_text(inputs.read_text() + TWO_ADAPTERS + '\n\nNAMES = ("default",)\n')
@@ -258,7 +258,7 @@ def test_epochs(inputs, tmp_path):
     assert metric_lines(run.workdir)[-1]["step"] == 7
 
 
-def test_epochs_that_differ_between_adapters(inputs, tmp_path):
+def test_epochs_of_two_adapters(inputs, tmp_path):
     two = inputs.with_name("two_epochs.py")
     epochs = TWO_ADAPTERS.replace("steps=3", "epochs=0.3")
     two.write_text(inputs.read_text() + epochs + '\n\nNAMES = ("default", "second")\n')
@@ -288,7 +288,7 @@ def test_weights_that_are_not_finite_stop_the_run(inputs, tmp_path):
         inputs,
         tmp_path / "run",
         adapters__default__optimizer__name="sgd",
-        # The first step has no learning rate yet; the second throws the weights out of range.
+        # The learning rate of the first step is zero; the second step overflows the weights.
         adapters__default__optimizer__learning_rate=1e38,
         adapters__default__optimizer__weight_decay=1e9,
         checkpoints__every=1,

@@ -1,4 +1,4 @@
-"""LoRA+ against peft's optimiser, and by hand; what else has a learning rate is left alone."""
+"""LoRA+ equals the optimizer of peft, and changes no other learning rate."""
 
 import jax
 import numpy as np
@@ -18,7 +18,7 @@ BASE = {"kernel": np.zeros((2, 3), np.float32)}
 
 
 def _steps(config, adapter, gradients):
-    """The adapter after each step, on gradients given one by one."""
+    """Yields the adapter after each step on the given gradients."""
     optimizer = build_optimizer({"x": config}, 10)
     state = optimizer.init({"params": BASE, "adapters": {"x": adapter}})
     update = jax.jit(optimizer.update)
@@ -30,7 +30,7 @@ def _steps(config, adapter, gradients):
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.1])
-def test_equals_pefts_optimiser(decay):
+def test_equals_the_optimizer_of_peft(decay):
     torch.manual_seed(0)
     network = torch.nn.ModuleDict({"up": torch.nn.Linear(4, 6), "down": torch.nn.Linear(6, 4)})
     config = peft.LoraConfig(r=2, target_modules=["up", "down"], init_lora_weights=False)
@@ -48,7 +48,7 @@ def test_equals_pefts_optimiser(decay):
     )
 
     def tree(of):
-        """`of` each parameter, as our tree; peft's names end in `up.lora_A.default.weight`."""
+        """`of` each parameter as a tree; names in peft end in `up.lora_A.default.weight`."""
         keys = {name: name.split(".")[-4:-2] for name in leaves}
         result = {"up": {}, "down": {}}
         for name, (site, leaf) in keys.items():
@@ -91,7 +91,7 @@ def _adapter(value):
 
 def test_by_hand():
     # Four leaves of four elements 1, gradients of 0.5: their norm is 2, cut to 1, so 0.25 each. A:
-    # 1 - 0.1 (0.25 + 0.5 * 1); B: four times that step; the others do without the decay.
+    # 1 - 0.1 (0.25 + 0.5 * 1); B: four times that step; the others without decay.
     config = OptimizerConfig(
         name="sgd",
         learning_rate=0.1,
@@ -108,7 +108,7 @@ def test_by_hand():
 
 
 @pytest.mark.parametrize("name", ["adamw", "sgd", "lion", "adafactor"])
-def test_multiplies_the_step_of_b_alone_whatever_the_rule(name):
+def test_only_the_step_of_b_is_multiplied_with_any_optimizer(name):
     one, eight = (
         next(_steps(config, _adapter(0.0), [_adapter(0.3)]))["moe"]
         for config in (
@@ -124,6 +124,6 @@ def test_multiplies_the_step_of_b_alone_whatever_the_rule(name):
 
 
 @pytest.mark.parametrize("ratio", [0.0, -1.0])
-def test_a_ratio_that_is_not_positive_is_refused(ratio):
+def test_a_ratio_must_be_positive(ratio):
     with pytest.raises(ConfigError, match="lora_plus_ratio"):
         OptimizerConfig(learning_rate=1.0, lora_plus_ratio=ratio)

@@ -1,4 +1,4 @@
-"""Cross-entropy over completions against PyTorch's."""
+"""Cross-entropy over completions equals that of PyTorch."""
 
 import jax
 import numpy as np
@@ -12,7 +12,7 @@ from moe_jax.training.step.loss import row_losses, target_count
 RNG = np.random.default_rng(0)
 
 
-def test_equals_pytorch_with_every_other_token_ignored():
+def test_equals_pytorch_with_ignored_tokens():
     batch = tiny_program.random_batch(5)
     logits = RNG.normal(0, 3, (5, 16, 96)).astype(np.float32)
     labels = np.where(batch.loss_mask, batch.tokens, -100)
@@ -37,7 +37,7 @@ def _row(tokens, loss_mask):
 
 def test_by_hand():
     # Vocabulary of two. Position 0 predicts token 1 with odds 3:1, position 1 token 0 with 1:1;
-    # the last position predicts nothing, and the prompt's token at 1 is not to be learned.
+    # the last position predicts nothing, and the token at 1 belongs to the prompt.
     logits = np.log([[[1.0, 3.0], [1.0, 1.0], [1.0, 99.0]]]).astype(np.float32)
     losses, counts = row_losses(logits, _row([0, 1, 0], [False, True, True]))
     np.testing.assert_allclose(losses, [np.log(4 / 3) + np.log(2)], rtol=1e-6)
@@ -47,7 +47,7 @@ def test_by_hand():
     np.testing.assert_array_equal(counts, [1])
 
 
-def test_the_first_token_is_predicted_by_nothing():
+def test_the_first_token_is_no_target():
     logits = RNG.normal(size=(1, 3, 2)).astype(np.float32)
     for mask in ([True, False, False], [False, False, False]):
         losses, counts = row_losses(logits, _row([1, 0, 1], mask))
@@ -55,7 +55,7 @@ def test_the_first_token_is_predicted_by_nothing():
         np.testing.assert_array_equal(counts, [0.0])
 
 
-def test_only_completions_pull_on_the_logits():
+def test_only_completions_have_gradients():
     batch = tiny_program.random_batch(4)
     logits = RNG.normal(size=(4, 16, 96)).astype(np.float32)
     gradient = jax.jit(jax.grad(lambda x: row_losses(x, batch)[0].sum()))(logits)

@@ -1,4 +1,4 @@
-"""The dynamic loss scale, change by change."""
+"""Updates of the dynamic loss scale."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +13,7 @@ from moe_jax.training.step.loss_scale import GROWTH_INTERVAL, LossScale, initial
         (1024.0, 0, True, 1024.0, 1),
         (1024.0, 7, False, 512.0, 0),
         (1024.0, 1998, True, 1024.0, 1999),
-        (1024.0, 1999, True, 2048.0, 0),  # the 2000th finite step in a row
+        (1024.0, 1999, True, 2048.0, 0),  # the 2000th consecutive finite step
         (1024.0, 1999, False, 512.0, 0),
         (1.5, 3, False, 1.0, 0),  # never below one
         (1.0, 3, False, 1.0, 0),
@@ -25,7 +25,7 @@ def test_one_step(scale, finite_steps, finite, new_scale, new_finite_steps):
     assert (new.scale.dtype, new.finite_steps.dtype) == (np.float32, np.int32)
 
 
-def test_the_start():
+def test_initial_scale():
     state = initial_loss_scale(65536.0)
     assert (float(state.scale), int(state.finite_steps)) == (65536.0, 0)
     assert GROWTH_INTERVAL == 2000

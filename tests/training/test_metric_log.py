@@ -44,7 +44,7 @@ def test_window_by_hand():
     window.add({"a/loss": 2.0, "a/target_tokens": 7.0, "a/skipped_total": 1.0, "bad": inf})
     window.add({"a/loss": nan, "a/target_tokens": 9.0, "a/skipped_total": 1.0, "bad": nan})
     assert window.close() == {
-        "a/loss": 1.5,  # of the steps where it is finite
+        "a/loss": 1.5,  # mean of the finite values
         "a/target_tokens": 21.0,
         "a/skipped_total": 1.0,
         "bad": None,
@@ -56,7 +56,7 @@ def test_window_of_lists_by_hand():
     nan, inf = float("nan"), float("inf")
     window = Window([{"a/expert_load": [[1.0, nan], [3.0, 1.0]]}])
     window.add({"a/expert_load": [[2.0, nan], [inf, 2.0]]})
-    # Number by number, the mean of what is finite.
+    # Elementwise mean of the finite values.
     np.testing.assert_array_equal(window.close()["a/expert_load"], [[1.5, nan], [3.0, 1.5]])
 
 
@@ -73,7 +73,7 @@ def test_experts_are_named(tmp_path):
     assert written == {
         "moe.a-b.experts.0/load/mlp/moe/0": 0.5,
         "moe.a-b.experts.1/load/mlp/moe/0": 1.5,
-        "moe.a-b.experts.0/load/mlp/moe/1": 1.0,  # layer 1 has no second expert there
+        "moe.a-b.experts.0/load/mlp/moe/1": 1.0,  # layer 1 has one expert
         "moe.a-b.experts.0/load/self_attn/q_proj/0": 2.0,
         "moe.a-b.experts.1/load/self_attn/q_proj/0": 0.0,
         "moe.a-b.experts.0/load/self_attn/q_proj/1": 0.0,
@@ -162,7 +162,7 @@ def test_tensorboard(tmp_path):
     assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 10, **line}
 
 
-def test_wandb_goes_on_with_its_run(tmp_path, monkeypatch):
+def test_wandb_continues_its_run(tmp_path, monkeypatch):
     calls = []
 
     class FakeRun:
@@ -201,7 +201,7 @@ def test_wandb_that_does_not_start(tmp_path, monkeypatch):
         open_writers(tmp_path, LoggingConfig(wandb_project="p"), {}, -1, opened)
     assert str(error.value).startswith("config.logging.wandb_project: W&B does not start (no API")
     assert "\n" not in str(error.value)
-    assert (tmp_path / "metrics.jsonl").read_text(), "nothing is cut off by a run that never was"
+    assert (tmp_path / "metrics.jsonl").read_text(), "a run that does not start removes no line"
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ def batch(rows, length, fill):
     )
 
 
-def test_rows_are_stacked_and_the_shorter_padded():
+def test_rows_are_stacked_and_padded():
     joined = join_rows([batch(2, 3, 7), batch(1, 5, 8)])
     np.testing.assert_array_equal(
         joined.tokens, [[7, 7, 7, 0, 0], [7, 7, 7, 0, 0], [8, 8, 8, 8, 8]]
@@ -29,13 +29,13 @@ def test_rows_are_stacked_and_the_shorter_padded():
     assert [a.dtype for a in joined] == [np.int32, bool, *[np.int32] * 3, np.float32]
 
 
-def test_one_batch_stays_as_it_is():
+def test_a_single_batch_is_unchanged():
     only = batch(2, 3, 7)
     for array, other in zip(join_rows([only]), only, strict=True):
         np.testing.assert_array_equal(array, other, strict=True)
 
 
-def test_rows_of_padding_have_no_target():
+def test_padding_rows_have_no_target():
     padded = pad_to_multiple(batch(3, 2, 7), 4)
     assert padded.tokens.shape == (4, 2)
     assert not padded.loss_mask[3].any()

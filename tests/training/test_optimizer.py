@@ -1,5 +1,4 @@
-"""Optimisers against PyTorch's and short loops, schedules against transformers', and who is left
-out of either."""
+"""Optimizers equal those of PyTorch or short loops, and schedules those of transformers."""
 
 import itertools
 
@@ -36,7 +35,7 @@ BASE = {"kernel": np.full((2, 3), 7.0, np.float32)}
 
 
 class Ours:
-    """Our optimiser over a base and some adapters, step by step."""
+    """Optimizer of a program with a base and adapters, step by step."""
 
     def __init__(self, configs, adapters, total_steps=STEPS):
         self.optimizer = build_optimizer(configs, total_steps)
@@ -58,7 +57,7 @@ class Ours:
 
 
 def _run(config, shape=(3, 4)):
-    """Twenty steps on gradients of changing size; yields what each step saw and left."""
+    """Makes twenty steps on gradients of different norms; yields gradients and weights of each."""
     ours = Ours({"x": config}, {"x": _tree(0, shape)})
     for step in range(STEPS):
         gradients = jax.tree.map(lambda g, s=step: g * 1.5**-s, _tree(step + 1, shape))
@@ -71,7 +70,7 @@ def _assert_equal(ours, theirs):
 
 
 def _torch_parameters(decay):
-    """The leaves as parameters, and the groups that only decay the LoRA factors."""
+    """Leaves as PyTorch parameters, in groups that decay the LoRA factors only."""
     leaves = {
         jax.tree_util.keystr(path): torch.nn.Parameter(torch.tensor(leaf))
         for path, leaf in jax.tree_util.tree_leaves_with_path(_tree(0))
@@ -84,7 +83,7 @@ def _torch_parameters(decay):
 
 
 def _follow(config, optimizer, schedule, leaves):
-    """Takes PyTorch through the same gradients and compares after every step."""
+    """Makes the same steps in PyTorch and compares after each."""
     for gradients, adapters in _run(config):
         for path, gradient in jax.tree_util.tree_leaves_with_path(gradients):
             leaves[jax.tree_util.keystr(path)].grad = torch.tensor(gradient)
@@ -130,7 +129,7 @@ def test_sgd_equals_pytorch(momentum):
 
 
 def _loop(config, rule, shape=(3, 4)):
-    """Our optimiser beside `rule(leaf's own memory, gradient) -> direction`, decoupled decay."""
+    """Compares the optimizer with `rule(memory, gradient) -> direction` and decoupled decay."""
     theirs, memory = _tree(0, shape), {}
     for step, (gradients, ours) in enumerate(_run(config, shape)):
 
@@ -182,7 +181,7 @@ def test_lion_equals_its_formula():
 @pytest.mark.parametrize("shape", [(3, 4), (130, 140), (2, 130, 140)])
 def test_adafactor_equals_its_formula(shape):
     # Shazeer and Stern, arXiv:1804.04235, algorithm 4 with beta_2t = 1 - t^-0.8, clipping at a root
-    # mean square of one, a step size of our own; factored from 128 rows and columns on.
+    # mean square of one, the configured step size; factored from 128 rows and columns on.
     def rule(memory, gradient, step):
         beta, square = 1 - (step + 1) ** -0.8, gradient**2 + 1e-30
         if min(shape[-2:]) < 128:
@@ -255,9 +254,9 @@ def test_decay_ends_at_the_final_fraction(kind, expected):
     np.testing.assert_allclose(rates, expected, **ROUNDING)
 
 
-def test_the_program_reports_the_rates_that_it_applies():
+def test_reported_learning_rates_are_the_applied_ones():
     schedule = {"kind": "linear", "warmup_steps": 2}
-    slow = {"learning_rate": 1e-3, "lora_plus_ratio": 8.0, "schedule": schedule}  # of B it is 8e-3
+    slow = {"learning_rate": 1e-3, "lora_plus_ratio": 8.0, "schedule": schedule}  # 8e-3 for B
     method = {**tiny_program.LORA, "target_modules": ("q_proj",)}
     program = tiny_program.program({"x": method}, optimizer=slow, total_steps=6)
     rates = [program.learning_rates(done)["x"] for done in range(7)]
@@ -292,7 +291,7 @@ def test_a_leaf_without_a_rule_raises():
 
 
 @pytest.mark.parametrize("name", ["adamw", "sgd", "lion", "adafactor"])
-def test_the_base_is_not_optimised(name):
+def test_the_base_is_frozen(name):
     config = OptimizerConfig(
         name=name, learning_rate=0.1, weight_decay=0.1, momentum=0.5, schedule=CONSTANT
     )
@@ -302,19 +301,19 @@ def test_the_base_is_not_optimised(name):
     assert all(leaf.shape != (2, 3) for leaf in jax.tree.leaves(ours.state))
     ours.step({"x": _tree(2), "y": _tree(3)})
     np.testing.assert_array_equal(ours.updates["params"]["kernel"], 0.0)
-    # Whereas every leaf of the adapters moves.
+    # Every leaf of the adapters moves.
     moved = jax.tree.map(lambda a, b: (a != b).all(), ours.adapters, adapters)
     assert all(jax.tree.leaves(moved))
 
 
-def test_adamw_keeps_two_moments_of_every_adapter_leaf_and_counters():
+def test_adamw_state_is_two_moments_of_each_adapter_leaf_and_counters():
     ours = Ours({"x": OptimizerConfig(learning_rate=0.1)}, {"x": _tree(0)})
     sizes = [leaf.size for leaf in jax.tree.leaves(ours.state)]
     assert sorted(size for size in sizes if size > 1) == [12] * 6
 
 
-def test_clipping_is_by_hand_and_by_adapter():
-    # x: two leaves of 3 and 4 are a norm of 5, cut to 1; y lies within its own limit.
+def test_each_adapter_is_clipped_by_hand():
+    # x: two leaves of 3 and 4 are a norm of 5, cut to 1; y is within its limit.
     config = OptimizerConfig(name="sgd", learning_rate=1.0, schedule=CONSTANT, clip_norm=1.0)
     zero = np.zeros(1, np.float32)
     adapters = {"x": {"lora_A": zero, "lora_B": zero}, "y": {"lora_A": zero}}
@@ -326,7 +325,7 @@ def test_clipping_is_by_hand_and_by_adapter():
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_a_gradient_that_is_not_finite_changes_nothing_but_its_count(bad):
+def test_a_non_finite_gradient_is_skipped_and_counted(bad):
     config = OptimizerConfig(
         learning_rate=0.1, weight_decay=0.1, schedule=ScheduleConfig(kind="linear")
     )
@@ -341,7 +340,9 @@ def test_a_gradient_that_is_not_finite_changes_nothing_but_its_count(bad):
         untouched.step(good)
         jax.tree.map(np.testing.assert_array_equal, ours.adapters["x"], start["x"])
         inner = ours.check("x").inner_state
-        assert all(not leaf.any() for leaf in jax.tree.leaves(inner))  # moments, and the schedule's
+        assert all(
+            not leaf.any() for leaf in jax.tree.leaves(inner)
+        )  # moments, and the count of the schedule
         assert int(ours.check("x").notfinite_count) == times
         assert int(ours.check("x").total_notfinite) == times
         assert not ours.check("x").last_finite
@@ -351,7 +352,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing_but_its_count(bad):
     ours.step(good)
     first = Ours({"x": config}, {"x": start["x"]})
     first.step({"x": good["x"]})
-    _assert_equal(ours.adapters["x"], first.adapters["x"])  # as if the two steps had not been
+    _assert_equal(ours.adapters["x"], first.adapters["x"])  # as without the two steps
     assert int(ours.check("x").notfinite_count) == 0
     assert int(ours.check("x").total_notfinite) == 2
     assert ours.check("x").last_finite

@@ -1,4 +1,4 @@
-"""A step on packed rows is the step on the same sequences in rows of their own.
+"""A step on packed rows equals the step on the same sequences in separate rows.
 
 One program trains all kinds of adapters at once, on a model whose first layer has a sliding window.
 """
@@ -24,7 +24,7 @@ COMMON = {"rank": 4, "alpha": 8.0, "target_modules": ("q_proj", "up_proj")}
 ROUTERS = {
     "top_k": {"name": "top_k", "top_k": 2},
     "top_p": {"name": "top_p", "top_p": 0.6},
-    # Tight enough that tokens overflow, and by how long the sequence is.
+    # Small enough that tokens overflow, and dependent on the length of the sequence.
     "switch": {"name": "switch", "capacity_factor": 0.5, "overflow": "frozen"},
     "soft": {"name": "soft"},
 }
@@ -42,7 +42,7 @@ METHODS = {
     },
 }
 LENGTHS = (16, 9, 12, 7)
-"""Of each adapter's sequences, of which each half is one row of 25 tokens, or of 19 and padding."""
+"""Lengths of each adapter's sequences; each half makes a row of 25 tokens, or of 19 and padding."""
 
 
 def _sequences(seed):
@@ -77,19 +77,19 @@ def params(programs):
 
 
 def _step(program, params, batch, adapters=None):
-    """Metrics and gradients, of the program's random adapters where no others are given."""
+    """Metrics and gradients of a step, on random adapters by default."""
     before = jax.tree.map(np.array, adapters or tiny_program.random_adapters(program))
     state = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), program.abstract_state)
     state = jax.device_put(state.replace(adapters=before), program.state_shardings)
     state, metrics = program.train_step(state, params, batch)
-    # Plain SGD with learning rate 1: what a leaf lost is its gradient.
+    # SGD with learning rate 1 subtracts the gradient.
     lost = jax.tree.map(lambda old, new: old - np.array(new), before, state.adapters)
     return jax.tree.map(np.array, metrics), lost
 
 
 @pytest.fixture(scope="module")
 def steps(programs, params):
-    """The same by kind of batch."""
+    """Metrics and gradients by kind of batch."""
     return {
         kind: _step(program, params, program.put_train_batch(batch))
         for kind, program, batch in (
@@ -100,7 +100,7 @@ def steps(programs, params):
     }
 
 
-def test_gradients_of_all_leaves_are_those_of_unpacked_rows(steps):
+def test_gradients_of_all_leaves_equal_those_of_unpacked_rows(steps):
     (_, padded), (_, packed), (_, confused) = steps.values()
     for name in METHODS:
         leaves, _ = jax.tree_util.tree_flatten_with_path(packed[name])
@@ -109,13 +109,13 @@ def test_gradients_of_all_leaves_are_those_of_unpacked_rows(steps):
             where = f"{name} {jax.tree_util.keystr(path)}"
             np.testing.assert_allclose(ours, theirs, **GRADIENT_ROUNDING, err_msg=where)
             assert np.abs(ours).max() > 1e-5, where
-            # Sequences that see each other are another function.
+            # Sequences that attend to each other give other gradients.
             assert np.abs(ours - wrong).max() > 1e-2 * np.abs(ours).max(), where
 
 
-def test_a_mesh_takes_the_step_of_one_device(programs, steps):
-    # Every sequence twice, beside the same one in the other order: the same means, and on each of
-    # the four devices another row. What is beside an adapter changes nothing for it.
+def test_a_mesh_makes_the_same_step_as_one_device(programs, steps):
+    # Every sequence twice, in both orders: equal means, and a different row on each of the four
+    # devices. Other adapters do not matter.
     names = ("top_k", "balanced")
     mesh = {"data": 2, "fsdp": 2}
     program = tiny_program.program(
@@ -146,7 +146,7 @@ def test_a_mesh_takes_the_step_of_one_device(programs, steps):
         )
 
 
-def test_metrics_are_those_of_unpacked_rows(steps):
+def test_metrics_equal_those_of_unpacked_rows(steps):
     (padded, _), (packed, _), (confused, _) = steps.values()
     assert packed.keys() == padded.keys()
     for metric in padded:
@@ -161,7 +161,7 @@ def test_metrics_are_those_of_unpacked_rows(steps):
     np.testing.assert_allclose(padded["padding_share"], 1 - 44 / 64, **FEW_OPERATIONS)
 
 
-def test_each_sequence_has_its_own_loss(programs, params):
+def test_losses_by_sequence(programs, params):
     program, name = programs["packed"], "switch"
     (method,) = (segment.method for segment in program.adapter_rows if segment.name == name)
     adapters = {name: tiny_program.random_adapters(program)[name]}
@@ -185,10 +185,8 @@ def test_each_sequence_has_its_own_loss(programs, params):
     np.testing.assert_allclose(found, expected, **ROUNDING)
 
 
-def test_programs_for_unpacked_rows_do_not_look_at_the_numbers_of_sequences(
-    programs, params, steps
-):
-    """Causality is mask enough for them, and cheaper."""
+def test_programs_for_unpacked_rows_ignore_segment_ids(programs, params, steps):
+    """The causal mask suffices for them, and is cheaper."""
     program = programs["padded"]
     batch = program.put_train_batch(PADDED)
     cut = np.where(PADDED.positions > 3, 2, 1) * PADDED.segment_ids
@@ -197,9 +195,9 @@ def test_programs_for_unpacked_rows_do_not_look_at_the_numbers_of_sequences(
     jax.tree.map(np.testing.assert_array_equal, metrics, steps["padded"][0])
 
 
-def test_packed_rows_need_a_program_for_them(programs):
+def test_packed_rows_need_a_packed_program(programs):
     with pytest.raises(ValueError, match="one sequence, padded on the right only"):
         programs["padded"].put_train_batch(PACKED)
-    # Evaluation is never packed.
+    # Evaluation rows are never packed.
     with pytest.raises(ValueError, match="one sequence, padded on the right only"):
         programs["packed"].put_eval_batch(PACKED)

@@ -1,3 +1,5 @@
+"""Figures of a run."""
+
 import dataclasses
 import json
 import math
@@ -9,11 +11,11 @@ from moe_jax.config.classification import ClassificationConfig
 from moe_jax.training.records.plots import draw_run, expert_map, loss_curves, loss_unit
 
 
-def test_each_loss_is_a_line(tmp_path):
+def test_each_loss_has_a_curve(tmp_path):
     lines = [
         {"step": 10, "default/loss": 2.0, "default/grad_norm": 9.0},
         {"step": 10, "validation/default/held_out/loss": 3.0},
-        {"step": 20, "default/loss": None},  # what a loss that is not finite is written as
+        {"step": 20, "default/loss": None},  # a loss that is not finite
         {"step": 30, "default/loss": 1.0},
         {"step": 30, "validation/default/held_out/loss": 2.5},
     ]
@@ -27,7 +29,7 @@ def test_each_loss_is_a_line(tmp_path):
     }
 
 
-def test_several_adapters_have_a_colour_each(tmp_path):
+def test_each_adapter_has_a_colour(tmp_path):
     lines = [
         {"step": 10, "x/loss": 2.0, "y/loss": 4.0},
         {"step": 10, "validation/x/a/loss": 3.0, "validation/x/b/loss": 5.0},
@@ -44,7 +46,7 @@ def test_several_adapters_have_a_colour_each(tmp_path):
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["x", "y"]
 
 
-def test_each_unit_has_axes_of_its_own(tmp_path):
+def test_each_unit_has_separate_axes(tmp_path):
     low_rank = LoraConfig(rank=2, alpha=4.0, target_modules=("q_proj",))
     labels, number = (
         dataclasses.replace(low_rank, classification=ClassificationConfig(glue=name))
@@ -66,7 +68,7 @@ def test_each_unit_has_axes_of_its_own(tmp_path):
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["x", "y", "cola", "stsb"]
 
 
-def test_map_shows_load_relative_to_an_equal_share(tmp_path):
+def test_expert_map_by_hand(tmp_path):
     load = np.array([[1.0, 1, 1, 1], [4, 0, 0, 0], [2, 2, 0, 0]])
     figure = expert_map(load, "a title", "x", ["mlp/moe"])
     axes = figure.axes[0]
@@ -79,7 +81,7 @@ def test_map_shows_load_relative_to_an_equal_share(tmp_path):
     assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_map_of_several_routers_a_layer():
+def test_expert_map_of_several_routers_in_a_layer():
     nan = math.nan
     load = np.array([[1.0, 1, nan], [1, 1, 1], [2, 0, nan], [0, 1, 2]])
     axes = expert_map(load, "a title", "x", ["mlp/up_proj", "self_attn/q_proj"]).axes[0]
@@ -89,14 +91,14 @@ def test_map_of_several_routers_a_layer():
         "self_attn/q_proj 0",
         "self_attn/q_proj 1",
     ]
-    # Experts that a layer does not have stay blank.
+    # Cells of absent experts are blank.
     written = {text.get_position(): text.get_text() for text in axes.texts}
     assert len(written) == 10
     assert (2, 0) not in written and (2, 2) not in written
     assert (written[0, 2], written[2, 3]) == ("2.00", "2.00")
 
 
-def test_a_run_is_drawn_from_its_last_line(tmp_path):
+def test_expert_maps_show_the_last_line(tmp_path):
     sites = {"x/sites": ["mlp/moe"]}
     lines = [
         {"step": 10, "x/loss": 2.0, "x/expert_load": [[2.0, 0.0]], **sites, "y/loss": 1.0},

@@ -1,4 +1,4 @@
-"""Training on a base in four bits: the dense base's step, without the dense base."""
+"""A step on a base in four bits equals the step on its dequantised kernels."""
 
 import functools
 
@@ -21,7 +21,7 @@ def _is_quantized(leaf):
 
 
 def _quantized(params, abstract, kind):
-    """Float parameters in the types of `abstract`."""
+    """Random parameters with the dtypes of `abstract`."""
 
     def leaf(value, shape):
         if not _is_quantized(shape):
@@ -32,7 +32,7 @@ def _quantized(params, abstract, kind):
 
 
 def _step(program, params):
-    """Metrics of a step and the gradient of every leaf."""
+    """Metrics of a step, and gradients of all leaves."""
     state = program.init_state(params).replace(adapters=tiny_program.random_adapters(program))
     before = jax.tree.map(np.asarray, state.adapters)
     batch = program.put_train_batch(tiny_program.random_batch(8))
@@ -43,7 +43,7 @@ def _step(program, params):
 
 @pytest.fixture(scope="module")
 def dense():
-    """A float program, its parameters, and the same rounded to what four bits can say."""
+    """Float program, its parameters, and the parameters rounded to four bits."""
     program = tiny_program.program({"a": METHOD}, config=CONFIG)
     params = tiny_program.random_params(program)
     abstract = tiny_program.program({"a": METHOD}, config=CONFIG, param_dtype="nf4").abstract_params
@@ -63,7 +63,7 @@ def expected(dense):
 
 
 @pytest.mark.parametrize("mesh", [None, MESH], ids=["one device", "2x2x2"])
-def test_a_step_is_that_of_the_dense_kernels(dense, expected, mesh):
+def test_a_step_equals_that_of_dense_kernels(dense, expected, mesh):
     _, _, _, stored = dense
     program = tiny_program.program({"a": METHOD}, config=CONFIG, param_dtype="nf4", mesh=mesh)
     params = jax.tree.map(jax.device_put, stored, program.param_shardings)
@@ -77,14 +77,14 @@ def test_a_step_is_that_of_the_dense_kernels(dense, expected, mesh):
     )
 
 
-def test_it_is_another_step_than_that_of_the_kernels_before(dense, expected):
+def test_the_step_differs_from_that_of_unrounded_kernels(dense, expected):
     program, params, _, _ = dense
     metrics, _ = _step(program, params)
     assert abs(metrics["a/loss"] - expected[0]["a/loss"]) > 1e-3
 
 
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
-def test_no_dense_kernel_outlives_its_product(kind):
+def test_dense_kernels_are_freed_after_their_product(kind):
     config = tiny_program.model_config(num_layers=6, hidden_size=256, intermediate_size=512)
 
     def temporary(param_dtype):
@@ -92,5 +92,5 @@ def test_no_dense_kernel_outlives_its_product(kind):
         return program.compiled_train_step(8).memory_analysis().temp_size_in_bytes
 
     layer = 4 * 256 * (48 * 2 + 16 * 2 + 3 * 512)  # 6 heads and 2 key/value heads of 8; FFN
-    # Kept for the backward pass, six of these would have to be there.
+    # Six of these would be live if they were kept for the backward pass.
     assert temporary(kind) - temporary("float32") < 2 * layer

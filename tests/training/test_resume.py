@@ -1,4 +1,4 @@
-"""When the same command may go on, and when it must not."""
+"""Resuming a run: when it continues, and when it is an error."""
 
 import json
 import shutil
@@ -31,13 +31,13 @@ def finished(inputs, tmp_path_factory):
 
 @pytest.fixture
 def workdir(finished, tmp_path):
-    """A copy of a run of 8 steps, saved at 5 and 8."""
+    """Copy of a run of 8 steps, saved at 5 and 8."""
     return shutil.copytree(finished, tmp_path / "run")
 
 
 @pytest.fixture
 def halfway(workdir):
-    """The same, as it was after step 5."""
+    """Copy of the run as it was after step 5."""
     shutil.rmtree(workdir / "checkpoints" / "8")
     shutil.rmtree(workdir / "adapters")
     return workdir
@@ -75,7 +75,7 @@ def test_a_run_killed_before_it_wrote_its_adapter_writes_it(inputs, workdir, fin
     assert metric_lines(workdir) == metric_lines(finished)
 
 
-def test_lines_after_the_saved_step_are_written_anew(inputs, halfway, finished):
+def test_lines_after_the_saved_step_are_replaced(inputs, halfway, finished):
     with (halfway / "metrics.jsonl").open("a") as stream:
         stream.write('{"step": 9, "default/lo')  # cut off by a kill
     status, said = outcome(inputs, halfway)
@@ -83,7 +83,7 @@ def test_lines_after_the_saved_step_are_written_anew(inputs, halfway, finished):
     assert metric_lines(halfway) == metric_lines(finished)
 
 
-def test_more_steps_where_the_schedule_allows(inputs, workdir):
+def test_more_steps_with_a_constant_schedule(inputs, workdir):
     status, said = outcome(inputs, workdir, training__steps=12)
     assert status == 0, said
     assert "resumed at step 8" in said
@@ -92,8 +92,8 @@ def test_more_steps_where_the_schedule_allows(inputs, workdir):
     assert "is at step 12; ask for more" in refusal(inputs, workdir, training__steps=10)
 
 
-def test_more_steps_after_a_kill_before_the_first_of_them_was_saved(inputs, workdir):
-    # The new length is on record by then, but no training state goes with it yet.
+def test_more_steps_after_a_kill_before_the_first_was_saved(inputs, workdir):
+    # The new number of steps is written by then, but no training state with it.
     settings = json.loads((workdir / "config.json").read_text())
     settings["training"]["steps"] = 12
     (workdir / "config.json").write_text(json.dumps(settings))
@@ -102,7 +102,7 @@ def test_more_steps_after_a_kill_before_the_first_of_them_was_saved(inputs, work
     assert json.loads((workdir / "adapters/default/adapter.json").read_text())["step"] == 12
 
 
-def test_more_steps_where_the_schedule_does_not(inputs, workdir):
+def test_more_steps_with_a_decaying_schedule(inputs, workdir):
     error = refusal(
         inputs,
         workdir,
@@ -122,7 +122,7 @@ def test_another_configuration(inputs, workdir):
     assert "give another --workdir" in error
 
 
-def test_what_may_change(inputs, halfway):
+def test_fields_that_may_differ(inputs, halfway):
     moved = halfway.parent / "moved"
     shutil.copytree(inputs.parent / "base", moved)
     for name in ("train", "held_out"):
@@ -169,7 +169,7 @@ def test_other_data(inputs, halfway, part):
     assert f"the data of adapter 'default' changed since the run began ({part})" in error
 
 
-def test_no_record_of_the_configuration(inputs, workdir):
+def test_missing_and_damaged_configuration(inputs, workdir):
     (workdir / "config.json").unlink()
     assert "holds training states but no config.json" in refusal(inputs, workdir)
     (workdir / "config.json").write_text("{")
@@ -198,7 +198,7 @@ def test_two_runs_at_once(inputs, tmp_path):
 
 
 def test_a_file_that_cannot_be_written_keeps_the_former_state(inputs, halfway, finished):
-    """As on a full disk; here the system refuses long files, which needs no privilege."""
+    """A limit on the size of files acts as a full disk, and needs no privilege."""
     run = Run(inputs, halfway, overrides=CONSTANT, file_bytes=12_000)
     said = run.log.read_text() if run.join() == 2 else ""
     error = said[said.index("error: ") :].rstrip("\n")

@@ -1,4 +1,4 @@
-"""Runs that are killed, stopped or moved end as if nothing had happened."""
+"""Runs that are killed, stopped or moved end with the adapters of an uninterrupted run."""
 
 import random
 import shutil
@@ -12,7 +12,7 @@ from tolerances import GRADIENT_ROUNDING
 
 from moe_jax.checkpoints.store import latest_step
 
-# Saves at every fourth step, so that many a kill lands in one. One bucket: one compilation.
+# Saves every fourth step, so that many kills hit a save. One bucket: one compilation.
 OVERRIDES = {
     "training__steps": 300,
     "training__log_every": 5,
@@ -48,7 +48,7 @@ def assert_same_outcome(workdir, other):
     assert metric_lines(workdir) == metric_lines(other)
 
 
-def test_ten_kills_at_random_moments_change_nothing(inputs, uninterrupted, tmp_path):
+def test_ten_kills_at_random_times_change_nothing(inputs, uninterrupted, tmp_path):
     moments, workdir = random.Random(0), tmp_path / "run"
     resumed_at = []
     for kill in range(10):
@@ -66,7 +66,7 @@ def test_ten_kills_at_random_moments_change_nothing(inputs, uninterrupted, tmp_p
     assert_same_outcome(workdir, uninterrupted)
 
 
-def test_sigterm_saves_and_the_next_run_goes_on(inputs, uninterrupted, tmp_path):
+def test_sigterm_saves_and_the_next_run_resumes(inputs, uninterrupted, tmp_path):
     workdir = tmp_path / "run"
     run = Run(inputs, workdir, overrides={**OVERRIDES, "checkpoints__every": 1000})
     run.wait_until("step  15")
@@ -82,8 +82,8 @@ def test_sigterm_saves_and_the_next_run_goes_on(inputs, uninterrupted, tmp_path)
     assert_same_outcome(workdir, uninterrupted)
 
 
-def test_a_resumed_run_may_have_other_devices(inputs, tmp_path):
-    # With SGD a difference of rounding stays one; Adam divides by it.
+def test_a_resumed_run_may_use_another_mesh(inputs, tmp_path):
+    # SGD keeps differences of rounding small; Adam divides by them.
     short = {
         **OVERRIDES,
         "training__steps": 8,

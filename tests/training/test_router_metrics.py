@@ -1,4 +1,4 @@
-"""What is reported of routers, from hand-made statistics."""
+"""Routing metrics of hand-made statistics."""
 
 import math
 
@@ -12,7 +12,7 @@ from moe_jax.training.step.router_metrics import routing_summary, row_places
 
 
 def _layer(tokens, load, entropy=0.0, present=(1, 1, 1, 1), routed=1, overflow=None):
-    """Of one layer, with a leading axis; what the summary does not read is zero."""
+    """Statistics of one layer, with a leading axis; fields that are not read are zero."""
     nothing = jnp.zeros((1, 4))
     return RouterStatistics(
         routed=jnp.array([float(routed)]),
@@ -27,10 +27,10 @@ def _layer(tokens, load, entropy=0.0, present=(1, 1, 1, 1), routed=1, overflow=N
     )
 
 
-# Ten tokens, two experts each: the third expert has none of them. The entropy is that of a fair
-# choice between two experts, which is half of that between four.
+# Ten tokens with two experts each, none of them the third. The entropy is that of a uniform choice
+# between two experts, half of that between four.
 UNEVEN = _layer(10, [5, 5, 0, 10], 10 * math.log(2))
-# The same tokens where there are two experts only, evenly used; half of the greatest entropy.
+# The same tokens with two experts, evenly used; half of the maximal entropy.
 TWO = _layer(10, [10, 10, 0, 0], 5 * math.log(2), present=(1, 1, 0, 0))
 FROZEN = _layer(0, [0, 0, 0, 0], routed=0)
 
@@ -45,15 +45,15 @@ def test_one_site_by_hand():
     assert "overflow" not in summary
 
 
-def test_sites_and_layers_follow_each_other_and_only_routed_ones_count():
+def test_rows_are_sites_and_layers_and_means_are_over_routed_ones():
     two_layers = jax.tree.map(lambda *fields: jnp.concatenate(fields), UNEVEN, FROZEN)
     summary = routing_summary({"mlp/up_proj": two_layers, "mlp/down_proj": TWO})
-    nan = math.nan  # where there is no expert, or none that is routed to
+    nan = math.nan  # absent expert, or one that is not routed to
     load = [[1, 1, 0, 2], [nan, nan, nan, nan], [1, 1, nan, nan]]
     np.testing.assert_allclose(summary["expert_load"], load, rtol=1e-6)
     np.testing.assert_allclose(summary["layer_entropy"], [0.5, 0.0, 0.5], rtol=1e-6)
     np.testing.assert_allclose(summary["mean_entropy"], 0.5, rtol=1e-6)
-    # Neither the experts of a frozen layer nor those that a layer does not have are dead.
+    # Experts of a frozen layer and absent experts are not dead.
     assert float(summary["dead_experts"]) == 1.0
 
 
@@ -64,13 +64,13 @@ def test_overflow_is_a_share_of_tokens():
     np.testing.assert_allclose(summary["overflow"], 8 / 40, rtol=1e-6)
 
 
-def test_a_batch_of_padding_is_reported_as_nothing():
+def test_a_batch_of_padding_has_zero_metrics():
     summary = routing_summary({"mlp/moe": FROZEN._replace(routed=jnp.ones(1))})
     assert all(np.isfinite(value).all() for value in summary.values())
     assert float(summary["mean_entropy"]) == float(summary["busiest_expert"]) == 0.0
 
 
-def test_rows_are_all_layers_of_one_site_after_the_other():
+def test_rows_are_ordered_by_site_and_layer():
     places = [("a", 0), ("a", 1), ("a", 2), ("b", 0), ("b", 1), ("b", 2)]
     assert row_places(["a", "b"], 6) == places
 
@@ -84,8 +84,8 @@ MOLA = {
 }
 
 
-def test_a_program_knows_what_the_rows_are():
-    """The rows of the compiled step's metrics are those of the sites that it says."""
+def test_sites_of_a_program_label_the_rows():
+    """Rows of the compiled step's metrics are in the order of `Program.sites`."""
     methods = {"x": MOLA, "y": tiny_program.LORA, "z": tiny_program.MIXLORA}
     program = tiny_program.program(methods, rows=2, config=tiny_program.model_config(num_layers=2))
     assert {name: sorted(sites) for name, sites in program.sites.items()} == {
@@ -101,7 +101,7 @@ def test_a_program_knows_what_the_rows_are():
         router = state.adapters["x"]["layers"][block][projection]["router"]
         router["kernel"] = router["kernel"].at[layer].set(0.0)
         _, metrics = program.train_step(state, params, batch)
-        # Where all logits are equal, all tokens go to the first two of the three experts.
+        # With equal logits, all tokens go to the first two of the three experts.
         all_alike = [np.allclose(row, [1.5, 1.5, 0.0]) for row in metrics["x/expert_load"]]
         assert [place for place, alike in zip(places, all_alike, strict=True) if alike] == [
             (site, layer)

@@ -1,4 +1,4 @@
-"""The training step as a whole, on a model of two layers and two adapters."""
+"""The whole training step, on a model with two layers and two adapters."""
 
 import functools
 import re
@@ -37,7 +37,7 @@ _program = functools.partial(tiny_program.program, rows=ROWS, config=MODEL)
 
 
 def _state(program, adapters=None):
-    """A state at step 0 on random adapters, on the device; the step donates it."""
+    """State at step 0 with random adapters, on the device; the step donates it."""
     state = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), program.abstract_state)
     adapters = tiny_program.random_adapters(program) if adapters is None else adapters
     scale = program.config.training.initial_loss_scale
@@ -61,7 +61,7 @@ def _assert_equal(ours, theirs, **tolerance):
 
 
 def _with_leaf(adapters, name, value):
-    """A copy of the adapters, with one number of one leaf of `name` replaced."""
+    """Copy of the adapters, with one number in a leaf of `name` replaced."""
     adapters = _numpy(adapters)
     adapters[name]["layers"]["self_attn"]["q_proj"]["lora_B"][1, 2, 3] = value
     return adapters
@@ -79,7 +79,7 @@ def params(both):
 
 @pytest.fixture(scope="module")
 def batches():
-    """Three batches whose rows have between one and fifteen targets."""
+    """Three batches with one to fifteen targets in each row."""
     made = [tiny_program.random_batch(2 * ROWS, seed=seed) for seed in (2, 3, 4)]
     for batch in made:
         batch.loss_mask[1::2] &= np.arange(16) == 5
@@ -96,7 +96,7 @@ def trained(both, params, batches):
     return history
 
 
-def test_a_fresh_state_has_no_past(both, params):
+def test_a_fresh_state_is_zero_except_weights(both, params):
     state = both.init_state(params)
     assert int(state.step) == 0
     assert state.loss_scale == {}
@@ -120,7 +120,7 @@ def test_adapters_that_train_together_equal_each_alone(name, both, params, batch
                 np.testing.assert_allclose(
                     value, their_metrics[metric], rtol=1e-4, atol=1e-6, err_msg=metric
                 )
-    # Whatever the step and the batch, it was compiled once; another length is another program.
+    # Compiled once for all steps and batches; another row length is another program.
     assert list(alone.compiled) == [16]
     if name == "y":
         short = Batch(*(array[:, :8] for array in own))
@@ -152,14 +152,14 @@ def test_metrics_by_hand(batches, trained):
     assert "x/loss_scale" not in metrics
 
 
-def test_the_base_is_read_and_never_written(both, params, batches):
+def test_the_base_is_never_written(both, params, batches):
     before = _numpy(params)
     both.train_step(_state(both), params, both.put_train_batch(batches[0]))
     jax.tree.map(np.testing.assert_array_equal, params, before)
 
 
 def _products(lowered):
-    """The shapes, without order, of all results of matrix products."""
+    """Sorted result shapes of all matrix products."""
     results = re.findall(r"stablehlo\.dot_general.*-> tensor<([0-9x]+)x\w+>", lowered.as_text())
     assert len(results) > 20
     return {tuple(sorted(int(size) for size in result.split("x"))) for result in results}
@@ -175,7 +175,7 @@ def test_the_base_has_no_gradient(both, batches):
 
     assert not shapes & _products(both.lower_train_step(16))
 
-    # Where the base is differentiated, these products are there.
+    # These products occur if the base is differentiated.
     own = AdapterRows("y", both.config.adapters["y"].method, 0, 2 * ROWS)
     model = both.model.clone(adapter_rows=(own,))
 
@@ -189,13 +189,15 @@ def test_the_base_has_no_gradient(both, batches):
     arguments = both.abstract_params, both.abstract_state.adapters, batches[0]
     with jax.set_mesh(both.mesh):
         assert shapes <= _products(jax.jit(jax.grad(loss)).lower(*arguments))
-        # The loss that training and evaluation take has none to give, and says so.
+        # The loss of training and evaluation has no such gradient, and raises.
         with pytest.raises(ValueError, match="the head is frozen"):
             jax.eval_shape(jax.grad(of_evaluation), *arguments)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_a_bad_gradient_of_one_adapter_is_skipped_and_counted(bad, both, params, batches, trained):
+def test_a_non_finite_gradient_of_one_adapter_is_skipped_and_counted(
+    bad, both, params, batches, trained
+):
     adapters = tiny_program.random_adapters(both)
     broken = _with_leaf(adapters, "x", bad)
     state, batch = _state(both, broken), both.put_train_batch(batches[0])
@@ -213,7 +215,7 @@ def test_a_bad_gradient_of_one_adapter_is_skipped_and_counted(bad, both, params,
             _assert_equal(state.adapters["y"], expected.adapters["y"], **ROUNDING)
             np.testing.assert_allclose(metrics["y/loss"], healthy["y/loss"], rtol=1e-6)
 
-    # The same numbers again without the bad one: the count in a row restarts, the total stays.
+    # The same weights without the bad number: the consecutive count restarts, the total stays.
     healed = state.replace(adapters={**state.adapters, "x": jax.tree.map(jnp.array, adapters["x"])})
     healed = jax.device_put(_numpy(healed), both.state_shardings)
     state, metrics = both.train_step(healed, params, batch)
@@ -222,7 +224,7 @@ def test_a_bad_gradient_of_one_adapter_is_skipped_and_counted(bad, both, params,
     _assert_equal(state.adapters["x"], trained[0][0].adapters["x"], **ROUNDING)
 
 
-def test_a_bad_base_stops_every_adapter(both, params, batches):
+def test_a_non_finite_base_stops_every_adapter(both, params, batches):
     broken = _numpy(params)
     broken["norm"]["scale"][0] = np.inf
     broken = jax.device_put(broken, both.param_shardings)
@@ -242,7 +244,7 @@ def test_rows_without_targets_give_no_gradient_and_no_failure(both, params, batc
     state, metrics = both.train_step(start, params, both.put_train_batch(batch))
     assert float(metrics["x/loss"]) == float(metrics["x/grad_norm"]) == 0
     assert float(metrics["x/target_tokens"]) == int(metrics["x/skipped_total"]) == 0
-    # Nothing but decay, of all leaves but the router's.
+    # Only weight decay, which the router's leaves do not have.
     decayed = before["x"]["layers"]["self_attn"]["q_proj"]["lora_A"] * (1 - 1e-2 * 0.01)
     ours = state.adapters["x"]["layers"]["self_attn"]["q_proj"]["lora_A"]
     np.testing.assert_allclose(ours, decayed, **ROUNDING)
@@ -250,7 +252,7 @@ def test_rows_without_targets_give_no_gradient_and_no_failure(both, params, batc
 
 @pytest.fixture(scope="module")
 def gradients(params, batches):
-    """Every adapter's gradient of the first batch, cut into one, two and four micro-batches."""
+    """Gradients of each adapter on the first batch, in one, two and four micro-batches."""
     result = {}
     for micro_batches in (1, 2, 4):
         program = _program(METHODS, training={"micro_batches": micro_batches})
@@ -259,15 +261,15 @@ def gradients(params, batches):
         batch = program.put_train_batch(batches[0])
         assert batch.tokens.shape == (micro_batches, 2 * ROWS // micro_batches, 16)
         state, metrics = program.train_step(state, params, batch)
-        # Plain SGD with learning rate 1: what a leaf lost is its gradient.
+        # SGD with learning rate 1 subtracts the gradient.
         lost = jax.tree.map(lambda old, new: old - new, before, _numpy(state.adapters))
         result[micro_batches] = lost, _numpy(metrics)
     return result
 
 
 @pytest.mark.parametrize("micro_batches", [2, 4])
-def test_micro_batches_change_no_gradient(micro_batches, gradients, batches):
-    # Were each micro-batch's loss a mean of its own, rows with few targets would count for more.
+def test_micro_batches_do_not_change_gradients(micro_batches, gradients, batches):
+    # With a separate mean for each micro-batch, rows with few targets would weigh more.
     per_row = batches[0].loss_mask[:, 1:].sum(axis=-1)
     assert per_row.min() == 1 and per_row.max() > 5
     (whole, metrics), (cut, cut_metrics) = gradients[1], gradients[micro_batches]
@@ -278,19 +280,19 @@ def test_micro_batches_change_no_gradient(micro_batches, gradients, batches):
             np.testing.assert_allclose(ours, theirs, rtol=1e-5)
 
 
-def test_micro_batches_hold_rows_of_every_adapter():
+def test_micro_batches_have_rows_of_every_adapter():
     program = _program(METHODS, training={"micro_batches": 2})
     rows = np.arange(2 * ROWS)[:, None] * np.ones((1, 16), int)
     real = np.ones_like(rows)
     batch = program.put_train_batch(Batch(rows, real.astype(bool), *[real] * 4))
-    # Rows 0 to 3 are x's, 4 to 7 y's.
+    # Rows 0 to 3 belong to x, 4 to 7 to y.
     np.testing.assert_array_equal(batch.tokens[:, :, 0], [[0, 1, 4, 5], [2, 3, 6, 7]])
 
 
 @pytest.mark.parametrize(
     "segment_ids", [[[0, 1, 1, 1]], [[1, 1, 2, 2]], [[1, 0, 1, 1]]], ids=["left", "packed", "gap"]
 )
-def test_rows_that_the_step_cannot_take_are_refused(segment_ids):
+def test_invalid_rows_raise(segment_ids):
     program = _program({"y": LORA}, rows=1)
     ids = np.array(segment_ids, np.int32)
     batch = Batch(ids, ids > 0, *[ids] * 4)
@@ -301,7 +303,7 @@ def test_rows_that_the_step_cannot_take_are_refused(segment_ids):
 
 @pytest.fixture(scope="module")
 def noisy():
-    """A program with dropout, jitter and all router losses."""
+    """Program with dropout, jitter and all router losses."""
     losses = {name: {"coefficient": 0.1} for name in ("load_balance", "importance_cv", "router_z")}
     router = {"name": "top_k", "jitter_noise": 0.2}
     method = {**MIXLORA, "dropout": 0.2, "router": router, "losses": losses}
@@ -315,7 +317,7 @@ def _step(program, params, batch, step=0):
     return _numpy((state.adapters, metrics))
 
 
-def test_what_stands_in_padding_changes_nothing(noisy, params, batches):
+def test_tokens_in_padding_change_nothing(noisy, params, batches):
     batch = batches[0]
     padding = batch.segment_ids == 0
     assert padding.mean() > 0.1
@@ -325,7 +327,7 @@ def test_what_stands_in_padding_changes_nothing(noisy, params, batches):
     jax.tree.map(np.testing.assert_array_equal, ours, theirs)
 
 
-def test_every_step_draws_its_own_noise_and_the_same_again(noisy, params, batches):
+def test_noise_depends_on_the_step_only(noisy, params, batches):
     first, again = (_step(noisy, params, batches[0], step=3) for _ in range(2))
     jax.tree.map(np.testing.assert_array_equal, first, again)
     _, other = _step(noisy, params, batches[0], step=4)
@@ -349,7 +351,7 @@ def half():
     return _program(METHODS, compute={"dtype": "float16"}, training={"initial_loss_scale": 2.0**24})
 
 
-def test_float16_finds_its_scale_and_then_trains(half, params, batches, gradients):
+def test_float16_lowers_its_loss_scale_and_then_trains(half, params, batches, gradients):
     state, batch = _state(half), half.put_train_batch(batches[0])
     scale, losses = dict.fromkeys(METHODS, 2.0**24), []
     first_gradient = {}
@@ -364,7 +366,7 @@ def test_float16_finds_its_scale_and_then_trains(half, params, batches, gradient
                 after = _numpy(state.adapters[name])
                 first_gradient[name] = jax.tree.map(np.subtract, before[name], after)
         losses.append([float(metrics[f"{name}/loss"]) for name in METHODS])
-    # 2^24 is beyond float16; what is left lets gradients through, and they are the right ones.
+    # 2^24 overflows float16; the lowered scale gives finite and correct gradients.
     assert all(1.0 < value < 2.0**24 for value in scale.values())
     exact, _ = gradients[1]
     for name in METHODS:
@@ -372,12 +374,12 @@ def test_float16_finds_its_scale_and_then_trains(half, params, batches, gradient
             np.concatenate([leaf.ravel() for leaf in jax.tree.leaves(tree[name])])
             for tree in (first_gradient, exact)
         )
-        # Roundings of 2^-11 through two layers and back.
+        # Rounding of 2^-11 through two layers, forward and backward.
         assert np.linalg.norm(ours - theirs) < 2e-2 * np.linalg.norm(theirs)
     assert all(last < 0.7 * first for first, last in zip(losses[0], losses[-1], strict=True))
 
 
-def test_one_adapters_overflow_is_its_own(half, params, batches):
+def test_an_overflow_affects_its_adapter_only(half, params, batches):
     broken = _with_leaf(tiny_program.random_adapters(half), "x", np.nan)
     state = _state(half, broken)
     low = {name: initial_loss_scale(1024.0) for name in METHODS}

@@ -1,4 +1,4 @@
-"""Which configurations go on with the run of a work directory."""
+"""Work directories: configurations that resume a run, locks, and cleaning up."""
 
 import copy
 import fcntl
@@ -19,7 +19,7 @@ def config():
     return parse_run_config(get_config().to_dict(), METHODS)
 
 
-def test_a_run_of_an_earlier_version_goes_on_with_what_was_the_only_way_then(config):
+def test_a_run_of_an_earlier_version_resumes_with_the_defaults_of_new_fields(config):
     settings = json.loads(to_json(config))
     former = copy.deepcopy(settings)
     del former["compute"]["block_tokens"]
@@ -31,31 +31,31 @@ def test_a_run_of_an_earlier_version_goes_on_with_what_was_the_only_way_then(con
         require_same_run(former, config, settings, Path("work"))
 
 
-def test_a_field_that_there_is_no_more_is_another_run(config):
+def test_a_removed_field_is_another_run(config):
     settings = json.loads(to_json(config))
     former = {**settings, "compute": {**settings["compute"], "gone": 1}}
     with pytest.raises(ConfigError, match=r"config\.compute\.gone was 1, is absent"):
         require_same_run(former, config, settings, Path("work"))
 
 
-def refuse(workdir):
-    """A run that opens its folder and its file of metrics, and ends there."""
+def open_and_leave(workdir):
+    """Runs until the file of metrics is opened."""
     with WorkDir(workdir) as work:
         (work.folder / "metrics.jsonl").touch()
 
 
-def test_a_refused_run_leaves_no_folder_behind(tmp_path):
-    refuse(tmp_path / "runs" / "first")
+def test_an_invalid_run_leaves_no_folder(tmp_path):
+    open_and_leave(tmp_path / "runs" / "first")
     assert not list(tmp_path.iterdir())
 
     (tmp_path / "runs").mkdir()
-    refuse(tmp_path / "runs" / "first")
+    open_and_leave(tmp_path / "runs" / "first")
     assert [path.name for path in tmp_path.rglob("*")] == ["runs"]
 
 
-def test_what_was_there_before_or_was_written_stays(tmp_path):
+def test_existing_folders_and_written_files_stay(tmp_path):
     (tmp_path / "mine").mkdir()
-    refuse(tmp_path / "mine")
+    open_and_leave(tmp_path / "mine")
     assert (tmp_path / "mine").exists()
     for text in ("{}", "more"):
         with WorkDir(tmp_path / "written") as work:
@@ -66,14 +66,14 @@ def test_what_was_there_before_or_was_written_stays(tmp_path):
     assert (tmp_path / "folder" / "checkpoints").exists()
 
 
-def test_a_folder_is_removed_by_the_run_that_has_its_lock_only(tmp_path):
+def test_only_the_run_with_the_lock_removes_the_folder(tmp_path):
     with WorkDir(tmp_path / "run"):
         with pytest.raises(ConfigError, match="another run is using"), WorkDir(tmp_path / "run"):
             pytest.fail("it was locked")
         assert (tmp_path / "run" / ".lock").exists()
 
 
-def test_a_lock_that_was_removed_before_it_was_taken_is_none(tmp_path, monkeypatch):
+def test_a_removed_lock_is_not_taken(tmp_path, monkeypatch):
     lock, first = fcntl.flock, WorkDir(tmp_path / "run")
     first.__enter__()
 
