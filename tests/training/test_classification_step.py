@@ -78,8 +78,8 @@ def one_step(names, base, batches, adapters, micro_batches=1, mesh=None):
     state = jax.device_put(state.replace(adapters=chosen), program.state_shardings)
     batch = program.put_train_batch(join_rows([batches[name] for name in names]))
     new, metrics = program.train_step(state, params, batch)
-    found = jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), chosen, dict(new.adapters))
-    return found, {name: float(np.asarray(m)) for name, m in metrics.items() if np.ndim(m) == 0}
+    actual = jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), chosen, dict(new.adapters))
+    return actual, {name: float(np.asarray(m)) for name, m in metrics.items() if np.ndim(m) == 0}
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +121,7 @@ def rows_of(batch):
 
 def test_loss_and_gradients_equal_transformers(oracle, batches, adapters, together):
     """transformers computes row by row, without padding."""
-    batch, (found, metrics) = batches["classes"], together
+    batch, (actual, metrics) = batches["classes"], together
     scores = torch.cat([oracle(row).logits for row in rows_of(batch)])
     labels = torch.tensor(batch.labels.sum(axis=1)).long()
     loss = torch.nn.functional.cross_entropy(scores, labels)
@@ -130,14 +130,14 @@ def test_loss_and_gradients_equal_transformers(oracle, batches, adapters, togeth
     assert metrics["classes/target_tokens"] == ROWS
     head = oracle.score.weight.grad.T.numpy()
     assert np.abs(head).max() > 1e-2
-    np.testing.assert_allclose(found["classes"]["score"]["kernel"], head, **GRADIENT_ROUNDING)
+    np.testing.assert_allclose(actual["classes"]["score"]["kernel"], head, **GRADIENT_ROUNDING)
     expected = gradients(oracle, {"layers": adapters["classes"]["layers"]})
     for block, sites in expected["layers"].items():
         for site, leaves in sites.items():
             for leaf, gradient in leaves.items():
-                own = found["classes"]["layers"][block][site][leaf]
+                actual_gradient = actual["classes"]["layers"][block][site][leaf]
                 assert np.abs(gradient).max() > 1e-4
-                np.testing.assert_allclose(own, gradient, **GRADIENT_ROUNDING)
+                np.testing.assert_allclose(actual_gradient, gradient, **GRADIENT_ROUNDING)
 
 
 def test_scores_of_the_python_api_equal_transformers_with_padding(base, oracle, batches, adapters):
@@ -164,19 +164,19 @@ def test_scores_of_the_python_api_equal_transformers_with_padding(base, oracle, 
 def test_training_together_in_micro_batches_equals_training_alone(
     name, base, batches, adapters, together
 ):
-    found, metrics = together
-    alone, own = one_step([name], base, batches, adapters)
-    assert_equal(alone[name], found[name])
+    actual, metrics = together
+    alone, alone_metrics = one_step([name], base, batches, adapters)
+    assert_equal(alone[name], actual[name])
     for metric in ("loss", "grad_norm", "target_tokens"):
         expected = metrics[f"{name}/{metric}"]
-        np.testing.assert_allclose(own[f"{name}/{metric}"], expected, rtol=1e-5)
+        np.testing.assert_allclose(alone_metrics[f"{name}/{metric}"], expected, rtol=1e-5)
 
 
 def test_a_mesh_does_not_change_the_step(base, batches, adapters, together):
     """The rows of each adapter are spread over several shards."""
     mesh = {"data": 2, "fsdp": 2, "tensor": 2}
-    found, metrics = one_step(METHODS, base, batches, adapters, mesh=mesh)
-    assert_equal(found, together[0])
+    actual, metrics = one_step(METHODS, base, batches, adapters, mesh=mesh)
+    assert_equal(actual, together[0])
     for name in METHODS:
         np.testing.assert_allclose(metrics[f"{name}/loss"], together[1][f"{name}/loss"], **ROUNDING)
 

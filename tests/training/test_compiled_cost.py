@@ -33,8 +33,8 @@ def _program(num_layers, remat="none"):
 
 def _product_shapes(text):
     """Result shapes of the matrix products in a compiled program."""
-    found = re.findall(r"= \w+\[([\d,]+)\]\S* dot\(", text)
-    return {tuple(int(n) for n in shape.split(",")) for shape in found}
+    shapes = re.findall(r"= \w+\[([\d,]+)\]\S* dot\(", text)
+    return {tuple(int(n) for n in shape.split(",")) for shape in shapes}
 
 
 @pytest.mark.parametrize("remat", ["none", "full"])

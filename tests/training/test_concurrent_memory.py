@@ -30,13 +30,13 @@ def in_bytes(tree: Any) -> int:
 @pytest.fixture(scope="module")
 def compiled():
     """Program and memory analysis of its compiled step, by number of adapters."""
-    found = {}
+    programs = {}
     for count in (1, 2, 4):
         methods = {f"a{i}": MIXLORA if i % 2 else LORA for i in range(count)}
         optimizer = {"learning_rate": 1e-3}
         program = tiny_program.program(methods, rows=1, config=MODEL, optimizer=optimizer)
-        found[count] = program, program.compiled_train_step(TOKENS).memory_analysis()
-    return found
+        programs[count] = program, program.compiled_train_step(TOKENS).memory_analysis()
+    return programs
 
 
 def test_arguments_are_one_base_and_the_adapters(compiled):

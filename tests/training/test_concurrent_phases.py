@@ -165,7 +165,7 @@ def inputs(tmp_path_factory):
 def on_one_device(inputs, tmp_path_factory):
     """Work directory and printed lines of a run, and the training steps that it lowered."""
     workdir = tmp_path_factory.mktemp("runs") / "one"
-    said, lowered = [], []
+    printed, lowered = [], []
     lower = program_module.Program.lower_train_step
 
     def counted(self, row_length):
@@ -174,16 +174,16 @@ def on_one_device(inputs, tmp_path_factory):
 
     with one_device() as patch:
         patch.setattr(program_module.Program, "lower_train_step", counted)
-        train(read_config(inputs), workdir, said.append)
-    return workdir, said, lowered
+        train(read_config(inputs), workdir, printed.append)
+    return workdir, printed, lowered
 
 
 def test_one_compilation_for_each_program_and_row_length(on_one_device):
-    _, said, lowered = on_one_device
+    _, printed, lowered = on_one_device
     assert len(lowered) == len(set(lowered))
     assert {names for names, _ in lowered} == {("short", "long"), ("long",)}
     assert {length for _, length in lowered} == {16, 24}
-    finished = [line.split(";")[0] for line in said if "finished" in line]
+    finished = [line.split(";")[0] for line in printed if "finished" in line]
     assert finished == [
         "adapter 'short' finished at step 2",
         "adapter 'long' finished at step 4",
@@ -191,13 +191,15 @@ def test_one_compilation_for_each_program_and_row_length(on_one_device):
 
 
 def test_the_table_has_a_row_for_each_phase(on_one_device):
-    _, said, _ = on_one_device
-    table = [line.split() for line in said]
-    (short,) = [line for line in said if line.startswith("adapter      'short'")]
+    _, printed, _ = on_one_device
+    table = [line.split() for line in printed]
+    (short,) = [line for line in printed if line.startswith("adapter      'short'")]
     assert short.endswith("2 steps of 8 rows")
     at = next(i for i, words in enumerate(table) if words[0] == "steps")
-    assert said[at].split(maxsplit=1)[1] == ("1 to 2 of 12 rows, up to 288 tokens each: 2 adapters")
-    assert said[at + 1].strip() == "3 to 4 of 4 rows, up to 96 tokens each: 1 adapter"
+    assert printed[at].split(maxsplit=1)[1] == (
+        "1 to 2 of 12 rows, up to 288 tokens each: 2 adapters"
+    )
+    assert printed[at + 1].strip() == "3 to 4 of 4 rows, up to 96 tokens each: 1 adapter"
 
 
 def test_a_mesh_does_not_change_the_adapters(on_one_device, inputs, tmp_path):

@@ -113,9 +113,9 @@ def test_resuming_near_the_end_of_an_adapter(inputs, uninterrupted, tmp_path, st
     written = short.stat().st_mtime_ns if step > 6 else None
     run = Run(inputs, workdir)
     assert run.join() == 0, run.log.read_text()
-    said = run.log.read_text()
-    assert f"resumed at step {step}" in said
-    assert ("'short': lora, finished at step 6" in said) == (step > 6)
+    log = run.log.read_text()
+    assert f"resumed at step {step}" in log
+    assert ("'short': lora, finished at step 6" in log) == (step > 6)
     assert_same_outcome(workdir, uninterrupted)
     if written is not None:
         assert short.stat().st_mtime_ns == written

@@ -209,7 +209,7 @@ def test_no_state_refers_to_a_best_adapter_that_was_not_written(inputs, tmp_path
 
 
 def test_the_final_adapter_is_written_without_a_deleted_best_one(inputs, tmp_path, monkeypatch):
-    best, said = tmp_path / "best" / "default", []
+    best, printed = tmp_path / "best" / "default", []
 
     def finish(run, *arguments, original=TrainingSession._finish):
         shutil.rmtree(best)
@@ -217,9 +217,9 @@ def test_the_final_adapter_is_written_without_a_deleted_best_one(inputs, tmp_pat
 
     monkeypatch.setattr(TrainingSession, "_finish", finish)
     with one_device():
-        train(read_config(inputs, **OVERRIDES), tmp_path, said.append)
+        train(read_config(inputs, **OVERRIDES), tmp_path, printed.append)
     assert final_adapter(tmp_path)
-    assert f"adapter 'default': its best weights are no longer in {best}" in said
+    assert f"adapter 'default': its best weights are no longer in {best}" in printed
 
 
 def test_host_share_by_hand(monkeypatch):
@@ -263,13 +263,13 @@ def events(tmp_path, monkeypatch):
 
 def test_a_second_run_compiles_nothing_and_is_equal(watched, inputs, tmp_path, events):
     keep_compiled_programs()
-    kept, found = "/jax/compilation_cache/cache_misses", "/jax/compilation_cache/cache_hits"
+    misses, hits = "/jax/compilation_cache/cache_misses", "/jax/compilation_cache/cache_hits"
     first = Watched(inputs, tmp_path / "first")
-    assert events[kept] > 0
+    assert events[misses] > 0
     events.clear()
     second = Watched(inputs, tmp_path / "second")
-    assert kept not in events
-    assert events[found] == events["/jax/compilation_cache/compile_requests_use_cache"] > 0
+    assert misses not in events
+    assert events[hits] == events["/jax/compilation_cache/compile_requests_use_cache"] > 0
     for run in (first, second):
         for folder in ("adapters", "best"):
             expected = final_adapter(watched.workdir, folder=folder)

@@ -102,16 +102,16 @@ def test_rows_longer_than_those_of_pretraining(tmp_path, rope, is_warned):
     content = json.loads(file.read_text())
     rope = {"rope_theta": 10000.0, **rope}
     file.write_text(json.dumps({**content, "max_position_embeddings": 20, "rope_parameters": rope}))
-    said = []
-    read_inputs(read_config(config), said.append)
+    printed = []
+    read_inputs(read_config(config), printed.append)
     warning = (
         "warning: config.adapters.default.data.max_length: rows of up to 24 tokens, but the base "
         "was trained on 20 positions"
     )
-    assert (warning in said) == is_warned
-    said.clear()
-    read_inputs(read_config(config, **{f"{DATA}__max_length": 20}), said.append)
-    assert not any("warning" in line for line in said)
+    assert (warning in printed) == is_warned
+    printed.clear()
+    read_inputs(read_config(config, **{f"{DATA}__max_length": 20}), printed.append)
+    assert not any("warning" in line for line in printed)
 
 
 def test_positions_of_packed_rows_count_within_a_sequence(tmp_path):
@@ -121,20 +121,22 @@ def test_positions_of_packed_rows_count_within_a_sequence(tmp_path):
     packed = {f"{DATA}__packing": "first_fit", f"{DATA}__max_length": 200}
     for positions, is_warned in ((150, False), (10, True)):
         file.write_text(json.dumps({**content, "max_position_embeddings": positions}))
-        said: list[str] = []
-        read_inputs(read_config(config, **packed), said.append)
-        assert any(f"was trained on {positions} positions" in line for line in said) == is_warned
-        assert any("to a row of 200 tokens" in line for line in said)
+        printed: list[str] = []
+        read_inputs(read_config(config, **packed), printed.append)
+        assert any(f"was trained on {positions} positions" in line for line in printed) == is_warned
+        assert any("to a row of 200 tokens" in line for line in printed)
 
 
 def test_an_epoch_of_packed_rows_is_one_pass_over_the_data(inputs):
     epochs = {"training__steps": None, f"{DATA}__packing": "first_fit", f"{DATA}__max_length": 48}
     steps, seen = {}, []
     for count in (1, 2.5):
-        found = read_inputs(read_config(inputs, training__epochs=count, **epochs), lambda _: None)
-        steps[count] = found.steps["default"]
+        run_inputs = read_inputs(
+            read_config(inputs, training__epochs=count, **epochs), lambda _: None
+        )
+        steps[count] = run_inputs.steps["default"]
     for _ in range(steps[1]):
-        batch = next(found.train["default"].iterator)
+        batch = next(run_inputs.train["default"].iterator)
         begins = (batch.segment_ids > 0) & (batch.positions == 0)
         seen.append(int(begins.sum()))
     # 100 rows in batches of 8 are thirteen steps. Packed, the last step also has rows of the next
@@ -148,10 +150,10 @@ def test_rows_padded_to_packed_rows_of_another_adapter(inputs):
     config = inputs.with_name("beside.py")
     beside = 'adapters=dict(other=adapter("other", name="lora"), '
     config.write_text(inputs.read_text().replace("adapters=dict(", beside))
-    said: list[str] = []
+    printed: list[str] = []
     packed = {f"{DATA}__packing": "first_fit", f"{DATA}__max_length": 48}
-    read_inputs(read_config(config, **packed), said.append)
-    (warning,) = (line for line in said if line.startswith("warning"))
+    read_inputs(read_config(config, **packed), printed.append)
+    (warning,) = (line for line in printed if line.startswith("warning"))
     assert warning.startswith("warning: config.adapters.other.data.packing: all rows of a step")
     assert "padded to the 48 tokens of 'default'" in warning
 
@@ -175,8 +177,8 @@ def test_worker_processes_are_not_forked_from_the_process_of_jax(inputs, tmp_pat
             f"{DATA}__num_workers": workers,
             f"{DATA}__cache_dir": str(tmp_path / str(workers)),
         }
-        found = read_inputs(read_config(inputs, **fields), lambda _: None)
-        fingerprints.append(found.data_fingerprint("default"))
+        run_inputs = read_inputs(read_config(inputs, **fields), lambda _: None)
+        fingerprints.append(run_inputs.data_fingerprint("default"))
     assert fingerprints[0] == fingerprints[1]
 
     gone = {f"{DATA}__train__words__path": "gone.jsonl", f"{DATA}__num_workers": 2}

@@ -214,10 +214,10 @@ TRANSFORMERS = {
 
 
 @pytest.mark.parametrize(
-    ("kind", "warmup", "given"),
+    ("kind", "warmup", "fields"),
     [
-        (kind, warmup, given)
-        for kind, (warmup, given) in itertools.product(
+        (kind, warmup, fields)
+        for kind, (warmup, fields) in itertools.product(
             TRANSFORMERS,
             [
                 (0, {}),
@@ -228,8 +228,8 @@ TRANSFORMERS = {
         )
     ],
 )
-def test_schedules_equal_transformers_over_a_whole_run(kind, warmup, given):
-    ours = learning_rate_schedule(ScheduleConfig(kind=kind, **given), 0.25, 37)
+def test_schedules_equal_transformers_over_a_whole_run(kind, warmup, fields):
+    ours = learning_rate_schedule(ScheduleConfig(kind=kind, **fields), 0.25, 37)
     rates = np.asarray(jax.vmap(ours)(jnp.arange(38)))
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.25)
     schedule = TRANSFORMERS[kind](optimizer, warmup)

@@ -123,7 +123,10 @@ def test_a_mesh_makes_the_same_step_as_one_device(programs, steps):
         rows=4, config=MODEL, packing="first_fit", compute={"remat": "frozen"},
         mesh=mesh, devices=4,
     )  # fmt: skip
-    rows = {name: [own[:2], own[2:], own[1::-1], own[:1:-1]] for name, own in SEQUENCES.items()}
+    rows = {
+        name: [lengths[:2], lengths[2:], lengths[1::-1], lengths[:1:-1]]
+        for name, lengths in SEQUENCES.items()
+    }
     batch = program.put_train_batch(join_rows([pack_rows(rows[name], 25) for name in names]))
     assert {shard.data.shape for shard in batch.tokens.addressable_shards} == {(1, 2, 25)}
     adapters = tiny_program.random_adapters(programs["packed"])
@@ -132,9 +135,9 @@ def test_a_mesh_makes_the_same_step_as_one_device(programs, steps):
 
     expected_metrics, expected = steps["packed"]
     for name in ("loss", "load_balance", "localized_balance", "grad_norm"):
-        own = {metric for metric in metrics if metric.endswith(f"/{name}")}
-        assert own, name
-        for metric in own:
+        names = {metric for metric in metrics if metric.endswith(f"/{name}")}
+        assert names, name
+        for metric in names:
             np.testing.assert_allclose(
                 metrics[metric], expected_metrics[metric], **ROUNDING, err_msg=metric
             )
@@ -176,13 +179,13 @@ def test_losses_by_sequence(programs, params):
     padded = pad_rows(SEQUENCES[name], 4, (16,))
     packed = pack_rows([SEQUENCES[name][:2], SEQUENCES[name][2:]], 25)
     expected, _ = row_losses(logits(padded, packed=False), padded)
-    ours, found = logits(packed, packed=True), []
+    ours, actual = logits(packed, packed=True), []
     for row, ids in enumerate(packed.segment_ids):
         for segment in range(1, ids.max() + 1):
-            own = (slice(row, row + 1), ids == segment)
-            (loss,), _ = row_losses(ours[own], Batch(*(array[own] for array in packed)))
-            found.append(loss)
-    np.testing.assert_allclose(found, expected, **ROUNDING)
+            place = (slice(row, row + 1), ids == segment)
+            (loss,), _ = row_losses(ours[place], Batch(*(array[place] for array in packed)))
+            actual.append(loss)
+    np.testing.assert_allclose(actual, expected, **ROUNDING)
 
 
 def test_programs_for_unpacked_rows_ignore_segment_ids(programs, params, steps):

@@ -46,30 +46,30 @@ def halfway(workdir):
 def outcome(inputs, workdir, **overrides):
     run = Run(inputs, workdir, overrides={**CONSTANT, **overrides})
     status = run.join()
-    said = run.log.read_text()
-    assert "Traceback" not in said
-    return status, said
+    log = run.log.read_text()
+    assert "Traceback" not in log
+    return status, log
 
 
 def refusal(inputs, workdir, **overrides):
-    status, said = outcome(inputs, workdir, **overrides)
-    assert status == 2, said
-    error = said[said.index("error: ") :].rstrip("\n")
+    status, log = outcome(inputs, workdir, **overrides)
+    assert status == 2, log
+    error = log[log.index("error: ") :].rstrip("\n")
     assert "\n" not in error
     return error
 
 
 def test_a_finished_run_does_nothing(inputs, workdir):
     before = {p: p.stat().st_mtime_ns for p in workdir.rglob("*") if p.is_file()}
-    status, said = outcome(inputs, workdir)
-    assert (status, said) == (0, "already finished at step 8; nothing to do\n")
+    status, log = outcome(inputs, workdir)
+    assert (status, log) == (0, "already finished at step 8; nothing to do\n")
     assert {p: p.stat().st_mtime_ns for p in workdir.rglob("*") if p.is_file()} == before
 
 
 def test_a_run_killed_before_it_wrote_its_adapter_writes_it(inputs, workdir, finished):
     shutil.rmtree(workdir / "adapters")
-    status, said = outcome(inputs, workdir)
-    assert status == 0, said
+    status, log = outcome(inputs, workdir)
+    assert status == 0, log
     expected = final_adapter(finished)
     assert all((leaf == expected[p]).all() for p, leaf in final_adapter(workdir).items())
     assert metric_lines(workdir) == metric_lines(finished)
@@ -78,15 +78,15 @@ def test_a_run_killed_before_it_wrote_its_adapter_writes_it(inputs, workdir, fin
 def test_lines_after_the_saved_step_are_replaced(inputs, halfway, finished):
     with (halfway / "metrics.jsonl").open("a") as stream:
         stream.write('{"step": 9, "default/lo')  # cut off by a kill
-    status, said = outcome(inputs, halfway)
-    assert status == 0, said
+    status, log = outcome(inputs, halfway)
+    assert status == 0, log
     assert metric_lines(halfway) == metric_lines(finished)
 
 
 def test_more_steps_with_a_constant_schedule(inputs, workdir):
-    status, said = outcome(inputs, workdir, training__steps=12)
-    assert status == 0, said
-    assert "resumed at step 8" in said
+    status, log = outcome(inputs, workdir, training__steps=12)
+    assert status == 0, log
+    assert "resumed at step 8" in log
     assert metric_lines(workdir)[-1]["step"] == 12
     assert json.loads((workdir / "adapters/default/adapter.json").read_text())["step"] == 12
     assert "is at step 12; ask for more" in refusal(inputs, workdir, training__steps=10)
@@ -97,8 +97,8 @@ def test_more_steps_after_a_kill_before_the_first_was_saved(inputs, workdir):
     settings = json.loads((workdir / "config.json").read_text())
     settings["training"]["steps"] = 12
     (workdir / "config.json").write_text(json.dumps(settings))
-    status, said = outcome(inputs, workdir, training__steps=12)
-    assert status == 0, said
+    status, log = outcome(inputs, workdir, training__steps=12)
+    assert status == 0, log
     assert json.loads((workdir / "adapters/default/adapter.json").read_text())["step"] == 12
 
 
@@ -127,7 +127,7 @@ def test_fields_that_may_differ(inputs, halfway):
     shutil.copytree(inputs.parent / "base", moved)
     for name in ("train", "held_out"):
         shutil.copy(inputs.parent / f"{name}.jsonl", moved)
-    status, said = outcome(
+    status, log = outcome(
         inputs,
         halfway,
         base__path=moved,
@@ -141,8 +141,8 @@ def test_fields_that_may_differ(inputs, halfway):
         training__max_skipped_steps=3,
         compute__remat="full",
     )
-    assert status == 0, said
-    assert "resumed at step 5" in said
+    assert status == 0, log
+    assert "resumed at step 5" in log
     assert sorted(p.name for p in (halfway / "checkpoints").iterdir()) == ["8"]
 
 
@@ -200,16 +200,16 @@ def test_two_runs_at_once(inputs, tmp_path):
 def test_a_file_that_cannot_be_written_keeps_the_former_state(inputs, halfway, finished):
     """A limit on the size of files acts as a full disk, and needs no privilege."""
     run = Run(inputs, halfway, overrides=CONSTANT, file_bytes=12_000)
-    said = run.log.read_text() if run.join() == 2 else ""
-    error = said[said.index("error: ") :].rstrip("\n")
+    log = run.log.read_text() if run.join() == 2 else ""
+    error = log[log.index("error: ") :].rstrip("\n")
     assert f"cannot write {halfway / 'checkpoints'}" in error
     assert "file too large; fix that and run the same command again" in error
     assert "the state at step 5 is kept" in error
     assert "\n" not in error
     assert latest_step(halfway / "checkpoints") == 5
 
-    status, said = outcome(inputs, halfway)
-    assert status == 0, said
+    status, log = outcome(inputs, halfway)
+    assert status == 0, log
     expected = final_adapter(finished)
     assert all((leaf == expected[p]).all() for p, leaf in final_adapter(halfway).items())
 

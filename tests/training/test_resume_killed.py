@@ -99,9 +99,9 @@ def test_a_resumed_run_may_use_another_mesh(inputs, tmp_path):
 
     run = Run(inputs, moved, devices=4, overrides={**short, "mesh__fsdp": 2})
     assert run.join() == 0, run.log.read_text()
-    said = run.log.read_text()
-    assert "resumed at step 4" in said
-    assert "4 x cpu (data 2, fsdp 2, tensor 1)" in said
+    log = run.log.read_text()
+    assert "resumed at step 4" in log
+    assert "4 x cpu (data 2, fsdp 2, tensor 1)" in log
     expected, actual = final_adapter(one), final_adapter(moved)
     changed = 0
     for path, leaf in expected.items():

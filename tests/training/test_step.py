@@ -112,8 +112,8 @@ def test_adapters_that_train_together_equal_each_alone(name, both, params, batch
     state = _state(alone, {name: tiny_program.random_adapters(both)[name]})
     rows = slice(0, ROWS) if name == "x" else slice(ROWS, None)
     for batch, (together, their_metrics) in zip(batches, trained, strict=True):
-        own = Batch(*(array[rows] for array in batch))
-        state, metrics = alone.train_step(state, params, alone.put_train_batch(own))
+        own_rows = Batch(*(array[rows] for array in batch))
+        state, metrics = alone.train_step(state, params, alone.put_train_batch(own_rows))
         _assert_equal(state.adapters[name], together.adapters[name], **ROUNDING)
         for metric, value in metrics.items():
             if metric.startswith(f"{name}/"):
@@ -123,7 +123,7 @@ def test_adapters_that_train_together_equal_each_alone(name, both, params, batch
     # Compiled once for all steps and batches; another row length is another program.
     assert list(alone.compiled) == [16]
     if name == "y":
-        short = Batch(*(array[:, :8] for array in own))
+        short = Batch(*(array[:, :8] for array in own_rows))
         alone.train_step(state, params, alone.put_train_batch(short))
         assert len(alone.compiled) == 2
 
@@ -176,8 +176,8 @@ def test_the_base_has_no_gradient(both, batches):
     assert not shapes & _products(both.lower_train_step(16))
 
     # These products occur if the base is differentiated.
-    own = AdapterRows("y", both.config.adapters["y"].method, 0, 2 * ROWS)
-    model = both.model.clone(adapter_rows=(own,))
+    rows_of_y = AdapterRows("y", both.config.adapters["y"].method, 0, 2 * ROWS)
+    model = both.model.clone(adapter_rows=(rows_of_y,))
 
     def loss(params, adapters, batch):
         logits, _ = forward(model, params, {"y": adapters["y"]}, batch, dropout_key=None)

@@ -83,4 +83,4 @@ def test_a_removed_lock_is_not_taken(tmp_path, monkeypatch):
 
     monkeypatch.setattr(fcntl, "flock", lock_late)
     with pytest.raises(ConfigError, match="another run is using"), WorkDir(tmp_path / "run"):
-        pytest.fail("a third run would make the folder, and a lock of its own")
+        pytest.fail("a third run would create the folder and another lock")
