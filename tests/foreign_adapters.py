@@ -1,4 +1,4 @@
-"""Adapters with large random weights, and the libraries that other tools read them with."""
+"""Adapters with large random weights, and their logits in other libraries."""
 
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ MOLA = {"name": "mola", **PAIR, "num_experts": [3], "router": {"name": "top_k", 
 def random_adapter(
     method: dict[str, Any], model: ModelConfig, base: str = "some/base", *, spread: float = 0.2
 ) -> SavedAdapter:
-    """An adapter none of whose weights is zero, or equal to another.
+    """An adapter with distinct nonzero weights.
 
     Args:
       method: as in a configuration.
@@ -53,16 +53,16 @@ def random_adapter(
     return SavedAdapter(parsed, tree, model, BaseIdentity(base, "0" * 64), 7)
 
 
-def require_same_bits(found: SavedAdapter, expected: SavedAdapter) -> None:
-    """Fails unless all leaves of two adapters are the same bits."""
-    leaves, wanted = named_leaves(found.tree), named_leaves(expected.tree)
-    assert leaves.keys() == wanted.keys()
-    for path, leaf in wanted.items():
+def require_same_bits(actual: SavedAdapter, expected: SavedAdapter) -> None:
+    """Requires all leaves of two adapters to have the same bits."""
+    leaves, references = named_leaves(actual.tree), named_leaves(expected.tree)
+    assert leaves.keys() == references.keys()
+    for path, leaf in references.items():
         np.testing.assert_array_equal(leaves[path], leaf, err_msg=path, strict=True)
 
 
 def mixlora_logits(folder: Path, tokens: np.ndarray, **kwargs: Any) -> np.ndarray:
-    """What the mixlora package computes with the adapter in `folder`."""
+    """Logits of the mixlora package with the adapter in `folder`."""
     model, _ = MixLoraModelForCausalLM.from_pretrained(str(folder), **kwargs)
     return _logits(model.eval(), tokens)
 
@@ -70,7 +70,7 @@ def mixlora_logits(folder: Path, tokens: np.ndarray, **kwargs: Any) -> np.ndarra
 def peft_logits(
     base: LlamaForCausalLM, folder: Path, tokens: np.ndarray, **kwargs: Any
 ) -> np.ndarray:
-    """What PEFT computes with the adapter in `folder` on a base, which it leaves as it was."""
+    """Logits of PEFT with the adapter in `folder` on a base, which is restored afterwards."""
     model = PeftModel.from_pretrained(base, str(folder), **kwargs)
     logits = _logits(model.eval(), tokens)
     model.unload()

@@ -222,10 +222,10 @@ def test_adapters_are_read_from_the_hub(hub, folder, tmp_path, monkeypatch, caps
         assert 'base_model: "some/base"' in card
         assert f'"me/{to}")' in card  # in the lines that load it
     expected = moe_jax.load_adapter(folder / "adapter")
-    ours = moe_jax.load_adapter("me/moe_jax")
-    require_same_bits(ours, expected)
-    assert ours.base == expected.base._replace(path="some/base")
-    assert ours.pictures == expected.pictures
+    downloaded = moe_jax.load_adapter("me/moe_jax")
+    require_same_bits(downloaded, expected)
+    assert downloaded.base == expected.base._replace(path="some/base")
+    assert downloaded.pictures == expected.pictures
     require_same_bits(moe_jax.import_adapter("me/peft", folder / "base"), expected)
     with pytest.raises(CheckpointError, match=r"of another tool; convert it with `moe-jax import"):
         moe_jax.load_adapter("me/peft")

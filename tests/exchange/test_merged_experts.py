@@ -47,8 +47,8 @@ def test_merged_experts_and_their_divergence(mixture, tmp_path, weights):
     for ours_name, name in (("gate_proj", "w1"), ("down_proj", "w2"), ("up_proj", "w3")):
         expected = np.einsum("le,leoi->loi", shares, experts_of(tmp_path / "exact", name))
         for layer in range(3):
-            found = getattr(merged.model.layers[layer].mlp, ours_name).weight.detach().numpy()
-            np.testing.assert_allclose(found, expected[layer], **ROUNDING)
+            actual = getattr(merged.model.layers[layer].mlp, ours_name).weight.detach().numpy()
+            np.testing.assert_allclose(actual, expected[layer], **ROUNDING)
     divergence = float((p.exp() * (p - q)).sum(-1).mean())
     assert divergence > 0.01
     (note,) = notes

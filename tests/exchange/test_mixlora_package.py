@@ -28,16 +28,16 @@ def test_equal_logits(tiny, tmp_path, method):
     expected = tiny.with_adapter(adapter)
     assert np.abs(expected - tiny.logits).max() > 1.0
     # The package keeps dropout on, so the exported rate has to be negligible.
-    found = mixlora_logits(tmp_path / "out", tiny.tokens)
-    np.testing.assert_allclose(found, expected, rtol=0, atol=FLOAT32_LOGITS)
+    actual = mixlora_logits(tmp_path / "out", tiny.tokens)
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=FLOAT32_LOGITS)
 
 
 def test_bfloat16_is_read_exactly(tiny, tmp_path):
     adapter = random_adapter(MIXLORA, tiny.base.config, str(tiny.folder))
     moe_jax.export_adapter(adapter, "mixlora", tmp_path / "out", dtype="bfloat16")
     imported = moe_jax.import_adapter(tmp_path / "out", tiny.base)
-    found = mixlora_logits(tmp_path / "out", tiny.tokens)
-    np.testing.assert_allclose(found, tiny.with_adapter(imported), rtol=0, atol=FLOAT32_LOGITS)
+    actual = mixlora_logits(tmp_path / "out", tiny.tokens)
+    np.testing.assert_allclose(actual, tiny.with_adapter(imported), rtol=0, atol=FLOAT32_LOGITS)
 
 
 def test_the_path_of_the_base_can_be_replaced(tiny, tmp_path):

@@ -93,9 +93,9 @@ def test_a_hub_base_is_linked(mixture, tmp_path):
 
 def test_the_native_format_has_no_local_paths(mixture, tmp_path):
     moe_jax.export_adapter(trained(mixture, LORA), "moe_jax", tmp_path / "out", base="some/base")
-    found = moe_jax.load_adapter(tmp_path / "out")
-    assert found.base.path == found.training.base["path"] == "some/base"
-    paths = {name: data.path for name, data in found.training.train.items()}
+    exported = moe_jax.load_adapter(tmp_path / "out")
+    assert exported.base.path == exported.training.base["path"] == "some/base"
+    paths = {name: data.path for name, data in exported.training.train.items()}
     assert paths == {"words": "words.jsonl", "more": "owner/rows"}
     assert "/home/someone" not in (tmp_path / "out" / "training.json").read_text()
 
@@ -117,8 +117,8 @@ def test_an_adapter_modified_after_training(mixture, tmp_path):
     adapter = trained(mixture, MIXLORA)._replace(training=before.training)
     moe_jax.export_adapter(adapter, "mixlora", tmp_path / "out")
     text = (tmp_path / "out" / "README.md").read_text()
-    ours, theirs = text.split("The adapter was modified after training.")
-    assert "| num_experts | `4` |" in ours
-    assert "| num_experts | `2` |" in theirs
+    current, former = text.split("The adapter was modified after training.")
+    assert "| num_experts | `4` |" in current
+    assert "| num_experts | `2` |" in former
     assert (tmp_path / "out" / "loss.png").exists()
     assert not (tmp_path / "out" / "experts.png").exists()

@@ -25,8 +25,8 @@ def test_equal_logits(tiny, tmp_path, method):
     moe_jax.export_adapter(adapter, "peft", tmp_path / "out")
     expected = tiny.with_adapter(adapter)
     assert np.abs(expected - tiny.logits).max() > 1.0
-    found = peft_logits(tiny.reference, tmp_path / "out", tiny.tokens)
-    np.testing.assert_allclose(found, expected, rtol=0, atol=FLOAT32_LOGITS)
+    actual = peft_logits(tiny.reference, tmp_path / "out", tiny.tokens)
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=FLOAT32_LOGITS)
 
 
 @pytest.mark.parametrize("labels", [3, 1])
@@ -39,23 +39,23 @@ def test_classifiers(tiny, tmp_path, labels):
     base = LlamaForSequenceClassification.from_pretrained(
         tiny.folder, num_labels=labels, pad_token_id=None
     )
-    found = peft_logits(base, tmp_path / "out", tiny.tokens[:1])
+    actual = peft_logits(base, tmp_path / "out", tiny.tokens[:1])
     expected = tiny.with_adapter(adapter)
     assert expected.shape == (2, labels) and np.abs(expected).max() > 0.5
-    np.testing.assert_allclose(found, expected[:1], rtol=0, atol=FLOAT32_LOGITS)
+    np.testing.assert_allclose(actual, expected[:1], rtol=0, atol=FLOAT32_LOGITS)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_is_read_exactly(tiny, tmp_path, dtype):
     adapter = random_adapter(LORA, tiny.base.config, str(tiny.folder), spread=0.07)
     moe_jax.export_adapter(adapter, "peft", tmp_path / "out", dtype=dtype)
-    found = peft_logits(tiny.reference, tmp_path / "out", tiny.tokens)
+    actual = peft_logits(tiny.reference, tmp_path / "out", tiny.tokens)
     imported = tiny.with_adapter(moe_jax.import_adapter(tmp_path / "out", tiny.base))
-    np.testing.assert_allclose(found, imported, rtol=0, atol=FLOAT32_LOGITS)
+    np.testing.assert_allclose(actual, imported, rtol=0, atol=FLOAT32_LOGITS)
     whole = tiny.with_adapter(adapter)
     assert np.abs(whole - tiny.logits).max() > 0.3
-    np.testing.assert_allclose(found, whole, rtol=0, atol=BFLOAT16_TENSORS)
-    assert np.abs(found - whole).max() > FLOAT32_LOGITS, "they were rounded"
+    np.testing.assert_allclose(actual, whole, rtol=0, atol=BFLOAT16_TENSORS)
+    assert np.abs(actual - whole).max() > FLOAT32_LOGITS, "they were rounded"
 
 
 @pytest.mark.parametrize(

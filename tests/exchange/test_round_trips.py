@@ -49,11 +49,11 @@ BOTH = {**BALANCE, "router_z": {"coefficient": 0.003, "scope": "pooled"}}
 def test_every_leaf_has_the_same_bits(tiny, tmp_path, to, method):
     adapter = random_adapter(method, tiny.base.config, str(tiny.folder))
     moe_jax.export_adapter(adapter, to, tmp_path / "out")
-    again = moe_jax.import_adapter(tmp_path / "out", tiny.base)
-    assert again.method == adapter.method
-    assert again.model == tiny.base.config
-    assert again.base == tiny.base.identity
-    require_same_bits(again, adapter)
+    imported = moe_jax.import_adapter(tmp_path / "out", tiny.base)
+    assert imported.method == adapter.method
+    assert imported.model == tiny.base.config
+    assert imported.base == tiny.base.identity
+    require_same_bits(imported, adapter)
 
 
 @pytest.mark.parametrize("to", ["peft", "mixlora"])
@@ -61,11 +61,11 @@ def test_every_leaf_has_the_same_bits(tiny, tmp_path, to, method):
 def test_other_dtypes_round_once(tiny, tmp_path, to, dtype):
     adapter = random_adapter(LORA, tiny.base.config)
     moe_jax.export_adapter(adapter, to, tmp_path / "out", dtype=dtype)
-    again = moe_jax.import_adapter(tmp_path / "out", tiny.base)
+    imported = moe_jax.import_adapter(tmp_path / "out", tiny.base)
     rounded = jax.tree.map(lambda leaf: leaf.astype(dtype).astype(jnp.float32), adapter.tree)
-    require_same_bits(again, adapter._replace(tree=rounded))
+    require_same_bits(imported, adapter._replace(tree=rounded))
     for path, leaf in named_leaves(adapter.tree).items():
-        assert not np.array_equal(named_leaves(again.tree)[path], leaf)
+        assert not np.array_equal(named_leaves(imported.tree)[path], leaf)
 
 
 def test_training_settings_that_are_left_out_are_noted(tiny, tmp_path):

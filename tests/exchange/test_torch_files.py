@@ -58,11 +58,11 @@ def test_files_written_by_torch_are_read(tmp_path, dtype):
         {},
     ):
         torch.save(tensors, tmp_path / "t.bin")
-        found = read_torch_file(tmp_path / "t.bin")
-        assert list(found) == list(tensors)
+        actual = read_torch_file(tmp_path / "t.bin")
+        assert list(actual) == list(tensors)
         for name, tensor in tensors.items():
-            assert found[name].dtype == DTYPES[dtype]
-            np.testing.assert_array_equal(bits(found[name]), bits(tensor), strict=True)
+            assert actual[name].dtype == DTYPES[dtype]
+            np.testing.assert_array_equal(bits(actual[name]), bits(tensor), strict=True)
 
 
 class Call:

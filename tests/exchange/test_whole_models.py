@@ -32,13 +32,13 @@ TOP_1_OF_3 = {"num_experts": 3, "router": {"name": "top_k", "top_k": 1, "jitter_
 NOTES = ["no tokenizer: the base's folder has none; copy one into the export"]
 
 
-def ours(base, adapter=None):
+def moe_jax_logits(base, adapter=None):
     if adapter is None:
         return np.asarray(moe_jax.AdaptedModel(base, {})(TOKENS))
     return np.asarray(moe_jax.AdaptedModel(base, {"x": adapter})(TOKENS, "x"))
 
 
-def theirs(folder, cls=AutoModelForCausalLM):
+def transformers_logits(folder, cls=AutoModelForCausalLM):
     """Logits of a checkpoint in transformers, without missing or unexpected tensors."""
     model, info = cls.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     assert not any(info.values()), info
@@ -80,10 +80,10 @@ def test_mixlora_as_a_mixture_of_experts(tmp_path, model_type, overrides, method
     base = saved_base(tmp_path / "base", model_type, **overrides)
     adapter = adapter_of(base, method)
     assert moe_jax.export_adapter(adapter, "mixtral", tmp_path / "out") == NOTES
-    expected = ours(base, adapter)
-    assert np.abs(expected - ours(base)).max() > 1.0
-    found = theirs(tmp_path / "out", cls)
-    np.testing.assert_allclose(found, expected, rtol=0, atol=FLOAT32_LOGITS)
+    expected = moe_jax_logits(base, adapter)
+    assert np.abs(expected - moe_jax_logits(base)).max() > 1.0
+    actual = transformers_logits(tmp_path / "out", cls)
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=FLOAT32_LOGITS)
     before, after = (
         json.loads((tmp_path / name / "config.json").read_text()) for name in ("base", "out")
     )
@@ -106,10 +106,10 @@ def test_lora_merged_into_the_weights(tmp_path, model_type, method):
     base = saved_base(tmp_path / "base", model_type)
     adapter = adapter_of(base, method)
     assert moe_jax.export_adapter(adapter, "llama", tmp_path / "out") == NOTES
-    expected = ours(base, adapter)
-    assert np.abs(expected - ours(base)).max() > 0.5
-    found = theirs(tmp_path / "out")
-    np.testing.assert_allclose(found, expected, rtol=0, atol=FLOAT32_LOGITS)
+    expected = moe_jax_logits(base, adapter)
+    assert np.abs(expected - moe_jax_logits(base)).max() > 0.5
+    actual = transformers_logits(tmp_path / "out")
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=FLOAT32_LOGITS)
     assert moe_jax.load_base(tmp_path / "out").config == base.config
 
 
@@ -128,10 +128,10 @@ def test_bfloat16_rounds_merged_weights_once(tmp_path, to, method):
         assert tensor.dtype == torch.float32
         assert torch.equal(tensor.to(torch.bfloat16), rounded[name]), name
     assert json.loads((tmp_path / "bfloat16" / "config.json").read_text())["dtype"] == "bfloat16"
-    expected = ours(base, adapter)
-    assert np.abs(expected - ours(base)).max() > 10 * BFLOAT16_TENSORS
-    found = theirs(tmp_path / "bfloat16")
-    np.testing.assert_allclose(found, expected, rtol=0, atol=BFLOAT16_TENSORS)
+    expected = moe_jax_logits(base, adapter)
+    assert np.abs(expected - moe_jax_logits(base)).max() > 10 * BFLOAT16_TENSORS
+    actual = transformers_logits(tmp_path / "bfloat16")
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=BFLOAT16_TENSORS)
 
 
 def test_several_shards_and_copied_files(tmp_path, monkeypatch):
@@ -158,7 +158,9 @@ def test_several_shards_and_copied_files(tmp_path, monkeypatch):
     assert index["metadata"]["total_size"] == sum(t.nbytes for t in whole.values())
     for name, tensor in tensors_of(tmp_path / "out").items():
         assert torch.equal(tensor, whole[name]), name
-    assert np.array_equal(theirs(tmp_path / "out"), theirs(tmp_path / "one"))
+    assert np.array_equal(
+        transformers_logits(tmp_path / "out"), transformers_logits(tmp_path / "one")
+    )
     beside = {f.name for f in (tmp_path / "out").iterdir() if f.suffix != ".safetensors"}
     assert beside == {
         "README.md",

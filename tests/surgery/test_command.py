@@ -45,8 +45,8 @@ def test_from_a_lora_to_more_experts(world, folders, tmp_path, capsys):
     assert adapter.method.num_experts == 4
     expected = world.logits(moe_jax.load_adapter(folders / "lora"))
     np.testing.assert_allclose(world.logits(adapter), expected, **FLOAT64_ROUNDING)
-    again = moe_jax.surgery.grow(up, add=2, split=[0, 1], noise=0.0).adapter
-    require_same_bits(again, adapter)
+    repeated = moe_jax.surgery.grow(up, add=2, split=[0, 1], noise=0.0).adapter
+    require_same_bits(repeated, adapter)
 
 
 @pytest.mark.parametrize(

@@ -36,9 +36,9 @@ def test_groups(world, weights):
             mean = np.einsum("e,edo->do", share, experts[groups[0]])
             u, sizes, vt = np.linalg.svd(mean)
             nearest = (u[:, :4] * sizes[:4]) @ vt[:4]
-            found = products(outcome.adapter, stem, layer)
-            np.testing.assert_allclose(found[0], nearest, **ROUNDING)
-            np.testing.assert_array_equal(found[1], experts[1])
+            actual = products(outcome.adapter, stem, layer)
+            np.testing.assert_allclose(actual[0], nearest, **ROUNDING)
+            np.testing.assert_array_equal(actual[1], experts[1])
             square += np.square(mean).sum() + np.square(experts[1]).sum()
             lost += np.square(sizes[4:]).sum()
         path = "layers/mlp/moe/router/kernel"
@@ -56,8 +56,8 @@ def test_merging_all_copies_restores_the_lora(world):
     assert outcome.exact
     assert outcome.adapter.method == lora.method
     assert isinstance(outcome.adapter.method, LoraConfig)
-    found, expected = world.logits(outcome.adapter), world.logits(lora)
-    np.testing.assert_allclose(found, expected, rtol=0, atol=FLOAT32_LOGITS)
+    actual, expected = world.logits(outcome.adapter), world.logits(lora)
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=FLOAT32_LOGITS)
     assert max(outcome.weight_errors.values()) < 1e-12
 
 
@@ -72,11 +72,11 @@ def test_the_nearest_experts_are_merged(world, unmeasured):
     distance[np.tril_indices(4)] = np.inf
     pair = sorted(np.unravel_index(distance.argmin(), (4, 4)))
     rest = [e for e in range(4) if e not in pair]
-    found = products(outcome.adapter, stem, 1)
+    actual = products(outcome.adapter, stem, 1)
     order = sorted([pair, *([e] for e in rest)])
     for index, group in enumerate(order):
         if len(group) == 1:
-            np.testing.assert_array_equal(found[index], experts[group[0]])
+            np.testing.assert_array_equal(actual[index], experts[group[0]])
     np.testing.assert_array_equal(
         products(outcome.adapter, stem, 0)[:2], products(adapter, stem, 0)[:2]
     )

@@ -31,10 +31,10 @@ def test_keeps_the_most_used(world, method, keep, counts):
             stem = router.removesuffix("router/kernel")
             for path in (path for path in after if path.startswith(stem)):
                 axis = 0 if path.endswith("lora_B") else 1
-                found = np.moveaxis(np.asarray(after[path][layer]), axis, 0)
+                actual = np.moveaxis(np.asarray(after[path][layer]), axis, 0)
                 expected = np.moveaxis(np.asarray(before[path][layer]), axis, 0)[kept]
-                np.testing.assert_array_equal(found[: len(kept)], expected, err_msg=path)
-                assert not found[len(kept) :].any()
+                np.testing.assert_array_equal(actual[: len(kept)], expected, err_msg=path)
+                assert not actual[len(kept) :].any()
     assert not outcome.exact
     assert f"the others had {lost / total:.2%} of the load" in outcome.notes[0]
     assert outcome.notes[1] == "not exact: tokens that chose a dropped expert are routed to others"

@@ -43,8 +43,8 @@ def test_equal_logits_in_moe_jax(world, tmp_path):
     assert outcome.change is not None and outcome.change.largest < FLOAT32_LOGITS
     assert "below 1e-07 nats per token" in outcome.notes[-1]
     model = moe_jax.AdaptedModel(world.base, {"x": moe_jax.load_adapter(tmp_path / "out")})
-    found = np.asarray(model(world.rows, "x"))
-    np.testing.assert_allclose(found, world.logits(lora), rtol=0, atol=FLOAT32_LOGITS)
+    actual = np.asarray(model(world.rows, "x"))
+    np.testing.assert_allclose(actual, world.logits(lora), rtol=0, atol=FLOAT32_LOGITS)
 
 
 def test_leaves(world):
