@@ -11,13 +11,16 @@ TEST_STAMP := $(VENV)/.installed-test
 DOCS_STAMP := $(VENV)/.installed-docs
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test docs lint format clean
+.PHONY: help demo compare test docs lint format clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-demo: $(RUN_STAMP) ## train MixLoRA on a tiny Llama, show what it learned, compare it with LoRA
+demo: $(RUN_STAMP) ## train MixLoRA on a tiny Llama and show what it learned
 	$(BIN)/python -m moe_jax.demo --output demo_output
+
+compare: $(RUN_STAMP) ## compare MixLoRA with LoRA of the same size, three seeds each
+	$(BIN)/python -m moe_jax.demo.compare --output demo_output
 
 # pytest runs last, so that its summary ends the output. The tests of one file stay on one worker,
 # because they share fixtures.
