@@ -83,7 +83,7 @@ STORED = "mixlora"
 """The one that is recorded with its weights."""
 
 
-def made_adapter(name: str) -> SavedAdapter:
+def example_adapter(name: str) -> SavedAdapter:
     """An adapter whose weights follow from their place."""
     method = parse_member(METHODS, METHOD_CONFIGS[name], "method")
 
@@ -127,7 +127,7 @@ def record() -> None:
     target = ROOT / str(FORMAT_VERSION)
     if target.exists():
         sys.exit(f"{target} is recorded already; raise FORMAT_VERSION if the format has changed")
-    save_adapter(target / STORED, made_adapter(STORED))
+    save_adapter(target / STORED, example_adapter(STORED))
     for note in target.rglob("commit_success.txt"):
         note.write_text("")  # names a folder of this machine, and nobody reads it
     text = json.dumps(layout(target / STORED), indent=1)

@@ -5,7 +5,7 @@ from moe_jax.checkpoints.training_record import DataSet, TrainingRecord
 PICTURES = {"loss.png": b"\x89PNG of losses", "experts.png": b"\x89PNG of experts"}
 
 
-def made_record() -> TrainingRecord:
+def example_record() -> TrainingRecord:
     """It is recorded in `data/adapter_format/training_record_3.json`."""
     words = DataSet(
         path="/home/someone/data/words.jsonl",

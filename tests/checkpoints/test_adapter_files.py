@@ -1,4 +1,4 @@
-"""The folder of a finished adapter: complete or not there, and strict when read."""
+"""Adapter folders are complete or absent, and strictly checked when read."""
 
 import json
 
@@ -90,7 +90,7 @@ def test_round_trip(folder):
         np.testing.assert_array_equal(leaves[path], leaf, strict=True)
 
 
-def test_the_description_is_for_people_too(folder):
+def test_the_description_is_readable(folder):
     description = json.loads((folder / "adapter.json").read_text())
     assert description["format_version"] == 1
     assert description["package_version"] == moe_jax.__version__
@@ -101,13 +101,13 @@ def test_the_description_is_for_people_too(folder):
     assert description["leaves"] == {"layers/q_proj/lora_A": [[2, 8, 4], "float32"]}
 
 
-def test_a_new_one_replaces_the_former(folder):
+def test_saving_replaces_the_former_folder(folder):
     save_adapter(folder, make_adapter(step=60))
     assert load_adapter(folder).step == 60
     assert [p.name for p in folder.parent.iterdir()] == ["default"]
 
 
-def test_it_is_found_where_a_killed_process_had_put_it(folder, capsys):
+def test_a_folder_moved_by_a_killed_process_is_found(folder, capsys):
     folder.rename(folder.with_name(".default.former"))
     assert load_adapter(folder).step == 30
     assert moe_jax.load_adapter(folder).step == 30
@@ -129,8 +129,8 @@ def test_onto_a_mesh(folder, devices):
     )
 
 
-def test_what_is_captured_is_the_adapter_at_the_call(folder, devices):
-    # A step takes the arrays, on every device, before the copy of them is written.
+def test_capture_is_independent_of_later_steps(folder, devices):
+    # A step donates the arrays on every device before their copy is written.
     double = jax.jit(lambda tree: jax.tree.map(lambda x: x * 2, tree), donate_argnums=0)
     adapter, step = load_adapter(folder), 31
     sharding = NamedSharding(Mesh(np.array(devices[:2]), ("x",)), PartitionSpec(None, "x"))
@@ -140,12 +140,12 @@ def test_what_is_captured_is_the_adapter_at_the_call(folder, devices):
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(tree)), "or this shows nothing"
     assert load_adapter(folder).step == 30, "not written yet"
     write()
-    found = load_adapter(folder)
-    assert found.step == step
-    jax.tree.map(np.testing.assert_array_equal, found.tree, adapter.tree)
+    loaded = load_adapter(folder)
+    assert loaded.step == step
+    jax.tree.map(np.testing.assert_array_equal, loaded.tree, adapter.tree)
 
 
-def test_not_finite_is_not_saved(folder):
+def test_weights_that_are_not_finite_are_not_saved(folder):
     bad = {"layers": {"q_proj": {"lora_A": jnp.full((2, 8, 4), jnp.nan)}}}
     with pytest.raises(TrainingError, match="not finite at step 30"):
         save_adapter(folder, make_adapter(tree=bad))
@@ -183,7 +183,7 @@ def test_not_finite_is_not_saved(folder):
         ({"checksums": {"layers/q_proj/lora_A": 1}}, "checksum of 'layers/q_proj/lora_A' differs"),
     ],
 )
-def test_a_description_that_does_not_fit_is_refused(folder, changes, words):
+def test_invalid_descriptions(folder, changes, words):
     edit(folder, **changes)
     with pytest.raises(CheckpointError) as error:
         load_adapter(folder)
@@ -192,7 +192,7 @@ def test_a_description_that_does_not_fit_is_refused(folder, changes, words):
     assert "\n" not in str(error.value)
 
 
-def test_the_command_shows_it_or_says_in_one_line_why_not(folder, capsys):
+def test_the_show_command(folder, capsys):
     assert cli.main(["show", str(folder)]) == 0
     shown = capsys.readouterr().out
     assert "size     64 parameters in 1 leaves" in shown
@@ -204,18 +204,18 @@ def test_the_command_shows_it_or_says_in_one_line_why_not(folder, capsys):
     assert capsys.readouterr().err.startswith(f"error: {folder} gone: no adapter here")
 
 
-def test_no_adapter_there(tmp_path):
+def test_missing_adapter(tmp_path):
     with pytest.raises(CheckpointError, match=r"no adapter here, adapter\.json is missing"):
         load_adapter(tmp_path)
 
 
-def test_a_description_that_is_no_json(folder):
+def test_description_that_is_not_json(folder):
     (folder / "adapter.json").write_text("{")
     with pytest.raises(CheckpointError, match="cannot be read"):
         load_adapter(folder)
 
 
-def test_weights_that_are_gone(folder):
+def test_missing_weights(folder):
     (folder / "weights").rename(folder / "elsewhere")
     with pytest.raises(CheckpointError, match="weights is damaged"):
         load_adapter(folder)

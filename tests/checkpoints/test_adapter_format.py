@@ -13,8 +13,8 @@ from record_adapter_format import (
     METHOD_CONFIGS,
     ROOT,
     STORED,
+    example_adapter,
     layout,
-    made_adapter,
 )
 
 from moe_jax.adapters import METHODS
@@ -33,7 +33,7 @@ def recorded():
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
     folder = tmp_path_factory.mktemp("written") / STORED
-    save_adapter(folder, made_adapter(STORED))
+    save_adapter(folder, example_adapter(STORED))
     return layout(folder)
 
 
@@ -49,7 +49,7 @@ def test_leaves_of_every_method(recorded, written, name):
 
 
 def test_settings(recorded, written):
-    """A field may be added, with a default that changes nothing; none may go or change its type."""
+    """Fields may be added, with neutral defaults; none may be removed or change its type."""
     require_kept(recorded["model"], written["model"])
     for name, config in METHOD_CONFIGS.items():
         former = recorded["methods"][name]["method"]
@@ -59,7 +59,7 @@ def test_settings(recorded, written):
 
 
 def require_kept(former, present):
-    """Fails unless all that `former` has is in `present` too."""
+    """Requires that `present` contains all of `former`."""
     if isinstance(former, dict):
         for key, value in former.items():
             require_kept(value, present[key])
@@ -68,7 +68,7 @@ def require_kept(former, present):
         assert type(present) is type(former)
 
 
-def test_nothing_is_left_out(recorded):
+def test_every_method_is_recorded(recorded):
     methods = [entry["method"] for entry in recorded["methods"].values()]
     assert {method["name"] for method in methods} >= {"lora", "mixlora", "loramoe", "mola"}
     routers = {method["router"]["name"] for method in methods if "router" in method}
@@ -76,8 +76,8 @@ def test_nothing_is_left_out(recorded):
     assert routers == shipped
 
 
-def test_an_adapter_of_that_version_is_read():
-    """Written once, and kept: what it holds follows from `made_adapter`."""
-    found, expected = load_adapter(RECORDED / STORED), made_adapter(STORED)
-    require_same_bits(found, expected)
-    assert found._replace(tree=None) == expected._replace(tree=None)
+def test_recorded_adapter_is_read():
+    """The recorded folder equals `example_adapter`."""
+    loaded, expected = load_adapter(RECORDED / STORED), example_adapter(STORED)
+    require_same_bits(loaded, expected)
+    assert loaded._replace(tree=None) == expected._replace(tree=None)

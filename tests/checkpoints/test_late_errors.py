@@ -21,7 +21,7 @@ register_folder(folder)
 silence_late_errors()
 keys = jax.random.split(jax.random.key(0), 40)
 tree = {str(i): jax.random.normal(key, (64, 64)) for i, key in enumerate(keys)}
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # what is longer is an error, and not the end
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # longer files raise an error
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 for number in range(5):
     try:

@@ -1,4 +1,4 @@
-"""Training states: what is saved comes back, and nothing else is taken for it."""
+"""Training states are restored exactly, and damaged or different ones are refused."""
 
 import json
 import shutil
@@ -75,7 +75,7 @@ def open_store(folder):
     return TrainingStore(folder, every=1, keep=3)
 
 
-def test_a_state_comes_back_as_it_was(saved, adapters):
+def test_round_trip(saved, adapters):
     optimizer = make_optimizer(adapters)
     with open_store(saved) as store:
         state = store.restore(4, abstract(adapters), abstract(optimizer))
@@ -105,7 +105,7 @@ def test_every_and_keep(tmp_path, adapters):
     assert latest_step(tmp_path) == 12
 
 
-def test_what_is_saved_is_the_state_at_the_call(tmp_path):
+def test_save_is_independent_of_later_steps(tmp_path):
     # The next step overwrites the buffers in place while the save is still being written.
     double = jax.jit(lambda tree: jax.tree.map(lambda x: x * 2, tree), donate_argnums=0)
     adapters = {"default": {"w": jnp.arange(500_000, dtype=jnp.float32)}}
@@ -122,7 +122,7 @@ def test_what_is_saved_is_the_state_at_the_call(tmp_path):
 
 
 @pytest.mark.parametrize(("before", "after"), [(1, 4), (4, 1), (4, 8)])
-def test_a_state_moves_to_another_mesh(tmp_path, devices, before, after):
+def test_restore_on_another_mesh(tmp_path, devices, before, after):
     def sharding(count):
         return NamedSharding(Mesh(np.array(devices[:count]), ("x",)), PartitionSpec("x"))
 
@@ -160,7 +160,7 @@ def leaf(*shape, dtype=jnp.float32):
         ),
     ],
 )
-def test_other_leaves_are_refused(saved, target, words):
+def test_different_leaves_are_refused(saved, target, words):
     with open_store(saved) as store, pytest.raises(CheckpointError) as error:
         store.restore_adapters(4, {"default": {"layers": target}})
     assert words in str(error.value)
@@ -179,7 +179,7 @@ def test_a_state_that_is_not_finite_is_not_saved(saved, adapters, bad):
     assert sorted(p.name for p in saved.iterdir()) == ["3", "4"]
 
 
-def test_a_half_written_step_is_ignored_and_removed(saved, adapters):
+def test_an_incomplete_step_is_ignored_and_removed(saved, adapters):
     half = saved / "5.orbax-checkpoint-tmp" / "adapters.orbax-checkpoint-tmp"
     half.mkdir(parents=True)
     (half / "part").write_bytes(b"\0" * 100)
@@ -203,8 +203,8 @@ def damaged(data, how):
 
 
 @pytest.mark.parametrize("how", ["cut", "flip"])
-def test_damage_is_noticed_or_does_no_harm(saved, adapters, how):
-    """Every file in turn: either one line says what to do, or the file was not needed."""
+def test_damaged_files(saved, adapters, how):
+    """Damage to each file is reported with a remedy, or the file is not needed."""
     optimizer, noticed = make_optimizer(adapters), 0
     files = sorted(p for p in (saved / "4").rglob("*") if p.is_file() and p.stat().st_size)
     assert len(files) >= FILES_OF_A_STEP
@@ -242,6 +242,6 @@ def test_another_format_version_is_refused(saved):
         read_metadata(saved, 4)
 
 
-def test_latest_step_of_nothing(tmp_path):
+def test_latest_step_without_states(tmp_path):
     assert latest_step(tmp_path / "absent") is None
     assert latest_step(tmp_path) is None

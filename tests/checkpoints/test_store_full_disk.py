@@ -1,4 +1,4 @@
-"""A disk that fills up while a state is being written costs nothing but the new state."""
+"""A disk that fills up while a state is written loses the new state only."""
 
 import errno
 import subprocess
@@ -23,7 +23,7 @@ KIBIBYTE = 1024
 
 
 class SmallDisk:
-    """A file system of its own where the machine allows it, else a TensorStore that says so."""
+    """A small file system if the machine allows mounting one, else a TensorStore error."""
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch):
         folder.mkdir()
@@ -109,7 +109,7 @@ def chained(cause: Exception) -> Exception:
         (chained(chained(ValueError(TENSORSTORE_TEXT))), "no space left on the disk"),
     ],
 )
-def test_what_the_disk_says_is_understood(error, words):
+def test_disk_errors(error, words):
     with pytest.raises(CheckpointError) as caught, disk_errors(Path("/runs/a"), "step 3 is kept"):
         raise error
     assert str(caught.value).startswith("cannot write /runs/a: ")
@@ -117,6 +117,6 @@ def test_what_the_disk_says_is_understood(error, words):
     assert str(caught.value).endswith("(step 3 is kept)")
 
 
-def test_other_errors_stay_what_they_are():
+def test_other_errors_are_unchanged():
     with pytest.raises(ValueError, match="a defect"), disk_errors(Path("/runs/a")):
         raise ValueError("a defect")

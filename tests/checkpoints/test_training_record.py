@@ -1,11 +1,11 @@
-"""The record of training beside an adapter's weights: its format, and what is said of a bad one."""
+"""The training record beside an adapter's weights: its format, and invalid records."""
 
 import dataclasses
 import json
 
 import pytest
-from record_adapter_format import ROOT, STORED, made_adapter
-from training_record import PICTURES, made_record
+from record_adapter_format import ROOT, STORED, example_adapter
+from training_record import PICTURES, example_record
 
 from moe_jax.checkpoints.adapter_files import load_adapter, save_adapter
 from moe_jax.checkpoints.training_record import RECORD_VERSION, add_accuracies
@@ -18,13 +18,15 @@ RECORDED = ROOT / f"training_record_{RECORD_VERSION}.json"
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
     folder = tmp_path_factory.mktemp("written") / STORED
-    save_adapter(folder, made_adapter(STORED)._replace(training=made_record(), pictures=PICTURES))
+    save_adapter(
+        folder, example_adapter(STORED)._replace(training=example_record(), pictures=PICTURES)
+    )
     return folder
 
 
 @pytest.fixture
 def folder(written, tmp_path):
-    """A copy, to be changed."""
+    """A copy that the test may change."""
     copy = tmp_path / "copy"
     copy.mkdir()
     (copy / "weights").symlink_to(written / "weights")
@@ -33,23 +35,23 @@ def folder(written, tmp_path):
     return copy
 
 
-def test_the_format_is_what_was_recorded(written):
-    """If this fails, raise `RECORD_VERSION` and record the new text; keep reading the former."""
+def test_the_format_is_unchanged(written):
+    """If this fails, raise `RECORD_VERSION`, record the new text, and keep reading the former."""
     assert (written / "training.json").read_text() == RECORDED.read_text()
     files = sorted(path.name for path in written.iterdir())
     assert files == ["adapter.json", "experts.png", "loss.png", "training.json", "weights"]
 
 
-def test_it_is_read_again(written):
-    found = load_adapter(written)
-    assert found.training == made_record()
-    assert found.pictures == PICTURES
+def test_round_trip(written):
+    loaded = load_adapter(written)
+    assert loaded.training == example_record()
+    assert loaded.pictures == PICTURES
 
 
 def test_version_1_is_still_read(folder):
     (folder / "training.json").write_text((ROOT / "training_record_1.json").read_text())
     expected = dataclasses.replace(
-        made_record(),
+        example_record(),
         packing="none",
         start_from=None,
         validation_metrics={},
@@ -61,25 +63,25 @@ def test_version_1_is_still_read(folder):
 
 def test_version_2_is_still_read(folder):
     (folder / "training.json").write_text((ROOT / "training_record_2.json").read_text())
-    expected = dataclasses.replace(made_record(), packing="none")
+    expected = dataclasses.replace(example_record(), packing="none")
     assert load_adapter(folder).training == expected
 
 
-def test_accuracies_are_added_to_what_is_there(folder):
+def test_accuracies_are_added(folder):
     add_accuracies(folder, 30, {"boolq": {"acc": 0.125}})
     expected = dataclasses.replace(
-        made_record(), accuracies={"boolq": {"acc": 0.125}}, accuracies_step=30
+        example_record(), accuracies={"boolq": {"acc": 0.125}}, accuracies_step=30
     )
     assert load_adapter(folder).training == expected
     assert not [path for path in folder.iterdir() if path.name.startswith(".")]
 
 
-def test_an_adapter_without_it_is_read(folder):
+def test_adapter_without_a_record(folder):
     for name in ("training.json", *PICTURES):
         (folder / name).unlink()
-    found = load_adapter(folder)
-    assert found.training is None
-    assert found.pictures == {}
+    loaded = load_adapter(folder)
+    assert loaded.training is None
+    assert loaded.pictures == {}
 
 
 @pytest.mark.parametrize(
@@ -93,7 +95,7 @@ def test_an_adapter_without_it_is_read(folder):
         (None, "cannot be read"),
     ],
 )
-def test_a_bad_one_is_refused(folder, change, words):
+def test_invalid_records(folder, change, words):
     file = folder / "training.json"
     text = "{" if change is None else json.dumps({**json.loads(file.read_text()), **change})
     file.write_text(text)
@@ -104,7 +106,7 @@ def test_a_bad_one_is_refused(folder, change, words):
     assert str(error.value).endswith("delete the file to use the adapter without it")
 
 
-def test_show_has_the_main_of_it(written, capsys):
+def test_show_prints_a_summary(written, capsys):
     assert main(["show", str(written)]) == 0
     shown = capsys.readouterr().out
     assert "         adamw, learning rate 0.001, 8 rows a step, seed 3\n" in shown

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 from foreign_adapters import LORA, LORAMOE, MIXLORA, TOP_P
 from huggingface_hub import ModelCard, metadata_load
-from training_record import PICTURES, made_record
+from training_record import PICTURES, example_record
 from whole_models import adapter_of
 
 import moe_jax
@@ -20,7 +20,7 @@ METRICS = """| Loss | Nats per target token |
 def trained(mixture, method):
     """An adapter with a training record and pictures."""
     adapter = adapter_of(mixture.base, method)
-    record = dataclasses.replace(made_record(), method=to_plain(adapter.method))
+    record = dataclasses.replace(example_record(), method=to_plain(adapter.method))
     return adapter._replace(training=record, pictures=PICTURES)
 
 

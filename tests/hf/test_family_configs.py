@@ -1,4 +1,4 @@
-"""The `config.json` of every family: what files mean, old and new, and what is refused."""
+"""The `config.json` of every family: current and former files, and invalid ones."""
 
 import dataclasses
 import json
@@ -23,8 +23,8 @@ SIZES = dict(
 FULL, SLIDING = "full_attention", "sliding_attention"
 PAD = dict(pad_token_id=None)
 
-# Fields as in files of the hub, written by transformers 4: layers by patterns, rotary embeddings by
-# rope_theta and rope_scaling, and without what the defaults stand for.
+# Fields as in files on the hub, written by transformers 4: layers by patterns, rotary embeddings by
+# rope_theta and rope_scaling, without fields that have their defaults.
 OLD_FILES = {
     "mistral_0.1": ("mistral", dict(sliding_window=4096, rope_theta=10000.0)),
     "mistral_0.3": ("mistral", dict(sliding_window=None, rope_theta=1e6)),
@@ -119,7 +119,7 @@ def _file(model_type: str, fields: dict) -> dict:
 
 
 @pytest.mark.parametrize("name", OLD_FILES)
-def test_a_file_and_what_transformers_makes_of_it_mean_the_same(name, tmp_path):
+def test_a_file_equals_transformers_rewrite_of_it(name, tmp_path):
     model_type, fields = OLD_FILES[name]
     mapping = _file(model_type, fields)
     (tmp_path / "old").mkdir()
@@ -133,7 +133,7 @@ def test_a_file_and_what_transformers_makes_of_it_mean_the_same(name, tmp_path):
 
 
 @pytest.mark.parametrize("former", ["su", "yarn"])
-def test_longrope_had_other_names(former):
+def test_former_names_of_longrope(former):
     # transformers renames them too, but 5.23 then misses a field and stops.
     model_type, fields = OLD_FILES["phi3_128k"]
     renamed = fields | dict(rope_scaling=fields["rope_scaling"] | dict(type=former))
@@ -144,7 +144,7 @@ def _read(model_type: str, **fields) -> ModelConfig:
     return model_config_from_hf(_file(model_type, fields), "config.json")
 
 
-def test_which_layers_slide():
+def test_sliding_layers():
     def pattern(model_type: str, **fields) -> tuple:
         config = _read(model_type, **fields)
         return config.sliding_window, config.sliding_layers
@@ -161,10 +161,10 @@ def test_which_layers_slide():
     assert pattern("gemma2", layer_types=[FULL] * 4) == none
     assert pattern("gemma3_text", sliding_window_pattern=3) == (4096, (True, True, False, True))
     assert pattern("gemma3_text") == (4096, (True,) * 4)  # the first of a pattern of six
-    assert pattern("llama", sliding_window=4) == none  # transformers does not read it there
+    assert pattern("llama", sliding_window=4) == none  # ignored by transformers
 
 
-def test_gemma_3_has_a_rope_for_each_kind_of_layer():
+def test_gemma_3_has_a_rope_for_each_layer_type():
     scaled = dict(rope_type="linear", factor=8.0)
     config = _read("gemma3_text", sliding_window_pattern=2, rope_scaling=scaled, rope_theta=5e5)
     assert config.rope == RopeConfig(rope_type="linear", factor=8.0, rope_theta=5e5)
@@ -272,14 +272,14 @@ def test_refused(model_type, change, message):
 
 @pytest.mark.parametrize("field", ["num_key_value_heads", "head_dim", "vocab_size"])
 @pytest.mark.parametrize("model_type", ["qwen3", "gemma", "gemma2", "gemma3_text", "glm", "glm4"])
-def test_sizes_are_never_filled_in(model_type, field):
+def test_sizes_have_no_defaults(model_type, field):
     mapping = _file(model_type, {})
     del mapping[field]
     with pytest.raises(CheckpointError, match=rf"config.json: {field}: this field is required"):
         model_config_from_hf(mapping, "config.json")
 
 
-def test_an_image_model_is_not_its_text_model():
+def test_image_models_are_refused():
     mapping = dict(architectures=["Gemma3ForConditionalGeneration"], model_type="gemma3")
     with pytest.raises(CheckpointError, match=r"Gemma3ForConditionalGeneration.*not supported"):
         model_config_from_hf(mapping | dict(text_config=_file("gemma3_text", {})), "config.json")

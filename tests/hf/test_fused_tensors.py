@@ -1,4 +1,4 @@
-"""Tensors that hold several projections: split on the way in, on one device and on many."""
+"""Tensors that hold several projections are split on loading, on one device and on several."""
 
 import jax
 import numpy as np
@@ -22,7 +22,7 @@ def _save(folder) -> dict[str, np.ndarray]:
 
 
 def _expected(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The kernels of the projections, cut out by hand."""
+    """Kernels of the projections, sliced by hand."""
 
     def stacked(tensor: str, start: int, stop: int) -> np.ndarray:
         names = [f"model.layers.{layer}.{tensor}.weight" for layer in range(3)]

@@ -1,4 +1,4 @@
-"""`config.json` against transformers' own reading of it, old and new, and what is refused."""
+"""`config.json` is read as transformers reads it, in current and former versions."""
 
 import json
 
@@ -31,8 +31,8 @@ LLAMA3 = dict(
     original_max_position_embeddings=32,
 )
 
-# Fields as they occur in files: of transformers 5, of those before, with integers for floats, with
-# `type` for `rope_type`, with nulls and with notes.
+# Fields as they occur in files of transformers 5 and before: with integers for floats, `type` for
+# `rope_type`, nulls and notes.
 ROPE_FILES = {
     "nothing": {},
     "llama_2": dict(rope_scaling=None, rope_theta=10000.0),
@@ -86,7 +86,7 @@ ROPE_FILES = {
 
 
 @pytest.mark.parametrize("name", ROPE_FILES)
-def test_rope_means_what_transformers_makes_of_the_same_file(name: str, tmp_path):
+def test_rope_equals_transformers(name: str, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(SIZES | ROPE_FILES[name]))
     config = read_model_config(tmp_path)
     positions = np.arange(200)[None]  # past max_position_embeddings, where `dynamic` differs

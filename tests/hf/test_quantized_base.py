@@ -79,16 +79,16 @@ def test_on_a_mesh(folder, kind, devices):
     assert np.prod(codes.shape) == 4 * np.prod(codes.sharding.shard_shape(codes.shape))
 
 
-def test_four_bits_take_little_more_than_a_quarter_of_bfloat16(folder):
+def test_size_of_four_bit_parameters(folder):
     config = read_model_config(folder)
 
     def size(dtype):
         layers = abstract_base_params(config, dtype)["layers"]
         return sum(np.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(layers))
 
-    # 4 bits a weight and 16 a block of 64 are 4.25 of 16 bits; 176 are three blocks; norms stay.
+    # 4 bits per weight and 16 per block of 64 are 4.25 of 16 bits. 176 are three blocks.
     assert 0.25 + 1 / 64 <= size("nf4") / size("bfloat16") < 0.28
-    assert size("nf4_double") < size("bfloat16") * 0.29  # two floats an output cost more here
+    assert size("nf4_double") < size("bfloat16") * 0.29  # two floats per output cost more here
     assert 0.5 < size("int8") / size("bfloat16") < 0.54
 
 

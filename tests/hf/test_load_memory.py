@@ -1,4 +1,4 @@
-"""Peak host memory of loading, on a small checkpoint; `benchmarks/loading.py` does a large one."""
+"""Peak host memory of loading a small checkpoint; `benchmarks/loading.py` measures a large one."""
 
 import json
 import subprocess
@@ -20,6 +20,6 @@ def test_peak_stays_near_the_size_of_the_parameters(tmp_path):
     assert measured == {(dtype, n) for dtype in ("float32", "bfloat16") for n in (1, 8)}
     for case in cases:
         assert 0.8 * PARAMETERS < case["parameter_bytes"] < 1.2 * PARAMETERS
-        # The parameters are in this process's memory, so a smaller figure would be a wrong one.
+        # The parameters are in this process's memory, so a smaller value would be wrong.
         assert 1.0 <= case["peak_ratio"] <= 1.3, case
         assert case["samples"] > 20

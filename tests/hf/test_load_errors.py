@@ -1,4 +1,4 @@
-"""Checkpoints that cannot be used: one line that names the file or tensor, before any reading."""
+"""Invalid checkpoints are refused in one line that names the file or tensor, before any reading."""
 
 import json
 import shlex
@@ -30,7 +30,7 @@ FIELDS = dict(
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory) -> dict[str, Path]:
-    """The same model in one file and in several."""
+    """One model, saved in one file and in several."""
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**FIELDS))
     folders = {name: tmp_path_factory.mktemp(name) for name in ("single", "sharded")}
@@ -51,7 +51,7 @@ def sharded(saved, tmp_path) -> Path:
 
 @pytest.fixture(autouse=True)
 def no_tensor_is_read(monkeypatch):
-    """All of these are found from the headers; reading a tensor here fails the test."""
+    """Fails a test that reads a tensor: all errors here are detected from the headers."""
 
     def read(*args):
         raise AssertionError("a tensor was read before everything was checked")
@@ -92,7 +92,7 @@ def test_missing_tensors(single):
     refused(single, r"lack .* and \d+ more;")
 
 
-def test_left_over_tensors(single):
+def test_unexpected_tensors(single):
     change_config(single, num_hidden_layers=1)
     refused(single, r"hold model\.layers\.1\..* more, .*\(config\.json says num_hidden_layers 1\)")
     change_config(single, num_hidden_layers=2, tie_word_embeddings=False)
@@ -197,7 +197,7 @@ def test_adapter_instead_of_base(single):
 
 
 def test_the_command_for_legacy_weights_works(single, monkeypatch):
-    monkeypatch.undo()  # the converted checkpoint is read in earnest
+    monkeypatch.undo()  # the converted checkpoint is read
     config = read_model_config(single)
     expected = load_base_params(single, config, "float32")
     model = LlamaForCausalLM.from_pretrained(single)

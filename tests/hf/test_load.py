@@ -1,4 +1,4 @@
-"""Loaded parameters, leaf by leaf, against the state dict of the torch model that was saved."""
+"""Loaded parameters equal the state dict of the saved torch model, leaf by leaf."""
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +32,7 @@ TORCH_TYPES = {
 
 
 def save_llama(folder, shard_size="50GB", dtype="float32", **changes) -> dict[str, torch.Tensor]:
-    """Saves a random tiny Llama (every leaf random, norms and biases too) and returns its state."""
+    """Saves a tiny Llama with all leaves random, also norms and biases, and returns its state."""
     torch.manual_seed(0)
     fields = dict(
         vocab_size=96,
@@ -53,7 +53,7 @@ def save_llama(folder, shard_size="50GB", dtype="float32", **changes) -> dict[st
 
 
 def expected_tree(state: dict[str, torch.Tensor], config, dtype: str) -> dict:
-    """The parameter tree, put together by hand from torch's names."""
+    """Parameter tree assembled by hand from torch's names."""
 
     def get(name: str) -> np.ndarray:
         value = state[name].to(TORCH_TYPES[dtype])
@@ -116,7 +116,7 @@ def test_types_are_converted_as_torch_does(stored: str, dtype: str, tmp_path):
     assert_equal(params, expected_tree(state, config, dtype))
 
 
-def test_several_blocks_of_one_tensor(tmp_path, monkeypatch):
+def test_tensor_read_in_several_blocks(tmp_path, monkeypatch):
     state = save_llama(tmp_path, dtype="bfloat16")
     config = read_model_config(tmp_path)
     monkeypatch.setattr("moe_jax.hf.load._BLOCK_BYTES", 1000)  # about 10 rows of 48
@@ -172,7 +172,7 @@ def test_layers_can_be_sharded(tmp_path, devices):
     assert_equal(params, expected_tree(state, config, "float32"))
 
 
-def test_a_device_reads_its_own_part_only(tmp_path, devices, monkeypatch):
+def test_a_device_reads_only_its_part(tmp_path, devices, monkeypatch):
     save_llama(tmp_path)
     config = read_model_config(tmp_path)
     mesh = jax.make_mesh((8,), ("a",), (AxisType.Auto,), devices=devices)
@@ -194,7 +194,7 @@ def test_a_device_reads_its_own_part_only(tmp_path, devices, monkeypatch):
     assert max(sizes) == max(leaf.size for leaf in jax.tree.leaves(params)) // 8
 
 
-def test_old_rotary_buffers_are_no_weights(tmp_path):
+def test_old_rotary_buffers_are_ignored(tmp_path):
     state = save_llama(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     for layer in range(3):
@@ -207,7 +207,7 @@ def test_old_rotary_buffers_are_no_weights(tmp_path):
     )
 
 
-def test_tied_head_may_be_stored_if_it_is_the_embedding(tmp_path):
+def test_stored_tied_head_that_equals_the_embedding(tmp_path):
     state = save_llama(tmp_path, tie_word_embeddings=True)
     config = read_model_config(tmp_path)
     expected = expected_tree(state, config, "float32")

@@ -1,4 +1,4 @@
-"""From a folder's path or a hub id to a folder; the hub is a small server in this process."""
+"""Base models are located in folders and on the hub, a small server here, and fingerprinted."""
 
 import http.server
 import json
@@ -10,10 +10,14 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
+from moe_jax.demo.tiny_llama import write_checkpoint
 from moe_jax.errors import CheckpointError
-from moe_jax.hf.base_model import resolve_checkpoint
+from moe_jax.hf.base_model import base_fingerprint, open_base, resolve_checkpoint
+from moe_jax.hf.config import read_model_config
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 FILES = {
@@ -32,7 +36,7 @@ FILES = {
     "original/model.safetensors": b"a fourth copy",
     "README.md": b"text",
 }
-WANTED = {name for name in FILES if "/" not in name} - {
+DOWNLOADED = {name for name in FILES if "/" not in name} - {
     "pytorch_model.bin",
     "consolidated.safetensors",
     "README.md",
@@ -40,7 +44,7 @@ WANTED = {name for name in FILES if "/" not in name} - {
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """The few requests of the hub's protocol that downloading a snapshot makes."""
+    """Answers the requests of the hub's protocol that download a snapshot."""
 
     def answer(self, status: int, body: bytes = b"", **headers: str) -> None:
         self.send_response(status)
@@ -80,7 +84,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
         pass
 
 
-# Run in a process of its own, because the hub's client reads its settings when it is imported.
+# Run in a subprocess, since the hub's client reads its settings on import.
 SCRIPT = """
 import json, sys
 from moe_jax.hf.base_model import resolve_checkpoint
@@ -112,7 +116,7 @@ def resolve_in_process(endpoint: str, cache: Path, offline: bool, *arguments: st
 
 @pytest.fixture(scope="module")
 def hub() -> Iterator[str]:
-    """The address of the server."""
+    """Address of the server."""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"
@@ -120,14 +124,14 @@ def hub() -> Iterator[str]:
     server.server_close()
 
 
-def test_local_folder_is_used_as_it_is(tmp_path):
+def test_local_folder(tmp_path):
     assert resolve_checkpoint(tmp_path) == tmp_path
     assert resolve_checkpoint(str(tmp_path)) == tmp_path
 
 
-def test_hub_model_is_downloaded_once_and_without_what_is_not_needed(hub, tmp_path):
+def test_hub_model_is_downloaded_once_without_unused_files(hub, tmp_path):
     folder = Path(resolve_in_process(hub, tmp_path, False, "owner/model", "v2")["folder"])
-    assert {path.name for path in folder.iterdir()} == WANTED
+    assert {path.name for path in folder.iterdir()} == DOWNLOADED
     assert (folder / "model.safetensors").read_bytes() == b"weights"
     again = resolve_in_process(hub, tmp_path, True, "owner/model", COMMIT)
     assert again == {"folder": str(folder)}
@@ -142,14 +146,14 @@ def test_hub_model_is_downloaded_once_and_without_what_is_not_needed(hub, tmp_pa
         ("owner/mod--el", None, r"does not allow such a name"),
     ],
 )
-def test_hub_refuses(hub, tmp_path, name: str, revision: str | None, message: str):
+def test_hub_errors(hub, tmp_path, name: str, revision: str | None, message: str):
     error = resolve_in_process(hub, tmp_path, False, name, revision)["error"]
     assert re.search(message, error)
     assert "\n" not in error
 
 
 @pytest.mark.parametrize("offline", [False, True])
-def test_hub_cannot_be_reached(offline: bool, tmp_path):
+def test_unreachable_hub(offline: bool, tmp_path):
     error = resolve_in_process("http://127.0.0.1:9", tmp_path, offline, "owner/model")["error"]
     assert re.search(r"cannot be reached.*hf download owner/model", error)
 
@@ -165,7 +169,49 @@ def test_hub_cannot_be_reached(offline: bool, tmp_path):
         ("{folder}/config.json", None, r"is a file; give the folder"),
     ],
 )
-def test_local_paths_that_cannot_be_used(path: str, revision, message: str, tmp_path):
+def test_invalid_local_paths(path: str, revision, message: str, tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(CheckpointError, match=message):
         resolve_checkpoint(path.format(folder=tmp_path), revision)
+
+
+SMALL = {"hidden_size": 16, "intermediate_size": 24, "head_dim": 4, "num_hidden_layers": 2}
+
+
+@pytest.fixture
+def base(tmp_path):
+    write_checkpoint(tmp_path / "base", seed=0, **SMALL)
+    return tmp_path / "base"
+
+
+def test_fingerprint_ignores_the_split_into_files(base, tmp_path):
+    write_checkpoint(tmp_path / "shards", seed=0, shards=3, **SMALL)
+    assert base_fingerprint(tmp_path / "shards") == base_fingerprint(base)
+
+
+def test_fingerprint_of_other_weights(base, tmp_path):
+    write_checkpoint(tmp_path / "other", seed=1, **SMALL)
+    assert base_fingerprint(tmp_path / "other") != base_fingerprint(base)
+
+
+def test_fingerprint_of_another_type(base, tmp_path):
+    write_checkpoint(tmp_path / "half", seed=0, dtype="bfloat16", **SMALL)
+    assert base_fingerprint(tmp_path / "half") != base_fingerprint(base)
+
+
+def test_fingerprint_of_a_changed_tensor(base):
+    before, file = base_fingerprint(base), base / "model.safetensors"
+    tensors = load_file(file)
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensors[name] = tensors[name] + np.float32(1e-3)
+    save_file(tensors, file)
+    assert base_fingerprint(base) != before
+
+
+def test_open_base(base):
+    opened = open_base(base)
+    assert opened.folder == base
+    assert opened.identity == (str(base), base_fingerprint(base))
+    assert opened.config == read_model_config(base)
+    assert opened.params is None
+    assert open_base(opened) is opened
