@@ -1,10 +1,21 @@
-"""Adapter methods: what is trained beside the frozen model.
+"""Adapters: everything that is trained beside the frozen model.
 
-Importing this package enters the methods, routers and losses that come with it in their registries.
+    method.py       the interface of an adapter method
+    lora/           LoRA, rsLoRA and DoRA; low-rank pairs of one or of E experts
+    mixlora.py      MixLoRA: experts on the FFN as a whole
+    mixtures/       LoRAMoE and MoLA: experts on each projection
+    routing/        routers, their statistics and auxiliary losses
+    rows.py         the rows of a batch that belong to each adapter
+    projection.py   a frozen projection with the deltas of its adapters
+    token_blocks.py MixLoRA's experts in blocks of tokens, for CPUs
+    score_head.py   heads of classification adapters
+    tree.py         names and trees of the adapters' variables
+
+A new method is one file with a dataclass derived from `AdapterMethod` and decorated with
+`@METHODS.register("its_name")`; import it here.
 """
 
-import moe_jax.adapters.routing as _routers  # noqa: F401  enters the routing strategies
-import moe_jax.adapters.routing.losses as _localized_balance  # noqa: F401  enters the loss
+from moe_jax.adapters import routing as _routing  # noqa: F401  registers routers and losses
 from moe_jax.adapters.lora.lora import LoraConfig as LoraConfig
 from moe_jax.adapters.method import METHODS as METHODS
 from moe_jax.adapters.mixlora import MixLoraConfig as MixLoraConfig

@@ -192,8 +192,8 @@ def require_language_model(method: AdapterMethod, adapter: str, what: str) -> No
     if method.classification is not None:
         raise ConfigError(
             f"adapter {adapter!r}: is a classifier ({method.classification.describe()}); its score "
-            f"head replaces the language-model head, so that it cannot {what}; give an adapter that "
-            "was trained without method.classification"
+            f"head replaces the language-model head, so that it cannot {what}; give an adapter "
+            "that was trained without method.classification"
         )
 
 

@@ -52,7 +52,7 @@ from moe_jax.adapters.routing.losses import RouterLoss, check_losses
 from moe_jax.adapters.routing.router import Router, RouterLogits, Routing, route_with_cache
 from moe_jax.adapters.routing.statistics import sow_routing
 from moe_jax.adapters.routing.strategies import TopKRouter
-from moe_jax.adapters.token_blocks import map_token_blocks
+from moe_jax.adapters.token_blocks import map_token_blocks, token_dropout
 from moe_jax.adapters.tree import ATTENTION_MODULES, MLP_MODULES
 from moe_jax.config.model import ModelConfig
 from moe_jax.config.parse import require, within
@@ -228,11 +228,13 @@ def expert_slot(
     gate = adapted("gate_proj", tokens.gate, ffn.gate_bias)
     up = adapted("up_proj", tokens.up, ffn.up_bias)
     hidden = gated(ffn.activation, gate, up, weights.astype(gate.dtype)[:, None])
-    hidden = drop(hidden, ffn.hidden_dropout, None if keys is None else keys[0], tokens.index)
+    hidden = token_dropout(
+        hidden, ffn.hidden_dropout, None if keys is None else keys[0], tokens.index
+    )
     if "down_proj" not in pairs:
         return hidden, None
     down = pairs["down_proj"]
-    seen = drop(hidden, ffn.down_dropout, None if keys is None else keys[1], tokens.index)
+    seen = token_dropout(hidden, ffn.down_dropout, None if keys is None else keys[1], tokens.index)
     z_down = jnp.einsum("ter,te->ter", down.activations(seen), dispatch.astype(hidden.dtype))
     if ffn.down_kernel is None:
         return hidden, z_down
@@ -359,7 +361,8 @@ class MixLoraFFN(nn.Module):
         self, context: AdapterContext, slots: int, deterministic: bool
     ) -> tuple[jax.Array | None, jax.Array | None, jax.Array | None]:
         """Two keys for each slot, and the rates of `ExpertFFN`; a layer left frozen drops
-        nothing."""
+        nothing.
+        """
         rates = self.method.ffn_dropout, self.method.expert_low_rank.dropout
         if deterministic or not any(rates):
             return None, None, None
@@ -368,27 +371,6 @@ class MixLoraFFN(nn.Module):
         keys = jax.random.split(self.make_rng("dropout"), (slots, 2))
         hidden, down = (rate * share if rate else None for rate in rates)
         return keys, hidden, down
-
-
-def drop(
-    x: jax.Array, rate: jax.Array | None, key: jax.Array | None, index: jax.Array
-) -> jax.Array:
-    """Dropout whose mask depends on each token's index alone, so that blocks of tokens agree.
-
-    Args:
-      x: [T, F].
-      rate: share of the entries that become zero, a scalar; the others are divided by 1 - rate.
-      key: random key of all tokens; None drops nothing, as does a rate of None.
-      index: int32 [T].
-    """
-    if rate is None or key is None:
-        return x
-
-    def keep(token: jax.Array) -> jax.Array:
-        return jax.random.bernoulli(jax.random.fold_in(key, token), 1.0 - rate, x.shape[-1:])
-
-    scaled = x / (1.0 - rate).astype(x.dtype)
-    return jnp.where(jax.vmap(keep)(index), scaled, jnp.zeros_like(x))
 
 
 def _flat(array: jax.Array) -> jax.Array:

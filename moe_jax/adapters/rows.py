@@ -72,7 +72,8 @@ def take_rows(rows: AdapterRows, array: jax.Array) -> jax.Array:
 
 def take_rows_of_several(adapter_rows: Sequence[AdapterRows], array: jax.Array) -> jax.Array:
     """The rows of several adapters of `array` [B, ...], as a batch of these adapters alone has
-    them."""
+    them.
+    """
     parts = [
         take_rows(rows, array).reshape(rows.shards, -1, *array.shape[1:]) for rows in adapter_rows
     ]

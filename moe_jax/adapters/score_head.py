@@ -30,7 +30,8 @@ class ScoreHead(nn.Module):
 
 class ScoreHeads(nn.Module):
     """The score heads of all classification adapters; gives them the path `score` in their
-    trees."""
+    trees.
+    """
 
     adapter_rows: tuple[AdapterRows, ...]
 

@@ -180,7 +180,8 @@ class CompiledLlama:
 
     def _rules(self) -> tuple[tuple[str, Any], ...]:
         """Sharding rules; the heads of the cache are replicated where the mesh cannot split
-        them."""
+        them.
+        """
         parts = 1 if self.mesh is None else self.mesh.shape["tensor"]
         if self.model.config.num_kv_heads % parts == 0:
             return RULES

@@ -1,4 +1,4 @@
-"""One decoder layer: attention and FFN, frozen, with the adapters that attach to them."""
+"""One decoder layer: frozen attention and FFN, with the adapters that attach to them."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -30,13 +30,13 @@ from moe_jax.sharding.axes import (
 
 
 class TokenContext(NamedTuple):
-    """What every layer needs to know of the tokens besides their hidden states.
+    """Inputs of every layer besides the hidden states.
 
     Attributes:
-      cos, sin: rotary tables, float32 [B, S, N] for N rotated channels of a head; where sliding
-        layers have tables of their own, [2, B, S, N], theirs second.
-      segment_ids: int32 [B, S] as in `Batch`, or None where rows are single sequences without
-        padding on the left, for which causality is mask enough.
+      cos, sin: rotary tables, float32 [B, S, N] for N rotated channels of a head; [2, B, S, N] if
+        sliding layers have other tables, which come second.
+      segment_ids: int32 [B, S] as in `Batch`; None if rows are single sequences without padding on
+        the left, for which the causal mask suffices.
       token_mask: bool [B, S], false at padding.
       expert_groups: int32 [B, S] as in `Batch`, or None.
       cache_position: position of these tokens after those in a cache, or None.
@@ -51,7 +51,7 @@ class TokenContext(NamedTuple):
 
 
 class LayerSettings(NamedTuple):
-    """What every layer is built from; static.
+    """Static settings that every layer is built from.
 
     `cache_length` is None unless the call fills a cache; see `moe_jax.layers.kv_cache`.
     """
@@ -226,10 +226,10 @@ class GatedMLP(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Pre-norm residual layer; the shape that `nn.scan` wants: carry in, carry and None out.
+    """Pre-norm residual layer with the signature of `nn.scan`: carry in, carry and None out.
 
-    `post_attention_layernorm` stands before the FFN, as in Llama; the norms behind attention and
-    FFN, where a family has them, are `post_self_attn_layernorm` and `post_mlp_layernorm`.
+    `post_attention_layernorm` precedes the FFN, as in Llama. Families with norms after attention
+    and FFN have `post_self_attn_layernorm` and `post_mlp_layernorm`.
     """
 
     settings: LayerSettings
@@ -291,7 +291,7 @@ def _rotary_tables(
 
 
 def _slides(config: ModelConfig, layer_index: jax.Array) -> jax.Array | None:
-    """Whether the window holds in this layer, bool []; None where all layers are alike."""
+    """True if this layer has a sliding window, bool []; None if all layers are alike."""
     slides = config.sliding_layers
     return None if len(set(slides)) == 1 else jnp.asarray(slides)[layer_index]
 

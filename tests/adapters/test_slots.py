@@ -8,7 +8,7 @@ import torch
 from adapted_ffn import AdaptedFFN, llama_mlp, mixlora, random_input
 from tolerances import ROUNDING
 
-from moe_jax.adapters.mixlora import drop
+from moe_jax.adapters.token_blocks import token_dropout
 
 ROWS, LENGTH, WIDTH = 2, 64, 2048
 HIDDEN_BYTES = ROWS * LENGTH * WIDTH * 4
@@ -67,8 +67,8 @@ def test_slots_that_the_down_projection_meets_one_by_one_hold_their_own_activati
 def test_dropout_of_a_token_depends_on_its_number_alone():
     x, key, numbers = jnp.ones((6, 512)), jax.random.key(3), jnp.array([4, 0, 9, 2, 2, 7])
     rate = jnp.float32(0.25)
-    all_at_once = drop(x, rate, key, numbers)
-    one_by_one = [drop(x[i : i + 1], rate, key, numbers[i : i + 1])[0] for i in range(6)]
+    all_at_once = token_dropout(x, rate, key, numbers)
+    one_by_one = [token_dropout(x[i : i + 1], rate, key, numbers[i : i + 1])[0] for i in range(6)]
     np.testing.assert_array_equal(all_at_once, np.stack(one_by_one))
     np.testing.assert_array_equal(all_at_once[3], all_at_once[4])
     assert len({tuple(row) for row in np.asarray(all_at_once).tolist()}) == 5

@@ -1,17 +1,16 @@
-"""DoRA: length and direction of a weight's columns, trained apart (arXiv:2402.09353, eq. 5).
+"""DoRA: magnitude and direction of a weight's columns, trained apart (arXiv:2402.09353, eq. 5).
 
-The adapted weight is `m * V / ||V||` with `V = W + s A B`: norms are taken of each column (one
-output feature), and m, the magnitude, is trained. It starts as the norms of W, so that an untrained
-adapter changes nothing. To the gradient, norms are constants (the paper's section 4.3). With
-`gains = m / ||V||` an adapted product is
+The adapted weight is `m * V / ||V||` with `V = W + s A B`. Norms are taken of each column (one
+output feature), and the magnitude m is trained. It starts as the norms of W, so that an untrained
+adapter equals the base model. Gradients treat the norms as constants (the paper's section 4.3).
+With `gains = m / ||V||` an adapted product is
 
     gains * (x W) + s (x A) (B * gains)
 
-The frozen bias is no part of it. Under dropout d only the pair sees d(x), as in LoRA; the frozen
-product is the one of x. (peft computes `x W + (gains - 1) * (d(x) W) + gains * s (d(x) A) B`, with
-a second frozen product. Without dropout the two are the same.)
-
-The gradient of m needs the frozen product, which LoRA does not keep for the backward pass.
+The frozen bias is not rescaled. Dropout d applies to the input of the pair only, as in LoRA. (peft
+computes `x W + (gains - 1) * (d(x) W) + gains * s (d(x) A) B`, with a second frozen product;
+without dropout both are equal.) The gradient of m needs the frozen product, which that of LoRA does
+not.
 """
 
 from typing import Any
@@ -28,25 +27,25 @@ from moe_jax.layers.quantized import Kernel, dense_kernel
 
 
 def column_norms(kernel: Kernel, lora_a: jax.Array, lora_b: jax.Array, scale: float) -> jax.Array:
-    """Lengths of the columns of `W + s A B`, of one pair or of each expert's; at least float32.
+    """Norms of the columns of `W + s A B`, for one pair or for each expert's; at least float32.
 
-    Nothing of an adapted weight's size is made:
+    No array of an adapted weight's size is materialised:
 
         ||W + s A B||^2 = ||W||^2 + 2 s sum_r (A' W) * B + s^2 sum_r ((A' A) B) * B
 
-    a reduction of W, a thin product, and a term of rank size. That is, of E pairs,
+    The terms are a reduction of W, a thin product, and a term of rank size. For E pairs they take
 
         2 in out (E R + 1) + 2 E R^2 (in + out)
 
-    operations besides those on [E, R, out]: what the frozen product costs for E R + 1 tokens,
-    however many tokens there are, once in each forward pass. None of it is differentiated.
+    operations besides those on [E, R, out]: the cost of the frozen product of E R + 1 tokens, once
+    per forward pass, whatever the number of tokens. None of it is differentiated.
 
-    W enters in the type that it is stored in, and A in that same type, as in a product of that
-    type; sums are float32. So the norms are exact to 1e-6 of themselves, of a column that the pair
-    makes c times shorter to some 5e-7 c^2, since the three terms cancel. They are cut off below
-    their terms' rounding: however short V gets, an adapted column is not much longer than its
-    magnitude. Rounding A to bfloat16 moves norms by some 1e-4. (Measured against float64 on 320 to
-    8192 rows, with s A B from a twentieth to ten times as long as W.)
+    W and A enter in the dtype that W is stored in; sums are float32. The relative error of a norm
+    is 1e-6, and about 5e-7 c^2 for a column that the pair makes c times shorter, since the three
+    terms cancel. Norms are bounded below by the rounding error of the terms, so that an adapted
+    column is never much longer than its magnitude. Rounding A to bfloat16 changes norms by about
+    1e-4. (Measured against float64 on 320 to 8192 rows, with s A B from 0.05 to 10 times as long as
+    W.)
 
     Args:
       kernel: W, [in, out].
@@ -82,13 +81,13 @@ def dora_gains(
     scale: float,
     axes: tuple[str, ...],
 ) -> jax.Array:
-    """`m / ||W + s A B||`, float32, of one pair or of each expert's; ones at the start.
+    """The gains `m / ||W + s A B||`, float32, of one pair or of each expert; initially ones.
 
-    Makes the leaf `magnitude` of `module`: the lengths of W's own columns, to start with. While
-    decoding, the gains are those that the call that filled the cache has computed.
+    Creates the leaf `magnitude` of `module`, initially the column norms of W. Decoding reads the
+    gains that the prefill has computed.
 
     Args:
-      module: the module that owns the pairs.
+      module: module that owns the pairs.
       kernel: W, [in, out].
       lora_a: [in, R] or [in, E, R].
       lora_b: [R, out] or [E, R, out].
@@ -101,29 +100,29 @@ def dora_gains(
     known = cached(module, "gains")
     if known is not None:
         return known
-    # Named so that rematerialisation keeps them: their thin product would cost more than they hold.
+    # Named so that rematerialisation keeps them: they are small and slow to compute.
     norms = checkpoint_name(column_norms(kernel, lora_a, lora_b, scale), DORA_NORMS)
 
-    def start(*_: Any) -> jax.Array:
-        # Of W alone. `norms` would be the same, but its B is a constant of zeros when weights are
-        # initialised, and XLA for CPUs (jaxlib 0.10.2) fuses such products into one that reads
-        # past the constant's end: now and then, a column begins as NaN.
+    def initial(*_: Any) -> jax.Array:
+        # From W alone. `norms` is equal, but at initialization B is a constant of zeros, and XLA
+        # for CPUs (jaxlib 0.10.2) fuses products with such constants into one that reads past their
+        # end, so that columns may start as NaN.
         square = jnp.maximum(_squared_norms(dense_kernel(kernel)), jnp.finfo(norms.dtype).tiny)
         return jnp.broadcast_to(jnp.sqrt(square), norms.shape)
 
-    gains = adapter_leaf(module, "magnitude", start, norms.shape, axes) / norms
+    gains = adapter_leaf(module, "magnitude", initial, norms.shape, axes) / norms
     remember(module, "gains", gains)
     return gains
 
 
 def _squared_norms(kernel: jax.Array) -> jax.Array:
-    """Squared lengths [out] of the columns of W, [in, out]; at least float32."""
+    """Squared norms [out] of the columns of W [in, out]; at least float32."""
     dtype = jnp.promote_types(kernel.dtype, jnp.float32)
     return jnp.sum(jnp.square(kernel.astype(dtype)), axis=0)
 
 
 def apply_gains(product: jax.Array, gains: jax.Array) -> jax.Array:
-    """`gains * product`, in the product's type; gains near one keep their digits in bfloat16.
+    """`gains * product` in the product's dtype; gains near one keep their digits in bfloat16.
 
     Args:
       product: [..., out].

@@ -1,0 +1,1 @@
+"""Methods that mix experts on each projection: LoRAMoE and MoLA."""

@@ -16,18 +16,18 @@ from moe_jax.config.parse import require
 @METHODS.register("loramoe")
 @dataclass(frozen=True, kw_only=True)
 class LoraMoeConfig(MixtureConfig):
-    """LoRAMoE: experts on the targeted FFN projections, plain LoRA on the targeted attention ones.
+    """LoRAMoE: experts on the targeted FFN projections, LoRA on the targeted attention projections.
 
-    Each FFN projection has a router of its own, on its own input, which for `down_proj` is the
-    hidden activation. The paper mixes all experts; another `router` is a departure from it. Its
-    constraint on the routers is the loss `localized_balance`, which needs to know what kind of
-    data each data set is (`expert_group`).
+    Each FFN projection has its own router, on its own input (for `down_proj` the hidden
+    activation). The paper mixes all experts; other routers are a departure from it. Its constraint
+    on the routers is the loss `localized_balance`, which needs the kind of each data set
+    (`expert_group`).
 
-    The paper's code draws the routers' kernels uniformly within 1 / sqrt(inputs), whereas ours have
-    the standard deviation `router.init_std` whatever the width.
+    The paper's code initializes the router kernels uniformly within 1 / sqrt(inputs); here they
+    have the standard deviation `router.init_std` at every width.
 
     Attributes:
-      num_experts: E.
+      num_experts: number of experts of each projection, E.
     """
 
     num_experts: int

@@ -1,7 +1,7 @@
-"""Experts on a single projection, mixed by a router on the projection's own input.
+"""Experts on a single projection, mixed by a router on the projection's input.
 
-What LoRAMoE and MoLA have in common. In contrast to MixLoRA, where one router decides for a whole
-FFN, every projection mixes the deltas of its own experts, so that there is one sum and no slots:
+The common part of LoRAMoE and MoLA. MixLoRA has one router for a whole FFN; here every projection
+mixes the deltas of its own experts, so that there is one sum and no slots:
 
     y = x W + s sum_e w_e(x) (x A_e) B_e
 """
@@ -39,11 +39,11 @@ def layer_group(layer_index: Any, num_groups: int, num_layers: int) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class MixtureConfig(AdapterMethod):
-    """What the methods share that mix experts projection by projection.
+    """Base class of methods that mix experts on each projection.
 
     Attributes:
-      router: the routing strategy, chosen by `router.name`; each projection has its own.
-      losses: the routers' auxiliary losses by name; see `moe_jax.adapters.routing.losses`. Of
+      router: routing strategy, chosen by `router.name`; each projection has its own router.
+      losses: auxiliary losses of the routers by name; see `moe_jax.adapters.routing.losses`. Of
         several routers in a layer, losses are averaged.
     """
 
@@ -64,14 +64,14 @@ class MixtureConfig(AdapterMethod):
             self.router.check_depth(model.num_layers)
 
     def _check_experts(self, counts: Sequence[int]) -> None:
-        """Refuses settings that do not go with layers of so many experts."""
+        """Refuses settings that do not fit layers with these numbers of experts."""
         require(min(counts) > 1, "num_experts", "must be at least 2; for one use 'lora'")
         with within("router"):
             require(
                 not self.router.limits_load,
                 "name",
                 f"{ROUTERS.name_of(self.router)!r} limits how many tokens an expert serves, which "
-                "only methods that route whole FFNs, like 'mixlora', can follow; use another",
+                "only methods that route whole FFNs, like 'mixlora', support; use another",
             )
             self.router.check(min(counts))
         for count in sorted(set(counts)):
@@ -82,14 +82,15 @@ class ProjectionMixture(nn.Module):
     """One projection with experts.
 
     Attributes:
-      low_rank: what each expert's pair is.
-      router: the routing strategy.
-      experts: numbers of experts, of equal groups of consecutive layers from the first on.
+      low_rank: settings of each expert's pair.
+      router: routing strategy.
+      experts: number of experts of each of equal groups of consecutive layers.
       axes: logical axes of the projection's kernel, (in, out).
 
-    All layers have leaves for the largest of `experts`, E. Where a layer has fewer, the others are
-    the last of them: no token reaches them, their router logits are `ABSENT`, and their leaves
-    start at zero (a magnitude of DoRA at W's norms, like any) and get no gradient.
+    All layers have leaves for E experts, the largest number. In a layer with fewer, the last ones
+    are
+    absent: no token reaches them, their router logits are `ABSENT`, and their leaves start at zero
+    (DoRA's magnitudes at the norms of W) and get no gradient.
 
     Leaves: `router/kernel` [in, E], and the pairs; see `ExpertLora`.
     """
@@ -136,7 +137,7 @@ class ProjectionMixture(nn.Module):
         return adapted if routed is None else jnp.where(routed, adapted, frozen.product)
 
     def _present(self, context: AdapterContext) -> jax.Array | None:
-        """The experts that the layer has, bool [E]; None if all layers have as many."""
+        """The experts that the layer has, bool [E]; None if all layers have the same number."""
         if len(set(self.experts)) == 1:
             return None
         group = layer_group(context.layer_index, len(self.experts), context.num_layers)

@@ -1,4 +1,4 @@
-"""MoLA: LoRA experts on every projection, more or fewer of them by depth (arXiv:2402.08562)."""
+"""MoLA: LoRA experts on every projection, their number depending on depth (arXiv:2402.08562)."""
 
 from dataclasses import dataclass, field
 
@@ -15,23 +15,23 @@ from moe_jax.config.parse import require
 @METHODS.register("mola")
 @dataclass(frozen=True, kw_only=True)
 class MolaConfig(MixtureConfig):
-    """MoLA: on every targeted projection, attention included, experts behind a router of its own.
+    """MoLA: experts and a router on every targeted projection, attention included.
 
-    The paper divides 32 layers into four groups and gives them, from the bottom, 2-4-6-8 experts,
-    its best, or 8-6-4-2, 8-2-2-8 or 5-5-5-5, with two experts a token, rank 8 and alpha 16 on all
-    seven projections.
+    The paper divides 32 layers into four groups with, from the bottom, 2-4-6-8 experts (its best),
+    8-6-4-2, 8-2-2-8 or 5-5-5-5, two experts per token, and rank 8 and alpha 16 on all seven
+    projections.
 
-    All layers run in one scanned program and so compute and store the same shapes: each has leaves,
-    moments of the optimiser and products for the largest number of experts, max(num_experts). The
-    experts that a layer does not have are zero, cost as much as the others, and change nothing:
-    2-4-6-8 costs what 8-8-8-8 does.
+    All layers run in one scanned program and have the same shapes: leaves, optimizer moments and
+    products for max(num_experts) experts. The experts that a layer lacks are zero and cost as much
+    as
+    the others: 2-4-6-8 costs the same as 8-8-8-8.
 
-    Losses are those of each router by itself, averaged (`per_layer`). The `pooled` scope adds up
-    the statistics of all layers at one projection, and so needs as many experts in all layers.
+    Losses are computed for each router and averaged (`per_layer`). The scope `pooled` sums the
+    statistics of all layers at one projection, and so needs equal numbers of experts in all layers.
 
     Attributes:
-      num_experts: of each of as many equal groups of consecutive layers, from the first layer on;
-        one entry stands for all layers.
+      num_experts: number of experts of each of equal groups of consecutive layers; one entry for
+        all layers.
     """
 
     num_experts: tuple[int, ...]

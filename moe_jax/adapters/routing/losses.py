@@ -1,8 +1,8 @@
-"""Auxiliary losses of routers, from the statistics that the layers sowed.
+"""Auxiliary losses of routers, computed from the statistics that the layers sow.
 
-Every loss is a frozen dataclass, its configuration, that computes a scalar from the statistics of
-one layer; `over_layers` applies it to each layer and averages, or to the sum of all layers. To add
-one, derive it from `RouterLoss` and decorate it with `@ROUTER_LOSSES.register("its_name")`.
+A loss is a frozen dataclass, its configuration, that computes a scalar from the statistics of one
+layer. `over_layers` averages it over the layers, or applies it to the sum of their statistics. To
+add a loss, derive it from `RouterLoss` and decorate it with `@ROUTER_LOSSES.register("its_name")`.
 """
 
 import abc
@@ -19,18 +19,18 @@ from moe_jax.config.metric_names import METRICS
 from moe_jax.config.parse import Registry, require, within
 
 ROUTER_LOSSES = Registry("loss")
-"""The losses by the name that a configuration gives: `losses.NAME`, or the field `name` there."""
+"""Losses by the name in a configuration: `losses.NAME`, or the field `name` in it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RouterLoss(abc.ABC):
-    """What all losses share.
+    """Base class of all auxiliary losses.
 
     Attributes:
-      coefficient: its weight in the total loss.
-      scope: `per_layer` takes the loss of each layer and averages over the layers that route;
-        `pooled` first adds up the statistics of all layers, as transformers does, and is blind to
-        layers that collapse onto different experts.
+      coefficient: weight in the total loss.
+      scope: `per_layer` averages the loss over the layers that route; `pooled` computes it from the
+        summed statistics of all layers, as transformers does, and cannot see layers that collapse
+        onto different experts.
     """
 
     registry: ClassVar[Registry] = ROUTER_LOSSES
@@ -43,11 +43,11 @@ class RouterLoss(abc.ABC):
 
     @property
     def by_sequence(self) -> bool:
-        """Whether the loss reads `RouterStatistics.sequences`, which are left out otherwise."""
+        """True if the loss reads `RouterStatistics.sequences`, which is computed only then."""
         return False
 
     def check(self, num_experts: int) -> None:  # noqa: B027  optional
-        """Refuses, with `require`, settings that do not go with so many experts."""
+        """Refuses, with `require`, settings that do not fit this number of experts."""
 
     def check_expert_groups(self, groups: Mapping[str, int]) -> None:  # noqa: B027  optional
         """Refuses, with `require`, expert groups of the training data sets that do not fit.
@@ -58,13 +58,13 @@ class RouterLoss(abc.ABC):
 
     @abc.abstractmethod
     def of_layer(self, statistics: RouterStatistics) -> jax.Array:
-        """The loss of one layer, without its coefficient; a float32 scalar."""
+        """Loss of one layer without the coefficient, a float32 scalar."""
 
     def over_layers(self, statistics: RouterStatistics) -> jax.Array:
-        """The loss over all layers of one site, without its coefficient.
+        """Loss over all layers of one site without the coefficient.
 
         Args:
-          statistics: with a leading axis L on each field.
+          statistics: statistics with a leading axis L on each field.
         """
         if self.scope == "pooled":
             return self.of_layer(statistics.pooled())
@@ -74,16 +74,13 @@ class RouterLoss(abc.ABC):
 
 
 def check_losses(losses: Mapping[str, RouterLoss], num_experts: int) -> None:
-    """Refuses, with `require`, losses in the field `losses` that so many experts do not go with.
-
-    Also names that other metrics of an adapter have, or that would be taken apart.
-    """
+    """Refuses, with `require`, losses that do not fit the number of experts, and reserved names."""
     for name, loss in losses.items():
         require(
             name not in METRICS and re.fullmatch(r"\w+", name) is not None,
             f"losses.{name}",
-            "is the name of another metric, or holds more than letters, digits and '_'; give the "
-            "loss another one, and its kind in the field 'name'",
+            "is the name of another metric, or holds more than letters, digits and '_'; choose "
+            "another name, and give the kind of loss in the field 'name'",
         )
         with within(f"losses.{name}"):
             loss.check(num_experts)
@@ -92,10 +89,10 @@ def check_losses(losses: Mapping[str, RouterLoss], num_experts: int) -> None:
 @ROUTER_LOSSES.register("load_balance")
 @dataclass(frozen=True, kw_only=True)
 class LoadBalance(RouterLoss):
-    """E * sum_e f_e P_e: the load's product with the mean probability.
+    """E * sum_e f_e P_e, with f_e the load and P_e the mean probability of expert e.
 
     Switch Transformer (arXiv:2101.03961, eqs. 4 to 6), for k slots as in Mixtral: f_e counts every
-    slot, so that perfect balance gives k and full collapse onto k experts gives up to E.
+    slot. Perfect balance gives k, full collapse onto k experts up to E.
     """
 
     def of_layer(self, statistics: RouterStatistics) -> jax.Array:
@@ -118,7 +115,7 @@ class ImportanceCv(RouterLoss):
         importance, present = statistics.weight_sum, statistics.present
         mean = jnp.sum(importance * present) / statistics.num_experts
         variance = jnp.sum(present * jnp.square(importance - mean)) / statistics.num_experts
-        # All is zero without tokens. The floor's square, which the gradient divides by, is not.
+        # Without tokens everything is zero; the gradient divides by the square of this floor.
         return variance / jnp.maximum(jnp.square(mean), 1e-12)
 
 
@@ -134,7 +131,7 @@ class RouterZ(RouterLoss):
 @ROUTER_LOSSES.register("router_entropy")
 @dataclass(frozen=True, kw_only=True)
 class RouterEntropy(RouterLoss):
-    """Mean entropy of the router's distributions, in nats; minimising it makes decisions firm.
+    """Mean entropy of the router's distributions, in nats; minimising it makes the routers decided.
 
     With top-p it keeps the number of experts small (arXiv:2403.07652).
     """
@@ -143,37 +140,33 @@ class RouterEntropy(RouterLoss):
         return statistics.entropy_sum / jnp.maximum(statistics.tokens, 1.0)
 
 
-# FIXME docstring of the merged adapters.localized_balance:
-# """LoRAMoE's localized balancing constraint: an auxiliary loss that knows the kinds of data."""
-
-
 @ROUTER_LOSSES.register("localized_balance")
 @dataclass(frozen=True, kw_only=True)
 class LocalizedBalance(RouterLoss):
-    """Balance within a group of experts, and a chosen imbalance between groups.
+    """Balance within each group of experts, and a set imbalance between groups.
 
     LoRAMoE (arXiv:2312.09979, "Localized Balancing Constraint"). The experts of a layer are divided
-    into equal groups, the first E / num_groups of them and so on, and each data set belongs to one
-    (`expert_group` in its configuration). With Q[b, e] the mean weight of expert e in sequence b,
+    into equal groups of consecutive experts, and each data set belongs to one group (`expert_group`
+    in its configuration). With Q[b, e] the mean weight of expert e in sequence b,
 
-        Z[b, e] = Q[b, e] * (1 + delta if e is of the group of b, else 1 - delta)
+        Z[b, e] = Q[b, e] * (1 + delta if e is in the group of b, else 1 - delta)
         loss    = var(Z) / mean(Z)^2
 
-    over all sequences and experts, with the population's variance. It is 0 where Z is constant,
-    that is where Q is inversely proportional to the factor: for a positive delta the experts of a
-    sequence's own group get the *smaller* share, (1 - delta) / (1 + delta) of the others'. A
-    negative delta gives them the larger one.
+    over all sequences and experts, with the population variance. It is 0 where Z is constant, that
+    is where Q is inversely proportional to the factor: with a positive delta the experts of a
+    sequence's own group get the *smaller* share, (1 - delta) / (1 + delta) of the others'; with a
+    negative delta the larger one.
 
-    The paper divides by mean(Z), its authors' code by the square, which they confirmed to be what
-    is meant (issue 3 of Ablustrund/LoRAMoE); the scale of Z then does not matter. Q is the mean
-    over a sequence's tokens and not the sum, as a long sequence is no imbalance. (Their code sums
-    over rows of one length, padding included.)
+    The paper divides by mean(Z), its authors' code by the square, which they confirmed as the
+    intended form (issue 3 of Ablustrund/LoRAMoE); the scale of Z then does not matter. Q is the
+    mean over a sequence's tokens and not the sum, since a long sequence is not an imbalance. (Their
+    code sums over rows of equal length, padding included.)
 
-    With delta 0 and a single sequence it is `importance_cv`.
+    With delta 0 and a single sequence it equals `importance_cv`.
 
     Attributes:
-      delta: in (-1, 1).
-      num_groups: into how many equal groups the experts of a layer are divided.
+      delta: imbalance between groups, in (-1, 1).
+      num_groups: number of equal groups that the experts of a layer are divided into.
     """
 
     delta: float = 0.1
@@ -223,5 +216,5 @@ class LocalizedBalance(RouterLoss):
         count = jnp.maximum(jnp.sum(counted), 1.0)
         mean = jnp.sum(counted * z) / count
         variance = jnp.sum(counted * jnp.square(z - mean)) / count
-        # All is zero without tokens. The floor's square, which the gradient divides by, is not.
+        # Without tokens everything is zero; the gradient divides by the square of this floor.
         return variance / jnp.maximum(jnp.square(mean), 1e-12)

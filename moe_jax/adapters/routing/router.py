@@ -1,4 +1,4 @@
-"""Routers: from a token's hidden state to the experts that serve it, and their weights."""
+"""The router interface: from a token's hidden state to its experts and their weights."""
 
 import abc
 from dataclasses import dataclass
@@ -17,30 +17,30 @@ from moe_jax.layers.tokens import token_product
 from moe_jax.sharding.axes import EXPERTS
 
 ROUTERS = Registry("router")
-"""The routing strategies by the name that `router.name` in a configuration gives."""
+"""Routing strategies by the name that `router.name` gives in a configuration."""
 
 ABSENT = -1e9
-"""The logit of an expert that a layer does not have: its probability is exactly zero, and unlike
-minus infinity it makes no NaN in an entropy or a gradient."""
+"""Logit of an expert that a layer does not have. Its probability is exactly zero and, unlike minus
+infinity, it causes no NaN in an entropy or a gradient."""
 
 
 class Routing(NamedTuple):
-    """The decision of a router for every token; float32.
+    """The experts and weights of every token; all fields are float32.
 
-    A slot is a place in a token's sum over experts. Either each of C slots is filled by an expert
-    of the router's choice (`dispatch` is one-hot), or slot c is expert c itself, for every token
-    (`dispatch` is None, C = E), where any number of experts may fire.
+    A slot is a term of a token's sum over experts. Either the router selects an expert for each of
+    C slots (`dispatch` is one-hot), or slot c is expert c for every token (`dispatch` is None, C =
+    E), where any number of experts may be active.
 
     Attributes:
       router_logits: [B, S, E].
       router_probs: [B, S, E], softmax of the logits.
-      dispatch: [B, S, C, E], one-hot over E, or all zeros where the slot stays without an expert;
-        None if slot c is expert c.
-      weights: [B, S, C], the slot's share of the output.
-      load: [B, S, E], how much of each token the expert has to carry: 1 or 0 where experts are
-        chosen, the weight itself where all of them share.
-      bypass: [B, S], the share of the FFN's own input in its output; None if there is none.
-      overflow: [B, S], 1 for a token whose expert has no capacity left, 0 otherwise, any value at
+      dispatch: [B, S, C, E], one-hot over E, or zero for a slot without an expert; None if slot c
+        is expert c.
+      weights: [B, S, C], weight of each slot in the output.
+      load: [B, S, E], load that each token puts on each expert: 1 or 0 for routers that select
+        experts, the weight for routers that mix all of them.
+      bypass: [B, S], weight of the FFN's input in its output; None for no bypass.
+      overflow: [B, S], 1 for a token whose expert has no capacity left, 0 otherwise, undefined at
         padding; None if capacity is unlimited.
     """
 
@@ -54,24 +54,24 @@ class Routing(NamedTuple):
 
     @property
     def combine(self) -> jax.Array:
-        """Each expert's share of the output, [B, S, E]."""
+        """Weight of each expert in the output, [B, S, E]."""
         if self.dispatch is None:
             return self.weights
         return jnp.einsum("bsc,bsce->bse", self.weights, self.dispatch)
 
     def where(self, routed: jax.Array) -> "Routing":
-        """The same in a layer that is routed; in one that is not, the frozen FFN and nothing else.
+        """This routing in a routed layer, and the frozen FFN alone in a layer that is not routed.
 
-        There the first slot, without an expert, has all the weight.
+        In the latter the first slot has no expert and all the weight.
 
         Args:
           routed: bool [].
 
         Raises:
-          ValueError: slots are experts, none of which is the frozen FFN.
+          ValueError: slots are experts, and none of them is the frozen FFN.
         """
         if self.dispatch is None:
-            raise ValueError("a router whose slots are the experts has to route every layer")
+            raise ValueError("a router whose slots are the experts must route every layer")
         alone = jnp.zeros_like(self.weights).at[..., 0].set(1.0)
         return self._replace(
             dispatch=jnp.where(routed, self.dispatch, 0.0),
@@ -82,21 +82,21 @@ class Routing(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Router(abc.ABC):
-    """A routing strategy: what all of them share.
+    """Base class of routing strategies.
 
     To add one, derive a frozen dataclass, decorate it with `@ROUTERS.register("its_name")` and
-    import its module; nothing else that trains has to know of it.
+    import its module in `moe_jax.adapters.routing`. Training needs no other change.
 
     Attributes:
       init_std: standard deviation of the router's initial kernel.
-      jitter_noise: while training, the router's own view of its input is multiplied by uniform
-        noise in [1 - jitter_noise, 1 + jitter_noise] (arXiv:2101.03961, section 2.2); the experts
-        see the input as it is.
+      jitter_noise: during training, the router's input is multiplied by uniform noise in
+        [1 - jitter_noise, 1 + jitter_noise] (arXiv:2101.03961, section 2.2); the experts' input is
+        not.
     """
 
     registry: ClassVar[Registry] = ROUTERS
     limits_load: ClassVar[bool] = False
-    """Whether tokens can overflow, for which only methods that route whole FFNs have an answer."""
+    """True if tokens can overflow, which only methods that route whole FFNs can handle."""
 
     init_std: float = 0.02
     jitter_noise: float = 0.0
@@ -106,17 +106,17 @@ class Router(abc.ABC):
         require(0.0 <= self.jitter_noise < 1.0, "jitter_noise", "must lie in [0, 1)")
 
     def check(self, num_experts: int) -> None:
-        """Refuses, with `require`, settings that do not go with so many experts."""
+        """Refuses, with `require`, settings that do not fit this number of experts."""
         require(num_experts > 0, "num_experts", "must be positive")
 
     def check_depth(self, num_layers: int) -> None:
-        """Refuses, with `require`, settings that do not go with a model of so many layers."""
+        """Refuses, with `require`, settings that do not fit this number of layers."""
         require(num_layers > 0, "num_layers", "must be positive")
 
     def routes_layer(self, layer_index: jax.Array) -> jax.Array | None:
-        """Whether a layer is routed at all, a boolean scalar; None stands for every layer.
+        """True if the layer is routed, a boolean scalar; None if every layer is.
 
-        Only routers that fill slots by choice may leave layers frozen; see `Routing.where`.
+        Only routers that select experts may leave layers frozen; see `Routing.where`.
 
         Args:
           layer_index: int32 [], from 0.
@@ -145,12 +145,12 @@ class Router(abc.ABC):
 
 
 class RouterLogits(nn.Module):
-    """A linear layer over the hidden state, in float32 whatever the model computes in.
+    """A linear layer on the hidden state, computed in float32 whatever the model's dtype.
 
     Attributes:
-      router: initialisation and jitter.
+      router: settings of initialization and jitter.
       num_experts: E.
-      axis: logical axis of the input's width.
+      axis: logical axis of the input width.
 
     Leaf: `kernel` [D, E].
     """
@@ -166,10 +166,10 @@ class RouterLogits(nn.Module):
         """Router logits, float32 [B, S, E], of x [B, S, D].
 
         Args:
-          x: the hidden state.
-          deterministic: no jitter.
-          present: bool [E], the experts that this layer has; None stands for all. The kernel of
-            the others is zero, and stays so, as it gets no gradient.
+          x: hidden states.
+          deterministic: turns jitter off.
+          present: bool [E], the experts that this layer has; None if it has all. The kernel of the
+            others is zero and stays zero, since it gets no gradient.
         """
 
         def init(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:

@@ -1,7 +1,8 @@
-"""What a routed layer reports of its decisions: sums over tokens, from which losses are computed.
+"""Statistics of routed layers: sums over tokens, and the routing of each token.
 
-Sums, not means: they add up over devices and layers, and nothing is divided before the number of
-real tokens is known.
+`RouterStatistics` holds sums, from which losses and metrics are computed; sums, not means, because
+they add up over devices and layers. They are sown in every step. `TokenRouting` holds the routing
+of each token, for inspection; it is computed only if the collection `routing` is mutable.
 """
 
 from collections.abc import Mapping
@@ -21,15 +22,15 @@ STATISTICS = "statistics"
 
 
 class SequenceStatistics(NamedTuple):
-    """What each of a batch's sequences got of each expert in one layer, float32.
+    """Mean expert weights of each sequence in one layer, float32.
 
-    There are N places for sequences: one for each row, or where rows hold several sequences, one
-    for each token, of which those of the sequences' last tokens are taken.
+    N is the number of rows. Where rows are packed, N is the number of tokens, and each sequence is
+    at the entry of its last token.
 
     Attributes:
-      weights: [N, E], mean weight of the expert over the sequence's real tokens.
-      group: [N], the group of experts that the sequence belongs to.
-      real: [N], 1 for a sequence, 0 for a place without one; its weights are 0 then.
+      weights: [N, E], mean weight of each expert over the sequence's real tokens.
+      group: [N], group of experts that the sequence belongs to.
+      real: [N], 1 for a sequence, 0 for an entry without one, whose weights are 0.
     """
 
     weights: jax.Array
@@ -38,21 +39,21 @@ class SequenceStatistics(NamedTuple):
 
 
 class RouterStatistics(NamedTuple):
-    """Sums over the real tokens of one layer, float32; padding is not in them.
+    """Sums over the real tokens of one layer, float32; padding does not count.
 
-    Under the scan over layers each field has a leading axis L.
+    The scan over layers adds a leading axis L to each field.
 
     Attributes:
-      routed: [], 1 if the layer routes, 0 if it was left frozen; its sums are 0 then.
+      routed: [], 1 if the layer routes, 0 if it stays frozen, with all sums 0.
       present: [E], 1 for the experts that the layer has.
       tokens: [], number of tokens.
-      load_sum: [E], sum of `Routing.load`: tokens that went to the expert. Carries no gradient.
+      load_sum: [E], sum of `Routing.load`, the number of tokens of each expert; without gradient.
       probability_sum: [E], sum of router probabilities.
-      weight_sum: [E], sum of the weights that the experts got.
+      weight_sum: [E], sum of the experts' weights.
       squared_logsumexp_sum: [], sum of squared log-partition functions of the router logits.
       entropy_sum: [], sum of the router distributions' entropies in nats.
-      sequences: the same by sequence; None unless a loss of the adapter reads it.
-      overflow_sum: [], tokens whose expert had no capacity left; None if capacity is unlimited.
+      sequences: statistics by sequence; None unless a loss of the adapter reads them.
+      overflow_sum: [], number of tokens whose expert had no capacity left; None without a limit.
     """
 
     routed: jax.Array
@@ -68,11 +69,11 @@ class RouterStatistics(NamedTuple):
 
     @property
     def num_experts(self) -> jax.Array:
-        """How many experts the layer has."""
+        """Number of experts of the layer."""
         return jnp.sum(self.present, axis=-1)
 
     def pooled(self) -> "RouterStatistics":
-        """All layers as one; they must have the same experts."""
+        """Statistics of all layers together; they must have equal numbers of experts."""
         summed = jax.tree.map(lambda field: jnp.sum(field, axis=0), self)
         sequences = self.sequences
         if sequences is not None:
@@ -97,13 +98,13 @@ def router_statistics(
     """Statistics of one layer.
 
     Args:
-      routing: the router's decision.
+      routing: routing of all tokens.
       token_mask: bool [B, S], false at padding.
-      routed: bool [], false if the layer is left frozen; None stands for true.
-      present: bool [E], the experts that the layer has; None stands for all.
-      expert_groups: int [B, S], the group of each token's sequence, 0 at padding; None leaves the
-        sequences out.
-      segment_ids: int [B, S] as in `Batch`; None where every row is one sequence.
+      routed: bool [], false if the layer stays frozen; None for true.
+      present: bool [E], experts that the layer has; None for all.
+      expert_groups: int [B, S], group of each token's sequence, 0 at padding; None leaves
+        `sequences` out.
+      segment_ids: int [B, S] as in `Batch`; None if every row is one sequence.
     """
     sequences = None
     routed, present = _layer_facts(routing, routed, present)
@@ -112,9 +113,9 @@ def router_statistics(
     entropy = -jnp.sum(routing.router_probs * log_probs, axis=-1)
     logsumexp = jax.nn.logsumexp(routing.router_logits, axis=-1)
     if expert_groups is not None and segment_ids is None:
-        sequences = _of_rows(routing, mask, expert_groups)
+        sequences = _of_single_sequences(routing, mask, expert_groups)
     elif expert_groups is not None and segment_ids is not None:
-        sequences = _of_segments(routing, mask, expert_groups, segment_ids)
+        sequences = _of_packed_rows(routing, mask, expert_groups, segment_ids)
     return RouterStatistics(
         routed=routed,
         present=present,
@@ -129,8 +130,10 @@ def router_statistics(
     )
 
 
-def _of_rows(routing: Routing, mask: jax.Array, expert_groups: jax.Array) -> SequenceStatistics:
-    """Of rows of one sequence each."""
+def _of_single_sequences(
+    routing: Routing, mask: jax.Array, expert_groups: jax.Array
+) -> SequenceStatistics:
+    """Statistics of rows of one sequence each."""
     tokens = jnp.sum(mask, axis=-1)
     weights = jnp.einsum("bs,bse->be", mask, routing.combine)
     return SequenceStatistics(
@@ -140,10 +143,10 @@ def _of_rows(routing: Routing, mask: jax.Array, expert_groups: jax.Array) -> Seq
     )
 
 
-def _of_segments(
+def _of_packed_rows(
     routing: Routing, mask: jax.Array, expert_groups: jax.Array, segment_ids: jax.Array
 ) -> SequenceStatistics:
-    """Of rows that hold several sequences; how many is not known when this is compiled."""
+    """Statistics of packed rows, whose number of sequences is not known at compile time."""
     summed = jnp.concatenate([mask[..., None] * routing.combine, mask[..., None]], axis=-1)
     sums, is_last = sequence_sums(summed, segment_ids)
     tokens = jnp.where(is_last, sums[..., -1], 0.0)
@@ -156,16 +159,16 @@ def _of_segments(
 
 
 def collect_statistics(sown: Mapping[str, Any]) -> dict[str, dict[str, RouterStatistics]]:
-    """The statistics of each adapter, `{adapter: {site: statistics}}`, each with a leading axis L.
+    """Statistics of each adapter, `{adapter: {site: statistics}}`, with a leading axis L.
 
-    A site is where the routers sit in a layer, for example `mlp/moe` or `self_attn/q_proj`.
+    A site is the position of the routers in a layer, for example `mlp/moe` or `self_attn/q_proj`.
 
     Args:
-      sown: the variables that `apply(..., mutable=["router"])` returned.
+      sown: variables returned by `apply(..., mutable=["router"])`.
 
     Raises:
-      ValueError: the collection is missing. Sowing is silent where a collection is not mutable, so
-        its absence is a defect of the caller and never means "no routers".
+      ValueError: the collection is missing. Sowing into a collection that is not mutable does
+        nothing, so that its absence is an error of the caller and never means "no routers".
     """
     return _collect(sown, ROUTER, STATISTICS)
 
@@ -174,15 +177,15 @@ TOKENS = "tokens"
 
 
 class TokenRouting(NamedTuple):
-    """The decisions of one layer's router, float32; zero at padding and in a layer left frozen.
+    """Routing of each token of one layer, float32; zero at padding and in a frozen layer.
 
-    Under the scan over layers each field has a leading axis L.
+    The scan over layers adds a leading axis L to each field.
 
     Attributes:
-      weights: [B, S, E], each expert's share of the token's output.
-      probabilities: [B, S, E], the router's own, before experts are chosen.
-      load: [B, S, E], see `Routing.load`: 1 for a chosen expert, the weight where all share.
-      routed: [], 1 if the layer routes, 0 if it was left frozen.
+      weights: [B, S, E], weight of each expert in the token's output.
+      probabilities: [B, S, E], router probabilities, before experts are selected.
+      load: [B, S, E], see `Routing.load`.
+      routed: [], 1 if the layer routes, 0 if it stays frozen.
       present: [E], 1 for the experts that the layer has.
     """
 
@@ -252,14 +255,13 @@ def _sow(module: nn.Module, collection: str, name: str, value: Any) -> None:
 
 
 def collect_routing(sown: Mapping[str, Any]) -> dict[str, dict[str, TokenRouting]]:
-    """The decisions of each adapter, `{adapter: {site: decisions}}`, each with a leading axis L.
+    """Token routing of each adapter, `{adapter: {site: routing}}`, with a leading axis L.
 
     Args:
-      sown: the variables that `apply(..., mutable=["routing"])` returned.
+      sown: variables returned by `apply(..., mutable=["routing"])`.
 
     Raises:
-      ValueError: the collection is missing. Sowing is silent where a collection is not mutable, so
-        its absence is a defect of the caller or of a method, and never means "no routers".
+      ValueError: the collection is missing; see `collect_statistics`.
     """
     return _collect(sown, ROUTING, TOKENS)
 

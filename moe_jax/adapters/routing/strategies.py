@@ -1,4 +1,4 @@
-"""Soft routing: every expert serves every token."""
+"""Routing strategies without a limit on the load: soft, top-k and top-p."""
 
 from dataclasses import dataclass
 
@@ -12,13 +12,11 @@ from moe_jax.config.parse import require
 @ROUTERS.register("soft")
 @dataclass(frozen=True, kw_only=True)
 class SoftRouter(Router):
-    """All experts, weighted by the router's probabilities.
+    """All experts, weighted by the router's probabilities (Jacobs et al., 1991).
 
-    The mixture of experts of Jacobs et al. (1991), all of them at work. The weights sum to one, so
-    that an untrained adapter leaves the base as it is. An expert's load is its weight.
-
-    It costs E hidden activations a token, against k of top-k, but no more matrix products than one
-    pair of rank E R does.
+    The weights sum to one, so that an untrained adapter equals the base model. The load of an
+    expert is its weight. A token costs E hidden activations, against k with top-k, but no more
+    matrix products than one pair of rank E R.
     """
 
     def route(
@@ -33,21 +31,17 @@ class SoftRouter(Router):
         return Routing(router_logits, probs, None, probs, probs)
 
 
-# FIXME docstring of the merged adapters.routing.top_k:
-# """Top-k: a fixed number of experts for every token."""
-
-
 @ROUTERS.register("top_k")
 @dataclass(frozen=True, kw_only=True)
 class TopKRouter(Router):
     """The k most probable experts, their probabilities renormalised to sum to one.
 
-    MixLoRA (arXiv:2404.15159, eq. 5) and Mixtral (arXiv:2401.04088, section 2.1); the order of
-    softmax and top-k does not matter once the weights are renormalised. Ties go to the expert of
+    MixLoRA (arXiv:2404.15159, eq. 5) and Mixtral (arXiv:2401.04088, section 2.1). With
+    renormalised weights, the order of softmax and top-k does not matter. Ties go to the expert with
     the lower index.
 
     Attributes:
-      top_k: C, at most E.
+      top_k: number of experts per token, C; at most E.
     """
 
     top_k: int = 2
@@ -78,27 +72,22 @@ class TopKRouter(Router):
         return Routing(router_logits, probs, dispatch, weights, jnp.sum(dispatch, axis=-2))
 
 
-# FIXME docstring of the merged adapters.routing.top_p:
-# """Top-p: as many experts as a token needs to collect a given share of probability."""
-
-
 @ROUTERS.register("top_p")
 @dataclass(frozen=True, kw_only=True)
 class TopPRouter(Router):
-    """The most probable experts, in order, until their probabilities add up to more than `top_p`.
+    """The smallest set of experts whose probabilities add up to more than `top_p`.
 
-    Dynamic routing (arXiv:2403.07652): the smallest set whose probabilities exceed `top_p`. That
-    is, with probabilities v_1 >= v_2 >= ..., the expert of rank j serves the token if
-    v_1 + ... + v_(j-1) <= top_p: the expert that crosses `top_p` is included, the first always is,
-    and one that lands on `top_p` does not cross it. Ties go to the expert of the lower index.
+    Dynamic routing (arXiv:2403.07652). With probabilities v_1 >= v_2 >= ..., the expert of rank j
+    is selected if v_1 + ... + v_(j-1) <= top_p: the first always is, and so is the one that crosses
+    `top_p`. Ties go to the expert with the lower index.
 
     Attributes:
-      top_p: in (0, 1]; 1 keeps all experts.
-      temperature: the logits are divided by it, here and for all losses: above 1 more experts
-        serve a token, below 1 fewer.
-      renormalise: divides the weights by their sum, so that an untrained adapter leaves the base as
-        it is. Without, they are the probabilities themselves, and what the experts that were not
-        chosen would have got is missing from a MixLoRA's FFN output, but not elsewhere.
+      top_p: threshold in (0, 1]; 1 selects all experts.
+      temperature: divisor of the logits, here and in all losses. Above 1 it selects more experts,
+        below 1 fewer.
+      renormalise: divides the weights by their sum, so that an untrained adapter equals the base
+        model. Otherwise the weights are the probabilities, and the output of a MixLoRA FFN lacks
+        the share of the experts that were not selected.
     """
 
     top_p: float
@@ -128,10 +117,10 @@ class TopPRouter(Router):
 
 
 def _mass_before(probs: jax.Array) -> jax.Array:
-    """What the experts before each expert, in order of probability, have together; as `probs`.
+    """Summed probability of all more probable experts, for each expert; shaped as `probs`.
 
-    E^2 comparisons a token instead of a sort there and back. Each sum has the same E terms, some of
-    them zero, in the same order, so that rounding cannot put one out of order.
+    Takes E^2 comparisons per token instead of two sorts. Each sum has the same E terms in the same
+    order, some of them zero, so that rounding cannot change the order of the sums.
 
     Args:
       probs: [..., E].
@@ -140,4 +129,4 @@ def _mass_before(probs: jax.Array) -> jax.Array:
     own, other = probs[..., :, None], probs[..., None, :]
     before = (other > own) | ((other == own) & (index[None, :] < index[:, None]))
     mass = jnp.sum(jnp.where(before, other, 0.0), axis=-1)
-    return jnp.minimum(mass, 1.0)  # which rounding may exceed, and `top_p` 1 keeps every expert
+    return jnp.minimum(mass, 1.0)  # rounding may exceed 1, and `top_p` 1 selects every expert

@@ -1,4 +1,4 @@
-"""Switch: one expert for every token, and a limit to how many tokens an expert serves."""
+"""Switch routing: one expert per token, each with a limited capacity."""
 
 from dataclasses import dataclass
 from fractions import Fraction
@@ -12,38 +12,38 @@ from moe_jax.config.parse import require
 from moe_jax.layers.tokens import sequence_bounds
 
 _LARGEST_DENOMINATOR = 1000
-"""Of a capacity factor as a fraction; keeps its product with a row's length within int32."""
+"""Bound of a capacity factor as a fraction; keeps its product with a row length within int32."""
 
 
 @ROUTERS.register("switch")
 @dataclass(frozen=True, kw_only=True)
 class SwitchRouter(Router):
-    """The most probable expert, while it has capacity (arXiv:2101.03961, sections 2.1 and 2.2).
+    """The most probable expert while it has capacity (arXiv:2101.03961, sections 2.1 and 2.2).
 
-    Capacity is counted in each sequence by itself, from its start: a token is served if no more
-    than `capacity` real tokens up to and including itself chose its expert. Padding neither takes
-    capacity nor adds to it, nor do other sequences in the row. Ties go to the expert of the lower
-    index. The same rule holds while training and afterwards.
+    Capacity is counted within each sequence, from its start: a token is served if at most
+    `capacity` real tokens up to and including it chose its expert. Padding and other sequences of
+    the row neither use capacity nor add to it. Ties go to the expert with the lower index. The same
+    rule holds in training and in inference.
 
-    `Routing.load` counts what tokens chose, before capacity, as the paper does for balance.
+    `Routing.load` counts the tokens' choices before capacity, as the paper does for balance.
 
     Attributes:
-      capacity: tokens that an expert serves in a sequence. Whether a token is served depends on
-        the tokens before it alone.
-      capacity_factor: instead, `ceil(capacity_factor * real tokens of the sequence / E)`, eq. 3
-        of the paper for each sequence. Whether a token is served then also depends on how many
-        follow. In decoding nobody knows how many will: the prompt is decided on as a whole, and
-        each token after it as the last one so far, once and for all; so a pass over the finished
-        text, which has a larger capacity from the start, may serve tokens that decoding did not.
-      overflow: what the FFN gives for a token that is not served. `residual`: zero, which leaves
-        the token to the residual connection (the paper, transformers). `input`: the token's weight
-        times the FFN's input (MoE-PEFT). `frozen`: the frozen FFN without an expert.
-      weights: of the expert that serves the token. `probability`: its probability, so that even an
-        untrained adapter scales the FFN's output. `straight_through`: one, with the gradient of the
-        probability relative to its value; with `frozen`, an untrained adapter then leaves the base
-        as it is.
-      sparse_step: routes the layers l, from 0, with `l % sparse_step == 1`, or all with 1; the
-        FFNs of the others stay frozen, and their part of the adapter's weights stays untrained.
+      capacity: number of tokens that an expert serves in a sequence. A token's routing then depends
+        on earlier tokens only.
+      capacity_factor: sets the capacity to `ceil(capacity_factor * real tokens of the sequence /
+        E)` instead, eq. 3 of the paper for each sequence. A token's routing then also depends on
+        the number of later tokens. Decoding does not know that number: it routes the prompt as a
+        whole, and each new token as the last one so far. A pass over the finished text has a larger
+        capacity from the start and may serve tokens that decoding did not.
+      overflow: output of the FFN for a token that is not served. `residual`: zero, which leaves the
+        token to the residual connection (the paper, transformers). `input`: the FFN's input times
+        the token's weight (MoE-PEFT). `frozen`: the frozen FFN without an expert.
+      weights: weight of the expert. `probability`: its probability, so that even an untrained
+        adapter scales the FFN's output. `straight_through`: one, with the gradient of the
+        probability divided by its value; together with `frozen`, an untrained adapter then equals
+        the base model.
+      sparse_step: routes the layers l, counted from 0, with `l % sparse_step == 1`; with 1 all
+        layers. The other FFNs stay frozen, and their part of the adapter stays untrained.
     """
 
     limits_load = True
@@ -105,25 +105,26 @@ class SwitchRouter(Router):
     def _serve(
         self, router_logits: jax.Array, chosen: jax.Array, counts: jax.Array, tokens: jax.Array
     ) -> Routing:
-        """Serves the tokens that find capacity.
+        """Routing with the tokens served for which their expert has capacity.
 
         Args:
           router_logits: float32 [B, S, E].
           chosen: int32 [B, S, E], one-hot.
-          counts: int32 [B, S, E], how many real tokens of a token's sequence, up to it, chose each.
-          tokens: int32 [B, S] or [B, 1], how many real tokens its sequence has.
+          counts: int32 [B, S, E], number of real tokens of a token's sequence, up to and including
+            it, that chose each expert.
+          tokens: int32 [B, S] or [B, 1], number of real tokens of its sequence.
         """
         experts = router_logits.shape[-1]
         probs = jax.nn.softmax(router_logits, axis=-1)
-        place = jnp.sum(counts * chosen, axis=-1)
-        served = (place <= self._capacities(tokens, experts)).astype(probs.dtype)
+        rank = jnp.sum(counts * chosen, axis=-1)  # of the token among those of its expert
+        served = (rank <= self._capacities(tokens, experts)).astype(probs.dtype)
 
         weight = jnp.max(probs, axis=-1)
         if self.weights == "straight_through":
             weight = weight / jax.lax.stop_gradient(weight)
         load = chosen.astype(probs.dtype)
         overflow = 1.0 - served
-        own_weight = {
+        slot_weight = {
             "residual": weight * served,
             "input": weight * served,
             "frozen": jnp.where(served == 1.0, weight, 1.0),
@@ -132,26 +133,26 @@ class SwitchRouter(Router):
             router_logits,
             probs,
             dispatch=(load * served[..., None])[..., None, :],
-            weights=own_weight[..., None],
+            weights=slot_weight[..., None],
             load=load,
             bypass=weight * overflow if self.overflow == "input" else None,
             overflow=overflow,
         )
 
     def _capacities(self, tokens: jax.Array, experts: int) -> jax.Array | int:
-        """The capacity of an expert in sequences of so many real tokens, shaped as these."""
+        """Capacity of an expert in sequences of `tokens` real tokens, shaped as `tokens`."""
         if self.capacity_factor is None:
             assert self.capacity is not None
             return self.capacity
-        # In integers: a product that floats leave just above a whole number would be rounded up.
+        # In integers: a float product just above a whole number would be rounded up.
         factor = Fraction(str(self.capacity_factor)).limit_denominator(_LARGEST_DENOMINATOR)
         divisor = factor.denominator * experts
         capacities = (factor.numerator * tokens + divisor - 1) // divisor
-        return jnp.maximum(capacities, 1)  # a factor that has no such fraction but zero
+        return jnp.maximum(capacities, 1)  # a factor whose nearest fraction is zero
 
 
 def _choices(router_logits: jax.Array, token_mask: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The chosen experts, one-hot, and how many real tokens of the row up to each chose each.
+    """One-hot choices, and running counts of the real tokens of a row that chose each expert.
 
     Returns:
       Two int32 [B, S, E].
