@@ -1,4 +1,4 @@
-"""The comparison of two methods: its figures by hand and by scipy, and that it is a fair one."""
+"""The comparison of two methods: figures by hand and by scipy, and equal conditions."""
 
 import importlib
 import json
@@ -22,7 +22,7 @@ from moe_jax.training.step.program import build_program
 
 
 def method_scores(method, table):
-    """Of `{seed: {task: (exact, loss)}}`, two questions each."""
+    """Scores from `{seed: {task: (exact, loss)}}`, with two questions each."""
     scores = {
         seed: {task: AnswerScore(2, exact, loss, None) for task, (exact, loss) in tasks.items()}
         for seed, tasks in table.items()
@@ -68,7 +68,7 @@ def test_table_and_json_say_the_same(comparison, tmp_path):
 
 
 @pytest.mark.parametrize("count", [2, 3, 5])
-def test_chance_is_that_of_the_paired_t_test(count):
+def test_p_value_matches_scipy(count):
     rng = np.random.default_rng(count)
     first, second = rng.normal(size=count) + 0.8, rng.normal(size=count)
     expected = scipy.stats.ttest_rel(first, second).pvalue
@@ -76,7 +76,7 @@ def test_chance_is_that_of_the_paired_t_test(count):
     assert p_value(list(first - second)) == pytest.approx(expected, abs=1e-5)
 
 
-def test_chance_without_spread():
+def test_p_value_without_spread():
     assert p_value([0.0, 0.0, 0.0]) == 1.0
     assert p_value([0.25, 0.25]) == 0.0
     with pytest.raises(ValueError, match="two pairs"):
@@ -102,7 +102,7 @@ def config():
     return parse_run_config(raw, METHODS)
 
 
-def test_as_many_trainable_parameters(config):
+def test_equal_numbers_of_trainable_parameters(config):
     program = build_program(
         config, read_model_config(config.base.path), dict.fromkeys(config.adapters, 1)
     )
@@ -116,7 +116,7 @@ def test_as_many_trainable_parameters(config):
     assert counts["lora-0"] == pytest.approx(counts["mixlora-0"], rel=1e-3)
 
 
-def test_a_pair_differs_in_nothing_but_method_and_rate(config):
+def test_pairs_differ_in_method_and_rate_only(config):
     for seed in (0, 1, 2):
         first, second = config.adapters[f"mixlora-{seed}"], config.adapters[f"lora-{seed}"]
         rate = first.optimizer.learning_rate
@@ -125,7 +125,7 @@ def test_a_pair_differs_in_nothing_but_method_and_rate(config):
         assert second.method.scale == first.method.scale
 
 
-def test_a_pair_reads_the_same_rows(config, tmp_path):
+def test_pairs_read_the_same_rows(config, tmp_path):
     write_corpus(tmp_path, 0)
     tokenizer = load_tokenizer(config.base.path)
     seen = {}

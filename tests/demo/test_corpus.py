@@ -5,7 +5,7 @@ import re
 from moe_jax.demo.corpus import TASKS, instruction_rows, plain_sentences, write_corpus
 
 
-def test_everything_follows_from_the_seed():
+def test_data_depend_on_the_seed_only():
     assert plain_sentences(seed=3, count=20) == plain_sentences(seed=3, count=20)
     assert plain_sentences(seed=3, count=20) != plain_sentences(seed=4, count=20)
     assert instruction_rows(seed=3) == instruction_rows(seed=3)
@@ -18,7 +18,7 @@ def test_splits_do_not_share_a_question():
     assert not any((row.task, row.input) in seen for row in validation)
 
 
-def test_sums_do_not_come_back_the_other_way_round():
+def test_swapped_sums_are_in_the_same_split():
     train, validation = instruction_rows(seed=0)
     summands = lambda row: frozenset(row.input.split(" + "))
     seen = {summands(row) for row in train if row.task == "sum"}
@@ -37,7 +37,7 @@ def test_answers_are_right():
                 assert "".join(row.output.split()) == "".join(sorted(row.input.replace(" ", "")))
 
 
-def test_a_question_has_one_answer():
+def test_questions_have_one_answer():
     for rows in instruction_rows(seed=0):
         answers = collections.defaultdict(set)
         for row in rows:

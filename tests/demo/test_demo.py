@@ -98,7 +98,7 @@ def test_comparison_has_several_seeds_and_can_be_repeated(demo):
     ("config", "message"),
     [("configs/tiny_mixlorra.py", "did you mean 'tiny_mixlora.py'?"), ("none.py", "no such file")],
 )
-def test_a_mistake_is_one_line(tmp_path, config, message):
+def test_errors_are_one_line(tmp_path, config, message):
     process = run_module("moe_jax.demo", "--output", tmp_path, "--config", config)
     assert process.returncode == 2
     assert process.stderr.startswith("error: ")

@@ -30,7 +30,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def rows(folder):
-    """Six rows: what transformers writes greedily after a random question, with its loss."""
+    """Six random questions with the greedy answers of transformers, and its model."""
     model = AutoModelForCausalLM.from_pretrained(folder)
     questions = torch.from_numpy(np.random.default_rng(0).integers(2, 640, (6, QUESTION)))
     tokens = model.generate(
@@ -76,7 +76,7 @@ def test_loss_is_that_of_transformers(folder, rows):
     assert loss == pytest.approx(expected, abs=FLOAT32_LOGITS)
 
 
-def test_load_is_of_real_tokens(folder, rows):
+def test_load_excludes_padding(folder, rows):
     tokens, _ = rows
     method = MixLoraConfig(
         rank=2, alpha=4.0, target_modules=("up_proj",), num_experts=3, router=TopKRouter(top_k=3)

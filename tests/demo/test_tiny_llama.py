@@ -60,7 +60,7 @@ def test_same_seed_same_weights(tmp_path):
     assert not np.array_equal(again[name], other[name])
 
 
-def test_tensors_of_another_shape_are_refused(tmp_path):
+def test_tensors_of_another_shape_are_rejected(tmp_path):
     hf_config = write_checkpoint(tmp_path, seed=0)
     tensors = random_tensors({**hf_config, "hidden_size": 64}, seed=0)
     with pytest.raises(ValueError, match="config describes"):
@@ -74,7 +74,7 @@ def tokenizer(tmp_path_factory):
     return AutoTokenizer.from_pretrained(folder)
 
 
-def test_any_text_survives(tokenizer):
+def test_any_text_round_trips(tokenizer):
     text = "Sort: d g a k\n12 + 7 — ça va? 漢字 🙂\n\ntwo  spaces "
     ids = tokenizer(text).input_ids
     assert tokenizer.decode(ids, skip_special_tokens=True) == text
@@ -86,7 +86,7 @@ def test_starts_with_bos_and_fills_the_vocabulary(tokenizer):
     assert len(tokenizer) == 400
 
 
-def test_a_word_is_the_same_wherever_it_stands(tokenizer):
+def test_tokens_of_a_word_do_not_depend_on_its_position(tokenizer):
     (inside,) = {*tokenizer("One fox").input_ids[-1:]}
     alone = tokenizer("fox").input_ids[1:]
     after_break = tokenizer("One\n\nfox").input_ids
@@ -95,7 +95,7 @@ def test_a_word_is_the_same_wherever_it_stands(tokenizer):
 
 
 @pytest.mark.parametrize("prompt", ["Write the plural.\n\nfox\n\n", "Answer:\n", "One", "a b:"])
-def test_a_prompt_begins_its_completion(tokenizer, prompt):
+def test_prompt_tokens_are_a_prefix(tokenizer, prompt):
     ids = tokenizer(prompt).input_ids
     joined = tokenizer(prompt + (" foxes" if prompt[-1] != "\n" else "foxes")).input_ids
     assert joined[: len(ids)] == ids

@@ -1,4 +1,4 @@
-"""A tiny base with a tokenizer, an adapter on it, and the data of every task."""
+"""Fixtures: a tiny base with a tokenizer, an adapter of it, and the data of every task."""
 
 import copy
 import json
@@ -23,7 +23,7 @@ METHOD = moe_jax.LoraConfig(rank=4, alpha=8.0, target_modules=("q_proj", "down_p
 
 
 class Setting(NamedTuple):
-    """What evaluations here are made of; `plain` and `plain_adapted` are transformers' models."""
+    """Inputs of evaluations; `plain` and `plain_adapted` are models of transformers."""
 
     base: Path
     adapter: Path
@@ -59,7 +59,7 @@ def setting(tmp_path_factory) -> Setting:
 
 
 def _merged(model, tree, scale):
-    """`model` with W + scale * B A in the place of every W that the adapter changes."""
+    """`model` with W + scale * B A instead of every adapted W."""
     model = copy.deepcopy(model)
     for index, layer in enumerate(model.model.layers):
         for block, projection in (("self_attn", "q_proj"), ("mlp", "down_proj")):
@@ -77,14 +77,14 @@ def evaluate_with(base, tasks, adapters=None, *, with_base=False, output=None, *
 
 
 def write_data(folder: Path) -> None:
-    """The rows of every task in `folder`, as their hub data sets have them."""
+    """Writes the rows of every task in the format of their hub data sets."""
     for task, family in FAMILIES.items():
         for name, rows in family.files.items():
             write_rows(folder / task / name, rows)
 
 
 def write_rows(file: Path, rows: list) -> str:
-    """Writes rows in the format of the file's ending; gives its path."""
+    """Writes rows in the format of the file extension and returns the path."""
     file.parent.mkdir(parents=True, exist_ok=True)
     if file.suffix == ".parquet":
         pq.write_table(pa.Table.from_pylist(rows), file)

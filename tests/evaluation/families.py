@@ -1,4 +1,4 @@
-"""A few rows of every task as the hub has them, and by hand what a model is to be asked.
+"""A few rows of every task in the format of the hub, and the expected texts by hand.
 
 `expected` has for each row: the prompt that a label follows, the labels, each choice's context and
 continuation, and the index of the right one.

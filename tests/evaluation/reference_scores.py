@@ -1,11 +1,11 @@
-"""The same evaluation, slow and plain: transformers, one text after the other."""
+"""Reference scores by transformers, one text at a time."""
 
 import numpy as np
 import torch
 
 
 def log_likelihood(model, tokenizer, context: str, continuation: str) -> float:
-    """Of `continuation` after `context`, which is put behind the tokenizer's own first token."""
+    """Log-likelihood of `continuation` after the tokenizer's first token and `context`."""
     ids = tokenizer(context + continuation).input_ids
     start = len(tokenizer(context).input_ids)
     with torch.no_grad():
@@ -14,7 +14,7 @@ def log_likelihood(model, tokenizer, context: str, continuation: str) -> float:
 
 
 def label_logits(model, tokenizer, prompt: str, labels: list[str]) -> np.ndarray:
-    """The reference's way: logits at the prompt's last position of each label's one token."""
+    """Logits of the single token of each label at the last position of the prompt."""
     ids = tokenizer(prompt).input_ids
     with torch.no_grad():
         last = model(torch.tensor([ids])).logits[0, -1]
@@ -24,7 +24,7 @@ def label_logits(model, tokenizer, prompt: str, labels: list[str]) -> np.ndarray
 
 
 def label_scores(model, tokenizer, prompt: str, labels: list[str]) -> np.ndarray:
-    """The log-likelihood of each whole label."""
+    """Log-likelihood of each whole label."""
     return np.array([log_likelihood(model, tokenizer, prompt, f" {label}") for label in labels])
 
 

@@ -1,4 +1,4 @@
-"""From labelled rows to a classifier, its folder, and its evaluation."""
+"""Classifiers: training on labelled rows, evaluation, and errors."""
 
 import dataclasses
 import json
@@ -26,7 +26,7 @@ def sentence(extra):
 
 
 def write_tasks(folder):
-    """A mood, which is whether `red` or `blue` is there, and a number, which is how many reds."""
+    """Writes two tasks: `red` or `blue` as a mood, and the number of reds."""
     for split, count in (("train", 160), ("validation", 40)):
         moods, numbers = [], []
         for index in range(count):
@@ -44,7 +44,7 @@ def write_tasks(folder):
 
 @pytest.fixture(scope="module")
 def setting(tmp_path_factory):
-    """A finished run of a classifier, a regression and a language model side by side."""
+    """A finished run of a classifier, a regression and a language model."""
     folder = tmp_path_factory.mktemp("classifiers")
     config = tiny_run.write_inputs(folder)
     write_tasks(folder / "tasks")
@@ -96,7 +96,7 @@ def found(setting):
     )
 
 
-def test_training_learns_and_says_so(setting):
+def test_training_learns_and_records_metrics(setting):
     folder, said = setting
     lines = tiny_run.metric_lines(folder / "run")
     measured = [line for line in lines if "validation/mood/held_out/accuracy" in line]
@@ -119,7 +119,7 @@ def test_training_learns_and_says_so(setting):
     assert "  accuracy " in line
 
 
-def test_evaluation_is_what_training_reported(setting, found):
+def test_evaluation_matches_the_metrics_of_training(setting, found):
     last = tiny_run.metric_lines(setting[0] / "run")[-1]
     for model, task, metric in (
         ("mood", "sst2", "accuracy"),
@@ -168,7 +168,7 @@ def test_labels_in_another_order_mean_the_same(setting, found):
     ]
 
 
-def test_it_goes_on_where_it_was_stopped(setting, found, monkeypatch):
+def test_interrupted_classification_resumes(setting, found, monkeypatch):
     file = setting[0] / "evaluation" / "predictions" / "mood" / "sst2.classification.jsonl"
     whole = file.read_text()
     assert len(whole.splitlines()) == 41
@@ -186,7 +186,7 @@ def test_it_goes_on_where_it_was_stopped(setting, found, monkeypatch):
         tasks(setting, "sst2", "stsb", limit=3, **options)
 
 
-def test_beside_a_language_model_which_is_asked_in_words(setting):
+def test_classifier_and_language_model_in_one_evaluation(setting):
     both = tasks(setting, "sst2", adapters=("mood", "words"), limit=4, protocols="labels")
     assert both.accuracy("words", "sst2", "label_acc") is not None
     assert both.accuracy("mood", "sst2", "label_acc") is None
@@ -205,7 +205,7 @@ def test_beside_a_language_model_which_is_asked_in_words(setting):
         (["sst2"], {"adapters": ["mood"], "split": "test"}, "no file is named after the split"),
     ],
 )
-def test_what_does_not_go_together_is_refused(setting, names, options, words):
+def test_mismatched_classifiers_and_tasks_are_rejected(setting, names, options, words):
     folder, _ = setting
     (folder / "tasks" / "boolq").mkdir(exist_ok=True)
     with pytest.raises((ConfigError, DataError)) as error:
@@ -214,7 +214,7 @@ def test_what_does_not_go_together_is_refused(setting, names, options, words):
     assert "\n" not in str(error.value)
 
 
-def test_a_classifier_is_refused_where_text_is_asked_for(setting, tmp_path, capsys):
+def test_classifier_is_rejected_by_generate_and_export(setting, tmp_path, capsys):
     adapter, base = str(setting[0] / "run" / "adapters" / "mood"), str(setting[0] / "base")
     to = ["--output", str(tmp_path / "out")]
     assert cli.main(["export", "--adapter", adapter, "--to", "mixlora", *to]) == 2

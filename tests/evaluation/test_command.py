@@ -1,4 +1,4 @@
-"""`moe-jax evaluate`: what it prints, leaves, and refuses."""
+"""`moe-jax evaluate`: output, files and errors."""
 
 import json
 import re
@@ -12,7 +12,7 @@ from moe_jax.evaluation.scorer import Scorer
 from moe_jax.tasks.selection import task_names
 
 
-def test_everything_at_once(setting, tmp_path, capsys):
+def test_all_flags(setting, tmp_path, capsys):
     (tmp_path / "quiz.txt").write_text("{question}\n{options}\nAnswer:\n")
     row = {"question": "Who?", "choices": ["Ann", "Bob"], "answer": "Bob"}
     data = write_rows(tmp_path / "quiz.jsonl", [row])
@@ -57,7 +57,7 @@ def test_everything_at_once(setting, tmp_path, capsys):
         (["--tasks", "boolq", "--adapter", "a/x", "--adapter", "b/x"], "another .* is named 'x'"),
     ],
 )
-def test_one_line_says_what_is_wrong(setting, capsys, arguments, message):
+def test_errors_are_one_line(setting, capsys, arguments, message):
     common = ["evaluate", "--base", str(setting.base), "--data", str(setting.data)]
     assert main([*common, *arguments]) == 2
     error = capsys.readouterr().err
@@ -69,7 +69,7 @@ def test_one_line_says_what_is_wrong(setting, capsys, arguments, message):
     ("output", "kept"),
     [([], "no results are kept"), (["--output", "out"], "the same command resumes")],
 )
-def test_an_interrupt_says_what_is_kept(setting, monkeypatch, tmp_path, capsys, output, kept):
+def test_interrupt_prints_how_to_resume(setting, monkeypatch, tmp_path, capsys, output, kept):
     def interrupted(*_arguments):
         raise KeyboardInterrupt
 
@@ -81,7 +81,7 @@ def test_an_interrupt_says_what_is_kept(setting, monkeypatch, tmp_path, capsys, 
     assert f"stopped; {kept}\n" in capsys.readouterr().err
 
 
-def test_the_row_at_fault_is_named(setting, tmp_path, capsys):
+def test_invalid_row_is_named(setting, tmp_path, capsys):
     write_rows(tmp_path / "arc_easy" / "test.jsonl", [*ARC_ROWS, {"question": "?"}])
     command = ["evaluate", "--base", str(setting.base), "--data", str(tmp_path)]
     assert main([*command, "--tasks", "arc_easy"]) == 2

@@ -1,4 +1,4 @@
-"""Accuracies, errors and tables, by hand."""
+"""Accuracies, standard errors and tables, by hand."""
 
 import json
 
@@ -16,7 +16,7 @@ def examples(right: int, wrong: int, measure: str, subject: str = "") -> list[di
 
 @pytest.fixture
 def evaluation():
-    """Two models on two tasks, one of which has no labels."""
+    """Two models on two tasks, one of them without labels."""
     outcomes = []
     for model, easy, hard in (("base", 8, 1), ("mine", 9, 2)):
         # Of 16 and of 4 questions.
@@ -35,7 +35,7 @@ def test_accuracy_and_its_error():
     assert Accuracy(3, 3).standard_error == 0.0
 
 
-def test_the_average_counts_every_task_the_same(evaluation):
+def test_average_is_unweighted_over_tasks(evaluation):
     # 8 / 16 and 1 / 4, with errors 0.125 and sqrt(0.25 * 0.75 / 4) = 0.21651.
     value, error = evaluation.average("base", "acc")
     assert value == 0.375
@@ -43,7 +43,7 @@ def test_the_average_counts_every_task_the_same(evaluation):
     assert evaluation.average("base", "label_acc") is None
 
 
-def test_the_table(evaluation):
+def test_results_table(evaluation):
     # 9 / 16 = 0.5625, error sqrt(0.5625 * 0.4375 / 16) = 0.1240; 2 / 4, error 0.25;
     # their mean 0.53125, error sqrt(0.1240^2 + 0.25^2) / 2 = 0.1395.
     # base: mean 0.375, error sqrt(0.125^2 + 0.2165^2) / 2 = 0.125. 4 / 16: error 0.1083.
@@ -68,7 +68,7 @@ def test_the_table(evaluation):
     )
 
 
-def test_what_is_saved(evaluation, tmp_path):
+def test_saved_files(evaluation, tmp_path):
     evaluation.save(tmp_path)
     assert (tmp_path / "results.md").read_text() == evaluation.to_markdown()
     saved = json.loads((tmp_path / "results.json").read_text())
@@ -87,7 +87,7 @@ def test_what_is_saved(evaluation, tmp_path):
     ]
 
 
-def test_parts_of_a_task():
+def test_subjects_of_a_task():
     both = examples(1, 1, "acc", "maths") + examples(1, 0, "acc", "art")
     found = count_correct("base", "exam", "choices", ("acc",), both)
     assert found.accuracies["acc"] == Accuracy(2, 3)

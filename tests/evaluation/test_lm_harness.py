@@ -1,4 +1,4 @@
-"""lm-evaluation-harness runs its own tasks on our model as on transformers'."""
+"""lm-evaluation-harness gives the same results for `HarnessModel` as for transformers."""
 
 import importlib
 import json
@@ -48,7 +48,7 @@ ROWS = [
 
 @pytest.fixture(scope="module", params=["base", "tuned"])
 def models(request, setting):
-    """Ours, and transformers' with the same weights."""
+    """`HarnessModel` and the model of transformers with the same weights."""
     adapter = None if request.param == "base" else setting.adapter
     plain = setting.plain if adapter is None else setting.plain_adapted
     ours = HarnessModel(setting.base, adapter, batch_size=5)
@@ -91,7 +91,7 @@ def test_greedy_continuations_are_recognised(models, setting):
     assert [greedy for _, greedy in ours._loglikelihood_tokens(pairs)] == [True, False]
 
 
-def test_a_text_longer_than_the_context(models, setting):
+def test_text_longer_than_the_context(models, setting):
     """Windows of the whole context: every token is predicted once, from as many as there are."""
     ours, theirs = models
     text = "Where is a door? In a house, by the sea. " * 40
@@ -112,7 +112,7 @@ def test_a_text_longer_than_the_context(models, setting):
     np.testing.assert_allclose(found / len(ids), expected / len(ids), rtol=0, atol=FLOAT32_LOGITS)
 
 
-def test_what_it_refuses(models):
+def test_rejected_requests(models):
     ours, _ = models
     long = "very " * 600
     with pytest.raises(UserError, match="longer than the base's context of 512"):
@@ -174,7 +174,7 @@ class Echo:
             yield [Answer(place, 0, text, 1, "stop")]
 
 
-def test_generation_is_asked_for_in_several_ways_at_once(models, monkeypatch):
+def test_generation_with_several_configs_at_once(models, monkeypatch):
     ours, _ = models
     monkeypatch.setattr(ours._session, "text_generator", lambda **_: Echo())
     ways = [
@@ -205,13 +205,13 @@ def test_generation_is_asked_for_in_several_ways_at_once(models, monkeypatch):
         ({"max_gen_toks": 600}, "a request of .* 600 new tokens exceed the base's context"),
     ],
 )
-def test_requests_to_generate_that_it_refuses(models, arguments, message):
+def test_rejected_generation_requests(models, arguments, message):
     ours, _ = models
     with pytest.raises(UserError, match=message):
         ours.generate_until(requests(("a", arguments)), disable_tqdm=True)
 
 
-def test_a_long_prompt_loses_its_start(setting):
+def test_long_prompt_is_cut_at_its_start(setting):
     model = HarnessModel(setting.base, batch_size=1, truncate=True)
     long = "very " * 600
     tokens = model._prompt(long, 500).tokens
@@ -228,7 +228,7 @@ def test_a_chat_template_is_applied(setting):
     assert model.tok_encode(text) == list(expected["input_ids"])
 
 
-def test_only_the_answers_of_conversations_end_with_a_turn(models, monkeypatch):
+def test_only_conversations_end_at_the_end_of_a_turn(models, monkeypatch):
     ours, _ = models
     asked = []
 
@@ -249,7 +249,7 @@ def test_only_the_answers_of_conversations_end_with_a_turn(models, monkeypatch):
     assert asked == [False, True, False]
 
 
-def test_a_long_request_loses_its_start(setting):
+def test_long_request_is_cut_at_its_start(setting):
     model = HarnessModel(setting.base, batch_size=1, truncate=True)
     plain = HFLM(pretrained=setting.plain, tokenizer=setting.tokenizer, batch_size=1)
     (one,) = model.loglikelihood(requests(("very " * 600, " long")))

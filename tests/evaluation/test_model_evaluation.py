@@ -1,4 +1,4 @@
-"""Whole evaluations: resumed, refused, sharded, cut."""
+"""`evaluate`: resumption, sharding, truncation and errors."""
 
 import json
 import multiprocessing
@@ -32,7 +32,7 @@ QUESTIONS = 12
 
 @pytest.fixture(scope="module")
 def arc(tmp_path_factory):
-    """A folder with questions of different lengths for `arc_easy`."""
+    """Folder with `arc_easy` questions of different lengths."""
     rows = [
         {
             "question": "Why? " + "Because. " * (index % 5),
@@ -48,7 +48,7 @@ def arc(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(setting, arc, tmp_path_factory):
-    """An evaluation that nothing disturbed, and its folder."""
+    """An uninterrupted evaluation, and its folder."""
     folder = tmp_path_factory.mktemp("whole")
     return _evaluate(setting, arc, folder), folder
 
@@ -67,7 +67,7 @@ def _files(folder: Path) -> dict[str, bytes]:
 
 
 def _count_batches(monkeypatch, stop_after=None):
-    """Counts the batches that are computed; stops the evaluation after so many."""
+    """Counts computed batches, and interrupts the evaluation after `stop_after`."""
     start, counted = Scorer._start, []
 
     def counting(self, items, adapter):
@@ -80,7 +80,7 @@ def _count_batches(monkeypatch, stop_after=None):
     return counted
 
 
-def test_what_was_answered_is_not_asked_again(setting, arc, whole, tmp_path, monkeypatch):
+def test_resumed_evaluation_skips_answered_questions(setting, arc, whole, tmp_path, monkeypatch):
     # 12 questions: 6 batches of 2 labels, then 36 choices in 18 batches.
     with monkeypatch.context() as patch:
         _count_batches(patch, stop_after=16)
@@ -126,7 +126,7 @@ def _hang_after(base, data, output, batches):
     evaluate_with(base, ["arc_easy"], data=data, output=output, batch_size=2, buckets=BUCKETS)
 
 
-def test_a_killed_process_changes_nothing(setting, arc, whole, tmp_path):
+def test_results_are_unchanged_after_a_kill(setting, arc, whole, tmp_path):
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["moe_jax.evaluation.model_evaluation"])
     process = context.Process(target=_hang_after, args=(setting.base, arc, tmp_path, 4))
@@ -143,7 +143,7 @@ def test_a_killed_process_changes_nothing(setting, arc, whole, tmp_path):
     assert _files(tmp_path) == _files(whole[1])
 
 
-def test_answers_of_something_else_are_not_taken(setting, arc, whole, tmp_path):
+def test_journals_of_other_evaluations_are_rejected(setting, arc, whole, tmp_path):
     _, folder = whole
     before = _files(folder)
     with pytest.raises(UserError, match=r"arc_easy.labels.jsonl: .* other questions .*delete"):
@@ -165,7 +165,7 @@ def test_answers_of_something_else_are_not_taken(setting, arc, whole, tmp_path):
     assert _files(folder) == before
 
 
-def test_batches_and_padding_change_nothing(setting, arc, whole, monkeypatch):
+def test_scores_do_not_depend_on_batches_and_padding(setting, arc, whole, monkeypatch):
     made = []
     init = Scorer.__init__
 
@@ -181,7 +181,7 @@ def test_batches_and_padding_change_nothing(setting, arc, whole, monkeypatch):
     assert scorer.compilations() == 3  # one a bucket, for both protocols
 
 
-def test_a_mesh_changes_nothing(setting, arc, whole):
+def test_scores_do_not_depend_on_the_mesh(setting, arc, whole):
     mesh = MeshConfig(data=2, fsdp=2, tensor=2)
     adapters = {"tuned": setting.adapter}
     fields = {"adapters": adapters, "protocols": ["choices"], "buckets": ()}
@@ -197,8 +197,8 @@ def _assert_same_answers(one, two):
         assert {**left, "scores": None} == {**right, "scores": None}
 
 
-def test_padding_takes_no_place_with_an_expert(setting, arc, tmp_path):
-    """Experts with a capacity, in padded batches, against one question after the other."""
+def test_padding_takes_no_expert_capacity(setting, arc, tmp_path):
+    """Experts with a capacity: padded batches against single questions."""
     base = moe_jax.load_base(setting.base)
     router = SwitchRouter(capacity_factor=1.0, init_std=1.0)
     method = moe_jax.MixLoraConfig(
@@ -219,7 +219,7 @@ def test_padding_takes_no_place_with_an_expert(setting, arc, tmp_path):
     assert plain.outcomes[0].examples[0]["scores"] != found.outcomes[0].examples[0]["scores"]
 
 
-def test_from_memory_as_from_folders(setting, arc, whole):
+def test_memory_and_folders_give_the_same_results(setting, arc, whole):
     base = moe_jax.load_base(setting.base)
     adapter = moe_jax.load_adapter(setting.adapter)
     fields = {"data": arc, "protocols": "labels", "batch_size": 2, "buckets": BUCKETS}
@@ -231,7 +231,7 @@ def test_from_memory_as_from_folders(setting, arc, whole):
     assert folders.outcomes[0].examples == found.outcomes[1].examples
 
 
-def test_cutting_the_start_off(setting, arc, tmp_path):
+def test_truncation_at_the_start(setting, arc, tmp_path):
     tokenizer = setting.tokenizer
     # Its own context is shorter than some of the prompts.
     plain = save_tiny_llama(
@@ -259,7 +259,7 @@ def test_cutting_the_start_off(setting, arc, tmp_path):
 
 @pytest.fixture
 def no_weights(monkeypatch):
-    """Everything below must be found before the weights are read."""
+    """Fails if the weights of the base are read."""
     monkeypatch.setattr(model_evaluation, "load_params", None)
 
 
@@ -286,14 +286,14 @@ def no_weights(monkeypatch):
         ({"data": None}, r"allenai/ai2_arc: the split 'test' .* local folder \(--data\)"),
     ],
 )
-def test_bad_input(setting, arc, fields, message):
+def test_invalid_arguments(setting, arc, fields, message):
     fields = {"tasks": ["arc_easy"], "data": arc, **fields}
     with pytest.raises(UserError, match=message):
         evaluate_with(setting.base, **fields)
 
 
 @pytest.mark.usefixtures("no_weights")
-def test_what_does_not_belong_together(setting, arc, tmp_path):
+def test_mismatched_adapter_or_tokenizer_is_rejected(setting, arc, tmp_path):
     vocab = len(setting.tokenizer)
     save_tiny_llama(tmp_path / "other", seed=1, vocab_size=vocab, max_position_embeddings=512)
     save_tokenizer(setting.tokenizer, tmp_path / "other")
@@ -305,7 +305,7 @@ def test_what_does_not_belong_together(setting, arc, tmp_path):
         evaluate_with(tmp_path / "small", ["arc_easy"], data=arc)
 
 
-def test_scores_that_are_no_numbers_are_refused(setting, arc):
+def test_non_finite_scores_are_rejected(setting, arc):
     base = moe_jax.load_base(setting.base)
     params = jax.tree.map(lambda leaf: leaf * np.float32(np.inf), base.params)
     broken = moe_jax.Base(base.folder, base.identity, base.config, params)
@@ -313,7 +313,7 @@ def test_scores_that_are_no_numbers_are_refused(setting, arc):
         evaluate_with(broken, ["arc_easy"], data=arc, protocols=["labels"])
 
 
-def test_two_evaluations_do_not_write_to_one_folder(setting, arc, tmp_path):
+def test_results_folder_is_locked(setting, arc, tmp_path):
     with (
         model_evaluation.locked(tmp_path),
         pytest.raises(UserError, match="another evaluation is writing"),
@@ -321,7 +321,7 @@ def test_two_evaluations_do_not_write_to_one_folder(setting, arc, tmp_path):
         _evaluate(setting, arc, tmp_path)
 
 
-def test_the_saved_results(whole):
+def test_saved_results(whole):
     evaluation, folder = whole
     saved = json.loads((folder / "results.json").read_text())
     assert saved == json.loads(json.dumps(evaluation.to_plain()))
@@ -334,12 +334,14 @@ def test_the_saved_results(whole):
     assert saved["results"][1]["measures"]["acc"]["correct"] == correct
 
 
-def test_results_of_others_are_not_written_over(setting, arc, whole, tmp_path):
+def test_results_of_other_models_and_tasks_are_not_overwritten(setting, arc, whole, tmp_path):
     folder = tmp_path / "results"
     shutil.copytree(whole[1], folder)
     before = _files(folder)
     adapters = {"tuned": setting.adapter}
-    with pytest.raises(UserError, match=r"models that this evaluation leaves out.* base; include these too"):
+    with pytest.raises(
+        UserError, match=r"models that this evaluation leaves out.* base; include these too"
+    ):
         _evaluate(setting, arc, folder, adapters=adapters)
     assert _files(folder) == before
     results = json.loads((folder / "results.json").read_text())

@@ -1,4 +1,4 @@
-"""What becomes of labels and choices under tokenizers of different kinds, by hand."""
+"""Token sequences of labels and choices with several kinds of tokenizers, by hand."""
 
 import pytest
 import tokenizers
@@ -17,7 +17,7 @@ from moe_jax.tasks.task import Choice, Question, with_shots
 
 
 def words(*vocabulary: str, split: str = "word") -> PreTrainedTokenizerFast:
-    """One id a word (or a character, `_` for a blank), from 3 on; `<s>` is 1 and leads."""
+    """One id per word (or character, `_` for a space), starting at 3; texts start with `<s>`, 1."""
     ids = {word: i for i, word in enumerate(["<unk>", "<s>", "</s>", *vocabulary])}
     backend = tokenizers.Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
     if split == "word":
@@ -51,7 +51,7 @@ def test_labels_of_one_token_are_compared_at_the_end_of_the_prompt():
     assert sequences == (ScoredSequence(tokens=(1, 3), targets=(), candidates=(4, 5)),)
 
 
-def test_what_all_labels_begin_with_ends_the_prompt():
+def test_shared_prefix_of_labels_belongs_to_the_prompt():
     #                          3    4    5    6
     sequences = label_sequences(words("q", "_", "A", "B", split="characters"), "A", "B")
     assert sequences == (ScoredSequence(tokens=(1, 3, 4), targets=(), candidates=(5, 6)),)
@@ -72,7 +72,7 @@ def test_labels_of_several_tokens_are_compared_as_a_whole():
         ("q_A", ("A", "B"), "'mine': .* has no tokens for the label 'B'; .* 'choices' alone"),
     ],
 )
-def test_labels_that_cannot_be_told_apart(vocabulary, labels, message):
+def test_indistinguishable_labels(vocabulary, labels, message):
     tokenizer = words(*vocabulary, split="characters")
     tokenizer.name_or_path = "models/mine"
     with pytest.raises(DataError, match=message) as error:
@@ -91,14 +91,14 @@ def test_choices_are_scored_token_by_token():
     )
 
 
-def test_a_task_without_labels_is_asked_by_choices_only():
+def test_task_without_labels_is_scored_by_choices_only():
     tokenizer = words("q", "red", "blue")
     asked = [question("q", ("red", "blue"))._replace(labels=())]
     assert SCORING_PROTOCOLS["labels"].prepare("mine", asked, tokenizer) == []
     assert len(SCORING_PROTOCOLS["choices"].prepare("mine", asked, tokenizer)) == 1
 
 
-def test_a_choice_without_tokens_is_refused():
+def test_choice_without_tokens_is_rejected():
     asked = [question("q", ("red", "\N{ZERO WIDTH SPACE}"))]
     tokenizer = words("q", "red")
     tokenizer.backend_tokenizer.normalizer = tokenizers.normalizers.Replace("\u200b", "")
@@ -106,14 +106,14 @@ def test_a_choice_without_tokens_is_refused():
         SCORING_PROTOCOLS["choices"].prepare("mine", asked, tokenizer)
 
 
-def test_what_the_measures_pick():
+def test_picks_of_the_measures():
     asked = question("q", ("red", "dark blue"))
     assert SCORING_PROTOCOLS["labels"].pick(asked, [-2.0, -1.0]) == {"label_acc": 1}
     # 3 and 9 characters: -2 / 3 = -0.67 and -3 / 9 = -0.33.
     assert SCORING_PROTOCOLS["choices"].pick(asked, [-2.0, -3.0]) == {"acc": 0, "acc_norm": 1}
 
 
-def test_shots_are_answered_in_the_way_of_the_question():
+def test_shots_have_answers_in_the_format_of_the_question():
     shot = Question("", "P: ", "a?", ("A", "B"), (Choice("c", " x"), Choice("d", " y")), 1)
     asked = Question("", "P: ", "b?", ("A", "B"), (Choice("e", " x"), Choice("f", " y")), 0)
     found = with_shots(asked, [shot, shot])
@@ -121,7 +121,7 @@ def test_shots_are_answered_in_the_way_of_the_question():
     assert found.choices == (Choice("d y\n\nd y\n\ne", " x"), Choice("d y\n\nd y\n\nf", " y"))
 
 
-def test_batches_hold_items_of_like_length():
+def test_batches_hold_sequences_of_similar_length():
     def group(*lengths):
         return [ScoredSequence((7,) * length, (), (1,)) for length in lengths]
 
@@ -131,7 +131,7 @@ def test_batches_hold_items_of_like_length():
     assert default_buckets(32) == (32,)
 
 
-def test_a_batch():
+def test_batch_arrays():
     items = [ScoredSequence((5, 6, 7), (7, 8), ()), ScoredSequence((5,), (), (3, 4))]
     batch = sequence_batch(items, rows=3, length=4, candidates=2)
     assert batch.tokens.tolist() == [[5, 6, 7, 0], [5, 0, 0, 0], [0, 0, 0, 0]]
@@ -142,7 +142,7 @@ def test_a_batch():
     assert batch.candidates.tolist() == [[0, 0], [3, 4], [0, 0]]
 
 
-def test_cutting_leaves_what_leads_and_what_is_scored():
+def test_truncation_keeps_lead_and_targets():
     item = ScoredSequence.continuation([1, 2, 3, 4], [5, 6])
     assert item.tokens == (1, 2, 3, 4, 5)
     assert item.shortened(5, lead=1) == item

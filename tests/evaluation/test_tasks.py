@@ -1,6 +1,6 @@
-"""Every task, both protocols, with and without an adapter, against a plain script.
+"""Every task, both protocols, with and without an adapter, against reference scores.
 
-The texts that the plain script scores are written out by hand in `families`.
+The texts of the reference are written out by hand in `families`.
 """
 
 import numpy as np
@@ -26,14 +26,14 @@ def evaluation(setting):
     )
 
 
-def test_every_task_is_here():
+def test_every_task_is_covered():
     of_labels = {name for name, cls in TASKS.items() if issubclass(cls, ClassificationTask)}
     assert set(FAMILIES) | of_labels == set(task_names())  # theirs are in tasks/test_glue.py
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_texts_and_answers(setting, name):
-    """Prompts word by word; the plain script below takes them from the same place."""
+    """Prompts word by word. The reference below uses the same texts."""
     family = FAMILIES[name]
     task = make_task(TASKS[name], name, path=str(setting.data / name), **family.fields)
     found = [
@@ -83,7 +83,7 @@ def test_scores_answers_and_accuracies(setting, evaluation, name, model):
         assert accuracy.correct == sum(p == a for p, a in zip(expected, answers, strict=True))
 
 
-def test_the_adapter_and_the_measures_make_a_difference(evaluation):
+def test_adapter_and_measures_matter(evaluation):
     def picks(model, measure):
         return [
             example["picked"][measure]
@@ -97,7 +97,7 @@ def test_the_adapter_and_the_measures_make_a_difference(evaluation):
     assert picks("base", "acc") != picks("base", "acc_norm")
 
 
-def test_subjects_are_counted_by_themselves(evaluation):
+def test_subjects_are_counted_separately(evaluation):
     (outcome,) = (
         o
         for o in evaluation.outcomes

@@ -60,7 +60,7 @@ def test_fixed_choices_are_labels(make):
     assert found.answer == 1
 
 
-def test_against_the_plain_script(make, setting):
+def test_matches_the_reference_scores(make, setting):
     task = make(PLAIN, ROWS)
     labels, choices = evaluate(setting.base, [task]).outcomes
     for question, by_label, by_choice in zip(

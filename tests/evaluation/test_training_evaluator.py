@@ -1,4 +1,4 @@
-"""Tasks as part of a training run: measured between steps and at the end, on the run's own mesh."""
+"""Evaluation on tasks in a training run: between steps and at the end, on the mesh of the run."""
 
 import json
 import os
@@ -43,7 +43,7 @@ def tasks(tmp_path_factory):
 
 
 def _config(tasks, evaluation=None, **fields):
-    """`configs/tiny_multitask.py` cut short, with LoRA beside it."""
+    """`configs/tiny_multitask.py` with fewer steps, and LoRA as a second adapter."""
     from configs import tiny_multitask
 
     raw = tiny_multitask.get_config().to_dict()
@@ -70,7 +70,7 @@ def _train(config, workdir, lines=None):
 
 @pytest.fixture(scope="module")
 def run(tasks, tmp_path_factory):
-    """A whole run: its folder, its result, what it said, and how often scorers were compiled."""
+    """A whole run: folder, result, printed lines, and compilations of each scorer."""
     workdir, lines, scorers = tmp_path_factory.mktemp("run"), [], []
     init = Scorer.__init__
 
@@ -85,7 +85,7 @@ def run(tasks, tmp_path_factory):
 
 
 def _predictions(folder: Path) -> dict[str, list[dict]]:
-    """What was said to each question, by model and task."""
+    """Records of all questions, by model and task."""
     found = {}
     for file in sorted((folder / "predictions").rglob("*.jsonl")):
         lines = [json.loads(line) for line in file.read_text().splitlines()]
@@ -93,7 +93,7 @@ def _predictions(folder: Path) -> dict[str, list[dict]]:
     return found
 
 
-def test_a_fresh_process_finds_what_training_reported(run, tasks, tmp_path):
+def test_evaluate_command_reproduces_the_results_of_training(run, tasks, tmp_path):
     workdir, result, *_ = run
     command = [sys.executable, "-m", "moe_jax.cli", "evaluate", "--base", "moe_jax/demo/base"]
     command += ["--with-base", "--tasks", ",".join(TASKS), "--data", tasks, "--limit", LIMIT]
@@ -124,7 +124,7 @@ def test_a_fresh_process_finds_what_training_reported(run, tasks, tmp_path):
     assert result.evaluation.scores("mixlora")["colour/acc"].value == share
 
 
-def test_what_is_recorded(run):
+def test_recorded_accuracies(run):
     workdir, _, lines, compilations = run
     measured = {}
     for line in metric_lines(workdir):
@@ -152,7 +152,7 @@ def test_what_is_recorded(run):
     assert compilations == [3]
 
 
-def test_the_table(run):
+def test_results_table(run):
     workdir, result, lines, _ = run
     table = (workdir / "evaluation" / "results.md").read_text()
     assert table == result.evaluation.to_markdown()
@@ -167,7 +167,7 @@ def test_the_table(run):
     assert colour["standard_error"] == pytest.approx((p * (1 - p) / LIMIT) ** 0.5)
 
 
-def test_a_run_stopped_in_its_last_evaluation_goes_on(run, tasks, tmp_path, monkeypatch):
+def test_interrupted_final_evaluation_resumes(run, tasks, tmp_path, monkeypatch):
     workdir, *_ = run
     again = tmp_path / "run"
     shutil.copytree(workdir, again)
@@ -188,7 +188,7 @@ def test_a_run_stopped_in_its_last_evaluation_goes_on(run, tasks, tmp_path, monk
     lines = []
     result = _train(config, again, lines)
     assert (result.interrupted_by, result.evaluation) == (signal.SIGINT, None)
-    assert lines[-1] == "stopped while evaluating; run the same command to go on"
+    assert lines[-1] == "stopped while evaluating; run the same command to resume"
     assert not (again / "evaluation" / "results.json").exists()
     stopped_after = len(asked)
     result = _train(config, again)
@@ -215,7 +215,7 @@ def test_a_run_stopped_in_its_last_evaluation_goes_on(run, tasks, tmp_path, monk
         ({}, {"tasks_folder": "/nowhere"}, "data.train.colour: task 'colour': there is none"),
     ],
 )
-def test_what_will_not_do_is_said_before_the_weights_are_read(
+def test_invalid_evaluation_is_rejected_before_weights_are_read(
     evaluation, fields, message, tasks, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(loop, "load_base", None)
@@ -224,7 +224,7 @@ def test_what_will_not_do_is_said_before_the_weights_are_read(
     assert not (tmp_path / "run" / "config.json").exists()
 
 
-def test_adapters_that_a_table_cannot_hold(tasks):
+def test_conflicting_adapters_are_rejected(tasks):
     config = _config(tasks)
     lora, mixlora = config.adapters["lora"], config.adapters["mixlora"]
     assert lora.evaluation is not None

@@ -1,5 +1,5 @@
-"""An adapter on the demo's base whose routers are at random and whose experts change nothing yet,
-so that transformers' plain model shows each router's input.
+"""Fixtures: adapters of the demo's base with random routers and experts without effect (B = 0), so
+that the base in transformers gives the input of each router.
 """
 
 import json
@@ -41,7 +41,7 @@ ROWS = [{"prompt": f"count {n} :", "completion": " one two" * n} for n in range(
 
 
 class Setting(NamedTuple):
-    """`folder` has the MixLoRA, `saved` all of `METHODS`, `rows` is a file of completions."""
+    """`folder` is the MixLoRA adapter, `saved` all of `METHODS`, `rows` a file of completions."""
 
     folder: Path
     saved: dict[str, SavedAdapter]

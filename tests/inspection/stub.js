@@ -1,4 +1,4 @@
-// The least of a browser's page that the script under test asks for.
+// The parts of the DOM that the script under test uses.
 function stubPage(data, ids) {
   const made = [];
   const byId = {};

@@ -1,4 +1,4 @@
-"""What a checkpoint is said to be, against transformers and arithmetic."""
+"""Descriptions of checkpoints, against transformers and arithmetic."""
 
 import json
 
@@ -38,7 +38,7 @@ def test_the_weights_are_not_loaded(monkeypatch):
     assert moe_jax.describe_base(BASE).parameters > 0
 
 
-def test_an_adapter_on_it_by_hand(capsys):
+def test_adapter_parameters_by_hand(capsys):
     config = json.loads((BASE / "config.json").read_text())
     layers, width, wide = (
         config[key] for key in ("num_hidden_layers", "hidden_size", "intermediate_size")
@@ -89,7 +89,7 @@ def test_errors_are_one_line(capsys, arguments, words):
     assert len(captured.err.splitlines()) == 1
 
 
-def test_a_damaged_checkpoint_is_refused_as_when_loading_it(tmp_path):
+def test_damaged_checkpoint_is_rejected(tmp_path):
     save_tiny_llama(tmp_path / "base")
     file = tmp_path / "base" / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])

@@ -1,7 +1,6 @@
-"""The page: one file that loads nothing, in which texts are texts; its script runs in node.
+"""The HTML page: it loads nothing and escapes all texts. Its script runs in Node.
 
-No browser is at hand in CI, so that the script gets a page of plain objects (`stub.js`), on which
-the same functions answer the same events.
+CI has no browser: `stub.js` provides the parts of the DOM that the script uses.
 """
 
 import base64
@@ -22,7 +21,7 @@ from moe_jax.inspection.report_files import routing_page
 
 
 class _Reader(html.parser.HTMLParser):
-    """What a browser would make of the page: elements with attributes and texts."""
+    """Elements with attributes and texts, as a browser parses the page."""
 
     def __init__(self):
         super().__init__()
@@ -67,7 +66,7 @@ def test_nothing_is_loaded_from_anywhere(page, parsed):
         assert f"{kind}-src 'sha256-{digest}'" in policy
 
 
-def test_texts_are_no_markup(setting, parsed):
+def test_texts_are_not_markup(setting, parsed):
     assert TEXTS[0] in "".join(json.loads(parsed.texts["data"])["texts"])
     evil = "</script><script>window.owned = 1</script><!--<script><img src=x onerror=a()>\u2028&lt;"
     row = setting.report.rows[0]
@@ -83,7 +82,7 @@ def test_texts_are_no_markup(setting, parsed):
     assert evil in read.texts["title"] and evil in read.texts["h1"]
 
 
-def test_the_weights_are_those_of_the_report(setting, parsed):
+def test_weights_match_the_report(setting, parsed):
     data = json.loads(parsed.texts["data"])
     count = sum(len(row.tokens) for row in setting.report.rows)
     shape = (data["layers"], count, data["experts"])
@@ -103,7 +102,7 @@ def test_the_weights_are_those_of_the_report(setting, parsed):
     assert f"All {count} tokens are shown." in parsed.texts["p"]
 
 
-def test_a_page_of_a_part_says_so(setting):
+def test_page_states_that_tokens_are_left_out(setting):
     part = dataclasses.replace(setting.report, rows=setting.report.rows[:1])
     shown, total = len(part.rows[0].tokens), part.total.tokens
     assert f"The first {shown} of {total} tokens are shown" in routing_page(part)
@@ -119,8 +118,8 @@ def _node(code):
     return json.loads(done.stdout)
 
 
-def test_what_the_script_computes(setting, parsed):
-    """The pure part, function by function, on the page's own data."""
+def test_functions_of_the_script(setting, parsed):
+    """The functions of `colours.js`, on the data of the page."""
     found = _node(
         f"""
         const module = {{}};
@@ -164,8 +163,8 @@ def test_what_the_script_computes(setting, parsed):
     assert found["colours"] == 24
 
 
-def test_the_page_answers_pointer_keys_and_controls(setting, parsed):
-    """The whole script on the stub: what a reader would see after each event."""
+def test_page_reacts_to_pointer_keys_and_controls(setting, parsed):
+    """The whole script on the stub: the visible state after each event."""
     stub = (Path(__file__).parent / "stub.js").read_text(encoding="utf-8")
     seen = _node(
         f"""

@@ -1,4 +1,4 @@
-"""The folder that is left: its tables, its JSON and its pictures say the same."""
+"""Files of a report: tables, JSON and figures agree."""
 
 import csv
 import json
@@ -28,7 +28,7 @@ def _table(file):
         return list(csv.DictReader(stream))
 
 
-def test_what_is_written(folder):
+def test_written_files(folder):
     assert [path.name for path in sorted(folder.iterdir())] == [
         *("coactivation.csv", "coactivation.png", "coactivation_by_layer.png", "entropy.csv"),
         *("entropy.png", "load.csv", "load.png", "load_by_data.csv", "load_by_data.png"),
@@ -96,7 +96,7 @@ def test_tables_json_and_pictures_agree(setting, folder):
     assert stated["summary"] == report.summary()
 
 
-def test_pictures_have_labels_and_say_what_balance_is(setting):
+def test_figures_have_labels_and_mark_balance(setting):
     figures = [
         draw(setting.report)
         for draw in (

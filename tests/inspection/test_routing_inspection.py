@@ -1,4 +1,4 @@
-"""What is seen of routers, against transformers' hidden states and a plain loop over tokens."""
+"""Routing reports, against transformers' hidden states and a loop over tokens."""
 
 import math
 
@@ -15,7 +15,7 @@ from moe_jax.inspection.routing_inspection import InspectionOptions
 
 
 def _router_inputs(ids):
-    """The input [S, D] of every layer's FFN, which is that of its router."""
+    """Input [S, D] of the router of every layer, which is that of the FFN."""
     model = transformers.AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32).eval()
     inputs = []
     for layer in model.model.layers:
@@ -27,7 +27,7 @@ def _router_inputs(ids):
 
 @pytest.fixture(scope="module")
 def plain(setting):
-    """Ids, weights [L, S, E] and probabilities of each row, by torch alone."""
+    """Ids, weights [L, S, E] and probabilities of each row, by torch."""
     tokenizer = load_tokenizer(BASE)
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     rows = [("words", [bos, *tokenizer.encode(text, add_special_tokens=False)]) for text in TEXTS]
@@ -48,7 +48,7 @@ def plain(setting):
     return found
 
 
-def test_every_token_is_routed_as_by_torch(setting, plain):
+def test_routing_of_every_token_matches_torch(setting, plain):
     report = setting.report
     assert len(report.rows) == len(plain)
     for row, (data, ids, weights, probabilities) in zip(report.rows, plain, strict=True):
@@ -65,7 +65,7 @@ def test_every_token_is_routed_as_by_torch(setting, plain):
     ]
 
 
-def test_loads_pairs_and_entropies_are_those_of_a_loop(setting, plain):
+def test_loads_pairs_and_entropies_match_a_loop(setting, plain):
     report = setting.report
     layers, experts = 4, 4
     for name in ("words", "counts", None):
@@ -161,7 +161,7 @@ def test_rows_are_cut_divided_and_counted(setting):
         ("mixlora", {"data": {"words": "/nowhere.txt"}}, "/nowhere.txt: no such file"),
     ],
 )
-def test_what_is_wrong_is_said(setting, adapter, arguments, words):
+def test_invalid_arguments_are_rejected(setting, adapter, arguments, words):
     arguments = dict(arguments)
     data, site = arguments.pop("data", {"words": TEXTS}), arguments.pop("site", None)
     with pytest.raises(moe_jax.UserError) as error:
@@ -171,7 +171,7 @@ def test_what_is_wrong_is_said(setting, adapter, arguments, words):
     assert words in str(error.value)
 
 
-def test_the_adapter_of_another_base_is_refused(setting):
+def test_adapter_of_another_base_is_rejected(setting):
     saved = setting.saved["mixlora"]
     other = saved._replace(base=saved.base._replace(fingerprint="0" * 64))
     with pytest.raises(moe_jax.UserError, match="was trained on the base"):

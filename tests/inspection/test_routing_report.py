@@ -1,4 +1,4 @@
-"""Sums over tokens, against numbers worked out by hand and against plain loops."""
+"""Routing statistics, by hand and against loops over tokens."""
 
 import math
 
@@ -22,8 +22,8 @@ def _routing(weights, probabilities=None, load=None, routed=None, present=None):
     )
 
 
-def test_by_hand():
-    """Four tokens, three experts, two a token; a fifth position is padding with rubbish in it."""
+def test_statistics_by_hand():
+    """Four tokens, three experts, at most two per token; the fifth position is padding."""
     weights = [[0.5, 0.5, 0], [0.75, 0.25, 0], [0.5, 0, 0.5], [1.0, 0, 0], [9, 9, 9]]
     load = [[1, 1, 0], [1, 1, 0], [1, 0, 1], [1, 0, 0], [9, 9, 9]]
     probabilities = [[0.5, 0.5, 0], [1, 0, 0], [1 / 3, 1 / 3, 1 / 3], [0.5, 0.25, 0.25], [9, 9, 9]]
@@ -56,8 +56,8 @@ def test_by_hand():
     assert statistics.dead_experts == []
 
 
-def test_what_is_not_there_is_no_number():
-    """Layer 0 is left frozen, layer 1 has two of three experts, one of them without a token."""
+def test_absent_experts_are_nan():
+    """Layer 0 has no router; layer 1 has two of three experts, one of them without tokens."""
     weights = np.zeros((2, 1, 2, 3))
     weights[1, 0, :, 0] = 1
     routing = _routing(weights, routed=[0, 1], present=[[1, 1, 1], [1, 1, 0]])
@@ -71,8 +71,8 @@ def test_what_is_not_there_is_no_number():
     assert np.isnan(statistics.relative_entropies[0]).all()
 
 
-def test_data_sets_that_are_told_apart_wholly_partly_and_not():
-    """Three layers, two data sets of two tokens each, one expert a token."""
+def test_specialisation_of_distinct_overlapping_and_equal_data_sets():
+    """Three layers, two data sets of two tokens each, one expert per token."""
     first = np.zeros((3, 1, 2, 2))
     second = np.zeros((3, 1, 2, 2))
     first[0, ..., 0], second[0, ..., 1] = 1, 1  # each data set has an expert of its own

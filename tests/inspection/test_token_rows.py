@@ -1,4 +1,4 @@
-"""Texts as rows of tokens: what training and evaluation would show the model."""
+"""Data sets as tokenized rows, and the texts of tokens."""
 
 import json
 
@@ -29,7 +29,7 @@ def test_a_task_is_its_questions_with_the_right_label(tmp_path):
     assert found.rows[0].where == "validation.jsonl: line 1"
 
 
-def test_what_is_no_text_is_refused(tmp_path):
+def test_rows_without_text_are_rejected(tmp_path):
     file = tmp_path / "rows.jsonl"
     file.write_text('{"text": "a", "label": "b"}\n')
     source = SourceConfig(path=str(file), schema="classification")
@@ -40,7 +40,7 @@ def test_what_is_no_text_is_refused(tmp_path):
 @pytest.mark.parametrize(
     "text", ["a cat\n\n the  dog\t.", "caf\u00e9 \U0001f600 \u4e2d!", "\u4e2d"]
 )
-def test_pieces_joined_are_the_text(text):
+def test_joined_token_texts_are_the_decoded_text(text):
     tokenizer = load_tokenizer(BASE)
     tokens = tokenizer(text)["input_ids"]
     texts = token_texts(tokenizer, tokens)
