@@ -29,7 +29,7 @@ overrides; `expand` selects the adapters of `train_only` and replaces a `sweep` 
 checks its own values in `__post_init__`. `to_json` writes the result, and `parse_run_config` reads
 it back to an equal `RunConfig`.
 
-The parser is this package's own, because three properties are needed together. Unknown fields are
+No library is used, because three properties are needed together. Unknown fields are
 refused with the nearest known name. Adapter methods, routers, losses and tasks are dataclasses
 chosen by name from registries that users extend. Every message names the field with its full path.
 Libraries such as draccus, tyro or ml_collections' `config_flags` offer one or two of them. Fields

@@ -111,15 +111,15 @@ class EvaluationConfig:
     with_base: bool = False
 
     def __post_init__(self):
-        for given in ("tasks", "protocols"):
-            names = getattr(self, given)
-            require(bool(names), given, "is empty")
+        for field_name in ("tasks", "protocols"):
+            names = getattr(self, field_name)
+            require(bool(names), field_name, "is empty")
             repeated = sorted({name for name in names if names.count(name) > 1})
-            require(not repeated, given, f"names {', '.join(repeated)} more than once")
+            require(not repeated, field_name, f"names {', '.join(repeated)} more than once")
         require(self.every >= 0, "every", f"must not be negative; {_END_ONLY}")
-        for given in ("limit", "limit_between"):
-            number = getattr(self, given)
-            require(number is None or number > 0, given, "must be positive, or None for all")
+        for field_name in ("limit", "limit_between"):
+            number = getattr(self, field_name)
+            require(number is None or number > 0, field_name, "must be positive, or None for all")
         require(self.shots is None or self.shots >= 0, "shots", "must not be negative")
         require(self.batch_size > 0, "batch_size", "must be positive")
         ascends = list(self.buckets) == sorted(set(self.buckets))
@@ -291,12 +291,13 @@ class RunConfig:
                 f"{adapter.batch_size} rows cannot be cut into "
                 f"training.micro_batches={self.training.micro_batches} equal parts",
             )
-        rows, most = sum(a.batch_size for a in self.adapters.values()), self.training.max_batch_rows
+        rows = sum(adapter.batch_size for adapter in self.adapters.values())
+        max_rows = self.training.max_batch_rows
         require(
-            most is None or rows <= most,
+            max_rows is None or rows <= max_rows,
             "training.max_batch_rows",
-            f"the adapters take {rows} rows of a step, more than {most}; lower a batch_size, or "
-            "raise it",
+            f"the adapters take {rows} rows of a step, more than {max_rows}; lower a batch_size, "
+            "or raise it",
         )
 
     def length_group(self, name: str) -> tuple[str, AdapterConfig | TrainingConfig]:

@@ -196,9 +196,10 @@ def _tokenise(
     tokenised = {} if known is None else known
     keys = []
     for name, source in sources.items():
-        decides = asdict(replace(source, weight=1.0)), config.max_length, config.train_on_prompt
+        # The weight changes the order alone, so adapters that weight a source differently share it.
+        fields = asdict(replace(source, weight=1.0)), config.max_length, config.train_on_prompt
         labels = None if classification is None else classification.labels
-        keys.append(json.dumps([name, *decides, config.cache_dir, labels]))
+        keys.append(json.dumps([name, *fields, config.cache_dir, labels]))
         with named(f"{field}.{split}.{name}"):
             if keys[-1] not in tokenised:
                 tokenised[keys[-1]] = tokenise_source(

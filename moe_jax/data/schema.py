@@ -94,16 +94,16 @@ def _check_messages(value: Any, where: str) -> list[dict[str, Any]]:
         raise DataError(f"{where} must be a list of messages, got {describe_value(value)}")
     messages = []
     for number, message in enumerate(value, 1):
-        place = f"{where}, message {number}"
+        position = f"{where}, message {number}"
         if not isinstance(message, Mapping):
             raise DataError(
-                f"{place} must be an object with role and content, got {describe_value(message)}"
+                f"{position} must be an object with role and content, got {describe_value(message)}"
             )
         for key in ("role", "content"):
             if key not in message:
                 keys = ", ".join(map(str, message)) or "none"
-                raise DataError(f"{place} has no {key!r} (it has: {keys})")
-            _check_text(message[key], f"{place}, {key!r}")
+                raise DataError(f"{position} has no {key!r} (it has: {keys})")
+            _check_text(message[key], f"{position}, {key!r}")
         # Parquet fills in the keys that other messages have.
         messages.append({key: item for key, item in message.items() if item is not None})
     if not any(message["role"] == "assistant" for message in messages):
