@@ -54,8 +54,13 @@ def _config(tasks, evaluation=None, **fields):
         adapter["batch_size"] = 4
         adapter["optimizer"] = {"learning_rate": 1e-2, "schedule": {"kind": "constant"}}
         adapter["data"]["train"] = {task: adapter["data"]["train"][task] for task in TASKS}
-        own = {"tasks": TASKS, "every": EVERY, "limit": LIMIT, "limit_between": FEW}
-        adapter["evaluation"] |= own | {"batch_size": 8} | (evaluation or {})
+        fields_of_evaluation = {
+            "tasks": TASKS,
+            "every": EVERY,
+            "limit": LIMIT,
+            "limit_between": FEW,
+        }
+        adapter["evaluation"] |= fields_of_evaluation | {"batch_size": 8} | (evaluation or {})
     return parse_run_config(raw, METHODS)
 
 
@@ -86,11 +91,11 @@ def run(tasks, tmp_path_factory):
 
 def _predictions(folder: Path) -> dict[str, list[dict]]:
     """Records of all questions, by model and task."""
-    found = {}
+    records = {}
     for file in sorted((folder / "predictions").rglob("*.jsonl")):
         lines = [json.loads(line) for line in file.read_text().splitlines()]
-        found[f"{file.parent.name}/{file.name.split('.')[0]}"] = lines[1:]
-    return found
+        records[f"{file.parent.name}/{file.name.split('.')[0]}"] = lines[1:]
+    return records
 
 
 def test_evaluate_command_reproduces_the_results_of_training(run, tasks, tmp_path):
@@ -103,9 +108,9 @@ def test_evaluate_command_reproduces_the_results_of_training(run, tasks, tmp_pat
     subprocess.run([str(part) for part in command], check=True, env=environment)
 
     reported = json.loads((workdir / "evaluation" / "results.json").read_text())
-    found = json.loads((tmp_path / "results.json").read_text())
-    assert found["results"] == [one for one in reported["results"] if one["model"] != "lora"]
-    assert found["averages"] == [one for one in reported["averages"] if one["model"] != "lora"]
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["results"] == [one for one in reported["results"] if one["model"] != "lora"]
+    assert results["averages"] == [one for one in reported["averages"] if one["model"] != "lora"]
     assert [model["name"] for model in reported["models"]] == list(MODELS)
 
     before, after = _predictions(workdir / "evaluation"), _predictions(tmp_path)
@@ -133,11 +138,11 @@ def test_recorded_accuracies(run):
                 measured[line["step"], name.removeprefix("evaluation/")] = value
     names = [f"{model}/{task}/acc" for model in ("lora", "mixlora") for task in TASKS]
     assert measured.keys() == {(step, name) for step in (0, 2, 4) for name in names}
-    said = _predictions(workdir / "evaluation")
+    records = _predictions(workdir / "evaluation")
     for name in names:
         model, task, _ = name.split("/")
         right = {
-            m: [e["picked"]["acc"] == e["answer"] for e in said[f"{m}/{task}"]] for m in MODELS
+            m: [e["picked"]["acc"] == e["answer"] for e in records[f"{m}/{task}"]] for m in MODELS
         }
         # An untrained adapter is the base as it is; between the start and the end fewer are asked.
         assert measured[0, name] == np.mean(right["base"][:FEW])
@@ -176,11 +181,11 @@ def test_interrupted_final_evaluation_resumes(run, tasks, tmp_path, monkeypatch)
     shutil.rmtree(again / "evaluation")
     adapters = {file: file.stat().st_mtime_ns for file in (again / "adapters").rglob("*")}
 
-    start, asked = Scorer._start, []
+    start, batch_sizes = Scorer._start, []
 
     def interrupted(self, items, adapter):
-        asked.append(len(items))
-        if len(asked) == 4:
+        batch_sizes.append(len(items))
+        if len(batch_sizes) == 4:
             os.kill(os.getpid(), signal.SIGINT)
         return start(self, items, adapter)
 
@@ -190,14 +195,14 @@ def test_interrupted_final_evaluation_resumes(run, tasks, tmp_path, monkeypatch)
     assert (result.interrupted_by, result.evaluation) == (signal.SIGINT, None)
     assert lines[-1] == "stopped while evaluating; run the same command to resume"
     assert not (again / "evaluation" / "results.json").exists()
-    stopped_after = len(asked)
+    stopped_after = len(batch_sizes)
     result = _train(config, again)
     assert result.evaluation is not None
     # Nothing is trained, and little asked, twice.
     assert {file: file.stat().st_mtime_ns for file in (again / "adapters").rglob("*")} == adapters
     assert _predictions(again / "evaluation") == _predictions(workdir / "evaluation")
     # 12 questions of 4 choices in batches of 8: 6 batches, of 2 tasks and 3 models.
-    assert stopped_after < 6 * 2 * 3 <= len(asked) < 6 * 2 * 3 + 4
+    assert stopped_after < 6 * 2 * 3 <= len(batch_sizes) < 6 * 2 * 3 + 4
     assert _train(config, again).did_nothing
 
 

@@ -71,7 +71,7 @@ def complete(session: TrainingSession) -> TrainResult:
     try:
         table = _evaluate(session, session.evaluator, result)
     except EvaluationInterrupted:
-        say("stopped while evaluating; run the same command to go on")
+        say("stopped while evaluating; run the same command to resume")
         return replace(result, interrupted_by=interrupts.received)
     return replace(result, evaluation=table)
 

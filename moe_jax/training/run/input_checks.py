@@ -91,7 +91,7 @@ def _require_same_method(saved: dict[str, Any], given: dict[str, Any], folder: P
             shown = ["absent" if value is absent else repr(value) for value in values]
             raise ConfigError(
                 f"{folder} has method.{field} {shown[0]}, and the configuration {shown[1]}; give "
-                "the adapter's own method, which `moe-jax show` prints"
+                "the adapter's method, which `moe-jax show` prints"
             )
 
 

@@ -34,7 +34,7 @@ from moe_jax.training.run.input_checks import (
     warn_of_padding,
     warn_of_positions,
 )
-from moe_jax.training.step.checks import require_divisible_rows, require_fitting_methods
+from moe_jax.training.step.program import require_divisible_rows, require_fitting_methods
 
 TrainSets = dict[str, TrainData]
 """Training data by adapter."""
@@ -143,8 +143,8 @@ def read_inputs(config: RunConfig, say: Callable[[str], None], *, resumes: bool 
     require_fitting_methods(config, base.config)
     lengths = {name: config.length_group(name)[1].steps for name in config.adapters}
     require_warmup_to_end(config, {name: n for name, n in lengths.items() if n is not None})
-    adapters = config.adapters.items()
-    unpacked = {name: own.data.max_length for name, own in adapters if not own.data.is_packed}
+    configs = {name: adapter.data for name, adapter in config.adapters.items()}
+    unpacked = {name: data.max_length for name, data in configs.items() if not data.is_packed}
     warn_of_positions(unpacked, base.config, say)
     if not resumes:
         require_initial_adapters(config, base)
@@ -153,14 +153,14 @@ def read_inputs(config: RunConfig, say: Callable[[str], None], *, resumes: bool 
     tokenizer = load_tokenizer(base.folder)
     _tokenise_in_processes(config, base.folder)
     train, validation = _load_data(config, tokenizer, say)
-    for name, data in train.items():
+    for name, train_set in train.items():
         field = f"config.adapters.{name}.data"
-        largest = {f"{field}.train.{source}": n for source, n in data.largest_tokens.items()}
-        for source, held_out in validation[name].items():
-            largest[f"{field}.validation.{source}"] = held_out.largest_token
+        largest = {f"{field}.train.{source}": n for source, n in train_set.largest_tokens.items()}
+        for source, validation_set in validation[name].items():
+            largest[f"{field}.validation.{source}"] = validation_set.largest_token
         require_embeddings(largest, tokenizer, base.config.vocab_size)
-        if config.adapters[name].data.is_packed:  # positions count within a sequence of the row
-            warn_of_positions({name: data.longest}, base.config, say)
+        if configs[name].is_packed:  # positions count within a sequence of the row
+            warn_of_positions({name: train_set.longest}, base.config, say)
     warn_of_padding(config, say)
     steps = _total_steps(config, train)
     require_warmup_to_end(config, steps)

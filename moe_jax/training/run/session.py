@@ -221,8 +221,8 @@ class TrainingSession:
     def _save(self, phase: Phase, state: TrainState) -> None:
         """Copies the state on the device, as the next step reuses its arrays, and saves the copy.
 
-        Writing starts once the metrics of this step, which are part of what is saved, are on the
-        host, a few steps later.
+        Writing starts a few steps later, once the metrics of this step are on the host: they are
+        part of the metadata.
         """
         data, progress, step = self.inputs.train, self.progress, self.progress.step
         with self.recorder.paused():  # compiles the first time

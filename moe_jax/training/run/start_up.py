@@ -128,7 +128,7 @@ def open_session(
       saved: what `work` holds.
       say: prints a line.
       task_evaluation: evaluates adapters on tasks.
-      opened: closes what is opened here.
+      opened: closes the files and threads of the session.
     """
     resumes, settings = saved.step is not None, json.loads(to_json(config))
     inputs = read_inputs(config, say, resumes=resumes)
@@ -140,7 +140,7 @@ def open_session(
     if task_evaluation is not None and has_evaluation(config):
         evaluator = task_evaluation.prepare(config, inputs, program)
     if saved.has_ended:  # the table would compile a step that is never run
-        say(f"training has ended at step {saved.step}; what is left is to evaluate")
+        say(f"training has ended at step {saved.step}; only the evaluation is left")
     else:
         for label, text in start_up_table(config, inputs, program):
             say(f"{label:<12} {text}")
