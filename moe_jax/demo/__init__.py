@@ -1,1 +1,1 @@
-"""A tiny Llama and data of the project's own: what the demo, the tests and the notebooks share."""
+"""The demo: a tiny Llama with its data, which tests and notebooks use too."""

@@ -23,14 +23,14 @@ METHOD = moe_jax.LoraConfig(rank=4, alpha=8.0, target_modules=("q_proj", "down_p
 
 
 class Setting(NamedTuple):
-    """Inputs of evaluations; `plain` and `plain_adapted` are models of transformers."""
+    """Inputs of evaluations; `reference` and `reference_adapted` are models of transformers."""
 
     base: Path
     adapter: Path
     data: Path
     tokenizer: Any
-    plain: Any
-    plain_adapted: Any
+    reference: Any
+    reference_adapted: Any
 
 
 @pytest.fixture(scope="session")
@@ -41,7 +41,7 @@ def setting(tmp_path_factory) -> Setting:
     letters = [f"Answer: {letter}" for letter in "ABCDE"] * 20
     tokenizer = train_tokenizer([*texts, *letters], vocab_size=440)
     base = folder / "base"
-    plain = save_tiny_llama(
+    reference = save_tiny_llama(
         base, vocab_size=len(tokenizer), max_position_embeddings=CONTEXT, num_hidden_layers=2
     )
     save_tokenizer(tokenizer, base)
@@ -54,8 +54,8 @@ def setting(tmp_path_factory) -> Setting:
     model.save("tuned", folder / "tuned")
 
     write_data(folder / "tasks")
-    adapted = _merged(plain, tree, METHOD.alpha / METHOD.rank)
-    return Setting(base, folder / "tuned", folder / "tasks", tokenizer, plain, adapted)
+    adapted = _merged(reference, tree, METHOD.alpha / METHOD.rank)
+    return Setting(base, folder / "tuned", folder / "tasks", tokenizer, reference, adapted)
 
 
 def _merged(model, tree, scale):

@@ -1,7 +1,7 @@
 """A few rows of every task in the format of the hub, and the expected texts by hand.
 
-`expected` has for each row: the prompt that a label follows, the labels, each choice's context and
-continuation, and the index of the right one.
+`expected` has for each row the prompt before the label, the labels, the context and continuation of
+each choice, and the index of the right choice.
 """
 
 from dataclasses import dataclass, field
@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Family:
-    """A task's data below its folder, by file, and what is expected of its evaluated rows."""
+    """Rows of a task by file in its folder, and the expected texts of the evaluated rows."""
 
     files: dict[str, list[dict]]
     expected: list[tuple[str, list[str], list[tuple[str, str]], int]]

@@ -76,9 +76,9 @@ def setting(tmp_path_factory):
     raw["tasks_folder"] = str(folder / "tasks")
     raw["training"] = {"steps": 40, "log_every": 10, "eval_every": 20, "seed": 0}
     with one_device():
-        said = []
-        train(moe_jax.parse_config(raw), folder / "run", said.append)
-    return folder, said
+        printed = []
+        train(moe_jax.parse_config(raw), folder / "run", printed.append)
+    return folder, printed
 
 
 def tasks(setting, *names, **options):
@@ -90,14 +90,14 @@ def tasks(setting, *names, **options):
 
 
 @pytest.fixture(scope="module")
-def found(setting):
+def evaluation(setting):
     return tasks(
         setting, "sst2", "stsb", adapters=("mood", "number"), output=setting[0] / "evaluation"
     )
 
 
 def test_training_learns_and_records_metrics(setting):
-    folder, said = setting
+    folder, printed = setting
     lines = tiny_run.metric_lines(folder / "run")
     measured = [line for line in lines if "validation/mood/held_out/accuracy" in line]
     assert [line["step"] for line in measured] == [0, 20, 40]
@@ -112,14 +112,15 @@ def test_training_learns_and_records_metrics(setting):
         ("number", ["pearson", "spearman"]),
         ("words", []),
     ):
-        found = moe_jax.load_adapter(folder / "run" / "adapters" / name).training.validation_metrics
-        own = {metric: last[f"validation/{name}/held_out/{metric}"] for metric in metrics}
-        assert found == ({"held_out": own} if own else {})
-    (line,) = [line for line in said if line.startswith("step 40  validation mood/held_out")]
+        adapter = moe_jax.load_adapter(folder / "run" / "adapters" / name)
+        recorded = adapter.training.validation_metrics
+        values = {metric: last[f"validation/{name}/held_out/{metric}"] for metric in metrics}
+        assert recorded == ({"held_out": values} if values else {})
+    (line,) = [line for line in printed if line.startswith("step 40  validation mood/held_out")]
     assert "  accuracy " in line
 
 
-def test_evaluation_matches_the_metrics_of_training(setting, found):
+def test_evaluation_matches_the_metrics_of_training(setting, evaluation):
     last = tiny_run.metric_lines(setting[0] / "run")[-1]
     for model, task, metric in (
         ("mood", "sst2", "accuracy"),
@@ -127,17 +128,18 @@ def test_evaluation_matches_the_metrics_of_training(setting, found):
         ("number", "stsb", "spearman"),
     ):
         reported = last[f"validation/{model}/held_out/{metric}"]
-        assert found.accuracy(model, task, metric).value == pytest.approx(reported, abs=SIX_DIGITS)
-    assert found.accuracy("mood", "sst2", "accuracy").questions == 40
-    assert found.accuracy("mood", "stsb", "pearson") is None
+        value = evaluation.accuracy(model, task, metric).value
+        assert value == pytest.approx(reported, abs=SIX_DIGITS)
+    assert evaluation.accuracy("mood", "sst2", "accuracy").questions == 40
+    assert evaluation.accuracy("mood", "stsb", "pearson") is None
 
 
-def test_scores_are_those_of_the_saved_adapter(setting, found):
+def test_scores_are_those_of_the_saved_adapter(setting, evaluation):
     folder, _ = setting
     base, tokenizer = moe_jax.load_base(folder / "base"), load_tokenizer(folder / "base")
     saved = moe_jax.load_adapter(folder / "run" / "adapters" / "mood")
     assert saved.method.classification.labels == ("negative", "positive")
-    (outcome,) = [one for one in found.outcomes if one.task == "sst2"]
+    (outcome,) = [one for one in evaluation.outcomes if one.task == "sst2"]
     rows = [json.loads(line) for line in (folder / "tasks/sst2/validation.jsonl").open()][:6]
     encoded = encode_texts([(row["sentence"], "") for row in rows], tokenizer)
     tokens, real = np.zeros((6, 24), int), np.zeros((6, 24), int)
@@ -152,23 +154,23 @@ def test_scores_are_those_of_the_saved_adapter(setting, found):
     assert [example["picked"] for example in outcome.examples[:6]] == names
 
 
-def test_labels_in_another_order_mean_the_same(setting, found):
+def test_labels_in_another_order_mean_the_same(setting, evaluation):
     saved = moe_jax.load_adapter(setting[0] / "run" / "adapters" / "mood")
     labels = saved.method.classification.labels[::-1]
-    own = dataclasses.replace(saved.method.classification, glue=None, labels=labels)
+    head = dataclasses.replace(saved.method.classification, glue=None, labels=labels)
     tree = {**saved.tree, "score": {"kernel": saved.tree["score"]["kernel"][:, ::-1]}}
-    other = saved._replace(method=dataclasses.replace(saved.method, classification=own), tree=tree)
+    other = saved._replace(method=dataclasses.replace(saved.method, classification=head), tree=tree)
     folder, _ = setting
     again = evaluate_with(
         folder / "base", "sst2", {"mood": other}, data=folder / "tasks", buckets=(24,)
     )
-    expected = next(one for one in found.outcomes if one.task == "sst2")
+    expected = next(one for one in evaluation.outcomes if one.task == "sst2")
     assert [e["picked"] for e in again.outcomes[0].examples] == [
         e["picked"] for e in expected.examples
     ]
 
 
-def test_interrupted_classification_resumes(setting, found, monkeypatch):
+def test_interrupted_classification_resumes(setting, evaluation, monkeypatch):
     file = setting[0] / "evaluation" / "predictions" / "mood" / "sst2.classification.jsonl"
     whole = file.read_text()
     assert len(whole.splitlines()) == 41
@@ -177,7 +179,7 @@ def test_interrupted_classification_resumes(setting, found, monkeypatch):
     )  # nothing is left to compute
     options = {"adapters": ("mood", "number"), "output": setting[0] / "evaluation"}
     again = tasks(setting, "sst2", "stsb", **options)
-    assert again.to_plain() == found.to_plain()
+    assert again.to_plain() == evaluation.to_plain()
     monkeypatch.undo()
     file.write_text("".join(whole.splitlines(keepends=True)[:20]))
     tasks(setting, "sst2", "stsb", **options)

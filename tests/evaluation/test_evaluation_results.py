@@ -21,8 +21,8 @@ def evaluation():
     for model, easy, hard in (("base", 8, 1), ("mine", 9, 2)):
         # Of 16 and of 4 questions.
         for task, right, count in (("easy", easy, 16), ("hard", hard, 4)):
-            own = examples(right, count - right, "acc")
-            outcomes.append(count_correct(model, task, "choices", ("acc",), own))
+            task_examples = examples(right, count - right, "acc")
+            outcomes.append(count_correct(model, task, "choices", ("acc",), task_examples))
         labelled = examples(4, 12, "label_acc")
         outcomes.append(count_correct(model, "easy", "labels", ("label_acc",), labelled))
     return Evaluation({"base": {"path": "x"}}, outcomes)
@@ -89,8 +89,8 @@ def test_saved_files(evaluation, tmp_path):
 
 def test_subjects_of_a_task():
     both = examples(1, 1, "acc", "maths") + examples(1, 0, "acc", "art")
-    found = count_correct("base", "exam", "choices", ("acc",), both)
-    assert found.accuracies["acc"] == Accuracy(2, 3)
-    assert found.subjects == {"acc": {"art": Accuracy(1, 1), "maths": Accuracy(1, 2)}}
-    (result,) = Evaluation({}, [found]).to_plain()["results"]
+    outcome = count_correct("base", "exam", "choices", ("acc",), both)
+    assert outcome.accuracies["acc"] == Accuracy(2, 3)
+    assert outcome.subjects == {"acc": {"art": Accuracy(1, 1), "maths": Accuracy(1, 2)}}
+    (result,) = Evaluation({}, [outcome]).to_plain()["results"]
     assert result["measures"]["acc"]["subjects"]["maths"]["correct"] == 1

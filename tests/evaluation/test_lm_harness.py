@@ -50,9 +50,9 @@ ROWS = [
 def models(request, setting):
     """`HarnessModel` and the model of transformers with the same weights."""
     adapter = None if request.param == "base" else setting.adapter
-    plain = setting.plain if adapter is None else setting.plain_adapted
+    reference = setting.reference if adapter is None else setting.reference_adapted
     ours = HarnessModel(setting.base, adapter, batch_size=5)
-    return ours, HFLM(pretrained=plain, tokenizer=setting.tokenizer, batch_size=1)
+    return ours, HFLM(pretrained=reference, tokenizer=setting.tokenizer, batch_size=1)
 
 
 def run(model, folder):
@@ -69,10 +69,10 @@ def test_a_local_task(models, tmp_path):
     assert ours["results"]["local_quiz"] == theirs["results"]["local_quiz"]
     for one, two in zip(*(r["samples"]["local_quiz"] for r in (ours, theirs)), strict=True):
         assert one["arguments"] == two["arguments"]
-        said, expected = (np.array(s["filtered_resps"], float) for s in (one, two))
+        actual, expected = (np.array(s["filtered_resps"], float) for s in (one, two))
         # Up to a dozen tokens' logits are in one sum.
-        np.testing.assert_allclose(said[:, 0], expected[:, 0], rtol=0, atol=12 * FLOAT32_LOGITS)
-        np.testing.assert_array_equal(said[:, 1], expected[:, 1])
+        np.testing.assert_allclose(actual[:, 0], expected[:, 0], rtol=0, atol=12 * FLOAT32_LOGITS)
+        np.testing.assert_array_equal(actual[:, 1], expected[:, 1])
 
 
 def requests(*arguments):
@@ -108,8 +108,8 @@ def test_text_longer_than_the_context(models, setting):
         )
     expected = sum(first[place, token] for place, token in enumerate(ids[:context]))
     expected += sum(last[place - left, token] for place, token in enumerate(ids[-left:]))
-    (found,) = ours.loglikelihood_rolling(requests((text,)))
-    np.testing.assert_allclose(found / len(ids), expected / len(ids), rtol=0, atol=FLOAT32_LOGITS)
+    (actual,) = ours.loglikelihood_rolling(requests((text,)))
+    np.testing.assert_allclose(actual / len(ids), expected / len(ids), rtol=0, atol=FLOAT32_LOGITS)
 
 
 def test_rejected_requests(models):
@@ -147,10 +147,10 @@ def generated(model, folder, until):
     data = write_rows(folder / "rows.jsonl", ROWS)
     (folder / "words.yaml").write_text(GENERATING.format(data=data, until=json.dumps(until)))
     manager = TaskManager(include_path=str(folder), include_defaults=False)
-    found = lm_eval.simple_evaluate(
+    results = lm_eval.simple_evaluate(
         model=model, tasks=["local_words"], task_manager=manager, bootstrap_iters=0
     )
-    return [sample["resps"][0][0] for sample in found["samples"]["local_words"]]
+    return [sample["resps"][0][0] for sample in results["samples"]["local_words"]]
 
 
 def test_a_local_task_that_generates(models, tmp_path):
@@ -183,9 +183,9 @@ def test_generation_with_several_configs_at_once(models, monkeypatch):
         {"until": ["zzz", ""], "max_tokens": 4, "do_sample": False, "temperature": 0.7},
         {"do_sample": True},
     ]
-    asked = [("a", ways[0]), ("a", ways[1]), ("a" * 40, ways[2]), ("a", ways[3]), ("", ways[1])]
+    arguments = [("a", ways[0]), ("a", ways[1]), ("a" * 40, ways[2]), ("a", ways[3]), ("", ways[1])]
     a, many = (len(ours.tok_encode(text)) for text in ("a", "a" * 40))
-    assert ours.generate_until(requests(*asked), disable_tqdm=True) == [
+    assert ours.generate_until(requests(*arguments), disable_tqdm=True) == [
         f"{a} 4 0.0",
         f"{a} 9 1.5",
         f"{many} 4 0.0",
@@ -193,7 +193,7 @@ def test_generation_with_several_configs_at_once(models, monkeypatch):
         "1 9 1.5",  # nothing but the token that texts begin with
     ]
     # The first and the third are asked for in the same way, so they share batches.
-    assert list(group_by_config(asked).values()) == [[0, 2], [1, 4], [3]]
+    assert list(group_by_config(arguments).values()) == [[0, 2], [1, 4], [3]]
 
 
 @pytest.mark.parametrize(
@@ -230,34 +230,34 @@ def test_a_chat_template_is_applied(setting):
 
 def test_only_conversations_end_at_the_end_of_a_turn(models, monkeypatch):
     ours, _ = models
-    asked = []
+    chat_flags = []
 
     def text_generator(*, is_chat, alone):
         assert alone
-        asked.append(is_chat)
+        chat_flags.append(is_chat)
         return Echo()
 
     monkeypatch.setattr(ours._session, "text_generator", text_generator)
     way = {"until": ["zzz"], "max_gen_toks": 4}
     chat = ours.apply_chat_template([{"role": "user", "content": "Where?"}])
     both = ours.generate_until(requests(("a", way), (chat, way), ("b", way)), disable_tqdm=True)
-    assert asked == [False, True]
+    assert chat_flags == [False, True]
     lengths = [len(ours.tok_encode(text)) for text in ("a", chat, "b")]
     assert both == [f"{length} 4 0.0" for length in lengths]
     # The harness makes all requests anew, also of a task that has no template.
     ours.generate_until(requests(("Where?", way)), disable_tqdm=True)
-    assert asked == [False, True, False]
+    assert chat_flags == [False, True, False]
 
 
 def test_long_request_is_cut_at_its_start(setting):
     model = HarnessModel(setting.base, batch_size=1, truncate=True)
-    plain = HFLM(pretrained=setting.plain, tokenizer=setting.tokenizer, batch_size=1)
+    reference = HFLM(pretrained=setting.reference, tokenizer=setting.tokenizer, batch_size=1)
     (one,) = model.loglikelihood(requests(("very " * 600, " long")))
     ids = setting.tokenizer("very " * 600 + " long").input_ids
     assert len(ids) > 513
     kept = ids[:1] + ids[-512:]  # 512 are read, and the last is only predicted
     with torch.no_grad():
-        logits = plain.model(torch.tensor([kept[:-1]])).logits[0]
+        logits = reference.model(torch.tensor([kept[:-1]])).logits[0]
     log_probs = torch.log_softmax(logits.double(), -1)
     count = len(setting.tokenizer(" long", add_special_tokens=False).input_ids)
     expected = sum(log_probs[-place, kept[-place]] for place in range(1, count + 1))

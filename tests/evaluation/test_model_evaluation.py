@@ -166,18 +166,18 @@ def test_journals_of_other_evaluations_are_rejected(setting, arc, whole, tmp_pat
 
 
 def test_scores_do_not_depend_on_batches_and_padding(setting, arc, whole, monkeypatch):
-    made = []
+    scorers = []
     init = Scorer.__init__
 
     def remembering(self, *arguments, **fields):
         init(self, *arguments, **fields)
-        made.append(self)
+        scorers.append(self)
 
     monkeypatch.setattr(Scorer, "__init__", remembering)
     other = _evaluate(setting, arc, None, batch_size=5, buckets=(32, 64, 128))
     for one, two in zip(whole[0].outcomes, other.outcomes, strict=True):
         _assert_same_answers(one, two)
-    (scorer,) = made
+    (scorer,) = scorers
     assert scorer.compilations() == 3  # one a bucket, for both protocols
 
 
@@ -208,53 +208,54 @@ def test_padding_takes_no_expert_capacity(setting, arc, tmp_path):
     model.adapters["routed"] = jax.tree.map(lambda leaf: leaf + 0.1, model.adapters["routed"])
     model.save("routed", tmp_path / "routed")
     fields = {"data": arc, "protocols": "labels", "limit": 3, "batch_size": 4, "buckets": (96,)}
-    found = evaluate_with(base, "arc_easy", {"routed": tmp_path / "routed"}, **fields)
+    evaluation = evaluate_with(base, "arc_easy", {"routed": tmp_path / "routed"}, **fields)
     letters = [setting.tokenizer(f"Answer: {letter}").input_ids[-1] for letter in "ABC"]
     questions = named_task("arc_easy", data=arc, limit=3).questions()
-    for question, said in zip(questions, found.outcomes[0].examples, strict=True):
+    for question, record in zip(questions, evaluation.outcomes[0].examples, strict=True):
         ids = setting.tokenizer(question.preface + question.prompt).input_ids
         expected = jax.nn.log_softmax(model([ids], "routed")[0, -1])[np.array(letters)]
-        np.testing.assert_allclose(said["scores"], expected, **ROUNDING)
-    plain = evaluate_with(base, "arc_easy", **fields)
-    assert plain.outcomes[0].examples[0]["scores"] != found.outcomes[0].examples[0]["scores"]
+        np.testing.assert_allclose(record["scores"], expected, **ROUNDING)
+    base_evaluation = evaluate_with(base, "arc_easy", **fields)
+    (first, *_), (second, *_) = (e.outcomes[0].examples for e in (base_evaluation, evaluation))
+    assert first["scores"] != second["scores"]
 
 
 def test_memory_and_folders_give_the_same_results(setting, arc, whole):
     base = moe_jax.load_base(setting.base)
     adapter = moe_jax.load_adapter(setting.adapter)
     fields = {"data": arc, "protocols": "labels", "batch_size": 2, "buckets": BUCKETS}
-    found = evaluate_with(base, "arc_easy", {"tuned": adapter}, with_base=True, **fields)
-    assert found.models == ["base", "tuned"]
-    assert found.outcomes[0].examples == whole[0].outcomes[0].examples
+    evaluation = evaluate_with(base, "arc_easy", {"tuned": adapter}, with_base=True, **fields)
+    assert evaluation.models == ["base", "tuned"]
+    assert evaluation.outcomes[0].examples == whole[0].outcomes[0].examples
     folders = evaluate_with(setting.base, "arc_easy", {"tuned": setting.adapter}, **fields)
     assert folders.models == ["tuned"]
-    assert folders.outcomes[0].examples == found.outcomes[1].examples
+    assert folders.outcomes[0].examples == evaluation.outcomes[1].examples
 
 
 def test_truncation_at_the_start(setting, arc, tmp_path):
     tokenizer = setting.tokenizer
     # Its own context is shorter than some of the prompts.
-    plain = save_tiny_llama(
+    reference = save_tiny_llama(
         tmp_path, vocab_size=len(tokenizer), max_position_embeddings=64, num_hidden_layers=1
     )
     save_tokenizer(tokenizer, tmp_path)
     fields = {"data": arc, "protocols": ["labels"]}
     with pytest.raises(UserError, match=r"arc_easy.*test.jsonl: line \d+: \d+ tokens .* has 64;"):
         evaluate_with(tmp_path, ["arc_easy"], **fields)
-    found = evaluate_with(tmp_path, ["arc_easy"], truncate=True, **fields)
+    evaluation = evaluate_with(tmp_path, ["arc_easy"], truncate=True, **fields)
     letters = [tokenizer(f"Answer: {letter}").input_ids[-1] for letter in "ABC"]
     questions = named_task("arc_easy", data=arc).questions()
     cut = 0
-    for question, said in zip(questions, found.outcomes[0].examples, strict=True):
+    for question, record in zip(questions, evaluation.outcomes[0].examples, strict=True):
         ids = tokenizer(question.preface + question.prompt).input_ids
         cut += len(ids) > 64
         if len(ids) > 64:
             ids = ids[:1] + ids[-63:]
         with torch.no_grad():
-            logits = torch.log_softmax(plain(torch.tensor([ids])).logits[0, -1], dim=-1)
-        np.testing.assert_allclose(said["scores"], logits[letters], rtol=0, atol=FLOAT32_LOGITS)
+            logits = torch.log_softmax(reference(torch.tensor([ids])).logits[0, -1], dim=-1)
+        np.testing.assert_allclose(record["scores"], logits[letters], rtol=0, atol=FLOAT32_LOGITS)
     assert 0 < cut < QUESTIONS
-    assert found.to_plain()["tasks"][0]["cut"] == {"labels": cut}
+    assert evaluation.to_plain()["tasks"][0]["cut"] == {"labels": cut}
 
 
 @pytest.fixture

@@ -33,14 +33,14 @@ def words(*vocabulary: str, split: str = "word") -> PreTrainedTokenizerFast:
     )
 
 
-def question(prompt: str, labels: tuple[str, ...]) -> Question:
+def make_question(prompt: str, labels: tuple[str, ...]) -> Question:
     choices = tuple(Choice(prompt, f" {label}") for label in labels)
     return Question("rows: line 1", "", prompt, labels, choices, 0)
 
 
 def label_sequences(tokenizer, *labels, prompt="q"):
     ((_, sequences),) = SCORING_PROTOCOLS["labels"].prepare(
-        "mine", [question(prompt, labels)], tokenizer
+        "mine", [make_question(prompt, labels)], tokenizer
     )
     return sequences
 
@@ -83,8 +83,8 @@ def test_indistinguishable_labels(vocabulary, labels, message):
 def test_choices_are_scored_token_by_token():
     #                 3    4    5    6
     tokenizer = words("q", "red", "dark", "blue")
-    asked = [question("q q", ("red", "dark blue"))]
-    ((_, sequences),) = SCORING_PROTOCOLS["choices"].prepare("mine", asked, tokenizer)
+    questions = [make_question("q q", ("red", "dark blue"))]
+    ((_, sequences),) = SCORING_PROTOCOLS["choices"].prepare("mine", questions, tokenizer)
     assert sequences == (
         ScoredSequence(tokens=(1, 3, 3), targets=(4,), candidates=()),
         ScoredSequence(tokens=(1, 3, 3, 5), targets=(5, 6), candidates=()),
@@ -93,32 +93,35 @@ def test_choices_are_scored_token_by_token():
 
 def test_task_without_labels_is_scored_by_choices_only():
     tokenizer = words("q", "red", "blue")
-    asked = [question("q", ("red", "blue"))._replace(labels=())]
-    assert SCORING_PROTOCOLS["labels"].prepare("mine", asked, tokenizer) == []
-    assert len(SCORING_PROTOCOLS["choices"].prepare("mine", asked, tokenizer)) == 1
+    questions = [make_question("q", ("red", "blue"))._replace(labels=())]
+    assert SCORING_PROTOCOLS["labels"].prepare("mine", questions, tokenizer) == []
+    assert len(SCORING_PROTOCOLS["choices"].prepare("mine", questions, tokenizer)) == 1
 
 
 def test_choice_without_tokens_is_rejected():
-    asked = [question("q", ("red", "\N{ZERO WIDTH SPACE}"))]
+    questions = [make_question("q", ("red", "\N{ZERO WIDTH SPACE}"))]
     tokenizer = words("q", "red")
     tokenizer.backend_tokenizer.normalizer = tokenizers.normalizers.Replace("\u200b", "")
     with pytest.raises(DataError, match="'mine': rows: line 1: no token of the choice"):
-        SCORING_PROTOCOLS["choices"].prepare("mine", asked, tokenizer)
+        SCORING_PROTOCOLS["choices"].prepare("mine", questions, tokenizer)
 
 
 def test_picks_of_the_measures():
-    asked = question("q", ("red", "dark blue"))
-    assert SCORING_PROTOCOLS["labels"].pick(asked, [-2.0, -1.0]) == {"label_acc": 1}
+    question = make_question("q", ("red", "dark blue"))
+    assert SCORING_PROTOCOLS["labels"].pick(question, [-2.0, -1.0]) == {"label_acc": 1}
     # 3 and 9 characters: -2 / 3 = -0.67 and -3 / 9 = -0.33.
-    assert SCORING_PROTOCOLS["choices"].pick(asked, [-2.0, -3.0]) == {"acc": 0, "acc_norm": 1}
+    assert SCORING_PROTOCOLS["choices"].pick(question, [-2.0, -3.0]) == {"acc": 0, "acc_norm": 1}
 
 
 def test_shots_have_answers_in_the_format_of_the_question():
     shot = Question("", "P: ", "a?", ("A", "B"), (Choice("c", " x"), Choice("d", " y")), 1)
-    asked = Question("", "P: ", "b?", ("A", "B"), (Choice("e", " x"), Choice("f", " y")), 0)
-    found = with_shots(asked, [shot, shot])
-    assert found.preface + found.prompt == "P: a? B\n\na? B\n\nb?"
-    assert found.choices == (Choice("d y\n\nd y\n\ne", " x"), Choice("d y\n\nd y\n\nf", " y"))
+    question = Question("", "P: ", "b?", ("A", "B"), (Choice("e", " x"), Choice("f", " y")), 0)
+    with_answers = with_shots(question, [shot, shot])
+    assert with_answers.preface + with_answers.prompt == "P: a? B\n\na? B\n\nb?"
+    assert with_answers.choices == (
+        Choice("d y\n\nd y\n\ne", " x"),
+        Choice("d y\n\nd y\n\nf", " y"),
+    )
 
 
 def test_batches_hold_sequences_of_similar_length():

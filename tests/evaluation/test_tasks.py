@@ -36,17 +36,17 @@ def test_texts_and_answers(setting, name):
     """Prompts word by word. The reference below uses the same texts."""
     family = FAMILIES[name]
     task = make_task(TASKS[name], name, path=str(setting.data / name), **family.fields)
-    found = [
+    texts = [
         (q.preface + q.prompt, list(q.labels), [tuple(c) for c in q.choices], q.answer)
         for q in task.questions()
     ]
-    assert found == family.expected
+    assert texts == family.expected
 
 
 @pytest.mark.parametrize("model", ["base", "tuned"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_scores_answers_and_accuracies(setting, evaluation, name, model):
-    plain = setting.plain if model == "base" else setting.plain_adapted
+    reference = setting.reference if model == "base" else setting.reference_adapted
     tokenizer = setting.tokenizer
     outcomes = {o.protocol: o for o in evaluation.outcomes if (o.model, o.task) == (model, name)}
     assert set(outcomes) == {"labels", "choices"}
@@ -54,27 +54,27 @@ def test_scores_answers_and_accuracies(setting, evaluation, name, model):
     answers = []
     for index, (prompt, labels, choices, answer) in enumerate(FAMILIES[name].expected):
         answers.append(answer)
-        by_label = label_scores(plain, tokenizer, prompt, labels)
-        said = outcomes["labels"].examples[index]
+        by_label = label_scores(reference, tokenizer, prompt, labels)
+        record = outcomes["labels"].examples[index]
         # What all labels begin with is not scored, so that scores may lack what it costs.
-        relative = np.array(said["scores"]) - said["scores"][0]
+        relative = np.array(record["scores"]) - record["scores"][0]
         np.testing.assert_allclose(relative, by_label - by_label[0], rtol=0, atol=FLOAT32_LOGITS)
         if labels[0] == "A":  # one token each, which is when the reference's way is defined
-            as_reference = label_logits(plain, tokenizer, prompt, labels)
-            assert said["picked"]["label_acc"] == as_reference.argmax()
+            as_reference = label_logits(reference, tokenizer, prompt, labels)
+            assert record["picked"]["label_acc"] == as_reference.argmax()
         picked["label_acc"].append(by_label.argmax())
 
-        by_choice = choice_scores(plain, tokenizer, choices)
-        said = outcomes["choices"].examples[index]
+        by_choice = choice_scores(reference, tokenizer, choices)
+        record = outcomes["choices"].examples[index]
         np.testing.assert_allclose(
-            per_character(np.array(said["scores"]), choices),
+            per_character(np.array(record["scores"]), choices),
             per_character(by_choice, choices),
             rtol=0,
             atol=FLOAT32_LOGITS,
         )
         picked["acc"].append(by_choice.argmax())
         picked["acc_norm"].append(per_character(by_choice, choices).argmax())
-        assert said["answer"] == answer
+        assert record["answer"] == answer
     for measure, expected in picked.items():
         outcome = outcomes["labels" if measure == "label_acc" else "choices"]
         assert [example["picked"][measure] for example in outcome.examples] == expected

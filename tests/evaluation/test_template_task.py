@@ -46,18 +46,18 @@ def test_columns_of_any_name(make):
         "--- choices ---\n{right}\nnot {right}\n{more}\n--- answer ---\n{right}\n"
     )
     row = {"passage": "Text.", "n": 3, "question": "So?", "right": "yes", "more": ["x", "y"]}
-    (found,) = make(template, [row]).questions()
-    assert found.prompt == "{Read} Text.\n\n3. So?\nAnswer:"
-    assert [choice.continuation for choice in found.choices] == [" yes", " not yes", " x", " y"]
-    assert found.answer == 0
-    assert found.labels == ()
+    (question,) = make(template, [row]).questions()
+    assert question.prompt == "{Read} Text.\n\n3. So?\nAnswer:"
+    assert [choice.continuation for choice in question.choices] == [" yes", " not yes", " x", " y"]
+    assert question.answer == 0
+    assert question.labels == ()
 
 
 def test_fixed_choices_are_labels(make):
     template = "{question}\nTrue or false:\n--- choices ---\ntrue\nfalse\n"
-    (found,) = make(template, [{"question": "Is it?", "answer": False}]).questions()
-    assert found.labels == ("true", "false")
-    assert found.answer == 1
+    (question,) = make(template, [{"question": "Is it?", "answer": False}]).questions()
+    assert question.labels == ("true", "false")
+    assert question.answer == 1
 
 
 def test_matches_the_reference_scores(make, setting):
@@ -66,9 +66,11 @@ def test_matches_the_reference_scores(make, setting):
     for question, by_label, by_choice in zip(
         task.questions(), labels.examples, choices.examples, strict=True
     ):
-        logits = label_logits(setting.plain, setting.tokenizer, question.prompt, question.labels)
+        logits = label_logits(
+            setting.reference, setting.tokenizer, question.prompt, question.labels
+        )
         assert by_label["picked"]["label_acc"] == logits.argmax()
-        scores = choice_scores(setting.plain, setting.tokenizer, question.choices)
+        scores = choice_scores(setting.reference, setting.tokenizer, question.choices)
         assert by_choice["picked"]["acc"] == scores.argmax()
     free = make("{question}\nAnswer:", ROWS)
     assert [o.protocol for o in evaluate(setting.base, [free]).outcomes] == ["choices"]

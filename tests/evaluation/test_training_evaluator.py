@@ -54,13 +54,8 @@ def _config(tasks, evaluation=None, **fields):
         adapter["batch_size"] = 4
         adapter["optimizer"] = {"learning_rate": 1e-2, "schedule": {"kind": "constant"}}
         adapter["data"]["train"] = {task: adapter["data"]["train"][task] for task in TASKS}
-        fields_of_evaluation = {
-            "tasks": TASKS,
-            "every": EVERY,
-            "limit": LIMIT,
-            "limit_between": FEW,
-        }
-        adapter["evaluation"] |= fields_of_evaluation | {"batch_size": 8} | (evaluation or {})
+        tasks_and_limits = {"tasks": TASKS, "every": EVERY, "limit": LIMIT, "limit_between": FEW}
+        adapter["evaluation"] |= tasks_and_limits | {"batch_size": 8} | (evaluation or {})
     return parse_run_config(raw, METHODS)
 
 
@@ -144,7 +139,7 @@ def test_recorded_accuracies(run):
         right = {
             m: [e["picked"]["acc"] == e["answer"] for e in records[f"{m}/{task}"]] for m in MODELS
         }
-        # An untrained adapter is the base as it is; between the start and the end fewer are asked.
+        # An untrained adapter equals the base; before the end, fewer questions are scored.
         assert measured[0, name] == np.mean(right["base"][:FEW])
         assert measured[4, name] == np.mean(right[model])
         record = read_record(workdir / "adapters" / model)
@@ -198,7 +193,7 @@ def test_interrupted_final_evaluation_resumes(run, tasks, tmp_path, monkeypatch)
     stopped_after = len(batch_sizes)
     result = _train(config, again)
     assert result.evaluation is not None
-    # Nothing is trained, and little asked, twice.
+    # Nothing is trained twice, and few questions are scored twice.
     assert {file: file.stat().st_mtime_ns for file in (again / "adapters").rglob("*")} == adapters
     assert _predictions(again / "evaluation") == _predictions(workdir / "evaluation")
     # 12 questions of 4 choices in batches of 8: 6 batches, of 2 tasks and 3 models.

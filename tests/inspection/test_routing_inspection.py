@@ -26,7 +26,7 @@ def _router_inputs(ids):
 
 
 @pytest.fixture(scope="module")
-def plain(setting):
+def expected_rows(setting):
     """Ids, weights [L, S, E] and probabilities of each row, by torch."""
     tokenizer = load_tokenizer(BASE)
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
@@ -35,23 +35,23 @@ def plain(setting):
         text = row["prompt"] + row["completion"]
         rows.append(("counts", [bos, *tokenizer.encode(text, add_special_tokens=False), eos]))
     kernels = setting.saved["mixlora"].tree["layers"]["mlp"]["moe"]["router"]["kernel"]
-    found = []
+    expected_rows = []
     for data, ids in rows:
         weights, probabilities = [], []
         for layer, x in enumerate(_router_inputs(ids)):
             probs = torch.softmax(x @ torch.tensor(np.array(kernels[layer])), dim=-1)
             top, chosen = probs.topk(2, dim=-1)
-            own = torch.zeros_like(probs).scatter(1, chosen, top / top.sum(-1, keepdim=True))
-            weights.append(own.numpy())
+            shares = top / top.sum(-1, keepdim=True)
+            weights.append(torch.zeros_like(probs).scatter(1, chosen, shares).numpy())
             probabilities.append(probs.numpy())
-        found.append((data, ids, np.stack(weights), np.stack(probabilities)))
-    return found
+        expected_rows.append((data, ids, np.stack(weights), np.stack(probabilities)))
+    return expected_rows
 
 
-def test_routing_of_every_token_matches_torch(setting, plain):
+def test_routing_of_every_token_matches_torch(setting, expected_rows):
     report = setting.report
-    assert len(report.rows) == len(plain)
-    for row, (data, ids, weights, probabilities) in zip(report.rows, plain, strict=True):
+    assert len(report.rows) == len(expected_rows)
+    for row, (data, ids, weights, probabilities) in zip(report.rows, expected_rows, strict=True):
         assert (row.data, row.tokens.tolist()) == (data, ids)
         np.testing.assert_allclose(row.weights, weights, rtol=0, atol=FLOAT32_LOGITS)
         np.testing.assert_allclose(row.probabilities, probabilities, rtol=0, atol=FLOAT32_LOGITS)
@@ -65,14 +65,14 @@ def test_routing_of_every_token_matches_torch(setting, plain):
     ]
 
 
-def test_loads_pairs_and_entropies_match_a_loop(setting, plain):
+def test_loads_pairs_and_entropies_match_a_loop(setting, expected_rows):
     report = setting.report
     layers, experts = 4, 4
     for name in ("words", "counts", None):
         loads = np.zeros((layers, experts))
         pairs = np.zeros((layers, experts, experts))
         entropies, tokens = np.zeros(layers), 0
-        for data, ids, weights, probabilities in plain:
+        for data, ids, weights, probabilities in expected_rows:
             if name not in (None, data):
                 continue
             tokens += len(ids)
@@ -82,8 +82,8 @@ def test_loads_pairs_and_entropies_match_a_loop(setting, plain):
                     loads[layer, [a, b]] += 1
                     pairs[layer, a, b] += 1
                     pairs[layer, b, a] += 1
-                    own = probabilities[layer, token].astype(float)
-                    entropies[layer] -= (own * np.log(own)).sum()
+                    distribution = probabilities[layer, token].astype(float)
+                    entropies[layer] -= (distribution * np.log(distribution)).sum()
         statistics = report.total if name is None else report.data[name]
         assert statistics.tokens == tokens
         np.testing.assert_allclose(

@@ -75,7 +75,7 @@ def test_specialisation_of_distinct_overlapping_and_equal_data_sets():
     """Three layers, two data sets of two tokens each, one expert per token."""
     first = np.zeros((3, 1, 2, 2))
     second = np.zeros((3, 1, 2, 2))
-    first[0, ..., 0], second[0, ..., 1] = 1, 1  # each data set has an expert of its own
+    first[0, ..., 0], second[0, ..., 1] = 1, 1  # a different expert for each data set
     first[1, 0, 0, 0], first[1, 0, 1, 1], second[1, ..., 0] = 1, 1, 1
     first[2, 0, 0, 0], first[2, 0, 1, 1] = 1, 1
     second[2] = first[2]
@@ -99,18 +99,20 @@ def test_against_a_loop_over_tokens(kind):
     loads, pairs = np.zeros((layers, experts)), np.zeros((layers, experts, experts))
     entropies = [[] for _ in range(layers)]
     for layer in range(layers):
-        for row, place in np.argwhere(mask):
-            own = probabilities[layer, row, place]
-            chosen = sorted(np.argsort(own)[-2:]) if kind == "top_2" else range(experts)
+        for row, position in np.argwhere(mask):
+            probs = probabilities[layer, row, position]
+            chosen = sorted(np.argsort(probs)[-2:]) if kind == "top_2" else range(experts)
             for expert in chosen:
-                weights[layer, row, place, expert] = own[expert] / sum(own[e] for e in chosen)
-                load[layer, row, place, expert] = 1 if kind == "top_2" else own[expert]
-                loads[layer, expert] += load[layer, row, place, expert]
+                weights[layer, row, position, expert] = probs[expert] / sum(
+                    probs[e] for e in chosen
+                )
+                load[layer, row, position, expert] = 1 if kind == "top_2" else probs[expert]
+                loads[layer, expert] += load[layer, row, position, expert]
             for a in chosen:
                 for b in chosen:
-                    own_load = load[layer, row, place]
-                    pairs[layer, a, b] += own_load[a] * own_load[b]
-            entropies[layer].append(-sum(p * math.log(p) for p in own))
+                    token_load = load[layer, row, position]
+                    pairs[layer, a, b] += token_load[a] * token_load[b]
+            entropies[layer].append(-sum(p * math.log(p) for p in probs))
     statistics = batch_statistics(_routing(weights, probabilities, load), mask)
     np.testing.assert_allclose(statistics.load_sum, loads, **FLOAT64_ROUNDING)
     np.testing.assert_allclose(statistics.together_sum, pairs, **FLOAT64_ROUNDING)

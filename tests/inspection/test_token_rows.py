@@ -22,11 +22,11 @@ def test_a_task_is_its_questions_with_the_right_label(tmp_path):
     text = "".join(json.dumps(row) + "\n" for row in rows)
     (folder / "validation.jsonl").write_text(text)
     task, tokenizer = named_task("boolq", data=tmp_path), load_tokenizer(BASE)
-    found = read_token_rows({"boolq": task}, tokenizer, limit=2, max_length=200)
-    assert len(found.rows) == 2 and found.report[0].startswith("boolq: 2 rows, ")
-    ends = [tokenizer.decode(row.tokens[1:-1]).split()[-1] for row in found.rows]
+    result = read_token_rows({"boolq": task}, tokenizer, limit=2, max_length=200)
+    assert len(result.rows) == 2 and result.report[0].startswith("boolq: 2 rows, ")
+    ends = [tokenizer.decode(row.tokens[1:-1]).split()[-1] for row in result.rows]
     assert ends == ["false", "true"]
-    assert found.rows[0].where == "validation.jsonl: line 1"
+    assert result.rows[0].where == "validation.jsonl: line 1"
 
 
 def test_rows_without_text_are_rejected(tmp_path):
