@@ -3,8 +3,8 @@
     python -m moe_jax.demo --only-data --output demo_output
     python train.py --config configs/tiny_comparison.py --workdir demo_output/comparison
 
-All six adapters share one base and one step. `make demo` ends with this run, answers the held-out
-questions with each of them, and says whether the methods differ by more than seeds do.
+All six adapters share one base and one step. `make compare` does this run, scores each adapter on
+the held-out questions, and tests whether the methods differ by more than seeds do.
 """
 
 import copy
