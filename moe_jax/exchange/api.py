@@ -115,7 +115,7 @@ def _advice(adapter: SavedAdapter, to: str, options: ExportOptions) -> str:
     # Default options, with a text for formats that require one.
     defaults = options._replace(dtype="float32", weights=None, tokens=np.zeros((1, 1), np.int32))
     possible = []
-    for name in FORMATS:
+    for name in sorted(FORMATS):
         with contextlib.suppress(NotExpressible):
             _check(adapter, name, defaults)
             possible.append(name)

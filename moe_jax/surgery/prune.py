@@ -73,7 +73,7 @@ def prune(
     notes = [
         f"keeps {number} of each router; the others had {lost:.2%} of the load on {text.name}",
         _statement(lost, former.router, text.name),
-        text.describe(change, "the adapter as it was"),
+        text.describe(change, "the original adapter"),
     ]
     return save_outcome(SurgeryOutcome(result, exact, notes, change), output)
 
