@@ -4,7 +4,7 @@
     fields:: moe_jax.adapters.ROUTERS
 
 The second form, a registry, takes each of its members in turn, under the name that a configuration
-gives.
+gives. A field that has no entry in the docstrings of its class and their bases fails the build.
 """
 
 import dataclasses
@@ -55,7 +55,7 @@ class Fields(SphinxDirective):
         """The text of a class's docstring, and the table of its fields."""
         shown = self.parsed(summary(cls))
         left_out = {field.name for field in dataclasses.fields(base)} if base is not None else set()
-        rows = [row for row in rows_of(cls) if row[0] not in left_out]
+        rows = [row for row in rows_of(cls, self) if row[0] not in left_out]
         if not rows:
             return [*shown, *self.parsed("No further fields.")]
         table = nodes.table(classes=["field-table"])
@@ -117,13 +117,14 @@ def entries(cls: type) -> Iterator[tuple[str, str]]:
                 yield name.strip(), f"{first}\n{textwrap.dedent(more)}"
 
 
-def rows_of(cls: type) -> Iterator[tuple[str, str, str, str]]:
+def rows_of(cls: type, directive: SphinxDirective) -> Iterator[tuple[str, str, str, str]]:
     """Name, type, default and meaning of each field, those of the class itself first."""
     texts = {name: text for ancestor in reversed(cls.__mro__) for name, text in entries(ancestor)}
     own = vars(cls).get("__annotations__", {})
     for field in sorted(dataclasses.fields(cls), key=lambda field: field.name not in own):
-        text = texts.get(field.name, "")
-        yield field.name, type_name(field.type), default_of(field), text
+        if field.name not in texts:
+            raise directive.error(f"{cls.__qualname__}.{field.name}: has no entry in {SECTION}")
+        yield field.name, type_name(field.type), default_of(field), texts[field.name]
 
 
 def type_name(kind: Any) -> str:
