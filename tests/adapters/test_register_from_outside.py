@@ -1,6 +1,6 @@
 """A method, a router and a loss of another package: registered, configured, trained, saved, loaded.
 
-Nothing in moe_jax knows of the three classes below; CONTRIBUTING.md shows the same steps.
+Nothing in moe_jax knows of the three classes below; docs/extending.md shows the same steps.
 """
 
 from dataclasses import dataclass, field
