@@ -1,4 +1,4 @@
-"""`moe-jax` as a command: export, import, and one line for what is wrong."""
+"""`moe-jax` as a command: export, import, signals and errors of one line."""
 
 import os
 import signal
@@ -26,7 +26,7 @@ from moe_jax.surgery.upcycle import UPCYCLED
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A base, and two adapters of it in our own format; not to be changed."""
+    """A base and two adapters of it in our format; read-only."""
     folder = tmp_path_factory.mktemp("cli")
     save_tiny_llama(folder / "base")
     model = read_model_config(folder / "base")
@@ -36,7 +36,7 @@ def folder(tmp_path_factory):
     return folder
 
 
-def test_out_and_in_again(folder, tmp_path, capsys):
+def test_export_and_import(folder, tmp_path, capsys):
     out, back = tmp_path / "out", tmp_path / "adapters"
     arguments = ["--adapter", folder / "mixlora", "--to", "mixlora", "--output", out]
     assert main(["export", *map(str, arguments), "--base", str(folder / "base")]) == 0
@@ -58,9 +58,7 @@ def test_out_and_in_again(folder, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("number", "words", "status"), [(signal.SIGINT, "stopped\n", 130), (signal.SIGTERM, "", 143)]
 )
-def test_what_a_signal_ends_leaves_nothing(
-    folder, tmp_path, capsys, monkeypatch, number, words, status
-):
+def test_a_signal_leaves_no_files(folder, tmp_path, capsys, monkeypatch, number, words, status):
     def interrupted(*_):
         assert len(list(tmp_path.iterdir())) == 1  # the beginning of an export
         os.kill(os.getpid(), number)
@@ -97,7 +95,7 @@ def test_errors_are_one_line(folder, tmp_path, capsys):
         ("import", ["--from", "--base", "--output", "--name", "no code in it is run"]),
     ],
 )
-def test_help_is_enough(capsys, command, words):
+def test_help(capsys, command, words):
     with pytest.raises(SystemExit) as ended:
         main([command, "--help"])
     assert ended.value.code == 0
@@ -105,7 +103,7 @@ def test_help_is_enough(capsys, command, words):
     assert all(word in shown for word in words), shown
 
 
-def test_what_commands_offer_is_what_there_is():
+def test_choices_equal_the_registries():
     assert list(choices.EXPORT_FORMATS) == sorted(FORMATS)
     assert get_args(ExportWeighting) == choices.EXPORT_WEIGHTS
     # Other tests register routers from outside, which commands do not offer.
@@ -117,7 +115,7 @@ def test_what_commands_offer_is_what_there_is():
     assert get_args(Weighting) == choices.MERGE_WEIGHTS
 
 
-def test_help_is_answered_without_what_computes():
+def test_help_imports_no_heavy_packages():
     code = (
         "import sys, moe_jax.cli\n"
         "try: moe_jax.cli.main(['evaluate', '--help'])\n"
@@ -137,7 +135,7 @@ def test_as_a_process(folder, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_reader_that_leaves_is_no_error(folder):
+def test_a_closed_pipe_is_not_an_error(folder):
     code = "import sys; from moe_jax.cli import main; sys.exit(main())"
     command = [sys.executable, "-c", code, "show", str(folder / "lora")]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
@@ -148,7 +146,7 @@ def test_a_reader_that_leaves_is_no_error(folder):
 
 
 @pytest.mark.parametrize(
-    ("command", "needy", "arguments"),
+    ("command", "function", "arguments"),
     [
         ("generate", "moe_jax.commands.generate.generate", ["--prompt", "a"]),
         ("evaluate", "moe_jax.evaluation.model_evaluation.evaluate", ["--tasks", "boolq"]),
@@ -159,11 +157,11 @@ def test_a_reader_that_leaves_is_no_error(folder):
         ),
     ],
 )
-def test_memory_that_does_not_do(command, needy, arguments, folder, capsys, monkeypatch):
-    def take(*_, **__):
+def test_out_of_memory(command, function, arguments, folder, capsys, monkeypatch):
+    def fail(*_, **__):
         raise MemoryError
 
-    monkeypatch.setattr(needy, take)
+    monkeypatch.setattr(function, fail)
     assert main([command, "--adapter", str(folder / "mixlora"), *arguments]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: out of memory: try a smaller --batch-size")

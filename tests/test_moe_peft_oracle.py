@@ -1,4 +1,4 @@
-"""The recorded reference figures: every weight lands in our tree, and gradients fit the weights."""
+"""Recorded reference values: all weights map to our tree, and gradients have their shapes."""
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ def leaves(tree, prefix=""):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_every_figure_is_of_one_weight(name):
+def test_all_values_map_to_weights(name):
     case = load_case(name)
     weights = dict(leaves(as_tree(case.weights)))
     assert sum(a.size for a in weights.values()) == sum(a.size for a in case.weights.values())
@@ -65,7 +65,7 @@ def test_shapes_in_our_tree(name, q_proj, up_proj):
         assert ffn["up_proj"]["magnitude"].shape == (LAYERS, FFN)
 
 
-def test_experts_and_matrices_are_where_they_belong():
+def test_experts_and_matrices_are_in_place():
     weights = load_case("mola").weights
     up = as_tree(weights)["layers"]["mlp"]["up_proj"]
     key = "mola.layers.1.mlp.up_proj.experts.2"
@@ -79,7 +79,7 @@ def test_router_logits_are_split_by_site():
         assert {site.shape for site in sites.values()} == {(LAYERS, 4, 24, EXPERTS)}
 
 
-def test_an_unknown_key_or_a_missing_part_is_refused():
+def test_unknown_keys_and_missing_experts():
     weights = load_case("mixlora").weights
     with pytest.raises(ValueError, match="not a key"):
         as_tree({**weights, "mixlora.layers.0.mlp.up_proj.experts.0.lora_C.weight": np.zeros(1)})

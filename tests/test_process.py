@@ -1,4 +1,4 @@
-"""Where compiled programs are kept, and what happens where they cannot be."""
+"""Persistent cache of compiled programs: default, settings of the user, errors, pruning."""
 
 import os
 
@@ -17,7 +17,7 @@ SETTINGS = (
 
 @pytest.fixture(autouse=True)
 def clean(tmp_path, monkeypatch):
-    """A user who has set nothing; JAX's own settings are put back."""
+    """An environment without settings; restores the configuration of JAX."""
     for name in SETTINGS:
         monkeypatch.delenv(name.upper(), raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -32,7 +32,7 @@ def settings():
     return tuple(jax.config.values[name] for name in SETTINGS)
 
 
-def test_it_is_on_by_default(tmp_path, capfd):
+def test_the_cache_is_on_by_default(tmp_path, capfd):
     keep_compiled_programs()
     folder, enabled, seconds = settings()
     assert folder == str(default_folder())
@@ -49,7 +49,7 @@ def test_another_processor_has_another_folder(monkeypatch):
     assert default_folder() != here
 
 
-def test_what_the_user_has_set_stays(tmp_path, monkeypatch):
+def test_settings_of_the_user_stay(tmp_path, monkeypatch):
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "own"))
     monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "7")
     jax.config.update(SETTINGS[2], 7.0)  # as JAX itself does on import
@@ -61,7 +61,7 @@ def test_what_the_user_has_set_stays(tmp_path, monkeypatch):
     assert (tmp_path / "own" / "program-cache").exists()
 
 
-def test_it_can_be_turned_off(tmp_path):
+def test_the_cache_can_be_turned_off(tmp_path):
     jax.config.update("jax_enable_compilation_cache", False)  # JAX_ENABLE_COMPILATION_CACHE=false
     before = settings()
     keep_compiled_programs()
@@ -69,7 +69,7 @@ def test_it_can_be_turned_off(tmp_path):
     assert not (tmp_path / "cache").exists()
 
 
-def test_a_folder_that_cannot_be_written_costs_a_line(tmp_path, capfd):
+def test_a_folder_that_is_not_writable(tmp_path, capfd):
     (tmp_path / "cache").write_text("a file")
     keep_compiled_programs()
     assert not jax.config.values["jax_enable_compilation_cache"]
@@ -79,7 +79,7 @@ def test_a_folder_that_cannot_be_written_costs_a_line(tmp_path, capfd):
     assert err.startswith(f"compiled programs are not cached: cannot write {default_folder()}: ")
 
 
-def test_the_oldest_are_removed(tmp_path):
+def test_the_oldest_programs_are_removed(tmp_path):
     for age, name in enumerate(("new-cache", "old-cache", "oldest-cache", "oldest-but-not-ours")):
         (tmp_path / name).write_bytes(bytes(100))
         os.utime(tmp_path / name, (1e9 - age, 1e9 - age))

@@ -1,4 +1,4 @@
-"""`train.py` as a command: exit status, one line for what is wrong, no traceback."""
+"""`train.py` as a command: exit status and errors of one line, without a traceback."""
 
 import os
 import runpy
@@ -57,9 +57,9 @@ def _as_main(arguments, out, err):
 
 
 def refusal(*arguments):
-    """The one line on stderr of a command that must end with status 2.
+    """Error line of a command that must exit with status 2.
 
-    Its process has the libraries' imports behind it.
+    It runs in a process that has imported the libraries already.
     """
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder) / "out", Path(folder) / "err"
@@ -70,7 +70,7 @@ def refusal(*arguments):
 
 
 def only_line(status, err):
-    """The one line on the stderr of a command that ended with status 2."""
+    """Error line on the stderr of a command that exited with status 2."""
     assert "Traceback" not in err
     assert status == 2, err
     lines = [line for line in err.splitlines() if line.startswith("error: ")]
@@ -107,7 +107,7 @@ def only_line(status, err):
         ),
     ],
 )
-def test_a_command_line_that_will_not_do(inputs, arguments, words):
+def test_invalid_command_lines(inputs, arguments, words):
     assert words in refusal(*[argument.replace("CONFIG", str(inputs)) for argument in arguments])
 
 
@@ -124,7 +124,7 @@ def test_a_command_line_that_will_not_do(inputs, arguments, words):
         ),
     ],
 )
-def test_inputs_that_will_not_do(inputs, tmp_path, field, value, words):
+def test_invalid_inputs(inputs, tmp_path, field, value, words):
     error = refusal(
         f"--config={inputs}", f"--workdir={tmp_path / 'run'}", f"--config.{field}={value}"
     )

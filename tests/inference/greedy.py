@@ -1,4 +1,4 @@
-"""Continuations, ours and transformers'."""
+"""Greedy continuations by this library and by transformers."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ from moe_jax.inference.generator import Request, TokenGenerator
 from moe_jax.inference.settings import SamplingConfig
 
 NOWHERE = 10**6
-"""The id of no token, so that only their number ends continuations."""
+"""Id beyond the vocabulary, so that only the length ends a continuation."""
 
 GREEDY = SamplingConfig()
 
@@ -23,7 +23,7 @@ def continuations(
     eos_id: int = NOWHERE,
     **options,
 ) -> list[list[int]]:
-    """All new tokens of each request, in its place; a row that has ended stays so."""
+    """New tokens of each request; asserts that a row that has ended stays ended."""
     rows = [[] for _ in requests]
     ended = [False] * len(requests)
     steps = generator.stream(
@@ -42,7 +42,7 @@ def continuations(
 def transformers_continuation(
     model: PreTrainedModel, prompt: Sequence[int], new_tokens: int
 ) -> list[int]:
-    """What `generate` makes of a prompt by itself, greedily."""
+    """Greedy continuation of a single prompt by transformers' `generate`."""
     found = model.generate(
         torch.tensor([list(prompt)]),
         do_sample=False,

@@ -1,4 +1,4 @@
-"""A generator of tokens that follows a script, for what does not depend on a model."""
+"""Scripted stand-in for `TokenGenerator`, for tests that do not depend on a model."""
 
 from collections.abc import Callable, Sequence
 
@@ -6,7 +6,7 @@ from moe_jax.inference.generator import Request
 
 
 class ScriptedGenerator:
-    """Gives the tokens that `script` has for a request; stops as the real one does."""
+    """Yields the tokens `script(request)`; stops like `TokenGenerator`."""
 
     def __init__(self, script: Callable[[Request], Sequence[int]]):
         self.script = script

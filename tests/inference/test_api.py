@@ -1,4 +1,4 @@
-"""`moe_jax.generate` on the demo's base: as transformers, alone and side by side, drawn and not."""
+"""`moe_jax.generate` on the demo base: equality with transformers, batches, sampling, errors."""
 
 import dataclasses
 
@@ -37,7 +37,7 @@ def greedy(adapted):
     return texts[: len(PROMPTS)], texts[len(PROMPTS) :]
 
 
-def test_the_base_answers_as_in_transformers_and_the_adapter_otherwise(greedy):
+def test_the_base_equals_transformers_and_the_adapter_differs(greedy):
     tokenizer = transformers.AutoTokenizer.from_pretrained(DEMO_BASE)
     model = transformers.AutoModelForCausalLM.from_pretrained(DEMO_BASE, dtype=torch.float32)
     for prompt, found in zip(PROMPTS, greedy[0], strict=True):
@@ -48,19 +48,19 @@ def test_the_base_answers_as_in_transformers_and_the_adapter_otherwise(greedy):
     assert greedy[0] != greedy[1]
 
 
-def test_a_classifier_beside_them_is_refused_alone(adapted, greedy):
+def test_a_classifier_is_rejected_and_other_adapters_work(adapted, greedy):
     assert greedy[1], "answered, with a classifier in the model"
     with pytest.raises(moe_jax.UserError, match="adapter 'judge': is a classifier"):
         moe_jax.generate(adapted, PROMPTS, ["mine", "judge", None], max_new_tokens=LENGTH)
 
 
-def test_a_stream_makes_up_the_same_text(adapted, greedy):
+def test_a_stream_equals_the_text_of_generate(adapted, greedy):
     pieces = list(moe_jax.generate_stream(adapted, PROMPTS[0], "mine", max_new_tokens=LENGTH))
     assert "".join(pieces) == greedy[1][0]
     assert len(pieces) > 1
 
 
-def test_what_is_drawn_depends_on_the_seed(adapted):
+def test_samples_depend_on_the_seed(adapted):
     def drawn(seed):
         options = dict(temperature=1.5, samples=3, max_new_tokens=LENGTH, batch_size=3)
         return moe_jax.generate(adapted, PROMPTS[:2], "mine", seed=seed, **options)
@@ -71,7 +71,7 @@ def test_what_is_drawn_depends_on_the_seed(adapted):
     assert drawn(2) != six
 
 
-def test_replaced_weights_are_seen(base):
+def test_replaced_weights_take_effect(base):
     model = moe_jax.AdaptedModel(base, {"mine": LORA})
     session = model.session
     assert model.session is session
@@ -83,7 +83,7 @@ def test_replaced_weights_are_seen(base):
     assert base.session.adapters == {}
 
 
-def test_conversations_need_no_flag(base, monkeypatch):
+def test_conversations_use_the_chat_template_without_chat(base, monkeypatch):
     seen = []
 
     class Nothing:
@@ -114,12 +114,12 @@ def test_conversations_need_no_flag(base, monkeypatch):
         (("a " * 300,), "the prompt: has .* tokens, but the context holds 256"),
     ],
 )
-def test_what_is_wrong_is_said(adapted, arguments, message):
+def test_invalid_prompts_and_adapters(adapted, arguments, message):
     with pytest.raises(moe_jax.UserError, match=message):
         moe_jax.generate(adapted, *arguments)
 
 
-def test_values_out_of_range(base):
+def test_invalid_settings(base):
     for options, message in (
         ({"batch_size": 0}, "batch_size: must be a positive number"),
         ({"top_p": 0.5}, "top_p: has no effect"),

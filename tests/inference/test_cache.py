@@ -1,4 +1,4 @@
-"""Logits computed token by token, from a cache, against one pass over the whole rows."""
+"""Logits of cached decoding compared with one pass over the whole rows."""
 
 import functools
 
@@ -61,7 +61,7 @@ LENGTH, PROMPT, SLOTS = 18, 7, 20
 
 @pytest.fixture(scope="module")
 def computed():
-    """One row for each method and one of the base: all at once, token by token, and lengths."""
+    """Logits of one row per method and of the base: in one pass, token by token; and lengths."""
     methods = {
         name: parse_member(METHODS, {**PAIR, **fields}, name)
         for name, fields in METHOD_FIELDS.items()
@@ -126,14 +126,14 @@ def _random(shapes):
 
 
 @pytest.mark.parametrize("name", [*METHOD_FIELDS, "base"])
-def test_cached_logits_equal_the_whole_rows(name, computed):
+def test_cached_logits_equal_those_of_one_pass(name, computed):
     whole, by_token, length = computed[name]
     expected = whole[length - 1 : length - 1 + len(by_token)]
     assert len(by_token) == 12
     np.testing.assert_allclose(by_token, expected, rtol=0, atol=FLOAT32_LOGITS)
 
 
-def test_no_two_methods_compute_the_same(computed):
+def test_all_methods_differ(computed):
     # Also: a capacity of two tokens an expert is not enough for these rows.
     logits = {name: whole[-1] for name, (whole, *_) in computed.items()}
     for name, own in logits.items():

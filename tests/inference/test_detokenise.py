@@ -1,4 +1,4 @@
-"""Text while it is written: what decoding it at the end gives, and never half a character."""
+"""Incremental detokenisation: equal to decoding at the end, without partial characters."""
 
 import numpy as np
 import pytest
@@ -27,7 +27,7 @@ def pieces(detokeniser, ids, *, is_cut=False):
 
 @pytest.mark.parametrize("after", TEXTS)
 @pytest.mark.parametrize("before", ["ab", "\u20ac", "x "])
-def test_the_pieces_make_up_the_text_that_follows_the_prompt(tokenizer, before, after):
+def test_pieces_join_to_the_text_after_the_prompt(tokenizer, before, after):
     prompt, known = encode_prompt(tokenizer, before), encode(tokenizer, [before])[0]
     whole = encode(tokenizer, [before + after])[0]
     ids = whole[len(known) :]
@@ -42,14 +42,14 @@ def test_the_pieces_make_up_the_text_that_follows_the_prompt(tokenizer, before, 
     assert "".join(pieces(Detokeniser(tokenizer, ()), ids)) == tokenizer.decode(ids)
 
 
-def test_a_character_of_several_tokens_comes_at_once(tokenizer):
+def test_a_character_of_several_tokens_is_one_piece(tokenizer):
     smile = encode(tokenizer, ["\U0001f600"])[0][-4:]  # its four bytes
     assert pieces(Detokeniser(tokenizer, encode(tokenizer, ["a"])[0]), smile) == [
         *("", "", "", "\U0001f600", "")
     ]
 
 
-def test_half_a_character_is_left_out_where_an_answer_is_cut(tokenizer):
+def test_a_partial_character_is_dropped_at_a_cut(tokenizer):
     half = encode(tokenizer, ["an\u20ac"])[0][:-1]
     assert "".join(pieces(Detokeniser(tokenizer, ()), half, is_cut=True)) == "an"
     ended = "".join(pieces(Detokeniser(tokenizer, ()), half))
@@ -62,8 +62,8 @@ def test_special_tokens_have_no_text(tokenizer):
     assert "</s>" not in "".join(pieces(Detokeniser(tokenizer, ids), with_end))
 
 
-def test_any_tokens_at_all(tokenizer):
-    """Random ones, most of them no text: nothing is lost or said twice."""
+def test_random_tokens(tokenizer):
+    """Random tokens, mostly not text: nothing is lost or repeated."""
     rng = np.random.default_rng(0)
     pieces_known = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
     letters = [i for i, piece in enumerate(pieces_known) if piece.isalpha()]

@@ -1,4 +1,4 @@
-"""Greedy continuations of every kind of family against transformers' `generate`, token by token."""
+"""Greedy continuations of each kind of family compared with transformers, token by token."""
 
 import copy
 
@@ -55,7 +55,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_rows_of_a_base_and_of_its_adapter_equal_transformers(case, tmp_path):
+def test_base_and_adapter_equal_transformers(case, tmp_path):
     model_type, fields = CASES[case]
     reference = tiny_model(model_type, SEED, **fields)
     reference.save_pretrained(tmp_path)

@@ -1,4 +1,4 @@
-"""`moe-jax generate` on answers that are known: what it prints, writes and refuses."""
+"""`moe-jax generate` with scripted answers: output, files, conversations and errors."""
 
 import dataclasses
 import json
@@ -21,7 +21,7 @@ CLASSES = ClassificationConfig(labels=("no", "yes"))
 
 @pytest.fixture(scope="module")
 def adapters(tmp_path_factory):
-    """Two adapters of the demo's base, a classifier, and two whose base is not there."""
+    """Two adapters of the demo base, a classifier, and two of a missing and of another base."""
     folder = tmp_path_factory.mktemp("adapters")
     methods = {"one": LORA, "judge": dataclasses.replace(LORA, classification=CLASSES)}
     model = moe_jax.AdaptedModel(moe_jax.load_base(DEMO_BASE), methods)
@@ -37,7 +37,7 @@ def adapters(tmp_path_factory):
 
 
 def answer(request):
-    """Says whose answer it is and to which prompt."""
+    """Tokens that name the adapter, the sample and the prompt."""
     prompt = TOKENIZER.decode(list(request.tokens), skip_special_tokens=True)
     text = f"{request.adapter or 'base'} {request.sample} to {prompt.split()[-1]}"
     return [*TOKENIZER(text, add_special_tokens=False).input_ids, TOKENIZER.eos_token_id]
@@ -55,7 +55,7 @@ def generate(*arguments):
     return main(["generate", *map(str, arguments)])
 
 
-def test_a_single_prompt_is_answered_bare(scripted, adapters, capsys):
+def test_a_single_answer_has_no_heading(scripted, adapters, capsys):
     assert generate("--base", DEMO_BASE, "--prompt", "hello") == 0
     assert capsys.readouterr().out == " base 0 to hello\n"
     # The base that the adapter remembers.
@@ -85,7 +85,7 @@ ROWS = [
 ]
 
 
-def test_a_file_of_prompts_into_a_file_of_answers(scripted, adapters, tmp_path, capsys):
+def test_prompts_and_answers_in_files(scripted, adapters, tmp_path, capsys):
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     flags = ["--adapter", adapters / "one", "--adapter", adapters / "two"]
     output = tmp_path / "new" / "out.jsonl"
@@ -113,7 +113,7 @@ def answer_of(text):
     return TOKENIZER(text, add_special_tokens=False).input_ids
 
 
-def test_an_interrupt_keeps_the_batches_before(scripted, tmp_path, capsys, monkeypatch):
+def test_an_interrupt_keeps_earlier_batches(scripted, tmp_path, capsys, monkeypatch):
     (tmp_path / "in.txt").write_text("one\n\ntwo words\n")
 
     def script(request):
@@ -141,7 +141,7 @@ def test_a_failure_before_the_first_answer_leaves_no_file(scripted, tmp_path):
 
 
 def talk(monkeypatch, capsys, lines, *flags):
-    """Types the lines; gives what was answered, and what was said besides."""
+    """Types the lines; returns the lines of stdout, and stderr."""
     given = iter(lines)
 
     def read(prompt=""):
@@ -175,11 +175,17 @@ def test_a_conversation(scripted, adapters, monkeypatch, capsys):
     )
     assert seen[3] == "system: Be.\nuser: new\nassistant: "
     assert [line.split()[0] for line in out if line] == ["base", "base", "two", "two", "base"]
-    for words in ("adapter: two", "twoo: did you mean 'two'?", "conversation cleared", "Ctrl-D ends", "/help"):
+    for words in (
+        "adapter: two",
+        "twoo: did you mean 'two'?",
+        "conversation cleared",
+        "Ctrl-D ends",
+        "/help",
+    ):
         assert words in said
 
 
-def test_an_empty_line_goes_on(scripted, monkeypatch, capsys):
+def test_an_empty_line_continues(scripted, monkeypatch, capsys):
     out, said = talk(monkeypatch, capsys, ["", "once", "", "/reset", ""], "--max-new-tokens", "2")
     assert len([line for line in out if line]) == 2
     assert [len(batch) for batch in scripted.batches] == [1, 1]
@@ -250,7 +256,7 @@ def test_a_conversation_that_fills_the_context(scripted, monkeypatch, capsys):
         (["--prompt", "a", "--mesh", "data=99"], "data=99 .* needs 99 devices"),
     ],
 )
-def test_one_line_says_what_is_wrong(scripted, capsys, arguments, message):
+def test_errors_are_one_line(scripted, capsys, arguments, message):
     assert generate("--base", DEMO_BASE, *arguments) == 2
     error = capsys.readouterr().err
     assert len(error.splitlines()) == 1
@@ -267,14 +273,12 @@ def test_one_line_says_what_is_wrong(scripted, capsys, arguments, message):
         ("judge", "adapter 'judge': is a classifier .* cannot generate text"),
     ],
 )
-def test_adapters_that_do_not_fit(scripted, adapters, capsys, name, message):
+def test_invalid_adapters(scripted, adapters, capsys, name, message):
     assert generate("--prompt", "a", "--adapter", adapters / name) == 2
     assert re.search(message, capsys.readouterr().err)
 
 
-def test_a_classifier_answers_no_one_and_keeps_nobody_from_answering(
-    scripted, adapters, tmp_path, capsys
-):
+def test_a_classifier_is_rejected_only_if_it_is_asked(scripted, adapters, tmp_path, capsys):
     flags = ["--adapter", adapters / "one", "--adapter", adapters / "judge"]
     assert generate("--interactive", *flags) == 2
     assert "adapter 'judge': is a classifier" in capsys.readouterr().err
@@ -283,7 +287,7 @@ def test_a_classifier_answers_no_one_and_keeps_nobody_from_answering(
     assert generate("--prompts", tmp_path / "in.jsonl", *flags) == 0
 
 
-def test_adapters_of_several_bases_and_none_at_all(scripted, adapters, capsys):
+def test_adapters_of_several_bases_and_no_base(scripted, adapters, capsys):
     flags = ["--adapter", adapters / "one", "--adapter", adapters / "other"]
     assert generate("--prompt", "a", *flags) == 2
     assert "which differ; give adapters of one base" in capsys.readouterr().err
@@ -302,13 +306,13 @@ def test_adapters_of_several_bases_and_none_at_all(scripted, adapters, capsys):
         ([1], "line 1: a row must be an object"),
     ],
 )
-def test_rows_that_do_not_fit(scripted, tmp_path, capsys, row, message):
+def test_invalid_rows(scripted, tmp_path, capsys, row, message):
     (tmp_path / "in.jsonl").write_text(json.dumps(row))
     assert generate("--base", DEMO_BASE, "--prompts", tmp_path / "in.jsonl") == 2
     assert message in capsys.readouterr().err
 
 
-def test_help_is_enough(capsys):
+def test_help(capsys):
     with pytest.raises(SystemExit, match="0"):
         main(["generate", "--help"])
     shown = " ".join(capsys.readouterr().out.split())

@@ -1,4 +1,4 @@
-"""Rows of several adapters side by side: what they give, where they stand, when they end."""
+"""Batches with several adapters: outputs, ends, random draws, meshes and errors."""
 
 import dataclasses
 
@@ -62,9 +62,7 @@ def greedy(generator):
     return continuations(generator, REQUESTS, NEW)
 
 
-def test_each_row_is_what_transformers_makes_of_its_merged_model(
-    greedy, folder, adapters, tmp_path
-):
+def test_each_row_equals_its_merged_model_in_transformers(greedy, folder, adapters, tmp_path):
     moe_jax.export_adapter(adapters["mix"], "mixtral", tmp_path / "mix")
     moe_jax.export_adapter(adapters["plain"], "llama", tmp_path / "plain")
     models = {
@@ -81,7 +79,7 @@ def test_each_row_is_what_transformers_makes_of_its_merged_model(
         assert sum(found == other for other in expected.values()) == 1
 
 
-def test_a_row_that_ends_changes_nothing_for_its_neighbours(generator, greedy):
+def test_a_row_that_ends_does_not_change_other_rows(generator, greedy):
     before = generator.compilations()
     assert before == 3  # the prompts, their first tokens, and the loop
     end = greedy[0][4]
@@ -103,7 +101,7 @@ def test_a_row_that_ends_changes_nothing_for_its_neighbours(generator, greedy):
     assert generator.compilations() == before + 1  # prompts of the next bucket
 
 
-def test_what_a_row_draws_depends_on_the_row_alone(generator):
+def test_random_draws_depend_on_the_row_alone(generator):
     drawn = continuations(generator, REQUESTS, NEW, sampling=DRAWN, seed=5)
     before = generator.compilations()
     others = [
@@ -126,7 +124,7 @@ def test_what_a_row_draws_depends_on_the_row_alone(generator):
     assert generator.compilations() == before
 
 
-def test_a_mesh_gives_the_same(folder, adapters, greedy):
+def test_a_mesh_gives_the_same_tokens(folder, adapters, greedy):
     # Four ways to divide five rows: two of the six of `mix` and of the others fill up.
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     files = open_base(folder)
@@ -138,7 +136,7 @@ def test_a_mesh_gives_the_same(folder, adapters, greedy):
     assert continuations(generator, REQUESTS, NEW) == greedy
 
 
-def test_what_cannot_be_asked_for_is_said_before_anything_runs(base, adapters):
+def test_invalid_requests_are_rejected_before_the_first_step(base, adapters):
     def refused(message, *requests, error=DataError, new_tokens=4, seed=0, config=base.config):
         own = {"mix": (adapters["mix"].method, adapters["mix"].tree)}
         generator = TokenGenerator(config, base.params, own, compute=COMPUTE)
@@ -185,7 +183,7 @@ def test_what_cannot_be_asked_for_is_said_before_anything_runs(base, adapters):
             TokenGenerator(base.config, base.params, {}, compute=COMPUTE, **options)
 
 
-def test_logits_that_are_not_finite_end_it(base):
+def test_logits_that_are_not_finite(base):
     params = jax.tree.map(lambda leaf: np.full_like(leaf, np.nan), base.params)
     generator = TokenGenerator(base.config, params, {}, compute=COMPUTE)
     with pytest.raises(CheckpointError, match="prompt 1: the model's logits are not finite"):

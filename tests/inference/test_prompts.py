@@ -1,4 +1,4 @@
-"""Prompts as training shows them: leading tokens, templates, conversations; and what is refused."""
+"""Prompts: leading tokens, templates, conversations, and errors."""
 
 import dataclasses
 
@@ -17,14 +17,14 @@ CHAT = byte_level()  # <s> is 0, </s> is 1, and there is a chat template
 LORA = moe_jax.LoraConfig(rank=2, alpha=4.0, target_modules=("q_proj",))
 
 
-def test_a_plain_prompt_begins_as_the_tokenizer_begins_texts():
+def test_a_plain_prompt_has_the_leading_tokens_of_the_tokenizer():
     found = PromptEncoder(CHAT, PromptFormat()).text("Who?", "here")
     assert list(found) == CHAT("Who?").input_ids
     plain = sentence_piece()  # adds nothing by itself
     assert list(PromptEncoder(plain, PromptFormat()).text("a b", "here")) == plain("a b").input_ids
 
 
-def test_an_instruction_goes_into_the_template():
+def test_an_instruction_fills_the_template():
     encoder = PromptEncoder(CHAT, PromptFormat(template="question"))
     assert list(encoder.text("Who?", "x")) == CHAT("Question: Who?\nAnswer:\n").input_ids
     expected = CHAT("Context: Ann.\nQuestion: Who?\nAnswer:\n").input_ids
@@ -32,7 +32,7 @@ def test_an_instruction_goes_into_the_template():
 
 
 @pytest.mark.parametrize("system", [None, "Be brief."])
-def test_a_conversation_is_what_transformers_makes_of_it(system):
+def test_a_conversation_equals_that_of_transformers(system):
     encoder = PromptEncoder(CHAT, PromptFormat(chat=True, system=system))
     begin = [] if system is None else [{"role": "system", "content": system}]
     messages = [
@@ -69,7 +69,7 @@ def test_the_token_that_ends_a_turn():
         ({"system": "x"}, "system: .* give `chat` too"),
     ],
 )
-def test_formats_that_contradict_themselves(fields, message):
+def test_contradictory_formats(fields, message):
     with pytest.raises(UserError, match=message):
         PromptFormat(**fields)
 
@@ -92,7 +92,7 @@ def test_without_a_chat_template():
         ([{"role": "assistant", "content": "a"}], "ends with the assistant"),
     ],
 )
-def test_what_is_no_conversation(messages, message):
+def test_invalid_conversations(messages, message):
     with pytest.raises(UserError, match=message):
         PromptEncoder(CHAT, PromptFormat(chat=True)).conversation(messages, "x")
 
@@ -103,7 +103,7 @@ def test_an_empty_prompt(text):
         PromptEncoder(CHAT, PromptFormat(chat=True)).text(text, "prompt 2")
 
 
-def test_an_input_needs_a_template():
+def test_an_input_requires_a_template():
     with pytest.raises(UserError, match="prompt 2: has an input, which only a prompt template"):
         PromptEncoder(CHAT, PromptFormat()).text("a", "prompt 2", "material")
 
@@ -119,7 +119,7 @@ def test_an_input_needs_a_template():
         ([1], "mne", "x: adapter 'mne': is not loaded; did you mean 'mine'"),
     ],
 )
-def test_prompts_that_cannot_be_answered(tokens, adapter, message):
+def test_rejected_prompts(tokens, adapter, message):
     judge = dataclasses.replace(LORA, classification=ClassificationConfig(glue="cola"))
     adapters = {"mine": LORA, "judge": judge}
     limits = dict(max_new_tokens=5, context=20, vocab_size=9, adapters=adapters)
@@ -138,7 +138,7 @@ def test_prompts_that_cannot_be_answered(tokens, adapter, message):
         (8, 12, 20, ["shorten it, and ask for fewer new tokens"]),
     ],
 )
-def test_an_answer_does_not_pass_a_change_of_frequencies(length, new_tokens, context, ways):
+def test_an_answer_stays_on_one_side_of_a_change_of_frequencies(length, new_tokens, context, ways):
     def check(tokens, new_tokens):
         prompt = ((1,) * tokens, None, "x")
         limits = dict(context=context, vocab_size=9, adapters={}, switch=8)

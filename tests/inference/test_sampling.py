@@ -1,4 +1,4 @@
-"""Sampling against transformers' own logits processors, and the frequencies of what is drawn."""
+"""Sampling compared with transformers' logits processors, and frequencies of the draws."""
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +41,7 @@ def some_logits():
 
 
 def expected_scores(logits, ids, config):
-    """transformers' processors in the order of its `generate`, which this list does not take."""
+    """Scores by transformers' processors; the next test checks their order."""
     processors = theirs.LogitsProcessorList()
     if config.repetition_penalty != 1:
         processors.append(theirs.RepetitionPenaltyLogitsProcessor(config.repetition_penalty))
@@ -57,7 +57,7 @@ def expected_scores(logits, ids, config):
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
-def test_what_may_be_drawn_is_what_transformers_lets_through(config):
+def test_filters_equal_those_of_transformers(config):
     logits, ids, seen = some_logits()
     found = filtered_logits(jnp.asarray(logits), jnp.asarray(seen), config)
     expected = expected_scores(logits, ids, config)
@@ -69,8 +69,8 @@ def test_what_may_be_drawn_is_what_transformers_lets_through(config):
         assert np.isfinite(found).sum(axis=1).tolist() == [1, 1, 1, 1]
 
 
-def test_the_order_of_processors_is_that_of_transformers_generate():
-    """The list above, as `generate` itself builds it."""
+def test_processors_are_in_the_order_of_generate():
+    """The list of `expected_scores` is the one that `generate` builds."""
     model = tiny_llama()
     options = dict(do_sample=True, temperature=0.8, top_k=12, top_p=0.9, min_p=0.05)
     options |= dict(repetition_penalty=0.8)
@@ -128,7 +128,7 @@ def test_frequencies_follow_the_distribution(config):
         assert statistic < freedom + 4 * np.sqrt(2 * freedom)
 
 
-def test_a_row_depends_on_its_own_key_and_logits_only():
+def test_a_row_depends_on_its_key_and_logits_alone():
     logits, _, seen = some_logits()
     keys = jax.random.split(jax.random.key(2), ROWS)
     config = CONFIGS[-1]
@@ -166,7 +166,7 @@ def test_logits_that_are_not_finite_give_no_token(bad, temperature):
         ({"temprature": 1}, "sampling.temprature: unknown field; did you mean 'temperature'"),
     ],
 )
-def test_bad_values_are_named(fields, message):
+def test_errors_name_the_field(fields, message):
     with pytest.raises(UserError, match=message):
         parse(SamplingConfig, fields, "sampling")
 
@@ -174,6 +174,6 @@ def test_bad_values_are_named(fields, message):
 @pytest.mark.parametrize(
     ("field", "value"), [("temperature", "hot"), ("top_k", 2.5), ("top_p", None), ("min_p", True)]
 )
-def test_values_of_another_type_from_python(field, value):
+def test_values_of_the_wrong_type(field, value):
     with pytest.raises(UserError, match=f"{field}: must be a"):
         SamplingConfig(**{"temperature": 1.0, field: value})

@@ -30,13 +30,13 @@ def write(folder, **files):
         ({"config": {"text_config": {"eos_token_id": [106]}}}, {2, 106}),
     ],
 )
-def test_every_file_counts(tmp_path, files, ids):
+def test_end_tokens_of_all_files(tmp_path, files, ids):
     write(tmp_path, **files)
     assert end_tokens(tmp_path, TOKENIZER) == ids
 
 
 @pytest.mark.parametrize("bad", ["</s>", -1, True, [1, "2"], 1.5])
-def test_what_is_no_id_is_refused(tmp_path, bad):
+def test_invalid_ids(tmp_path, bad):
     write(tmp_path, generation_config={"eos_token_id": bad})
     with pytest.raises(UserError, match=r"generation_config.json: eos_token_id: expected a token"):
         end_tokens(tmp_path, TOKENIZER)
@@ -68,7 +68,7 @@ def passed(text, cuts, stops):
 
 
 @pytest.mark.parametrize("stops", [("ab",), ("aab", "ba"), ("abc", "bc", "c"), ("aaa",), ()])
-def test_however_the_text_is_cut(stops):
+def test_any_split_into_pieces(stops):
     rng = np.random.default_rng(0)
     ended = 0
     for _ in range(300):
@@ -80,7 +80,7 @@ def test_however_the_text_is_cut(stops):
     assert (ended > 10) == bool(stops)
 
 
-def test_text_that_is_no_beginning_of_a_stop_string_is_not_held_back():
+def test_only_the_beginning_of_a_stop_string_is_held_back():
     reader = StopStrings(("\n\nQ:",))
     assert reader.push("one\ntwo") == "one\ntwo"
     assert reader.push("\n") == ""

@@ -1,4 +1,4 @@
-"""Batches, stop strings and end tokens of answers whose tokens are known."""
+"""Batches, stop strings and end tokens of scripted answers."""
 
 import pytest
 from inference.scripted import ScriptedGenerator
@@ -20,7 +20,7 @@ def ids(text):
 
 
 def scripted(**options):
-    """Prompt n is answered with script n, then an end token and what is never reached."""
+    """Generator that answers prompt n with script n and an end token; further tokens are unread."""
 
     def script(request):
         return [*ids(SCRIPTS[request.number]), END, *ids("beyond the end of it all")]
@@ -40,7 +40,7 @@ def answers(generator, prompts, **fields):
     return sorted(found)
 
 
-def test_answers_and_why_they_ended():
+def test_answers_and_finish_reasons():
     _, generator = scripted()
     expected = [Answer(n, 0, text, len(ids(text)) + 1, "stop") for n, text in enumerate(SCRIPTS)]
     assert answers(generator, prompts(None, None, None)) == expected
@@ -51,7 +51,7 @@ def test_answers_and_why_they_ended():
     ]
 
 
-def test_a_character_cut_in_half_is_left_out_unless_answers_stand_alone():
+def test_a_partial_character_is_dropped_unless_decoded_alone():
     count = len(ids(SCRIPTS[2])) - 1
     only = prompts(None, None, None)
     _, generator = scripted()
@@ -81,14 +81,14 @@ def test_stop_strings(stop, expected):
     assert all(expected.startswith("".join(pieces[:n])) for n in range(len(pieces)))
 
 
-def test_a_stop_string_that_is_a_special_token_is_found_though_it_has_no_text():
+def test_a_special_token_as_stop_string():
     tokens = ScriptedGenerator(lambda _: [*ids("one"), 0, *ids("two")])
     generator = TextGenerator(tokens, TOKENIZER, frozenset({END}))
     assert answers(generator, prompts(None), stop=("<s>",))[0].text == " one"
     assert answers(generator, prompts(None))[0].text == " one two"
 
 
-def test_a_stream_ends_with_its_reason():
+def test_a_stream_ends_with_the_finish_reason():
     _, generator = scripted()
     pieces = list(generator.stream(prompts(None)[0], GenerationConfig(), number=1))
     assert "".join(piece.text for piece in pieces) == SCRIPTS[1]
@@ -96,7 +96,7 @@ def test_a_stream_ends_with_its_reason():
     assert pieces[-1] == Piece("", "stop")
 
 
-def test_batches_hold_like_prompts_and_samples_draw_apart():
+def test_batches_group_prompts_by_adapter_and_length():
     tokens, generator = scripted()
     config = GenerationConfig(sampling=SamplingConfig(1.0), samples=2, seed=3)
     given = prompts("b", None, "a")
@@ -111,7 +111,7 @@ def test_batches_hold_like_prompts_and_samples_draw_apart():
     assert {a.text for a in found if a.prompt == 1} == {SCRIPTS[1]}
 
 
-def test_prompts_on_either_side_of_a_change_of_frequencies_are_batched_apart():
+def test_prompts_across_a_change_of_frequencies_are_batched_separately():
     # Of 2, 3 and 4 tokens; with a change after 3, the last one is alone.
     for options, expected in (({}, [[2, 1], [0]]), ({"switch": 3}, [[2], [1, 0]])):
         tokens, generator = scripted(**options)

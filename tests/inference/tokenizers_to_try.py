@@ -1,4 +1,4 @@
-"""Two kinds of tokenizers: bytes as the demo's base has them, and SentencePiece as Llama has it."""
+"""Two kinds of tokenizers: byte-level as in the demo base, and SentencePiece as in Llama."""
 
 from pathlib import Path
 
@@ -11,12 +11,12 @@ DEMO_BASE = Path(__file__).parents[2] / "moe_jax" / "demo" / "base"
 
 
 def byte_level():
-    """The demo's own tokenizer: every character is bytes, and none is put in front of a text."""
+    """Tokenizer of the demo base: byte-level, without a leading space."""
     return load_tokenizer(DEMO_BASE)
 
 
 def sentence_piece():
-    """Pieces with a blank in front, bytes for unknown characters; decoding as in Llama 2."""
+    """Tokenizer with a leading space and bytes for unknown characters; decodes like Llama 2."""
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581"]
     pieces += [*"abcdefghijklmnopqrstuvwxyz.", "\u2581a", "\u2581b", "an", "\u2581an"]
     merges = [("\u2581", "a"), ("\u2581", "b"), ("a", "n"), ("\u2581", "an")]
