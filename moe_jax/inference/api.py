@@ -26,7 +26,7 @@ from moe_jax.inference.settings import (
 )
 from moe_jax.inference.stopping import end_tokens
 from moe_jax.inference.text_generator import TextGenerator
-from moe_jax.loaded.model import Adapter, build_model, load_adapters, load_params
+from moe_jax.loaded.inference_model import Adapter, build_model, load_adapters, load_params
 from moe_jax.sharding.mesh import make_mesh
 
 
