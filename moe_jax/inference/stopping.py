@@ -60,18 +60,18 @@ class StopStrings:
     output does not depend on how the text is split into pieces.
 
     Attributes:
-      found: stop string that ended the text; None before that.
+      matched: stop string that ended the text; None before that.
     """
 
     def __init__(self, stops: Sequence[str]):
         """Starts an empty text; `stops` are not empty strings."""
         self._stops = tuple(stops)
         self._held = ""
-        self.found: str | None = None
+        self.matched: str | None = None
 
     def push(self, piece: str) -> str:
         """Adds a piece of text; returns the text that is safe to pass on."""
-        if self.found is not None:
+        if self.matched is not None:
             return ""
         text = self._held + piece
         matches = [
@@ -80,7 +80,7 @@ class StopStrings:
             if (start := text.find(stop)) >= 0
         ]
         if matches:
-            _, start, self.found = min(matches)
+            _, start, self.matched = min(matches)
             self._held = ""
             return text[:start]
         keep = len(text) - self._partial_match(text)

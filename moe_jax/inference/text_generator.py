@@ -244,16 +244,16 @@ class _Row:
                 self._is_ended = True
             else:
                 self._text += self._stops.push(self._detokeniser.push(token))
-        return self._stops.found is not None
+        return self._stops.matched is not None
 
     def take(self, *, is_last: bool) -> Piece:
         """Returns the text since the last call; all of it where the answer ends."""
-        if self._stops.found is None and (self._is_ended or is_last):
+        if self._stops.matched is None and (self._is_ended or is_last):
             is_cut = not self._is_ended and not self._keeps_halves
             rest = self._detokeniser.finish(is_cut=is_cut)
             self._text += self._stops.push(rest) + self._stops.finish()
         text, self._text = self._text, ""
-        if self._is_ended or self._stops.found is not None:
+        if self._is_ended or self._stops.matched is not None:
             return Piece(text, "stop")
         return Piece(text, "length" if is_last else None)
 

@@ -43,11 +43,11 @@ def transformers_continuation(
     model: PreTrainedModel, prompt: Sequence[int], new_tokens: int
 ) -> list[int]:
     """Greedy continuation of a single prompt by transformers' `generate`."""
-    found = model.generate(
+    tokens = model.generate(
         torch.tensor([list(prompt)]),
         do_sample=False,
         max_new_tokens=new_tokens,
         eos_token_id=None,
         pad_token_id=0,
     )
-    return found[0, len(prompt) :].tolist()
+    return tokens[0, len(prompt) :].tolist()

@@ -40,11 +40,11 @@ def greedy(adapted):
 def test_the_base_equals_transformers_and_the_adapter_differs(greedy):
     tokenizer = transformers.AutoTokenizer.from_pretrained(DEMO_BASE)
     model = transformers.AutoModelForCausalLM.from_pretrained(DEMO_BASE, dtype=torch.float32)
-    for prompt, found in zip(PROMPTS, greedy[0], strict=True):
+    for prompt, answer in zip(PROMPTS, greedy[0], strict=True):
         ids = tokenizer(prompt, return_tensors="pt").input_ids
         whole = model.generate(ids, max_new_tokens=LENGTH, do_sample=False)[0]
         before = tokenizer.decode(ids[0], skip_special_tokens=True)
-        assert before + found == tokenizer.decode(whole, skip_special_tokens=True)
+        assert before + answer == tokenizer.decode(whole, skip_special_tokens=True)
     assert greedy[0] != greedy[1]
 
 

@@ -95,8 +95,10 @@ def computed():
     at = np.arange(PROMPT)[None] - start[:, None]  # which token of the row stands in each slot
     prompts = np.where(at >= 0, np.take_along_axis(tokens, np.maximum(at, 0), axis=1), 0)
     fill = functools.partial(model.clone(cache_length=SLOTS).apply, mutable=["cache"])
-    logits, made = jax.jit(fill)(variables, prompts, segment_ids=jnp.asarray(at >= 0, jnp.int32))
-    cache, parts = made["cache"], [logits[:, -1:]]
+    logits, collections = jax.jit(fill)(
+        variables, prompts, segment_ids=jnp.asarray(at >= 0, jnp.int32)
+    )
+    cache, parts = collections["cache"], [logits[:, -1:]]
 
     @jax.jit
     def step(cache, tokens, slot):
@@ -136,6 +138,6 @@ def test_cached_logits_equal_those_of_one_pass(name, computed):
 def test_all_methods_differ(computed):
     # Also: a capacity of two tokens an expert is not enough for these rows.
     logits = {name: whole[-1] for name, (whole, *_) in computed.items()}
-    for name, own in logits.items():
+    for name, ours in logits.items():
         for other, theirs in logits.items():
-            assert name == other or np.abs(own - theirs).max() > 0.01, (name, other)
+            assert name == other or np.abs(ours - theirs).max() > 0.01, (name, other)

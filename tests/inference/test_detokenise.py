@@ -34,10 +34,10 @@ def test_pieces_join_to_the_text_after_the_prompt(tokenizer, before, after):
     if whole[: len(known)] != known:  # the two fuse, so what follows is encoded by itself
         ids = encode(tokenizer, [after])[0]
         after = tokenizer.decode([*known, *ids]).removeprefix(before)
-    found = pieces(Detokeniser(tokenizer, prompt), ids)
-    assert "".join(found) == after
-    assert not any("\ufffd" in piece for piece in found)
-    assert sum(map(bool, found)) > 1 or len(after) < 3  # it is a stream
+    text_pieces = pieces(Detokeniser(tokenizer, prompt), ids)
+    assert "".join(text_pieces) == after
+    assert not any("\ufffd" in piece for piece in text_pieces)
+    assert sum(map(bool, text_pieces)) > 1 or len(after) < 3  # it is a stream
     # By itself, without a prompt, SentencePiece has no blank to begin with.
     assert "".join(pieces(Detokeniser(tokenizer, ()), ids)) == tokenizer.decode(ids)
 
@@ -70,5 +70,5 @@ def test_random_tokens(tokenizer):
     for _ in range(50):
         # A letter between two others, so that a run of bytes is never decoded anew with later ones.
         ids = [t for i in rng.integers(3, len(tokenizer), 6) for t in (rng.choice(letters), i)]
-        found = "".join(pieces(Detokeniser(tokenizer, ()), [*map(int, ids)]))
-        assert found == tokenizer.decode([*map(int, ids)])
+        text = "".join(pieces(Detokeniser(tokenizer, ()), [*map(int, ids)]))
+        assert text == tokenizer.decode([*map(int, ids)])

@@ -75,10 +75,10 @@ def test_base_and_adapter_equal_transformers(case, tmp_path):
         compute=ComputeConfig(dtype="float32"),
     )
     requests = [Request(prompts[0], "x"), Request(prompts[1]), Request(prompts[2], "x")]
-    found = continuations(generator, requests, NEW)
+    actual = continuations(generator, requests, NEW)
     models = (merged, reference, merged)
-    for own, model, prompt in zip(found, models, prompts, strict=True):
-        assert own == transformers_continuation(model, prompt, NEW)
+    for tokens, model, prompt in zip(actual, models, prompts, strict=True):
+        assert tokens == transformers_continuation(model, prompt, NEW)
     # Not what the other model says, nor the same tokens over and over.
-    assert found[0] != transformers_continuation(reference, prompts[0], NEW)
-    assert all(len(set(own)) > 3 for own in found)
+    assert actual[0] != transformers_continuation(reference, prompts[0], NEW)
+    assert all(len(set(tokens)) > 3 for tokens in actual)

@@ -142,10 +142,10 @@ def test_a_failure_before_the_first_answer_leaves_no_file(scripted, tmp_path):
 
 def talk(monkeypatch, capsys, lines, *flags):
     """Types the lines; returns the lines of stdout, and stderr."""
-    given = iter(lines)
+    typed = iter(lines)
 
     def read(prompt=""):
-        line = next(given, EOFError())
+        line = next(typed, EOFError())
         if isinstance(line, BaseException):
             raise line
         return line
@@ -167,10 +167,10 @@ def test_a_conversation(scripted, adapters, monkeypatch, capsys):
     lines = ["hi", "  ", "and?", "/adapter two", "so", "/adapter twoo", "/reset", "new"]
     lines += [KeyboardInterrupt(), "/adapter base", "x", "/halp"]
     flags = ["--chat", "--system", "Be.", "--adapter", f"two={adapters / 'two'}", "--with-base"]
-    out, said = talk(monkeypatch, capsys, lines, *flags)
-    told = "system: Be.\nuser: hi\nassistant: "
-    assert seen[0] == told
-    assert seen[1].replace(" ", "") == f"{told}base0toassistant:user:and?\nassistant:".replace(
+    out, err = talk(monkeypatch, capsys, lines, *flags)
+    opening = "system: Be.\nuser: hi\nassistant: "
+    assert seen[0] == opening
+    assert seen[1].replace(" ", "") == f"{opening}base0toassistant:user:and?\nassistant:".replace(
         " ", ""
     )
     assert seen[3] == "system: Be.\nuser: new\nassistant: "
@@ -182,18 +182,18 @@ def test_a_conversation(scripted, adapters, monkeypatch, capsys):
         "Ctrl-D ends",
         "/help",
     ):
-        assert words in said
+        assert words in err
 
 
 def test_an_empty_line_continues(scripted, monkeypatch, capsys):
-    out, said = talk(monkeypatch, capsys, ["", "once", "", "/reset", ""], "--max-new-tokens", "2")
+    out, err = talk(monkeypatch, capsys, ["", "once", "", "/reset", ""], "--max-new-tokens", "2")
     assert len([line for line in out if line]) == 2
     assert [len(batch) for batch in scripted.batches] == [1, 1]
     first, second = (batch[0] for batch in scripted.batches)
     assert second.tokens[: len(first.tokens)] == first.tokens
     assert len(second.tokens) > len(first.tokens)
     assert (first.number, second.number) == (0, 1)
-    assert said.count("(stopped at --max-new-tokens 2; an empty line continues)") == 2
+    assert err.count("(stopped at --max-new-tokens 2; an empty line continues)") == 2
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_program(scripted, monkeypatch, capsys):
@@ -223,8 +223,8 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(scripted, monkeypatch, caps
 
 def test_a_conversation_that_fills_the_context(scripted, monkeypatch, capsys):
     long = "a b " * 150
-    out, said = talk(monkeypatch, capsys, [long, "hi"], "--chat")
-    assert "and the context of 256 has no room for an answer; /reset clears it" in said
+    out, err = talk(monkeypatch, capsys, [long, "hi"], "--chat")
+    assert "and the context of 256 has no room for an answer; /reset clears it" in err
     assert out[0] == " base 0 to assistant:"
 
 

@@ -53,8 +53,8 @@ def adapters(base):
 
 @pytest.fixture(scope="module")
 def generator(base, adapters):
-    own = {name: (adapter.method, adapter.tree) for name, adapter in adapters.items()}
-    return TokenGenerator(base.config, base.params, own, compute=COMPUTE)
+    loaded_adapters = {name: (adapter.method, adapter.tree) for name, adapter in adapters.items()}
+    return TokenGenerator(base.config, base.params, loaded_adapters, compute=COMPUTE)
 
 
 @pytest.fixture(scope="module")
@@ -70,13 +70,13 @@ def test_each_row_equals_its_merged_model_in_transformers(greedy, folder, adapte
         "plain": LlamaForCausalLM.from_pretrained(tmp_path / "plain", dtype=torch.float32),
         "mix": MixtralForCausalLM.from_pretrained(tmp_path / "mix", dtype=torch.float32),
     }
-    for found, request in zip(greedy, REQUESTS, strict=True):
+    for actual, request in zip(greedy, REQUESTS, strict=True):
         expected = {
             name: transformers_continuation(model.eval(), request.tokens, NEW)
             for name, model in models.items()
         }
-        assert found == expected[request.adapter]
-        assert sum(found == other for other in expected.values()) == 1
+        assert actual == expected[request.adapter]
+        assert sum(actual == other for other in expected.values()) == 1
 
 
 def test_a_row_that_ends_does_not_change_other_rows(generator, greedy):
@@ -130,16 +130,16 @@ def test_a_mesh_gives_the_same_tokens(folder, adapters, greedy):
     files = open_base(folder)
     model = build_model(files, "float32")
     loaded = load_adapters(adapters, files, model, mesh)
-    own = {one.name: (one.saved.method, one.saved.tree) for one in loaded}
+    loaded_adapters = {one.name: (one.saved.method, one.saved.tree) for one in loaded}
     params = load_params(files, model, mesh)
-    generator = TokenGenerator(files.config, params, own, compute=COMPUTE, mesh=mesh)
+    generator = TokenGenerator(files.config, params, loaded_adapters, compute=COMPUTE, mesh=mesh)
     assert continuations(generator, REQUESTS, NEW) == greedy
 
 
 def test_invalid_requests_are_rejected_before_the_first_step(base, adapters):
     def refused(message, *requests, error=DataError, new_tokens=4, seed=0, config=base.config):
-        own = {"mix": (adapters["mix"].method, adapters["mix"].tree)}
-        generator = TokenGenerator(config, base.params, own, compute=COMPUTE)
+        loaded_adapters = {"mix": (adapters["mix"].method, adapters["mix"].tree)}
+        generator = TokenGenerator(config, base.params, loaded_adapters, compute=COMPUTE)
         with pytest.raises(error, match=message):
             generator.stream(
                 [Request(*request) for request in requests],

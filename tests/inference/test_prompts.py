@@ -18,8 +18,8 @@ LORA = moe_jax.LoraConfig(rank=2, alpha=4.0, target_modules=("q_proj",))
 
 
 def test_a_plain_prompt_has_the_leading_tokens_of_the_tokenizer():
-    found = PromptEncoder(CHAT, PromptFormat()).text("Who?", "here")
-    assert list(found) == CHAT("Who?").input_ids
+    tokens = PromptEncoder(CHAT, PromptFormat()).text("Who?", "here")
+    assert list(tokens) == CHAT("Who?").input_ids
     plain = sentence_piece()  # adds nothing by itself
     assert list(PromptEncoder(plain, PromptFormat()).text("a b", "here")) == plain("a b").input_ids
 
@@ -45,9 +45,9 @@ def test_a_conversation_equals_that_of_transformers(system):
     one = CHAT.apply_chat_template(begin + messages[:1], add_generation_prompt=True)
     assert list(encoder.text("Who?", "x")) == list(one["input_ids"])
     # One that has a system message of its own keeps it.
-    own = [{"role": "system", "content": "Own."}, *messages]
-    expected = CHAT.apply_chat_template(own, add_generation_prompt=True)
-    assert list(encoder.conversation(own, "x")) == list(expected["input_ids"])
+    with_system = [{"role": "system", "content": "Own."}, *messages]
+    expected = CHAT.apply_chat_template(with_system, add_generation_prompt=True)
+    assert list(encoder.conversation(with_system, "x")) == list(expected["input_ids"])
 
 
 def test_the_token_that_ends_a_turn():
@@ -146,9 +146,9 @@ def test_an_answer_stays_on_one_side_of_a_change_of_frequencies(length, new_toke
 
     with pytest.raises(UserError, match="passes 8, where this") as refused:
         check(length, new_tokens)
-    given = str(refused.value).split("frequencies; ")[1].split(", or ")
-    assert len(given) == len(ways)
-    for advice, way in zip(given, ways, strict=True):
+    remedies = str(refused.value).split("frequencies; ")[1].split(", or ")
+    assert len(remedies) == len(ways)
+    for advice, way in zip(remedies, ways, strict=True):
         assert way in advice
     # What is advised is accepted.
     if length < 8:

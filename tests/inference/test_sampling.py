@@ -59,14 +59,14 @@ def expected_scores(logits, ids, config):
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_filters_equal_those_of_transformers(config):
     logits, ids, seen = some_logits()
-    found = filtered_logits(jnp.asarray(logits), jnp.asarray(seen), config)
+    actual = filtered_logits(jnp.asarray(logits), jnp.asarray(seen), config)
     expected = expected_scores(logits, ids, config)
-    np.testing.assert_array_equal(np.isfinite(found), np.isfinite(expected))
-    np.testing.assert_allclose(found, expected, **ROUNDING)
+    np.testing.assert_array_equal(np.isfinite(actual), np.isfinite(expected))
+    np.testing.assert_allclose(actual, expected, **ROUNDING)
     if config.top_k == 5:
-        assert np.isfinite(found).sum(axis=1).tolist() == [5, 6, 5, 5]  # two are equal
+        assert np.isfinite(actual).sum(axis=1).tolist() == [5, 6, 5, 5]  # two are equal
     if config.top_p == 0.01:
-        assert np.isfinite(found).sum(axis=1).tolist() == [1, 1, 1, 1]
+        assert np.isfinite(actual).sum(axis=1).tolist() == [1, 1, 1, 1]
 
 
 def test_processors_are_in_the_order_of_generate():
@@ -90,10 +90,10 @@ def test_processors_are_in_the_order_of_generate():
 def test_greedy_is_argmax(config):
     logits, ids, seen = some_logits()
     keys = jax.random.split(jax.random.key(0), ROWS)
-    found = next_token(jnp.asarray(logits), jnp.asarray(seen), keys, config)
-    assert found.dtype == jnp.int32
+    actual = next_token(jnp.asarray(logits), jnp.asarray(seen), keys, config)
+    assert actual.dtype == jnp.int32
     expected = expected_scores(logits, ids, config).argmax(axis=1)
-    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(actual, expected)
     # The penalty matters: every row's likeliest token counts as seen.
     everything = np.zeros_like(seen)
     np.put_along_axis(everything, logits.argmax(axis=1)[:, None], True, axis=1)
@@ -146,8 +146,8 @@ def test_logits_that_are_not_finite_give_no_token(bad, temperature):
     logits[2, 7] = bad
     logits[3, 7] = -np.inf  # a token that a model rules out
     keys = jax.random.split(jax.random.key(3), ROWS)
-    found = next_token(jnp.asarray(logits), jnp.asarray(seen), keys, SamplingConfig(temperature))
-    assert (np.asarray(found) == NOT_FINITE).tolist() == [False, False, True, False]
+    actual = next_token(jnp.asarray(logits), jnp.asarray(seen), keys, SamplingConfig(temperature))
+    assert (np.asarray(actual) == NOT_FINITE).tolist() == [False, False, True, False]
 
 
 @pytest.mark.parametrize(

@@ -62,9 +62,9 @@ def passed(text, cuts, stops):
     reader = StopStrings(stops)
     places = [0, *sorted(cuts), len(text)]
     out = [reader.push(text[a:b]) for a, b in itertools.pairwise(places)]
-    if reader.found is None:
+    if reader.matched is None:
         out.append(reader.finish())
-    return out, reader.found
+    return out, reader.matched
 
 
 @pytest.mark.parametrize("stops", [("ab",), ("aab", "ba"), ("abc", "bc", "c"), ("aaa",), ()])
@@ -74,9 +74,9 @@ def test_any_split_into_pieces(stops):
     for _ in range(300):
         text = "".join(rng.choice([*"abc"], rng.integers(0, 9)))
         cuts = rng.integers(0, len(text) + 1, rng.integers(0, 8)).tolist()
-        out, found = passed(text, cuts, stops)
-        assert ("".join(out), found) == expected(text, stops)
-        ended += found is not None
+        out, matched = passed(text, cuts, stops)
+        assert ("".join(out), matched) == expected(text, stops)
+        ended += matched is not None
     assert (ended > 10) == bool(stops)
 
 
@@ -86,5 +86,5 @@ def test_only_the_beginning_of_a_stop_string_is_held_back():
     assert reader.push("\n") == ""
     assert reader.push("three\n\nQ") == "\nthree"
     assert reader.push(": who?") == ""
-    assert reader.found == "\n\nQ:"
+    assert reader.matched == "\n\nQ:"
     assert reader.push("more") == ""

@@ -34,10 +34,10 @@ def prompts(*adapters):
 
 
 def answers(generator, prompts, **fields):
-    found = [
+    result = [
         a for batch in generator.answers(prompts, GenerationConfig(**fields), 2) for a in batch
     ]
-    return sorted(found)
+    return sorted(result)
 
 
 def test_answers_and_finish_reasons():
@@ -72,8 +72,8 @@ def test_a_partial_character_is_dropped_unless_decoded_alone():
 )
 def test_stop_strings(stop, expected):
     _, generator = scripted()
-    found = answers(generator, prompts(None), stop=stop)[0]
-    assert (found.text, found.finish) == (expected, "stop")
+    answer = answers(generator, prompts(None), stop=stop)[0]
+    assert (answer.text, answer.finish) == (expected, "stop")
     config = GenerationConfig(stop=stop)
     pieces = [piece.text for piece in generator.stream(prompts(None)[0], config)]
     assert "".join(pieces) == expected
@@ -99,16 +99,16 @@ def test_a_stream_ends_with_the_finish_reason():
 def test_batches_group_prompts_by_adapter_and_length():
     tokens, generator = scripted()
     config = GenerationConfig(sampling=SamplingConfig(1.0), samples=2, seed=3)
-    given = prompts("b", None, "a")
-    found = [a for batch in generator.answers(given, config, 3) for a in batch]
-    assert sorted((a.prompt, a.sample) for a in found) == [
+    three_prompts = prompts("b", None, "a")
+    result = [a for batch in generator.answers(three_prompts, config, 3) for a in batch]
+    assert sorted((a.prompt, a.sample) for a in result) == [
         (prompt, sample) for prompt in range(3) for sample in range(2)
     ]
     assert [[(r.adapter, r.number, r.sample) for r in batch] for batch in tokens.batches] == [
         [(None, 1, 0), (None, 1, 1), ("a", 2, 0)],
         [("a", 2, 1), ("b", 0, 0), ("b", 0, 1)],
     ]
-    assert {a.text for a in found if a.prompt == 1} == {SCRIPTS[1]}
+    assert {a.text for a in result if a.prompt == 1} == {SCRIPTS[1]}
 
 
 def test_prompts_across_a_change_of_frequencies_are_batched_separately():
