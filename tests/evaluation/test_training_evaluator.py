@@ -212,7 +212,7 @@ def test_interrupted_final_evaluation_resumes(run, tasks, tmp_path, monkeypatch)
         ({"split": "dev"}, {}, "evaluation: .*colour: no file is named after the split 'dev'"),
         ({"tasks": ("boolq",)}, {}, "evaluation.tasks: .*boolq: no such folder for the task"),
         ({"every": -1}, {}, "evaluation.every: must not be negative"),
-        ({}, {"tasks_folder": "/nowhere"}, "data.train.colour: task 'colour': there is none"),
+        ({}, {"tasks_folder": "/nowhere"}, "data.train.colour: task 'colour': unknown task"),
     ],
 )
 def test_invalid_evaluation_is_rejected_before_weights_are_read(
