@@ -41,7 +41,7 @@ def report(error: UserError) -> int:
 
 
 @contextlib.contextmanager
-def named(field: str) -> Iterator[None]:
+def error_prefix(field: str) -> Iterator[None]:
     """Prefixes the message of a `UserError` with the configuration field that it is about."""
     try:
         yield

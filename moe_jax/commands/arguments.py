@@ -10,7 +10,7 @@ from typing import get_args
 from moe_jax.config.model import FloatType
 from moe_jax.config.parse import FieldError, parse
 from moe_jax.config.run import MeshConfig
-from moe_jax.errors import ConfigError, named
+from moe_jax.errors import ConfigError, error_prefix
 
 # Choices of flags, stated here so that --help and errors do not wait for the import of jax.
 # `tests/test_cli.py` compares them with the registries.
@@ -209,6 +209,6 @@ def base_path(base: str | None, adapters: Mapping[str, str], revision: str | Non
                 f"--adapter: {first!r} was trained on {first_base.path} and {name!r} on "
                 f"{other.path}, which differ; give adapters of one base"
             )
-    with named(f"--base: the base of adapter {first!r}"):
+    with error_prefix(f"--base: the base of adapter {first!r}"):
         resolve_checkpoint(first_base.path, revision)
     return first_base.path

@@ -19,7 +19,7 @@ from moe_jax.data.grouping import LengthGroupedBatches, ShuffledRange
 from moe_jax.data.packing import PackedBatches
 from moe_jax.data.sources import ReadSource, read_source
 from moe_jax.data.tokenised_source import TokenisedSource, flat_values, tokenise_source
-from moe_jax.errors import named
+from moe_jax.errors import error_prefix
 
 SAMPLED_BATCHES = 256
 """Batches over which the padding is averaged for the report, and whose order is fingerprinted."""
@@ -200,7 +200,7 @@ def _tokenise(
         fields = asdict(replace(source, weight=1.0)), config.max_length, config.train_on_prompt
         labels = None if classification is None else classification.labels
         keys.append(json.dumps([name, *fields, config.cache_dir, labels]))
-        with named(f"{field}.{split}.{name}"):
+        with error_prefix(f"{field}.{split}.{name}"):
             if keys[-1] not in tokenised:
                 tokenised[keys[-1]] = tokenise_source(
                     name, source, config, tokenizer, read, classification

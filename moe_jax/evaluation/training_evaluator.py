@@ -10,7 +10,7 @@ import jax
 from moe_jax.config.parse import to_plain
 from moe_jax.config.run import EvaluationConfig, RunConfig
 from moe_jax.data.tokenizer import load_tokenizer
-from moe_jax.errors import ConfigError, named
+from moe_jax.errors import ConfigError, error_prefix
 from moe_jax.evaluation.answer_journal import Journal, locked
 from moe_jax.evaluation.evaluation_results import (
     RESULTS_FILE,
@@ -109,7 +109,7 @@ class TrainingTaskEvaluator:
                 raise ConfigError(
                     f"{field}: is the name of the base in results; rename the adapter"
                 )
-            with named(f"{field}.evaluation"):
+            with error_prefix(f"{field}.evaluation"):
                 self._read_tasks(evaluation)
                 if evaluation not in self._prepared:
                     limits = BaseLimits(

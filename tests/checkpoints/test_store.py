@@ -202,6 +202,7 @@ def damaged(data, how):
     return data[:middle] + bytes([data[middle] ^ 0x10]) + data[middle + 1 :]
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # late errors
 @pytest.mark.parametrize("how", ["cut", "flip"])
 def test_damaged_files(saved, adapters, how):
     """Damage to each file is reported with a remedy, or the file is not needed."""

@@ -12,7 +12,7 @@ from moe_jax.checkpoints.adapter_files import read_description
 from moe_jax.config.model import ModelConfig
 from moe_jax.config.parse import parse_member, to_plain
 from moe_jax.config.run import RunConfig
-from moe_jax.errors import CheckpointError, ConfigError, DataError, named
+from moe_jax.errors import CheckpointError, ConfigError, DataError, error_prefix
 from moe_jax.hf.base_model import BaseModel
 from moe_jax.hf.config import model_config_from_hf
 from moe_jax.tasks.selection import named_task
@@ -39,10 +39,10 @@ def require_known_tasks(config: RunConfig) -> None:
         for split in ("train", "validation"):
             for source, fields in getattr(adapter.data, split).items():
                 if fields.task is not None:
-                    with named(f"config.adapters.{name}.data.{split}.{source}"):
+                    with error_prefix(f"config.adapters.{name}.data.{split}.{source}"):
                         source_task(fields, config.tasks_folder)
         for task in () if adapter.evaluation is None else adapter.evaluation.tasks:
-            with named(f"config.adapters.{name}.evaluation.tasks"):
+            with error_prefix(f"config.adapters.{name}.evaluation.tasks"):
                 named_task(task, data=config.tasks_folder)
 
 
@@ -70,7 +70,7 @@ def require_initial_adapters(config: RunConfig, base: BaseModel) -> None:
         if adapter.start_from is None:
             continue
         folder = Path(adapter.start_from).expanduser()
-        with named(f"config.adapters.{name}.start_from"):
+        with error_prefix(f"config.adapters.{name}.start_from"):
             description = read_description(folder)
             base.require_trained_on(
                 str(folder), description.base, "give that base, or another adapter"

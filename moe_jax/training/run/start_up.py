@@ -14,7 +14,7 @@ from moe_jax.checkpoints.adapter_files import load_adapter, read_description
 from moe_jax.checkpoints.leaves import leaf_specs, named_leaves, require_same_leaves
 from moe_jax.checkpoints.store import TrainingStore, latest_step, read_metadata
 from moe_jax.config.run import RunConfig, to_json
-from moe_jax.errors import ConfigError, named
+from moe_jax.errors import ConfigError, error_prefix
 from moe_jax.hf.load import load_base_params
 from moe_jax.sharding.mesh import require_platform
 from moe_jax.training.records.metric_log import (
@@ -202,7 +202,7 @@ def _load_initial_adapters(program: Program) -> dict[str, Any]:
         if adapter.start_from is None:
             continue
         folder = Path(adapter.start_from).expanduser()
-        with named(f"config.adapters.{name}.start_from"):
+        with error_prefix(f"config.adapters.{name}.start_from"):
             leaves = leaf_specs(program.abstract_state.adapters[name])
             require_same_leaves(read_description(folder).leaves, leaves, str(folder))
             adapters[name] = load_adapter(folder, program.state_shardings.adapters[name]).tree
