@@ -128,7 +128,7 @@ class TrainingTaskEvaluator:
     def measure(
         self, name: str, tree: Any, params: Any, stop: Callable[[], bool]
     ) -> dict[str, Accuracy | Metric]:
-        """Evaluates adapter `name` during training; see `training.run.measurement.Evaluator`.
+        """Evaluates adapter `name` during training; see `training.run.measurement.TaskEvaluator`.
 
         `params` must be the same arrays in each call.
 
@@ -156,7 +156,7 @@ class TrainingTaskEvaluator:
         say: Callable[[str], None],
         stop: Callable[[], bool],
     ) -> Evaluation:
-        """Evaluates all adapters after training; see `training.run.measurement.Evaluator`.
+        """Evaluates all adapters after training; see `training.run.measurement.TaskEvaluator`.
 
         `folder` receives the answer to each question. The caller saves the results.
 
