@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
+from moe_jax.config.classification import ClassificationConfig
+from moe_jax.config.data import DataConfig
 from moe_jax.config.run import RunConfig
 from moe_jax.data.pipeline import (
     ORDER,
@@ -21,7 +23,7 @@ from moe_jax.data.pipeline import (
 )
 from moe_jax.data.tokenised_source import TokenisedSource
 from moe_jax.data.tokenizer import load_tokenizer
-from moe_jax.errors import ConfigError, DataError, named
+from moe_jax.errors import ConfigError, DataError, error_prefix
 from moe_jax.hf.base_model import BaseIdentity, BaseModel, open_base
 from moe_jax.sharding.mesh import make_mesh
 from moe_jax.tasks.training_rows import read_source_or_task
@@ -137,7 +139,7 @@ def read_inputs(config: RunConfig, say: Callable[[str], None], *, resumes: bool 
       UserError: the configuration, base, data or devices are invalid or do not fit together.
     """
     require_known_tasks(config)
-    with named("config.base.path"):
+    with error_prefix("config.base.path"):
         base = open_base(config.base.path, config.base.revision)
     require_stated_architecture(config, base.config, base.folder)
     require_fitting_methods(config, base.config)
@@ -173,37 +175,43 @@ def _tokenise_in_processes(config: RunConfig, base: Path) -> None:
     The workers are forked from a fresh process, since they can deadlock if they are forked from
     this one, on locks that threads of JAX hold.
     """
-    multiple = [name for name, adapter in config.adapters.items() if adapter.data.num_workers > 1]
-    if not multiple:
+    fields = {
+        f"config.adapters.{name}.data": (adapter.data, adapter.method.classification)
+        for name, adapter in config.adapters.items()
+        if adapter.data.num_workers > 1
+    }
+    if not fields:
         return
     try:
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-            pool.submit(_fill_token_cache, config.narrowed(multiple), base).result()
+            pool.submit(_fill_token_cache, fields, base, config.tasks_folder).result()
     except BrokenProcessPool as error:
         raise ConfigError(
-            f"config.adapters.{multiple[0]}.data.num_workers: the process that tokenises did not "
-            "start; a script that trains needs `if __name__ == '__main__':`, or set 0"
+            f"{next(iter(fields))}.num_workers: the process that tokenises did not start; a script "
+            "that trains needs `if __name__ == '__main__':`, or set 0"
         ) from error
 
 
-def _fill_token_cache(config: RunConfig, base: Path) -> None:
-    tokenizer, tokenised = load_tokenizer(base), {}
-    for name, adapter in config.adapters.items():
-        field, options = f"config.adapters.{name}.data", _loading_options(config, name, tokenised)
-        load_train_data(adapter.data, tokenizer, 1, 0, field, **options)
-        load_validation_data(adapter.data, tokenizer, 1, field, **options)
+def _fill_token_cache(
+    fields: Mapping[str, tuple[DataConfig, ClassificationConfig | None]],
+    base: Path,
+    tasks_folder: str | None,
+) -> None:
+    tokenizer, tokenised = load_tokenizer(base), dict[str, TokenisedSource]()
+    for field, (data, classification) in fields.items():
+        options = _loading_options(classification, tasks_folder, tokenised)
+        load_train_data(data, tokenizer, 1, 0, field, **options)
+        load_validation_data(data, tokenizer, 1, field, **options)
 
 
 def _loading_options(
-    config: RunConfig, name: str, tokenised: dict[str, TokenisedSource]
+    classification: ClassificationConfig | None,
+    tasks_folder: str | None,
+    tokenised: dict[str, TokenisedSource],
 ) -> dict[str, Any]:
     """Options for training and validation data of an adapter; equal sets are tokenised once."""
-    classification = config.adapters[name].method.classification
-    read = functools.partial(
-        read_source_or_task,
-        folder=config.tasks_folder,
-        classified=classification is not None,
-    )
+    is_classified = classification is not None
+    read = functools.partial(read_source_or_task, folder=tasks_folder, classified=is_classified)
     return {"known": tokenised, "read": read, "classification": classification}
 
 
@@ -215,7 +223,8 @@ def _load_data(
     tokenised: dict[str, TokenisedSource] = {}
     reports: dict[str, list[str]] = {}
     for name, adapter in config.adapters.items():
-        field, options = f"config.adapters.{name}.data", _loading_options(config, name, tokenised)
+        field, classification = f"config.adapters.{name}.data", adapter.method.classification
+        options = _loading_options(classification, config.tasks_folder, tokenised)
         data = replace(adapter.data, num_workers=0)  # see `_tokenise_in_processes`
         train[name] = load_train_data(
             data,
