@@ -26,7 +26,7 @@ from moe_jax.evaluation.scorer import Scorer
 from moe_jax.evaluation.training_evaluator import TrainingTaskEvaluation
 from moe_jax.hf.base_model import open_base
 from moe_jax.sharding.mesh import make_mesh
-from moe_jax.training.run import inputs, loop
+from moe_jax.training.run import inputs, loop, start_up
 from moe_jax.training.step import program
 
 TASKS = ("colour", "opposite")
@@ -218,7 +218,7 @@ def test_interrupted_final_evaluation_resumes(run, tasks, tmp_path, monkeypatch)
 def test_invalid_evaluation_is_rejected_before_weights_are_read(
     evaluation, fields, message, tasks, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(loop, "load_base", None)
+    monkeypatch.setattr(start_up, "load_base_params", None)
     with pytest.raises(UserError, match=message):
         _train(_config(tasks, evaluation, **fields), tmp_path / "run")
     assert not (tmp_path / "run" / "config.json").exists()
