@@ -109,7 +109,7 @@ class AdaptedFFN:
         return y, collect_statistics(sown)[NAME][MOE]
 
     def random_tree(self, seed: int = 1) -> Any:
-        """Leaves none of which is zero."""
+        """Random leaves; none is zero."""
         x = jax.ShapeDtypeStruct((self.rows, 2, self.width), jnp.float32)
         mask = jax.ShapeDtypeStruct((self.rows, 2), jnp.bool)
 

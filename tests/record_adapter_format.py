@@ -96,7 +96,7 @@ def example_adapter(name: str) -> SavedAdapter:
 
 
 def layout(folder: Path) -> dict[str, Any]:
-    """What this release writes; of `folder`, which holds the stored adapter."""
+    """The format that this release writes, for the adapter stored in `folder`."""
     description = json.loads((folder / "adapter.json").read_text())
     methods = {}
     for name, config in METHOD_CONFIGS.items():
@@ -129,7 +129,7 @@ def record() -> None:
         sys.exit(f"{target} is recorded already; raise FORMAT_VERSION if the format has changed")
     save_adapter(target / STORED, example_adapter(STORED))
     for note in target.rglob("commit_success.txt"):
-        note.write_text("")  # names a folder of this machine, and nobody reads it
+        note.write_text("")  # names a folder of this machine and is not read
     text = json.dumps(layout(target / STORED), indent=1)
     (target / "layout.json").write_text(text + "\n")
 

@@ -126,7 +126,7 @@ def random_adapters(program: Program, seed: int = 1) -> Any:
 
 
 def random_batch(rows: int, length: int = 16, vocab: int = 96, seed: int = 2) -> Batch:
-    """Rows of different lengths, padded on the right, of which the first third is prompt."""
+    """Rows of different lengths, padded on the right; the first third of each is its prompt."""
     rng = np.random.default_rng(seed)
     lengths = rng.integers(length // 2, length + 1, (rows, 1))
     index = np.arange(length)[None]
@@ -143,7 +143,7 @@ def random_batch(rows: int, length: int = 16, vocab: int = 96, seed: int = 2) ->
 
 
 def adapter_context(token_mask: Any) -> AdapterContext:
-    """Of the first layer of one."""
+    """Context of the only layer of a model with one layer."""
     return AdapterContext(jnp.asarray(token_mask), jnp.int32(0), num_layers=1)
 
 

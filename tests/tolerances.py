@@ -1,4 +1,4 @@
-"""How close is close enough: every tolerance of the tests, named once. They are never relaxed.
+"""Tolerances of the tests, each named once. They are never relaxed.
 
 Plain numbers go to `atol` with `rtol=0`; dictionaries go to `np.testing.assert_allclose` whole.
 """

@@ -18,7 +18,7 @@ PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 @dataclass
 class Decision:
-    """What a router decided; all float64.
+    """Routing of all tokens, float64.
 
     Attributes:
       logits, probs: [B, S, E], as the losses see them.
@@ -95,7 +95,7 @@ def _capacity(settings: dict, tokens: int, experts: int) -> int:
 
 
 def _kept(name: str, settings: dict, ranked: list[float]) -> int:
-    """How many experts serve a token whose probabilities are `ranked` from the largest on."""
+    """Number of experts of a token, given its probabilities in descending order."""
     if name == "top_k":
         return settings.get("top_k", 2)
     if name == "soft":

@@ -37,7 +37,7 @@ def _statistics(
         weight_sum=of_all(weights),
         squared_logsumexp_sum=jnp.float32(z),
         entropy_sum=jnp.float32(entropy),
-        sequences=SequenceStatistics(real[:, None] * weight, jnp.zeros(1), real),
+        sequences=SequenceStatistics(real[:, None] * weight[None], jnp.zeros(1), real),
     )
 
 

@@ -1,4 +1,4 @@
-"""Where training starts: distributions, and what they must not depend on."""
+"""Initial adapters: their distributions, and independence of names, meshes and other adapters."""
 
 import math
 

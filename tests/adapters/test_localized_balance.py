@@ -28,7 +28,7 @@ def _of_logits(logits, mask, groups, present=None) -> RouterStatistics:
 
 
 def _statistics(weights, groups, present=None, mask=None) -> RouterStatistics:
-    """Of sequences of one token each with these weights."""
+    """Statistics of sequences of one token each with these expert weights."""
     weights = np.asarray(weights, np.float32)
     present = np.ones(weights.shape[1], bool) if present is None else np.array(present)
     logits = np.where(present, np.log(np.maximum(weights, 1e-30)), ABSENT)[:, None]

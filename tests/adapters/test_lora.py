@@ -83,7 +83,7 @@ def _apply(config, adapters, x, product, key=None):
 
 
 def _dropout_mask(rate, shape, key):
-    """What dropout makes of ones: all of the delta, with A and B the identity, the scale one."""
+    """Dropout of an input of ones, read off the delta of a pair of identities with scale one."""
     width = shape[-1]
     config = LowRankConfig(rank=width, alpha=float(width), dropout=rate)
     eye = {"lora_A": jnp.eye(width), "lora_B": jnp.eye(width)}

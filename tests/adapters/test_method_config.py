@@ -1,4 +1,4 @@
-"""What the configurations of the methods refuse, and what follows from them."""
+"""Configurations of the methods: refusals and derived values."""
 
 import dataclasses
 from typing import Any

@@ -1,4 +1,4 @@
-"""What is kept for the backward pass changes what a step costs, and nothing that it computes."""
+"""Rematerialisation policies change the cost of a step, not its result."""
 
 import dataclasses
 import typing

@@ -21,7 +21,7 @@ def test_every_shard_has_rows_of_every_adapter():
     # Six rows of b and two of a over two devices: three and one in each half of the batch.
     adapter_rows = divide_rows({"b": METHOD, "a": OTHER}, {"a": 2, "b": 6}, shards=2)
     assert adapter_rows == (AdapterRows("b", METHOD, 0, 3, 2), AdapterRows("a", OTHER, 3, 4, 2))
-    assert [segment.total for segment in adapter_rows] == [6, 2]
+    assert [rows.total for rows in adapter_rows] == [6, 2]
     with pytest.raises(ValueError, match="3 rows of 'a' do not divide into 2 shards"):
         divide_rows({"b": METHOD, "a": OTHER}, {"a": 3, "b": 6}, shards=2)
 
@@ -41,20 +41,20 @@ PLACES = [
 
 
 def _batch_of(start, stop, shards):
-    """The adapter_rows of four rows of which `x` has the given ones; `before` and `after` the rest."""
+    """Four rows, of which `x` has the given range and `before` and `after` the rest."""
     rest = [("before", 0, start), ("x", start, stop), ("after", stop, 4 // shards)]
     return [AdapterRows(n, METHOD, a, b, shards) for n, a, b in rest if a < b]
 
 
 @pytest.mark.parametrize(("start", "stop", "shards", "mine"), PLACES)
-def test_the_rows_of_a_segment(start, stop, shards, mine):
-    segment = AdapterRows("x", METHOD, start, stop, shards)
-    np.testing.assert_array_equal(take_rows(segment, ROWS), ROWS[np.array(mine)])
-    assert segment.total == len(mine)
+def test_rows_of_an_adapter(start, stop, shards, mine):
+    rows = AdapterRows("x", METHOD, start, stop, shards)
+    np.testing.assert_array_equal(take_rows(rows, ROWS), ROWS[np.array(mine)])
+    assert rows.total == len(mine)
 
 
 @pytest.mark.parametrize(("start", "stop", "shards", "mine"), PLACES)
-def test_only_the_segments_rows_change(start, stop, shards, mine):
+def test_only_the_adapters_rows_change(start, stop, shards, mine):
     seen = []
 
     def update(rows):

@@ -50,14 +50,14 @@ SOFT = {"router": {"name": "soft"}}
     ],
     ids=["experts", "chosen", "dropout"],
 )
-def test_four_times_as_many_slots_hold_no_more_hidden_activations(few, many, dropout_key):
+def test_memory_of_hidden_activations_does_not_grow_with_the_slots(few, many, dropout_key):
     few, many = (_temporary_bytes(mixlora(**fields), dropout_key) for fields in (few, many))
     # They differ by codes and by gradients of the experts' own weights.
     assert many - few < 1.5 * HIDDEN_BYTES
 
 
-def test_slots_that_the_down_projection_meets_one_by_one_hold_their_own_activations_alone():
-    """With DoRA there, nothing can be added up before it: memory grows by what the slots are."""
+def test_memory_with_dora_on_the_down_projection_is_linear_in_the_slots():
+    """DoRA rescales each expert's output, so that slots cannot be summed before the projection."""
     few, many = (_temporary_bytes(mixlora(**SOFT, num_experts=n, dora=True)) for n in (4, 16))
     # Of each one more: the activation and its gradient, its three projections' codes, and gradients
     # of its own weights.
@@ -86,7 +86,7 @@ def test_a_layer_that_is_not_routed_drops_nothing():
 
 
 @pytest.mark.parametrize("longer", [1.0, 100.0])
-def test_slots_that_start_from_the_first_keep_bfloat16s_precision(longer):
+def test_expert_slots_keep_the_precision_of_bfloat16(longer):
     """However much larger one expert's change is than the frozen product, and than another's."""
     mlp, method = llama_mlp(), mixlora({"name": "top_k", "top_k": 2})
     x = random_input(ROWS, LENGTH).astype(jnp.bfloat16)

@@ -25,7 +25,7 @@ MASK = jnp.array([[True, True, False]])
 
 
 def _statistics(probabilities, log_partition, mask, **layer):
-    """Of one row whose routers' softmax and log-partition function are given."""
+    """Router logits of one row with the given softmax and log-partition function."""
     logits = jnp.asarray(np.log(probabilities) + log_partition, jnp.float32)[None]
     route = TopKRouter(top_k=2).route
     return jax.jit(lambda x, m: router_statistics(route(x, m), m, **layer))(logits, mask)

@@ -43,7 +43,7 @@ def _segmented(program):
 
 
 def _sown(method, mutable):
-    """What a model of three layers sows on two rows, one of them padded."""
+    """Collections that a model of three layers sows for two rows, one of them padded."""
     program = tiny_program.program({"x": method}, rows=2)
     batch = tiny_program.random_batch(2)
     _, sown = _segmented(program).apply(
