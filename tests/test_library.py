@@ -67,6 +67,8 @@ def test_unknown_adapters_and_tokens(tmp_path):
         model.save("other", tmp_path / "adapter")
     with pytest.raises(moe_jax.UserError, match=r"ids from 1 to 96, .* embeddings for 0 to 95"):
         model([[1, 96]], "mine")
+    with pytest.raises(TypeError):  # compiled functions depend on it
+        model.methods["mine"] = moe_jax.LoraConfig(rank=2, alpha=4.0, target_modules=("q_proj",))
 
 
 def test_an_adapter_of_another_base(tmp_path):

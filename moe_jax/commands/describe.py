@@ -93,7 +93,7 @@ def add_adapter_fit(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--dora", action="store_true", help="use DoRA")
 
 
-def describe_base(arguments: argparse.Namespace) -> None:
+def show_base(arguments: argparse.Namespace) -> None:
     """Prints the description of a base, and of the adapters that the flags state."""
     from moe_jax.inspection.base_description import adapter_lines, describe_base
 

@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 from moe_jax.commands import Run
 from moe_jax.commands.arguments import add_dtype, listed
-from moe_jax.commands.describe import add_adapter_fit, describe_base
+from moe_jax.commands.describe import add_adapter_fit, show_base
 from moe_jax.config.data import Schema
 from moe_jax.errors import ConfigError, memory_errors
 from moe_jax.tasks.selection import named_task
@@ -67,7 +67,7 @@ def add(parser: argparse.ArgumentParser) -> Run:
                     "give --adapter with --data, --tasks or --text to inspect its routing, or "
                     "--base to describe a checkpoint"
                 )
-            describe_base(arguments)
+            show_base(arguments)
 
     return run
 

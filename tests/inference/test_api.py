@@ -127,3 +127,7 @@ def test_invalid_settings(base):
     ):
         with pytest.raises(moe_jax.UserError, match=message):
             moe_jax.generate(base, "a", **options)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'temprature'"):
+        moe_jax.generate(base, "a", temprature=1.0)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'samples'"):
+        moe_jax.generate_stream(base, "a", samples=2)
