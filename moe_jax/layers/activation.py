@@ -1,4 +1,4 @@
-"""Activation functions by the names that Hugging Face's `hidden_act` uses, and gating by them."""
+"""Activation functions, by Hugging Face's names for `hidden_act`, and gated linear units."""
 
 from collections.abc import Callable
 from functools import partial
@@ -22,13 +22,13 @@ def gated(
     up: jax.Array,
     weight: jax.Array | None = None,
 ) -> jax.Array:
-    """`activation(gate) * up` (arXiv:2002.05202, section 2), of arrays of one shape and type.
+    """Gated activation `activation(gate) * up` (arXiv:2002.05202, section 2).
 
     Args:
-      activation: of the gate.
+      activation: activation function of the gate.
       gate: [..., F].
-      up: [..., F].
-      weight: [..., 1], another factor, of the same type.
+      up: [..., F], of the same dtype.
+      weight: optional factor [..., 1], of the same dtype.
     """
     if activation is jax.nn.silu:
         return _gated_silu(gate, up, weight)
@@ -38,13 +38,12 @@ def gated(
 
 @jax.custom_jvp
 def _gated_silu(gate: jax.Array, up: jax.Array, weight: jax.Array | None) -> jax.Array:
-    """`gate up weight / (1 + exp(-gate))`, in float32 but for its result.
+    """`gate * up * weight / (1 + exp(-gate))`, computed in float32.
 
-    The division comes last because XLA does not repeat one: after it, whoever uses the result
-    reads it. Behind `silu(gate) * up` a CPU's loops make it again, for each use, from all that it
-    is made of.
+    The division comes last because XLA never duplicates a division into the loops that use its
+    result. On CPUs it does duplicate `silu(gate) * up`, and computes it once for each use.
     """
-    wide = jnp.promote_types(gate.dtype, jnp.float32)
+    wide = jnp.float64 if gate.dtype == jnp.float64 else jnp.float32
     g, u = gate.astype(wide), up.astype(wide)
     product = g * u if weight is None else g * u * weight.astype(wide)
     return (product / (1.0 + jnp.exp(-g))).astype(gate.dtype)
@@ -55,7 +54,7 @@ def _gated_silu_jvp(
     primals: tuple[jax.Array, jax.Array, jax.Array | None],
     tangents: tuple[jax.Array, jax.Array, jax.Array | None],
 ) -> tuple[jax.Array, jax.Array]:
-    # By the sigmoid, as the quotient's own derivative is no number where exp(-gate) overflows.
+    # Not the derivative of the quotient, which is NaN if exp(-gate) overflows.
     (gate, up, weight), (gate_dot, up_dot, weight_dot) = primals, tangents
     sigmoid = jax.nn.sigmoid(gate)
     slope = sigmoid * (1.0 + gate * (1.0 - sigmoid))
@@ -67,15 +66,11 @@ def _gated_silu_jvp(
     return _gated_silu(gate, up, weight), tangent
 
 
-# FIXME docstring of the merged layers.soft_cap:
-# """Keeps scores within bounds, smoothly."""
-
-
 def soft_cap(x: jax.Array, cap: float) -> jax.Array:
-    """`cap tanh(x / cap)`: near x where x is small, never beyond `cap` (arXiv:2408.00118, sec. 2).
+    """Smooth bound `cap * tanh(x / cap)` of logits or attention scores (arXiv:2408.00118, sec. 2).
 
     Args:
       x: any shape, float32.
-      cap: positive.
+      cap: bound of the absolute value, positive.
     """
     return cap * jnp.tanh(x / cap)

@@ -11,14 +11,14 @@ from moe_jax.layers.kv_cache import CachePosition
 
 
 def attention_mask(segment_ids: jax.Array) -> jax.Array:
-    """Which positions each position may attend to, beyond causality.
+    """Mask that separates the sequences of packed rows; it is not causal by itself.
 
     Args:
       segment_ids: int [B, S]; 0 is padding, equal numbers are one sequence.
 
     Returns:
       bool [B, 1, S, S], query by key: true within a sequence. Padding attends to padding, so that
-      no row of the softmax is empty; no real position sees padding, on whichever side it is.
+      no row of the softmax is empty. No real position attends to padding, on either side.
     """
     return segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
 
@@ -38,25 +38,28 @@ def causal_attention(
     """Softmax attention (arXiv:1706.03762, eq. 1) with grouped heads (arXiv:2305.13245).
 
     Rows longer than `BLOCK` take memory linear in their length, see
-    `moe_jax.layers.blocked_attention`. The fused kernel does too, but where `segment_ids` are
-    given: these it gets as a bias in half precision, [B, 1, S, S].
+    `moe_jax.layers.blocked_attention`. So does the fused kernel, unless `segment_ids` are given:
+    it takes them as a bias [B, 1, S, S] in half precision.
 
     Args:
       query: [B, S, H, Q].
       key: [B, S, K, Q]; each of the K heads serves H / K query heads.
       value: [B, S, K, Q].
-      segment_ids: int [B, S], see `attention_mask`. None: rows are single sequences without padding
-        on the left; what is padding on their right no real position sees anyway.
+      segment_ids: int [B, S], see `attention_mask`. None: each row is a single sequence, padded on
+        the right at most; causality hides that padding.
       implementation: see `ComputeConfig.attention`. The softmax is float32 in both.
       scale: factor of the scores; by default 1 / sqrt(Q).
-      window: how many positions, its own included, each position sees (arXiv:2004.05150, 3.1).
-        None is all before it.
-      slides: bool [], whether the window holds, where that is known only while the program runs.
-        None: it does.
+      window: number of positions that each position attends to, itself included
+        (arXiv:2004.05150, section 3.1); None for all before it.
+      slides: bool [], true if the window applies; for a scan over layers with and without windows.
+        None means true.
       softcap: bound of the scaled scores, see `soft_cap`; `xla` only.
 
     Returns:
-      [B, S, H, Q] in the type of `query`.
+      [B, S, H, Q] in the dtype of `query`.
+
+    Raises:
+      ValueError: `softcap` is set and the implementation is 'cudnn'.
     """
     factor = query.shape[-1] ** -0.5 if scale is None else scale
     if window is not None and window >= query.shape[1]:
@@ -81,9 +84,9 @@ def _fused_attention(
     window: int | None,
     slides: jax.Array | None,
 ) -> jax.Array:
-    # A bias is what jax's public interface has for segments, in 0.10 as in 0.12. The kernel's own
-    # layout of packed rows is behind private functions, which need a Hopper GPU and, with grouped
-    # heads, read wrong keys (jax issue 39521, mended after 0.10).
+    # JAX's public API takes segments only as a mask, which becomes a bias (0.10 to 0.12). The
+    # kernel's packed layout is private, needs a Hopper GPU, and reads wrong keys with grouped heads
+    # (jax issue 39521, fixed after 0.10).
     mask = None if segment_ids is None else attention_mask(segment_ids)
 
     def kernel(window: int | None) -> jax.Array:
@@ -100,12 +103,12 @@ def _fused_attention(
 
     if slides is None or window is None:
         return kernel(window)
-    # The kernel leaves out what is beyond a window that it is told of, but not what a mask hides.
+    # With a static window the kernel skips the scores outside it; with a mask it computes them.
     return jax.lax.cond(slides, lambda: kernel(window), lambda: kernel(None))
 
 
 def _within_window(distance: jax.Array, window: int, slides: jax.Array | None) -> jax.Array:
-    """Bool like `distance`, which is how far back keys are: whether a window reaches them."""
+    """Mask of the keys within the window, bool like `distance` from the query back to the key."""
     within = distance < window
     return within if slides is None else within | jnp.logical_not(slides)
 
@@ -134,7 +137,7 @@ def _einsum_attention(
     if window is not None:
         allowed = allowed & _within_window(distance, window, slides)
     if mask is not None:
-        allowed = allowed & mask[:, :, None]
+        allowed = allowed[None, None, None] & mask[:, :, None]
     scores = jnp.where(allowed, scores, jnp.finfo(jnp.float32).min)
     probs = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
     attended = jnp.einsum("bkgst,btkq->bskgq", probs, value)
@@ -154,16 +157,16 @@ def cached_attention(
     slides: jax.Array | None = None,
     softcap: float | None = None,
 ) -> jax.Array:
-    """Attention of tokens that follow others, whose keys and values are in a cache.
+    """Attention of new tokens to themselves and to cached keys and values.
 
-    Its scores are [B, H, S, M + S]: it is meant for the few tokens of a step of decoding. A prompt
-    of any length goes through `causal_attention`, which fills the cache.
+    The scores are [B, H, S, M + S], so that it suits the few tokens of a decoding step. Prompts go
+    through `causal_attention`, and fill the cache.
 
     Args:
-      query: [B, S, H, Q], of the new tokens.
-      key: [B, S, K, Q], of the new tokens.
-      value: [B, S, K, Q], of the new tokens.
-      cached_key: [B, K, M, Q]; positions from `position.index` on are not read.
+      query: [B, S, H, Q] of the new tokens.
+      key: [B, S, K, Q] of the new tokens.
+      value: [B, S, K, Q] of the new tokens.
+      cached_key: [B, K, M, Q]; positions from `position.offset` on are masked.
       cached_value: [B, K, M, Q].
       position: cache position of the new tokens.
       scale: factor of the scores.
@@ -171,7 +174,7 @@ def cached_attention(
       softcap: as in `causal_attention`.
 
     Returns:
-      [B, S, H, Q] in the type of `query`.
+      [B, S, H, Q] in the dtype of `query`.
     """
     batch, length, heads, width = query.shape
     kv_heads, cache_length = cached_key.shape[1:3]
@@ -182,13 +185,13 @@ def cached_attention(
         return product if softcap is None else soft_cap(product, softcap)
 
     index = jnp.arange(cache_length)
-    before = (index < position.index)[None] & (index[None] >= position.start[:, None])
+    before = (index < position.offset)[None] & (index[None] >= position.start[:, None])
     before = before[:, None, None, None, :]  # [B, K, G, S, M], as the scores
     new = jnp.arange(length)
     distance = new[:, None] - new[None, :]
     among = distance >= 0
     if window is not None:
-        back = position.index + new[:, None] - index[None, :]
+        back = position.offset + new[:, None] - index[None, :]
         before = before & _within_window(back, window, slides)[None, None, None]
         among = among & _within_window(distance, window, slides)
     lowest = jnp.finfo(jnp.float32).min
@@ -203,14 +206,14 @@ def cached_attention(
 
 
 def positions_from_segments(segment_ids: jax.Array) -> jax.Array:
-    """Each token's place within its own sequence, from 0; int32 [B, S], 0 at padding.
+    """Position of each token in its sequence, from 0; int32 [B, S], 0 at padding.
 
     Args:
       segment_ids: int [B, S], as in `attention_mask`; a sequence's tokens are contiguous.
     """
-    length = segment_ids.shape[-1]
-    index = jnp.arange(length, dtype=jnp.int32)
+    last = segment_ids.ndim - 1
+    index = jax.lax.broadcasted_iota(jnp.int32, segment_ids.shape, last)
     previous = jnp.pad(segment_ids[..., :-1], ((0, 0), (1, 0)), constant_values=-1)
     starts = jnp.where(segment_ids != previous, index, 0)
-    positions = index - jax.lax.cummax(starts, axis=segment_ids.ndim - 1)
+    positions = index - jax.lax.cummax(starts, axis=last)
     return jnp.where(segment_ids == 0, 0, positions)

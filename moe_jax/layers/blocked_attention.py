@@ -1,16 +1,15 @@
 """Causal attention of long rows in square blocks of scores, in memory linear in their length.
 
-A block of scores, of some queries and some keys, is computed, used and forgotten, and computed
-again in the backward pass from what the forward pass keeps: its inputs, its result and the log-sum-
-exp of each query (FlashAttention, arXiv:2205.14135: algorithm 1, and for the backward pass
-algorithm 4). Blocks whose keys all come later than their queries, about half of a row's, and blocks
-out of the window's reach are left out.
+The scores of a block of queries and a block of keys are discarded after use. The backward pass
+computes them again from the inputs, the result and the log-sum-exp of each query (FlashAttention,
+arXiv:2205.14135, algorithms 1 and 4). Blocks whose keys all come after their queries, about half of
+all, and blocks outside the window are skipped.
 
-The blocks are the steps of a loop and not a longer program: XLA computes what does not depend on
-each other at the same time, and with it all blocks' scores would be there at once.
+The blocks are the iterations of a loop. In an unrolled program, XLA would compute independent
+blocks at the same time and hold the scores of all of them.
 
-Letters, besides those of `moe_jax.layers`: n blocks of a row, b positions in each, G = H / K heads
-that share a key head.
+Letters, besides those of `moe_jax.layers`: n blocks of a row, b positions of a block, G = H / K
+query heads for each key head.
 """
 
 import math
@@ -26,19 +25,19 @@ from moe_jax.layers.activation import soft_cap
 from moe_jax.layers.names import ATTENTION
 
 BLOCK = 256
-"""Positions of a block, at most. The scores of 32 heads then take 8 MiB for each row of a batch."""
+"""Maximum positions of a block. The scores of 32 heads then take 8 MiB for each row of a batch."""
 
 _LOWEST = float(jnp.finfo(jnp.float32).min)
 
 
 class BlockSettings(NamedTuple):
-    """What is known before the program runs.
+    """Static settings of blocked attention.
 
     Attributes:
       scale: factor of the scores.
       softcap: bound of the scaled scores, see `soft_cap`, or None.
-      window: how many positions, its own included, each sees, or None.
-      block: positions of a block, at most.
+      window: number of positions that each attends to, itself included, or None.
+      block: maximum positions of a block.
     """
 
     scale: float
@@ -48,7 +47,7 @@ class BlockSettings(NamedTuple):
 
 
 class _Blocks(NamedTuple):
-    """The inputs of a call in blocks; arrays are indexed by the block first.
+    """Inputs of attention in blocks; the block is the first axis.
 
     Attributes:
       query: [n, B, K, G, b, Q].
@@ -71,19 +70,20 @@ def blocked_attention(
     segment_ids: jax.Array | None,
     slides: jax.Array | None,
 ) -> jax.Array:
-    """Softmax attention to positions before and at each one.
+    """Softmax attention of each position to itself and those before it.
 
     Args:
-      settings: see there.
+      settings: static settings.
       query: [B, S, H, Q].
       key: [B, S, K, Q].
       value: [B, S, K, Q].
-      segment_ids: int [B, S]; positions see those of the same number only. None: all are the same.
-      slides: bool [], whether the window holds, where only the running program knows; None: it
-        does. Either way no blocks are computed but those that count.
+      segment_ids: int [B, S]; positions attend to positions of the same number only. None: each row
+        is a single sequence.
+      slides: bool [], true if the window applies; None means true. Only the blocks that it leaves
+        are computed.
 
     Returns:
-      [B, S, H, Q] in the type of `query`.
+      [B, S, H, Q] in the dtype of `query`.
     """
     return _forward(settings, query, key, value, segment_ids, slides)[0]
 
@@ -108,7 +108,7 @@ def _backward(
 ) -> tuple[jax.Array | None, ...]:
     query, key, value, segment_ids, slides, attended, log_sums = residuals
     blocks = _split(settings, query, key, value, segment_ids)
-    # What the softmax takes off each gradient: sum_t p_t dp_t = attended . cotangent.
+    # The softmax subtracts sum_t p_t dp_t = attended . cotangent from each gradient.
     inner = jnp.sum(attended.astype(jnp.float32) * cotangent.astype(jnp.float32), axis=-1)
     inner = _split_heads(inner[..., None], len(blocks.key), key.shape[2])[..., 0]
     upper = _split_heads(cotangent, len(blocks.key), key.shape[2])
@@ -137,15 +137,15 @@ def _with_or_without_window(
 
 
 def _attend(settings: BlockSettings, blocks: _Blocks) -> tuple[jax.Array, jax.Array]:
-    """The result [n, B, K, G, b, Q], and each query's log-sum-exp, float32 [n, B, K, G, b]."""
+    """The result [n, B, K, G, b, Q] and the log-sum-exp of each query, float32 [n, B, K, G, b]."""
 
     def step(totals: tuple[jax.Array, ...], pair: jax.Array) -> tuple[tuple[jax.Array, ...], None]:
         i, j = pair[0], pair[1]
         largest, total, attended = (_at(array, i) for array in totals)
         scores, allowed = _scores(settings, blocks, i, j)
         scores = jnp.where(allowed, scores, _LOWEST)
-        # Until a query meets a key of its segment, its sums hold nothing of worth. The first such
-        # key's larger score then makes their factor 0; a query itself is such a key.
+        # Before the first block with a key of the query's sequence, the sums are meaningless. That
+        # key's larger score then sets their factor to 0; every query has one, itself.
         new_largest = jnp.maximum(largest, jnp.max(scores, axis=-1))
         shares = jnp.exp(scores - new_largest[..., None])
         factor = jnp.exp(largest - new_largest)
@@ -174,14 +174,14 @@ def _gradients(
     upper: jax.Array,
     inner: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Those of query, key and value, in their types.
+    """Gradients of query, key and value, in their dtypes.
 
     Args:
-      settings: of the call.
-      blocks: of the call.
-      log_sums: of `_attend`.
-      upper: the gradient of the result, [n, B, K, G, b, Q].
-      inner: its product with the result, float32 [n, B, K, G, b].
+      settings: static settings.
+      blocks: inputs in blocks.
+      log_sums: log-sum-exps from `_attend`.
+      upper: gradient of the result, [n, B, K, G, b, Q].
+      inner: product of that gradient with the result, float32 [n, B, K, G, b].
     """
 
     def step(totals: tuple[jax.Array, ...], pair: jax.Array) -> tuple[tuple[jax.Array, ...], None]:
@@ -212,19 +212,19 @@ def _gradients(
 
 
 def block_pairs(count: int, size: int, window: int | None) -> list[tuple[int, int]]:
-    """Which blocks of queries and of keys meet, the blocks of a query in order.
+    """Pairs of a query block and a key block whose scores are computed, by query block.
 
     Args:
       count: n.
       size: b.
-      window: how many positions, its own included, each sees, or None.
+      window: number of positions that each attends to, itself included, or None.
     """
     reach = count if window is None else -(-(window - 1) // size)
     return [(i, j) for i in range(count) for j in range(max(0, i - reach), i + 1)]
 
 
 def _pairs(settings: BlockSettings, blocks: _Blocks) -> jax.Array:
-    """int32 [pairs, 2], the steps of the loop."""
+    """Iterations of the loop, int32 [pairs, 2]."""
     pairs = block_pairs(len(blocks.key), blocks.key.shape[-2], settings.window)
     return jnp.array(pairs, jnp.int32)
 
@@ -232,7 +232,7 @@ def _pairs(settings: BlockSettings, blocks: _Blocks) -> jax.Array:
 def _scores(
     settings: BlockSettings, blocks: _Blocks, i: jax.Array, j: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Scaled and capped scores, float32 [B, K, G, b, b], and which of them count."""
+    """Scaled and capped scores, float32 [B, K, G, b, b], and the mask of valid ones."""
     scores = _product("bkgsq,bktq->bkgst", _at(blocks.query, i), _at(blocks.key, j))
     scores = scores * settings.scale
     if settings.softcap is not None:
@@ -245,7 +245,7 @@ def _scores(
         allowed &= distance < settings.window
     if blocks.segment_ids is not None:
         same = _at(blocks.segment_ids, i)[:, :, None] == _at(blocks.segment_ids, j)[:, None, :]
-        allowed = allowed & same[:, None, None]
+        allowed = allowed[None, None, None] & same[:, None, None]
     return scores, allowed
 
 
@@ -264,9 +264,9 @@ def _split(
 
 
 def _split_length(x: jax.Array, count: int) -> jax.Array:
-    """[B, S, ...] to [B, n, b, ...]; blocks are of equal length, and S is padded for that.
+    """[B, S, ...] to [B, n, b, ...]; pads S so that all blocks have the same length.
 
-    Padding comes last, where causality hides it from the rest.
+    The padding comes last, where causality hides it.
     """
     size = -(-x.shape[1] // count)
     rest = count * size - x.shape[1]

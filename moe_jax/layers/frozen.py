@@ -1,4 +1,4 @@
-"""How the frozen parameters are kept, in types."""
+"""Frozen parameters: their storage types, variables and projections."""
 
 from typing import Any, NamedTuple, get_args
 
@@ -25,12 +25,12 @@ from moe_jax.sharding.axes import MLP, blocks
 
 
 class Storage(NamedTuple):
-    """What a `StorageType` says.
+    """Storage of the base, from a `StorageType`.
 
     Attributes:
-      dtype: of all leaves but quantised kernels.
-      quantization: what `quantize` makes of the kernels of the layers' projections; None leaves
-        them in `dtype`.
+      dtype: dtype of all leaves except quantised kernels.
+      quantization: kind of `quantize` for the kernels of the layers' projections; None stores them
+        in `dtype`.
     """
 
     dtype: jnp.dtype
@@ -38,14 +38,14 @@ class Storage(NamedTuple):
 
 
 def storage_of(kept: StorageType | str) -> Storage:
-    """The types of a `StorageType`.
+    """The storage that a `StorageType` names.
 
     Raises:
-      ConfigError: it is none.
+      ConfigError: `kept` is not a storage type.
     """
     if kept not in get_args(StorageType):
         raise ConfigError(
-            f"dtype {kept!r}: no type to keep a base in; {suggest(kept, get_args(StorageType))}"
+            f"dtype {kept!r}: not a storage type; {suggest(kept, get_args(StorageType))}"
         )
     if kept in get_args(FloatType):
         return Storage(jnp.dtype(kept), None)
@@ -53,7 +53,7 @@ def storage_of(kept: StorageType | str) -> Storage:
 
 
 def check_storage(storage: Storage, model: ModelConfig) -> None:
-    """Refuses, with `require`, a model that cannot be kept so: four bits pack inputs in pairs."""
+    """Raises `ConfigError` if a width of the model is odd: four-bit types pack inputs in pairs."""
     if storage.quantization not in ("nf4", "nf4_double"):
         return
     inputs = {
@@ -70,12 +70,8 @@ def check_storage(storage: Storage, model: ModelConfig) -> None:
         )
 
 
-# FIXME docstring of the merged layers.leaf:
-# """Frozen parameters with their logical axes."""
-
-
 BASE_INIT = nn.initializers.normal(stddev=0.02)
-"""Used for random models only; real ones are loaded."""
+"""Initialiser of random models; real ones are loaded."""
 
 
 def frozen_leaf(
@@ -90,13 +86,13 @@ def frozen_leaf(
 
     Args:
       module: the module that owns the leaf, inside its compact method or `setup`.
-      name: of the leaf.
+      name: name of the leaf.
       init: initialiser, for models that are not loaded.
-      shape: of the leaf.
+      shape: shape of the leaf.
       axes: logical axes, one for each dimension.
-      dtype: in which the leaf is stored.
+      dtype: dtype in which the leaf is stored.
     """
-    # Linen types the boxed initialiser's result as the box, but hands out the array in it.
+    # Linen types the result as the box of the initialiser, but returns the array in it.
     leaf: Any = module.param(name, nn.with_logical_partitioning(init, axes), shape, dtype)
     return leaf
 
@@ -108,18 +104,18 @@ def frozen_kernel(
     axes: tuple[str, str],
     storage: Storage,
 ) -> Kernel:
-    """The leaf `name` of a projection, [in, out], as it is given; `init` follows `storage`.
+    """The kernel `name` of a projection, [in, out], as stored.
 
     Args:
       module: the module that owns the leaf, inside its compact method or `setup`.
-      name: of the leaf.
-      shape: of the kernel.
-      axes: its logical axes.
-      storage: how it is kept.
+      name: name of the leaf.
+      shape: shape of the kernel.
+      axes: logical axes of the kernel.
+      storage: storage of a new kernel; loaded ones keep their own.
     """
     kind = storage.quantization
     given = module.get_variable(PARAMS, name) if module.has_variable(PARAMS, name) else None
-    if isinstance(given, QuantizedKernel):  # whoever loaded it need not say so again
+    if isinstance(given, QuantizedKernel):  # loaded quantised, whatever `storage` says
         return given
     if kind is None:
         return frozen_leaf(module, name, BASE_INIT, shape, axes, storage.dtype)
@@ -134,11 +130,11 @@ def frozen_kernel(
 
 
 def quantized_axes(kind: str, axes: tuple[str, str]) -> Any:
-    """The logical axes of each array of a kernel that `quantize` made, in its place.
+    """Logical axes of the arrays of a quantised kernel, as a kernel of axes.
 
     Args:
       kind: see `quantize`.
-      axes: of the kernel, (in, out).
+      axes: logical axes of the kernel, (in, out).
     """
     inputs, features = axes
     whole: Any = PartitionSpec(inputs, features)
@@ -152,20 +148,16 @@ def quantized_axes(kind: str, axes: tuple[str, str]) -> Any:
     return Nf4Kernel(whole, DoubleScales(by_block, by_output, by_output))
 
 
-# FIXME docstring of the merged layers.projection:
-# """The frozen linear map that everything else is added to."""
-
-
 class FrozenLinear(nn.Module):
-    """The parameters of `y = x @ kernel + bias`, with `kernel` stored as [in, out].
+    """Frozen projection `y = x @ kernel + bias`, with `kernel` stored as [in, out].
 
     Attributes:
       in_features: width of the input.
       features: width of the result.
       axes: logical axes of the kernel, (in, out).
-      use_bias: whether there is a bias.
-      dtype: type in which the product is computed.
-      storage: types in which the parameters are stored.
+      use_bias: True if there is a bias.
+      dtype: dtype of the product.
+      storage: storage of the parameters.
     """
 
     in_features: int

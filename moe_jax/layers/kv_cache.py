@@ -2,13 +2,14 @@
 
 Prefill fills the cache, each decoding step reads it and adds to it.
 
-- Prefill: apply a model with `cache_length=M` and the collection `cache` mutable. Rows are padded on
-  the left, so that the next token's cache position is the same in all rows. Keys and values become
-  `layers/self_attn/key` and `value` [L, B, K, M, Q]: heads before positions, as attention's products
-  read them, so that no transpose is needed.
-- Decoding: apply the model with the cache among the variables, a `CachePosition`, and the collection
-  `cache_updates` mutable; `updated` then writes these updates into the cache. A layer never writes
-  the cache itself: under the scan over layers each step would read and write all of it.
+- Prefill: apply a model with `cache_length=M` and the collection `cache` mutable. Rows are padded
+  on the left, so that the next token's cache position is the same in all rows. Keys and values
+  become `layers/self_attn/key` and `value` [L, B, K, M, Q]: heads before positions, as attention's
+  products read them, so that no transpose is needed.
+- Decoding: apply the model with the cache among the variables, a `CachePosition`, and the
+  collection `cache_updates` mutable; `updated` then writes these updates into the cache. A layer
+  never writes the cache itself: under the scan over layers each step would read and write all of
+  it.
 
 Other values kept with `remember` have the same shape from call to call.
 """
@@ -33,11 +34,11 @@ class CachePosition(NamedTuple):
     """Position in the cache of the tokens of a call.
 
     Attributes:
-      index: int32 [], cache position of the first token; the others follow.
+      offset: int32 [], cache position of the first token; the others follow.
       start: int32 [B], first cache position of each row; those before it are padding.
     """
 
-    index: jax.Array
+    offset: jax.Array
     start: jax.Array
 
 
@@ -105,7 +106,7 @@ def updated(cache: Any, updates: Any, position: CachePosition) -> Any:
             merged[name] = updated(cache[name], new, position)
         elif name in _BY_POSITION:
             merged[name] = jax.lax.dynamic_update_slice_in_dim(
-                cache[name], new, position.index, axis=_POSITION_AXIS
+                cache[name], new, position.offset, axis=_POSITION_AXIS
             )
         else:
             merged[name] = new

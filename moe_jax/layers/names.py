@@ -25,11 +25,11 @@ WIDE_PRODUCT = "wide_product"
 """Product of a frozen projection whose output is as wide as the FFN: gate, up."""
 
 ATTENTION = "attention"
-"""Output and log-sum-exps of blocked attention. Kept, they spare the backward pass one of its two
-computations of the scores."""
+"""Output and log-sum-exps of blocked attention. If kept, the backward pass computes the scores once
+instead of twice."""
 
 LOW_RANK = "low_rank"
-"""Low-rank activations of adapters and decisions of routers, a few numbers a token."""
+"""Low-rank activations of adapters and decisions of routers: a few numbers for each token."""
 
 DORA_NORMS = "dora_norms"
 """Column norms of DoRA's adapted weights, which do not depend on the tokens."""

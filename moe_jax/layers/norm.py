@@ -1,4 +1,4 @@
-"""Root-mean-square normalisation (arXiv:1910.07467, eq. 4)."""
+"""Root-mean-square normalization (arXiv:1910.07467, eq. 4)."""
 
 import flax.linen as nn
 import jax
@@ -13,9 +13,9 @@ class RMSNorm(nn.Module):
 
     Attributes:
       epsilon: added to the mean square.
-      dtype: type of the result.
-      param_dtype: type of the stored scale.
-      unit_offset: scales by one plus the stored scale.
+      dtype: dtype of the result.
+      param_dtype: dtype of the stored scale.
+      unit_offset: multiplies by one plus the stored scale.
     """
 
     epsilon: float
@@ -33,4 +33,4 @@ class RMSNorm(nn.Module):
         x32 = x.astype(jnp.float32)
         mean_square = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
         normed = x32 * jax.lax.rsqrt(mean_square + self.epsilon)
-        return (normed * scale).astype(self.dtype)
+        return (normed * jnp.broadcast_to(scale, x.shape)).astype(self.dtype)

@@ -1,9 +1,8 @@
 """Frozen kernels stored in eight or four bits, and their products.
 
-A kernel W [in, out] is kept as small codes and as scales. It is made again inside each product, in
-the forward pass and once more in the backward pass, and is never kept between the two; gradients
-reach the input only, as the kernel is frozen. Adapters on such a base are QLoRA
-(arXiv:2305.14314) and its mixtures.
+A kernel W [in, out] is stored as narrow codes and scales. Each product decodes it, in the forward
+pass and again in the backward pass; the decoded kernel is not kept in between. The kernel is
+frozen, so that only the input has a gradient. LoRA on such a base is QLoRA (arXiv:2305.14314).
 """
 
 from typing import Any
@@ -13,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 BLOCK = 64
-"""Consecutive inputs of one output that share a scale in NF4 (arXiv:2305.14314, section 3)."""
+"""Number of consecutive inputs that share a scale in NF4 (arXiv:2305.14314, section 3)."""
 
 NF4_LEVELS = (
     -1.0,
@@ -33,7 +32,7 @@ NF4_LEVELS = (
     0.7229568362236023,
     1.0,
 )
-"""The values of the sixteen codes, in parts of a block's scale (arXiv:2305.14314, appendix E)."""
+"""Values of the sixteen codes, relative to a block's scale (arXiv:2305.14314, appendix E)."""
 
 _FP8 = jnp.float8_e4m3fn
 
@@ -52,29 +51,33 @@ class ScaledKernel:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """That of the kernel."""
+        """Shape of the kernel."""
         return self.codes.shape
 
     def dense(self, dtype: Any) -> jax.Array:
-        """The kernel that is stood for."""
+        """The decoded kernel."""
         return (self.codes.astype(jnp.float32) * self.scales[..., None, :]).astype(dtype)
 
     def product(self, x: jax.Array) -> jax.Array:
-        """`x W`; the scales come after the product, on fewer numbers."""
-        return jnp.dot(x, self.codes.astype(x.dtype)) * self.scales.astype(x.dtype)
+        """`x W`; the scales multiply the product, which is smaller than the kernel."""
+        return self._scaled(jnp.dot(x, self.codes.astype(x.dtype)))
 
     def transposed_product(self, y: jax.Array) -> jax.Array:
         """`y W'`."""
-        return jnp.dot(y * self.scales.astype(y.dtype), self.codes.astype(y.dtype).T)
+        return jnp.dot(self._scaled(y), self.codes.astype(y.dtype).T)
+
+    def _scaled(self, y: jax.Array) -> jax.Array:
+        return y * jnp.broadcast_to(self.scales.astype(y.dtype), y.shape)
 
 
 @flax.struct.dataclass
 class DoubleScales:
-    """The scales of blocks, themselves in eight bits between each output's least and largest.
+    """Scales of blocks, quantised to eight bits between the smallest and largest of each output.
 
     Attributes:
       codes: uint8 [..., blocks, out].
-      low, step: float32 [..., 1, out]; the value of code 0, and from one code to the next.
+      low: float32 [..., 1, out], value of code 0.
+      step: float32 [..., 1, out], difference between consecutive codes.
     """
 
     codes: jax.Array
@@ -86,19 +89,21 @@ class DoubleScales:
         return self.codes.shape
 
     def dense(self) -> jax.Array:
-        """float32 [..., blocks, out]."""
+        """The decoded scales, float32 [..., blocks, out]."""
         return self.low + self.step * self.codes.astype(jnp.float32)
 
 
 @flax.struct.dataclass
 class Nf4Kernel:
-    """Four bits a weight, with one scale for each block of `BLOCK` inputs of an output.
+    """NF4 codes of four bits, with one scale for each block of `BLOCK` inputs of an output.
 
     Attributes:
-      codes: uint8 [..., in / 2, out]; input 2 i in the low half of byte i, input 2 i + 1 above it.
+      codes: uint8 [..., in / 2, out]; input 2 i is in the low half of byte i, input 2 i + 1 in the
+        high half.
       scales: bfloat16 [..., blocks, out], or `DoubleScales`; the last block may be shorter. Eight
-        bits of a scale are plenty beside the four of what it scales: of normal weights, the codes
-        err by 9%, and a rounded scale by 0.1%.
+        bits suffice: for normally distributed weights the codes have an error of 9%, and the
+          rounded
+        scales one of 0.1%.
     """
 
     codes: jax.Array
@@ -106,12 +111,12 @@ class Nf4Kernel:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """That of the kernel."""
+        """Shape of the kernel."""
         *stack, half, features = self.codes.shape
         return (*stack, 2 * half, features)
 
     def dense(self, dtype: Any) -> jax.Array:
-        """The kernel that is stood for."""
+        """The decoded kernel."""
         *stack, inputs, features = self.shape
         levels = jnp.asarray(NF4_LEVELS, jnp.float32)
         halves = jnp.stack([self.codes & 15, self.codes >> 4], axis=-2)  # [..., in/2, 2, out]
@@ -129,7 +134,7 @@ class Nf4Kernel:
 
 
 def block_scales(scales: jax.Array | DoubleScales) -> jax.Array:
-    """The scales of an `Nf4Kernel`, float32 [..., blocks, out]."""
+    """Decoded scales of an `Nf4Kernel`, float32 [..., blocks, out]."""
     return scales.dense() if isinstance(scales, DoubleScales) else scales.astype(jnp.float32)
 
 
@@ -138,23 +143,23 @@ Kernel = jax.Array | QuantizedKernel
 
 
 def quantize(kernel: jax.Array, kind: str) -> QuantizedKernel:
-    """The nearest kernel that can be stored.
+    """Quantises a kernel, rounding to nearest.
 
     Args:
-      kernel: float [in, out]; of `nf4`, an even number of inputs.
+      kernel: float [in, out]; for `nf4` and `nf4_double` with an even number of inputs.
       kind: `int8` (symmetric, by output), `fp8` (e4m3, by output), `nf4`, or `nf4_double`, whose
-        scales are stored in eight bits too.
+        scales are quantised to eight bits.
 
     Raises:
-      ValueError: there is no such kind.
+      ValueError: the kind is unknown.
     """
     kernel = kernel.astype(jnp.float32)
     if kind in ("int8", "fp8"):
         largest = 127.0 if kind == "int8" else float(jnp.finfo(_FP8).max)
-        # A column of zeros has any scale.
+        # Any scale represents a column of zeros.
         extent = jnp.max(jnp.abs(kernel), axis=0)
         scales = jnp.where(extent > 0, extent / largest, 1.0)
-        scaled = kernel / scales
+        scaled = kernel / scales[None]
         codes = jnp.round(scaled).astype(jnp.int8) if kind == "int8" else scaled.astype(_FP8)
         return ScaledKernel(codes, scales)
     if kind not in ("nf4", "nf4_double"):
@@ -176,10 +181,10 @@ def quantize(kernel: jax.Array, kind: str) -> QuantizedKernel:
 
 
 def double_scales(scales: jax.Array) -> DoubleScales:
-    """Scales [blocks, out] in eight bits, in equal steps between those of each output.
+    """Quantises scales [blocks, out] to eight bits, in equal steps over the range of each output.
 
-    The paper's section 3 takes groups of 256 scales and their mean; ours are the scales of one
-    output, as many as its inputs have blocks, so that nothing is split between devices.
+    The paper (section 3) groups 256 scales; here a group is all scales of one output, so that
+    sharding the outputs never splits a group.
     """
     low, high = jnp.min(scales, axis=0, keepdims=True), jnp.max(scales, axis=0, keepdims=True)
     step = (high - low) / 255.0
@@ -189,7 +194,7 @@ def double_scales(scales: jax.Array) -> DoubleScales:
 
 @jax.custom_vjp
 def quantized_product(x: jax.Array, kernel: QuantizedKernel) -> jax.Array:
-    """`x W` [..., out] of x [..., in], in the type of x; differentiable in x alone."""
+    """`x W` [..., out] of x [..., in], in the dtype of x; differentiable in x only."""
     return kernel.product(x)
 
 
@@ -205,12 +210,12 @@ quantized_product.defvjp(_forward, _backward)
 
 
 def frozen_product(x: jax.Array, kernel: Kernel) -> jax.Array:
-    """`x W` in the type of x, however W [in, out] is stored."""
+    """`x W` in the dtype of x, of a stored kernel W [in, out]."""
     if isinstance(kernel, QuantizedKernel):
         return quantized_product(x, kernel)
     return jnp.dot(x, kernel.astype(x.dtype))
 
 
 def dense_kernel(kernel: Kernel) -> jax.Array:
-    """W [..., in, out] as an array: as it is stored, or in float32 where it is quantised."""
+    """The kernel [..., in, out] as an array: as stored, or in float32 if it is quantised."""
     return kernel.dense(jnp.float32) if isinstance(kernel, QuantizedKernel) else kernel

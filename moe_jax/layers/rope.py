@@ -1,10 +1,9 @@
 """Rotary position embeddings, in the conventions of Hugging Face's checkpoints.
 
-Letters: B batch, S sequence, H heads, N rotated channels of a head. Channel i is rotated together
-with channel i + N/2 by the angle `position * inv_freq[i]`, as in Llama's checkpoints; where
-`RopeConfig.interleaved`, channel 2i with channel 2i + 1. The frequency rules are those of
-transformers' `modeling_rope_utils`, one function each in `ROPE_TYPES`; a further rule is a function
-and a line there, and its name in `RopeConfig.rope_type`.
+Channel i is rotated together with channel i + N/2 by the angle `position * inv_freq[i]`, as in
+Llama's checkpoints; with `RopeConfig.interleaved`, channel 2i with channel 2i + 1. The frequency
+rules are those of transformers' `modeling_rope_utils`. To add a rule, write its function, add it to
+`ROPE_TYPES`, and its name to `RopeConfig.rope_type`.
 """
 
 import math
@@ -17,8 +16,8 @@ import numpy as np
 from moe_jax.config.model import RopeConfig
 from moe_jax.errors import ConfigError
 
-# Not in `RopeConfig`: the values that the YaRN paper (arXiv:2309.00071, section 3.2) gives for the
-# Llama family and that checkpoints leave out for that reason.
+# Defaults of the YaRN paper for the Llama family (arXiv:2309.00071, section 3.2), which checkpoints
+# omit.
 YARN_BETA_FAST = 32.0
 YARN_BETA_SLOW = 1.0
 
@@ -29,8 +28,8 @@ FrequencyRule = Callable[[RopeConfig, int, int, jax.Array], tuple[np.ndarray | j
 def _wavelength_scales(config: RopeConfig, head_dim: int) -> np.ndarray:
     """theta^(2i / head_dim), `[head_dim / 2]` float32, rounded once.
 
-    The rules below go on in float32 and in transformers' order of operations: an inverse frequency
-    that differs by one unit in the last place turns a position of 100 000 by 0.006 rad.
+    The rules below compute in float32 and in transformers' order of operations: an error of one
+    unit in the last place of an inverse frequency is 0.006 rad at position 100 000.
     """
     exponents = (np.arange(0, head_dim, 2).astype(np.float32) / np.float32(head_dim)).astype(
         np.float64
@@ -61,8 +60,8 @@ def _dynamic(
 
     With length = max(positions) + 1, theta is multiplied by g^(d / (d-2)), where
     g = factor * length / max_position_embeddings - (factor - 1). Up to `max_position_embeddings` it
-    is the default rule, exactly. It depends on the positions of this call only: transformers also
-    remembers the longest length it has seen, until a call shorter than `max_position_embeddings`.
+    is exactly the default rule. It depends on the positions of the call only; transformers keeps
+    the longest length seen until a call is shorter than `max_position_embeddings`.
     """
     if head_dim <= 2:
         raise ConfigError(f"head_dim: rope_type 'dynamic' needs at least 4, got {head_dim}")
@@ -77,7 +76,7 @@ def _dynamic(
 def _llama3(
     config: RopeConfig, head_dim: int, max_position_embeddings: int, positions: jax.Array
 ) -> tuple[np.ndarray, float]:
-    """Llama 3.1: long waves are slowed by `factor`, short ones kept, those between interpolated."""
+    """Llama 3.1: divides low frequencies by `factor`, keeps high ones, interpolates in between."""
     inv_freq, scaling = _default(config, head_dim, max_position_embeddings, positions)
     length, factor = config.original_max_position_embeddings, config.factor
     low, high = config.low_freq_factor, config.high_freq_factor
@@ -103,7 +102,7 @@ def _yarn(
     length = config.original_max_position_embeddings or max_position_embeddings
 
     def channel_with(rotations: float) -> float:
-        """The channel, as a real number, that turns `rotations` times over `length` positions."""
+        """Real-valued index of the channel with `rotations` rotations over `length` positions."""
         turns = math.log(length / (rotations * 2 * math.pi))
         return head_dim * turns / (2 * math.log(config.rope_theta))
 
@@ -124,7 +123,7 @@ def _yarn(
 
 
 def _yarn_attention_scaling(config: RopeConfig, factor: float) -> float:
-    """The factor of cos and sin; its square is YaRN's inverse temperature of attention."""
+    """Factor of cos and sin; its square is the inverse temperature of attention."""
 
     def scale(weight: float) -> float:
         return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
@@ -139,10 +138,10 @@ def _yarn_attention_scaling(config: RopeConfig, factor: float) -> float:
 def _longrope(
     config: RopeConfig, head_dim: int, max_position_embeddings: int, positions: jax.Array
 ) -> tuple[jax.Array, float]:
-    """LongRoPE, arXiv:2402.13753: each wavelength stretched by a factor of its own.
+    """LongRoPE, arXiv:2402.13753: a factor for each wavelength.
 
-    Which of the two lists of factors holds follows from the longest sequence of the batch, as in
-    transformers: the long ones from `original_max_position_embeddings` + 1 positions on.
+    As in transformers, the long factors apply if the longest sequence of the batch exceeds
+    `original_max_position_embeddings`, and the short ones otherwise.
     """
     length, factor = config.original_max_position_embeddings, config.factor
     assert length is not None
@@ -177,18 +176,17 @@ def rope_frequencies(
 
     Args:
       config: the rule and its parameters.
-      head_dim: channels of a head, of which N, an even number, are rotated.
-      max_position_embeddings: the length the model is made for, from its config.
-      positions: integers of any shape. Only `dynamic` and `longrope` read them, padding's included
-        (give padding a position that is no larger than that of real tokens).
+      head_dim: number of channels of a head; N of them, an even number, are rotated.
+      max_position_embeddings: maximum length of the model, from its config.
+      positions: integers of any shape. Only `dynamic` and `longrope` read them, including those of
+        padding, which must not exceed those of real tokens.
 
     Returns:
-      `inv_freq` `[N / 2]` float32 (a constant, but traced from `positions` for `dynamic` and
-      `longrope`), and the factor that cos and sin are multiplied by (not 1 for `yarn` and
-      `longrope`).
+      `inv_freq` `[N / 2]` float32 (a constant, except for `dynamic` and `longrope`), and the factor
+      of cos and sin (1 except for `yarn` and `longrope`).
 
     Raises:
-      ConfigError: a `head_dim` for which `dynamic` is not defined.
+      ConfigError: `dynamic` is not defined for this `head_dim`.
     """
     rotated = config.rotary_dim(head_dim)
     return ROPE_TYPES[config.rope_type](config, rotated, max_position_embeddings, positions)
@@ -197,15 +195,15 @@ def rope_frequencies(
 def rotary_tables(
     config: RopeConfig, head_dim: int, max_position_embeddings: int, positions: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """The cosine and sine of each rotated channel's angle, `[B, S, N]` float32 each.
+    """Cosine and sine of the angle of each rotated channel, each float32 `[B, S, N]`.
 
-    The two channels of a pair hold the same angle. Arguments as for `rope_frequencies`, with
-    `positions` `[B, S]`. Angles are float32 whatever the model computes in.
+    The two channels of a pair have the same angle. Arguments as for `rope_frequencies`, with
+    `positions` `[B, S]`. Angles are float32 in every compute dtype.
     """
     inv_freq, attention_scaling = rope_frequencies(
         config, head_dim, max_position_embeddings, positions
     )
-    angles = positions[..., None].astype(jnp.float32) * inv_freq
+    angles = positions[..., None].astype(jnp.float32) * inv_freq[None, None]
     if config.interleaved:
         angles = jnp.repeat(angles, 2, axis=-1)
     else:
@@ -222,11 +220,10 @@ def apply_rope(
       x: `[B, S, H, head_dim]`.
       cos: `[B, S, N]`, from `rotary_tables`.
       sin: `[B, S, N]`, from `rotary_tables`.
-      interleaved: which channels pair up, see `RopeConfig`.
+      interleaved: pairs adjacent channels, see `RopeConfig`.
 
     Returns:
-      `x` with its first N channels rotated, same shape and type; computed in the type of the tables
-      (float32).
+      `x` with its first N channels rotated, in the same shape and dtype; computed in float32.
     """
     rotated = cos.shape[-1]
     if rotated < x.shape[-1]:
@@ -238,4 +235,6 @@ def apply_rope(
     else:
         first, second = jnp.split(x, 2, axis=-1)
         turned = jnp.concatenate([-second, first], axis=-1)
-    return (x * cos[:, :, None, :] + turned * sin[:, :, None, :]).astype(x.dtype)
+    cos, sin = cos[:, :, None, :], sin[:, :, None, :]
+    result = x.astype(cos.dtype) * cos + turned.astype(sin.dtype) * sin
+    return result.astype(x.dtype)

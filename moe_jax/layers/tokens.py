@@ -1,4 +1,4 @@
-"""The product of every token with a trained matrix."""
+"""Products of all tokens with a matrix, and sums over the sequences of packed rows."""
 
 from typing import Any
 
@@ -9,32 +9,24 @@ import jax.numpy as jnp
 def token_product(x: jax.Array, matrix: jax.Array, **options: Any) -> jax.Array:
     """`x @ matrix`, [..., in] and [in, out] to [..., out], with all tokens along one axis.
 
-    The gradient of `matrix` is a product over all tokens. Over the two axes [B, S] XLA would make
-    it out of a transposed copy of the wider operand (of [B, S, F] where `out` is F); over one axis
-    it transposes nothing.
+    The gradient of `matrix` is a product over all tokens. With the two axes [B, S], XLA transposes
+    a copy of the wider operand for it; with one axis it does not.
 
     Args:
-      x: the tokens.
-      matrix: cast to the type of `x` by the caller, where they differ.
-      options: of `jnp.dot`.
+      x: tokens.
+      matrix: matrix in the dtype of `x`.
+      options: options of `jnp.dot`.
     """
     flat = jnp.dot(x.reshape(-1, x.shape[-1]), matrix, **options)
     return flat.reshape(*x.shape[:-1], matrix.shape[-1])
 
 
-# FIXME docstring of the merged layers.sequences:
-# """Where the sequences of a row begin and end, and sums over each of them.
-#
-# Letters: B rows, S tokens of a row; a row may hold several sequences, one behind the other.
-# """
-
-
 def sequence_bounds(segment_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The places of the first and of the last token of each token's own sequence, int32 [B, S].
+    """Positions in the row of the first and last token of each token's sequence, int32 [B, S].
 
     Args:
-      segment_ids: int [B, S] as in `Batch`; neighbours with equal numbers are one sequence, and
-        neighbouring tokens of padding count as one too.
+      segment_ids: int [B, S] as in `Batch`; consecutive equal numbers are one sequence, and so are
+        consecutive padding tokens.
     """
     length = segment_ids.shape[1]
     index = jnp.arange(length, dtype=jnp.int32)
@@ -45,18 +37,18 @@ def sequence_bounds(segment_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def sequence_sums(values: jax.Array, segment_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The sum over each sequence, at the place of its last token.
+    """Sum over each sequence, at the position of its last token.
 
-    Added up in a tree of partial sums that end at a sequence's start: differences of sums over the
-    whole row would carry the rounding of all that stands before.
+    A segmented scan: differences of cumulative sums over the row would add the rounding errors of
+    the sequences before.
 
     Args:
       values: float [B, S, N].
       segment_ids: as in `sequence_bounds`.
 
     Returns:
-      The sums, [B, S, N], any value where no sequence ends; and where one does, bool [B, S], which
-      is false at padding.
+      The sums [B, S, N], and the mask of the positions where they are valid, bool [B, S]: last
+      tokens of sequences, but not of padding.
     """
 
     def joined(

@@ -1,4 +1,4 @@
-"""From token ids to the first hidden state."""
+"""Token embedding and language-model head."""
 
 import flax.linen as nn
 import jax
@@ -10,14 +10,14 @@ from moe_jax.sharding.axes import ACTIVATION_EMBED, EMBED, HIDDEN_AXES, VOCAB, c
 
 
 class TokenEmbedding(nn.Module):
-    """Looks rows up in a table.
+    """Embedding table of the tokens.
 
     Attributes:
       vocab_size: V.
       features: D.
       dtype: type of the result.
       param_dtype: type of the stored table.
-      scale: what rows are multiplied by, itself rounded to `dtype`; None leaves them as they are.
+      scale: factor of the result, rounded to `dtype`; None for 1.
 
     Leaf: `embedding` [V, D].
     """
@@ -35,20 +35,16 @@ class TokenEmbedding(nn.Module):
         )
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        """[B, S, D] of tokens [B, S]."""
-        # Whole rows on every device before the look-up: a table split along D would give a result
-        # split along D, which the partitioner can only turn into one split along B by replicating.
+        """Embeddings [B, S, D] of tokens [B, S]."""
+        # Gather whole rows before the look-up: a table split along D gives a result split along D,
+        # which XLA's partitioner can only reshard to B by replicating it.
         table = constrain(self.embedding, (VOCAB, ACTIVATION_EMBED))
         rows = constrain(jnp.take(table, tokens, axis=0).astype(self.dtype), HIDDEN_AXES)
         return rows if self.scale is None else rows * jnp.asarray(self.scale, self.dtype)
 
 
-# FIXME docstring of the merged layers.head:
-# """From the last hidden state to logits over the vocabulary."""
-
-
 class LanguageModelHead(nn.Module):
-    """The kernel of `logits`, for models that do not reuse their embedding.
+    """Kernel of `logits`, for models with untied embeddings.
 
     Attributes:
       vocab_size: V.
@@ -72,13 +68,13 @@ class LanguageModelHead(nn.Module):
 def logits(
     x: jax.Array, kernel: jax.Array, *, tied: bool = False, cap: float | None = None
 ) -> jax.Array:
-    """float32 [B, S, V] of x [B, S, D], multiplied in the type of `x`.
+    """Logits float32 [B, S, V]; the product is computed in the dtype of `x`.
 
     Args:
-      x: hidden states.
+      x: hidden states [B, S, D].
       kernel: [D, V].
       tied: the kernel is an embedding [V, D] instead.
-      cap: bound of the logits, see `soft_cap`; None for none.
+      cap: bound of the logits, see `soft_cap`, or None.
     """
     axes = "...d,vd->...v" if tied else "...d,dv->...v"
     scores = jnp.einsum(axes, x, kernel.astype(x.dtype), preferred_element_type=jnp.float32)

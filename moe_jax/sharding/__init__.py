@@ -1,0 +1,8 @@
+"""Sharding of arrays over a mesh of devices.
+
+    axes.py   names of the logical axes of parameters and activations
+    rules.py  logical axes to mesh axes
+    mesh.py   the mesh, with axes `data`, `fsdp` and `tensor`
+
+Model code names logical axes only; `rules.py` alone knows the axes of the mesh.
+"""

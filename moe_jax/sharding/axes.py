@@ -1,7 +1,4 @@
-"""The logical axes that model code names; `moe_jax.sharding.rules` maps them to the mesh.
-
-The letters of shapes are in `moe_jax.layers`.
-"""
+"""Names of the logical axes of parameters and activations."""
 
 import math
 
@@ -31,17 +28,17 @@ MLP_HIDDEN_AXES = (BATCH, LENGTH, ACTIVATION_MLP)
 
 
 def blocks(inputs: str) -> str:
-    """The axis of the blocks that a quantised kernel's inputs are cut into."""
+    """Logical axis of the blocks of a quantised kernel's inputs."""
     return f"{inputs}_blocks"
 
 
 def constrain(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
-    """Fixes an activation's layout over the ambient mesh (`jax.set_mesh`), if there is one."""
+    """Constrains an activation's sharding over the ambient mesh (`jax.set_mesh`), if any."""
     return nn.with_logical_constraint(x, axes)
 
 
 def parts(axis: str) -> int:
-    """Over how many devices of the ambient mesh the axis of an activation is split; 1 without."""
+    """Number of shards of an activation's axis on the ambient mesh; 1 without a mesh."""
     spec = nn.logical_to_mesh_axes((axis,)) or (None,)
     mesh = jax.sharding.get_abstract_mesh()
     names = (spec[0],) if isinstance(spec[0], str) else spec[0] or ()

@@ -15,10 +15,10 @@ MESH_AXES = ("data", "fsdp", "tensor")
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """The mesh that `config` asks for, over all devices of all processes by default.
+    """The mesh of `config`, by default over all devices of all processes.
 
     Raises:
-      DeviceError: the devices are fewer than the mesh needs, or some would be left idle.
+      DeviceError: the number of devices differs from the size of the mesh.
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = [config.data, config.fsdp, config.tensor]
@@ -26,24 +26,24 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     if -1 in sizes:
         sizes[sizes.index(-1)] = max(len(devices) // known, 1)
     needed = math.prod(sizes)
-    wanted = " x ".join(f"{n}={s}" for n, s in zip(MESH_AXES, sizes, strict=True))
+    shape = " x ".join(f"{n}={s}" for n, s in zip(MESH_AXES, sizes, strict=True))
     if needed != len(devices):
         verb = "needs" if needed > len(devices) else "uses only"
         raise DeviceError(
-            f"config.mesh: {wanted} {verb} {needed} devices, but {len(devices)} "
+            f"config.mesh: {shape} {verb} {needed} devices, but {len(devices)} "
             f"({devices[0].platform}) are there; change mesh.data, mesh.fsdp or mesh.tensor"
         )
-    # `make_mesh` orders the devices by how they are wired. Axes are Auto: XLA's partitioner
-    # propagates layouts from the parameters and constraints.
+    # `make_mesh` orders the devices by their interconnect. Axes are Auto: XLA's partitioner
+    # propagates shardings from the parameters and constraints.
     auto = (AxisType.Auto,) * len(MESH_AXES)
     return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=auto, devices=devices)
 
 
 def require_platform(compute: ComputeConfig, devices: Sequence[Any] | None = None) -> None:
-    """Refuses what the devices, all by default, have no kernel for.
+    """Checks that the attention implementation runs on the devices, all by default.
 
     Raises:
-      DeviceError: names the field.
+      DeviceError: it needs another platform.
     """
     if compute.attention != "cudnn":
         return

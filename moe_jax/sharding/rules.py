@@ -1,4 +1,4 @@
-"""From logical axes to axes of the mesh; the only place that knows both."""
+"""Rules from logical axes to mesh axes."""
 
 import math
 from typing import Any
@@ -31,30 +31,30 @@ RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
     (axes.blocks(axes.HEADS), "tensor"),
     (axes.blocks(axes.MLP), "tensor"),
 )
-"""In order of priority; a mesh axis is used once per array.
+"""Mesh axes of each logical axis, by priority; an array uses a mesh axis at most once.
 
-Parameters split their wide axes. The rank of an adapter is split only where the pair's wide axis
-leaves `fsdp` free (B of gate and up, A of down), which keeps the optimiser's moments small.
+Parameters are split along their wide axes. The rank of an adapter is split only if the wide axis
+does not use `fsdp` (B of gate and up, A of down), which keeps the optimiser's moments small.
 """
 
 OPTIONAL_AXES = frozenset(
     {axes.RANK, *(axes.blocks(inputs) for inputs in (axes.EMBED, axes.HEADS, axes.MLP))}
 )
-"""Left whole where the devices do not divide them; for the others that is an error."""
+"""Axes that are replicated if the devices do not divide them; for others that is an error."""
 
 BATCH_SPEC = PartitionSpec(("data", "fsdp"))
-"""Rows of a batch."""
+"""Sharding of the rows of a batch."""
 
 
 def shardings_of(boxed: Any, mesh: Mesh) -> Any:
-    """A tree of `NamedSharding` for abstract variables that carry their logical axes.
+    """Shardings of abstract variables, from their logical axes.
 
     Args:
-      boxed: what `jax.eval_shape(model.init, ...)` returns: leaves boxed with logical axes.
+      boxed: result of `jax.eval_shape(model.init, ...)`, leaves boxed with logical axes.
       mesh: the mesh.
 
     Raises:
-      DeviceError: an axis of a variable cannot be split evenly; names both.
+      DeviceError: the devices do not divide an axis of a variable.
     """
     logical_specs = nn.get_partition_spec(boxed)
     shapes = nn.meta.unbox(boxed)
@@ -69,9 +69,9 @@ def shardings_of(boxed: Any, mesh: Mesh) -> Any:
             if size % parts and name in OPTIONAL_AXES:
                 spec[i] = None
             elif size % parts:
-                where = jax.tree_util.keystr(path, simple=True, separator="/")
+                leaf_path = jax.tree_util.keystr(path, simple=True, separator="/")
                 raise DeviceError(
-                    f"config.mesh.{'/'.join(names)}: {parts} devices cannot split {where} "
+                    f"config.mesh.{'/'.join(names)}: {parts} devices cannot split {leaf_path} "
                     f"{leaf.shape} evenly along its axis of {size}; choose a divisor of {size}"
                 )
         return NamedSharding(mesh, PartitionSpec(*spec))

@@ -45,7 +45,7 @@ def test_the_frozen_projection_is_pytorchs_with_its_kernel_turned(use_bias):
     layer = FrozenLinear(6, 5, ("embed", "mlp"), use_bias, float32, storage_of("float32"))
     expected = reference(torch.tensor(x)).detach().numpy()
     bound = layer.bind({"params": params})
-    ours = bound.product(x) + (bound.bias if use_bias else 0.0)
+    ours = bound.product(x) + (bound.bias[None, None] if use_bias else 0.0)
     np.testing.assert_allclose(ours, expected, **ROUNDING)
     assert (bound.bias is None) == (not use_bias)
     fresh = nn.meta.unbox(layer.init(jax.random.key(0), x, method="product"))["params"]

@@ -38,7 +38,7 @@ WEIGHTS[1, 4:] = 0.0
 def small_chunks(monkeypatch):
     """Three positions at a time: seven make two chunks, and a third that overlaps the second."""
     monkeypatch.setattr(vocab_loss, "CHUNK_BYTES", 0)
-    monkeypatch.setattr(vocab_loss, "LEAST_CHUNK_TOKENS", 3 * ROWS)
+    monkeypatch.setattr(vocab_loss, "MIN_CHUNK_TOKENS", 3 * ROWS)
     assert chunk_positions(ROWS, LENGTH, VOCABULARY) == 3
 
 
@@ -169,7 +169,7 @@ def test_devices_that_share_the_vocabulary(sizes, monkeypatch):
     data, fsdp, tensor = sizes
     own_rows, own_vocabulary = rows // (data * fsdp), vocabulary // tensor
     monkeypatch.setattr(vocab_loss, "CHUNK_BYTES", 0)
-    monkeypatch.setattr(vocab_loss, "LEAST_CHUNK_TOKENS", 2 * own_rows)
+    monkeypatch.setattr(vocab_loss, "MIN_CHUNK_TOKENS", 2 * own_rows)
     rng = np.random.default_rng(1)
     x = rng.standard_normal((rows, length, width)).astype(np.float32)
     kernel = rng.standard_normal((width, vocabulary)).astype(np.float32)

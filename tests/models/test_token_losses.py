@@ -24,7 +24,7 @@ def _logits_and_losses(model, tokens, targets):
 def test_a_tied_head_with_a_cap(monkeypatch):
     """As Gemma 2 has it; from the model's own logits, which are those of transformers."""
     monkeypatch.setattr(vocab_loss, "CHUNK_BYTES", 0)
-    monkeypatch.setattr(vocab_loss, "LEAST_CHUNK_TOKENS", 6)
+    monkeypatch.setattr(vocab_loss, "MIN_CHUNK_TOKENS", 6)
     ends = {"tie_word_embeddings": True, "final_logit_softcapping": 0.5}
     config = tiny_program.model_config(**SMALL, **HEADS, **ends)
     model = LlamaForCausalLM(config, ComputeConfig(dtype="float32"))

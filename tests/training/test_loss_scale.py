@@ -4,7 +4,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.training.step.loss_scale import GROWTH_INTERVAL, LossScale, initial_loss_scale, updated
+from moe_jax.training.step.optimizer import (
+    GROWTH_INTERVAL,
+    LossScale,
+    initial_loss_scale,
+    next_loss_scale,
+)
 
 
 @pytest.mark.parametrize(
@@ -20,7 +25,7 @@ from moe_jax.training.step.loss_scale import GROWTH_INTERVAL, LossScale, initial
     ],
 )
 def test_one_step(scale, finite_steps, finite, new_scale, new_finite_steps):
-    new = updated(LossScale(jnp.float32(scale), jnp.int32(finite_steps)), jnp.array(finite))
+    new = next_loss_scale(LossScale(jnp.float32(scale), jnp.int32(finite_steps)), jnp.array(finite))
     assert (float(new.scale), int(new.finite_steps)) == (new_scale, new_finite_steps)
     assert (new.scale.dtype, new.finite_steps.dtype) == (np.float32, np.int32)
 

@@ -283,10 +283,10 @@ def test_labels_take_the_first_rule_that_matches():
 
 
 def test_a_leaf_without_a_rule_raises():
-    with pytest.raises(ValueError, match="no optimiser rule covers the parameter adapters/y/a"):
+    with pytest.raises(ValueError, match="no optimiser rule matches the parameter adapters/y/a"):
         label_leaves({"adapters": {"x": {"a": 0}, "y": {"a": 0}}}, [("adapters/x/", "x")])
     optimizer = build_optimizer({"x": OptimizerConfig(learning_rate=1.0)}, 1)
-    with pytest.raises(ValueError, match="covers the parameter adapters/y/"):
+    with pytest.raises(ValueError, match="matches the parameter adapters/y/"):
         optimizer.init({"params": BASE, "adapters": {"y": _tree(0)}})
 
 

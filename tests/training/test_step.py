@@ -13,8 +13,7 @@ from tolerances import GRADIENT_ROUNDING, ROUNDING
 from moe_jax.adapters.rows import AdapterRows
 from moe_jax.data.batch import Batch
 from moe_jax.training.step.loss import row_losses
-from moe_jax.training.step.loss_scale import initial_loss_scale
-from moe_jax.training.step.optimizer import finite_check_state
+from moe_jax.training.step.optimizer import finite_check_state, initial_loss_scale
 from moe_jax.training.step.step import eval_step, forward
 
 # No width equals another's, or a product of the adapters' ranks, so that shapes tell leaves apart.

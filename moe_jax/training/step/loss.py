@@ -1,4 +1,4 @@
-"""Losses of a batch: next-token cross-entropy, and the loss of rows that are classified."""
+"""Losses of a batch: next-token cross-entropy, and losses of classification and regression."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -42,7 +42,7 @@ def head_outputs(model: LlamaForCausalLM, hidden: jax.Array, batch: Batch) -> He
 
 
 def row_losses(logits: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
-    """Cross-entropy of each row as sums, so that the caller chooses what to average over.
+    """Summed cross-entropy of each row; the caller chooses how to average.
 
     Args:
       logits: float32 [B, S, V]; position s predicts the token at s + 1.
@@ -62,16 +62,16 @@ def next_tokens(batch: Batch) -> jax.Array:
 
 
 def sum_by_row(token_losses: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
-    """Sums the losses float32 [B, S] of `next_tokens` over each row; returns as `row_losses`."""
+    """Sums token losses, float32 [B, S], over each row; returns the same as `row_losses`."""
     mask = batch.loss_mask[:, 1:].astype(jnp.float32)
     return jnp.sum(token_losses[:, :-1] * mask, axis=-1), jnp.sum(mask, axis=-1)
 
 
 def label_losses(scores: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
-    """Loss of each row that is classified.
+    """Classification or regression loss of each row.
 
     Args:
-      scores: float32 [B, N]; with N = 1 the label is a number to regress on.
+      scores: float32 [B, N]; N = 1 is a regression.
       batch: [B, S]; see `Batch.labels`.
 
     Returns:
@@ -123,7 +123,7 @@ def adapter_losses(
 def target_counts(rows: AdapterRows, loss_mask: jax.Array) -> jax.Array:
     """Number of targets of each of an adapter's rows, float32 [..., b], of `loss_mask` [..., b, S].
 
-    Targets are the predicted tokens; a classified row has one.
+    Targets are the predicted tokens; a row of a classification adapter has one.
     """
     if is_classifier(rows.method):
         return jnp.any(loss_mask, axis=-1).astype(jnp.float32)

@@ -1,4 +1,4 @@
-"""Batches of several adapters as the rows of one, and as the rows of its micro-batches."""
+"""Joins the batches of several adapters into one, and splits it into micro-batches."""
 
 from collections.abc import Sequence
 
@@ -12,7 +12,7 @@ def join_rows(batches: Sequence[Batch]) -> Batch:
     """Stacks batches [B_i, S_i] into one of [sum B_i, max S_i]; shorter rows get padding.
 
     Args:
-      batches: NumPy batches, in the order of the model's adapter_rows.
+      batches: NumPy batches, in the order of the model's `adapter_rows`.
     """
     length = max(batch.tokens.shape[1] for batch in batches)
     padded = [
@@ -25,15 +25,14 @@ def join_rows(batches: Sequence[Batch]) -> Batch:
 def in_micro_batches(
     batch: Batch, adapter_rows: Sequence[AdapterRows], micro_batches: int
 ) -> Batch:
-    """Cuts a batch [B, S] into micro-batches [M, b, S].
+    """Splits a batch [B, S] into micro-batches [M, b, S].
 
     Args:
-      batch: NumPy arrays, rows in the order of the adapter_rows.
-      adapter_rows: which rows belong to which adapter. Each adapter's are spread evenly over
-        micro-batches and over the adapter_rows' shards.
+      batch: NumPy arrays, rows in the order of `adapter_rows`.
+      adapter_rows: rows of each adapter, which are spread evenly over micro-batches and shards.
       micro_batches: M.
     """
-    ends = np.cumsum([segment.total for segment in adapter_rows])
+    ends = np.cumsum([rows.total for rows in adapter_rows])
     shards = adapter_rows[0].shards
 
     def cut(array: np.ndarray) -> np.ndarray:
@@ -45,13 +44,13 @@ def in_micro_batches(
 
 
 def require_single_sequences(batch: Batch) -> None:
-    """Raises `ValueError` where a row is not one sequence, padded on the right only."""
+    """Raises `ValueError` if a row is not a single sequence, padded on the right only."""
     segment_ids = np.asarray(batch.segment_ids)
     if segment_ids.max(initial=0) > 1 or (np.diff(segment_ids, axis=-1) > 0).any():
-        raise ValueError("a row must be one sequence, padded on the right only")
+        raise ValueError("each row must be a single sequence, padded on the right only")
 
 
 def pad_to_multiple(batch: Batch, multiple: int) -> Batch:
-    """Adds rows of padding until their number is a multiple; they have no targets."""
+    """Adds rows of padding until the number of rows is a multiple; they have no targets."""
     missing = -batch.tokens.shape[0] % multiple
     return Batch(*(np.pad(array, ((0, missing), (0, 0))) for array in batch))

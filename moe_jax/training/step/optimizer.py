@@ -1,14 +1,17 @@
-"""One optimiser per adapter, and none for the frozen base.
+"""Optimisers of the adapters, and dynamic loss scaling for float16.
 
-Everything that reads a gradient (finite check, clipping, the rule itself) lives inside an adapter's
-own branch: anything that read a frozen gradient would bring its matrix products back.
+Each adapter has its own branch of `optax.multi_transform`, with its finite check, clipping and
+update rule. Nothing outside the branches reads a gradient: reading a gradient of the frozen base
+would make XLA compute it.
 """
 
+import functools
 import re
-from collections.abc import Hashable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from moe_jax.config.optimizer import OptimizerConfig, ScheduleConfig
@@ -21,7 +24,7 @@ NEVER = 2**31 - 1
 def learning_rate_schedule(
     schedule: ScheduleConfig, learning_rate: float, total_steps: int
 ) -> optax.Schedule:
-    """Learning rate by optimiser step, from 0; the same as transformers' schedules of those names.
+    """Learning rate by optimizer step, from 0; equal to transformers' schedules of the same name.
 
     Args:
       schedule: warm-up and decay.
@@ -36,15 +39,25 @@ def learning_rate_schedule(
         "linear": optax.linear_schedule(learning_rate, final * learning_rate, decay_steps),
         "cosine": optax.cosine_decay_schedule(learning_rate, decay_steps, alpha=final),
     }[schedule.kind]
-    if warmup == 0:
-        return decay
-    return optax.join_schedules(
-        [optax.linear_schedule(0.0, learning_rate, warmup), decay], [warmup]
-    )
+    if warmup > 0:
+        rise = optax.linear_schedule(0.0, learning_rate, warmup)
+        decay = optax.join_schedules([rise, decay], [warmup])
+    return _standard_promotion(decay)
+
+
+def _standard_promotion(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` under JAX's default dtype promotion: optax multiplies step counts with floats."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **options: Any) -> Any:
+        with jax.numpy_dtype_promotion("standard"):
+            return function(*args, **options)
+
+    return call
 
 
 def decay_mask(adapters: Any) -> Any:
-    """True for the leaves that weight decay applies to: A and B, not routers and magnitudes."""
+    """True for the leaves with weight decay: A and B, but not routers and magnitudes."""
     return _leaves_named(adapters, "lora_A", "lora_B")
 
 
@@ -70,10 +83,10 @@ def _rule(config: OptimizerConfig) -> optax.GradientTransformation:
 
 
 def adapter_transform(config: OptimizerConfig, total_steps: int) -> optax.GradientTransformation:
-    """The transform of one adapter: finite check, clipping, rule, decay, learning rates.
+    """The transform of one adapter: finite check, clipping, update rule, decay and learning rate.
 
-    A gradient that is not finite changes nothing, neither the adapter nor the optimiser's state; it
-    is counted (`ApplyIfFiniteState`), and the training loop decides when it has seen enough.
+    A gradient that is not finite changes neither the adapter nor the optimiser's state. It is only
+    counted (`ApplyIfFiniteState`); the training loop decides after how many it stops.
     """
     schedule = learning_rate_schedule(config.schedule, config.learning_rate, total_steps)
     clip, ratio = config.clip_norm, config.lora_plus_ratio
@@ -84,7 +97,8 @@ def adapter_transform(config: OptimizerConfig, total_steps: int) -> optax.Gradie
         optax.scale_by_learning_rate(schedule),
         optax.masked(optax.scale(ratio), _lora_plus_mask),
     )
-    return optax.apply_if_finite(chain, max_consecutive_errors=NEVER)
+    transform = optax.apply_if_finite(chain, max_consecutive_errors=NEVER)
+    return optax.GradientTransformation(transform.init, _standard_promotion(transform.update))
 
 
 def label_leaves(tree: Any, rules: Sequence[tuple[str, str]]) -> Any:
@@ -95,7 +109,7 @@ def label_leaves(tree: Any, rules: Sequence[tuple[str, str]]) -> Any:
       rules: pairs of a regular expression, matched from the start of `a/b/c`, and a label.
 
     Raises:
-      ValueError: a leaf that no rule covers.
+      ValueError: no rule matches a leaf.
     """
 
     def label(path: Any, _: Any) -> str:
@@ -103,7 +117,7 @@ def label_leaves(tree: Any, rules: Sequence[tuple[str, str]]) -> Any:
         for pattern, name in rules:
             if re.match(pattern, where):
                 return name
-        raise ValueError(f"no optimiser rule covers the parameter {where}")
+        raise ValueError(f"no optimiser rule matches the parameter {where}")
 
     return jax.tree_util.tree_map_with_path(label, tree)
 
@@ -114,7 +128,7 @@ def build_optimizer(
     """The optimiser of `{"params": base, "adapters": {name: tree}}`.
 
     Args:
-      adapters: by name.
+      adapters: settings by adapter name.
       total_steps: steps of the whole run, of all adapters or by adapter.
     """
     steps = dict.fromkeys(adapters, total_steps) if isinstance(total_steps, int) else total_steps
@@ -129,5 +143,41 @@ def build_optimizer(
 
 
 def finite_check_state(opt_state: Any, adapter: str) -> optax.ApplyIfFiniteState:
-    """The counts of skipped steps of one adapter."""
+    """Counts of the skipped steps of one adapter."""
     return opt_state.inner_states[f"adapter {adapter}"].inner_state
+
+
+# Dynamic loss scaling for float16 (arXiv:1710.03740, section 3.2).
+
+GROWTH_INTERVAL = 2000
+"""Number of consecutive finite steps after which the scale doubles."""
+
+
+class LossScale(NamedTuple):
+    """Loss scale of one adapter. Each adapter has its own, so that adapters stay independent.
+
+    Attributes:
+      scale: float32 [], factor of the loss before differentiation.
+      finite_steps: int32 [], steps with a finite gradient since the last change.
+    """
+
+    scale: jax.Array
+    finite_steps: jax.Array
+
+
+def initial_loss_scale(scale: float) -> LossScale:
+    """The loss scale at the start of training."""
+    return LossScale(jnp.float32(scale), jnp.int32(0))
+
+
+def next_loss_scale(state: LossScale, finite: jax.Array) -> LossScale:
+    """Halves the scale after a gradient that is not finite; doubles it after enough finite ones."""
+    grown = state.finite_steps + 1 >= GROWTH_INTERVAL
+    after_finite = LossScale(
+        jnp.where(grown, state.scale * 2.0, state.scale),
+        jnp.where(grown, 0, state.finite_steps + 1),
+    )
+    after_overflow = LossScale(
+        jnp.maximum(state.scale / 2.0, 1.0), jnp.zeros_like(grown, jnp.int32)
+    )
+    return jax.tree.map(lambda a, b: jnp.where(finite, a, b), after_finite, after_overflow)

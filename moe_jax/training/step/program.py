@@ -20,6 +20,7 @@ from moe_jax.config.model import ComputeConfig, ModelConfig
 from moe_jax.config.parse import located
 from moe_jax.config.run import RunConfig
 from moe_jax.data.batch import Batch
+from moe_jax.errors import ConfigError
 from moe_jax.layers.frozen import check_storage, storage_of
 from moe_jax.layers.names import ADAPTERS, PARAMS
 from moe_jax.models.adapted import (
@@ -34,10 +35,12 @@ from moe_jax.models.remat import KEEPS_ALL_PRODUCTS
 from moe_jax.sharding.mesh import make_mesh, require_platform
 from moe_jax.sharding.rules import BATCH_SPEC, shardings_of
 from moe_jax.training.step import step
-from moe_jax.training.step.checks import require_divisible_rows, require_fitting_methods
-from moe_jax.training.step.loss_scale import initial_loss_scale
 from moe_jax.training.step.micro_batches import in_micro_batches, require_single_sequences
-from moe_jax.training.step.optimizer import build_optimizer, learning_rate_schedule
+from moe_jax.training.step.optimizer import (
+    build_optimizer,
+    initial_loss_scale,
+    learning_rate_schedule,
+)
 from moe_jax.training.step.state import TrainState, state_shardings
 
 BATCH_TYPES = Batch(
@@ -373,3 +376,22 @@ def _methods(config: RunConfig) -> dict[str, AdapterMethod]:
 def _keys(config: RunConfig) -> dict[str, jax.Array]:
     """Random key of each adapter's initialization."""
     return {name: jax.random.key(config.seed(name)) for name in config.adapters}
+
+
+def require_fitting_methods(config: RunConfig, model: ModelConfig) -> None:
+    """Raises `ConfigError` if an adapter's method is invalid for the model, e.g. for its depth."""
+    for name, adapter in config.adapters.items():
+        with located(f"config.adapters.{name}.method"):
+            adapter.method.check_model(model)
+
+
+def require_divisible_rows(config: RunConfig, mesh: Mesh) -> None:
+    """Raises `ConfigError` if an adapter's rows do not divide evenly over the devices."""
+    shards, micro = mesh.shape["data"] * mesh.shape["fsdp"], config.training.micro_batches
+    for name, adapter in config.adapters.items():
+        if adapter.batch_size // micro % shards:
+            raise ConfigError(
+                f"config.adapters.{name}.batch_size: a micro-batch of "
+                f"{adapter.batch_size // micro} rows does not divide over {shards} devices "
+                f"(mesh data x fsdp); make it a multiple of {shards * micro}"
+            )

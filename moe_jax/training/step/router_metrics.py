@@ -1,4 +1,4 @@
-"""What the routers of an adapter did, as metrics."""
+"""Metrics of an adapter's routers."""
 
 from collections.abc import Mapping, Sequence
 
@@ -9,25 +9,26 @@ from moe_jax.adapters.routing.statistics import RouterStatistics
 
 
 def routing_summary(sites: Mapping[str, RouterStatistics]) -> dict[str, jax.Array]:
-    """What the routers did, site by site and layer by layer.
+    """Load of the experts and entropy of the routers, by site and layer.
 
-    `expert_load` [sites * L, E]: each expert's load as a multiple of an equal share; 1 is ideal, 0
-    is a dead expert, NaN one that the layer does not have or does not route to. `layer_entropy`
-    [sites * L]: mean entropy of the router's distribution over that of a uniform one, from 0 to 1.
-    And scalars of the two, over all layers that route: `mean_entropy`, the mean; `busiest_expert`,
-    the largest load; `dead_experts`, how many no token chose. Where experts have a limited capacity
-    also `layer_overflow` [sites * L], the share of tokens whose expert had none left, and
-    `overflow`, the same over all layers.
+    - `expert_load` [sites * L, E]: load of each expert as a multiple of an equal share. 1 is ideal,
+      0 a dead expert, NaN an expert that the layer does not have or does not route to.
+    - `layer_entropy` [sites * L]: mean entropy of the routing distribution, divided by that of a
+      uniform one; from 0 to 1.
+    - `mean_entropy`, `busiest_expert` and `dead_experts`: over all layers that route, the mean
+      entropy, the largest load and the number of experts that no token chose.
+    - `layer_overflow` [sites * L] and `overflow`, for experts of limited capacity only: share of
+      tokens whose expert was full, by layer and over all layers.
 
     Args:
-      sites: with a leading axis L on each field.
+      sites: statistics by site, with a leading axis L on each field.
     """
     layers = jax.tree.map(lambda *fields: jnp.concatenate(fields), *sites.values())
     load = layers.load_sum * layers.num_experts[:, None]
     load = load / jnp.maximum(jnp.sum(layers.load_sum, axis=-1, keepdims=True), 1e-9)
     there = layers.present * layers.routed[:, None]
     entropy = layers.entropy_sum / jnp.maximum(layers.tokens, 1.0) / jnp.log(layers.num_experts)
-    dead = (layers.load_sum == 0) * there
+    dead = jnp.where(layers.load_sum == 0, there, 0.0)
     overflow = {}
     if layers.overflow_sum is not None:
         overflow["layer_overflow"] = layers.overflow_sum / jnp.maximum(layers.tokens, 1.0)
@@ -47,8 +48,8 @@ def row_places(sites: Sequence[str], rows: int) -> list[tuple[str, int]]:
     """Site and layer of each row of a metric [sites * L, ...] of `routing_summary`.
 
     Args:
-      sites: in the order in which they were summed up.
-      rows: how many the metric has.
+      sites: sites in the order of `routing_summary`.
+      rows: number of rows of the metric.
     """
     layers = rows // len(sites)
     return [(site, layer) for site in sites for layer in range(layers)]

@@ -1,4 +1,4 @@
-"""What changes from one step to the next."""
+"""Training state, and its shardings."""
 
 from typing import Any
 
@@ -7,15 +7,15 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from moe_jax.checkpoints.leaves import leaf_specs, named_leaves
-from moe_jax.training.step.loss_scale import LossScale
+from moe_jax.training.step.optimizer import LossScale
 
 
 @flax.struct.dataclass
 class TrainState:
-    """Everything that a run needs to go on, besides the frozen base and the data's state.
+    """All that changes from step to step, except for the position in the data.
 
     Attributes:
-      step: int32 [], optimiser steps done (skipped ones included).
+      step: int32 [], optimizer steps done, skipped ones included.
       adapters: `{name: tree}`, float32.
       opt_state: state of `build_optimizer`'s transform.
       loss_scale: `{name: LossScale}`; empty unless computing in float16.
@@ -28,19 +28,19 @@ class TrainState:
 
 
 def state_shardings(abstract_state: TrainState, adapter_shardings: Any, mesh: Mesh) -> TrainState:
-    """Shardings for a training state: an optimiser's moment lies where its parameter does.
+    """Shardings of a training state: an optimiser's moments are sharded like their parameters.
 
-    A leaf whose path ends in an adapter's path, and whose shape is the same, is laid out like it;
-    everything else (counters, factored moments) is on every device.
+    A leaf has the sharding of the adapter leaf whose path its own ends in, if the shapes are equal.
+    All others (counters, factored moments) are replicated.
     """
     by_path = named_leaves(adapter_shardings)
     shapes = {path: leaf.shape for path, leaf in named_leaves(abstract_state.adapters).items()}
     replicated = NamedSharding(mesh, PartitionSpec())
 
     def sharding(path: Any, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
-        where = jax.tree_util.keystr(path, simple=True, separator="/")
-        for own, candidate in by_path.items():
-            if where.endswith("/" + own) and leaf.shape == shapes[own]:
+        leaf_path = jax.tree_util.keystr(path, simple=True, separator="/")
+        for parameter, candidate in by_path.items():
+            if leaf_path.endswith("/" + parameter) and leaf.shape == shapes[parameter]:
                 return candidate
         return replicated
 
@@ -48,22 +48,22 @@ def state_shardings(abstract_state: TrainState, adapter_shardings: Any, mesh: Me
 
 
 def carried_over(state: TrainState, abstract: TrainState) -> TrainState:
-    """The part of `state` that a program of fewer adapters goes on with, the same arrays.
+    """The part of `state` that a program of fewer adapters continues with, without copies.
 
-    The arrays of the other adapters are freed: do not use `state` again.
+    The arrays of the other adapters are deleted: do not use `state` again.
 
     Args:
-      state: of more adapters.
-      abstract: shapes and types of the state to be; each leaf is taken from `state` by its path.
+      state: state of more adapters.
+      abstract: shapes and dtypes of the result; each leaf is taken from `state` by its path.
 
     Raises:
-      ValueError: `state` has no such leaf.
+      ValueError: `state` lacks a leaf of the result.
     """
-    leaves, found, wanted = named_leaves(state), leaf_specs(state), leaf_specs(abstract)
-    for path, spec in wanted.items():
-        if found.get(path) != spec:
+    leaves, specs, expected = named_leaves(state), leaf_specs(state), leaf_specs(abstract)
+    for path, spec in expected.items():
+        if specs.get(path) != spec:
             raise ValueError(f"the state has no {path} of shape {spec.shape} and type {spec.dtype}")
     for path, leaf in leaves.items():
-        if path not in wanted:
+        if path not in expected:
             leaf.delete()
-    return jax.tree.unflatten(jax.tree.structure(abstract), [leaves[path] for path in wanted])
+    return jax.tree.unflatten(jax.tree.structure(abstract), [leaves[path] for path in expected])

@@ -1,4 +1,4 @@
-"""The compiled steps, all pure: training, evaluation of the loss, and scores of a classifier."""
+"""Pure functions to compile: the training step, evaluation losses, scores of a classifier."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -21,8 +21,7 @@ from moe_jax.training.step.loss import (
     sum_by_row,
     target_counts,
 )
-from moe_jax.training.step.loss_scale import LossScale, updated
-from moe_jax.training.step.optimizer import finite_check_state
+from moe_jax.training.step.optimizer import LossScale, finite_check_state, next_loss_scale
 from moe_jax.training.step.router_metrics import routing_summary
 from moe_jax.training.step.state import TrainState
 
@@ -136,8 +135,7 @@ def train_step(
 def _accumulate(
     objective: Callable[..., tuple[jax.Array, Metrics]], adapters: Any, batch: Batch
 ) -> tuple[Any, Metrics]:
-    """Gradients and metrics of `objective(adapters, micro_batch, index)`, summed over
-    micro-batches."""
+    """Gradients and metrics of `objective(adapters, micro_batch, index)`, summed over batches."""
 
     def add(gradients: Any, scanned: tuple[Batch, jax.Array]) -> tuple[Any, Metrics]:
         new, metrics = jax.grad(objective, has_aux=True)(adapters, *scanned)
@@ -181,9 +179,9 @@ def _rows_of(rows: AdapterRows, array: jax.Array) -> jax.Array:
 def apply_gradients(
     optimizer: optax.GradientTransformation, state: TrainState, params: Any, gradients: Any
 ) -> TrainState:
-    """The state after one optimiser step with the adapters' gradients `{name: tree}`."""
-    # The frozen branch is `set_to_zero`, which never reads its gradient: handing it the parameters
-    # gives the tree its shape, and XLA drops the zeros that come back, since nobody uses them.
+    """The state after one optimizer step with the adapters' gradients `{name: tree}`."""
+    # The branch of the base is `set_to_zero`, which never reads its gradient. The parameters only
+    # give the tree its structure, and XLA removes the unused zeros.
     updates: Any
     updates, opt_state = optimizer.update(
         {PARAMS: params, ADAPTERS: gradients},
@@ -191,7 +189,7 @@ def apply_gradients(
         {PARAMS: params, ADAPTERS: state.adapters},
     )
     loss_scale = {
-        name: updated(scale, finite_check_state(opt_state, name).last_finite)
+        name: next_loss_scale(scale, finite_check_state(opt_state, name).last_finite)
         for name, scale in state.loss_scale.items()
     }
     adapters: Any = optax.apply_updates(state.adapters, updates[ADAPTERS])
