@@ -242,7 +242,7 @@ def assert_equals_recorded_figures(name: str, method: AdapterMethod, coefficient
     model = LlamaForCausalLM(config, compute, (AdapterRows("a", method, 0, 4),))
 
     def total(adapter, params, batch):
-        logits, statistics = forward(model, params, {"a": adapter}, batch, None)
+        logits, statistics = forward(model, params, {"a": adapter}, batch, tiny_program.logits_head)
         losses, counts = row_losses(logits, batch)
         loss = jnp.sum(losses) / jnp.sum(counts)
         sites = statistics["a"].values()

@@ -142,6 +142,11 @@ def random_batch(rows: int, length: int = 16, vocab: int = 96, seed: int = 2) ->
     )
 
 
+def logits_head(model: Any, hidden: jax.Array, batch: Batch) -> jax.Array:
+    """Logits of every position, as the `heads` of `forward`."""
+    return model.logits(hidden)
+
+
 def adapter_context(token_mask: Any) -> AdapterContext:
     """Context of the only layer of a model with one layer."""
     return AdapterContext(jnp.asarray(token_mask), jnp.int32(0), num_layers=1)

@@ -21,8 +21,7 @@ from moe_jax.checkpoints.adapter_files import load_adapter
 from moe_jax.checkpoints.leaves import named_leaves
 from moe_jax.config.command_line import apply_overrides, load_config_file
 from moe_jax.config.run import RunConfig, parse_run_config
-from moe_jax.demo.checkpoint import write_checkpoint
-from moe_jax.demo.tokenizer import save_tokenizer, train_tokenizer
+from moe_jax.demo.tiny_llama import save_tokenizer, train_tokenizer, write_checkpoint
 from moe_jax.errors import UserError
 
 CONFIG = """

@@ -24,7 +24,7 @@ class LoraLinear(nn.Module):
         return self.base(x) + self.scale * (x @ self.lora_A) @ self.lora_B
 
 
-class MixLoraMLP(nn.Module):
+class MixLoraFFN(nn.Module):
     """Experts that are copies of one FFN, each with pairs of its own, behind a router."""
 
     def __init__(self, mlp: nn.Module, tree: dict, layer: int, top_k: int, scale: float):
@@ -79,7 +79,7 @@ def attach(model: LlamaForCausalLM, tree: dict, method) -> LlamaForCausalLM:
                 for name, leaves in layers["mlp"]["moe"].items()
             }
             scale = method.expert_low_rank.scale
-            layer.mlp = MixLoraMLP(layer.mlp, numpy_tree, index, method.router.top_k, scale)
+            layer.mlp = MixLoraFFN(layer.mlp, numpy_tree, index, method.router.top_k, scale)
     return model
 
 

@@ -14,5 +14,5 @@ if version("jaxlib").startswith("0.10."):
 
 
 def xla_flags(devices: int) -> str:
-    """The flags for `count` fake devices."""
+    """XLA flags for `devices` fake devices."""
     return " ".join([f"--xla_force_host_platform_device_count={devices}", *FAST_COMPILATION])

@@ -41,6 +41,8 @@ class LlamaForCausalLM(nn.Module):
       deterministic: turns dropout and router jitter off.
       cache_length: positions of the cache that `hidden_states` fills; None fills none.
 
+    Raises `ConfigError` when it is applied, if `compute` cannot compute the architecture.
+
     Collections: `params` (frozen), `adapters` (trainable), `router` and `routing` (sown: ask for
     them with `mutable=["router"]`), `cache` and `cache_updates` (decoding, see
     `moe_jax.layers.kv_cache`). Random stream during training: `dropout`.
@@ -54,6 +56,7 @@ class LlamaForCausalLM(nn.Module):
     cache_length: int | None = None
 
     def setup(self) -> None:
+        self.compute.check_model(self.config)
         config, dtype = self.config, jnp.dtype(self.compute.dtype)
         storage = storage_of(self.param_dtype)
         self.embed_tokens = TokenEmbedding(

@@ -213,7 +213,7 @@ def test_the_sequences_of_every_method_add_up_to_its_statistics():
 
     @jax.jit
     def run(params, adapters, batch):
-        return forward(model, params, adapters, batch, None)[1]
+        return forward(model, params, adapters, batch)[1]
 
     statistics = run(tiny_program.random_params(program), adapters, batch)
     lengths = batch.segment_ids.sum(axis=1)
@@ -231,7 +231,7 @@ def test_sequences_are_left_out_where_no_loss_reads_them():
     method = {**METHODS_BY_NAME["loramoe"], "losses": {"router_z": {"coefficient": 1.0}}}
     program = tiny_program.program({"a": method})
     model = program.model.clone(adapter_rows=program.adapter_rows)
-    run = lambda *args: forward(model, *args, None)[1]["a"]
+    run = lambda *args: forward(model, *args)[1]["a"]
     batch = tiny_program.random_batch(8)
     sites = jax.eval_shape(run, program.abstract_params, program.abstract_state.adapters, batch)
     assert len(sites) == 2

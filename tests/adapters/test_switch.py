@@ -27,8 +27,8 @@ def _route(mask=EVERYWHERE, **settings):
 
 def test_capacity_is_counted_in_each_sequence_by_hand():
     # Capacity 2. The first row's expert 0 serves its tokens at 0 and 1 and not those at 3, 4 and 7;
-    # expert 1 serves 2 and 5; expert 2 serves 6. The second row is counted by itself: expert 1 serves 0 and
-    # 1, not 2 and 4; expert 0 serves 3 and 5, not 6 and 7.
+    # expert 1 serves 2 and 5; expert 2 serves 6. The second row is counted by itself: expert 1
+    # serves 0 and 1, not 2 and 4; expert 0 serves 3 and 5, not 6 and 7.
     routing = _route(capacity=2)
     served = np.array([[1, 1, 1, 0, 0, 1, 1, 0], [1, 1, 0, 1, 0, 1, 0, 0]])
     np.testing.assert_array_equal(routing.overflow, 1 - served)

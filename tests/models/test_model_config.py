@@ -49,7 +49,7 @@ def test_the_fused_kernel_refuses_what_it_cannot_compute():
     compute = ComputeConfig(dtype="bfloat16", attention="cudnn")
     tokens = jnp.zeros((1, 2), jnp.int32)
     model = LlamaForCausalLM(tiny_program.model_config(attn_logit_softcapping=50.0), compute)
-    message = r"^config\.compute\.attention: 'cudnn' cannot cap .*softcapping 50\.0\); use 'xla'"
+    message = r"^attention: 'cudnn' cannot cap .*softcapping 50\.0\); use 'xla'"
     with pytest.raises(ConfigError, match=message):
         jax.eval_shape(model.init, jax.random.key(0), tokens)
     # The cap of the logits is none of its business.

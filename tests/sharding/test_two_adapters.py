@@ -9,7 +9,7 @@ import pytest
 import tiny_program
 from tolerances import GRADIENT_ROUNDING, ROUNDING
 
-from moe_jax.adapters.rows import segments_of
+from moe_jax.adapters.rows import divide_rows
 
 TARGETS = ("q_proj", "up_proj", "down_proj")
 METHODS = {
@@ -74,8 +74,8 @@ def test_cutting_out_an_adapters_rows_moves_nothing(on_mesh):
     assert _exchanged(on_mesh.compiled_train_step(LENGTH)) <= alone
     # Were the first half of the batch one adapter's and the second half the other's, devices would
     # have rows of one adapter only, and every change of rows would send activations around.
-    methods = {segment.name: segment.method for segment in on_mesh.segments}
-    halves = segments_of(methods, dict.fromkeys(methods, ROWS), shards=1)
-    moving = dataclasses.replace(on_mesh, segments=halves).lower_train_step(LENGTH).compile()
+    methods = {segment.name: segment.method for segment in on_mesh.adapter_rows}
+    halves = divide_rows(methods, dict.fromkeys(methods, ROWS), shards=1)
+    moving = dataclasses.replace(on_mesh, adapter_rows=halves).lower_train_step(LENGTH).compile()
     hidden_states = f",{LENGTH},{MODEL.hidden_size}"
     assert any(shape.endswith(hidden_states) for _, shape in _exchanged(moving) - alone)

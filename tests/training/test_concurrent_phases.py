@@ -84,13 +84,13 @@ def test_adapters_of_equal_methods_are_evaluated_by_one_compilation(monkeypatch)
     traced, eval_step = [], step.eval_step
 
     def counted(model, *arguments):
-        traced.append([segment.name for segment in model.adapter_rows])
+        traced.append([rows.method for rows in model.adapter_rows])
         return eval_step(model, *arguments)
 
     monkeypatch.setattr(step, "eval_step", counted)
     batch = program.put_eval_batch(tiny_program.random_batch(2))
     losses = {name: program.eval_step(name, adapters, params, batch)[0] for name in methods}
-    assert traced == [["a"], ["b"]]
+    assert traced == [[program.config.adapters[name].method] for name in ("a", "b")]
     # Each has different weights all the same, also after adapters have ended.
     assert losses["a"] != losses["c"]
     swapped = {**adapters, "a": adapters["c"]}

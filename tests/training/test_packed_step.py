@@ -173,7 +173,7 @@ def test_losses_by_sequence(programs, params):
         model = program.model.clone(
             adapter_rows=divide_rows({name: method}, {name: len(batch.tokens)})
         )
-        run = lambda *args: forward(model, *args, None, packed=packed)[0]
+        run = lambda *args: forward(model, *args, tiny_program.logits_head, packed=packed)[0]
         return np.array(jax.jit(run)(params, adapters, batch))
 
     padded = pad_rows(SEQUENCES[name], 4, (16,))

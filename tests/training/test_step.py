@@ -179,7 +179,7 @@ def test_the_base_has_no_gradient(both, batches):
     model = both.model.clone(adapter_rows=(rows_of_y,))
 
     def loss(params, adapters, batch):
-        logits, _ = forward(model, params, {"y": adapters["y"]}, batch, dropout_key=None)
+        logits, _ = forward(model, params, {"y": adapters["y"]}, batch, tiny_program.logits_head)
         return row_losses(logits, batch)[0].sum()
 
     def of_evaluation(params, adapters, batch):
