@@ -223,6 +223,6 @@ def test_classifier_is_rejected_by_generate_and_export(setting, tmp_path, capsys
     assert "the mixlora format cannot express a classifier" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     assert cli.main(["generate", "--base", base, "--adapter", adapter, "--prompt", "x"]) == 2
-    assert "is a classifier (negative, positive), whose" in capsys.readouterr().err
+    assert "is a classifier (negative, positive); its score head" in capsys.readouterr().err
     assert cli.main(["show", adapter]) == 0
     assert "negative" in capsys.readouterr().out
