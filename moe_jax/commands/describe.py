@@ -72,7 +72,7 @@ def _numbers(values: Mapping[str, float | None]) -> str:
 
 
 def add_adapter_fit(group: argparse._ArgumentGroup) -> None:
-    """Adds the flags that state an adapter on the base of `describe_base`."""
+    """Adds the flags that state an adapter on the base of `show_base`."""
     group.add_argument("--config", metavar="FILE", help="configuration of a run, as for train.py")
     group.add_argument(
         "--method", metavar="NAME", help="or an adapter of this method: lora, mixlora, ..."

@@ -20,7 +20,7 @@ from moe_jax.commands.arguments import (
     unescaped,
 )
 from moe_jax.config.parse import suggest
-from moe_jax.errors import ConfigError, DataError
+from moe_jax.errors import ConfigError, DataError, memory_errors
 from moe_jax.inference.settings import (
     GenerateSettings,
     GenerationConfig,
@@ -201,8 +201,6 @@ class _Query(NamedTuple):
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    from moe_jax.errors import memory_errors
-
     with memory_errors(f"a smaller --batch-size or --max-new-tokens, {LESS_MEMORY_FLAGS}"):
         generate(arguments)
 
