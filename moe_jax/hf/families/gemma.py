@@ -23,14 +23,7 @@ DEFAULTS = {
     "tie_word_embeddings": True,
 }
 
-WEIGHTS = (
-    *EMBEDDING,
-    *PRE_NORMS,
-    *ATTENTION,
-    *ATTENTION_BIASES,
-    *MLP,
-    *HEAD,
-)
+WEIGHTS = (*EMBEDDING, *PRE_NORMS, *ATTENTION, *ATTENTION_BIASES, *MLP, *HEAD)
 
 
 @model_family(

@@ -34,14 +34,7 @@ NORMS = (
     norm("pre_feedforward_layernorm", "post_attention_layernorm"),
     norm("post_feedforward_layernorm", "post_mlp_layernorm"),
 )
-WEIGHTS = (
-    *EMBEDDING,
-    *NORMS,
-    *ATTENTION,
-    *ATTENTION_BIASES,
-    *MLP,
-    *HEAD,
-)
+WEIGHTS = (*EMBEDDING, *NORMS, *ATTENTION, *ATTENTION_BIASES, *MLP, *HEAD)
 CONSTANTS = {"mlp_bias": False, "use_bidirectional_attention": False}
 
 

@@ -32,15 +32,7 @@ DEFAULTS = {
     "final_logit_softcapping": None,
 }
 
-WEIGHTS = (
-    *EMBEDDING,
-    *gemma2.NORMS,
-    *ATTENTION,
-    *ATTENTION_BIASES,
-    *QK_NORMS,
-    *MLP,
-    *HEAD,
-)
+WEIGHTS = (*EMBEDDING, *gemma2.NORMS, *ATTENTION, *ATTENTION_BIASES, *QK_NORMS, *MLP, *HEAD)
 
 
 @model_family(

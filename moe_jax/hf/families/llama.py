@@ -26,15 +26,7 @@ DEFAULTS = {
     "tie_word_embeddings": False,
 }
 
-WEIGHTS = (
-    *EMBEDDING,
-    *PRE_NORMS,
-    *ATTENTION,
-    *ATTENTION_BIASES,
-    *MLP,
-    *MLP_BIASES,
-    *HEAD,
-)
+WEIGHTS = (*EMBEDDING, *PRE_NORMS, *ATTENTION, *ATTENTION_BIASES, *MLP, *MLP_BIASES, *HEAD)
 
 
 @model_family("llama", "LlamaForCausalLM", weights=WEIGHTS, defaults=DEFAULTS)

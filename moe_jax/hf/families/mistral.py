@@ -15,13 +15,7 @@ DEFAULTS = {
     "sliding_window": 4096,
 }
 
-WEIGHTS = (
-    *EMBEDDING,
-    *PRE_NORMS,
-    *ATTENTION,
-    *MLP,
-    *HEAD,
-)
+WEIGHTS = (*EMBEDDING, *PRE_NORMS, *ATTENTION, *MLP, *HEAD)
 
 
 @model_family(

@@ -25,15 +25,7 @@ DEFAULTS = {
     "sliding_window": None,
 }
 
-WEIGHTS = (
-    *EMBEDDING,
-    *PRE_NORMS,
-    *FUSED_QKV,
-    *OUTPUT,
-    *FUSED_GATE_UP,
-    *DOWN,
-    *HEAD,
-)
+WEIGHTS = (*EMBEDDING, *PRE_NORMS, *FUSED_QKV, *OUTPUT, *FUSED_GATE_UP, *DOWN, *HEAD)
 
 # Files of the first releases use other names for LongRoPE.
 ROPE = RopeRules(

@@ -29,23 +29,8 @@ DEFAULTS = {
     "max_window_layers": 28,
 }
 
-QWEN2_WEIGHTS = (
-    *EMBEDDING,
-    *PRE_NORMS,
-    *ATTENTION,
-    *qkv_biases(),
-    *MLP,
-    *HEAD,
-)
-QWEN3_WEIGHTS = (
-    *EMBEDDING,
-    *PRE_NORMS,
-    *ATTENTION,
-    *ATTENTION_BIASES,
-    *QK_NORMS,
-    *MLP,
-    *HEAD,
-)
+QWEN2_WEIGHTS = (*EMBEDDING, *PRE_NORMS, *ATTENTION, *qkv_biases(), *MLP, *HEAD)
+QWEN3_WEIGHTS = (*EMBEDDING, *PRE_NORMS, *ATTENTION, *ATTENTION_BIASES, *QK_NORMS, *MLP, *HEAD)
 
 
 @model_family(
