@@ -23,8 +23,10 @@ from moe_jax.models.causal_lm import LlamaForCausalLM
 from moe_jax.sharding import axes
 from moe_jax.sharding.rules import RULES
 
-SINGLE = "single"
-"""Name of the adapter where a program has one: adapters of equal methods share the program."""
+SINGLE = "fresh"
+"""Name of the adapter where a program has one: adapters of equal methods share the program.
+
+Linen derives random keys from names, so that the initial weights of a seed depend on it."""
 
 
 def single_adapter(method: AdapterMethod | None, rows: int) -> tuple[AdapterRows, ...]:
