@@ -24,7 +24,7 @@ FAMILY = '''
 """Quill: tensors under `decoder`, and up and gate in one, in this order."""
 
 from moe_jax.hf.families import model_family
-from moe_jax.hf.fields import known_activation
+from moe_jax.hf.fields import supported_activation
 from moe_jax.hf.families.family import WeightRule
 from moe_jax.config.model import ModelConfig, RopeConfig
 
@@ -70,7 +70,7 @@ def read_quill(fields):
         num_heads=heads,
         num_kv_heads=heads,
         head_dim=width // heads,
-        hidden_act=known_activation(fields, "gate", fields.get("gate", str)),
+        hidden_act=supported_activation(fields, "gate", fields.get("gate", str)),
         max_position_embeddings=fields.get("length", int),
         rms_norm_eps=fields.get("epsilon", float),
         rope=RopeConfig(rope_type="default", rope_theta=fields.get("rope_theta", float)),
@@ -186,6 +186,6 @@ def test_a_model_of_a_family_that_is_not_imported(quill, tmp_path):
 @pytest.mark.parametrize("names", [("llama", "OtherForCausalLM"), ("other", "LlamaForCausalLM")])
 def test_names_are_taken_once(names):
     before = dict(FAMILIES)
-    with pytest.raises(ValueError, match=r"is taken by moe_jax\.checkpoints\.families\.llama"):
+    with pytest.raises(ValueError, match=r"is taken by moe_jax\.hf\.families\.llama"):
         model_family(*names, weights=(), defaults={})(FAMILIES["llama"].read)
     assert before == FAMILIES
