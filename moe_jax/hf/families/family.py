@@ -151,7 +151,7 @@ def qkv_biases(condition: Condition | None = None) -> tuple[WeightRule, ...]:
     )
 
 
-Read = Callable[[HFFields], ModelConfig]
+ConfigReader = Callable[[HFFields], ModelConfig]
 
 
 class Family(NamedTuple):
@@ -174,7 +174,7 @@ class Family(NamedTuple):
     weights: tuple[WeightRule, ...]
     defaults: Mapping[str, Any]
     constants: Mapping[str, Any]
-    read: Read
+    read: ConfigReader
     ignored_tensors: tuple[str, ...] = ROTARY_BUFFERS
 
 
@@ -189,14 +189,14 @@ def model_family(
     weights: tuple[WeightRule, ...],
     defaults: Mapping[str, Any],
     constants: Mapping[str, Any] | None = None,
-) -> Callable[[Read], Read]:
+) -> Callable[[ConfigReader], ConfigReader]:
     """Registers the family whose configuration the decorated function reads; see `Family`.
 
     Raises:
       ValueError: the model_type or the architecture is taken.
     """
 
-    def register(read: Read) -> Read:
+    def register(read: ConfigReader) -> ConfigReader:
         for family in FAMILIES.values():
             if model_type == family.model_type or architecture == family.architecture:
                 raise ValueError(
