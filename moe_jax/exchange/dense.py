@@ -48,11 +48,7 @@ _FORMAT = "llama"
 _KNOWN_OF_LORA = (*field_names(LowRankConfig), "target_modules", "classification")
 _KNOWN_OF_MIXLORA = (
     *_KNOWN_OF_LORA,
-    "num_experts",
-    "router",
-    "expert_lora",
-    "ffn_dropout",
-    "losses",
+    *("num_experts", "router", "expert_lora", "ffn_dropout", "losses"),
 )
 # Routers under which the FFN's output is a mean of the experts' outputs, or nearly so.
 _AVERAGING_ROUTERS = (TopKRouter, TopPRouter, SoftRouter)

@@ -91,18 +91,12 @@ class MixtralFormat(ModelFormat):
         method = adapter.method
         if not isinstance(method, MixLoraConfig):
             name = METHODS.name_of(method)
-            raise not_expressible(
-                _FORMAT,
-                f"method {name!r}",
-                "its experts are FFNs behind one router, as in MixLoRA",
-            )
+            reason = "its experts are FFNs behind one router, as in MixLoRA"
+            raise not_expressible(_FORMAT, f"method {name!r}", reason)
         require_known(method, _KNOWN, "", _FORMAT)
         if not isinstance(method.router, TopKRouter):
-            raise not_expressible(
-                _FORMAT,
-                f"router {ROUTERS.name_of(method.router)!r}",
-                "it supports top_k only",
-            )
+            name = ROUTERS.name_of(method.router)
+            raise not_expressible(_FORMAT, f"router {name!r}", "it supports top_k only")
         require_known(method.router, _KNOWN_OF_ROUTER, "router.", _FORMAT)
         _check_model(adapter.model)
 
@@ -123,11 +117,8 @@ def _check_model(model: ModelConfig) -> None:
     """Refuses bases without an equivalent mixture-of-experts architecture."""
     kind = model.model_type
     if kind not in _EXPERT_NAMES:
-        raise not_expressible(
-            _FORMAT,
-            f"a base of type {kind!r}",
-            f"only {', '.join(_EXPERT_NAMES)} have a mixture-of-experts variant",
-        )
+        reason = f"only {', '.join(_EXPERT_NAMES)} have a mixture-of-experts variant"
+        raise not_expressible(_FORMAT, f"a base of type {kind!r}", reason)
     if model.mlp_bias:
         raise not_expressible(_FORMAT, "a base with mlp_bias", "its experts have no biases")
     if model.attention_bias and kind != "qwen3":

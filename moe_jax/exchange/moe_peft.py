@@ -239,11 +239,8 @@ def _mola_fields(method: MolaConfig) -> dict[str, Any]:
     _require_router(method.router)
     counts = "-".join(map(str, method.num_experts))
     if len(set(method.num_experts)) > 1:
-        raise not_expressible(
-            _FORMAT,
-            f"num_experts {counts}",
-            "MoE-PEFT has one number of experts for all layers; train with one",
-        )
+        reason = "MoE-PEFT has one number of experts for all layers; train with one"
+        raise not_expressible(_FORMAT, f"num_experts {counts}", reason)
     return {
         "peft_type": "MOLA",
         **_low_rank_fields(method.low_rank),
@@ -259,11 +256,8 @@ def _require_router(router: Router, **required: Any) -> None:
     for field, expected in required.items():
         value = getattr(router, field)
         if value != expected:
-            raise not_expressible(
-                _FORMAT,
-                f"router.{field} {value!r}",
-                f"MoE-PEFT's router behaves as {expected!r}; train with that",
-            )
+            reason = f"MoE-PEFT's router behaves as {expected!r}; train with that"
+            raise not_expressible(_FORMAT, f"router.{field} {value!r}", reason)
     known = _KNOWN_OF_ROUTERS[type(router)]
     require_known(router, (*known, *field_names(Router)), "router.", _FORMAT)
 

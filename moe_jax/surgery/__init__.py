@@ -6,9 +6,8 @@
     grow         splits experts into more
     merge        merges groups of experts into one
 
-Each operation returns a `SurgeryOutcome`: the new adapter, whether it is exact, and what was
-measured. With `output` it also writes the adapter's folder. A run continues training from that
-folder with `adapters.NAME.start_from`.
+Each operation returns a `SurgeryOutcome`: the new adapter, its exactness, and measurements. With
+`output` it writes the adapter's folder, which `adapters.NAME.start_from` trains on.
 
 To add an operation, write one file with a function that returns a `SurgeryOutcome` (`prune.py` is
 the shortest example), import it below, and add its flags to `moe_jax/commands/surgery.py`.

@@ -116,9 +116,7 @@ def grow(
     result = changed_adapter(saved, method, grown)
     notes = [_summary(counts, add, times, router, sources), _statement(copies_are_exact, noise)]
     if noise == 0.0:
-        notes.append(
-            "without noise copies stay equal in training; add noise before further training"
-        )
+        notes.append("without noise copies stay equal in training; add noise before training on")
     change = None
     if text is not None and measurement is not None:
         change = measurement.change_to(result)

@@ -38,7 +38,7 @@ def test_from_a_lora_to_more_experts(world, folders, tmp_path, capsys):
     assert capsys.readouterr().out.splitlines() == [
         "each router has 2 more experts, copies of 0, 1",
         "exact, up to rounding: copies share the weight of their original",
-        "without noise copies stay equal in training; add noise before further training",
+        "without noise copies stay equal in training; add noise before training on",
         f"wrote {grown} (mixlora)",
     ]
     adapter = moe_jax.load_adapter(grown)
