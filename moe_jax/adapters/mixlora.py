@@ -223,7 +223,7 @@ def expert_slot(
             lora_b = pairs[target].lora_b.astype(product.dtype)
             product = pairs[target].rescale(product, dispatch)  # DoRA only
             product = product + jnp.einsum("ter,erf->tf", selected, lora_b)
-        return product if bias is None else product + bias
+        return product if bias is None else product + bias[None]
 
     gate = adapted("gate_proj", tokens.gate, ffn.gate_bias)
     up = adapted("up_proj", tokens.up, ffn.up_bias)

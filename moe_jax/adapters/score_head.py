@@ -62,4 +62,4 @@ def is_classifier(method: AdapterMethod) -> bool:
 
 def last_position(mask: jax.Array) -> jax.Array:
     """The last true position of each row of a bool [B, S], int32 [B]; 0 where there is none."""
-    return jnp.max(jnp.arange(mask.shape[-1])[None] * mask, axis=-1)
+    return jnp.max(jnp.arange(mask.shape[-1])[None] * mask.astype(jnp.int32), axis=-1)

@@ -57,16 +57,16 @@ def column_norms(kernel: Kernel, lora_a: jax.Array, lora_b: jax.Array, scale: fl
       [out] or [E, out]; positive.
     """
     kernel, lora_a, lora_b = jax.lax.stop_gradient((dense_kernel(kernel), lora_a, lora_b))
-    dtype = jnp.promote_types(kernel.dtype, jnp.float32)
+    dtype = _norm_dtype(kernel)
     lora_a = lora_a.astype(kernel.dtype)
 
     def einsum(equation: str, left: jax.Array, right: jax.Array) -> jax.Array:
         return jnp.einsum(equation, left, right, precision="highest", preferred_element_type=dtype)
 
-    constant = _squared_norms(kernel)
     cross = einsum("d...r,df->...rf", lora_a, kernel)
     gram = einsum("d...r,d...s->...rs", lora_a, lora_a)
     quadratic = scale**2 * jnp.sum(einsum("...rs,...sf->...rf", gram, lora_b) * lora_b, axis=-2)
+    constant = jnp.broadcast_to(_squared_norms(kernel), quadratic.shape)
     square = constant + 2.0 * scale * jnp.sum(cross * lora_b, axis=-2) + quadratic
     info = jnp.finfo(dtype)
     rounding = info.eps * (constant + quadratic) + info.tiny  # of the sum's terms
@@ -117,8 +117,11 @@ def dora_gains(
 
 def _squared_norms(kernel: jax.Array) -> jax.Array:
     """Squared norms [out] of the columns of W [in, out]; at least float32."""
-    dtype = jnp.promote_types(kernel.dtype, jnp.float32)
-    return jnp.sum(jnp.square(kernel.astype(dtype)), axis=0)
+    return jnp.sum(jnp.square(kernel.astype(_norm_dtype(kernel))), axis=0)
+
+
+def _norm_dtype(kernel: jax.Array) -> Any:
+    return jnp.float64 if kernel.dtype == jnp.float64 else jnp.float32
 
 
 def apply_gains(product: jax.Array, gains: jax.Array) -> jax.Array:
@@ -128,4 +131,5 @@ def apply_gains(product: jax.Array, gains: jax.Array) -> jax.Array:
       product: [..., out].
       gains: [out].
     """
-    return product + product * (gains - 1.0).astype(product.dtype)
+    excess = (gains - 1.0).astype(product.dtype)
+    return product + product * jnp.broadcast_to(excess, product.shape)

@@ -46,7 +46,7 @@ class Lora(nn.Module):
         product = frozen.product
         if config.dora:
             gains = dora_gains(self, frozen.kernel, lora_a, lora_b, config.scale, self.axes[1:])
-            product, lora_b = apply_gains(product, gains), lora_b * gains
+            product, lora_b = apply_gains(product, gains), lora_b * gains[None]
         x = nn.Dropout(config.dropout)(x, deterministic=deterministic)
         z = checkpoint_name(token_product(x, lora_a.astype(x.dtype)) * config.scale, LOW_RANK)
         return product + token_product(z, lora_b.astype(x.dtype))

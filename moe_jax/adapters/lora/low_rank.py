@@ -150,7 +150,7 @@ class ExpertLora(nn.Module):
 
         def init_a(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
             drawn = config.init_a(fan_in)(key, shape, dtype)
-            return drawn if present is None else drawn * present[:, None].astype(dtype)
+            return drawn if present is None else drawn * present[None, :, None].astype(dtype)
 
         axes_a, axes_b = (self.axes[0], EXPERTS, RANK), (EXPERTS, RANK, self.axes[1])
         lora_a = adapter_leaf(self, "lora_A", init_a, (fan_in, experts, rank), axes_a)

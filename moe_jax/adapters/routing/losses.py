@@ -210,9 +210,9 @@ class LocalizedBalance(RouterLoss):
             raise ValueError("localized_balance needs the expert group of every sequence")
         experts = jnp.arange(sequences.weights.shape[-1], dtype=jnp.float32)
         group = jnp.floor_divide(experts * self.num_groups, statistics.num_experts)
-        is_own = sequences.group[:, None] == group
+        is_own = sequences.group[:, None] == group[None]
         z = sequences.weights * jnp.where(is_own, 1.0 + self.delta, 1.0 - self.delta)
-        counted = sequences.real[:, None] * statistics.present
+        counted = sequences.real[:, None] * statistics.present[None]
         count = jnp.maximum(jnp.sum(counted), 1.0)
         mean = jnp.sum(counted * z) / count
         variance = jnp.sum(counted * jnp.square(z - mean)) / count

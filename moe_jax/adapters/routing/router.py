@@ -174,7 +174,7 @@ class RouterLogits(nn.Module):
 
         def init(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
             drawn = nn.initializers.normal(self.router.init_std)(key, shape, dtype)
-            return drawn if present is None else drawn * present
+            return drawn if present is None else drawn * present[None].astype(dtype)
 
         shape = (x.shape[-1], self.num_experts)
         kernel = adapter_leaf(self, "kernel", init, shape, (self.axis, EXPERTS))
@@ -215,6 +215,7 @@ def route_with_cache(
         segment_ids = None
     routing = router.route(router_logits, token_mask, segment_ids=segment_ids, earlier=earlier)
     # The load counts what tokens chose, whether the expert had capacity or not.
-    counts = jnp.sum(routing.load * token_mask[..., None], axis=1).astype(jnp.int32)
+    counted = routing.load * token_mask[..., None].astype(routing.load.dtype)
+    counts = jnp.sum(counted, axis=1).astype(jnp.int32)
     remember(module, "expert_counts", counts if earlier is None else earlier + counts)
     return routing

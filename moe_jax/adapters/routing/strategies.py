@@ -127,6 +127,7 @@ def _mass_before(probs: jax.Array) -> jax.Array:
     """
     index = jnp.arange(probs.shape[-1])
     own, other = probs[..., :, None], probs[..., None, :]
-    before = (other > own) | ((other == own) & (index[None, :] < index[:, None]))
+    ties = other == own
+    before = (other > own) | (ties & jnp.broadcast_to(index[None] < index[:, None], ties.shape))
     mass = jnp.sum(jnp.where(before, other, 0.0), axis=-1)
     return jnp.minimum(mass, 1.0)  # rounding may exceed 1, and `top_p` 1 selects every expert

@@ -97,7 +97,8 @@ class SwitchRouter(Router):
             return self._serve(router_logits, chosen, counts, tokens)
         first, last = (bound[..., None] for bound in sequence_bounds(segment_ids))
         # Counts of the row before the sequence; in integers, so that nothing is lost to rounding.
-        at_first = jnp.take_along_axis(chosen * token_mask[..., None], first, axis=1)
+        real_choices = chosen * token_mask[..., None].astype(chosen.dtype)
+        at_first = jnp.take_along_axis(real_choices, first, axis=1)
         before = jnp.take_along_axis(counts, first, axis=1) - at_first
         tokens = jnp.sum(jnp.take_along_axis(counts, last, axis=1) - before, axis=-1)
         return self._serve(router_logits, chosen, counts - before, tokens)
@@ -160,4 +161,5 @@ def _choices(router_logits: jax.Array, token_mask: jax.Array) -> tuple[jax.Array
     experts = router_logits.shape[-1]
     best = jnp.argmax(jax.nn.softmax(router_logits, axis=-1), axis=-1)
     chosen = jax.nn.one_hot(best, experts, dtype=jnp.int32)
-    return chosen, jnp.cumsum(chosen * token_mask[..., None], axis=1, dtype=jnp.int32)
+    counted = chosen * token_mask[..., None].astype(jnp.int32)
+    return chosen, jnp.cumsum(counted, axis=1)
