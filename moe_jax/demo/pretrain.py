@@ -131,7 +131,8 @@ def pretrain(folder: Path, *, steps: int, seed: int = 0, dtype: str = "bfloat16"
     @jax.jit
     def step(params: Any, state: Any, batch: Batch) -> tuple[Any, Any, jax.Array]:
         value, gradient = jax.value_and_grad(loss)(params, batch)
-        updates, state = optimizer.update(gradient, state, params)
+        with jax.numpy_dtype_promotion("standard"):  # optax multiplies step counts with floats
+            updates, state = optimizer.update(gradient, state, params)
         return optax.apply_updates(params, updates), state, value
 
     state, losses, start = optimizer.init(params), [], time.monotonic()

@@ -176,8 +176,8 @@ def _sample(
     tokens = constrain(next_token(logits, state.seen, keys, sampling), (BATCH,))
     seen = state.seen
     if sampling.repetition_penalty != 1:
-        seen = seen | (tokens[:, None] == jnp.arange(seen.shape[1]))
-    done = state.done | jnp.any(tokens[:, None] == eos_ids, axis=-1)
+        seen = seen | (tokens[:, None] == jnp.arange(seen.shape[1])[None])
+    done = state.done | jnp.any(tokens[:, None] == eos_ids[None], axis=-1)
     return state._replace(tokens=tokens, seen=seen, done=done)
 
 
