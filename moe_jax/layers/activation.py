@@ -43,9 +43,8 @@ def _gated_silu(gate: jax.Array, up: jax.Array, weight: jax.Array | None) -> jax
     The division comes last because XLA never duplicates a division into the loops that use its
     result. On CPUs it does duplicate `silu(gate) * up`, and computes it once for each use.
     """
-    wide = jnp.float64 if gate.dtype == jnp.float64 else jnp.float32
-    g, u = gate.astype(wide), up.astype(wide)
-    product = g * u if weight is None else g * u * weight.astype(wide)
+    g, u = gate.astype(jnp.float32), up.astype(jnp.float32)
+    product = g * u if weight is None else g * u * weight.astype(jnp.float32)
     return (product / (1.0 + jnp.exp(-g))).astype(gate.dtype)
 
 
