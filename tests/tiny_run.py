@@ -200,8 +200,10 @@ def _run(
 ) -> None:
     import jax
 
+    from moe_jax.checkpoints.late_errors import silence_late_errors
     from moe_jax.training.run.loop import train
 
+    silence_late_errors()  # as the commands do
     cache = Path(os.environ["HF_HOME"]).with_name("compiled")  # shared by all runs of the session
     jax.config.update("jax_compilation_cache_dir", str(cache))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
