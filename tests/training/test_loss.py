@@ -6,8 +6,10 @@ import tiny_program
 import torch
 from tolerances import ROUNDING
 
+from moe_jax.adapters import LoraConfig
+from moe_jax.adapters.rows import AdapterRows
 from moe_jax.data.batch import Batch
-from moe_jax.training.step.loss import row_losses, target_count
+from moe_jax.training.step.loss import row_losses, target_counts
 
 RNG = np.random.default_rng(0)
 
@@ -66,6 +68,7 @@ def test_only_completions_have_gradients():
 
 def test_counts_of_targets():
     mask = np.array([[[True, True, False], [True, False, False]], [[False] * 3, [True] * 3]])
-    counts = target_count(mask)
+    rows = AdapterRows("a", LoraConfig(rank=1, alpha=1.0, target_modules=("q_proj",)), 0, 2)
+    counts = target_counts(rows, jnp.asarray(mask))
     np.testing.assert_array_equal(counts, [[1, 0], [0, 2]])
     assert counts.dtype == np.float32
