@@ -1,6 +1,7 @@
 """Cross-entropy over completions equals that of PyTorch."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import tiny_program
 import torch
