@@ -1,8 +1,7 @@
-"""The operations of a compiled program, with its loops, and the bytes that they move.
+"""FLOPs of a compiled program and the bytes that it moves, with all iterations of its loops.
 
-Of a loop, `Compiled.cost_analysis` counts one round, however many there are: the layers of a model
-are one. Here each loop's body is handed to the same analysis by itself, and counted as often as the
-compiler knows that it runs. Needs jax only.
+`Compiled.cost_analysis` counts one iteration of a loop, such as the scan over layers. Here the body
+of each loop is analysed separately and multiplied with its trip count. Needs jax only.
 """
 
 import functools
@@ -23,20 +22,20 @@ _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 
 
 class Loop(NamedTuple):
-    """A loop: how often it runs, None where the compiler does not know, and what."""
+    """A loop: its trip count, None if unknown to the compiler, and the name of its body."""
 
     trips: int | None
     body: str
 
 
 class Flops(NamedTuple):
-    """Operations of one run of a program.
+    """FLOPs of one run of a program.
 
     Attributes:
-      total: of all rounds of all loops.
-      unknown_loops: how many loops were counted as one round, as their length is not known.
-      moved: bytes that they read and write. What XLA fuses into one operation reads its inputs and
-        writes its results once; where a cache holds what comes back, memory sees less.
+      total: FLOPs of all iterations of all loops.
+      unknown_loops: number of loops of unknown trip count, counted as one iteration.
+      moved: bytes read and written. A fusion reads its inputs and writes its results once; caches
+        may reduce the traffic to memory.
     """
 
     total: float
@@ -45,15 +44,15 @@ class Flops(NamedTuple):
 
 
 def compiled_flops(compiled: jax.stages.Compiled, *, fixed_loops: bool = False) -> Flops:
-    """What XLA counts of a program on one device, loops as often as they run.
+    """XLA's count of a program on one device, with all iterations of loops.
 
-    Kernels that XLA does not see into, such as cuDNN's fused attention, are not counted.
+    Custom kernels, such as cuDNN's fused attention, are not counted.
 
     Args:
       compiled: the program.
-      fixed_loops: whether all its loops are `scan` and `fori_loop` between fixed bounds, which
-        count from 0 in steps of 1. Those that the compiler does not write the length of, as that
-        of TPUs never does, are then as long as their condition says.
+      fixed_loops: True if all loops are `scan` or `fori_loop` with fixed bounds, which count from 0
+        in steps of 1. The trip count is then read from the loop's condition if the compiler does
+        not state it (on TPUs it never does).
     """
     client = jax.devices()[0].client
     analysis = xla_client._xla.hlo_module_cost_analysis
@@ -63,7 +62,7 @@ def compiled_flops(compiled: jax.stages.Compiled, *, fixed_loops: bool = False) 
 
     @functools.cache
     def once(name: str) -> tuple[float, float]:
-        """Operations and bytes with one round of each loop, as XLA counts it."""
+        """XLA's count of FLOPs and bytes, with one iteration of each loop."""
         # Each computation stands behind those that it calls.
         before = list(computations.values())[: list(computations).index(name)]
         module = "\n\n".join(["HloModule counted", *before, f"ENTRY {computations[name]}"])
@@ -107,10 +106,7 @@ def _computations(text: str) -> tuple[dict[str, str], str]:
 
 
 def _loops(computations: dict[str, str], name: str, fixed_loops: bool) -> list[Loop]:
-    """The loops that one run of a computation begins, also in those that it calls.
-
-    What the bodies of these loops begin in turn is not among them.
-    """
+    """Loops of a computation and of those that it calls, without the loops nested in them."""
     found: list[Loop] = []
     for line in computations[name].splitlines():
         loop = _LOOP.search(line)
@@ -130,7 +126,7 @@ def _loops(computations: dict[str, str], name: str, fixed_loops: bool) -> list[L
 
 
 def _limit(computations: dict[str, str], name: str) -> int | None:
-    """N, where a loop's condition is that its counter is below the constant N."""
+    """N, if the loop's condition compares its counter with the constant N; else None."""
     condition = computations[name]
     limits = _LIMIT.findall(condition)
     fused = (computations[called] for called in _CALLED.findall(condition))

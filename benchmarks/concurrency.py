@@ -37,7 +37,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 def program_of(kind: str, adapters: int, args: argparse.Namespace) -> Program:
-    """The training program of so many adapters of one kind."""
+    """Training program of several adapters of one kind."""
     method = {**KINDS[kind], "rank": args.rank, "alpha": 16.0, "target_modules": TARGET_MODULES}
     data = {"train": {"none": {"path": "none", "schema": "text"}}, "max_length": args.length}
     adapter = {

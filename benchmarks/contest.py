@@ -1,4 +1,4 @@
-"""Steps of several methods in turn, and their figures; what runs out of memory is left out."""
+"""Alternating timed steps of several methods; a method that runs out of memory drops out."""
 
 import contextlib
 import statistics
@@ -30,25 +30,25 @@ from benchmarks.training_steps import (
 PEFT = "peft"
 PRODUCT = "matrix product"
 FIRST_LOSS = {"float32": 1e-4, "bfloat16": 2e-2, "float16": 2e-2}
-"""How far, relatively, peft's first loss may be from ours, by rounding."""
+"""Relative tolerance of peft's first loss to that of this package."""
 
 
 class Contest:
     """The methods, in one process.
 
     Attributes:
-      rows: the figures, by method; `error` says why a method dropped out.
-      product: the matrix product that is timed with them.
-      params: the frozen base, once it is made.
-      peft: the process that trains peft's LoRA, if there is one.
+      rows: figures by method, with the `error` of a method that dropped out.
+      product: the matrix product that is timed along.
+      params: the frozen base, once created.
+      peft: the process that trains peft's LoRA, or None.
     """
 
     def __init__(self, args: Namespace, rows: Mapping[str, dict[str, Any]]):
-        """Begins without having compiled a method.
+        """Compiles nothing yet.
 
         Args:
           args: the flags.
-          rows: what is known of each method already; a method with an `error` is left out.
+          rows: known figures of each method; a method with an `error` is left out.
         """
         self.rows = {name: {"method": name, "error": None} | row for name, row in rows.items()}
         self.params: Any = None
@@ -59,11 +59,11 @@ class Contest:
         self._losses: dict[str, list[float]] = {name: [] for name in rows}
 
     def alive(self, name: str) -> bool:
-        """Whether the method is there and has not dropped out."""
+        """True if the method takes part and has not dropped out."""
         return name in self.rows and self.rows[name]["error"] is None
 
     def prepare(self, name: str) -> CompiledStep | None:
-        """Compiles a method's step and makes what it starts from; None if that did not fit."""
+        """Compiles a method's step and creates its inputs; None if out of memory."""
         with self._may_not_fit(name):
             step = compiled_step(name, self._args)
             self.rows[name] |= compiled_figures(step)
@@ -75,7 +75,7 @@ class Contest:
         return None
 
     def prepare_peft(self, lora: CompiledStep | None, stack: contextlib.ExitStack) -> None:
-        """Starts peft's process on our base and on the adapter that `lora` begins with."""
+        """Starts peft's process with the same base and the initial adapter of `lora`."""
         if lora is None:
             self.rows[PEFT]["error"] = f"{LORA} did not fit, whose weights it begins with"
             return
@@ -93,7 +93,7 @@ class Contest:
             self._steps[PEFT], self._losses[PEFT] = self.peft.step, self.peft.losses
 
     def run(self, rounds: int) -> None:
-        """Warms up, does the rounds, and fills in the figures."""
+        """Warms up, runs the rounds, and fills in the figures."""
         self._rounds(1)
         self._check_first_loss()
         samples = self._rounds(rounds)
@@ -125,7 +125,7 @@ class Contest:
 
     @contextlib.contextmanager
     def _may_not_fit(self, name: str) -> Iterator[None]:
-        """What runs out of memory in here is the end of this method, and not of the others."""
+        """Drops the method out if the body runs out of memory."""
         try:
             yield
         except Exception as error:
@@ -151,7 +151,7 @@ def compiled_figures(step: CompiledStep) -> dict[str, Any]:
 
 
 def counted_flops(name: str, compiled: jax.stages.Compiled) -> Flops | None:
-    """The operations of a program; None, and a word of it, where XLA cannot read its own text."""
+    """FLOPs of a program; None, with a message, if XLA cannot parse its own text."""
     try:
         return compiled_flops(compiled)
     except jax.errors.JaxRuntimeError as error:
@@ -164,12 +164,12 @@ def counted_flops(name: str, compiled: jax.stages.Compiled) -> Flops | None:
 def speed_figures(
     samples: Sequence[float], lora: Sequence[float], counted: float | None, args: Namespace
 ) -> dict[str, Any]:
-    """What follows from a method's seconds in each round.
+    """Speed figures from the seconds of each round.
 
     Args:
-      samples: seconds, by round.
-      lora: those of LoRA in the same rounds; none where it was not measured.
-      counted: operations of the compiled program, where there is one.
+      samples: seconds by round.
+      lora: seconds of LoRA in the same rounds; empty if it was not measured.
+      counted: FLOPs of the compiled program, or None.
       args: the flags.
     """
     seconds = spread(samples)
@@ -186,7 +186,7 @@ def speed_figures(
 
 
 def peft_settings(args: Namespace) -> dict[str, Any]:
-    """What `peft_lora.py` reads: the model and LoRA that ours are."""
+    """Settings for `peft_lora.py`: the same model and LoRA."""
     config = run_config(method_named(LORA, args), args)
     optimizer = next(iter(config.adapters.values())).optimizer
     return {

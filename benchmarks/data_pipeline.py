@@ -32,7 +32,7 @@ from moe_jax.errors import ConfigError, UserError
 from moe_jax.training.step.micro_batches import join_rows
 
 WARM_UP = 16
-"""Batches that are drawn before the clock starts: as many as are made ahead, and more."""
+"""Batches drawn before the clock starts, more than are prefetched."""
 
 
 def data_config(folder: Path, cache: Path, args: argparse.Namespace) -> DataConfig:
@@ -42,7 +42,7 @@ def data_config(folder: Path, cache: Path, args: argparse.Namespace) -> DataConf
 
 
 def draw(data: TrainData, batches: int) -> tuple[float, int]:
-    """Seconds that so many batches take, and their tokens without padding."""
+    """Seconds of a number of batches, and their tokens without padding."""
     for _ in range(WARM_UP):
         next(data.iterator)
     tokens, start = 0, time.perf_counter()

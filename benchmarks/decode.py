@@ -218,7 +218,7 @@ def print_row(row: dict[str, Any]) -> None:
 
 
 def check(args: argparse.Namespace) -> ModelConfig:
-    """The model; refuses flags that do not do before anything is made, and reads `--batches`."""
+    """The model and the batch sizes; checks the flags first."""
     check_output(args.output)
     for flag in ("prompt", "new_tokens", "repeats"):
         if getattr(args, flag) < 1:

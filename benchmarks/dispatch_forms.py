@@ -1,13 +1,14 @@
-"""One projection's low-rank products of experts in each of the forms that `grouped.py` compares.
+"""Low-rank products of one projection's experts, in each form that `grouped.py` compares.
 
-    one-hot   the package's: products with the pairs of all experts, and the codes of those that do
-              not serve a slot multiplied by zero
+    one-hot   the package's: products with the pairs of all experts; the low-rank activations of
+              experts that do not serve a slot are multiplied by zero
     grouped   rows sorted by expert, in blocks that have one, block after block
     batched   the same blocks all at once
     ragged    `jax.lax.ragged_dot` of the sorted rows
 
-A projection has two: codes, x A, which the one-hot form makes once for all slots of a token, and
-their expansion by B. Letters: T tokens, C slots, E experts, R rank. Needs jax only.
+The two products are the low-rank activations z = x A, which the one-hot form computes once for all
+slots of a token, and their expansion by B. Letters: T tokens, C slots, E experts, R rank. Needs jax
+only.
 """
 
 from collections.abc import Callable
@@ -24,8 +25,8 @@ FORMS = (ONE_HOT, GROUPED, BATCHED, RAGGED)
 WALKS: dict[str, Walk] = {GROUPED: "loop", BATCHED: "batch"}
 
 
-def codes(form: str, x: jax.Array, lora_a: jax.Array, choice: jax.Array) -> jax.Array:
-    """Each slot's codes: `x A` with its expert's A.
+def activations(form: str, x: jax.Array, lora_a: jax.Array, choice: jax.Array) -> jax.Array:
+    """Low-rank activations of each slot: `x A` with its expert's A.
 
     Args:
       form: of `FORMS`.
@@ -49,28 +50,28 @@ def codes(form: str, x: jax.Array, lora_a: jax.Array, choice: jax.Array) -> jax.
 
 
 def expansion(
-    form: str, product: jax.Array, codes: jax.Array, lora_b: jax.Array, choice: jax.Array
+    form: str, product: jax.Array, z: jax.Array, lora_b: jax.Array, choice: jax.Array
 ) -> jax.Array:
-    """The frozen product as the expert in each slot changes it.
+    """The frozen product plus the low-rank update of the expert in each slot.
 
     Args:
       form: of `FORMS`.
       product: [T, F].
-      codes: [T, E, R], of all experts.
+      z: low-rank activations of all experts, [T, E, R].
       lora_b: [E, R, F].
-      choice: as of `codes`.
+      choice: as in `activations`.
 
     Returns:
       [C, T, F], the product alone where there is no expert.
     """
     experts, rank, features = lora_b.shape
     if form == ONE_HOT:
-        dispatch = _dispatch(choice, experts, codes.dtype)
+        dispatch = _dispatch(choice, experts, z.dtype)
         matrix = lora_b.reshape(experts * rank, features)
-        chosen = [codes * dispatch[:, slot, :, None] for slot in range(choice.shape[1])]
+        chosen = [z * dispatch[:, slot, :, None] for slot in range(choice.shape[1])]
         return jnp.stack([product + token_product(_flat(own), matrix) for own in chosen])
     own = jnp.minimum(choice, experts - 1)[:, :, None]
-    rows = jnp.moveaxis(jnp.take_along_axis(codes, own, axis=1), 1, 0)
+    rows = jnp.moveaxis(jnp.take_along_axis(z, own, axis=1), 1, 0)
     if form == RAGGED:
         return product + _ragged(rows, lora_b, choice)
     groups = _groups(choice, experts)
@@ -78,7 +79,7 @@ def expansion(
 
 
 def step_of(form: str, function: Callable[..., jax.Array]) -> Callable[..., Any]:
-    """A program: `codes` or `expansion`, forward and backward to its last two float operands."""
+    """`activations` or `expansion`, forward and backward to its last two float operands."""
 
     def step(cotangent: jax.Array, choice: jax.Array, *operands: jax.Array) -> Any:
         *constants, left, right = operands
@@ -104,8 +105,8 @@ def _dispatch(choice: jax.Array, experts: int, dtype: Any) -> jax.Array:
     return jax.nn.one_hot(choice, experts, dtype=dtype)
 
 
-def _flat(codes: jax.Array) -> jax.Array:
-    return codes.reshape(len(codes), -1)
+def _flat(z: jax.Array) -> jax.Array:
+    return z.reshape(len(z), -1)
 
 
 def _groups(choice: jax.Array, experts: int) -> Groups:

@@ -84,10 +84,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 def check(args: argparse.Namespace) -> list[str]:
-    """The methods to compile; refuses flags that do not do before anything is compiled.
+    """Methods to compile; checks the flags before compiling.
 
     Raises:
-      UserError: names the flag or the field.
+      UserError: a flag or field is invalid.
     """
     check_output(args.output)
     if args.hlo and not args.hlo.is_dir():
@@ -182,7 +182,7 @@ COLUMNS: tuple[tuple[str, Callable[[dict[str, Any]], str]], ...] = (
 
 
 def as_table(rows: Sequence[dict[str, Any]]) -> str:
-    """The figures for people."""
+    """The figures as a table."""
     lines = [
         table([head for head, _ in COLUMNS], [[cell(row) for _, cell in COLUMNS] for row in rows])
     ]
@@ -196,7 +196,7 @@ def as_table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def breakdown(first: str, groups: dict[str, Totals]) -> str:
-    """Sums over groups of kernels, for people."""
+    """Sums over groups of kernels as a table."""
     cells = [
         [
             name,

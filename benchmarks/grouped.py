@@ -1,17 +1,17 @@
-"""Experts' products in one-hot and in grouped form: where each needs less, and is faster.
+"""Cost and speed of the experts' products in one-hot and in grouped form.
 
     python benchmarks/grouped.py
     python benchmarks/grouped.py --size d512 --time --output benchmarks/grouped_d512.json
 
-`codes` and `expansion` are the two low-rank products of one projection, of gate or up, forward and
-backward to their input and to the experts' matrices, in the forms of `dispatch_forms.py`. `layer`
-is a whole decoder layer: MixLoRA as the package has it, the same with tokens sorted by expert
-(`grouped_mixlora.py`), and LoRA of as many trainable weights. What is compiled is counted without
-weights: operations, and the memory that it takes besides what it is given and gives back. `--time`
-also times it, on random weights and with random choices; the forms take turns. It wants an idle
-machine.
+`activations` and `expansion` are the two low-rank products of one projection, of gate or up,
+forward and backward to their input and to the experts' matrices, in the forms of
+`dispatch_forms.py`. `layer`
+is a whole decoder layer: the package's MixLoRA, the same with tokens sorted by expert
+(`grouped_mixlora.py`), and LoRA with equal trainable parameters. FLOPs and temporary memory are
+read from the compiled program, without weights. `--time` also times it, with random weights and
+random routing; the forms alternate. It needs an idle machine.
 
-The grouped forms have as many blocks as the most unequal routing needs, and compute all of them.
+The grouped forms have the number of blocks of the most unequal routing, and compute all of them.
 
 Needs jax and flax only.
 """
@@ -50,7 +50,7 @@ from moe_jax.adapters.method import AdapterMethod
 from moe_jax.config.model import ComputeConfig
 from moe_jax.errors import ConfigError, UserError
 
-LOW_RANK, EXPANSION, LAYER, LORA = "codes", "expansion", "layer", "lora"
+LOW_RANK, EXPANSION, LAYER, LORA = "activations", "expansion", "layer", "lora"
 FORMS_OF_PART = {
     LOW_RANK: (ONE_HOT, GROUPED, BATCHED, RAGGED),
     EXPANSION: (ONE_HOT, GROUPED, BATCHED, RAGGED),
@@ -62,12 +62,12 @@ MOST_OF_MEMORY = 0.8
 
 
 class Case(NamedTuple):
-    """What is measured: one form of one part.
+    """One form of one part.
 
     Attributes:
-      program: its step, of `operands`.
-      operands: shapes and types.
-      layers: that the program has, whose routers choose; 0 where the choice is an operand.
+      program: function of `operands`.
+      operands: shapes and dtypes.
+      layers: number of layers in the program; 0 if the choice of experts is an operand.
     """
 
     program: Callable[..., Any]
@@ -87,7 +87,7 @@ def _method(shape: Shape, form: str) -> AdapterMethod:
 
 
 def case_of(part: str, form: str, shape: Shape) -> Case:
-    """What to compile."""
+    """The program of one form of one part."""
     if part == LAYER:
         step, operands = layer_step(_method(shape, form), shape, REMAT, None)
         return Case(step, operands, LAYERS)
@@ -101,7 +101,7 @@ def case_of(part: str, form: str, shape: Shape) -> Case:
             array(tokens, shape.width),
             array(shape.width, shape.experts, shape.rank),
         )
-        return Case(forms.step_of(form, forms.codes), operands)
+        return Case(forms.step_of(form, forms.activations), operands)
     operands = (
         array(slots, tokens, shape.ffn_width),
         choice,
@@ -113,7 +113,7 @@ def case_of(part: str, form: str, shape: Shape) -> Case:
 
 
 def operands_of(case: Case, shape: Shape) -> tuple[Any, ...]:
-    """Random ones; of a token's slots each has another expert, all experts being as likely."""
+    """Random operands, with different, equally likely experts in the slots of a token."""
     made = random_like(case.operands)
     if case.layers:
         return made
@@ -123,13 +123,13 @@ def operands_of(case: Case, shape: Shape) -> tuple[Any, ...]:
 
 
 def measure_setting(part: str, names: Sequence[str], shape: Shape, rounds: int) -> list[Any]:
-    """Rows of one part at some number of experts and rank, one for each form.
+    """Figures of one part at one number of experts and rank, a row for each form.
 
     Args:
-      part: of `FORMS_OF_PART`.
-      names: of the forms.
-      shape: with the experts and their rank.
-      rounds: that are timed; 0 counts only.
+      part: a part of `FORMS_OF_PART`.
+      names: names of the forms.
+      shape: sizes, with the number of experts and their rank.
+      rounds: number of timed rounds; 0 only counts.
     """
     rows, steps = [], {}
     for form in names:
@@ -159,7 +159,7 @@ def measure_setting(part: str, names: Sequence[str], shape: Shape, rounds: int) 
             continue
 
         def run(compiled: Any = compiled, case: Case = case) -> float:
-            # Made anew each time, so that the operands of one form are held at a time.
+            # Created at each call, so that only one form's operands are in memory.
             operands = jax.block_until_ready(operands_of(case, shape))
             return seconds_of(lambda: jax.block_until_ready(compiled(*operands))) / max(
                 1, case.layers
@@ -180,13 +180,13 @@ def measure_setting(part: str, names: Sequence[str], shape: Shape, rounds: int) 
 
 
 def _memory_bytes() -> float:
-    """Of the first device; where that is not known, of the machine."""
+    """Memory of the first device, or of the machine if that is unknown."""
     known = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
     return known or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def as_table(rows: Sequence[Any]) -> str:
-    """The figures for people."""
+    """The figures as a table."""
     one_hot = {_setting(row): row for row in rows if row["form"] == ONE_HOT}
     lines = []
     for row in rows:
@@ -250,10 +250,10 @@ def _names(flag: str, text: str, known: Sequence[str]) -> list[str]:
 
 
 def settings(args: argparse.Namespace) -> list[tuple[str, list[str], Shape]]:
-    """What to measure, in this order; refuses flags that do not do before anything is compiled.
+    """Parts, forms and shapes to measure; checks the flags before compiling.
 
     Raises:
-      ConfigError: names the flag.
+      ConfigError: a flag is invalid.
     """
     check_output(args.output)
     model = model_of(args.size)

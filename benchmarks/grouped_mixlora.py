@@ -1,8 +1,7 @@
-"""MixLoRA whose tokens are sorted by expert, to measure beside the package's; needs jax and flax.
+"""MixLoRA with tokens sorted by expert, as an alternative to the package's form.
 
-It is MixLoRA's algebra (see `moe_jax.adapters.mixlora`), and the leaves are the same. But a block of rows, which
-have one expert, meets that expert's pairs alone, in all three projections, so that no code of
-another expert is computed.
+The algebra and the leaves are those of `moe_jax.adapters.mixlora`. A block of rows of one expert is
+multiplied with that expert's pairs only, in all three projections. Needs jax and flax only.
 """
 
 from collections.abc import Callable
@@ -25,11 +24,11 @@ from moe_jax.sharding.axes import EMBED, MLP
 
 @dataclass(frozen=True, kw_only=True)
 class GroupedMixLora(MixLoraConfig):
-    """MixLoRA in blocks of one expert; not in `METHODS`, as it is there to be measured.
+    """MixLoRA in blocks of one expert; not registered in `METHODS`.
 
     Attributes:
-      walk: how blocks are gone through.
-      block: rows of a block; None leaves it to `rows_of_block`.
+      walk: order of the blocks, see `Walk`.
+      block: rows of a block; None for `rows_of_block`.
     """
 
     walk: Walk = "loop"
@@ -57,11 +56,11 @@ def in_grouped_form(
 
 
 class Made(NamedTuple):
-    """What a block makes, weighted.
+    """Weighted results of a block.
 
     Attributes:
-      hidden: [n, F], the experts' hidden activation.
-      delta: [n, D], what their pairs add to the down projection of it.
+      hidden: [n, F], hidden activations of the experts.
+      delta: [n, D], their low-rank update of the down projection.
     """
 
     hidden: jax.Array
@@ -69,10 +68,10 @@ class Made(NamedTuple):
 
 
 class Expert(NamedTuple):
-    """One body for all blocks, `Body` of `grouped_rows.py`; equal ones compile to one program.
+    """The computation of a block, a `Body` of `grouped_rows.py`; hashable, for the jit cache.
 
     Attributes:
-      activation: of the gate.
+      activation: activation function of the gate.
       scale: s.
     """
 
@@ -101,7 +100,7 @@ class GroupedMLP(MixLoraFFN):
         """See `AdapterMethod.mlp_adapter`.
 
         Raises:
-          ValueError: the base or the router has what this form is not written for.
+          ValueError: the base has biases, or the router does not choose experts.
         """
         method, routing = self.method, self._route(x, context, deterministic)
         assert isinstance(method, GroupedMixLora)
@@ -121,7 +120,7 @@ class GroupedMLP(MixLoraFFN):
 
         by_slot = lambda array: array.reshape(-1, slots)
         chosen = by_slot(jnp.argmax(routing.dispatch, axis=-1))
-        # Without an expert a slot is the frozen FFN: among some expert's rows, with no codes.
+        # A slot without an expert is the frozen FFN: its low-rank activations are set to zero.
         served = by_slot(jnp.sum(routing.dispatch, axis=-1))
         rows = [array.T.astype(x.dtype) for array in (by_slot(routing.weights), served)]
         block = method.block or rows_of_block(chosen.size, experts)

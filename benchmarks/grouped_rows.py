@@ -1,9 +1,9 @@
-"""Rows that are computed a block at a time, each block with the weights of one expert.
+"""Rows sorted by expert and computed in blocks, each with the weights of one expert.
 
-What takes over from one-hot products where experts are many; measured by `grouped.py`, and not in
-the package. The rows, C slots of each token, are sorted by expert and cut into blocks of n that
-have one expert each, so that only the last block of an expert is not full. There are as many blocks
-as any routing may need: shapes are static, and no row is dropped.
+An alternative to one-hot products for many experts, measured by `grouped.py`; not in the package.
+The rows, C slots of each token, are sorted by expert and split into blocks of n of one expert each,
+so that only the last block of an expert is not full. Shapes are static: the number of blocks
+suffices for any routing, and no row is dropped.
 
 Letters: T tokens, C slots, E experts, N blocks of n rows. Needs jax only.
 """
@@ -16,23 +16,23 @@ import jax
 import jax.numpy as jnp
 
 Body = Callable[[Any, Any, Any], Any]
-"""What is computed of a block: a tree of arrays [n, ...] of its rows of `tokens`, of its rows of
-`rows` and of its expert's weights, as in `in_groups`."""
+"""Computation of a block: a tree of arrays [n, ...] from its rows of `tokens`, its rows of `rows`
+and its expert's weights, see `in_groups`."""
 
 Walk = Literal["loop", "batch"]
-"""Blocks one after another, each adding to the results in place, as suits a CPU; or all of them at
-once in batched products, whose rows are gathered out of the blocks."""
+"""`loop` computes the blocks one after another and adds to the results in place, which suits CPUs;
+`batch` computes all at once in batched products."""
 
-FEWEST_ROWS, MOST_ROWS = 8, 64
+MIN_ROWS, MAX_ROWS = 8, 64
 
 
 class Groups(NamedTuple):
-    """Which rows are in which block. Row c T + t is token t in slot c.
+    """Assignment of rows to blocks. Row c T + t is token t in slot c.
 
     Attributes:
-      source: [N, n], the row at each place of each block; C T where there is none.
-      expert: [N], of each block; any of a block without rows.
-      place: [C, T], of each row among the N n places; N n of a row that no expert takes.
+      source: [N, n], row at each place of each block; C T at an empty place.
+      expert: [N], expert of each block; arbitrary for an empty block.
+      place: [C, T], index of each row among the N n places; N n for a row without an expert.
     """
 
     source: jax.Array
@@ -41,13 +41,13 @@ class Groups(NamedTuple):
 
 
 def rows_of_block(rows: int, experts: int) -> int:
-    """n, a power of two: half of what an expert has, so that a quarter of the places is empty."""
-    wanted = max(FEWEST_ROWS, min(MOST_ROWS, rows // (2 * experts)))
-    return 1 << (wanted.bit_length() - 1)
+    """n, a power of two: half of an expert's rows, so that a quarter of the places is empty."""
+    size = max(MIN_ROWS, min(MAX_ROWS, rows // (2 * experts)))
+    return 1 << (size.bit_length() - 1)
 
 
 def block_count(rows: int, experts: int, block: int) -> int:
-    """N, the most blocks of `block` rows: every expert with rows may leave one not full."""
+    """N, the maximum number of blocks: each expert with rows may have one that is not full."""
     return (rows + min(rows, experts) * (block - 1)) // block
 
 
@@ -87,22 +87,22 @@ def group_rows(choice: jax.Array, experts: int, block: int) -> Groups:
 def in_groups(
     body: Body, walk: Walk, summed: bool, tokens: Any, rows: Any, experts: Any, groups: Groups
 ) -> Any:
-    """What `body` makes of each block, back in the order of the tokens.
+    """Applies `body` to each block, and returns the results in the order of the tokens.
 
-    Nothing is kept for the backward pass but the operands. There each block is computed again, and
-    the gradients of its expert's weights are added to those of that expert's other blocks.
+    The backward pass keeps only the operands and computes each block again. The gradients of an
+    expert's weights are summed over its blocks.
 
     Args:
-      body: treats all rows alike.
-      walk: how blocks are gone through.
-      summed: whether the slots of a token are added up.
-      tokens: a tree of float arrays [T, ...], whose rows all slots of a token share.
+      body: computation of a block, the same for all rows.
+      walk: order of the blocks.
+      summed: True to sum over the slots of a token.
+      tokens: a tree of float arrays [T, ...], shared by the slots of a token.
       rows: a tree of float arrays [C, T, ...].
       experts: a tree of float arrays [E, ...].
       groups: see `group_rows`.
 
     Returns:
-      A tree of arrays [T, ...] if `summed`, else [C, T, ...]; zero where no expert takes a token.
+      A tree of arrays [T, ...] if `summed`, else [C, T, ...]; zero for rows without an expert.
     """
     return _in_groups(body, walk, summed, tokens, rows, experts, groups)
 
@@ -142,7 +142,7 @@ def _backward(
         def own(cotangent: jax.Array) -> jax.Array:
             if not summed:
                 cotangent = cotangent.reshape(row_count, *cotangent.shape[2:])
-            # Zero at a place without a row, which so has no part in any gradient.
+            # Zero at an empty place, which thus contributes to no gradient.
             at = jnp.where(source < row_count, source % len(cotangent), len(cotangent))
             return cotangent.at[at].get(mode="fill", fill_value=0)
 
@@ -183,7 +183,7 @@ _in_groups.defvjp(_forward, _backward)
 def _block(
     tokens: Any, rows: Any, experts: Any, source: jax.Array, expert: jax.Array
 ) -> tuple[Any, Any, Any]:
-    """The operands of one block; at a place without a row, those of one that is read elsewhere."""
+    """Operands of one block; an empty place reads those of another row."""
 
     def take(array: jax.Array) -> jax.Array:
         return array.at[source % len(array)].get(mode="promise_in_bounds")
@@ -202,7 +202,7 @@ def _zeros(groups: Groups, summed: bool, like: jax.ShapeDtypeStruct) -> jax.Arra
 def _added(
     groups: Groups, summed: bool, source: jax.Array, results: jax.Array, block: jax.Array
 ) -> jax.Array:
-    """The same with a block's added."""
+    """The results with those of a block added."""
     row_count = groups.place.size
     at = jnp.where(source < row_count, source % len(results), len(results)) if summed else source
     return results.at[at].add(block, mode="drop")
@@ -214,12 +214,12 @@ def _by_slot(groups: Groups, summed: bool, results: jax.Array) -> jax.Array:
 
 
 def _gathered(groups: Groups, summed: bool, made: jax.Array) -> jax.Array:
-    """What was made in blocks, [N, n, ...], as [C, T, ...], or [T, ...] summed over slots."""
+    """Results in blocks, [N, n, ...], as [C, T, ...], or summed over slots as [T, ...]."""
     flat = made.reshape(-1, *made.shape[2:])
     slots = [flat.at[place].get(mode="fill", fill_value=0) for place in groups.place]
     return functools.reduce(jnp.add, slots) if summed else jnp.stack(slots)
 
 
 def _of_expert(groups: Groups, of_blocks: jax.Array, like: jax.Array) -> jax.Array:
-    """[N, ...], added up by expert: [E, ...]."""
+    """Sums over the blocks of each expert, [N, ...] to [E, ...]."""
     return jax.ops.segment_sum(of_blocks, groups.expert, len(like), indices_are_sorted=True)

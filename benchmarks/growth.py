@@ -1,4 +1,4 @@
-"""How MixLoRA's cost grows with its experts and their rank, at the widths of a 7B model.
+"""Growth of MixLoRA's cost with its experts and their rank, at the widths of a 7B model.
 
     python benchmarks/growth.py --output benchmarks/growth.md
     python benchmarks/growth.py --time
@@ -10,8 +10,8 @@ true. `--time` times such layers of random weights instead, and wants an idle ma
 
 The forms that experts can be computed in, with C slots a token:
 
-    one-hot     `top_k` and `switch`: products with all experts' pairs at once, whose codes are
-                multiplied by each slot's one-hot choice
+    one-hot     `top_k` and `switch`: products with all experts' pairs at once, whose low-rank
+                activations are multiplied by each slot's one-hot choice
     per expert  `top_p` and `soft`, where any number of experts may fire: slot c is expert c, its
                 products are with its own pair, and every token has every expert's activation
     grouped     tokens sorted by expert, so that a slot's products are with its own expert's pair;
@@ -119,104 +119,131 @@ def as_markdown(
     grouped: Sequence[GroupedCost],
     runs: Sequence[Recorded],
 ) -> str:
-    """What is written to a file: nothing but these rows and the algebra go into it."""
-    width, slots = SHAPE.width, SHAPE.top_k
+    """The Markdown file, from these rows and the algebra only."""
     fixed = ", ".join(f"{k} {v}" for k, v in SHAPE._asdict().items() if k not in VARIED)
-    five, ten, quarter = (experts_at(share, 16, one_hot_algebra) for share in SHARES)
-    half = [f"{experts_at(share, 16, half_grouped_algebra) * 16:.0f}" for share in SHARES]
-    saved = [row.flops_for_byte for row in per_expert]
-    memory = {row.experts: row.memory for row in per_expert if row.rank == 16}
-    most = max(rows, key=lambda row: row.flops_none)
-    of_sixteen = [row for row in grouped if row.rank == 16]
-    wins = [row.one_hot for row in grouped]
-    limit = (width + slots * SHAPE.ffn_width) / (width + SHAPE.ffn_width)
     return _blocks(
-        "# How MixLoRA's cost grows with its experts and their rank",
-        f"""`python benchmarks/growth.py --output benchmarks/growth.md` wrote this, and a test holds
-        it true. E experts of rank R, C slots a token, widths D and F. One layer, forward
-        and backward, in float32 as XLA compiles it for a CPU, all tokens in one block:
-        {fixed}. LoRA has as many trainable weights (rank E R on the FFN). `none` keeps
-        everything for the backward pass, and the default is `remat` `{DEFAULT}`. Memory is the
-        temporary bytes of two layers in a loop: of a deep model, what is kept of each layer
-        counts for more, and that is LoRA's but for codes (`remat.md` has a whole model's).""",
-        "## The one-hot form",
-        _table(GROWTH_HEADER, [growth_line(row) for row in rows]),
-        f"""Of G = E R codes it needs 9 G (D + C F) multiply-adds a token, and LoRA of as many
-        weights 9 G (D + F), see `algebra` in `layer_cost.py`: at most {limit:.2f} times as many for
-        C = {slots}, and the whole layer {most.flops_none:.2f} times at {most.experts} experts of
-        rank {most.rank} ({most.flops:.2f} by default). By default bytes and memory grow little
-        with G: they are those of C slots of width F.""",
-        "## Where it stops paying",
-        """The grouped form, where each token meets its own experts' pairs only, needs
-        9 C R (D + F) however many experts there are. E R at which the one-hot form makes the layer
-        need so much more than that; by the algebra, and as compiled, where that lies between two
-        rows above:""",
-        _table(SHARES_HEADER, [shares_line(rank, rows) for rank in RANKS]),
-        f"""Of rank 16 these are {five:.1f}, {ten:.1f} and {quarter:.1f} experts. It is E R that
-        counts; a little more of it at a higher R, for which the grouped form has to pay too.""",
-        "## The per-expert form",
-        "What `top_p` and `soft` run, over the one-hot form with `top_k`, both by default:",
-        _table(PER_EXPERT_HEADER, [per_expert_line(row) for row in per_expert]),
-        f"""It needs fewer operations (9 D + 11 F for each of G against 9 D + 9 C F, and 2 (C - 1) F
-        more where those are computed again), but makes E hidden activations of width F where the
-        one-hot form makes C. A machine gains by it that does fewer operations in the time of moving
-        a byte than the last column says. Memory is {memory[8]:.1f} times the one-hot form's at 8
-        experts and {memory[64]:.1f} times at 64.""",
-        "## The grouped form",
-        f"""`grouped_mixlora.py` sorts the C slots of all tokens by expert, in blocks of rows that
-        have one expert each, and computes codes, hidden activations and what the down projection
-        gets block after block with that expert's pairs alone; in the backward pass likewise, once
-        again. However unequal the router's choice is, no row is dropped: there are as many blocks
-        as the worst case needs, and all of them are computed. By default, and the one-hot form in
-        blocks of {BLOCK} tokens; `least` is the products of the section before last:""",
-        _table(GROUPED_HEADER, [grouped_line(row) for row in grouped]),
-        f"""With {of_sixteen[0].experts} experts of rank 16 the layer needs
-        {of_sixteen[0].flops:.2f} times the operations of LoRA of as many weights, all of which
-        serve every token, and with {of_sixteen[-1].experts} {of_sixteen[-1].flops:.2f} times.
-        The one-hot form needs {min(wins):.2f} to {max(wins):.1f} times as much as the grouped one.
-        `batched` is the memory where all blocks are computed at once, as suits an accelerator.
-        `jax.lax.ragged_dot` is no other way, on a CPU at least: it is compiled to products with
-        every expert's matrix, which are no fewer than the one-hot form's, and take many times its
-        memory (`grouped.py` counts them).""",
+        "# Growth of MixLoRA's cost with its experts and their rank",
+        f"""Written by `python benchmarks/growth.py --output benchmarks/growth.md` and tested
+        against the program. E experts of rank R, C slots for each token, widths D and F. One layer,
+        forward and backward, in float32 as compiled by XLA for a CPU, all tokens in one block:
+        {fixed}. LoRA has equal trainable parameters (rank E R on the FFN). `none` keeps everything
+        for the backward pass; the default is `remat` `{DEFAULT}`. Memory is the temporary bytes of
+        two layers in a loop. In a deep model the kept activations of each layer count for more;
+        they are LoRA's and the low-rank activations (`remat.md` has a whole model).""",
+        *_one_hot_section(rows),
+        *_per_expert_section(per_expert),
+        *_grouped_section(grouped),
         *_seconds(runs),
-        "## What follows",
-        f"""- Up to E R of about D / {width / (ten * 16):.0f} (here {ten * 16:.0f}: {ten:.0f}
-        experts of rank 16) the one-hot form needs at most a tenth more than the grouped one, and
-        nothing is sorted or moved. Use it.""",
-        f"""- The per-expert form does not take over: it saves {min(saved):.1f} to {max(saved):.1f}
-        operations for each byte that it moves more (of float32; twice as many of bfloat16), and a
-        GPU does hundreds in that time, a CPU about ten. Only on a CPU, where blocks of activations
-        stay in a cache, and with few experts of the highest rank, might `--time` say otherwise. It
-        is for routers that choose any number of experts, which have those activations anyway.""",
-        f"""- From E R of about D / {width / (quarter * 16):.0f} ({quarter * 16:.0f}) the one-hot
-        form needs a quarter more, and the grouped one would take over. It is there to be measured,
-        and not in the package. Grouping only the products with F, R by F, would leave
-        9 (E - C) R D of the excess, which is 5%, 10% and 25% at E R of {", ".join(half)}; what goes
-        to the groups are then codes of rank R and not inputs of width D. On a mesh, each device
-        would have to group its own tokens.""",
-        """- Until then, beyond it: a lower rank, or the `switch` router, whose one slot needs what
-        LoRA of as many weights needs.""",
-        """Operations and memory are counts. `python benchmarks/growth.py --time` has seconds of
-        this layer with few tokens, on an idle machine.""",
+        *_conclusions(per_expert),
     )
 
 
+def _one_hot_section(rows: Sequence[Growth]) -> list[str]:
+    width, slots = SHAPE.width, SHAPE.top_k
+    five, ten, quarter = (experts_at(share, 16, one_hot_algebra) for share in SHARES)
+    most = max(rows, key=lambda row: row.flops_none)
+    limit = (width + slots * SHAPE.ffn_width) / (width + SHAPE.ffn_width)
+    return [
+        "## The one-hot form",
+        _table(GROWTH_HEADER, [growth_line(row) for row in rows]),
+        f"""With G = E R low-rank activations it computes 9 G (D + C F) multiply-adds for each
+        token, and LoRA with equal parameters 9 G (D + F), see `algebra` in `layer_cost.py`: at most
+        {limit:.2f} times as many for C = {slots}, and for the whole layer {most.flops_none:.2f}
+        times at {most.experts} experts of rank {most.rank} ({most.flops:.2f} by default). By
+        default bytes and memory grow little with G: they are those of C slots of width F.""",
+        "## Where it stops paying",
+        """The grouped form multiplies each token with the pairs of its own experts only: 9 C R (D +
+        F) multiply-adds for any number of experts. The table has the E R at which the one-hot form
+        makes the layer cost 5%, 10% and 25% more than that, by the algebra and, if it lies between
+        two rows above, as compiled:""",
+        _table(SHARES_HEADER, [shares_line(rank, rows) for rank in RANKS]),
+        f"""At rank 16 these are {five:.1f}, {ten:.1f} and {quarter:.1f} experts. The product E R
+        decides; the limit is slightly higher at a higher R, which the grouped form pays for
+        too.""",
+    ]
+
+
+def _per_expert_section(per_expert: Sequence[PerExpert]) -> list[str]:
+    memory = {row.experts: row.memory for row in per_expert if row.rank == 16}
+    return [
+        "## The per-expert form",
+        "The form of `top_p` and `soft`, over the one-hot form with `top_k`, both by default:",
+        _table(PER_EXPERT_HEADER, [per_expert_line(row) for row in per_expert]),
+        f"""It needs fewer FLOPs (9 D + 11 F for each of G against 9 D + 9 C F, and 2 (C - 1) F more
+        if those are computed again), but E hidden activations of width F instead of C. It is faster
+        on a machine that computes fewer FLOPs in the time of moving a byte than the last column.
+        Memory is {memory[8]:.1f} times the one-hot form's at 8 experts and {memory[64]:.1f} times
+        at 64.""",
+    ]
+
+
+def _grouped_section(grouped: Sequence[GroupedCost]) -> list[str]:
+    of_sixteen = [row for row in grouped if row.rank == 16]
+    ratios = [row.one_hot for row in grouped]
+    return [
+        "## The grouped form",
+        f"""`grouped_mixlora.py` sorts the C slots of all tokens by expert into blocks of one expert
+        each. It computes low-rank activations, hidden activations and the update of the down
+        projection block by block with that expert's pairs, and again in the backward pass. No row
+        is dropped: the number of blocks suffices for any routing, and all of them are computed. By
+        default, and the one-hot form in blocks of {BLOCK} tokens; `least` is the grouped products
+        of the section before last:""",
+        _table(GROUPED_HEADER, [grouped_line(row) for row in grouped]),
+        f"""With {of_sixteen[0].experts} experts of rank 16 the layer needs
+        {of_sixteen[0].flops:.2f} times the FLOPs of LoRA with equal parameters, all of which serve
+        every token, and with {of_sixteen[-1].experts} experts {of_sixteen[-1].flops:.2f} times. The
+        one-hot form needs {min(ratios):.2f} to {max(ratios):.1f} times the FLOPs of the grouped
+        one. `batched` is the memory if all blocks are computed at once, as suits an accelerator.
+        `jax.lax.ragged_dot` is no alternative on a CPU: it compiles to products with every expert's
+        matrix, with at least the one-hot form's FLOPs and many times its memory (`grouped.py`
+        counts them).""",
+    ]
+
+
+def _conclusions(per_expert: Sequence[PerExpert]) -> list[str]:
+    width = SHAPE.width
+    ten, quarter = (experts_at(share, 16, one_hot_algebra) for share in SHARES[1:])
+    half = [f"{experts_at(share, 16, half_grouped_algebra) * 16:.0f}" for share in SHARES]
+    saved = [row.flops_for_byte for row in per_expert]
+    return [
+        "## Conclusions",
+        f"""- Up to E R of about D / {width / (ten * 16):.0f} (here {ten * 16:.0f}: {ten:.0f}
+        experts of rank 16) the one-hot form needs at most 10% more FLOPs than the grouped one, and
+        sorts and moves nothing. Use it.""",
+        f"""- The per-expert form is no replacement: it saves {min(saved):.1f} to {max(saved):.1f}
+        FLOPs for each additional byte (in float32; twice as many in bfloat16), while a GPU computes
+        hundreds in that time, and a CPU about ten. It may be faster on a CPU, where blocks of
+        activations stay in a cache, with few experts of the highest rank (see `--time`). It serves
+        routers that choose any number of experts, which need those activations in any case.""",
+        f"""- From E R of about D / {width / (quarter * 16):.0f} ({quarter * 16:.0f}) the one-hot
+        form needs 25% more, and the grouped form pays. It is implemented for measurement, not in
+        the package. Grouping only the products with F, R by F, would leave 9 (E - C) R D of the
+        excess, which is 5%, 10% and 25% at E R of {", ".join(half)}; it moves low-rank activations
+        of rank R instead of inputs of width D. On a mesh, each device would have to group its own
+        tokens.""",
+        """- Beyond that, use a lower rank, or the `switch` router, whose single slot costs as much
+        as LoRA with equal parameters.""",
+        """FLOPs and memory are counts. `python benchmarks/growth.py --time` measures seconds of
+        this layer with few tokens, on an idle machine.""",
+    ]
+
+
 def _seconds(runs: Sequence[Recorded]) -> list[str]:
-    """The section of what was timed, if anything was."""
+    """The section of recorded times, if any."""
     if not runs:
         return []
     return [
         "## Seconds",
-        """One layer of a model of that size, forward and backward, as `grouped.py --time` recorded
-        it, the forms in turn. Ratios are medians of the rounds, and the least and the most of
-        them; sorting and moving rows is included:""",
+        """One layer of a model of that size, forward and backward, as recorded by `grouped.py
+        --time` with alternating forms. Ratios are medians of the rounds, with their lowest and
+        highest; sorting and moving rows is included:""",
         _table(SECONDS_HEADER, lines(runs)),
         *(f"{in_words(run)} ({run.run}.)" for run in runs),
     ]
 
 
 def _blocks(*blocks: str) -> str:
-    """Markdown of these, paragraphs and items wrapped; tables and headings are left as they are."""
+    """Joins Markdown blocks; wraps paragraphs and items, but not tables and headings."""
     text = ""
     for block in blocks:
         item = block.startswith("- ")

@@ -1,4 +1,4 @@
-"""What the forms of `growth.py` cost at some number of experts and rank: the rows of its tables.
+"""Costs of the forms of `growth.py` by number of experts and rank: the rows of its tables.
 
 Needs jax and flax only.
 """
@@ -100,12 +100,12 @@ def shape_of(experts: int, rank: int) -> Shape:
 
 @functools.cache
 def cost(name: str | None, shape: Shape, remat: str = "none") -> LayerCost:
-    """Of the method that `layer_cost.METHODS` calls `name`; None is the frozen layer."""
+    """Cost of the method `name` of `layer_cost.METHODS`; None is the frozen layer."""
     return layer_cost(None if name is None else METHODS[name](shape), shape, remat)
 
 
 def growth_of(experts: int, rank: int) -> Growth:
-    """Compiles what a row of the first table needs, rounded as it is written."""
+    """A row of the first table, rounded."""
     shape = shape_of(experts, rank)
     kept, lora_kept = cost(TOP_K, shape), cost(LORA, shape)
     default, lora = cost(TOP_K, shape, DEFAULT), cost(LORA, shape, DEFAULT)
@@ -123,7 +123,7 @@ def growth_of(experts: int, rank: int) -> Growth:
 
 
 def per_expert_of(experts: int, rank: int) -> PerExpert:
-    """Compiles what a row of the second table needs, rounded as it is written."""
+    """A row of the second table, rounded."""
     shape = shape_of(experts, rank)
     own, one_hot = cost(SOFT, shape, DEFAULT), cost(TOP_K, shape, DEFAULT)
     saved, more = one_hot.flops - own.flops, own.moved - one_hot.moved
@@ -138,7 +138,7 @@ def per_expert_of(experts: int, rank: int) -> PerExpert:
 
 
 def grouped_of(experts: int, rank: int) -> GroupedCost:
-    """Compiles what a row of the fourth table needs, rounded as it is written."""
+    """A row of the fourth table, rounded."""
     shape = shape_of(experts, rank)
     method = METHODS[TOP_K](shape)
     one_hot = layer_cost(method, shape, DEFAULT, BLOCK)
@@ -182,15 +182,16 @@ def grouped_algebra(shape: Shape) -> float:
 def half_grouped_algebra(shape: Shape) -> float:
     """Those of a form that groups only the products with matrices as wide as the FFN, R by F.
 
-    Gate's and up's codes, [D, E R], and down's expansion, [E R, D], are of all experts at once, so
-    that what goes to the groups and comes from them is rank-sized on one side of each projection.
+    The low-rank activations of gate and up, [D, E R], and down's expansion, [E R, D], are of all
+    experts at once, so that what goes to the groups and comes from them is rank-sized on one side
+    of each projection.
     """
     tokens, others = shape.rows * shape.length, shape.experts - shape.top_k
     return grouped_algebra(shape) + 2.0 * tokens * 9.0 * others * shape.rank * shape.width
 
 
 def experts_at(share: float, rank: int, form: Callable[[Shape], float]) -> float:
-    """How many experts a form needs so much more with than the grouped one; both are linear."""
+    """Number of experts at which a form needs `share` more than the grouped one."""
     few, many = EXPERTS[0], EXPERTS[-1]
     excess = [
         form(shape) - (1.0 + share) * grouped_algebra(shape)

@@ -1,4 +1,4 @@
-"""The part of `growth.md` that was timed: what `grouped.py --time` wrote, as a table and in words.
+"""The timed part of `growth.md`: results of `grouped.py --time` as a table and in words.
 
 Needs jax only.
 """
@@ -18,12 +18,12 @@ HEADER = (
 
 
 class Recorded(NamedTuple):
-    """What one run of `grouped.py` recorded of layers.
+    """Recorded times of layers of one run of `grouped.py`.
 
     Attributes:
-      size: of the model.
-      run: the tokens, and where and when it was.
-      rows: its rows, by experts, rank and form.
+      size: size of the model.
+      run: number of tokens, machine and date, in words.
+      rows: rows by experts, rank and form.
     """
 
     size: str
@@ -76,10 +76,7 @@ def lines(runs: Sequence[Recorded]) -> list[str]:
 
 
 def in_words(run: Recorded) -> str:
-    """From where on the grouped form is faster, and by how much at most; of medians.
-
-    Faster is what was so in every round.
-    """
+    """Settings in which the grouped form is faster in every round, and its best median ratio."""
     ratios = {
         (experts, rank): ratio
         for experts, rank, form in run.rows
@@ -90,7 +87,7 @@ def in_words(run: Recorded) -> str:
     experts, rank = min(ratios, key=lambda setting: ratios[setting]["median"])
     least = ratios[experts, rank]["median"]
     faster = len(ratios) - len(slower)
-    beyond = f"in all from E R of {min(always)} on" if always else "but not where E R is most"
+    beyond = f"in all from E R of {min(always)} on" if always else "but not at the largest E R"
     return (
         f"Of `{run.size}` the grouped form is, in every round, faster in {faster} of {len(ratios)} "
         f"settings, {beyond}; in {least:.2f} of the time with {experts} experts of rank {rank}."

@@ -1,4 +1,4 @@
-"""What one decoder layer costs with each adapter method: counted by XLA, so free of noise.
+"""Cost of one decoder layer with each adapter method, as counted by XLA and thus without noise.
 
     python benchmarks/layer_cost.py --output benchmarks/layer_cost.md
 
@@ -286,7 +286,7 @@ def algebra(name: str, shape: Shape) -> float:
 
 
 def _scores(length: int) -> float:
-    """How often a query meets a key, on average, in all products of attention and its gradients."""
+    """Mean number of keys that a query is multiplied with, over all products of attention."""
     if length <= BLOCK:
         return 6.0 * length
     count = -(-length // BLOCK)

@@ -1,13 +1,13 @@
-"""What the training loop adds to the steps it makes: gaps, logging, saves.
+"""Overhead of the training loop over its steps: gaps, logging, saves.
 
     python benchmarks/loop.py --output loop.json
     python benchmarks/loop.py --size d512 --steps 20
 
-A random base is trained by `moe_jax.training.run.loop.train` on generated rows: as it is, with a line
-of metrics after each step, with a state saved every few steps, and with several adapters at once.
-In turn with each of these runs, the same compiled step is called back to back on one batch that is
-on the device already; that is all that the device has to do. Their ratio is 1 where the device
-never waits. Only ratios of neighbours in time are quoted.
+A random base is trained by `moe_jax.training.run.loop.train` on generated rows: as it is, with a
+line of metrics after each step, with a state saved every few steps, and with several adapters at
+once. In turn with each of these runs, the same compiled step is called back to back on one batch
+that is on the device already; that is all that the device has to do. Their ratio is 1 where the
+device never waits. Only ratios of neighbours in time are quoted.
 
 The host's own work is also given: processor time of the thread that runs the loop. As long as it is
 shorter than a step on the device, it costs nothing there. On a CPU host and device share the cores,
@@ -47,7 +47,7 @@ NEVER = 10**6
 
 
 class Setting(NamedTuple):
-    """What a run does besides its steps."""
+    """Settings of a run besides its steps."""
 
     title: str
     adapters: int
@@ -100,7 +100,7 @@ class Bare:
 
 
 def run(config: RunConfig) -> Timing:
-    """A whole run; what its steps took after the first ones."""
+    """A whole run; times of its steps after the first ones."""
     stamps: dict[int, tuple[float, float]] = {}
 
     def listen(line: str) -> None:

@@ -1,4 +1,4 @@
-"""How many operations a second the machine reaches where it does nothing but multiply matrices."""
+"""FLOP/s of the machine in large matrix products."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -88,10 +88,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Refuses flags that do not do before anything is read.
+    """Checks the flags before anything is read.
 
     Raises:
-      ConfigError: names the flag.
+      ConfigError: a flag is invalid.
     """
     check_output(args.output)
     for flag in ("rows", "length", "rank", "steps", "rounds"):
@@ -137,7 +137,7 @@ def run_config(way: str, rows: int, path: Path, args: argparse.Namespace) -> Run
     """A run on the data at `path`, of `rows` rows a step.
 
     Raises:
-      ConfigError: names the field of a flag that does not do.
+      ConfigError: a field set by a flag is invalid.
     """
     method = {
         "name": "mixlora",

@@ -1,4 +1,4 @@
-"""The most memory that a process takes from some point on; needs Python only."""
+"""Peak memory of a process from a point on; needs Python only."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,7 +36,7 @@ class PeakMemory:
 
 
 def _reset_peak() -> bool:
-    """Whether the kernel let the high-water mark of resident memory begin anew."""
+    """Resets the high-water mark of resident memory; True if the kernel allows it."""
     try:
         (_SELF / "clear_refs").write_text("5")
     except OSError:

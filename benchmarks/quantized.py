@@ -57,7 +57,7 @@ WARMUP = CONFIG["adapters"]["default"]["optimizer"]["schedule"]["warmup_steps"]
 
 
 def loaded(folder: Path, kind: str) -> dict[str, Any]:
-    """What a base costs as `kind`, and how far its kernels are from those on disk."""
+    """Memory and loading time of a base as `kind`, and the error of its kernels."""
     config = read_model_config(folder)
     start = time.perf_counter()
     params = load_base_params(folder, config, kind)
@@ -98,7 +98,7 @@ def trained(kind: str, data: Path, workdir: Path, steps: int) -> dict[str, Any]:
 
 
 def loading_table(figures: dict[str, dict[str, Any]]) -> str:
-    """What each kind costs to hold and to load."""
+    """Table of memory and loading time by kind."""
     lines = [
         [
             kind,
@@ -113,7 +113,7 @@ def loading_table(figures: dict[str, dict[str, Any]]) -> str:
 
 
 def training_table(figures: dict[str, dict[str, Any]]) -> str:
-    """How each kind's losses differ from bfloat16's."""
+    """Table of the differences between each kind's losses and those of bfloat16."""
     lines = [
         [
             kind,

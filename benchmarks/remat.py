@@ -1,4 +1,4 @@
-"""What each policy of rematerialisation costs and saves at 7B: read from compiled programs.
+"""FLOPs and memory of each rematerialisation policy at 7B, read from compiled programs.
 
     python benchmarks/remat.py --output benchmarks/remat.md
     python benchmarks/remat.py --compile-for v5p

@@ -1,4 +1,4 @@
-"""What every benchmark says of itself: the machine, a table, and a JSON file; needs jax only."""
+"""Reports of benchmarks: the machine, a table, and a JSON file; needs jax only."""
 
 import contextlib
 import datetime
@@ -29,9 +29,9 @@ def usable_cores() -> int:
 
 
 def machine() -> dict[str, Any]:
-    """Where, when, with what, and how busy the machine was; timings mean little without.
+    """The machine, its versions, the date and its load, without which timings mean little.
 
-    `load_average` is that of the minute before: an idle machine has about none.
+    `load_average` is that of the minute before; it is near zero on an idle machine.
     """
     devices = jax.devices()
     return {
@@ -48,7 +48,7 @@ def machine() -> dict[str, Any]:
 
 
 def one_line(machine: dict[str, Any]) -> str:
-    """The most of `machine`, for the head of a table."""
+    """`machine` in one line, for the head of a table."""
     devices = machine["devices"]
     kind = machine["processor"] if devices[0] == "cpu" else devices[0]
     many = f"{len(devices)} x " if len(devices) > 1 else ""
@@ -59,7 +59,7 @@ def one_line(machine: dict[str, Any]) -> str:
 
 @contextlib.contextmanager
 def compiling_anew() -> Iterator[None]:
-    """Turns jax's cache of compiled programs off, for who measures what compiling takes."""
+    """Disables JAX's compilation cache, to measure the time of compiling."""
     former = jax.config.values["jax_enable_compilation_cache"]
     jax.config.update("jax_enable_compilation_cache", False)
     try:
@@ -69,12 +69,12 @@ def compiling_anew() -> Iterator[None]:
 
 
 def say(text: str) -> None:
-    """What is being done, for who waits; the figures alone go to standard output."""
+    """Prints progress to standard error; standard output has the figures only."""
     print(text, file=sys.stderr, flush=True)
 
 
 def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns as wide as they need be: the first to the left, figures to the right."""
+    """An aligned table: the first column to the left, figures to the right."""
     lines = [list(headings), *map(list, rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(headings))]
     return "\n".join(
@@ -87,7 +87,7 @@ def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def check_output(output: Path | None) -> None:
-    """Refuses, before anything is measured, a file that cannot be written afterwards.
+    """Checks before measuring that the output file can be written.
 
     Raises:
       ConfigError: its folder is missing, it is a folder itself, or the system refuses it.
@@ -121,7 +121,7 @@ _FLAG_OF_FIELD = {
 
 
 def refuse(error: UserError) -> int:
-    """Prints what is wrong, by the flag that set the configuration's field; the exit status."""
+    """Prints the error, with the flag for a configuration field, and returns the exit status."""
     field, _, words = str(error).partition(": ")
     names = field.split(".")
     for place, name in enumerate(names):

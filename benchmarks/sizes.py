@@ -1,4 +1,4 @@
-"""The models of random weights that are measured, by name; needs jax and flax only.
+"""Architectures of the measured models, by name; needs jax and flax only.
 
 `d512` is the small model of the comparison on CPUs: 8 layers of width 512. Its vocabulary is 8,192,
 so that the layers, where methods differ, are most of the work: with 32,000 tokens the head alone
@@ -87,7 +87,7 @@ def model_of(size: str, vocab_size: int | None = None) -> ModelConfig:
 
 
 def hf_fields(model: ModelConfig) -> dict[str, Any]:
-    """What a `config.json` of this model says, for transformers and for a checkpoint."""
+    """Fields of this model's `config.json`, for transformers and checkpoints."""
     rope = {name: value for name, value in vars(model.rope).items() if value is not None}
     for name in ("truncate", "partial_rotary_factor", "interleaved"):  # not of these types
         del rope[name]

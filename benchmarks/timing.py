@@ -1,4 +1,4 @@
-"""Steps that are timed side by side, and what of their times is quoted; needs jax only."""
+"""Alternating timing of several steps, and summaries of times; needs jax only."""
 
 import statistics
 import time
@@ -11,7 +11,7 @@ OUT_OF_MEMORY = "out of memory"
 
 
 class Spread(NamedTuple):
-    """Of several measurements of the same thing."""
+    """Median and range of several measurements."""
 
     median: float
     lowest: float
@@ -23,16 +23,16 @@ def spread(samples: Sequence[float]) -> Spread:
 
 
 class OutOfMemory(Exception):
-    """What was to be measured does not fit into memory; the others may."""
+    """One of the measured steps ran out of memory."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory, of the host or of a device, did not do."""
+    """True for an out-of-memory error of the host or of a device."""
     return isinstance(error, OutOfMemory) or errors.is_out_of_memory(error)
 
 
 def seconds_of(function: Callable[[], object]) -> float:
-    """How long one call takes; it has to wait for its own result."""
+    """Seconds of one call, which must wait for its result."""
     start = time.perf_counter()
     function()
     return time.perf_counter() - start
@@ -41,18 +41,18 @@ def seconds_of(function: Callable[[], object]) -> float:
 def interleaved(
     steps: Mapping[str, Callable[[], float]], rounds: int, untimed: int = 0
 ) -> tuple[dict[str, list[float]], dict[str, str]]:
-    """Runs one step of each in turn, `rounds` times, so that what disturbs one disturbs all.
+    """Runs the steps alternately for some rounds, so that disturbances affect all of them.
 
-    Each round begins with another step, so that none always follows the same other one.
+    Each round starts with a different step.
 
     Args:
-      steps: by name, functions that do one step and return its seconds.
-      rounds: how often.
-      untimed: rounds before those, to warm up.
+      steps: functions by name that run one step and return its seconds.
+      rounds: number of timed rounds.
+      untimed: number of warm-up rounds.
 
     Returns:
-      The seconds of each step by name, and why steps failed, by name: those that ran out of memory
-      are left out of the rounds that follow. Any other error is raised.
+      Seconds of each step by name, and errors by name of the steps that ran out of memory, which
+      take no part in later rounds. Any other error is raised.
     """
     samples: dict[str, list[float]] = {name: [] for name in steps}
     failed: dict[str, str] = {}

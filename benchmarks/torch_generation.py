@@ -1,4 +1,4 @@
-"""How fast transformers' `generate` decodes; needs torch and transformers."""
+"""Decoding speed of transformers' `generate`; needs torch and transformers."""
 
 import time
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from transformers.generation.logits_process import LogitsProcessor, LogitsProces
 
 
 class Clock(LogitsProcessor):
-    """Leaves logits as they are, and notes when they are there; streamers take one row only."""
+    """Logits processor that records the time of each token; streamers support one row only."""
 
     def __init__(self):
         self.times: list[float] = []
@@ -22,7 +22,7 @@ class Clock(LogitsProcessor):
 
 
 def seconds_a_step(model: Any, prompts: Sequence[Sequence[int]], new_tokens: int) -> float:
-    """Of greedy decoding, from the first new token to the last.
+    """Seconds of greedy decoding, from the first new token to the last.
 
     Args:
       model: a causal language model.

@@ -90,10 +90,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 def check(args: argparse.Namespace) -> list[str]:
-    """The methods to measure; refuses flags that do not do before anything is compiled.
+    """Methods to measure; checks the flags before compiling.
 
     Raises:
-      UserError: names the flag or the field.
+      UserError: a flag or field is invalid.
     """
     check_output(args.output)
     for flag in ("rows", "length", "rank", "experts", "top_k", "rounds", "micro_batches"):
@@ -114,7 +114,7 @@ def check(args: argparse.Namespace) -> list[str]:
 
 
 def peak_of(name: str, argv: Sequence[str]) -> tuple[int | None, str | None]:
-    """The most memory of a process that does only steps of one method; or why it could not."""
+    """Peak memory of a process that runs only one method's steps, or its error."""
     command = [sys.executable, str(Path(__file__).resolve()), *argv, "--measure-peak", name]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode == -9:  # what Linux does where memory has run out
@@ -205,7 +205,7 @@ def _number(value: float | None, form: str, unit: float = 1) -> str:
 
 
 def as_table(figures: dict[str, Any]) -> str:
-    """The figures for people."""
+    """The figures as a table."""
     rows = [row for row in figures["rows"] if row["error"] is None]
     cells = [[cell(row) for _, cell in COLUMNS] for row in rows]
     lines = [table([heading for heading, _ in COLUMNS], cells)]

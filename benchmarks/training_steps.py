@@ -87,7 +87,7 @@ def run_config(method: AdapterMethod, args: Namespace) -> RunConfig:
     """The configuration of a run that trains one adapter as the flags say.
 
     Raises:
-      ConfigError: names the field of a flag that does not do.
+      ConfigError: a field set by a flag is invalid.
     """
     source = {"path": "random", "schema": "text"}
     adapter = {
@@ -194,9 +194,9 @@ def _put_batch(program: Program) -> Any:
 
 
 def _lower_frozen(program: Program, args: Namespace) -> jax.stages.Lowered:
-    """Forward, and backward to the outputs of the embedding; no adapter and no optimiser.
+    """Forward and backward to the outputs of the embedding, without adapters and optimiser.
 
-    It is what every method has to do besides its own: the loss is that of training.
+    Every method computes at least this; the loss is that of training.
     """
     model, micro = program.model, args.micro_batches
     hidden = jnp.dtype(args.dtype)

@@ -39,8 +39,11 @@ def test_counted_operations_are_those_of_the_products(tmp_path):
     ("flags", "message"),
     [
         ("--size 6b", "--size: no size is called '6b'"),
-        ("--parts codes,ffn", "--parts: 'ffn' is none of codes, expansion, layer"),
-        ("--parts codes --forms lora", "--forms lora: none of them is a form of --parts codes"),
+        ("--parts activations,ffn", "--parts: 'ffn' is none of activations, expansion, layer"),
+        (
+            "--parts activations --forms lora",
+            "--forms lora: none of them is a form of --parts activations",
+        ),
         ("--forms sorted", "--forms: 'sorted' is none of one-hot, grouped"),
         ("--experts 8,x", "--experts 8,x: must be numbers"),
         ("--experts 8,1", "--experts 8,1: must be at least 2"),

@@ -53,24 +53,24 @@ def compiled():
     """Outputs and gradients of both products in every form; each compiled once for all choices."""
 
     def all_of(form):
-        def codes(choice, cotangent, x, lora_a):
-            make = lambda x, lora_a: forms.codes(form, x, lora_a, choice)
+        def activations(choice, cotangent, x, lora_a):
+            make = lambda x, lora_a: forms.activations(form, x, lora_a, choice)
             made, pull_back = jax.vjp(make, x, lora_a)
             return made, *pull_back(cotangent)
 
-        def expansion(choice, cotangent, product, codes, lora_b):
-            make = lambda codes, lora_b: forms.expansion(form, product, codes, lora_b, choice)
-            made, pull_back = jax.vjp(make, codes, lora_b)
+        def expansion(choice, cotangent, product, z, lora_b):
+            make = lambda z, lora_b: forms.expansion(form, product, z, lora_b, choice)
+            made, pull_back = jax.vjp(make, z, lora_b)
             return made, *pull_back(cotangent)
 
-        return jax.jit(codes), jax.jit(expansion)
+        return jax.jit(activations), jax.jit(expansion)
 
     return {form: all_of(form) for form in forms.FORMS}
 
 
 @pytest.mark.parametrize("case", _choices())
 @pytest.mark.parametrize("form", forms.FORMS)
-def test_codes_and_their_gradients_equal_a_plain_loop(compiled, form, case):
+def test_activations_and_their_gradients_equal_a_plain_loop(compiled, form, case):
     choice = _choices()[case]
     x, lora_a = _random(TOKENS, WIDTH), _random(WIDTH, EXPERTS, RANK)
     cotangent = _random(SLOTS, TOKENS, RANK)
@@ -87,18 +87,18 @@ def test_codes_and_their_gradients_equal_a_plain_loop(compiled, form, case):
 @pytest.mark.parametrize("form", forms.FORMS)
 def test_expansions_and_their_gradients_equal_a_plain_loop(compiled, form, case):
     choice = _choices()[case]
-    product, codes = _random(TOKENS, FFN_WIDTH), _random(TOKENS, EXPERTS, RANK)
+    product, z = _random(TOKENS, FFN_WIDTH), _random(TOKENS, EXPERTS, RANK)
     lora_b, cotangent = _random(EXPERTS, RANK, FFN_WIDTH), _random(SLOTS, TOKENS, FFN_WIDTH)
-    made, of_codes, of_b = compiled[form][1](choice, cotangent, product, codes, lora_b)
+    made, of_z, of_b = compiled[form][1](choice, cotangent, product, z, lora_b)
     some = np.minimum(choice, EXPERTS - 1)  # `_loop` leaves out what is chosen by none
-    rows = codes[np.arange(TOKENS)[:, None], some].transpose(1, 0, 2)
+    rows = z[np.arange(TOKENS)[:, None], some].transpose(1, 0, 2)
     expected, of_rows, of_matrices = _loop(rows, lora_b, choice, cotangent)
     np.testing.assert_allclose(made, product + expected, **ROUNDING)
     np.testing.assert_allclose(of_b, of_matrices, **GRADIENT_ROUNDING)
-    expected_codes = np.zeros(codes.shape)
+    expected_z = np.zeros(z.shape)
     for slot in range(SLOTS):
-        np.add.at(expected_codes, (np.arange(TOKENS), some[:, slot]), of_rows[slot])
-    np.testing.assert_allclose(of_codes, expected_codes, **GRADIENT_ROUNDING)
+        np.add.at(expected_z, (np.arange(TOKENS), some[:, slot]), of_rows[slot])
+    np.testing.assert_allclose(of_z, expected_z, **GRADIENT_ROUNDING)
 
 
 def test_every_row_is_in_a_block_of_its_expert():

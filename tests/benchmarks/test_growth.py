@@ -73,7 +73,7 @@ def test_the_grouped_form_needs_little_more_than_its_products(grouped):
     for row in grouped:
         shape = counts.shape_of(row.experts, row.rank)
         needed = counts.one_hot_algebra(shape) / counts.grouped_algebra(shape)
-        # What the one-hot form computes again, of all experts' codes, is not among its products.
+        # The low-rank activations that the one-hot form computes again are not among its products.
         assert 0.98 <= row.one_hot / needed <= 1.2, row
 
 
@@ -86,7 +86,9 @@ def _recorded(tmp_path, ratios):
             spread = {"median": times, "lowest": times, "highest": most}
             row = {"part": "layer", "experts": experts, "rank": rank, "form": form}
             rows.append({**row, "seconds": seconds, "ratio_to_one_hot": spread})
-    rows.append({"part": "codes", "experts": 9, "rank": 9, "form": "one-hot", "seconds": None})
+    rows.append(
+        {"part": "activations", "experts": 9, "rank": 9, "form": "one-hot", "seconds": None}
+    )
     machine = {"processor": "P", "cores": 2, "load_average": 0.04, "versions": {"jax": "1"}}
     machine["date"] = "2026-01-02T03:04:05"
     settings = {"size": "d512", "rows": 8, "length": 128, "rounds": 5}
@@ -106,7 +108,7 @@ def test_seconds_in_words(tmp_path):
     assert "faster in 3 of 4 settings, in all from E R of 256 on" in words
     assert words.endswith("in 0.50 of the time with 32 experts of rank 16.")
     (run,) = _recorded(tmp_path, {(8, 8): (0.9, 0.9), (8, 16): (1.1, 1.2)})
-    assert "1 of 2 settings, but not where E R is most" in growth_seconds.in_words(run)
+    assert "1 of 2 settings, but not at the largest E R" in growth_seconds.in_words(run)
 
 
 def test_what_is_counted_is_what_the_products_need(rows):
