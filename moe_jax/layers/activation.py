@@ -38,13 +38,14 @@ def gated(
 
 @jax.custom_jvp
 def _gated_silu(gate: jax.Array, up: jax.Array, weight: jax.Array | None) -> jax.Array:
-    """`gate * up * weight / (1 + exp(-gate))`, computed in float32.
+    """`gate * up * weight / (1 + exp(-gate))`, computed in float32 at least.
 
     The division comes last because XLA never duplicates a division into the loops that use its
     result. On CPUs it does duplicate `silu(gate) * up`, and computes it once for each use.
     """
-    g, u = gate.astype(jnp.float32), up.astype(jnp.float32)
-    product = g * u if weight is None else g * u * weight.astype(jnp.float32)
+    wide = jnp.float64 if gate.dtype == jnp.float64 else jnp.float32
+    g, u = gate.astype(wide), up.astype(wide)
+    product = g * u if weight is None else g * u * weight.astype(wide)
     return (product / (1.0 + jnp.exp(-g))).astype(gate.dtype)
 
 

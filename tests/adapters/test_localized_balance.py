@@ -23,7 +23,8 @@ from moe_jax.training.step.step import forward
 
 @jax.jit
 def _of_logits(logits, mask, groups, present=None) -> RouterStatistics:
-    routing, of_tokens = SoftRouter().route(logits, mask), groups[:, None] * mask
+    routing = SoftRouter().route(logits, mask)
+    of_tokens = groups[:, None] * mask.astype(groups.dtype)
     return router_statistics(routing, mask, present=present, expert_groups=of_tokens)
 
 

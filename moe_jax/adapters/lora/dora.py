@@ -57,19 +57,17 @@ def column_norms(kernel: Kernel, lora_a: jax.Array, lora_b: jax.Array, scale: fl
       [out] or [E, out]; positive.
     """
     kernel, lora_a, lora_b = jax.lax.stop_gradient((dense_kernel(kernel), lora_a, lora_b))
-    lora_a = lora_a.astype(kernel.dtype)
+    dtype, lora_a = _norm_dtype(kernel), lora_a.astype(kernel.dtype)
 
     def einsum(equation: str, left: jax.Array, right: jax.Array) -> jax.Array:
-        return jnp.einsum(
-            equation, left, right, precision="highest", preferred_element_type=jnp.float32
-        )
+        return jnp.einsum(equation, left, right, precision="highest", preferred_element_type=dtype)
 
     cross = einsum("d...r,df->...rf", lora_a, kernel)
     gram = einsum("d...r,d...s->...rs", lora_a, lora_a)
     quadratic = scale**2 * jnp.sum(einsum("...rs,...sf->...rf", gram, lora_b) * lora_b, axis=-2)
     constant = jnp.broadcast_to(_squared_norms(kernel), quadratic.shape)
     square = constant + 2.0 * scale * jnp.sum(cross * lora_b, axis=-2) + quadratic
-    info = jnp.finfo(jnp.float32)
+    info = jnp.finfo(dtype)
     rounding = info.eps * (constant + quadratic) + info.tiny  # of the sum's terms
     return jnp.sqrt(jnp.maximum(square, rounding))
 
@@ -117,8 +115,12 @@ def dora_gains(
 
 
 def _squared_norms(kernel: jax.Array) -> jax.Array:
-    """Squared norms [out] of the columns of W [in, out], float32."""
-    return jnp.sum(jnp.square(kernel.astype(jnp.float32)), axis=0)
+    """Squared norms [out] of the columns of W [in, out]; at least float32."""
+    return jnp.sum(jnp.square(kernel.astype(_norm_dtype(kernel))), axis=0)
+
+
+def _norm_dtype(kernel: jax.Array) -> Any:
+    return jnp.float64 if kernel.dtype == jnp.float64 else jnp.float32
 
 
 def apply_gains(product: jax.Array, gains: jax.Array) -> jax.Array:
