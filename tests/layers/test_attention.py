@@ -1,4 +1,4 @@
-"""Attention against PyTorch, its masks and positions by hand."""
+"""Attention against PyTorch; masks and positions against hand-written values."""
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +37,7 @@ def _inputs(heads, kv_heads, width=8, dtype=np.float32):
 
 
 def _torch_attention(query, key, value, mask):
-    """PyTorch's, which wants heads before positions; `mask` [B, 1, S, S] holds causality too."""
+    """Attention of PyTorch, with heads before positions; `mask` [B, 1, S, S] includes causality."""
     query, key, value = (torch.tensor(x).transpose(1, 2) for x in (query, key, value))
     attended = torch.nn.functional.scaled_dot_product_attention(
         query, key, value, attn_mask=torch.tensor(mask), enable_gqa=True
@@ -71,7 +71,7 @@ def test_the_mask_by_hand():
 
 
 def _by_hand(query, key, value, mask, *, window, scale, softcap):
-    """One query after the other, with the heads of a group spelt out."""
+    """Attention in a loop over queries, with key heads repeated for their groups."""
     out = np.zeros_like(query)
     for b, q, h in np.ndindex(query.shape[:3]):
         k = h // (query.shape[2] // key.shape[2])

@@ -1,4 +1,4 @@
-"""Attention in blocks against PyTorch's gradients of the plain formula, and what it costs."""
+"""Blocked attention against PyTorch's gradients of plain attention, and its memory."""
 
 from functools import partial
 from types import SimpleNamespace
@@ -99,7 +99,7 @@ def test_equals_pytorch_with_all_gradients(name):
         np.testing.assert_allclose(found, right, **GRADIENT_ROUNDING)
 
 
-def test_segments_make_a_difference():
+def test_segments_change_the_result():
     case = CASES["packed and padded"]
     inputs = _inputs(case)
     alone = _case(segments=None)
@@ -131,7 +131,7 @@ def test_pairs_by_hand():
 
 
 @pytest.mark.parametrize("length", [BLOCK, BLOCK + 1])
-def test_only_rows_longer_than_a_block_are_cut(length, monkeypatch):
+def test_only_rows_longer_than_a_block_use_blocks(length, monkeypatch):
     monkeypatch.setattr(attention, "BLOCK", BLOCK)
     case = _case(length=length)
     *inputs, _ = _inputs(case)
@@ -161,7 +161,7 @@ def test_memory_grows_linearly():
     assert long < scores / 4 < scores < _compiled(plain, 1024).memory_analysis().temp_size_in_bytes
 
 
-def test_a_policy_can_spare_the_second_forward_pass():
+def test_a_policy_can_keep_the_forward_pass():
     function = lambda *qkv: blocked_attention(BlockSettings(0.5, None, None, 32), *qkv, None, None)
     keep = jax.checkpoint_policies.save_only_these_names(ATTENTION)
 
@@ -181,9 +181,7 @@ def test_on_a_mesh(devices):
     auto = (AxisType.Auto, AxisType.Auto)
     mesh = jax.make_mesh((2, 2), ("data", "tensor"), auto, devices=devices[:4])
     heads = NamedSharding(mesh, PartitionSpec("data", None, "tensor"))
-    rows = jax.device_put(
-        jnp.asarray(case.segments), NamedSharding(mesh, PartitionSpec("data"))
-    )
+    rows = jax.device_put(jnp.asarray(case.segments), NamedSharding(mesh, PartitionSpec("data")))
     settings = BlockSettings(**case.options, block=BLOCK)
 
     @partial(jax.jit, out_shardings=heads)

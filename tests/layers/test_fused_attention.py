@@ -1,4 +1,4 @@
-"""What the fused kernel of NVIDIA GPUs is asked for, read from the program for such a machine."""
+"""Calls of cuDNN's fused attention, read from programs lowered for CUDA."""
 
 import re
 
@@ -19,7 +19,7 @@ WITH_BIAS = ["fmhaScaleBiasSoftmax", "fmhaScaleBiasSoftmaxBackward"]
 
 @pytest.fixture(autouse=True)
 def _cudnn(monkeypatch):
-    # All that jax asks the machine for before it hands the program to the GPU's compiler.
+    # The only query to the machine before the program goes to the compiler.
     monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
 
 
@@ -52,7 +52,7 @@ def _windows(program):
         ({}, PLAIN, [0, 0]),
         ({"window": WINDOW}, PLAIN, [WINDOW, WINDOW]),
         ({"window": LENGTH}, PLAIN, [0, 0]),
-        # One kernel with the window and one without it; the running program takes one of them.
+        # A kernel with the window and one without; the program chooses at run time.
         ({"window": WINDOW, "traced": True}, 2 * PLAIN, [0, 0, WINDOW, WINDOW]),
         ({"segments": True}, WITH_BIAS, [0, 0]),
         ({"segments": True, "window": WINDOW}, WITH_BIAS, [WINDOW, WINDOW]),
@@ -112,7 +112,7 @@ def test_policies_that_keep_attention_run_its_kernel_once(remat, times):
 
 @pytest.mark.parametrize("segments", [False, True])
 @pytest.mark.parametrize("slides", [None, False, True])
-def test_what_is_asked_for_is_the_same_attention(slides, segments, monkeypatch):
+def test_the_kernels_compute_the_same_attention(slides, segments, monkeypatch):
     # The kernel needs a GPU; jax's own path for CPUs takes the same arguments.
     reference = jax.nn.dot_product_attention
 
@@ -124,9 +124,7 @@ def test_what_is_asked_for_is_the_same_attention(slides, segments, monkeypatch):
     rng = np.random.default_rng(0)
     inputs = [rng.standard_normal((2, 6, heads, 8)).astype(np.float32) for heads in (4, 2, 2)]
     options = {
-        "segment_ids": jnp.array([[1, 1, 1, 2, 2, 0], [0, 0, 1, 1, 1, 1]])
-        if segments
-        else None,
+        "segment_ids": jnp.array([[1, 1, 1, 2, 2, 0], [0, 0, 1, 1, 1, 1]]) if segments else None,
         "window": 3,
         "slides": slides,
         "scale": 0.3,

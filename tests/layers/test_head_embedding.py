@@ -1,4 +1,4 @@
-"""The first and the last projection: tokens to hidden states, hidden states to logits."""
+"""Token embedding, language-model head and frozen projection."""
 
 import flax.linen as nn
 import jax
@@ -35,7 +35,7 @@ def test_logits_are_summed_in_float32(dtype):
 
 
 @pytest.mark.parametrize("use_bias", [False, True])
-def test_the_frozen_projection_is_pytorchs_with_its_kernel_turned(use_bias):
+def test_the_frozen_projection_equals_pytorchs_with_a_transposed_kernel(use_bias):
     reference = torch.nn.Linear(6, 5, bias=use_bias)
     x = RNG.standard_normal((2, 3, 6)).astype(np.float32)
     params = {"kernel": reference.weight.detach().numpy().T}

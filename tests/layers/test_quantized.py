@@ -1,4 +1,4 @@
-"""Kernels in eight and four bits: what is stored, what it stands for, and its products."""
+"""Kernels in eight and four bits: stored arrays, decoded values and products."""
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ def _kernel(seed=0, shape=SHAPE):
 
 
 def _nearest(values, levels):
-    """By exhaustive search."""
+    """Nearest code, by exhaustive search."""
     levels = np.asarray(levels, np.float64)
     return levels[np.argmin(np.abs(values[..., None] - levels), axis=-1)]
 

@@ -90,7 +90,7 @@ def hf_rotary(case: str, head_dim: int) -> LlamaRotaryEmbedding:
 
 
 def positions_for(kind: str) -> np.ndarray:
-    """`[B, S]` positions, as transformers makes them from a padded batch's attention mask."""
+    """Positions `[B, S]`, as computed by transformers from the attention mask of a padded batch."""
     if kind == "within":
         return np.tile(np.arange(MAX_POSITIONS), (2, 1))
     if kind == "beyond":  # one row past the length the model is made for

@@ -1,4 +1,4 @@
-"""Embeddings that are scaled by sqrt(D), against transformers' Gemma."""
+"""Embeddings scaled by sqrt(D), against transformers' Gemma."""
 
 import jax.numpy as jnp
 import numpy as np

@@ -1,4 +1,4 @@
-"""Bounds of and sums over the sequences of packed rows, against plain loops."""
+"""Bounds and sums of the sequences in packed rows, against plain loops."""
 
 import jax
 import numpy as np
@@ -40,7 +40,11 @@ def test_sums_and_their_gradient_are_those_of_the_sequences():
     @jax.jit
     def run(values):
         sums, is_last = sequence_sums(values, IDS)
-        return sums, is_last, jax.grad(lambda v: (weighted(v) * is_last[..., None].astype(v.dtype)).sum())(values)
+        return (
+            sums,
+            is_last,
+            jax.grad(lambda v: (weighted(v) * is_last[..., None].astype(v.dtype)).sum())(values),
+        )
 
     def weighted(values):
         return sequence_sums(values, IDS)[0] * weights

@@ -1,4 +1,4 @@
-"""The soft cap by hand."""
+"""The soft cap, against hand-written values."""
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,6 @@ def test_by_hand():
     np.testing.assert_allclose(soft_cap(x, 3.0), expected, rtol=1e-5)
 
 
-def test_the_slope_is_one_at_zero_and_none_far_out():
+def test_the_slope_is_one_at_zero_and_vanishes_far_out():
     slope = jax.vmap(jax.grad(lambda x: soft_cap(x, 3.0)))(jnp.array([0.0, 1000.0]))
     np.testing.assert_allclose(slope, [1.0, 0.0], atol=1e-6)

@@ -1,4 +1,4 @@
-"""The loss over the vocabulary in chunks: its numbers, its gradients and its memory."""
+"""The cross-entropy in chunks: values, gradients and memory."""
 
 import re
 
@@ -36,21 +36,21 @@ WEIGHTS[1, 4:] = 0.0
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    """Three positions at a time: seven make two chunks, and a third that overlaps the second."""
+    """Chunks of three positions: seven are two chunks, and a third that overlaps the second."""
     monkeypatch.setattr(vocab_loss, "CHUNK_BYTES", 0)
     monkeypatch.setattr(vocab_loss, "MIN_CHUNK_TOKENS", 3 * ROWS)
     assert chunk_positions(ROWS, LENGTH, VOCABULARY) == 3
 
 
 def with_gradient(x, kernel, targets, weights, **settings):
-    """Each loss, without differentiation; and the gradient to x of their weighted sum."""
+    """Losses without differentiation, and the gradient of their weighted sum to x."""
     losses = token_losses(x, kernel, targets, **settings)
     total = lambda x: jnp.sum(token_losses(x, kernel, targets, **settings) * weights)
     return losses, *jax.value_and_grad(total)(x)
 
 
 def torch_losses(x, kernel, targets, weights, cap=None):
-    """The same from PyTorch in float64, with all logits at once."""
+    """The same in PyTorch, in float64 and with all logits at once."""
     x = torch.tensor(np.asarray(x, np.float64), requires_grad=True)
     scores = x @ torch.tensor(np.asarray(kernel, np.float64))
     if cap is not None:
@@ -64,7 +64,7 @@ def torch_losses(x, kernel, targets, weights, cap=None):
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("cap", [None, 1.5])
-def test_losses_and_gradients_are_pytorchs(small_chunks, tied, cap):
+def test_losses_and_gradients_equal_pytorchs(small_chunks, tied, cap):
     kernel = np.ascontiguousarray(KERNEL.T) if tied else KERNEL
     run = jax.jit(lambda x: with_gradient(x, kernel, TARGETS, WEIGHTS, tied=tied, cap=cap))
     losses, total, gradient = run(X)
@@ -77,7 +77,7 @@ def test_losses_and_gradients_are_pytorchs(small_chunks, tied, cap):
     assert (np.abs(gradient) > 1e-3).sum() > 50
 
 
-def test_one_chunk_is_no_loop_and_gives_the_same():
+def test_one_chunk_has_no_loop_and_equal_results():
     assert chunk_positions(ROWS, LENGTH, VOCABULARY) == LENGTH
     run = jax.jit(lambda x: with_gradient(x, KERNEL, TARGETS, WEIGHTS))
     assert "while" not in run.lower(X).as_text()
@@ -102,8 +102,8 @@ def test_bfloat16_rounds_the_gradient_of_the_logits_and_nothing_else(small_chunk
     np.testing.assert_allclose(np.asarray(gradient, np.float64), by_hand, **BFLOAT16_GRADIENT)
 
 
-def test_float16_keeps_gradients_that_the_loss_scale_is_to_save():
-    """Of a token that is nearly certain: every other p is far below 6e-5."""
+def test_float16_keeps_gradients_for_the_loss_scale():
+    """Gradient for a nearly certain token: every other probability is far below 6e-5."""
     x = jnp.asarray([[[16.0, 1.0]]], jnp.float16)
     others = np.linspace(-1.0, 1.0, 63)
     kernel = jnp.asarray(np.stack([[1.0, *[0.0] * 63], [0.0, *others]]), jnp.float16)
@@ -127,21 +127,21 @@ def test_chunks_by_hand():
     assert chunk_positions(rows=4096, length=3, vocabulary=262144) == 1
 
 
-def test_the_kernel_is_frozen_and_says_so():
+def test_differentiating_the_frozen_kernel_raises():
     loss = lambda kernel: jnp.sum(token_losses(X, kernel, TARGETS))
     with pytest.raises(ValueError, match="the head is frozen"):
         jax.grad(loss)(jnp.asarray(KERNEL))
 
 
 def plain_losses(x, kernel, targets):
-    """Through the logits of all positions."""
+    """Losses through the logits of all positions."""
     scores = logits(x, kernel)
     chosen = jnp.take_along_axis(scores, targets[..., None], axis=-1)[..., 0]
     return jax.nn.logsumexp(scores, axis=-1) - chosen
 
 
 def test_memory_of_the_loss_at_7b_widths():
-    """Of four rows of 512 tokens, behind Llama 2's layers: 250 MiB of logits, in four chunks."""
+    """Four rows of 512 tokens at Llama 2's sizes have 250 MiB of logits, in four chunks."""
     rows, length, width, vocabulary = 4, 512, 4096, 32000
     abstract = jax.ShapeDtypeStruct
     shapes = (rows, length, width), (width, vocabulary), (rows, length)
@@ -164,7 +164,7 @@ def test_memory_of_the_loss_at_7b_widths():
 
 @pytest.mark.parametrize("sizes", [(1, 1, 8), (2, 2, 2)], ids=str)
 def test_devices_that_share_the_vocabulary(sizes, monkeypatch):
-    """As on one device; and no device has a row of logits whole, or those of all positions."""
+    """Equal to one device; no device has a whole row of logits, or those of all positions."""
     rows, length, width, vocabulary = 8, 6, 24, 272
     data, fsdp, tensor = sizes
     own_rows, own_vocabulary = rows // (data * fsdp), vocabulary // tensor
@@ -202,7 +202,7 @@ def test_devices_that_share_the_vocabulary(sizes, monkeypatch):
         return {tuple(int(size) for size in shape.split(",")) for shape in found}
 
     def sizes_of(executable, last):
-        """Without the last axis, the sizes of arrays that end in `last` but for the kernel."""
+        """Sizes, without the last axis, of all arrays except the kernel that end in `last`."""
         kernels = {width, width // fsdp}
         found = [s for s in shapes(executable) if s[-1] == last and s[0] not in kernels]
         return {np.prod(shape[:-1]) for shape in found}

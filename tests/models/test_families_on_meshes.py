@@ -1,4 +1,4 @@
-"""A model with every feature that some family has: the same on eight devices as on one."""
+"""A model with the features of all families on eight devices, against one device."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""Every family against transformers, through saved checkpoints, with an adapter on it."""
+"""Every family against transformers, through saved checkpoints, with and without an adapter."""
 
 import copy
 import dataclasses
@@ -146,7 +146,7 @@ CASES = {
     "glm4_unbiased": Case("glm4", {"head_dim": 8, "attention_bias": False}),
 }
 FAMILIES = ("mistral", "qwen2_sliding", "qwen3", "gemma", "gemma2", "gemma3", "phi3_long", "glm4")
-"""What gradients are taken of; every feature of the others is among theirs, or in other tests."""
+"""Cases of the gradient test, which have every feature that no other test covers."""
 
 
 def _model(case: str, **more):
@@ -168,7 +168,7 @@ SEQUENCES = ((0, slice(0, 24)), (1, slice(0, 16)), (2, slice(0, 12)), (2, slice(
 
 
 def _reference_logits(model, tokens: np.ndarray) -> list[np.ndarray]:
-    """Of each sequence, all of them in one batch, padded on the right."""
+    """Logits of each sequence, from one batch padded on the right."""
     lengths = [columns.stop - columns.start for _, columns in SEQUENCES]
     batch, mask = np.zeros((2, len(SEQUENCES), LENGTH), np.int64)
     for index, (row, columns) in enumerate(SEQUENCES):
@@ -193,7 +193,7 @@ def _largest_difference(ours, expected: list[np.ndarray]) -> float:
 
 
 def _lora_tree(config) -> dict:
-    """A LoRA of large weights on all seven projections."""
+    """A LoRA with large weights on all seven projections."""
     rng = np.random.default_rng(2)
     narrow, wide = config.hidden_size, config.intermediate_size
     query, key = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim

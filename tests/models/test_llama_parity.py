@@ -1,4 +1,4 @@
-"""Our Llama against transformers', logits for logits, through a saved checkpoint."""
+"""Logits of Llama against transformers, through a saved checkpoint."""
 
 import jax
 import jax.numpy as jnp
@@ -90,7 +90,7 @@ def test_logits_equal_transformers(tmp_path, variant, padding):
         )
 
 
-def test_packed_sequences_do_not_see_each_other(tmp_path):
+def test_packed_sequences_do_not_attend_to_each_other(tmp_path):
     save_tiny_llama(tmp_path)
     config = read_model_config(tmp_path)
     params = load_base_params(tmp_path, config, "float32")

@@ -1,4 +1,4 @@
-"""A whole model whose rows are longer than a block of attention."""
+"""A whole model on rows longer than a block of attention."""
 
 import jax
 import jax.numpy as jnp

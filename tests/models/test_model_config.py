@@ -1,4 +1,4 @@
-"""Architectures that cannot be, and what cannot compute one."""
+"""Invalid architectures, and compute settings invalid for an architecture."""
 
 import jax
 import jax.numpy as jnp
@@ -39,13 +39,13 @@ LONG = dict(rope_type="longrope", rope_theta=1e4, original_max_position_embeddin
         ),
     ],
 )
-def test_architectures_that_cannot_be(change, field, reason):
+def test_invalid_architectures(change, field, reason):
     with pytest.raises(FieldError, match=reason) as caught:
         tiny_program.model_config(**change)
     assert caught.value.field == field
 
 
-def test_the_fused_kernel_refuses_what_it_cannot_compute():
+def test_the_fused_kernel_refuses_unsupported_models():
     compute = ComputeConfig(dtype="bfloat16", attention="cudnn")
     tokens = jnp.zeros((1, 2), jnp.int32)
     model = LlamaForCausalLM(tiny_program.model_config(attn_logit_softcapping=50.0), compute)

@@ -1,4 +1,4 @@
-"""A family that the package does not know, in one file outside of it."""
+"""A family defined in one file outside of the package."""
 
 import importlib.util
 import json
@@ -106,7 +106,7 @@ RENAMED = {
 
 @pytest.fixture
 def quill(tmp_path):
-    """The family, imported from a file; forgotten again afterwards."""
+    """The family, imported from a file and unregistered afterwards."""
     with pytest.raises(CheckpointError, match=r"architecture QuillForCausalLM .* not supported"):
         model_config_from_hf(CONFIG, "config.json")
     path = tmp_path / "quill_family.py"

@@ -1,4 +1,4 @@
-"""Losses of given tokens from the whole model, in the place of its logits."""
+"""Token losses of the whole model, computed without its logits."""
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ def _logits_and_losses(model, tokens, targets):
 
 
 def test_a_tied_head_with_a_cap(monkeypatch):
-    """As Gemma 2 has it; from the model's own logits, which are those of transformers."""
+    """Losses of a Gemma 2 head, against those of the model's logits."""
     monkeypatch.setattr(vocab_loss, "CHUNK_BYTES", 0)
     monkeypatch.setattr(vocab_loss, "MIN_CHUNK_TOKENS", 6)
     ends = {"tie_word_embeddings": True, "final_logit_softcapping": 0.5}
@@ -44,7 +44,7 @@ def test_a_tied_head_with_a_cap(monkeypatch):
 
 
 def test_a_training_step_without_the_logits(monkeypatch):
-    """Less memory by the logits at least, the same loss and the same gradients."""
+    """Equal loss and gradients, in less memory by at least the logits."""
     rows, length, vocabulary = 8, 250, 8192
     config = tiny_program.model_config(
         **SMALL, **HEADS, vocab_size=vocabulary, max_position_embeddings=256

@@ -1,4 +1,4 @@
-"""Untrained adapters: what they start from, and what they do not depend on."""
+"""Initial values of untrained adapters, and their independence from one another."""
 
 import flax.linen as nn
 import jax
@@ -20,7 +20,7 @@ DORA = {"dora": True}
 
 @pytest.fixture(scope="module")
 def params():
-    """A random base, of which no two columns are equally long."""
+    """A random base whose columns all have different lengths."""
     return tiny_program.random_params(tiny_program.program({"x": tiny_program.LORA}, config=CONFIG))
 
 
@@ -42,7 +42,7 @@ def _named(tree):
 
 
 def _kernel(params, path):
-    """The base's kernel [L, in, out] of the projection that an adapter's leaf belongs to."""
+    """Kernel [L, in, out] of the projection of an adapter's leaf."""
     _, block, *site, _ = path.split("/")
     return np.asarray(params["layers"][block][site[-1]]["kernel"])
 
@@ -75,7 +75,7 @@ def test_the_base_and_the_neighbours_change_no_pair(params):
         np.testing.assert_allclose(scaled[path], expected, rtol=1e-6, err_msg=path)
 
 
-def test_another_key_draws_everything_anew_but_what_is_not_drawn(params):
+def test_another_key_changes_all_random_leaves_only(params):
     fields = {**tiny_program.MIXLORA, **DORA}
     one, other = (_named(_fresh(fields, params, seed)) for seed in (0, 1))
     for path, leaf in one.items():
@@ -83,7 +83,7 @@ def test_another_key_draws_everything_anew_but_what_is_not_drawn(params):
         assert (leaf != other[path]).any() == drawn, path
 
 
-def test_leaves_say_along_which_axes_they_may_be_split(params):
+def test_leaves_have_logical_axes(params):
     tree = _fresh({**tiny_program.MIXLORA, **DORA}, params)
     magnitude = tree["layers"]["mlp"]["moe"]["up_proj"]["magnitude"]
     assert isinstance(magnitude, nn.LogicallyPartitioned)

@@ -1,4 +1,4 @@
-"""DoRA on a mesh of eight devices as on one: norms, magnitudes, of a projection and of experts."""
+"""DoRA on a mesh of eight devices, against one: of a projection and of experts."""
 
 import jax
 import numpy as np
@@ -9,7 +9,7 @@ METHOD = {**tiny_program.MIXLORA, "dora": True}
 
 
 def _run(mesh):
-    """Fresh adapters, and the loss and every gradient of a step from random ones."""
+    """Untrained adapters, and the loss and gradients of a step from random ones."""
     config = tiny_program.model_config(num_layers=2)
     program = tiny_program.program({"default": METHOD}, mesh=mesh, config=config)
     params = tiny_program.random_params(program)

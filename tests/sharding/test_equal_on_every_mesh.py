@@ -1,4 +1,4 @@
-"""The same losses, gradients and fresh adapters on eight devices as on one."""
+"""Losses, gradients and untrained adapters on eight devices, against one."""
 
 import jax
 import numpy as np
@@ -20,7 +20,7 @@ METHODS = {"default": METHOD, "soft": SOFT}
 
 
 def _run(mesh):
-    """Metrics of the first step, the gradient of every leaf, and the fresh adapters."""
+    """Metrics of the first step, the gradient of every leaf, and the untrained adapters."""
     program = tiny_program.program(
         METHODS,
         rows=16,
@@ -69,7 +69,7 @@ def test_loss_and_gradients_equal_one_device(one_device, mesh):
     assert parts == MESHES[mesh]["fsdp"] * MESHES[mesh]["tensor"]
 
 
-def test_optimizer_moments_lie_where_their_adapter_does():
+def test_optimizer_moments_are_sharded_like_their_adapter():
     program = tiny_program.program(
         {"default": METHOD},
         rows=16,

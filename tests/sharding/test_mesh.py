@@ -1,4 +1,4 @@
-"""Meshes that fit the devices, and the messages about those that do not."""
+"""Meshes of the devices, and errors for meshes of the wrong size."""
 
 import pytest
 from jax.sharding import AxisType

@@ -1,4 +1,4 @@
-"""Which axis of the mesh splits which axis of a leaf, and what cannot be split."""
+"""Mesh axes of the leaves, and errors for axes that the mesh does not divide."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ def _build(mesh: dict[str, int], rows: int = 8, **overrides: Any) -> Any:
     return tiny_program.program({"x": tiny_program.MIXLORA}, rows=rows, config=config, mesh=mesh)
 
 
-def test_what_is_split_and_what_is_whole():
+def test_specs_of_every_kind_of_leaf():
     program = _build({"data": 2, "fsdp": 2, "tensor": 2})
     params, adapter = program.param_shardings, program.state_shardings.adapters["x"]
     layer, own = params["layers"], adapter["layers"]
@@ -45,7 +45,7 @@ def test_what_is_split_and_what_is_whole():
         assert sharding.mesh == program.mesh
 
 
-def test_a_rank_that_the_mesh_does_not_divide_stays_whole():
+def test_a_rank_that_the_mesh_does_not_divide_is_replicated():
     method = {**tiny_program.LORA, "rank": 3}
     program = tiny_program.program({"x": method}, mesh={"data": 4, "fsdp": 2})
     own = program.state_shardings.adapters["x"]["layers"]["self_attn"]["q_proj"]
@@ -53,7 +53,7 @@ def test_a_rank_that_the_mesh_does_not_divide_stays_whole():
     assert own["lora_B"].spec == Spec(None, None, "tensor")
 
 
-def test_moments_lie_where_their_leaves_do():
+def test_moments_are_sharded_like_their_leaves():
     program = tiny_program.program(
         {"x": tiny_program.MIXLORA},
         optimizer={"learning_rate": 1e-3},

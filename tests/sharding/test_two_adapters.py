@@ -1,4 +1,4 @@
-"""Two adapters on a mesh: equal to one device, and no device asks another for rows."""
+"""Two adapters on a mesh: equal to one device, and no rows move between devices."""
 
 import dataclasses
 import re
@@ -17,7 +17,7 @@ METHODS = {
     "y": {**tiny_program.LORA, "target_modules": TARGETS, "dropout": 0.1},
 }
 MODEL = tiny_program.model_config(num_layers=2)
-ROWS, LENGTH = 8, 20  # a length that is no width of a weight, so that shapes tell rows apart
+ROWS, LENGTH = 8, 20  # no weight has this width, so that shapes identify rows
 MESH = {"data": 2, "fsdp": 4}
 
 
@@ -37,9 +37,9 @@ def _step(program):
     state = program.init_state(params).replace(adapters=adapters)
     batch = program.put_train_batch(tiny_program.random_batch(2 * ROWS, LENGTH))
     state, metrics = program.train_step(state, params, batch)
-    # Plain SGD with learning rate 1: what a leaf lost is its gradient.
-    lost = jax.tree.map(lambda old, new: old - np.asarray(new), before, state.adapters)
-    return lost, jax.tree.map(np.asarray, metrics)
+    # Plain SGD with learning rate 1: the decrease of a leaf is its gradient.
+    gradients = jax.tree.map(lambda old, new: old - np.asarray(new), before, state.adapters)
+    return gradients, jax.tree.map(np.asarray, metrics)
 
 
 def test_losses_and_gradients_equal_one_device(on_mesh):
@@ -48,33 +48,35 @@ def test_losses_and_gradients_equal_one_device(on_mesh):
     for name, value in expected_metrics.items():
         np.testing.assert_allclose(metrics[name], value, **ROUNDING, err_msg=name)
     jax.tree.map(
-        lambda own, one: np.testing.assert_allclose(own, one, **GRADIENT_ROUNDING), ours, expected
+        lambda sharded, one: np.testing.assert_allclose(sharded, one, **GRADIENT_ROUNDING),
+        ours,
+        expected,
     )
     assert min(float(metrics[f"{name}/grad_norm"]) for name in METHODS) > 0.1
 
 
 def _exchanged(compiled):
-    """What devices send each other of tokens: the operation and the shapes of what comes of it."""
-    found = re.findall(
+    """Collectives of arrays with a token axis: operation and shape of the result."""
+    collectives = re.findall(
         r"= (.*?) (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)"
         r"(?:-start)?\(",
         compiled.as_text(),
     )
-    assert found
+    assert collectives
     return {
         (operation, shape)
-        for result, operation in found
+        for result, operation in collectives
         for shape in re.findall(r"\w+\[([\d,]+)\]", result)
         if str(LENGTH) in shape.split(",")
     }
 
 
-def test_cutting_out_an_adapters_rows_moves_nothing(on_mesh):
+def test_taking_an_adapters_rows_moves_nothing(on_mesh):
     alone = _exchanged(_program({"x": METHODS["x"]}, MESH).compiled_train_step(LENGTH))
     assert _exchanged(on_mesh.compiled_train_step(LENGTH)) <= alone
-    # Were the first half of the batch one adapter's and the second half the other's, devices would
-    # have rows of one adapter only, and every change of rows would send activations around.
-    methods = {segment.name: segment.method for segment in on_mesh.adapter_rows}
+    # If the first half of the batch belonged to one adapter and the second to the other, devices
+    # would have rows of one adapter only, and each update of rows would move activations.
+    methods = {rows.name: rows.method for rows in on_mesh.adapter_rows}
     halves = divide_rows(methods, dict.fromkeys(methods, ROWS), shards=1)
     moving = dataclasses.replace(on_mesh, adapter_rows=halves).lower_train_step(LENGTH).compile()
     hidden_states = f",{LENGTH},{MODEL.hidden_size}"

@@ -1,4 +1,4 @@
-"""Two processes of four devices each, joined by `jax.distributed`, against one device."""
+"""Training in two processes of four devices each, against one device."""
 
 import json
 import os
