@@ -254,24 +254,18 @@ def expert_slots(tokens: RoutedTokens, ffn: ExpertFFN) -> tuple[jax.Array, jax.A
         stacked["dispatch"] = jax.lax.stop_gradient(jnp.moveaxis(tokens.dispatch, 1, 0))
         slot = functools.partial(expert_slot, tokens, ffn, pairs=ffn.pairs, z=tokens.z)
 
+    def add_slot(total: jax.Array, own: Any) -> tuple[jax.Array, jax.Array | None]:
+        more, z_down = slot(**own)
+        return total + more, z_down
+
     count = tokens.weights.shape[1]
-    first = slot(**jax.tree.map(lambda array: array[0], stacked))
-    if count <= WRITTEN_OUT:
-        others = [slot(**jax.tree.map(lambda a, c=c: a[c], stacked)) for c in range(1, count)]
-        total = sum((other[0] for other in others), first[0])
-        z_down = jax.tree.map(lambda *slots: jnp.stack(slots), first[1], *(o[1] for o in others))
-    else:
-
-        def add_slot(total: jax.Array, own: Any) -> tuple[jax.Array, jax.Array | None]:
-            more, z_down = slot(**own)
-            return total + more, z_down
-
+    if count > WRITTEN_OUT:
         keep = jax.checkpoint_policies.save_only_these_names(NARROW_PRODUCT)
-        others = jax.tree.map(lambda array: array[1:], stacked)
-        total, z_down = jax.lax.scan(jax.checkpoint(add_slot, policy=keep), first[0], others)
-        z_down = jax.tree.map(
-            lambda one, more: jnp.concatenate([one[None], more]), first[1], z_down
-        )
+        add_slot = jax.checkpoint(add_slot, policy=keep)
+    width = ffn.down_kernel.shape[-1] if ffn.down_kernel is not None else tokens.gate.shape[-1]
+    zeros = jnp.zeros((len(tokens.gate), width), tokens.gate.dtype)
+    unroll = count if count <= WRITTEN_OUT else 1
+    total, z_down = jax.lax.scan(add_slot, zeros, stacked, unroll=unroll)
     if z_down is None:
         return total, None
     if tokens.dispatch is None:
