@@ -296,7 +296,7 @@ def test_invalid_rows_raise(segment_ids):
     ids = np.array(segment_ids, np.int32)
     batch = Batch(ids, ids > 0, *[ids] * 4)
     for put in (program.put_train_batch, program.put_eval_batch):
-        with pytest.raises(ValueError, match="one sequence, padded on the right only"):
+        with pytest.raises(ValueError, match="single sequence, padded on the right only"):
             put(batch)
 
 
