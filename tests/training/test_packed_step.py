@@ -199,8 +199,8 @@ def test_programs_for_unpacked_rows_ignore_segment_ids(programs, params, steps):
 
 
 def test_packed_rows_need_a_packed_program(programs):
-    with pytest.raises(ValueError, match="one sequence, padded on the right only"):
+    with pytest.raises(ValueError, match="single sequence, padded on the right only"):
         programs["padded"].put_train_batch(PACKED)
     # Evaluation rows are never packed.
-    with pytest.raises(ValueError, match="one sequence, padded on the right only"):
+    with pytest.raises(ValueError, match="single sequence, padded on the right only"):
         programs["packed"].put_eval_batch(PACKED)
