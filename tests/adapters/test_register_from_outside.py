@@ -16,11 +16,11 @@ from moe_jax.adapters import METHODS
 from moe_jax.adapters.method import AdapterMethod
 from moe_jax.adapters.routing.losses import ROUTER_LOSSES, RouterLoss
 from moe_jax.adapters.routing.router import ROUTERS, Router, Routing
-from moe_jax.adapters.tree import adapter_leaf
 from moe_jax.checkpoints.adapter_files import SavedAdapter, load_adapter, save_adapter
 from moe_jax.config.parse import parse_member, require
 from moe_jax.errors import ConfigError
 from moe_jax.hf.base_model import BaseIdentity
+from moe_jax.layers.frozen import adapter_leaf
 
 
 class Rescale(nn.Module):
@@ -32,7 +32,7 @@ class Rescale(nn.Module):
     def __call__(self, x, frozen, context, *, deterministic):
         shape = frozen.product.shape[-1:]
         gain = adapter_leaf(self, "gain", nn.initializers.ones, shape, (self.axis,))
-        return frozen.product * gain.astype(frozen.product.dtype)
+        return frozen.product * gain[None, None].astype(frozen.product.dtype)
 
 
 @METHODS.register("outside_rescale")
