@@ -22,9 +22,9 @@ dispatch acts on the low-rank activations z, E R numbers a token, and not on the
 static and no token is gathered, sorted or dropped. `tests/adapters/test_routed_ffn.py` compares it
 with whole experts in PyTorch.
 
-Two slots are written out side by side. `benchmarks/gpu_step.py` models a 7B step compiled for an
-H200 at 147.9 ms so, at 149.1 ms with the slots in a loop, and at 152.0 ms with an axis C in the
-hidden activations (29 November 2026; an estimate).
+Two slots are unrolled. For a 7B step compiled for an H200, `benchmarks/gpu_step.py` estimates 147.9
+ms with two unrolled slots, 149.1 ms with a loop over the slots, and 152.0 ms with an axis C in the
+hidden activations (29 November 2026).
 """
 
 import dataclasses
@@ -52,16 +52,17 @@ from moe_jax.adapters.routing.losses import RouterLoss, check_losses
 from moe_jax.adapters.routing.router import Router, RouterLogits, Routing, route_with_cache
 from moe_jax.adapters.routing.statistics import sow_routing
 from moe_jax.adapters.routing.strategies import TopKRouter
-from moe_jax.adapters.token_blocks import map_token_blocks, token_dropout
+from moe_jax.adapters.token_blocks import map_token_blocks
 from moe_jax.adapters.tree import ATTENTION_MODULES, MLP_MODULES
 from moe_jax.config.model import ModelConfig
 from moe_jax.config.parse import require, within
 from moe_jax.layers.activation import gated
+from moe_jax.layers.frozen import frozen_product
 from moe_jax.layers.names import LOW_RANK, NARROW_PRODUCT
-from moe_jax.layers.quantized import Kernel, frozen_product
+from moe_jax.layers.quantized import Kernel
 from moe_jax.sharding.axes import EMBED, MLP
 
-WRITTEN_OUT = 2
+MAX_UNROLLED_SLOTS = 2
 """Largest number of slots that the program holds side by side. More slots are the steps of a loop,
 whose backward pass recomputes each step, so that memory does not grow with their number."""
 
@@ -168,7 +169,7 @@ class RoutedTokens:
 
 
 @flax.struct.dataclass
-class ExpertFFN:
+class ExpertWeights:
     """Weights and settings that all tokens share.
 
     Attributes:
@@ -193,7 +194,7 @@ class ExpertFFN:
 
 def expert_slot(
     tokens: RoutedTokens,
-    ffn: ExpertFFN,
+    experts: ExpertWeights,
     pairs: Mapping[str, ExpertPairs],
     z: Mapping[str, jax.Array],
     dispatch: jax.Array,
@@ -204,12 +205,12 @@ def expert_slot(
 
     Args:
       tokens: inputs of all slots.
-      ffn: frozen weights and settings.
-      pairs: the pairs that the slot chooses from.
+      experts: weights and settings of all slots.
+      pairs: low-rank pairs that the slot selects from.
       z: low-rank activations [T, E, R] of these pairs.
       dispatch: [T, E].
       weights: [T].
-      keys: two dropout keys.
+      keys: two dropout keys; None drops nothing.
 
     Returns:
       The weighted hidden activation h_c [T, F], and the low-rank activations of the slot's expert
@@ -217,54 +218,57 @@ def expert_slot(
       the slot's output [T, D] instead, since DoRA rescales the down projection of each expert.
     """
 
-    def adapted(target: str, product: jax.Array, bias: jax.Array | None) -> jax.Array:
+    def adapt(target: str, product: jax.Array, bias: jax.Array | None) -> jax.Array:
         if target in pairs:
             selected = jnp.einsum("ter,te->ter", z[target], dispatch.astype(product.dtype))
             lora_b = pairs[target].lora_b.astype(product.dtype)
-            product = pairs[target].rescale(product, dispatch)  # DoRA only
+            # With DoRA, `lora_b` contains the gains already; without, `rescale` changes nothing.
+            product = pairs[target].rescale(product, dispatch)
             product = product + jnp.einsum("ter,erf->tf", selected, lora_b)
         return product if bias is None else product + bias[None]
 
-    gate = adapted("gate_proj", tokens.gate, ffn.gate_bias)
-    up = adapted("up_proj", tokens.up, ffn.up_bias)
-    hidden = gated(ffn.activation, gate, up, weights.astype(gate.dtype)[:, None])
-    hidden = token_dropout(
-        hidden, ffn.hidden_dropout, None if keys is None else keys[0], tokens.index
-    )
+    gate = adapt("gate_proj", tokens.gate, experts.gate_bias)
+    up = adapt("up_proj", tokens.up, experts.up_bias)
+    hidden = gated(experts.activation, gate, up, weights.astype(gate.dtype)[:, None])
+    hidden_key, down_key = (None, None) if keys is None else keys
+    hidden = token_dropout(hidden, experts.hidden_dropout, hidden_key, tokens.index)
     if "down_proj" not in pairs:
         return hidden, None
     down = pairs["down_proj"]
-    seen = token_dropout(hidden, ffn.down_dropout, None if keys is None else keys[1], tokens.index)
-    z_down = jnp.einsum("ter,te->ter", down.activations(seen), dispatch.astype(hidden.dtype))
-    if ffn.down_kernel is None:
+    z_down = down.activations(token_dropout(hidden, experts.down_dropout, down_key, tokens.index))
+    z_down = jnp.einsum("ter,te->ter", z_down, dispatch.astype(hidden.dtype))
+    if experts.down_kernel is None:
         return hidden, z_down
-    product = checkpoint_name(frozen_product(hidden, ffn.down_kernel), NARROW_PRODUCT)
+    product = checkpoint_name(frozen_product(hidden, experts.down_kernel), NARROW_PRODUCT)
     return down.rescale(product, dispatch), z_down
 
 
-def expert_slots(tokens: RoutedTokens, ffn: ExpertFFN) -> tuple[jax.Array, jax.Array | None]:
+def expert_slots(
+    tokens: RoutedTokens, experts: ExpertWeights
+) -> tuple[jax.Array, jax.Array | None]:
     """The sum of all slots; see `expert_slot` for the two results, the second for all E experts."""
-    stacked: dict[str, Any] = {"weights": tokens.weights.T, "keys": ffn.dropout_keys}
-    if tokens.dispatch is None:  # slot c is expert c: one pair to choose from, and it is chosen
-        stacked["pairs"] = {name: pair.experts_first() for name, pair in ffn.pairs.items()}
-        stacked["z"] = {name: jnp.moveaxis(z, 1, 0)[:, :, None] for name, z in tokens.z.items()}
+    stacked: dict[str, Any] = {"weights": tokens.weights.T, "keys": experts.dropout_keys}
+    if tokens.dispatch is None:  # slot c is expert c: it selects from one pair, always that pair
+        pairs, z = experts.pairs, tokens.z
+        stacked["pairs"] = {target: pair.experts_first() for target, pair in pairs.items()}
+        stacked["z"] = {target: jnp.moveaxis(z[target], 1, 0)[:, :, None] for target in z}
         stacked["dispatch"] = jnp.ones_like(stacked["weights"])[..., None]
-        slot = functools.partial(expert_slot, tokens, ffn)
-    else:
+        slot = functools.partial(expert_slot, tokens, experts)
+    else:  # one-hot vectors have no gradient
         stacked["dispatch"] = jax.lax.stop_gradient(jnp.moveaxis(tokens.dispatch, 1, 0))
-        slot = functools.partial(expert_slot, tokens, ffn, pairs=ffn.pairs, z=tokens.z)
+        slot = functools.partial(expert_slot, tokens, experts, pairs=experts.pairs, z=tokens.z)
 
-    def add_slot(total: jax.Array, own: Any) -> tuple[jax.Array, jax.Array | None]:
-        more, z_down = slot(**own)
-        return total + more, z_down
+    def add_slot(total: jax.Array, slot_inputs: Any) -> tuple[jax.Array, jax.Array | None]:
+        output, z_down = slot(**slot_inputs)
+        return total + output, z_down
 
-    count = tokens.weights.shape[1]
-    if count > WRITTEN_OUT:
-        keep = jax.checkpoint_policies.save_only_these_names(NARROW_PRODUCT)
-        add_slot = jax.checkpoint(add_slot, policy=keep)
-    width = ffn.down_kernel.shape[-1] if ffn.down_kernel is not None else tokens.gate.shape[-1]
-    zeros = jnp.zeros((len(tokens.gate), width), tokens.gate.dtype)
-    unroll = count if count <= WRITTEN_OUT else 1
+    num_slots = tokens.weights.shape[1]
+    if num_slots > MAX_UNROLLED_SLOTS:
+        policy = jax.checkpoint_policies.save_only_these_names(NARROW_PRODUCT)
+        add_slot = jax.checkpoint(add_slot, policy=policy)
+    wide = tokens.gate if experts.down_kernel is None else experts.down_kernel
+    zeros = jnp.zeros((len(tokens.gate), wide.shape[-1]), tokens.gate.dtype)
+    unroll = num_slots if num_slots <= MAX_UNROLLED_SLOTS else 1
     total, z_down = jax.lax.scan(add_slot, zeros, stacked, unroll=unroll)
     if z_down is None:
         return total, None
@@ -299,9 +303,9 @@ class MixLoraFFN(nn.Module):
             if target in method.target_modules
         }
         # One dropout mask for all experts of a token, and one product for gate and up.
-        seen = nn.Dropout(low_rank.dropout, deterministic=deterministic)(x)
+        dropped = nn.Dropout(low_rank.dropout, deterministic=deterministic)(x)
         inputs = {target: pair for target, pair in pairs.items() if target != "down_proj"}
-        z = checkpoint_name(joint_activations(_flat(seen), inputs), LOW_RANK)
+        z = checkpoint_name(joint_activations(_flat(dropped), inputs), LOW_RANK)
         tokens = RoutedTokens(
             gate=_flat(ffn.gate.product),
             up=_flat(ffn.up.product),
@@ -311,24 +315,33 @@ class MixLoraFFN(nn.Module):
             index=jnp.arange(x.shape[0] * x.shape[1], dtype=jnp.int32),
         )
         dora_down = "down_proj" in pairs and pairs["down_proj"].gains is not None
-        experts = ExpertFFN(
-            pairs,
-            *(ffn.gate_bias, ffn.up_bias, ffn.down_kernel if dora_down else None),
-            *self._dropout(context, routing.weights.shape[-1], deterministic),
+        keys, hidden_dropout, down_dropout = self._dropout_settings(
+            context, routing.weights.shape[-1], deterministic
+        )
+        experts = ExpertWeights(
+            pairs=pairs,
+            gate_bias=ffn.gate_bias,
+            up_bias=ffn.up_bias,
+            down_kernel=ffn.down_kernel if dora_down else None,
+            dropout_keys=keys,
+            hidden_dropout=hidden_dropout,
+            down_dropout=down_dropout,
             activation=ffn.activation,
         )
-        if context.block_tokens is None or dora_down:  # in blocks, W_down would be read once each
+        if context.block_tokens is None or dora_down:  # DoRA would reload W_down for every block
             total, z_down = expert_slots(tokens, experts)
         else:
-            shape = context.block_tokens, context.shards
-            total, z_down = map_token_blocks(expert_slots, tokens, experts, *shape)
+            blocks = context.block_tokens, context.shards
+            total, z_down = map_token_blocks(expert_slots, tokens, experts, *blocks)
 
-        output = _output_beside_experts(x, ffn, routing)
+        output = _bias_and_bypass(x, ffn, routing)
         if z_down is not None:
             z_down = checkpoint_name(z_down, LOW_RANK)
             output = output + pairs["down_proj"].expand(z_down).reshape(x.shape)
         total = total.reshape(*x.shape[:-1], -1)
-        return FFNUpdate(None, output + total) if dora_down else FFNUpdate(total, output)
+        if dora_down:
+            return FFNUpdate(hidden=None, output=output + total)
+        return FFNUpdate(hidden=total, output=output)
 
     def _route(self, x: jax.Array, context: AdapterContext, deterministic: bool) -> Routing:
         router, mask = self.method.router, context.token_mask
@@ -346,17 +359,15 @@ class MixLoraFFN(nn.Module):
             segment_ids=context.segment_ids,
         )
         if routed is not None:
-            routing = routing.where(routed)
-        # As small as the low-rank activations, and slow to compute again.
+            routing = routing.masked_by_layer(routed)
+        # Kept for the backward pass: the routing is small and slow to compute again.
         dispatch, weights = checkpoint_name((routing.dispatch, routing.weights), LOW_RANK)
         return routing._replace(dispatch=dispatch, weights=weights)
 
-    def _dropout(
+    def _dropout_settings(
         self, context: AdapterContext, slots: int, deterministic: bool
     ) -> tuple[jax.Array | None, jax.Array | None, jax.Array | None]:
-        """Two keys for each slot, and the rates of `ExpertFFN`; a layer left frozen drops
-        nothing.
-        """
+        """Dropout keys [C, 2] and rates of `ExpertWeights`; a frozen layer has the rates zero."""
         rates = self.method.ffn_dropout, self.method.expert_low_rank.dropout
         if deterministic or not any(rates):
             return None, None, None
@@ -367,12 +378,33 @@ class MixLoraFFN(nn.Module):
         return keys, hidden, down
 
 
+def token_dropout(
+    x: jax.Array, rate: jax.Array | None, key: jax.Array | None, index: jax.Array
+) -> jax.Array:
+    """Dropout whose mask depends on each token's index alone, so that blocks of tokens agree.
+
+    Args:
+      x: [T, F].
+      rate: share of the entries that become zero, a scalar; the others are divided by 1 - rate.
+      key: random key of all tokens; None drops nothing, as does a rate of None.
+      index: int32 [T].
+    """
+    if rate is None or key is None:
+        return x
+
+    def keep(token: jax.Array) -> jax.Array:
+        return jax.random.bernoulli(jax.random.fold_in(key, token), 1.0 - rate, x.shape[-1:])
+
+    scaled = x / (1.0 - rate).astype(x.dtype)
+    return jnp.where(jax.vmap(keep)(index), scaled, jnp.zeros_like(x))
+
+
 def _flat(array: jax.Array) -> jax.Array:
     """Rows and positions as one axis of tokens: [B, S, ...] to [T, ...]."""
     return array.reshape(-1, *array.shape[2:])
 
 
-def _output_beside_experts(x: jax.Array, ffn: FrozenFFN, routing: Routing) -> jax.Array:
+def _bias_and_bypass(x: jax.Array, ffn: FrozenFFN, routing: Routing) -> jax.Array:
     """The part of the output [B, S, D] from the bias of the down projection and from a bypass."""
     output = jnp.zeros_like(x)
     if ffn.down_bias is not None:  # every expert has it; the frozen projection adds it once

@@ -7,7 +7,6 @@ import jax
 
 from moe_jax.adapters.method import AdapterContext, FrozenProjection
 from moe_jax.adapters.rows import AdapterRows, take_rows, update_rows
-from moe_jax.adapters.tree import module_name
 from moe_jax.layers.frozen import FrozenLinear
 
 
@@ -45,7 +44,7 @@ class AdaptedLinear(FrozenLinear):
             adapter = rows.method.projection_adapter(str(self.name), self.axes)
             if adapter is None:
                 continue
-            module = adapter.clone(parent=self, name=module_name(rows.name))
+            module = adapter.clone(parent=self, name=rows.module_name)
 
             def update(product: jax.Array, module=module, rows=rows) -> jax.Array:  # noqa: ANN001
                 frozen = FrozenProjection(product, self.kernel)

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.adapters.method import AdapterMethod
+from moe_jax.layers.names import MODULE_PREFIX
 
 
 class AdapterRows(NamedTuple):
@@ -34,19 +35,24 @@ class AdapterRows(NamedTuple):
     shards: int = 1
 
     @property
+    def module_name(self) -> str:
+        """Name of the adapter's Linen module at every site."""
+        return MODULE_PREFIX + self.name
+
+    @property
     def total(self) -> int:
         """Number of the adapter's rows in the whole batch."""
         return (self.stop - self.start) * self.shards
 
 
 def divide_rows(
-    methods: Mapping[str, AdapterMethod], rows: Mapping[str, int], shards: int = 1
+    methods: Mapping[str, AdapterMethod], counts: Mapping[str, int], shards: int = 1
 ) -> tuple[AdapterRows, ...]:
-    """Gives each adapter `rows[name]` rows of a batch, in the order of `methods`.
+    """Gives each adapter `counts[name]` rows of a batch, in the order of `methods`.
 
     Args:
       methods: method of each adapter.
-      rows: number of rows of each adapter in the whole batch; multiples of `shards`.
+      counts: number of rows of each adapter in the whole batch; multiples of `shards`.
       shards: number of devices, or groups of them, that the rows are divided over.
 
     Raises:
@@ -54,9 +60,9 @@ def divide_rows(
     """
     ranges, start = [], 0
     for name, method in methods.items():
-        count, rest = divmod(rows[name], shards)
+        count, rest = divmod(counts[name], shards)
         if rest:
-            raise ValueError(f"{rows[name]} rows of {name!r} do not divide into {shards} shards")
+            raise ValueError(f"{counts[name]} rows of {name!r} do not divide into {shards} shards")
         ranges.append(AdapterRows(name, method, start, start + count, shards))
         start += count
     return tuple(ranges)
@@ -70,10 +76,8 @@ def take_rows(rows: AdapterRows, array: jax.Array) -> jax.Array:
     return sharded[:, rows.start : rows.stop].reshape(rows.total, *array.shape[1:])
 
 
-def take_rows_of_several(adapter_rows: Sequence[AdapterRows], array: jax.Array) -> jax.Array:
-    """The rows of several adapters of `array` [B, ...], as a batch of these adapters alone has
-    them.
-    """
+def take_rows_of_adapters(adapter_rows: Sequence[AdapterRows], array: jax.Array) -> jax.Array:
+    """Concatenates the rows of several adapters of `array` [B, ...], shard by shard."""
     parts = [
         take_rows(rows, array).reshape(rows.shards, -1, *array.shape[1:]) for rows in adapter_rows
     ]

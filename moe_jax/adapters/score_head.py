@@ -6,8 +6,8 @@ import jax.numpy as jnp
 
 from moe_jax.adapters.method import AdapterMethod
 from moe_jax.adapters.rows import AdapterRows, take_rows
-from moe_jax.adapters.tree import adapter_leaf, module_name
 from moe_jax.config.classification import ClassificationConfig
+from moe_jax.layers.frozen import adapter_leaf
 from moe_jax.layers.vocabulary import logits
 from moe_jax.sharding.axes import EMBED, LABELS
 
@@ -47,7 +47,7 @@ class ScoreHeads(nn.Module):
         for rows in self.adapter_rows:
             if rows.method.classification is None:
                 continue
-            head = ScoreHead(rows.method.classification, name=module_name(rows.name))
+            head = ScoreHead(rows.method.classification, name=rows.module_name)
             last = last_position(take_rows(rows, token_mask))[:, None, None]
             scores[rows.name] = head(
                 jnp.take_along_axis(take_rows(rows, hidden), last, axis=1)[:, 0]

@@ -68,24 +68,3 @@ def map_token_blocks(
 
     run = jax.checkpoint(lambda block: function(block, shared))
     return jax.tree.map(join, jax.lax.map(run, jax.tree.map(split, tokens)))
-
-
-def token_dropout(
-    x: jax.Array, rate: jax.Array | None, key: jax.Array | None, index: jax.Array
-) -> jax.Array:
-    """Dropout whose mask depends on each token's index alone, so that blocks of tokens agree.
-
-    Args:
-      x: [T, F].
-      rate: share of the entries that become zero, a scalar; the others are divided by 1 - rate.
-      key: random key of all tokens; None drops nothing, as does a rate of None.
-      index: int32 [T].
-    """
-    if rate is None or key is None:
-        return x
-
-    def keep(token: jax.Array) -> jax.Array:
-        return jax.random.bernoulli(jax.random.fold_in(key, token), 1.0 - rate, x.shape[-1:])
-
-    scaled = x / (1.0 - rate).astype(x.dtype)
-    return jnp.where(jax.vmap(keep)(index), scaled, jnp.zeros_like(x))

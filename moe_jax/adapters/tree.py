@@ -14,12 +14,9 @@ adapters are optimized, saved and exchanged one by one, the tree is keyed by ada
 from collections.abc import Mapping
 from typing import Any
 
-import flax.linen as nn
-import jax
-import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from moe_jax.layers.names import ADAPTERS
+from moe_jax.layers.names import MODULE_PREFIX
 
 ATTENTION_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj")
 """Names of the attention projections that adapters can target."""
@@ -39,53 +36,19 @@ SCORE = "score"
 SITES = frozenset({*TARGET_MODULES, MOE, SCORE})
 """Names of all sites that adapters attach to."""
 
-_PREFIX = "adapter_"
-
-
-def module_name(adapter: str) -> str:
-    """Name of the Linen module of `adapter` at every site."""
-    return _PREFIX + adapter
-
 
 def expert_name(adapter: str, index: int | str) -> str:
     """External name of an expert, in reports and in other programs."""
     return f"moe.{adapter}.experts.{index}"
 
 
-def adapter_leaf(
-    module: nn.Module,
-    name: str,
-    init: nn.initializers.Initializer,
-    shape: tuple[int, ...],
-    axes: tuple[str, ...],
-) -> jax.Array:
-    """Creates or reads a trainable float32 leaf of `module` in the `adapters` collection.
-
-    Linen's `param` uses the `params` collection, which here is frozen.
-
-    Args:
-      module: module that owns the leaf, inside its compact method or `setup`.
-      name: name of the leaf.
-      init: initializer.
-      shape: shape of the leaf.
-      axes: logical axis of each dimension.
-    """
-
-    def create() -> Any:
-        boxed = nn.with_logical_partitioning(init, axes)
-        return boxed(module.make_rng(ADAPTERS), shape, jnp.float32)
-
-    variable: Any = module.variable(ADAPTERS, name, create)
-    return variable.value
-
-
 def by_adapter(collection: Mapping[str, Any]) -> dict[str, Any]:
     """Converts a Linen collection to `{adapter: tree}`; leaves are not touched."""
     result: dict[str, dict[tuple[str, ...], Any]] = {}
     for path, leaf in flatten_dict(collection).items():
-        (marker,) = [part for part in path if part.startswith(_PREFIX)]
+        (marker,) = [part for part in path if part.startswith(MODULE_PREFIX)]
         rest = tuple(part for part in path if part != marker)
-        result.setdefault(marker.removeprefix(_PREFIX), {})[rest] = leaf
+        result.setdefault(marker.removeprefix(MODULE_PREFIX), {})[rest] = leaf
     return {name: unflatten_dict(flat) for name, flat in result.items()}
 
 
@@ -96,5 +59,5 @@ def to_collection(adapters: Mapping[str, Any]) -> dict[str, Any]:
         for path, leaf in flatten_dict(tree).items():
             # The first site on the path is the outer one: `moe` before the `gate_proj` inside it.
             site = next(i for i, part in enumerate(path) if part in SITES) + 1
-            result[(*path[:site], module_name(name), *path[site:])] = leaf
+            result[(*path[:site], MODULE_PREFIX + name, *path[site:])] = leaf
     return unflatten_dict(result)

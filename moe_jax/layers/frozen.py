@@ -11,15 +11,15 @@ from jax.sharding import PartitionSpec
 from moe_jax.config.model import FloatType, ModelConfig, StorageType
 from moe_jax.config.parse import require, suggest
 from moe_jax.errors import ConfigError
-from moe_jax.layers.names import NARROW_PRODUCT, PARAMS, WIDE_PRODUCT
+from moe_jax.layers.names import ADAPTERS, NARROW_PRODUCT, PARAMS, WIDE_PRODUCT
 from moe_jax.layers.quantized import (
     DoubleScales,
     Kernel,
     Nf4Kernel,
     QuantizedKernel,
     ScaledKernel,
-    frozen_product,
     quantize,
+    quantized_product,
 )
 from moe_jax.sharding.axes import MLP, blocks
 
@@ -97,6 +97,33 @@ def frozen_leaf(
     return leaf
 
 
+def adapter_leaf(
+    module: nn.Module,
+    name: str,
+    init: nn.initializers.Initializer,
+    shape: tuple[int, ...],
+    axes: tuple[str, ...],
+) -> jax.Array:
+    """Creates or reads a trainable float32 leaf of `module` in the `adapters` collection.
+
+    Linen's `param` uses the `params` collection, which here is frozen.
+
+    Args:
+      module: module that owns the leaf, inside its compact method or `setup`.
+      name: name of the leaf.
+      init: initializer.
+      shape: shape of the leaf.
+      axes: logical axis of each dimension.
+    """
+
+    def create() -> Any:
+        boxed = nn.with_logical_partitioning(init, axes)
+        return boxed(module.make_rng(ADAPTERS), shape, jnp.float32)
+
+    variable: Any = module.variable(ADAPTERS, name, create)
+    return variable.value
+
+
 def frozen_kernel(
     module: nn.Module,
     name: str,
@@ -146,6 +173,13 @@ def quantized_axes(kind: str, axes: tuple[str, str]) -> Any:
         return Nf4Kernel(whole, by_block)
     by_output: Any = PartitionSpec(None, features)
     return Nf4Kernel(whole, DoubleScales(by_block, by_output, by_output))
+
+
+def frozen_product(x: jax.Array, kernel: Kernel) -> jax.Array:
+    """`x W` in the dtype of x, of a stored kernel W [in, out]."""
+    if isinstance(kernel, QuantizedKernel):
+        return quantized_product(x, kernel)
+    return jnp.dot(x, kernel.astype(x.dtype))
 
 
 class FrozenLinear(nn.Module):

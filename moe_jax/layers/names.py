@@ -1,4 +1,4 @@
-"""Names of the Linen variable collections, and of the arrays that rematerialisation may keep."""
+"""Names of Linen collections and modules, and of the arrays that rematerialisation may keep."""
 
 PARAMS = "params"
 """Collection of the frozen base parameters."""
@@ -33,3 +33,6 @@ LOW_RANK = "low_rank"
 
 DORA_NORMS = "dora_norms"
 """Column norms of DoRA's adapted weights, which do not depend on the tokens."""
+
+MODULE_PREFIX = "adapter_"
+"""Prefix of the names of adapters' Linen modules: `adapter_x` is a module of the adapter `x`."""

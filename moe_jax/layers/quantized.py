@@ -209,13 +209,6 @@ def _backward(kernel: QuantizedKernel, cotangent: jax.Array) -> tuple[jax.Array,
 quantized_product.defvjp(_forward, _backward)
 
 
-def frozen_product(x: jax.Array, kernel: Kernel) -> jax.Array:
-    """`x W` in the dtype of x, of a stored kernel W [in, out]."""
-    if isinstance(kernel, QuantizedKernel):
-        return quantized_product(x, kernel)
-    return jnp.dot(x, kernel.astype(x.dtype))
-
-
 def dense_kernel(kernel: Kernel) -> jax.Array:
     """The kernel [..., in, out] as an array: as stored, or in float32 if it is quantised."""
     return kernel.dense(jnp.float32) if isinstance(kernel, QuantizedKernel) else kernel

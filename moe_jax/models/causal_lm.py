@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from moe_jax.adapters.rows import AdapterRows, take_rows_of_several
+from moe_jax.adapters.rows import AdapterRows, take_rows_of_adapters
 from moe_jax.adapters.score_head import ScoreHeads, is_classifier
 from moe_jax.config.model import ComputeConfig, ModelConfig
 from moe_jax.layers.attention import positions_from_segments
@@ -161,7 +161,7 @@ class LlamaForCausalLM(nn.Module):
         others = [rows for rows in self.adapter_rows if not is_classifier(rows.method)]
         if len(others) == len(self.adapter_rows):
             return array
-        return take_rows_of_several(others, array) if others else None
+        return take_rows_of_adapters(others, array) if others else None
 
     def _head(self) -> tuple[jax.Array, bool]:
         """The kernel of the language-model head, and whether it is the embedding's [V, D]."""

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from moe_jax.adapters.method import AdapterContext, FFNUpdate, FrozenFFN, FrozenProjection
 from moe_jax.adapters.projection import AdaptedLinear
 from moe_jax.adapters.rows import AdapterRows, take_rows, update_rows
-from moe_jax.adapters.tree import MLP_MODULES, MOE, module_name
+from moe_jax.adapters.tree import MLP_MODULES, MOE
 from moe_jax.config.model import ComputeConfig, ModelConfig
 from moe_jax.layers.activation import ACTIVATIONS, gated
 from moe_jax.layers.attention import cached_attention, causal_attention
@@ -170,7 +170,7 @@ class ExpertFFNs(nn.Module):
                 gate=ffn.gate._replace(product=take_rows(rows, ffn.gate.product)),
                 up=ffn.up._replace(product=take_rows(rows, ffn.up.product)),
             )
-            module = adapter.clone(parent=self, name=module_name(rows.name))
+            module = adapter.clone(parent=self, name=rows.module_name)
             deterministic = self.settings.deterministic
             updates[rows.name] = module(
                 take_rows(rows, x), frozen, contexts[rows.name], deterministic=deterministic

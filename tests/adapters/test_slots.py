@@ -8,7 +8,7 @@ import torch
 from adapted_ffn import AdaptedFFN, llama_mlp, mixlora, random_input
 from tolerances import ROUNDING
 
-from moe_jax.adapters.token_blocks import token_dropout
+from moe_jax.adapters.mixlora import token_dropout
 
 ROWS, LENGTH, WIDTH = 2, 64, 2048
 HIDDEN_BYTES = ROWS * LENGTH * WIDTH * 4

@@ -7,7 +7,8 @@ import pytest
 from tolerances import FLOAT32_PRODUCT, ROUNDING, SIX_DIGITS
 
 from moe_jax.layers import quantized
-from moe_jax.layers.quantized import BLOCK, NF4_LEVELS, dense_kernel, frozen_product
+from moe_jax.layers.frozen import frozen_product
+from moe_jax.layers.quantized import BLOCK, NF4_LEVELS, dense_kernel
 
 KINDS = ("int8", "fp8", "nf4", "nf4_double")
 quantize = jax.jit(quantized.quantize, static_argnums=1)

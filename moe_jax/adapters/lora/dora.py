@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from moe_jax.adapters.tree import adapter_leaf
+from moe_jax.layers.frozen import adapter_leaf
 from moe_jax.layers.kv_cache import cached, remember
 from moe_jax.layers.names import DORA_NORMS
 from moe_jax.layers.quantized import Kernel, dense_kernel

@@ -9,7 +9,7 @@ from jax.ad_checkpoint import checkpoint_name
 from moe_jax.adapters.lora.dora import apply_gains, dora_gains
 from moe_jax.adapters.lora.low_rank import LowRankConfig
 from moe_jax.adapters.method import METHODS, AdapterContext, AdapterMethod, FrozenProjection
-from moe_jax.adapters.tree import adapter_leaf
+from moe_jax.layers.frozen import adapter_leaf
 from moe_jax.layers.names import LOW_RANK
 from moe_jax.layers.tokens import token_product
 from moe_jax.sharding.axes import RANK

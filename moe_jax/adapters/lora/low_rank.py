@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.adapters.lora.dora import dora_gains
-from moe_jax.adapters.tree import adapter_leaf
 from moe_jax.config.parse import require
+from moe_jax.layers.frozen import adapter_leaf
 from moe_jax.layers.quantized import Kernel
 from moe_jax.sharding.axes import EXPERTS, RANK
 

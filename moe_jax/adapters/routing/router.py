@@ -9,11 +9,10 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from moe_jax.adapters.tree import adapter_leaf
 from moe_jax.config.parse import Registry, require
+from moe_jax.layers.frozen import adapter_leaf
 from moe_jax.layers.kv_cache import cached, remember
 from moe_jax.layers.names import LOW_RANK
-from moe_jax.layers.tokens import token_product
 from moe_jax.sharding.axes import EXPERTS
 
 ROUTERS = Registry("router")
@@ -59,7 +58,7 @@ class Routing(NamedTuple):
             return self.weights
         return jnp.einsum("bsc,bsce->bse", self.weights, self.dispatch)
 
-    def where(self, routed: jax.Array) -> "Routing":
+    def masked_by_layer(self, routed: jax.Array) -> "Routing":
         """This routing in a routed layer, and the frozen FFN alone in a layer that is not routed.
 
         In the latter the first slot has no expert and all the weight.
@@ -184,7 +183,10 @@ class RouterLogits(nn.Module):
                 self.make_rng("dropout"), x.shape, x.dtype, 1.0 - jitter, 1.0 + jitter
             )
             x = x * noise
-        logits = token_product(x, kernel, precision=jax.lax.Precision.HIGHEST)
+        # Tokens along one axis: over two, XLA transposes the wide operand for the kernel's gradient.
+        flat = x.reshape(-1, x.shape[-1])
+        logits = jnp.dot(flat, kernel, precision=jax.lax.Precision.HIGHEST)
+        logits = logits.reshape(*x.shape[:-1], self.num_experts)
         logits = checkpoint_name(logits, LOW_RANK)
         return logits if present is None else jnp.where(present, logits, ABSENT)
 

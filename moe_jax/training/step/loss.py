@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from moe_jax.adapters.rows import AdapterRows, divide_rows, take_rows, take_rows_of_several
+from moe_jax.adapters.rows import AdapterRows, divide_rows, take_rows, take_rows_of_adapters
 from moe_jax.adapters.score_head import is_classifier, last_position
 from moe_jax.data.batch import Batch
 from moe_jax.models.causal_lm import LlamaForCausalLM
@@ -110,7 +110,7 @@ def adapter_losses(
         return losses
     assert outputs.token_losses is not None
     if len(others) < len(adapter_rows):
-        batch = Batch(*(take_rows_of_several(others, array) for array in batch))
+        batch = Batch(*(take_rows_of_adapters(others, array) for array in batch))
     sums = sum_by_row(outputs.token_losses, batch)
     methods = {rows.name: rows.method for rows in others}
     totals = {rows.name: rows.total for rows in others}
