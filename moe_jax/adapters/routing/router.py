@@ -183,7 +183,8 @@ class RouterLogits(nn.Module):
                 self.make_rng("dropout"), x.shape, x.dtype, 1.0 - jitter, 1.0 + jitter
             )
             x = x * noise
-        # Tokens along one axis: over two, XLA transposes the wide operand for the kernel's gradient.
+        # Tokens along one axis: over two, XLA transposes the wide operand for the kernel's
+        # gradient.
         flat = x.reshape(-1, x.shape[-1])
         logits = jnp.dot(flat, kernel, precision=jax.lax.Precision.HIGHEST)
         logits = logits.reshape(*x.shape[:-1], self.num_experts)
