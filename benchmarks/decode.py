@@ -36,14 +36,14 @@ import numpy as np
 from benchmarks.random_inputs import random_params
 from benchmarks.report import MEBIBYTE, check_output, machine, one_line, refuse, write_json
 from benchmarks.sizes import SIZE_HELP, hf_fields, model_of
-from benchmarks.timing import OUT_OF_MEMORY, is_out_of_memory
+from benchmarks.timing import OUT_OF_MEMORY
 from moe_jax.adapters import METHODS
 from moe_jax.adapters.method import AdapterMethod
 from moe_jax.adapters.tree import TARGET_MODULES
 from moe_jax.checkpoints.leaves import named_leaves, nested_dict
 from moe_jax.config.model import ComputeConfig, ModelConfig
 from moe_jax.config.parse import parse_member
-from moe_jax.errors import ConfigError, UserError
+from moe_jax.errors import ConfigError, UserError, is_out_of_memory
 from moe_jax.inference.generator import Request, TokenGenerator
 from moe_jax.inference.settings import SamplingConfig
 from moe_jax.layers.names import PARAMS

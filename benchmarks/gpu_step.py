@@ -34,12 +34,12 @@ from benchmarks.compiled_flops import compiled_flops
 from benchmarks.gpu_chip import CHIPS, gpu_chip, plugin_version
 from benchmarks.report import (
     check_output,
-    compiling_anew,
     machine,
     one_line,
     refuse,
     say,
     table,
+    without_compilation_cache,
     write_json,
 )
 from benchmarks.roofline import H200, Roofline, Totals, grouped, roofline
@@ -236,7 +236,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         names = check(args)
         chip = gpu_chip(args.compile_for)
         rows, lists = [], []
-        with compiling_anew():
+        with without_compilation_cache():
             for name in names:
                 say(f"{name}: compiling")
                 row, model = estimate(name, args, chip)

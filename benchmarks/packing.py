@@ -36,12 +36,12 @@ from benchmarks.compiled_flops import compiled_flops
 from benchmarks.random_inputs import params_of
 from benchmarks.report import (
     check_output,
-    compiling_anew,
     machine,
     one_line,
     refuse,
     say,
     table,
+    without_compilation_cache,
     write_json,
 )
 from benchmarks.sizes import SIZE_HELP, model_of
@@ -301,7 +301,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         check(args)
         about = machine()
-        with compiling_anew(), tempfile.TemporaryDirectory() as folder:
+        with without_compilation_cache(), tempfile.TemporaryDirectory() as folder:
             path = generated(Path(folder)) if args.data is None else args.data
             figures = measure(args, path)
         print(f"{args.size} model, rows of {args.length} tokens; {one_line(about)}")

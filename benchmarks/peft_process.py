@@ -1,4 +1,4 @@
-"""peft's LoRA in PyTorch on our weights, in a process of its own, with its own Python."""
+"""Process that trains peft's LoRA in PyTorch on given weights, with a separate interpreter."""
 
 import contextlib
 import json
@@ -11,28 +11,29 @@ from typing import Any
 import jax
 import numpy as np
 
-from benchmarks.timing import OutOfMemory
 from moe_jax.errors import ConfigError
 
 _CHILD = Path(__file__).with_name("peft_lora.py")
 _NEEDED = ("torch", "transformers", "peft", "numpy")
-_FIND = (
+_MISSING = (
     f"import importlib.util as u; print(*[name for name in {_NEEDED} if u.find_spec(name) is None])"
 )
 
 
 def check_python(python: str) -> None:
-    """Refuses an interpreter that cannot train peft's LoRA, before anything is measured.
+    """Checks before measuring that an interpreter can train peft's LoRA.
 
     Raises:
-      ConfigError: names what it lacks, and how to get it.
+      ConfigError: the interpreter cannot be run, or packages are missing.
     """
     try:
-        found = subprocess.run([python, "-c", _FIND], capture_output=True, text=True, check=False)
+        found = subprocess.run(
+            [python, "-c", _MISSING], capture_output=True, text=True, check=False
+        )
     except OSError as error:
         raise ConfigError(f"--peft-python {python}: cannot be run: {error.strerror}") from None
     if found.returncode:
-        raise ConfigError(f"--peft-python {python}: does not run Python")
+        raise ConfigError(f"--peft-python {python}: is not a Python interpreter")
     missing = ", ".join(found.stdout.split())
     if missing:
         raise ConfigError(
@@ -52,14 +53,14 @@ def save_arrays(folder: Path, tree: Any, prefix: str = "") -> None:
 
 
 class PeftProcess:
-    """The running child.
+    """The running child process.
 
     Attributes:
-      trainable: weights that it trains.
-      threads: that torch computes with.
-      versions: of its packages.
-      losses: of each step so far.
-      peak_bytes: the most that torch allocated on a GPU so far; None on a CPU.
+      trainable: number of trainable weights.
+      threads: number of threads of torch.
+      versions: versions of the packages by name.
+      losses: loss of each step so far.
+      peak_bytes: peak of the memory that torch allocated on a GPU so far; None on a CPU.
     """
 
     def __init__(self, process: "subprocess.Popen[str]"):
@@ -72,13 +73,13 @@ class PeftProcess:
         self.versions: dict[str, str] = ready["versions"]
 
     def step(self) -> float:
-        """Does a step and returns its seconds.
+        """Runs a step and returns its seconds.
 
         Raises:
-          OutOfMemory: it did not fit, or the system ended the process.
+          MemoryError: the step ran out of memory, or the system killed the process.
         """
         assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # `_answer` says why
+        with contextlib.suppress(BrokenPipeError):  # `_answer` raises the cause
             self._process.stdin.write("step\n")
             self._process.stdin.flush()
         answer = self._answer()
@@ -91,12 +92,12 @@ class PeftProcess:
         line = self._process.stdout.readline()
         if not line:
             status = self._process.wait()
-            if status == -9:  # what Linux does where memory has run out
-                raise OutOfMemory("the process of peft was killed")
+            if status == -9:  # killed by Linux, out of memory
+                raise MemoryError("the process of peft was killed")
             raise RuntimeError(f"the process of peft ended with status {status}; see above")
         answer = json.loads(line)
         if "failed" in answer:
-            raise OutOfMemory(answer["failed"])
+            raise MemoryError(answer["failed"])
         if "refused" in answer:
             raise ConfigError(f"--peft: {answer['refused']}; name another with --peft-python")
         return answer
@@ -106,17 +107,17 @@ class PeftProcess:
 def peft_process(
     python: str, params: Any, adapter: Any, tokens: np.ndarray, settings: Mapping[str, Any]
 ) -> Iterator[PeftProcess]:
-    """The child, with our base and our adapter, ready for its first step.
+    """Starts the child process with the given base and adapter, ready for its first step.
 
     Args:
-      python: its interpreter.
-      params: the base's weights, in a float type.
-      adapter: the weights that LoRA's training begins with.
-      tokens: int [B, S].
-      settings: what `peft_lora.py` reads.
+      python: interpreter of the process.
+      params: weights of the base, in a float type.
+      adapter: initial weights of LoRA.
+      tokens: input and target tokens, int [B, S].
+      settings: content of `settings.json`, see `peft_lora.py`.
 
     Raises:
-      OutOfMemory: the model did not fit.
+      MemoryError: the model did not fit into memory.
       ConfigError: torch cannot use the device that jax uses.
     """
     with tempfile.TemporaryDirectory() as scratch:
@@ -131,7 +132,7 @@ def peft_process(
         ) as process:
             try:
                 running = PeftProcess(process)
-                for file in folder.iterdir():  # it has read them, and they may be large
+                for file in folder.iterdir():  # already read, and possibly large
                     file.unlink()
                 yield running
             finally:

@@ -33,11 +33,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.compiled_flops import compiled_flops
 from benchmarks.report import check_output, refuse, say
-from benchmarks.timing import is_out_of_memory
 from benchmarks.tpu_chip import GENERATIONS, tpu_chip
 from moe_jax.adapters import METHODS
 from moe_jax.config.run import MeshConfig, RunConfig, parse_run_config
-from moe_jax.errors import DeviceError, UserError
+from moe_jax.errors import DeviceError, UserError, is_out_of_memory
 from moe_jax.hf.config import model_config_from_hf
 from moe_jax.models.remat import REMAT_POLICIES
 from moe_jax.training.step.program import build_program

@@ -58,7 +58,7 @@ def one_line(machine: dict[str, Any]) -> str:
 
 
 @contextlib.contextmanager
-def compiling_anew() -> Iterator[None]:
+def without_compilation_cache() -> Iterator[None]:
     """Disables JAX's compilation cache, to measure the time of compiling."""
     former = jax.config.values["jax_enable_compilation_cache"]
     jax.config.update("jax_enable_compilation_cache", False)

@@ -1,11 +1,11 @@
-"""Alternating timing of several steps, and summaries of times; needs jax only."""
+"""Alternating timing of several steps, and summaries of the times. Needs jax only."""
 
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-from moe_jax import errors
+from moe_jax.errors import is_out_of_memory
 
 OUT_OF_MEMORY = "out of memory"
 
@@ -19,16 +19,8 @@ class Spread(NamedTuple):
 
 
 def spread(samples: Sequence[float]) -> Spread:
+    """Median, minimum and maximum of the samples."""
     return Spread(statistics.median(samples), min(samples), max(samples))
-
-
-class OutOfMemory(Exception):
-    """One of the measured steps ran out of memory."""
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """True for an out-of-memory error of the host or of a device."""
-    return isinstance(error, OutOfMemory) or errors.is_out_of_memory(error)
 
 
 def seconds_of(function: Callable[[], object]) -> float:
@@ -51,8 +43,8 @@ def interleaved(
       untimed: number of warm-up rounds.
 
     Returns:
-      Seconds of each step by name, and errors by name of the steps that ran out of memory, which
-      take no part in later rounds. Any other error is raised.
+      Seconds of each step by name, and error messages by name of the steps that ran out of memory.
+      Later rounds leave these steps out. Any other error is raised.
     """
     samples: dict[str, list[float]] = {name: [] for name in steps}
     failed: dict[str, str] = {}

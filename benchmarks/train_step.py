@@ -32,23 +32,23 @@ from typing import Any, get_args
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.contest import PEFT, Contest
 from benchmarks.peak_memory import PeakMemory
 from benchmarks.peft_process import check_python
 from benchmarks.random_inputs import params_of
 from benchmarks.report import (
     MEBIBYTE,
     check_output,
-    compiling_anew,
     machine,
     one_line,
     refuse,
     say,
     table,
+    without_compilation_cache,
     write_json,
 )
 from benchmarks.sizes import SIZE_HELP, model_of
-from benchmarks.timing import OUT_OF_MEMORY, is_out_of_memory
+from benchmarks.step_comparison import PEFT, StepComparison
+from benchmarks.timing import OUT_OF_MEMORY
 from benchmarks.training_steps import (
     FROZEN,
     LORA,
@@ -59,7 +59,7 @@ from benchmarks.training_steps import (
     run_config,
 )
 from moe_jax.config.model import ComputeConfig, FloatType, StorageType
-from moe_jax.errors import ConfigError, UserError
+from moe_jax.errors import ConfigError, UserError, is_out_of_memory
 
 
 def parser() -> argparse.ArgumentParser:
@@ -153,27 +153,27 @@ def measure(args: argparse.Namespace, names: Sequence[str], argv: Sequence[str])
             say(f"{name}: peak memory")
             row["peak_bytes"], row["error"] = peak_of(name, argv)
     facts = machine()
-    contest = Contest(args, rows | ({PEFT: {}} if args.peft else {}))
+    comparison = StepComparison(args, rows | ({PEFT: {}} if args.peft else {}))
     steps = {}
-    for name in filter(contest.alive, names):
+    for name in filter(comparison.alive, names):
         say(f"{name}: compiling")
-        steps[name] = contest.prepare(name)
+        steps[name] = comparison.prepare(name)
     with contextlib.ExitStack() as stack:
         if args.peft:
             say("peft: starting")
-            contest.prepare_peft(steps.get(LORA), stack)
+            comparison.prepare_peft(steps.get(LORA), stack)
         say(f"{args.rounds} rounds")
-        contest.run(args.rounds)
+        comparison.run(args.rounds)
     return {
         "benchmark": "train_step",
         "machine": facts,
         "tokens": args.rows * args.length,
         "needed_flops": needed_flops(model_of(args.size, args.vocab), args.rows, args.length),
         "matrix_product": {
-            "width": contest.product.width,
-            "flops_per_second": contest.rate._asdict(),
+            "width": comparison.product.width,
+            "flops_per_second": comparison.rate._asdict(),
         },
-        "rows": list(contest.rows.values()),
+        "rows": list(comparison.rows.values()),
     }
 
 
@@ -228,11 +228,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.environ.setdefault(f"XLA_PYTHON_CLIENT_{name}", value)
     try:
         if args.measure_peak:
-            with compiling_anew():
+            with without_compilation_cache():
                 measure_peak(args)
             return 0
         names = check(args)
-        with compiling_anew():
+        with without_compilation_cache():
             figures = measure(args, names, argv)
         print(
             f"{args.size} in {args.dtype}, {args.rows} x {args.length} tokens, remat {args.remat}, "

@@ -1,12 +1,11 @@
-"""Records what the adapters' own format looks like, for `checkpoints/test_adapter_format.py`.
-
-Whoever changes the format raises `FORMAT_VERSION` in `moe_jax/checkpoints/adapter_files.py` and
-records the new one:
+"""Records the format of adapter folders, for `checkpoints/test_adapter_format.py`.
 
     python tests/record_adapter_format.py
 
-It writes `tests/data/adapter_format/<version>/`: `layout.json`, and one small adapter as that
-version saves it. A version that was released is never recorded again.
+writes `tests/data/adapter_format/<version>/`: `layout.json`, and one small adapter as that version
+saves it. Run it after raising `FORMAT_VERSION` in `moe_jax/checkpoints/adapter_files.py`, and after
+adding a method or router to `METHOD_CONFIGS`: these are then added to the recorded version. What a
+version has recorded is never changed.
 """
 
 import json
@@ -112,6 +111,13 @@ def layout(folder: Path) -> dict[str, Any]:
     }
 
 
+def add_missing_methods(recorded: dict[str, Any], written: dict[str, Any]) -> list[str]:
+    """Adds methods of `written` that `recorded` lacks; returns their names."""
+    missing = [name for name in written["methods"] if name not in recorded["methods"]]
+    recorded["methods"] |= {name: written["methods"][name] for name in missing}
+    return missing
+
+
 def kind(value: Any) -> Any:
     """The type of a JSON value; of a group, that of its values if it is the same."""
     if isinstance(value, dict):
@@ -123,10 +129,15 @@ def kind(value: Any) -> Any:
 
 
 def record() -> None:
-    """Writes the folder of `FORMAT_VERSION`."""
+    """Writes the folder of `FORMAT_VERSION`, or adds new methods to the recorded one."""
     target = ROOT / str(FORMAT_VERSION)
     if target.exists():
-        sys.exit(f"{target} is recorded already; raise FORMAT_VERSION if the format has changed")
+        file = target / "layout.json"
+        recorded = json.loads(file.read_text())
+        if not add_missing_methods(recorded, layout(target / STORED)):
+            sys.exit(f"{target}: all methods are recorded; raise FORMAT_VERSION for a new format")
+        file.write_text(json.dumps(recorded, indent=1) + "\n")
+        return
     save_adapter(target / STORED, example_adapter(STORED))
     for note in target.rglob("commit_success.txt"):
         note.write_text("")  # names a folder of this machine and is not read

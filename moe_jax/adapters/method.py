@@ -74,7 +74,7 @@ class FFNUpdate(NamedTuple):
 
 
 class AdapterContext(NamedTuple):
-    """Facts about an adapter's rows and about the layer.
+    """Inputs of an adapter module besides the hidden states: facts about its rows and the layer.
 
     Attributes:
       token_mask: bool [b, S], false at padding.
@@ -199,7 +199,10 @@ def require_language_model(method: AdapterMethod, adapter: str, what: str) -> No
 
 @dataclass(frozen=True, kw_only=True)
 class NoAdapter(AdapterMethod):
-    """The method of rows that belong to the base model alone; it has no weights."""
+    """The method of rows that belong to the base model alone; it has no weights.
+
+    The values of its fields are placeholders that are never read.
+    """
 
     rank: int = 1
     alpha: float = 1.0

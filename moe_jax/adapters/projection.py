@@ -11,7 +11,9 @@ from moe_jax.layers.frozen import FrozenLinear
 
 
 class AdaptedLinear(FrozenLinear):
-    """The frozen product of all rows, computed once, which each adapter changes on its own rows.
+    """A frozen projection with the adapters that target it.
+
+    The frozen product is computed once for all rows; each adapter changes its own rows of it.
 
     The module's own name, for example `q_proj`, is the target that adapters are looked up by.
 
@@ -35,7 +37,8 @@ class AdaptedLinear(FrozenLinear):
         Args:
           x: input, [B, S, in].
           contexts: context of each adapter.
-          product: `self.product(x)`, or what other adapters have made of it; computed if None.
+          product: `self.product(x)`, possibly already updated by adapters of the FFN; computed if
+            None.
           deterministic: turns dropout and jitter off.
         """
         product = self.product(x) if product is None else product

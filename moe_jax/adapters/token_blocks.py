@@ -3,9 +3,8 @@
 On a CPU, elementwise work on an array that the second-level cache does not hold waits for memory
 for several times as long as it computes. In blocks, the hidden activations of MixLoRA's slots stay
 in the cache, and the backward pass recomputes one block at a time. On accelerators one block of all
-tokens
-is best: XLA fuses the same work into its kernels. `cpu_block_tokens` is asked in one place, where
-the training program is built for its devices (`moe_jax.training.step.program`).
+tokens is best: XLA fuses the same work into its kernels. `cpu_block_tokens` is called in one place,
+where the training program is built for its devices (`moe_jax.training.step.program`).
 """
 
 from collections.abc import Callable
@@ -18,7 +17,7 @@ CACHE_BYTES = 2**20
 """Bytes of the widest array of a block: about the size of a core's second-level cache."""
 
 SMALLEST_BLOCK = 64
-"""Tokens; a matrix product of fewer rows is bound by reading its matrix."""
+"""Tokens; a matrix product of fewer rows is bound by memory bandwidth."""
 
 
 def cpu_block_tokens(width: int, dtype: Any) -> int:
@@ -27,7 +26,9 @@ def cpu_block_tokens(width: int, dtype: Any) -> int:
 
 
 def block_length(tokens: int, largest: int) -> int:
-    """Largest divisor of `tokens` up to `largest`; `tokens` itself if that is below half of it."""
+    """Largest divisor of `tokens` up to `largest`; `tokens`, one block, if it is below `largest` /
+    2.
+    """
     block = max(n for n in range(1, min(largest, tokens) + 1) if tokens % n == 0)
     return block if 2 * block > largest else tokens
 

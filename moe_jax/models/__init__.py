@@ -3,5 +3,5 @@
 causal_lm.py   embedding, scanned layers, final norm and heads
 decoder.py     attention, gated FFN and the decoder layer
 remat.py       rematerialisation policies
-adapted.py     the one door: variables, adapter rows, mesh and compiled functions together
+adapted.py     applies and compiles the model with its parameters, adapters, rows and mesh
 """

@@ -1,4 +1,4 @@
-"""The one door to the model: parameters, adapters, rows of the batch and mesh put together.
+"""Applies and compiles a model: the one place that combines parameters, adapters, rows and mesh.
 
 Everything that computes with a model does it through `apply`, which assembles the variables, and
 compiles through `CompiledLlama`, which enters the mesh and keeps the compiled functions. Models,

@@ -26,11 +26,11 @@ _STACKED = (PARAMS, ADAPTERS, ROUTER, ROUTING, CACHE, CACHE_UPDATES)
 
 
 class LlamaForCausalLM(nn.Module):
-    """A decoder-only language model of Llama's kind, with adapters on the rows of its batch.
+    """A Llama-style decoder-only language model, with adapters on the rows of its batch.
 
     The layers are stacked along a leading axis, so that program size is independent of depth.
     Attributes are static and arguments of methods are arrays. `hidden_states` runs the layers;
-    `logits`, `token_losses` and `scores` are the heads on its result, each with one return type.
+    `logits`, `token_losses` and `scores` are the heads on its result.
     Calling the module gives the logits of all positions.
 
     Attributes:
@@ -66,7 +66,7 @@ class LlamaForCausalLM(nn.Module):
             storage.dtype,
             scale=config.hidden_size**0.5 if config.scale_embeddings else None,
         )
-        self.layers = self._stack()(
+        self.layers = self._scanned_layer_class()(
             LayerSettings(
                 config,
                 self.compute,
@@ -105,17 +105,17 @@ class LlamaForCausalLM(nn.Module):
             since causality hides it.
           token_mask: bool [B, S], false for tokens that do not count in router statistics; by
             default where `segment_ids` is 0.
-          expert_groups: int [B, S], see `Batch`; read by losses that know the groups of the data.
+          expert_groups: int [B, S], see `Batch`; read by the loss `localized_balance`.
           cache_position: position of these tokens after those in the cache, which then must be
             among the variables; give `positions` too. All tokens are real: `segment_ids` is not
             read.
         """
-        rows = sum(rows.total for rows in self.adapter_rows)
-        if self.adapter_rows and rows != tokens.shape[0]:
-            raise ValueError(f"a batch of {tokens.shape[0]} rows for adapters of {rows} rows")
+        num_rows = sum(rows.total for rows in self.adapter_rows)
+        if self.adapter_rows and num_rows != tokens.shape[0]:
+            raise ValueError(f"a batch of {tokens.shape[0]} rows for adapters of {num_rows} rows")
         if positions is None:
-            ones = jnp.ones_like(tokens) if segment_ids is None else segment_ids
-            positions = positions_from_segments(ones)
+            segments = jnp.ones_like(tokens) if segment_ids is None else segment_ids
+            positions = positions_from_segments(segments)
         if token_mask is None:
             token_mask = jnp.ones_like(tokens, bool) if segment_ids is None else segment_ids != 0
         cos, sin = self._rotary_tables(positions)
@@ -179,7 +179,8 @@ class LlamaForCausalLM(nn.Module):
         local_cos, local_sin = rotary_tables(config.sliding_rope, *shape, positions)
         return jnp.stack([cos, local_cos]), jnp.stack([sin, local_sin])
 
-    def _stack(self) -> Any:
+    def _scanned_layer_class(self) -> Any:
+        """`DecoderLayer` with rematerialisation, scanned over the layers."""
         layer = DecoderLayer
         if self.compute.remat != "none":
             policy = REMAT_POLICIES[self.compute.remat]

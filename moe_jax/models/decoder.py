@@ -122,7 +122,7 @@ class SelfAttention(nn.Module):
         options = {
             "scale": scale,
             "window": config.sliding_window,
-            "slides": _slides(config, layer_index),
+            "slides": _is_sliding(config, layer_index),
             "softcap": config.attn_logit_softcapping,
         }
         if context.cache_position is not None:
@@ -140,8 +140,8 @@ class SelfAttention(nn.Module):
         )
 
 
-class ExpertFFNs(nn.Module):
-    """The adapters that replace the FFN of their rows; gives them the path `moe` in their trees."""
+class FFNAdapters(nn.Module):
+    """Applies each adapter that replaces the FFN to its rows; their path in the trees is `moe`."""
 
     settings: LayerSettings
 
@@ -212,8 +212,8 @@ class GatedMLP(nn.Module):
             gate(x, contexts, product=ffn.gate.product, **options),
             up(x, contexts, product=ffn.up.product, **options),
         )
-        experts = ExpertFFNs(settings, name=MOE)(x, ffn, contexts)
-        # Rows whose adapter applies the down projection itself keep a hidden activation of no use.
+        experts = FFNAdapters(settings, name=MOE)(x, ffn, contexts)
+        # Rows without `hidden` pass through W_down too; their product is discarded below.
         replaced = {name: own.hidden for name, own in experts.items() if own.hidden is not None}
         hidden = _replace_rows(settings, hidden, replaced)
         product = down.product(constrain(hidden, MLP_HIDDEN_AXES))
@@ -245,12 +245,13 @@ class DecoderLayer(nn.Module):
         x = constrain(x, HIDDEN_AXES)
         post_norms = self.settings.config.post_norms
         normed = _norm(self.settings, "input_layernorm")(x)
-        attention = SelfAttention(self.settings, name="self_attn")
-        change = attention(normed, context, layer_index, contexts)
-        x = x + (_norm(self.settings, "post_self_attn_layernorm")(change) if post_norms else change)
+        update = SelfAttention(self.settings, name="self_attn")(
+            normed, context, layer_index, contexts
+        )
+        x = x + (_norm(self.settings, "post_self_attn_layernorm")(update) if post_norms else update)
         normed = _norm(self.settings, "post_attention_layernorm")(x)
-        change = GatedMLP(self.settings, name="mlp")(normed, contexts)
-        x = x + (_norm(self.settings, "post_mlp_layernorm")(change) if post_norms else change)
+        update = GatedMLP(self.settings, name="mlp")(normed, contexts)
+        x = x + (_norm(self.settings, "post_mlp_layernorm")(update) if post_norms else update)
         return constrain(x, HIDDEN_AXES), None
 
 
@@ -290,7 +291,7 @@ def _rotary_tables(
     return context.cos[table], context.sin[table]
 
 
-def _slides(config: ModelConfig, layer_index: jax.Array) -> jax.Array | None:
+def _is_sliding(config: ModelConfig, layer_index: jax.Array) -> jax.Array | None:
     """True if this layer has a sliding window, bool []; None if all layers are alike."""
     slides = config.sliding_layers
     return None if len(set(slides)) == 1 else jnp.asarray(slides)[layer_index]

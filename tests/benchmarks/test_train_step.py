@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from tolerances import COMPILED_COUNTS, FEW_OPERATIONS_GRADIENT, OF_RANDOM_NUMBERS
 
-from benchmarks import contest, matrix_product, train_step
+from benchmarks import matrix_product, step_comparison, train_step
 from benchmarks.compiled_flops import compiled_flops
 from benchmarks.peak_memory import PeakMemory
 from benchmarks.random_inputs import random_params
@@ -226,7 +226,7 @@ def test_a_method_without_memory_says_so_and_the_run_goes_on(monkeypatch, tmp_pa
     def refuse(name, args):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes")
 
-    monkeypatch.setattr(contest, "compiled_step", refuse)
+    monkeypatch.setattr(step_comparison, "compiled_step", refuse)
     monkeypatch.setitem(matrix_product._WIDTHS, "cpu", 256)
     output = tmp_path / "figures.json"
     assert train_step.main(["--size", "tiny", "--no-peak", "--rounds=1", f"--output={output}"]) == 0

@@ -13,6 +13,7 @@ from record_adapter_format import (
     METHOD_CONFIGS,
     ROOT,
     STORED,
+    add_missing_methods,
     example_adapter,
     layout,
 )
@@ -66,6 +67,13 @@ def require_kept(former, present):
     else:
         assert present == former
         assert type(present) is type(former)
+
+
+def test_a_new_method_is_added_to_a_recorded_version():
+    recorded = {"methods": {"lora": "as recorded"}}
+    written = {"methods": {"lora": "changed", "new": "written"}}
+    assert add_missing_methods(recorded, written) == ["new"]
+    assert recorded == {"methods": {"lora": "as recorded", "new": "written"}}
 
 
 def test_every_method_is_recorded(recorded):

@@ -1,7 +1,7 @@
 """Routers: strategies, their statistics, and auxiliary losses.
 
 A new routing strategy is a frozen dataclass derived from `Router` and decorated with
-`@ROUTERS.register("its_name")`, in `strategies.py` or in a file that this package imports. A new
+`@ROUTERS.register("its_name")`, in a file that this package imports. A new
 auxiliary loss is the same with `RouterLoss` and `ROUTER_LOSSES`, in `losses.py`.
 """
 

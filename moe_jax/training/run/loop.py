@@ -1,4 +1,4 @@
-"""The training loop: data, step, record, measure, save. `train` is the whole of a run."""
+"""The training loop: data, step, record, measure, save; `train` runs it from start to result."""
 
 import contextlib
 from collections.abc import Callable
@@ -25,12 +25,12 @@ def train_loop(session: TrainingSession, program: Program, state: TrainState) ->
     """Trains until the last step or an interrupt; both save the state.
 
     Args:
-      session: events of the loop, and what they need.
+      session: state and operations of the run.
       program: compiled computations of the phase of `state`.
       state: training state; donated to the first step.
     """
     session.measure_untrained(program, state)
-    for phase in session.remaining_phases():  # in each, the same adapters train
+    for phase in session.remaining_phases():  # the adapters that train are fixed within a phase
         program, state = session.enter(phase, program, state)
         for step, batch in session.batches(phase):
             state, metrics = session.train_step(program, state, batch)

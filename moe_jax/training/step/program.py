@@ -279,10 +279,10 @@ def build_program(
       model_config: architecture of the base model.
       total_steps: optimizer steps of the whole run, for the schedules; of all adapters or by
         adapter.
-      devices: devices of the mesh, which need not be there; by default all of all processes.
+      devices: devices of the mesh, which may be abstract; by default all of all processes.
 
     Raises:
-      DeviceError: the devices do not fit the mesh or the attention, or the mesh not the model.
+      DeviceError: the devices do not fit the mesh or the attention, or the mesh does not fit the model.
       ConfigError: a batch does not divide over the mesh, or the settings cannot compute the model.
     """
     require_platform(config.compute, devices)

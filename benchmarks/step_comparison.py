@@ -14,7 +14,7 @@ from benchmarks.peft_process import PeftProcess, peft_process
 from benchmarks.random_inputs import params_of, random_batch
 from benchmarks.report import say, usable_cores
 from benchmarks.sizes import hf_fields, model_of
-from benchmarks.timing import OUT_OF_MEMORY, interleaved, is_out_of_memory, seconds_of, spread
+from benchmarks.timing import OUT_OF_MEMORY, interleaved, seconds_of, spread
 from benchmarks.training_steps import (
     ALPHA,
     LORA,
@@ -26,6 +26,7 @@ from benchmarks.training_steps import (
     ranks_of,
     run_config,
 )
+from moe_jax.errors import is_out_of_memory
 
 PEFT = "peft"
 PRODUCT = "matrix product"
@@ -33,7 +34,7 @@ FIRST_LOSS = {"float32": 1e-4, "bfloat16": 2e-2, "float16": 2e-2}
 """Relative tolerance of peft's first loss to that of this package."""
 
 
-class Contest:
+class StepComparison:
     """The methods, in one process.
 
     Attributes:
