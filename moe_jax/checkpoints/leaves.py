@@ -1,6 +1,8 @@
 """Named leaves of trees of arrays: strict comparison, checksums and snapshots."""
 
+import collections
 import functools
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -8,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import unflatten_dict
 
 from moe_jax.errors import CheckpointError, TrainingError
 
@@ -27,14 +30,7 @@ def named_leaves(tree: Any) -> dict[str, Any]:
 
 def nested_dict(leaves: Mapping[str, Any]) -> dict[str, Any]:
     """Nested dict whose `named_leaves` are `leaves`."""
-    tree: dict[str, Any] = {}
-    for path, leaf in leaves.items():
-        *parents, last = path.split("/")
-        node = tree
-        for part in parents:
-            node = node.setdefault(part, {})
-        node[last] = leaf
-    return tree
+    return unflatten_dict(dict(leaves), sep="/")
 
 
 def leaf_specs(tree: Any) -> dict[str, LeafSpec]:
@@ -43,6 +39,19 @@ def leaf_specs(tree: Any) -> dict[str, LeafSpec]:
         path: LeafSpec(tuple(leaf.shape), np.dtype(leaf.dtype).name)
         for path, leaf in named_leaves(tree).items()
     }
+
+
+def module_of(path: str) -> str:
+    """Path of the module of a leaf, without the prefix `layers` of stacked layers."""
+    return "/".join(part for part in path.split("/")[:-1] if part != "layers")
+
+
+def parameters_by_module(leaves: Mapping[str, LeafSpec]) -> dict[str, int]:
+    """Number of parameters over all layers, by module."""
+    counts: collections.Counter[str] = collections.Counter()
+    for path, spec in leaves.items():
+        counts[module_of(path)] += math.prod(spec.shape)
+    return dict(counts)
 
 
 def require_same_leaves(
@@ -64,7 +73,9 @@ def require_same_leaves(
     ):
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise CheckpointError(f"{where}: {problem} {names[0]!r}{more}; it is not a match")
+            raise CheckpointError(
+                f"{where}: {problem} {names[0]!r}{more}; the checkpoint belongs to another configuration"
+            )
     for name, spec in expected.items():
         if stored[name] != spec:
             raise CheckpointError(

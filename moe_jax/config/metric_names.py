@@ -24,7 +24,7 @@ class Metric(NamedTuple):
 
 METRICS = {
     # One value for an adapter.
-    "loss": Metric("mean", "nats per target token"),  # or `loss_unit` of the method
+    "loss": Metric("mean", "nats per target token"),  # see records.plots.loss_unit
     "grad_norm": Metric("mean"),
     "learning_rate": Metric("last"),
     "loss_scale": Metric("last"),
@@ -50,14 +50,6 @@ METRICS = {
 
 UNPRINTED_LOSSES = frozenset({"router_z", "importance_cv"})
 """Router losses that are in the file only."""
-
-TIMES = {
-    "elapsed_seconds": "seconds",
-    "seconds_per_step": "seconds",
-    "tokens_per_second": "tokens per second",
-    "host_share": "share of time",
-}
-"""Units of the values in a line's `time`, the only ones that depend on the clock."""
 
 
 def metric_semantics(name: str) -> Metric:

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import unflatten_dict
 
 from moe_jax.config.model import ModelConfig, StorageType
 from moe_jax.config.parse import located
@@ -46,7 +47,7 @@ def abstract_base_params(config: ModelConfig, dtype: str) -> Tree:
         shape = jax.ShapeDtypeStruct(leaf.shape, storage.dtype)
         return _abstract_quantized(shape, storage) if _is_quantized(leaf, storage) else shape
 
-    return _tree({leaf.path: abstract(leaf) for leaf in base_leaves(config)})
+    return unflatten_dict({leaf.path: abstract(leaf) for leaf in base_leaves(config)})
 
 
 def load_base_params(
@@ -91,7 +92,7 @@ def load_base_params(
                 arrays[leaf.path] = _load_quantized(leaf, shards, storage, sharding)
             else:
                 arrays[leaf.path] = _load_leaf(leaf, shards, storage.dtype, sharding)
-    return _tree({leaf.path: arrays[leaf.path] for leaf in leaves})
+    return unflatten_dict({leaf.path: arrays[leaf.path] for leaf in leaves})
 
 
 def checked_leaves(shards: Shards, config: ModelConfig) -> list[Leaf]:
@@ -285,14 +286,4 @@ def _blocks(first: int, last: int, row_bytes: int) -> list[tuple[int, int]]:
 def _subtree(tree: Tree, path: tuple[str, ...]) -> Any:
     for name in path:
         tree = tree[name]
-    return tree
-
-
-def _tree(leaves: dict[tuple[str, ...], Any]) -> Tree:
-    tree: Tree = {}
-    for path, leaf in leaves.items():
-        branch = tree
-        for name in path[:-1]:
-            branch = branch.setdefault(name, {})
-        branch[path[-1]] = leaf
     return tree

@@ -13,16 +13,17 @@ from moe_jax.adapters.method import AdapterMethod, NoAdapter
 from moe_jax.adapters.rows import AdapterRows, divide_rows
 from moe_jax.config.model import ComputeConfig, FloatType, ModelConfig
 from moe_jax.config.parse import located
-from moe_jax.data.batch import PADDING_ID, padded_length
+from moe_jax.data.batch import PADDING_ID, doubled_lengths, padded_length
 from moe_jax.errors import CheckpointError
 from moe_jax.inference import decoding
 from moe_jax.inference.decoding import MAX_STEPS, DecodeState, RowConstants
-from moe_jax.inference.limits import check_buckets, check_requests, context_of, default_buckets
+from moe_jax.inference.limits import check_buckets, check_requests, context_of
 from moe_jax.inference.settings import SamplingConfig
 from moe_jax.models.adapted import CompiledLlama
 from moe_jax.models.causal_lm import LlamaForCausalLM
 from moe_jax.sharding.rules import BATCH_SPEC
 
+_SHORTEST_BUCKET = 16
 _SECONDS_PER_CALL = 0.05
 """Target duration of one call of `decode`: short enough that output looks like a stream."""
 
@@ -156,7 +157,7 @@ class TokenGenerator:
                 method.check_model(model)
         self.context = context_of(model, max_length)
         self.buckets = (
-            default_buckets(self.context)
+            doubled_lengths(_SHORTEST_BUCKET, self.context)
             if buckets is None
             else check_buckets(buckets, self.context)
         )

@@ -5,10 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from moe_jax.adapters.method import AdapterMethod, require_language_model
 from moe_jax.config.model import ModelConfig
 from moe_jax.config.parse import suggest
-from moe_jax.data.batch import doubled_lengths
 from moe_jax.errors import ConfigError, DataError
-
-SHORTEST_BUCKET = 16
 
 EncodedPrompt = tuple[Sequence[int], str | None, str]
 """Token ids, name of the adapter (None is the base) and name of the prompt in error messages."""
@@ -29,11 +26,6 @@ def context_of(model: ModelConfig, max_length: int | None) -> int:
             f"{max_length}"
         )
     return max_length
-
-
-def default_buckets(context: int) -> tuple[int, ...]:
-    """Lengths that prompts are padded to: powers of two up to the context."""
-    return doubled_lengths(SHORTEST_BUCKET, context)
 
 
 def check_buckets(buckets: Sequence[int], context: int) -> tuple[int, ...]:

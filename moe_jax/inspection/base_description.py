@@ -10,7 +10,7 @@ from typing import Any
 from moe_jax.adapters import METHODS
 from moe_jax.adapters.method import AdapterMethod
 from moe_jax.adapters.tree import TARGET_MODULES
-from moe_jax.checkpoints.leaves import LeafSpec
+from moe_jax.checkpoints.leaves import LeafSpec, module_of, parameters_by_module
 from moe_jax.config.model import ModelConfig, RopeConfig
 from moe_jax.config.parse import located
 from moe_jax.hf.base_model import open_base
@@ -138,7 +138,7 @@ def describe_base(base: str | Path, revision: str | None = None) -> BaseDescript
     stored: collections.Counter[str] = collections.Counter()
     with open_shards(folder) as shards:
         for leaf in checked_leaves(shards, config):
-            modules[_module("/".join(leaf.path))] += math.prod(leaf.shape)
+            modules[module_of("/".join(leaf.path))] += math.prod(leaf.shape)
         for tensor in shards.tensors.values():
             stored[tensor.dtype] += math.prod(tensor.shape) * _SIZES.get(tensor.dtype, 0)
         files = sorted({tensor.file for tensor in shards.tensors.values()})
@@ -169,10 +169,8 @@ def adapter_lines(adapter: AdapterDescription, base: BaseDescription) -> list[st
 
 def leaf_modules(leaves: Mapping[str, LeafSpec]) -> dict[str, int]:
     """Number of parameters of an adapter over all layers, by module."""
-    counts: collections.Counter[str] = collections.Counter()
-    for path, spec in leaves.items():
-        counts[_module(path)] += math.prod(spec.shape)
-    return dict(sorted(counts.items(), key=lambda item: _sort_key(item[0])))
+    counts = parameters_by_module(leaves)
+    return {module: counts[module] for module in sorted(counts, key=_sort_key)}
 
 
 def module_lines(modules: Mapping[str, int]) -> list[str]:
@@ -199,11 +197,6 @@ def _sort_key(module: str) -> tuple[float, str]:
         if name in module.split("/"):
             return index, module
     return TARGET_MODULES.index("gate_proj") - 0.5, module
-
-
-def _module(path: str) -> str:
-    """Path of the module of a leaf, without the prefix `layers` of stacked layers."""
-    return "/".join(part for part in path.split("/")[:-1] if part != "layers")
 
 
 def _heads(config: ModelConfig) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 
 from moe_jax.adapters.method import AdapterMethod
 from moe_jax.adapters.routing.statistics import TokenRouting, collect_routing
-from moe_jax.data.batch import PADDING_ID, padded_length
+from moe_jax.data.batch import PADDING_ID, doubled_lengths, padded_length
 from moe_jax.inspection.token_rows import TokenRow
 from moe_jax.layers.names import ROUTING
 from moe_jax.models.adapted import SINGLE, abstract_params, apply, single_adapter
@@ -75,9 +75,7 @@ def route_rows(
       the host, and token mask bool [B, S].
     """
     longest = max(len(row.tokens) for row in rows)
-    lengths = [_SHORTEST_LENGTH]
-    while lengths[-1] < longest:
-        lengths.append(2 * lengths[-1])
+    lengths = doubled_lengths(_SHORTEST_LENGTH, longest)
     model = model.clone(adapter_rows=single_adapter(method, batch_size))
     function = jax.jit(lambda *arrays: _route(model, *arrays)[site])
     order = sorted(range(len(rows)), key=lambda index: -len(rows[index].tokens))

@@ -100,15 +100,13 @@ def read_text(
 
     Raises:
       CheckpointError: the base is missing or is not the adapter's.
-      ConfigError: the text is required but missing, or the adapter is a classifier, which has no
-        logits of tokens.
+      ConfigError: the text is required but missing.
       DataError: the file cannot be read.
     """
     if data is None:
         if needed:
             raise FieldError("data", f"{needed}; give a text file with `data`")
         return None
-    require_language_model(adapter.method, "given", "be measured on text")
     model = open_adapter_base(adapter, str(adapter.base.path if base is None else base))
     return tokenized_text(Path(data), model)
 

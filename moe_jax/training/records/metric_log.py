@@ -7,6 +7,7 @@ import collections
 import contextlib
 import importlib
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -138,6 +139,13 @@ def training_losses(lines: Iterable[Mapping[str, Any]]) -> dict[str, float | Non
     return losses
 
 
+def finite_or_none(value: Any) -> Any:
+    """Replaces numbers that are not finite, which JSON lacks, by None, also within lists."""
+    if isinstance(value, list):
+        return [finite_or_none(element) for element in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def last_validation_metrics(
     lines: Sequence[Mapping[str, Any]], adapter: str, data_set: str
 ) -> dict[str, float | None]:
@@ -146,7 +154,7 @@ def last_validation_metrics(
     for line in reversed(lines):
         if f"{label}/loss" in line:
             fields = ((*name.rpartition("/"), value) for name, value in line.items())
-            return {m: value for of, _, m, value in fields if of == label and m != "loss"}
+            return {m: value for prefix, _, m, value in fields if prefix == label and m != "loss"}
     return {}
 
 

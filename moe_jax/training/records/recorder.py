@@ -20,6 +20,7 @@ from moe_jax.training.records.metric_log import (
     PendingMetrics,
     Window,
     Writer,
+    finite_or_none,
     nested_by_task,
 )
 from moe_jax.training.step.program import Program
@@ -274,7 +275,7 @@ class Recorder:
             line[f"{name}/learning_rate"] = rates[name]
             if name in self._program.sites:  # labels of the rows of its routing metrics
                 line[f"{name}/sites"] = self._program.sites[name]
-            self.losses[name] = _finite_or_none(line[f"{name}/loss"])
+            self.losses[name] = finite_or_none(line[f"{name}/loss"])
         elapsed = round(time.perf_counter() - self._start, 3)
         times = {"elapsed_seconds": elapsed, **self._speed.measure()}
         self._write(step, line, times)
@@ -282,7 +283,7 @@ class Recorder:
             self._say(text)
 
     def _write(self, step: int, line: Mapping[str, Any], times: Mapping[str, float]) -> None:
-        values = {name: _finite_or_none(value) for name, value in line.items()}
+        values = {name: finite_or_none(value) for name, value in line.items()}
         for writer in self._writers:
             writer.write(step, {**values, TIME: dict(times)})
 
@@ -363,13 +364,6 @@ class _Speed:
     def _restart(self) -> None:
         self._mark, self._steps, self._tokens = time.perf_counter(), 0, 0
         self._waited = 0.0
-
-
-def _finite_or_none(value: Any) -> Any:
-    """Replaces numbers that are not finite, which JSON lacks, by None, also within lists."""
-    if isinstance(value, list):
-        return [_finite_or_none(element) for element in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _number(value: float | None, form: str) -> str:

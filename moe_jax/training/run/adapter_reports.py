@@ -14,6 +14,7 @@ from moe_jax.config.run import RunConfig
 from moe_jax.files.atomic import write_atomic
 from moe_jax.tasks.training_rows import source_task
 from moe_jax.training.records.metric_log import (
+    finite_or_none,
     last_task_scores,
     last_validation_metrics,
     read_metrics,
@@ -54,7 +55,7 @@ class AdapterReport(NamedTuple):
     def order(self) -> float:
         """Sort key: validation loss, or training loss without a set; infinite if not finite."""
         loss = self.training_loss if self.validation_loss is None else self.validation_loss
-        loss = _finite_or_none(loss)
+        loss = finite_or_none(loss)
         return math.inf if loss is None else loss
 
 
@@ -91,8 +92,8 @@ def write_table(folder: Path, reports: Sequence[AdapterReport]) -> None:
         {
             "adapter": report.name,
             "steps": report.steps,
-            "validation_loss": _finite_or_none(report.validation_loss),
-            "validation": {name: _finite_or_none(v) for name, v in report.validation.items()},
+            "validation_loss": finite_or_none(report.validation_loss),
+            "validation": {name: finite_or_none(v) for name, v in report.validation.items()},
             "best_loss": report.best_loss,
             "training_loss": report.training_loss,
         }
@@ -178,13 +179,13 @@ def build_training_record(
             for source, fields in adapter.data.validation.items()
         },
         training_loss=training_loss,
-        validation_losses={source: _finite_or_none(loss) for source, loss in losses.items()},
+        validation_losses={source: finite_or_none(loss) for source, loss in losses.items()},
         validation_metrics={
             source: values
             for source in validation
             if (values := last_validation_metrics(lines, name, source))
         },
-        best_loss=_finite_or_none(progress.best.get(name)),
+        best_loss=finite_or_none(progress.best.get(name)),
         accuracies=scores,
         accuracies_step=scores_step,
     )
@@ -212,7 +213,3 @@ def data_set_record(source: SourceConfig, rows: int, tasks_folder: str | None) -
         weight=source.weight,
         rows=rows,
     )
-
-
-def _finite_or_none(loss: float | None) -> float | None:
-    return loss if loss is not None and math.isfinite(loss) else None

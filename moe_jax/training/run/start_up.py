@@ -1,17 +1,14 @@
 """Start of a run: what a former one has saved, the start-up table, and the training session."""
 
-import collections
 import contextlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from moe_jax.adapters import METHODS
 from moe_jax.checkpoints.adapter_files import load_adapter, read_description
-from moe_jax.checkpoints.leaves import leaf_specs, named_leaves, require_same_leaves
+from moe_jax.checkpoints.leaves import leaf_specs, parameters_by_module, require_same_leaves
 from moe_jax.checkpoints.store import TrainingStore, latest_step, read_metadata
 from moe_jax.config.run import RunConfig, to_json
 from moe_jax.errors import ConfigError, error_prefix
@@ -272,8 +269,5 @@ def _longest_row(config: RunConfig) -> int:
 
 def _modules(tree: Any) -> str:
     """Modules with adapter weights, and the number of weights in each."""
-    counts: collections.Counter[str] = collections.Counter()
-    for path, leaf in named_leaves(tree).items():
-        names = [name for name in path.split("/")[:-1] if name != "layers"]
-        counts["/".join(names)] += int(np.prod(leaf.shape))
+    counts = parameters_by_module(leaf_specs(tree))
     return ", ".join(f"{module} ({count:,})" for module, count in counts.items())
