@@ -259,7 +259,7 @@ def export_adapter(
         weights=weights,
         tokens=tokens,
         data_name="" if data is None else Path(data).name,
-        known_as=push_to_hub,
+        location=push_to_hub,
     )
     if target is not None:
         known_base = saved.base.path if base is None else base

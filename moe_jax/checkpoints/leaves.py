@@ -74,7 +74,8 @@ def require_same_leaves(
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             raise CheckpointError(
-                f"{where}: {problem} {names[0]!r}{more}; the checkpoint belongs to another configuration"
+                f"{where}: {problem} {names[0]!r}{more}; the checkpoint belongs to another "
+                "configuration"
             )
     for name, spec in expected.items():
         if stored[name] != spec:

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from moe_jax.config.parse import NAME, ROOT, Registry, family_of, parse, suggest, to_plain
+from moe_jax.config.parse import NAME, ROOT, Registry, registry_of, parse, suggest, to_plain
 from moe_jax.errors import ConfigError
 
 TRAIN_ONLY = "train_only"
@@ -174,7 +174,7 @@ def _require_field(field: str, description: Any, adapter_type: type, methods: Re
     node = description
     for part in field.split("."):
         hint = _without_none(hint)
-        registry = hint if isinstance(hint, Registry) else family_of(hint)
+        registry = hint if isinstance(hint, Registry) else registry_of(hint)
         if registry is not None:
             name = node.get(NAME)
             if not isinstance(name, str) or name not in registry:

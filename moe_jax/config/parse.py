@@ -21,7 +21,7 @@ T = TypeVar("T", bound=type)
 ROOT = "config"
 """First part of the path of every field."""
 
-NOT_NONE = "not None"
+NONE_ADVICE = "not None"
 """Key of a dataclass field's `metadata`: advice for a message where None is a likely mistake."""
 
 NAME = "name"
@@ -82,7 +82,7 @@ class Registry(Mapping[str, type]):
         return len(self._members)
 
 
-def family_of(cls: Any) -> Registry | None:
+def registry_of(cls: Any) -> Registry | None:
     """Registry of the members derived from `cls`; None if `cls` is not such a base class.
 
     The base class names its registry in a class attribute `registry`. Members inherit it, but are
@@ -135,7 +135,7 @@ def parse(hint: Any, value: Any, path: str = ROOT) -> Any:
       ConfigError: an unknown or missing field, a wrong type, or a value that a dataclass's
         `__post_init__` refused.
     """
-    registry = family_of(hint)
+    registry = registry_of(hint)
     if registry is not None:
         return parse_member(registry, value, path)
     if dataclasses.is_dataclass(hint):
@@ -164,7 +164,7 @@ def parse(hint: Any, value: Any, path: str = ROOT) -> Any:
         for key in mapping:
             if not isinstance(key, str):
                 raise ConfigError(f"{path}: expected names as keys, got {_describe(key)}")
-        if family_of(args[1]) is not None:
+        if registry_of(args[1]) is not None:
             mapping = {
                 key: {NAME: key, **item} if isinstance(item, Mapping) else item
                 for key, item in mapping.items()
@@ -227,8 +227,8 @@ def _parse_dataclass(cls: Any, value: Any, path: str) -> Any:
         try:
             kwargs[name] = parse(hints[name], item, f"{path}.{name}")
         except ConfigError as error:
-            if item is None and NOT_NONE in fields[name].metadata:
-                raise ConfigError(f"{error}; {fields[name].metadata[NOT_NONE]}") from None
+            if item is None and NONE_ADVICE in fields[name].metadata:
+                raise ConfigError(f"{error}; {fields[name].metadata[NONE_ADVICE]}") from None
             raise
     with located(path):
         return cls(**kwargs)

@@ -12,7 +12,7 @@ from moe_jax.config.expand import expand_sweep, select_adapters
 from moe_jax.config.model import ComputeConfig, StorageType
 from moe_jax.config.optimizer import OptimizerConfig
 from moe_jax.config.parse import (
-    NOT_NONE,
+    NONE_ADVICE,
     ROOT,
     Registry,
     parse,
@@ -99,7 +99,7 @@ class EvaluationConfig:
     """
 
     tasks: tuple[str, ...]
-    every: int = field(default=0, metadata={NOT_NONE: _END_ONLY})
+    every: int = field(default=0, metadata={NONE_ADVICE: _END_ONLY})
     limit: int | None = None
     limit_between: int | None = None
     protocols: tuple[ProtocolName, ...] = ("labels", "choices")
@@ -204,7 +204,7 @@ class TrainingConfig:
     max_batch_rows: int | None = None
     seed: int = 0
     log_every: int = 10
-    eval_every: int = field(default=0, metadata={NOT_NONE: _NOT_BETWEEN})
+    eval_every: int = field(default=0, metadata={NONE_ADVICE: _NOT_BETWEEN})
     max_skipped_steps: int = 10
     initial_loss_scale: float = 65536.0
 

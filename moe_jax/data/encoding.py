@@ -43,13 +43,13 @@ class Example(NamedTuple):
 
     Attributes:
       spans: stretches of text, in order.
-      leads: true if the tokenizer's leading tokens (BOS) precede the text.
-      ends: true if an end-of-text token, a target, follows the text.
+      add_bos: true if the tokenizer's leading tokens (BOS) precede the text.
+      add_eos: true if an end-of-text token, a target, follows the text.
     """
 
     spans: tuple[TextSpan, ...]
-    leads: bool
-    ends: bool
+    add_bos: bool
+    add_eos: bool
 
 
 def make_examples(
@@ -70,12 +70,12 @@ def make_examples(
       DataError: the row does not fit the prompt template or the chat template.
     """
     if schema == "text":
-        return [Example((TextSpan(row["text"], True),), leads=True, ends=True)]
+        return [Example((TextSpan(row["text"], True),), add_bos=True, add_eos=True)]
     if schema == "chat":
         conversations = conversation_spans(json.loads(row["messages"]), tokenizer, row["where"])
         return [
-            Example(tuple(TextSpan(*span) for span in spans), leads=False, ends=ends)
-            for spans, ends in conversations
+            Example(tuple(TextSpan(*span) for span in spans), add_bos=False, add_eos=add_eos)
+            for spans, add_eos in conversations
         ]
     if schema in ("completion", "task"):
         prompt, completion = row["prompt"], row["completion"]
@@ -83,7 +83,7 @@ def make_examples(
         assert template is not None
         prompt = template.fill(row["instruction"], row["input"], row["where"])
         completion = row["output"]
-    return [Example((TextSpan(prompt, False), TextSpan(completion, True)), leads=True, ends=True)]
+    return [Example((TextSpan(prompt, False), TextSpan(completion, True)), add_bos=True, add_eos=True)]
 
 
 def encode_examples(
@@ -99,7 +99,7 @@ def encode_examples(
     leading, end = leading_tokens(tokenizer), end_of_text(tokenizer)
     encoded = []
     for example in examples:
-        tokens = list(leading) if example.leads else []
+        tokens = list(leading) if example.add_bos else []
         loss_mask = [train_on_prompt] * len(tokens)
         ids_before: list[int] = []
         for span in example.spans:
@@ -111,7 +111,7 @@ def encode_examples(
             tokens += new
             loss_mask += [span.is_target or train_on_prompt] * len(new)
             ids_before = ids
-        if example.ends:
+        if example.add_eos:
             tokens.append(end)
             loss_mask.append(True)
         encoded.append((tokens, loss_mask))

@@ -17,7 +17,7 @@ from moe_jax.adapters.method import require_language_model
 from moe_jax.data.encoding import encode_texts
 from moe_jax.errors import ConfigError, DataError
 from moe_jax.evaluation.answer_journal import Journal, Record, journal_file
-from moe_jax.evaluation.evaluation_results import Accuracy, Metric, TaskOutcome
+from moe_jax.evaluation.evaluation_results import Accuracy, MetricScore, TaskOutcome
 from moe_jax.evaluation.question_runner import announcement, progress_bar, require_finite
 from moe_jax.evaluation.scorer import ScoredSequence, Scorer
 from moe_jax.evaluation.scoring_protocols import BaseLimits
@@ -212,7 +212,7 @@ def _outcome(model: str, task: ClassificationTask, records: Sequence[Mapping]) -
         if name == "accuracy":
             measures[name] = Accuracy(sum(map(int.__eq__, predictions, answers)), count)
         else:
-            measures[name] = Metric(value, error, count)
+            measures[name] = MetricScore(value, error, count)
     return TaskOutcome(model, task.name, CLASSIFICATION, measures, {}, records)
 
 

@@ -65,7 +65,7 @@ class Accuracy:
 
 
 @dataclass(frozen=True)
-class Metric:
+class MetricScore:
     """Metric that is not a share of right answers, such as a correlation.
 
     Attributes:
@@ -103,7 +103,7 @@ class TaskOutcome:
     model: str
     task: str
     protocol: str
-    accuracies: Mapping[str, Accuracy | Metric]
+    accuracies: Mapping[str, Accuracy | MetricScore]
     subjects: Mapping[str, Mapping[str, Accuracy]]
     examples: Sequence[Mapping[str, Any]]
 
@@ -192,14 +192,14 @@ class Evaluation:
         """Names of the tasks, in the order of evaluation."""
         return list(dict.fromkeys(outcome.task for outcome in self.outcomes))
 
-    def accuracy(self, model: str, task: str, measure: str) -> Accuracy | Metric | None:
+    def accuracy(self, model: str, task: str, measure: str) -> Accuracy | MetricScore | None:
         """One cell of the table; None if the task has no such measure."""
         for outcome in self.outcomes:
             if (outcome.model, outcome.task) == (model, task) and measure in outcome.accuracies:
                 return outcome.accuracies[measure]
         return None
 
-    def scores(self, model: str) -> dict[str, Accuracy | Metric]:
+    def scores(self, model: str) -> dict[str, Accuracy | MetricScore]:
         """All results of a model, by `task/measure`."""
         return {
             f"{outcome.task}/{measure}": accuracy

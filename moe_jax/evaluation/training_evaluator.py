@@ -16,7 +16,7 @@ from moe_jax.evaluation.evaluation_results import (
     RESULTS_FILE,
     Accuracy,
     Evaluation,
-    Metric,
+    MetricScore,
     evaluation_settings,
 )
 from moe_jax.evaluation.question_runner import (
@@ -127,7 +127,7 @@ class TrainingTaskEvaluator:
 
     def measure(
         self, name: str, tree: Any, params: Any, stop: Callable[[], bool]
-    ) -> dict[str, Accuracy | Metric]:
+    ) -> dict[str, Accuracy | MetricScore]:
         """Evaluates adapter `name` during training; see `training.run.measurement.TaskEvaluator`.
 
         `params` must be the same arrays in each call.

@@ -43,7 +43,7 @@ def export_adapter(
     weights: Weighting | None = None,
     tokens: np.ndarray | None = None,
     data_name: str = "",
-    known_as: str | None = None,
+    location: str | None = None,
 ) -> list[str]:
     """Writes an adapter in the format of another tool, with a model card.
 
@@ -57,7 +57,7 @@ def export_adapter(
       weights: weighting of experts in a format that merges them; "average" by default.
       tokens: int [N, S], rows on which such a format measures the divergence.
       data_name: name of the source of `tokens` in messages.
-      known_as: folder or hub id of the export for the model card; by default `output`.
+      location: folder or hub id of the export for the model card; by default `output`.
 
     Returns:
       Properties that the format drops or changes, and measurements, one sentence each.
@@ -80,7 +80,7 @@ def export_adapter(
         if value is not None and not export_format.merges_experts:
             raise FieldError(name, f"the {to} format does not merge experts; leave the option out")
     known_base = adapter.base.path if base is None else base
-    location = str(output) if known_as is None else known_as
+    location = str(output) if location is None else location
     options = ExportOptions(known_base, dtype, weights, tokens, data_name, location)
     try:
         _check(adapter, to, options)

@@ -51,7 +51,7 @@ _KNOWN = (
     "ffn_dropout",
     "losses",
 )
-_KNOWN_OF_ROUTER = ("top_k", "init_std", "jitter_noise")
+_HANDLED_ROUTER_FIELDS = ("top_k", "init_std", "jitter_noise")
 
 
 class _ExpertNames(NamedTuple):
@@ -97,7 +97,7 @@ class MixtralFormat(ModelFormat):
         if not isinstance(method.router, TopKRouter):
             name = ROUTERS.name_of(method.router)
             raise not_expressible(_FORMAT, f"router {name!r}", "it supports top_k only")
-        require_known(method.router, _KNOWN_OF_ROUTER, "router.", _FORMAT)
+        require_known(method.router, _HANDLED_ROUTER_FIELDS, "router.", _FORMAT)
         _check_model(adapter.model)
 
     def plan(

@@ -58,7 +58,7 @@ _KNOWN = (
     "ffn_dropout",
     "losses",
 )
-_KNOWN_OF_ROUTERS = {
+_HANDLED_ROUTER_FIELDS = {
     TopKRouter: ("top_k",),
     TopPRouter: ("top_p", "temperature", "renormalise"),
     SwitchRouter: ("capacity", "capacity_factor", "overflow", "weights", "sparse_step"),
@@ -258,7 +258,7 @@ def _require_router(router: Router, **required: Any) -> None:
         if value != expected:
             reason = f"MoE-PEFT's router behaves as {expected!r}; train with that"
             raise not_expressible(_FORMAT, f"router.{field} {value!r}", reason)
-    known = _KNOWN_OF_ROUTERS[type(router)]
+    known = _HANDLED_ROUTER_FIELDS[type(router)]
     require_known(router, (*known, *field_names(Router)), "router.", _FORMAT)
 
 

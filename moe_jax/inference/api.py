@@ -50,7 +50,7 @@ class InferenceSession:
 
         Args:
           base: base with or without its weights.
-          adapters: adapters by name, on `mesh` if there is one.
+          adapters: adapters by name, on `mesh` if there is adapter.
           dtype: dtype of the computation, and of weights that are not loaded yet.
           mesh: None computes on one device.
 
@@ -59,7 +59,7 @@ class InferenceSession:
         """
         self.adapters = dict(adapters)
         self.context = base.config.max_position_embeddings
-        self._switch = frequency_switch(base.config)
+        self._frequency_switch = frequency_switch(base.config)
         self._base = base
         self._dtype: FloatType = dtype
         self._mesh = mesh
@@ -86,7 +86,7 @@ class InferenceSession:
         files = open_base(base, revision)
         devices = None if mesh is None else make_mesh(mesh)
         loaded = load_adapters(adapters, files, build_model(files, dtype), devices)
-        return cls(files, {one.name: one.adapter for one in loaded}, dtype=dtype, mesh=devices)
+        return cls(files, {adapter.name: adapter.adapter for one in loaded}, dtype=dtype, mesh=devices)
 
     def encoder(self, prompt_format: PromptFormat) -> PromptEncoder:
         """Encoder of prompts for this base; errors as in `PromptEncoder`."""
@@ -108,16 +108,16 @@ class InferenceSession:
             max_new_tokens=config.max_new_tokens,
             context=self.context,
             vocab_size=self._base.config.vocab_size,
-            adapters={name: one.method for name, one in self.adapters.items()},
-            switch=self._switch,
+            adapters={name: adapter.method for name, adapter in self.adapters.items()},
+            frequency_switch=self._frequency_switch,
         )
 
-    def text_generator(self, *, is_chat: bool, alone: bool = False) -> TextGenerator:
+    def text_generator(self, *, is_chat: bool, decode_without_prompt: bool = False) -> TextGenerator:
         """Generator of answers; all generators of a session share their compiled programs.
 
         Args:
           is_chat: the token that ends a turn in the chat template ends an answer too.
-          alone: see `TextGenerator`.
+          decode_without_prompt: see `TextGenerator`.
 
         Raises:
           CheckpointError: a file or tensor of the base is missing or damaged.
@@ -128,8 +128,8 @@ class InferenceSession:
             self._token_generator(),
             self._tokenizer,
             self._end_ids | ids,
-            alone=alone,
-            switch=self._switch,
+            decode_without_prompt=alone,
+            frequency_switch=self._frequency_switch,
         )
 
     def _token_generator(self) -> TokenGenerator:
@@ -139,7 +139,7 @@ class InferenceSession:
             self._generator = TokenGenerator(
                 self._base.config,
                 params,
-                {name: (one.method, one.tree) for name, one in self.adapters.items()},
+                {name: (adapter.method, adapter.tree) for name, adapter in self.adapters.items()},
                 compute=ComputeConfig(dtype=self._dtype),
                 mesh=self._mesh,
             )

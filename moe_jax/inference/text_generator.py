@@ -60,8 +60,8 @@ class TextGenerator:
         tokenizer: PreTrainedTokenizerBase,
         end_ids: frozenset[int],
         *,
-        alone: bool = False,
-        switch: int | None = None,
+        decode_without_prompt: bool = False,
+        frequency_switch: int | None = None,
     ):
         """Combines the two.
 
@@ -69,15 +69,15 @@ class TextGenerator:
           generator: generator of token ids.
           tokenizer: tokenizer of the base.
           end_ids: token ids that end an answer; see `end_tokens`.
-          alone: decode answers without their prompt, as other tools do. SentencePiece tokenizers
+          decode_without_prompt: decode answers without their prompt, as other tools do. SentencePiece tokenizers
             then drop a leading space, and half a character at the end becomes U+FFFD.
-          switch: see `frequency_switch`; prompts on different sides of it are batched separately.
+          frequency_switch: see `frequency_switch`; prompts on different sides of it are batched separately.
         """
         self._generator = generator
         self._tokenizer = tokenizer
         self._end_ids = end_ids
-        self._alone = alone
-        self._switch = switch
+        self._decode_without_prompt = decode_without_prompt
+        self._frequency_switch = frequency_switch
         self._special = {
             token.content: token_id
             for token_id, token in tokenizer.added_tokens_decoder.items()
@@ -97,7 +97,7 @@ class TextGenerator:
         Raises:
           CheckpointError: the model's logits are not finite.
         """
-        for rows in _batches(prompts, config.samples, batch_size, self._switch):
+        for rows in _batches(prompts, config.samples, batch_size, self._frequency_switch):
             requests = [
                 Request(prompts[prompt].tokens, prompts[prompt].adapter, sample, prompt)
                 for prompt, sample in rows
@@ -138,8 +138,8 @@ class TextGenerator:
         stops = [text for text in config.stop if text not in self._special]
         end_ids = self._end_ids | {self._special[t] for t in config.stop if t in self._special}
         rows = [
-            _Row(Detokeniser(self._tokenizer, before), StopStrings(stops), end_ids, self._alone)
-            for before in (() if self._alone else request.tokens for request in requests)
+            _Row(Detokeniser(self._tokenizer, before), StopStrings(stops), end_ids, self._decode_without_prompt)
+            for before in (() if self._decode_without_prompt else request.tokens for request in requests)
         ]
         generated: list[list[int]] = [[] for _ in requests]
         steps = self._generator.stream(
@@ -223,12 +223,12 @@ class _Row:
         detokeniser: Detokeniser,
         stops: StopStrings,
         end_ids: frozenset[int],
-        keeps_halves: bool,
+        keeps_partial_character: bool,
     ):
         self._detokeniser = detokeniser
         self._stops = stops
         self._end_ids = end_ids
-        self._keeps_halves = keeps_halves
+        self._keeps_partial_character = keeps_partial_character
         self._read = 0
         self._text = ""
         self._is_ended = False
@@ -249,7 +249,7 @@ class _Row:
     def take(self, *, is_last: bool) -> Piece:
         """Returns the text since the last call; all of it where the answer ends."""
         if self._stops.matched is None and (self._is_ended or is_last):
-            is_cut = not self._is_ended and not self._keeps_halves
+            is_cut = not self._is_ended and not self._keeps_partial_character
             rest = self._detokeniser.finish(is_cut=is_cut)
             self._text += self._stops.push(rest) + self._stops.finish()
         text, self._text = self._text, ""
@@ -259,14 +259,14 @@ class _Row:
 
 
 def _batches(
-    prompts: Sequence[Prompt], samples: int, batch_size: int, switch: int | None
+    prompts: Sequence[Prompt], samples: int, batch_size: int, frequency_switch: int | None
 ) -> Iterator[list[tuple[int, int]]]:
     """Yields batches of (prompt, sample) indices."""
     order = sorted(
         range(len(prompts)),
         key=lambda i: (prompts[i].adapter is not None, prompts[i].adapter, -len(prompts[i].tokens)),
     )
-    is_beyond = [switch is not None and len(prompt.tokens) > switch for prompt in prompts]
+    is_beyond = [frequency_switch is not None and len(prompt.tokens) > frequency_switch for prompt in prompts]
     for side in (True, False):
         rows = [(i, sample) for i in order if is_beyond[i] == side for sample in range(samples)]
         for start in range(0, len(rows), batch_size):

@@ -16,7 +16,7 @@ from moe_jax.data.tokenised_source import encode_examples
 from moe_jax.data.tokenizer import encode_prompt
 from moe_jax.errors import DataError
 from moe_jax.tasks.task import Task
-from moe_jax.tasks.training_rows import task_rows
+from moe_jax.tasks.training_rows import question_rows
 
 Sources = Mapping[str, SourceConfig | Task | Sequence[str]]
 """Data sets by name: a source of rows, a task (its questions with the right labels), or texts."""
@@ -76,7 +76,7 @@ def read_token_rows(
             encoded = _read_source(source, tokenizer, limit)
             divide = source.schema == "text"
         elif isinstance(source, Task):
-            questions = task_rows(source, "label")[:limit]
+            questions = question_rows(source, "label")[:limit]
             encoded, divide = _encode(questions, "completion", None, tokenizer), False
         else:
             texts = list(enumerate(source[:limit], 1))

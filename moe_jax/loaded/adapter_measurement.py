@@ -84,12 +84,12 @@ class AdapterMeasurement:
         """
         return self._change(self._whole_model(folder), is_reference=True).divergence
 
-    def change_to(self, adapter: SavedAdapter) -> LogitChange:
+    def logit_change_to(self, adapter: SavedAdapter) -> LogitChange:
         """Change to another adapter on the same base; this adapter is the reference."""
         model = self._model.clone(adapter_rows=single_adapter(adapter.method, 1))
         return self._change((model, self._params, {SINGLE: adapter.tree}), is_reference=True)
 
-    def change_from(self, folder: Path) -> LogitChange:
+    def logit_change_from(self, folder: Path) -> LogitChange:
         """Change from the model in `folder`, the reference, to this adapter on its base."""
         return self._change(self._whole_model(folder), is_reference=False)
 

@@ -25,7 +25,7 @@ from moe_jax.errors import CheckpointError
 
 Leaves = dict[str, np.ndarray]
 
-ROUTER = "router/kernel"
+ROUTER_KERNEL = "router/kernel"
 EXPERT_AXIS = {"lora_A": 2, "lora_B": 1, "magnitude": 1, "kernel": 2}
 """Expert axis of leaves with a layer axis in front, by the name of the leaf."""
 
@@ -68,8 +68,8 @@ def routed_sites(leaves: Mapping[str, np.ndarray]) -> dict[str, tuple[str, ...]]
     """
     sites = {}
     for path in leaves:
-        if path.endswith(f"/{ROUTER}"):
-            stem = path.removesuffix(ROUTER)
+        if path.endswith(f"/{ROUTER_KERNEL}"):
+            stem = path.removesuffix(ROUTER_KERNEL)
             paths = tuple(other for other in leaves if other.startswith(stem))
             sites[stem.removeprefix("layers/").removesuffix("/")] = paths
     return sites

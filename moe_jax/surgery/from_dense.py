@@ -93,7 +93,7 @@ def from_dense(
     notes += [_projection_note(name, layers) for name, layers in pairs.items()]
     change = None
     if text is not None:
-        change = text.measurement(result).change_from(folders[1])
+        change = text.measurement(result).logit_change_from(folders[1])
         notes.append(text.describe(change, "the fine-tuned model"))
     exact = overall < _ROUNDING and not others
     return save_outcome(SurgeryOutcome(result, exact, notes, change, errors), output)

@@ -119,7 +119,7 @@ def grow(
         notes.append("without noise copies stay equal in training; add noise before training on")
     change = None
     if text is not None and measurement is not None:
-        change = measurement.change_to(result)
+        change = measurement.logit_change_to(result)
         notes.append(text.describe(change, "the original adapter"))
     return save_outcome(SurgeryOutcome(result, exact, notes, change), output)
 

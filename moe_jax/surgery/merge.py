@@ -24,7 +24,7 @@ from moe_jax.config.parse import FieldError, located, suggest
 from moe_jax.errors import CheckpointError
 from moe_jax.surgery.experts import (
     EXPERT_AXIS,
-    ROUTER,
+    ROUTER_KERNEL,
     ExpertMethod,
     Leaves,
     adapter_leaves,
@@ -43,7 +43,7 @@ from moe_jax.surgery.outcome import (
     save_outcome,
 )
 from moe_jax.surgery.truncation import NearestPair, nearest_pair_of_product, relative_error
-from moe_jax.surgery.upcycle import why_not_exact
+from moe_jax.surgery.upcycle import inexactness_reason
 
 Weighting = Literal["average", "utilisation"]
 """Weights of the experts in a mean: equal, or proportional to each expert's load."""
@@ -97,10 +97,10 @@ def merge(
     leaves, rng = adapter_leaves(saved), np.random.default_rng(seed)
     merged, pairs = _merge_sites(leaves, counts, number, groups, loads, rng)
     result = changed_adapter(saved, method, _lora_leaves(merged) if number == 1 else merged)
-    change = measurement.change_to(result)
+    change = measurement.logit_change_to(result)
     means = "plain means" if weights == "average" else f"means weighted by the load on {text.name}"
     models = [former] if isinstance(method, LoraConfig) else [former, method]
-    inexact = any(why_not_exact(model, saved.model) for model in models)
+    inexact = any(inexactness_reason(model, saved.model) for model in models)
     exact = _has_equal_experts(leaves, counts) and not inexact
     errors = {name: relative_error(layers) for name, layers in pairs.items()}
     worst = max(errors, key=errors.__getitem__)
@@ -170,7 +170,7 @@ def _lora_leaves(leaves: Leaves) -> Leaves:
     result = {}
     for path, leaf in leaves.items():
         name = path.rpartition("/")[2]
-        if path.endswith(ROUTER):
+        if path.endswith(ROUTER_KERNEL):
             continue
         is_expert = leaf.ndim == 4  # with the layer axis
         new = path.replace(f"/{MOE}/", "/")
@@ -239,7 +239,7 @@ def _merge_site(
 ) -> None:
     """Adds the merged leaves of one site to `merged`, and its pairs with errors to `pairs`."""
     width = max(len(layer_groups) for layer_groups in groups)
-    router = f"layers/{site}/{ROUTER}"
+    router = f"layers/{site}/{ROUTER_KERNEL}"
     kernel = leaves[router]
     merged[router] = np.zeros((*kernel.shape[:2], width), np.float32)
     for name, stem in projections.items():
@@ -271,7 +271,7 @@ def _has_equal_experts(leaves: Leaves, counts: np.ndarray) -> bool:
     """True if all experts of each router have equal pairs, as after upcycling."""
     for paths in routed_sites(leaves).values():
         for path in paths:
-            if path.endswith(ROUTER):
+            if path.endswith(ROUTER_KERNEL):
                 continue
             experts = np.moveaxis(leaves[path], EXPERT_AXIS[path.rpartition("/")[2]], 1)
             for layer, count in zip(experts, counts, strict=True):

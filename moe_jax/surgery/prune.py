@@ -66,7 +66,7 @@ def prune(
     loads = measurement.loads()
     kept = {site: _most_used(load, counts, keep) for site, load in loads.items()}
     result = changed_adapter(saved, method, gather_experts(adapter_leaves(saved), kept))
-    change = measurement.change_to(result)
+    change = measurement.logit_change_to(result)
     lost = _dropped_load(loads, kept)
     exact = lost == 0.0 and _is_independent(former.router)
     number = f"{keep} of {counts.max()} experts"

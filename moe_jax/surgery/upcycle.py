@@ -22,7 +22,7 @@ from moe_jax.checkpoints.adapter_files import SavedAdapter
 from moe_jax.config.model import ModelConfig
 from moe_jax.config.parse import FieldError, located, parse_member, suggest
 from moe_jax.errors import CheckpointError
-from moe_jax.surgery.experts import ROUTER, ExpertMethod, Leaves, adapter_leaves, expert_counts
+from moe_jax.surgery.experts import ROUTER_KERNEL, ExpertMethod, Leaves, adapter_leaves, expert_counts
 from moe_jax.surgery.outcome import (
     SurgeryOutcome,
     changed_adapter,
@@ -70,7 +70,7 @@ def upcycle(
     method = _method(saved.method, to, num_experts, router)
     with located(f"the new {to}"):
         method.check_model(saved.model)
-    inexact = why_not_exact(method, saved.model)
+    inexact = inexactness_reason(method, saved.model)
     needed = f"{inexact}, so the change has to be measured" if inexact else ""
     text = read_text(saved, data, base, needed)
     result = changed_adapter(saved, method, _leaves(saved, method, seed))
@@ -80,12 +80,12 @@ def upcycle(
         notes = [f"not exact: {inexact}"]
     change = None
     if text is not None:
-        change = text.measurement(saved).change_to(result)
+        change = text.measurement(saved).logit_change_to(result)
         notes.append(text.describe(change, "the LoRA"))
     return save_outcome(SurgeryOutcome(result, inexact is None, notes, change), output)
 
 
-def why_not_exact(method: ExpertMethod, model: ModelConfig) -> str | None:
+def inexactness_reason(method: ExpertMethod, model: ModelConfig) -> str | None:
     """Reason why the weights of a token's experts do not sum to one; None if they do."""
     router = method.router
     name = ROUTERS.name_of(router)
@@ -154,9 +154,9 @@ def _leaves(saved: SavedAdapter, method: ExpertMethod, seed: int) -> Leaves:
         if name == "lora_A":  # [L, in, R]
             leaves[new] = leaf[:, :, None] * present[:, None, :, None]
             width = saved.model.hidden_size if routes_ffn else leaf.shape[1]
-            if f"{site}/{ROUTER}" not in leaves:
+            if f"{site}/{ROUTER_KERNEL}" not in leaves:
                 kernel = rng.standard_normal((len(counts), width, present.shape[1]))
-                leaves[f"{site}/{ROUTER}"] = method.router.init_std * kernel * present[:, None]
+                leaves[f"{site}/{ROUTER_KERNEL}"] = method.router.init_std * kernel * present[:, None]
         elif name == "lora_B":  # [L, R, out]
             leaves[new] = leaf[:, None] * present[:, :, None, None]
         else:  # DoRA's magnitude, [L, out]; absent experts have it too

@@ -116,8 +116,9 @@ def _ranks(values: np.ndarray) -> np.ndarray:
     return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
 
 
-def _ratio(over: np.ndarray, under: np.ndarray) -> np.ndarray:
-    return np.divide(over, under, out=np.zeros_like(under, np.float64), where=under > 0)
+def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
+    zeros = np.zeros_like(denominator, np.float64)
+    return np.divide(numerator, denominator, out=zeros, where=denominator > 0)
 
 
 _COUNT_METRICS: dict[str, Callable[[np.ndarray], np.ndarray]] = {

@@ -33,7 +33,7 @@ def read_source_or_task(
         return read_source(source, cache_dir)
     split, _, _ = source.split.partition("[")
     task = source_task(source, folder)
-    rows = labelled_rows(task) if classified else task_rows(task, source.answer)
+    rows = labelled_rows(task) if classified else question_rows(task, source.answer)
     table = RowTable(datasets.Dataset.from_list(rows), cache_key(rows))
     return select_part(table, source, split)
 
@@ -52,7 +52,7 @@ def source_task(source: SourceConfig, folder: str | None) -> Task:
     return named_task(source.task, data=folder, path=source.path or None, split=split, shots=0)
 
 
-def task_rows(task: Task, answer: Literal["label", "choice"]) -> list[dict[str, str]]:
+def question_rows(task: Task, answer: Literal["label", "choice"]) -> list[dict[str, str]]:
     """Prompt, completion and origin (`where`) of each question.
 
     Args:

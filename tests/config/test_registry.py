@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import pytest
 
-from moe_jax.config.parse import Registry, family_of, parse, parse_member, require, to_plain
+from moe_jax.config.parse import Registry, registry_of, parse, parse_member, require, to_plain
 from moe_jax.errors import ConfigError
 
 SHAPES = Registry("shape")
@@ -75,8 +75,8 @@ def test_unregistered_classes_have_no_name():
 
 
 def test_only_the_base_class_names_the_registry():
-    assert family_of(Shape) is SHAPES
-    assert family_of(Square) is None and family_of(int) is None and family_of(None) is None
+    assert registry_of(Shape) is SHAPES
+    assert registry_of(Square) is None and registry_of(int) is None and registry_of(None) is None
 
 
 def test_name_chooses_the_member_wherever_the_base_class_is_the_type():

@@ -76,7 +76,7 @@ def test_every_field_is_handled():
     """Every field of every method and router is in the lists of fields that the format handles."""
     for name in ("lora", "mixlora", "loramoe", "mola"):
         assert set(field_names(METHODS[name])) <= set(moe_peft._KNOWN)
-    for router, fields in moe_peft._KNOWN_OF_ROUTERS.items():
+    for router, fields in moe_peft._HANDLED_ROUTER_FIELDS.items():
         assert set(field_names(router)) == {*field_names(Router), *fields}
 
 

@@ -156,4 +156,4 @@ def test_every_field_is_handled():
     assert set(field_names(METHODS["mixlora"])) == set(mixtral._KNOWN)
     assert set(field_names(METHODS["mixlora"])) == set(dense._KNOWN_OF_MIXLORA)
     assert set(field_names(METHODS["lora"])) == set(dense._KNOWN_OF_LORA)
-    assert set(field_names(TopKRouter)) == set(mixtral._KNOWN_OF_ROUTER)
+    assert set(field_names(TopKRouter)) == set(mixtral._HANDLED_ROUTER_FIELDS)

@@ -56,7 +56,7 @@ def test_a_partial_character_is_dropped_unless_decoded_alone():
     only = prompts(None, None, None)
     _, generator = scripted()
     assert answers(generator, only, max_new_tokens=count)[2].text == " seven"
-    _, generator = scripted(alone=True)
+    _, generator = scripted(decode_without_prompt=True)
     assert answers(generator, only, max_new_tokens=count)[2].text.endswith("seven\ufffd")
 
 

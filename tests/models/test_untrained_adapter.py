@@ -16,6 +16,12 @@ from moe_jax.sharding.axes import EXPERTS, LAYERS, MLP
 
 CONFIG = tiny_program.model_config(num_layers=2)
 DORA = {"dora": True}
+RECORDED_SUMS = {
+    "layers/mlp/moe/router/kernel": 6.072043531698,
+    "layers/mlp/moe/gate_proj/lora_A": 111.39354884334534,
+    "layers/self_attn/q_proj/lora_A": 28.179116542363772,
+}
+"""Sums of the absolute initial values of `MIXLORA` with seed 0, from version 0.1.0."""
 
 
 @pytest.fixture(scope="module")
@@ -88,3 +94,10 @@ def test_leaves_have_logical_axes(params):
     magnitude = tree["layers"]["mlp"]["moe"]["up_proj"]["magnitude"]
     assert isinstance(magnitude, nn.LogicallyPartitioned)
     assert magnitude.names == (LAYERS, EXPERTS, MLP)
+
+
+def test_a_seed_gives_the_same_weights_in_every_release(params):
+    """Linen derives random keys from module names, so that a renamed module would change them."""
+    tree = _named(_fresh(tiny_program.MIXLORA, params))
+    for path, expected in RECORDED_SUMS.items():
+        np.testing.assert_allclose(np.abs(tree[path]).sum(dtype=np.float64), expected, rtol=1e-6)

@@ -85,7 +85,7 @@ class _Unmeasured:
     def loads(self) -> dict[str, np.ndarray]:
         return {site: np.ones((shape[0], shape[2])) for site, shape in self._shapes.items()}
 
-    def change_to(self, adapter: SavedAdapter) -> LogitChange:
+    def logit_change_to(self, adapter: SavedAdapter) -> LogitChange:
         return LogitChange(1.0, 1.0, 1.0)
 
 

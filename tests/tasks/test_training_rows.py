@@ -12,7 +12,7 @@ from moe_jax.data.tokenizer import load_tokenizer
 from moe_jax.errors import UserError
 from moe_jax.evaluation.scoring_protocols import SCORING_PROTOCOLS
 from moe_jax.tasks.selection import named_task
-from moe_jax.tasks.training_rows import read_source_or_task, task_rows
+from moe_jax.tasks.training_rows import question_rows, read_source_or_task
 
 TEMPLATE = "Which is a {kind}?\n{options}\nAnswer:"
 OWN = [
@@ -72,7 +72,7 @@ def test_training_ids_equal_those_that_evaluation_scores(task, answer, folder, t
 @pytest.mark.parametrize("task", sorted(set(FAMILIES) - {"mmlu"}))
 def test_training_prompts_by_hand(task, folder):
     made = named_task(task, data=folder, shots=0)
-    labels, choices = task_rows(made, "label"), task_rows(made, "choice")
+    labels, choices = question_rows(made, "label"), question_rows(made, "choice")
     for row, told, expected in zip(labels, choices, FAMILIES[task].expected, strict=True):
         prompt, known, options, right = expected
         assert (row["prompt"], row["completion"]) == (prompt, f" {known[right]}")

@@ -1,7 +1,7 @@
 """Gemma: scaled embeddings, norm scales with unit offset, and tanh-approximated GELU."""
 
 from moe_jax.config.model import ModelConfig
-from moe_jax.hf import fields as read
+from moe_jax.hf import fields as hf_fields
 from moe_jax.hf.families.family import (
     ATTENTION,
     ATTENTION_BIASES,

@@ -1,7 +1,7 @@
 """Gemma 2: Gemma with norms on both sides of a block, soft caps and alternating windows."""
 
 from moe_jax.config.model import LayerType, ModelConfig
-from moe_jax.hf import fields as read
+from moe_jax.hf import fields as hf_fields
 from moe_jax.hf.families.family import (
     ATTENTION,
     ATTENTION_BIASES,

@@ -3,7 +3,7 @@
 from typing import Any
 
 from moe_jax.config.model import ModelConfig
-from moe_jax.hf import fields as read
+from moe_jax.hf import fields as hf_fields
 from moe_jax.hf.families.family import (
     ATTENTION,
     DOWN,

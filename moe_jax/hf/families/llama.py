@@ -1,7 +1,7 @@
 """Llama 1 to 3, and models stored in its format: TinyLlama, Yi, Vicuna, SmolLM, ..."""
 
 from moe_jax.config.model import ModelConfig
-from moe_jax.hf import fields as read
+from moe_jax.hf import fields as hf_fields
 from moe_jax.hf.families.family import (
     ATTENTION,
     ATTENTION_BIASES,

@@ -1,7 +1,7 @@
 """Mistral 7B and its successors: Llama with one sliding window in all layers, or none."""
 
 from moe_jax.config.model import LayerType, ModelConfig
-from moe_jax.hf import fields as read
+from moe_jax.hf import fields as hf_fields
 from moe_jax.hf.families.family import ATTENTION, EMBEDDING, HEAD, MLP, PRE_NORMS, model_family
 from moe_jax.hf.fields import HFFields
 from moe_jax.hf.rope import read_rope

@@ -1,7 +1,7 @@
 """Phi-3, Phi-3.5, Phi-4 and Phi-4-mini: fused projections, partial RoPE and LongRoPE."""
 
 from moe_jax.config.model import LayerType, ModelConfig
-from moe_jax.hf import fields as read
+from moe_jax.hf import fields as hf_fields
 from moe_jax.hf.families.family import (
     DOWN,
     EMBEDDING,

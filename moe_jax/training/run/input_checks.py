@@ -19,7 +19,7 @@ from moe_jax.tasks.selection import named_task
 from moe_jax.tasks.training_rows import source_task
 from moe_jax.training.run.workdir import flat_fields
 
-MAY_DIFFER = (
+TRAINING_ONLY_FIELDS = (
     "classification.init_std",
     "classification.metrics",
     "dropout",
@@ -86,7 +86,7 @@ def _require_same_method(saved: dict[str, Any], given: dict[str, Any], folder: P
     saved, given, absent = flat_fields(saved), flat_fields(given), object()
     for field in ("name", *sorted(saved.keys() | given.keys())):
         values = saved.get(field, absent), given.get(field, absent)
-        may_differ = any(fnmatch.fnmatchcase(field, pattern) for pattern in MAY_DIFFER)
+        may_differ = any(fnmatch.fnmatchcase(field, pattern) for pattern in TRAINING_ONLY_FIELDS)
         if values[0] != values[1] and not may_differ:
             shown = ["absent" if value is absent else repr(value) for value in values]
             raise ConfigError(

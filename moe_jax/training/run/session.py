@@ -29,7 +29,7 @@ from moe_jax.training.run.adapter_reports import build_training_record
 from moe_jax.training.run.asynchronous import BackgroundWriter, Interrupts
 from moe_jax.training.run.inputs import Inputs, Phase, Progress, phases_after, phases_of
 from moe_jax.training.run.measurement import EvaluationInterrupted, TaskEvaluator, validate
-from moe_jax.training.run.workdir import WorkDir, is_main_process, lengths
+from moe_jax.training.run.workdir import WorkDir, is_main_process, step_counts
 from moe_jax.training.step.micro_batches import join_rows
 from moe_jax.training.step.program import Program
 from moe_jax.training.step.state import TrainState, carried_over
@@ -232,7 +232,7 @@ class TrainingSession:
             "base": self.inputs.base.identity._asdict(),
             "data": {name: self.inputs.data_fingerprint(name) for name in data},
             "steps": self.inputs.steps,
-            "lengths": lengths(to_plain(self.config)),
+            "lengths": step_counts(to_plain(self.config)),
             "validation": progress.validation,
             "best": progress.best,
         }

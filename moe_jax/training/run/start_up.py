@@ -35,7 +35,7 @@ from moe_jax.training.run.inputs import (
 )
 from moe_jax.training.run.measurement import EVALUATION_FOLDER, TaskEvaluation, has_evaluation
 from moe_jax.training.run.session import TrainingSession, restore
-from moe_jax.training.run.workdir import WorkDir, is_main_process, lengths, require_same_run
+from moe_jax.training.run.workdir import WorkDir, is_main_process, require_same_run, step_counts
 from moe_jax.training.step.program import Program, build_program
 from moe_jax.training.step.state import TrainState
 
@@ -97,7 +97,7 @@ def read_saved_run(
     metadata = read_metadata(work.checkpoints, step)
     steps: dict[str, int] = metadata["steps"]
     has_ended = (
-        metadata["lengths"] == lengths(settings)
+        metadata["lengths"] == step_counts(settings)
         and step == max(steps.values())
         and all(work.exported_step(name) == count for name, count in steps.items())
     )

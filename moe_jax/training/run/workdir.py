@@ -23,7 +23,7 @@ from moe_jax.files.folders import current_folder
 CONFIG_FILE = "config.json"
 _LOCK = ".lock"
 
-MAY_CHANGE = (
+RESUMABLE_FIELDS = (
     "mesh.*",
     "logging.*",
     "checkpoints.*",
@@ -148,7 +148,7 @@ def _with_new_fields(former: Mapping[str, Any]) -> Mapping[str, Any]:
 def require_same_run(
     former: Mapping[str, Any], config: RunConfig, settings: Mapping[str, Any], folder: Path
 ) -> None:
-    """Requires that a configuration differs from that of a saved run in `MAY_CHANGE` only.
+    """Requires that a configuration differs from that of a saved run in `RESUMABLE_FIELDS` only.
 
     Args:
       former: configuration in the work directory, as JSON values.
@@ -159,7 +159,7 @@ def require_same_run(
     Raises:
       ConfigError: another field differs; names it, with both values.
     """
-    allowed = MAY_CHANGE + changeable_lengths(config)
+    allowed = RESUMABLE_FIELDS + changeable_lengths(config)
     before, now, absent = flat_fields(_with_new_fields(former)), flat_fields(settings), object()
     changed = [
         name
@@ -198,7 +198,7 @@ def changeable_lengths(config: RunConfig) -> tuple[str, ...]:
     )
 
 
-def lengths(settings: Mapping[str, Any]) -> dict[str, Any]:
+def step_counts(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Fields of a configuration, as JSON values, with numbers of steps and epochs."""
     groups = {"training": settings.get("training", {})}
     adapters = settings.get("adapters", {})
