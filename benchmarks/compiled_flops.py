@@ -1,7 +1,7 @@
-"""FLOPs of a compiled program and the bytes that it moves, with all iterations of its loops.
+"""FLOPs and bytes moved of a compiled program, with all iterations of its loops.
 
 `Compiled.cost_analysis` counts one iteration of a loop, such as the scan over layers. Here the body
-of each loop is analysed separately and multiplied with its trip count. Needs jax only.
+of each loop is analysed separately and multiplied by its trip count. Needs jax only.
 """
 
 import functools
@@ -22,7 +22,12 @@ _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 
 
 class Loop(NamedTuple):
-    """A loop: its trip count, None if unknown to the compiler, and the name of its body."""
+    """A loop of a program.
+
+    Attributes:
+      trips: trip count; None if the compiler does not know it.
+      body: name of the computation of the body.
+    """
 
     trips: int | None
     body: str
@@ -44,15 +49,15 @@ class Flops(NamedTuple):
 
 
 def compiled_flops(compiled: jax.stages.Compiled, *, fixed_loops: bool = False) -> Flops:
-    """XLA's count of a program on one device, with all iterations of loops.
+    """Counts FLOPs and bytes of a program on one device with XLA, over all iterations of loops.
 
     Custom kernels, such as cuDNN's fused attention, are not counted.
 
     Args:
-      compiled: the program.
+      compiled: compiled program.
       fixed_loops: True if all loops are `scan` or `fori_loop` with fixed bounds, which count from 0
         in steps of 1. The trip count is then read from the loop's condition if the compiler does
-        not state it (on TPUs it never does).
+        not give it (as on TPUs).
     """
     client = jax.devices()[0].client
     analysis = xla_client._xla.hlo_module_cost_analysis
@@ -62,8 +67,8 @@ def compiled_flops(compiled: jax.stages.Compiled, *, fixed_loops: bool = False) 
 
     @functools.cache
     def once(name: str) -> tuple[float, float]:
-        """XLA's count of FLOPs and bytes, with one iteration of each loop."""
-        # Each computation stands behind those that it calls.
+        """FLOPs and bytes of a computation by XLA, with one iteration of each loop."""
+        # Each computation follows those that it calls.
         before = list(computations.values())[: list(computations).index(name)]
         module = "\n\n".join(["HloModule counted", *before, f"ENTRY {computations[name]}"])
         counts = analysis(client, xla_client.hlo.hlo_module_from_text(module))
@@ -73,6 +78,7 @@ def compiled_flops(compiled: jax.stages.Compiled, *, fixed_loops: bool = False) 
 
     @functools.cache
     def total(name: str) -> tuple[float, float]:
+        """FLOPs and bytes of a computation, with all iterations of each loop."""
         nonlocal unknown
         flops, moved = once(name)
         for loop in _loops(computations, name, fixed_loops):
@@ -88,8 +94,8 @@ def compiled_flops(compiled: jax.stages.Compiled, *, fixed_loops: bool = False) 
 
 
 def _computations(text: str) -> tuple[dict[str, str], str]:
-    """The text of each computation by name, without `ENTRY`, and the name of the entry."""
-    text = _METADATA.sub("", text)  # it points into tables of the module that is left
+    """Splits the text into computations by name, without `ENTRY`; also returns the entry's name."""
+    text = _METADATA.sub("", text)  # it refers to tables that the shorter module lacks
     computations: dict[str, str] = {}
     entry, name, lines = "", "", list[str]()
     for line in text.splitlines():
@@ -98,16 +104,16 @@ def _computations(text: str) -> tuple[dict[str, str], str]:
             name, lines = head[1], [line.removeprefix("ENTRY ")]
             entry = name if line.startswith("ENTRY ") else entry
         elif name:
-            ends = line.startswith("}")  # what may follow names the kind of core that runs it
-            lines.append("}" if ends else line)
-            if ends:
+            is_end = line.startswith("}")  # the kind of core may follow
+            lines.append("}" if is_end else line)
+            if is_end:
                 computations[name], name = "\n".join(lines), ""
     return computations, entry
 
 
 def _loops(computations: dict[str, str], name: str, fixed_loops: bool) -> list[Loop]:
     """Loops of a computation and of those that it calls, without the loops nested in them."""
-    found: list[Loop] = []
+    loops: list[Loop] = []
     for line in computations[name].splitlines():
         loop = _LOOP.search(line)
         if loop:
@@ -115,14 +121,14 @@ def _loops(computations: dict[str, str], name: str, fixed_loops: bool) -> list[L
             count = int(trips[1]) if trips else None
             if count is None and fixed_loops:
                 count = _limit(computations, loop[1])
-            found.append(Loop(count, loop[2]))
+            loops.append(Loop(count, loop[2]))
             continue
         called = _CALLED.findall(line)
         for branches in _BRANCHES.findall(line):
             called += [branch.strip().removeprefix("%") for branch in branches.split(",")]
         for other in called:
-            found += _loops(computations, other, fixed_loops)
-    return found
+            loops += _loops(computations, other, fixed_loops)
+    return loops
 
 
 def _limit(computations: dict[str, str], name: str) -> int | None:

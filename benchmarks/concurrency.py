@@ -1,10 +1,10 @@
-"""Several small-batch adapters in one step against one after another.
+"""Speed and memory of training several small-batch adapters in one step.
 
     python benchmarks/concurrency.py --output concurrency.json
 
-N adapters, each with a few rows of its own, train on one frozen base of random weights: all in one
-compiled step, or each in a step of its own, N steps. Both are timed in turn in one process, so that
-only their ratio is quoted. The memory is the compiled program's own account of it.
+N adapters, each with a few rows, train on one frozen base of random weights, either in one compiled
+step for all of them or in N steps with one adapter each. Both are timed alternately in one process
+and compared by their ratio. Memory is read from the compiled program.
 
 Needs jax, flax, optax and numpy only.
 """
@@ -37,7 +37,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 def program_of(kind: str, adapters: int, args: argparse.Namespace) -> Program:
-    """Training program of several adapters of one kind."""
+    """Builds the training program of several adapters of one kind."""
     method = {**KINDS[kind], "rank": args.rank, "alpha": 16.0, "target_modules": TARGET_MODULES}
     data = {"train": {"none": {"path": "none", "schema": "text"}}, "max_length": args.length}
     adapter = {
@@ -57,7 +57,7 @@ def program_of(kind: str, adapters: int, args: argparse.Namespace) -> Program:
 
 
 def step_of(program: Program, params: Any, length: int) -> Callable[[], None]:
-    """A function that does one training step and waits for it."""
+    """Returns a function that runs one training step and waits for it."""
     rows = sum(segment.total for segment in program.adapter_rows)
     batch = program.put_train_batch(random_batch(program.model.config, rows, length))
     box = [program.init_state(params)]
@@ -70,34 +70,35 @@ def step_of(program: Program, params: Any, length: int) -> Callable[[], None]:
 
 
 def memory_of(program: Program, length: int) -> float:
-    """MiB that the compiled step takes, base included."""
+    """Memory of the compiled step in MiB, with the base."""
     analysis: Any = program.compiled_train_step(length).memory_analysis()
-    held = analysis.argument_size_in_bytes + analysis.temp_size_in_bytes
-    return (held + analysis.output_size_in_bytes - analysis.alias_size_in_bytes) / MEBIBYTE
+    total = analysis.argument_size_in_bytes + analysis.temp_size_in_bytes
+    return (total + analysis.output_size_in_bytes - analysis.alias_size_in_bytes) / MEBIBYTE
 
 
 def measure(kind: str, counts: list[int], args: argparse.Namespace) -> list[dict[str, Any]]:
-    alone = program_of(kind, 1, args)
-    params = params_of(alone)
-    memory_alone = memory_of(alone, args.length)
-    step_alone = step_of(alone, params, args.length)
-    step_alone()
+    """Times adapters of one kind, at each number of adapters."""
+    one_adapter = program_of(kind, 1, args)
+    params = params_of(one_adapter)
+    memory_of_one = memory_of(one_adapter, args.length)
+    single_step = step_of(one_adapter, params, args.length)
+    single_step()
     results = []
     for count in counts:
-        together = program_of(kind, count, args)
-        step = step_of(together, params, args.length)
+        program = program_of(kind, count, args)
+        step = step_of(program, params, args.length)
         step()
         ratios, seconds = [], []
         for _ in range(args.repeats):
             start = time.perf_counter()
             for _ in range(count):
-                step_alone()
+                single_step()
             middle = time.perf_counter()
             step()
             end = time.perf_counter()
             ratios.append((middle - start) / (end - middle))
             seconds.append(end - middle)
-        memory = memory_of(together, args.length)
+        memory = memory_of(program, args.length)
         results.append(
             {
                 "kind": kind,
@@ -107,8 +108,8 @@ def measure(kind: str, counts: list[int], args: argparse.Namespace) -> list[dict
                 "highest": max(ratios),
                 "seconds_per_step": statistics.median(seconds),
                 "memory_mib": memory,
-                # What each adapter beyond the first adds.
-                "mib_per_adapter": (memory - memory_alone) / (count - 1) if count > 1 else None,
+                # Memory of each adapter beyond the first.
+                "mib_per_adapter": (memory - memory_of_one) / (count - 1) if count > 1 else None,
             }
         )
     return results
@@ -118,21 +119,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
     parser.add_argument("--size", default="d512", help=SIZE_HELP)
     parser.add_argument("--counts", default="1,2,4,8", help="numbers of adapters (1,2,4,8)")
-    parser.add_argument("--rows", type=int, default=1, help="rows of each adapter in a step (1)")
-    parser.add_argument("--length", type=int, default=64, help="tokens of a row (64)")
-    parser.add_argument("--rank", type=int, default=8, help="of every pair (8)")
+    parser.add_argument(
+        "--rows", type=int, default=1, help="number of rows of each adapter in a step (1)"
+    )
+    parser.add_argument("--length", type=int, default=64, help="number of tokens of a row (64)")
+    parser.add_argument("--rank", type=int, default=8, help="rank of every pair (8)")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
-    parser.add_argument("--repeats", type=int, default=7, help="timed pairs (7)")
-    parser.add_argument("--output", type=Path, help="also write the figures here, as JSON")
+    parser.add_argument("--repeats", type=int, default=7, help="number of timed pairs (7)")
+    parser.add_argument("--output", type=Path, help="JSON file for the figures")
     args = parser.parse_args(argv)
     try:
         check_output(args.output)
         model_of(args.size)
         if not all(count.isdigit() and int(count) for count in args.counts.split(",")):
-            raise ConfigError(f"--counts {args.counts}: expected N,... with whole numbers")
+            raise ConfigError(
+                f"--counts {args.counts}: expected whole numbers, separated by commas"
+            )
         facts = machine()
         print(
-            f"{args.size} base in {args.dtype}, {args.rows} x {args.length} tokens an adapter; "
+            f"{args.size} base in {args.dtype}, {args.rows} x {args.length} tokens per adapter; "
             f"{one_line(facts)}"
         )
         print("kind     adapters  one after another / together  step       memory     per adapter")
@@ -141,10 +146,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             for row in measure(kind, [int(count) for count in args.counts.split(",")], args):
                 figures.append(row)
                 spread = f"{row['speedup']:.2f} ({row['lowest']:.2f} to {row['highest']:.2f})"
-                each = row["mib_per_adapter"]
+                added = row["mib_per_adapter"]
                 print(
                     f"{kind:8} {row['adapters']:8}  {spread:28}  {row['seconds_per_step']:7.3f} s  "
-                    f"{row['memory_mib']:6.0f} MiB  {'' if each is None else f'{each:6.1f} MiB'}"
+                    f"{row['memory_mib']:6.0f} MiB  {'' if added is None else f'{added:6.1f} MiB'}"
                 )
         write_json(args.output, args, benchmark="concurrency", machine=facts, figures=figures)
     except UserError as error:

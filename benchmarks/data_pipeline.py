@@ -1,15 +1,15 @@
-"""Rows and tokens a second of tokenising, and of batches from a tokenised data set.
+"""Speed of tokenising a data set and of drawing batches from it.
 
     python benchmarks/data_pipeline.py --output data_pipeline.json
     python benchmarks/data_pipeline.py --consumed 100000 --rows 64
 
-Generated rows are read and tokenised from nothing, read again from the cache that this leaves, and
-drawn as the training loop draws them: shuffled, grouped by length, padded, joined into one batch.
-No device takes part. The last column divides by the tokens a second that steps consume,
-`--consumed`: above 1, batches are ready before the device asks for them. By default that is the
-fastest published LoRA of a 7B model on one H100, NeMo's with 25,206 tokens a second.
+Generated rows are read and tokenised without a cache, read again from the cache, and drawn as the
+training loop draws them: shuffled, grouped by length, padded, joined into one batch. No device is
+used. The last column is the ratio to the tokens per second that training consumes (`--consumed`);
+above 1, the device never waits for data. The default is the fastest published LoRA of a 7B model on
+one H100, NeMo's with 25,206 tokens per second.
 
-The tokenizer is a small one of ours, made for the purpose; a larger vocabulary is about as fast.
+The tokenizer is small and trained for this benchmark; a larger vocabulary is about as fast.
 """
 
 import argparse
@@ -32,17 +32,18 @@ from moe_jax.errors import ConfigError, UserError
 from moe_jax.training.step.micro_batches import join_rows
 
 WARM_UP = 16
-"""Batches drawn before the clock starts, more than are prefetched."""
+"""Number of batches drawn before timing starts, more than are prefetched."""
 
 
 def data_config(folder: Path, cache: Path, args: argparse.Namespace) -> DataConfig:
+    """Data configuration of the generated rows with a cache folder."""
     data = {"max_length": args.length, "cache_dir": str(cache)}
     config = run_config(folder, 1, args.rows, data, training={"steps": 1})
     return config.adapters["adapter0"].data
 
 
 def draw(data: TrainData, batches: int) -> tuple[float, int]:
-    """Seconds of a number of batches, and their tokens without padding."""
+    """Draws batches; returns the seconds and the number of tokens without padding."""
     for _ in range(WARM_UP):
         next(data.iterator)
     tokens, start = 0, time.perf_counter()
@@ -55,7 +56,8 @@ def draw(data: TrainData, batches: int) -> tuple[float, int]:
 def figure(
     stage: str, rows: int, tokens: int, seconds: list[float], consumed: float
 ) -> dict[str, Any]:
-    rates = spread([tokens / each for each in seconds])
+    """Figures of one stage from the seconds of its repeats."""
+    rates = spread([tokens / duration for duration in seconds])
     return {
         "stage": stage,
         "rows": rows,
@@ -68,6 +70,7 @@ def figure(
 
 
 def measure(folder: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Figures of the three stages: tokenising, reading the cache, drawing batches."""
     tokenizer = write_tokenizer(folder)
     say(f"writing {args.examples} rows")
     write_rows(folder / ROWS, args.examples)
@@ -82,18 +85,18 @@ def measure(folder: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
             source = tokenise_source(name, fields, config, tokenizer)
             seconds.append(time.perf_counter() - start)
             rows, tokens = len(source.kept), int(source.lengths.sum())
-        took, drawn_tokens = draw(
+        duration, drawn_tokens = draw(
             load_train_data(config, tokenizer, args.rows, seed=0), args.batches
         )
-        drawn.append(took)
+        drawn.append(duration)
     return [
-        figure("tokenised from nothing", rows, tokens, fresh, args.consumed),
-        figure("from the cache", rows, tokens, cached, args.consumed),
+        figure("tokenised without a cache", rows, tokens, fresh, args.consumed),
+        figure("read from the cache", rows, tokens, cached, args.consumed),
         figure("drawn as batches", args.batches * args.rows, drawn_tokens, drawn, args.consumed),
     ]
 
 
-def shown(figure: dict[str, Any]) -> list[str]:
+def table_cells(figure: dict[str, Any]) -> list[str]:
     return [
         figure["stage"],
         f"{figure['rows']:,}",
@@ -106,15 +109,21 @@ def shown(figure: dict[str, Any]) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
-    parser.add_argument("--examples", type=int, default=50_000, help="rows of the data set (50000)")
-    parser.add_argument("--rows", type=int, default=16, help="rows of a batch (16)")
-    parser.add_argument("--length", type=int, default=512, help="tokens of a row, at most (512)")
-    parser.add_argument("--batches", type=int, default=500, help="that are drawn (500)")
-    parser.add_argument("--repeats", type=int, default=3, help="of each measurement (3)")
     parser.add_argument(
-        "--consumed", type=float, default=25_206.0, help="tokens a second of training (25206)"
+        "--examples", type=int, default=50_000, help="number of rows of the data set (50000)"
     )
-    parser.add_argument("--output", type=Path, help="also write the figures here, as JSON")
+    parser.add_argument("--rows", type=int, default=16, help="number of rows of a batch (16)")
+    parser.add_argument(
+        "--length", type=int, default=512, help="maximum number of tokens of a row (512)"
+    )
+    parser.add_argument("--batches", type=int, default=500, help="number of batches drawn (500)")
+    parser.add_argument(
+        "--repeats", type=int, default=3, help="number of repeats of each measurement (3)"
+    )
+    parser.add_argument(
+        "--consumed", type=float, default=25_206.0, help="tokens per second of training (25206)"
+    )
+    parser.add_argument("--output", type=Path, help="JSON file for the figures")
     args = parser.parse_args(argv)
     try:
         check_output(args.output)
@@ -128,8 +137,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         with tempfile.TemporaryDirectory() as folder:
             figures = measure(Path(folder), args)
-        headings = ("rows are", "rows", "time", "rows/s", "tokens/s", "/ consumed")
-        print(table(headings, [shown(figure) for figure in figures]))
+        headings = ("stage", "rows", "time", "rows/s", "tokens/s", "/ consumed")
+        print(table(headings, [table_cells(figure) for figure in figures]))
         write_json(args.output, args, benchmark="data_pipeline", machine=facts, figures=figures)
     except UserError as error:
         return refuse(error)

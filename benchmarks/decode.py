@@ -1,20 +1,19 @@
-"""Tokens a second of greedy decoding, against transformers and against memory bandwidth.
+"""Speed of greedy decoding, compared with transformers and with memory bandwidth.
 
     python benchmarks/decode.py --output decode.json
 
-A random Llama continues random prompts, by our `TokenGenerator` and by transformers' `generate`
-with the same weights, in turn in one process, so that only their ratio is quoted. Transformers
-decodes the base, which is also what a LoRA merged into it costs; ours decodes the base, and rows of
-a LoRA and of a MixLoRA beside it that stay unmerged. Reading the prompts and compilation are left
-out: the time is that between the first new token and the last.
+A random Llama continues random prompts with `TokenGenerator` and with transformers' `generate` on
+the same weights. Both are timed alternately in one process and compared by reference ratio.
+Transformers decodes the base, which costs as much as a base with a merged LoRA. `TokenGenerator`
+decodes the base, an unmerged LoRA and an unmerged MixLoRA. The time between the first new token and
+the last is measured, without compilation and the prompts.
 
-Each step has to read every weight that it multiplies with, and the cache. What share of a step's
-time that alone would take is reported too, at the bandwidth of rewriting a large array (its bytes
-read and written), measured in between. It exceeds one where weights stay in the processor's own
-caches.
+Each step reads the cache and every weight of a product. The last column is the share of a step's
+time that these reads alone would take, at the bandwidth of rewriting a large array (bytes read and
+written), measured between the steps. It exceeds one if the weights stay in the processor's caches.
 
-Needs torch and transformers, as the tests do; with `--alone`, which measures ours by itself, jax,
-flax, optax and numpy.
+Needs torch and transformers, as the tests do; with `--alone` (without transformers) only jax, flax,
+optax and numpy.
 """
 
 import argparse
@@ -59,6 +58,7 @@ COPIED_BYTES, PASSES = 2**28, 4
 
 
 def random_adapter(fields: dict[str, Any], model: ModelConfig) -> tuple[AdapterMethod, Any]:
+    """Returns the method of these fields and random weights of an adapter."""
     fields = {**fields, "rank": 8, "alpha": 16.0, "target_modules": TARGET_MODULES}
     method = parse_member(METHODS, fields, "method")
     rng = np.random.default_rng(0)
@@ -69,8 +69,10 @@ def random_adapter(fields: dict[str, Any], model: ModelConfig) -> tuple[AdapterM
     return method, nested_dict(leaves)
 
 
-def ours(generator: TokenGenerator, requests: Sequence[Request], new_tokens: int) -> float:
-    """Seconds a step."""
+def seconds_per_step(
+    generator: TokenGenerator, requests: Sequence[Request], new_tokens: int
+) -> float:
+    """Seconds of a decoding step of `TokenGenerator`."""
     steps = generator.stream(requests, SamplingConfig(), max_new_tokens=new_tokens, eos_ids=())
     next(steps)
     start = time.perf_counter()
@@ -79,7 +81,7 @@ def ours(generator: TokenGenerator, requests: Sequence[Request], new_tokens: int
 
 
 def bytes_of_a_step(generator: TokenGenerator, requests: Sequence[Request], new_tokens: int) -> int:
-    """Weights and cache that a step multiplies with; of the embedding, only a row a token."""
+    """Bytes of the weights and the cache that a step reads; an untied embedding is not counted."""
     model, params = generator.model, dict(generator.params)
     if not model.tie_word_embeddings:
         del params["embed_tokens"]
@@ -92,9 +94,9 @@ def bytes_of_a_step(generator: TokenGenerator, requests: Sequence[Request], new_
 
 
 class Bandwidth:
-    """Seconds that a byte takes on its way to or from memory, measured again at each call.
+    """Measures the bandwidth of memory.
 
-    The array is rewritten in place: a fresh one's pages would have to be made first.
+    The array is rewritten in place, since the pages of a new one would be allocated first.
     """
 
     def __init__(self):
@@ -106,13 +108,14 @@ class Bandwidth:
         self.seconds_per_byte()  # compiles
 
     def seconds_per_byte(self) -> float:
+        """Seconds to read or write a byte, measured at each call."""
         start = time.perf_counter()
         self._array = self._rewrite(self._array).block_until_ready()
         return (time.perf_counter() - start) / (2 * PASSES * COPIED_BYTES)
 
 
 def decoder(args: argparse.Namespace, model: ModelConfig) -> TokenGenerator:
-    """A random base and random adapters on it."""
+    """Creates a generator with a random base and random adapters."""
     language_model = LlamaForCausalLM(model, ComputeConfig(dtype=args.dtype), (), args.dtype)
     tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
     variables = jax.eval_shape(language_model.init, jax.random.key(0), tokens)
@@ -126,15 +129,15 @@ def decoder(args: argparse.Namespace, model: ModelConfig) -> TokenGenerator:
 def transformers_step(
     args: argparse.Namespace, generator: TokenGenerator
 ) -> Callable[[Sequence[Request], int], float]:
-    """A function that decodes with the same base in transformers; gives seconds a step."""
-    from benchmarks.torch_generation import seconds_a_step
+    """Returns a function that decodes the same base in transformers and returns seconds per step."""
+    from benchmarks.torch_generation import generate_seconds_per_step
     from benchmarks.torch_llama import torch_llama
 
     leaves = named_leaves(generator.params)
     arrays = {path.replace("/", "."): np.asarray(leaf) for path, leaf in leaves.items()}
     device = "cpu" if jax.devices()[0].platform == "cpu" else "cuda"
     model = torch_llama(hf_fields(generator.model), arrays, args.dtype, device).eval()
-    return lambda requests, new_tokens: seconds_a_step(
+    return lambda requests, new_tokens: generate_seconds_per_step(
         model, [request.tokens for request in requests], new_tokens
     )
 
@@ -142,9 +145,9 @@ def transformers_step(
 def measure(
     args: argparse.Namespace,
     generator: TokenGenerator,
-    theirs: Callable[[Sequence[Request], int], float] | None,
+    reference: Callable[[Sequence[Request], int], float] | None,
 ) -> list[dict[str, Any]]:
-    """The figures of every kind at every batch size; one that does not fit says so."""
+    """Figures of every kind at every batch size, with an error if it ran out of memory."""
     bandwidth = Bandwidth()
     rng = np.random.default_rng(0)
     figures = []
@@ -155,7 +158,7 @@ def measure(
             requests = [Request(tuple(tokens), name) for tokens in prompts]
             row: dict[str, Any] = {"kind": kind, "batch": rows, "error": None}
             try:
-                row |= one_kind(args, generator, requests, theirs, bandwidth)
+                row |= one_kind(args, generator, requests, reference, bandwidth)
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
@@ -169,32 +172,34 @@ def one_kind(
     args: argparse.Namespace,
     generator: TokenGenerator,
     requests: Sequence[Request],
-    theirs: Callable[[Sequence[Request], int], float] | None,
-    bandwidth: "Bandwidth",
+    reference: Callable[[Sequence[Request], int], float] | None,
+    bandwidth: Bandwidth,
 ) -> dict[str, Any]:
-    """The figures of one kind of requests, by as many pairs of runs as `--repeats` says."""
+    """Figures of one kind of requests, from `--repeats` pairs of runs."""
     needed = bytes_of_a_step(generator, requests, args.new_tokens)
-    ours(generator, requests, args.new_tokens)
-    if theirs is not None:
-        theirs(requests, 4)
-    samples, their_samples = [], []
+    seconds_per_step(generator, requests, args.new_tokens)
+    if reference is not None:
+        reference(requests, 4)
+    samples, reference_samples = [], []
     for _ in range(args.repeats):
-        own = ours(generator, requests, args.new_tokens)
-        if theirs is not None:
-            their_samples.append(theirs(requests, args.new_tokens))
-        samples.append((own, needed * bandwidth.seconds_per_byte()))
-    seconds = [own for own, _ in samples]
+        duration = seconds_per_step(generator, requests, args.new_tokens)
+        if reference is not None:
+            reference_samples.append(reference(requests, args.new_tokens))
+        samples.append((duration, needed * bandwidth.seconds_per_byte()))
+    seconds = [duration for duration, _ in samples]
     row = {
         "tokens_per_second": len(requests) / statistics.median(seconds),
         "mib_per_step": needed / MEBIBYTE,
-        "share_of_bandwidth": statistics.median(least / own for own, least in samples),
+        "share_of_bandwidth": statistics.median(least / duration for duration, least in samples),
         "transformers_tokens_per_second": None,
         "speedup": None,
     }
-    if theirs is not None:
-        ratios = [their / own for own, their in zip(seconds, their_samples, strict=True)]
+    if reference is not None:
+        ratios = [
+            other / duration for duration, other in zip(seconds, reference_samples, strict=True)
+        ]
         row |= {
-            "transformers_tokens_per_second": len(requests) / statistics.median(their_samples),
+            "transformers_tokens_per_second": len(requests) / statistics.median(reference_samples),
             "speedup": statistics.median(ratios),
             "lowest": min(ratios),
             "highest": max(ratios),
@@ -206,34 +211,38 @@ def print_row(row: dict[str, Any]) -> None:
     if row["error"]:
         print(f"{row['kind']:8} {row['batch']:5}  {row['error']}", flush=True)
         return
-    their, spread = "-", "-"
+    reference, spread = "-", "-"
     if row["speedup"] is not None:
-        their = f"{row['transformers_tokens_per_second']:.1f}"
+        reference = f"{row['transformers_tokens_per_second']:.1f}"
         spread = f"{row['speedup']:.2f} ({row['lowest']:.2f} to {row['highest']:.2f})"
     print(
-        f"{row['kind']:8} {row['batch']:5}  {row['tokens_per_second']:8.1f}  {their:>12}  "
+        f"{row['kind']:8} {row['batch']:5}  {row['tokens_per_second']:8.1f}  {reference:>12}  "
         f"{spread:21}  {row['mib_per_step']:8.1f} MiB  {row['share_of_bandwidth']:.2f}",
         flush=True,
     )
 
 
 def check(args: argparse.Namespace) -> ModelConfig:
-    """The model and the batch sizes; checks the flags first."""
+    """Checks the flags, parses the batch sizes and returns the model.
+
+    Raises:
+      ConfigError: a flag is invalid.
+    """
     check_output(args.output)
     for flag in ("prompt", "new_tokens", "repeats"):
         if getattr(args, flag) < 1:
             raise ConfigError(f"--{flag.replace('_', '-')}: must be positive")
     if args.new_tokens < 5:
-        raise ConfigError("--new-tokens: must be at least 5, of which all but one are timed")
+        raise ConfigError("--new-tokens: must be at least 5; all but the first are timed")
     sizes = args.batches.split(",")
     if not all(size.isdigit() and int(size) for size in sizes):
-        raise ConfigError(f"--batches {args.batches}: expected N,... with whole numbers")
+        raise ConfigError(f"--batches {args.batches}: expected whole numbers, separated by commas")
     args.batches = [int(size) for size in sizes]
     missing = [name for name in ("torch", "transformers") if find_spec(name) is None]
     if missing and not args.alone:
         raise ConfigError(
-            f"{' and '.join(missing)} are not installed: pip install -e '.[test]' brings them, and "
-            "--alone does without"
+            f"not installed: {', '.join(missing)}; pip install -e '.[test]', or leave transformers "
+            "out with --alone"
         )
     return model_of(args.size, args.vocab)
 
@@ -241,25 +250,29 @@ def check(args: argparse.Namespace) -> ModelConfig:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
     parser.add_argument("--size", default="d512", help=SIZE_HELP)
-    parser.add_argument("--vocab", type=int, help="tokens, if not as many as the size has")
-    parser.add_argument("--batches", default="1,8", help="numbers of rows (1,8)")
-    parser.add_argument("--prompt", type=int, default=16, help="tokens of each prompt (16)")
-    parser.add_argument("--new-tokens", type=int, default=65, help="of each row (65)")
+    parser.add_argument("--vocab", type=int, help="number of tokens of the vocabulary (the size's)")
+    parser.add_argument("--batches", default="1,8", help="batch sizes (1,8)")
+    parser.add_argument(
+        "--prompt", type=int, default=16, help="number of tokens of each prompt (16)"
+    )
+    parser.add_argument(
+        "--new-tokens", type=int, default=65, help="number of new tokens of each row (65)"
+    )
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
-    parser.add_argument("--repeats", type=int, default=7, help="timed pairs (7)")
-    parser.add_argument("--alone", action="store_true", help="leave transformers out")
-    parser.add_argument("--output", type=Path, help="also write the figures here, as JSON")
+    parser.add_argument("--repeats", type=int, default=7, help="number of timed pairs (7)")
+    parser.add_argument("--alone", action="store_true", help="without transformers")
+    parser.add_argument("--output", type=Path, help="JSON file for the figures")
     args = parser.parse_args(argv)
     try:
         model = check(args)
         facts = machine()
         generator = decoder(args, model)
-        theirs = None if args.alone else transformers_step(args, generator)
+        reference = None if args.alone else transformers_step(args, generator)
         print(f"{args.size} model in {args.dtype}; {one_line(facts)}")
         print(
-            "kind     batch  tokens/s  transformers  ratio                  a step      of copying"
+            "kind     batch  tokens/s  transformers  ratio                  per step    bandwidth"
         )
-        figures = measure(args, generator, theirs)
+        figures = measure(args, generator, reference)
         write_json(args.output, args, benchmark="decode", machine=facts, figures=figures)
     except UserError as error:
         return refuse(error)

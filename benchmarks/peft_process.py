@@ -27,14 +27,12 @@ def check_python(python: str) -> None:
       ConfigError: the interpreter cannot be run, or packages are missing.
     """
     try:
-        found = subprocess.run(
-            [python, "-c", _MISSING], capture_output=True, text=True, check=False
-        )
+        done = subprocess.run([python, "-c", _MISSING], capture_output=True, text=True, check=False)
     except OSError as error:
         raise ConfigError(f"--peft-python {python}: cannot be run: {error.strerror}") from None
-    if found.returncode:
+    if done.returncode:
         raise ConfigError(f"--peft-python {python}: is not a Python interpreter")
-    missing = ", ".join(found.stdout.split())
+    missing = ", ".join(done.stdout.split())
     if missing:
         raise ConfigError(
             f"--peft: {python} lacks {missing}; pip install -e '.[test]' brings them, or name "

@@ -1,4 +1,4 @@
-"""Alternating timed steps of several methods; a method that runs out of memory drops out."""
+"""Comparison of training steps of several methods by alternating timing."""
 
 import contextlib
 import statistics
@@ -31,24 +31,26 @@ from moe_jax.errors import is_out_of_memory
 PEFT = "peft"
 PRODUCT = "matrix product"
 FIRST_LOSS = {"float32": 1e-4, "bfloat16": 2e-2, "float16": 2e-2}
-"""Relative tolerance of peft's first loss to that of this package."""
+"""Relative tolerance of peft's first loss to this package's, by dtype."""
 
 
 class StepComparison:
-    """The methods, in one process.
+    """Training steps of several methods, timed alternately in one process.
+
+    A method that runs out of memory is left out from then on.
 
     Attributes:
-      rows: figures by method, with the `error` of a method that dropped out.
-      product: the matrix product that is timed along.
-      params: the frozen base, once created.
-      peft: the process that trains peft's LoRA, or None.
+      rows: figures by method, with the `error` of a method that was left out.
+      product: matrix product that is timed in each round too.
+      params: weights of the frozen base, once created.
+      peft: process that trains peft's LoRA, or None.
     """
 
     def __init__(self, args: Namespace, rows: Mapping[str, dict[str, Any]]):
-        """Compiles nothing yet.
+        """Compiles the matrix product; `prepare` compiles the methods.
 
         Args:
-          args: the flags.
+          args: parsed flags.
           rows: known figures of each method; a method with an `error` is left out.
         """
         self.rows = {name: {"method": name, "error": None} | row for name, row in rows.items()}
@@ -59,13 +61,13 @@ class StepComparison:
         self._steps: dict[str, Callable[[], float]] = {}
         self._losses: dict[str, list[float]] = {name: [] for name in rows}
 
-    def alive(self, name: str) -> bool:
-        """True if the method takes part and has not dropped out."""
+    def is_running(self, name: str) -> bool:
+        """True if the method is compared and has not failed."""
         return name in self.rows and self.rows[name]["error"] is None
 
     def prepare(self, name: str) -> CompiledStep | None:
-        """Compiles a method's step and creates its inputs; None if out of memory."""
-        with self._may_not_fit(name):
+        """Compiles a method's step and creates its inputs; returns None if out of memory."""
+        with self._memory_error_recorded(name):
             step = compiled_step(name, self._args)
             self.rows[name] |= compiled_figures(step)
             if self.params is None:
@@ -78,11 +80,13 @@ class StepComparison:
     def prepare_peft(self, lora: CompiledStep | None, stack: contextlib.ExitStack) -> None:
         """Starts peft's process with the same base and the initial adapter of `lora`."""
         if lora is None:
-            self.rows[PEFT]["error"] = f"{LORA} did not fit, whose weights it begins with"
+            self.rows[PEFT]["error"] = (
+                f"needs the initial weights of {LORA}, which ran out of memory"
+            )
             return
         args = self._args
         tokens = random_batch(model_of(args.size, args.vocab), args.rows, args.length).tokens
-        with self._may_not_fit(PEFT):
+        with self._memory_error_recorded(PEFT):
             inputs = self.params, lora.first_adapter, tokens
             running = peft_process(args.peft_python, *inputs, peft_settings(args))
             self.peft = stack.enter_context(running)
@@ -94,39 +98,41 @@ class StepComparison:
             self._steps[PEFT], self._losses[PEFT] = self.peft.step, self.peft.losses
 
     def run(self, rounds: int) -> None:
-        """Warms up, runs the rounds, and fills in the figures."""
+        """Warms up, runs the timed rounds and adds their figures to `rows`."""
         self._rounds(1)
         self._check_first_loss()
         samples = self._rounds(rounds)
         rates = [self.product.flops / seconds for seconds in samples.pop(PRODUCT)]
-        against = samples[LORA] if self.alive(LORA) else []
+        lora = samples[LORA] if self.is_running(LORA) else []
         if self.peft is not None:
             self.rows[PEFT]["peak_bytes"] = self.peft.peak_bytes
         for name, row in self.rows.items():
             row["losses"] = self._losses[name][:2]
-            if self.alive(name):
-                row |= speed_figures(samples[name], against, row.get("compiled_flops"), self._args)
+            if self.is_running(name):
+                row |= speed_figures(samples[name], lora, row.get("compiled_flops"), self._args)
                 for key in ("flops_per_second", "needed_flops_per_second"):
                     share = None if row[key] is None else row[key] / statistics.median(rates)
                     row[key.replace("flops_per_second", "share_of_product")] = share
         self.rate = spread(rates)
 
     def _rounds(self, rounds: int) -> dict[str, list[float]]:
-        steps = {name: step for name, step in self._steps.items() if self.alive(name)}
+        steps = {name: step for name, step in self._steps.items() if self.is_running(name)}
         samples, failed = interleaved({**steps, PRODUCT: self.product.seconds}, rounds)
         for name in failed:
             self.rows[name]["error"] = OUT_OF_MEMORY
         return samples
 
     def _check_first_loss(self) -> None:
-        if self.alive(PEFT) and self.alive(LORA):
-            ours, theirs = self._losses[LORA][0], self._losses[PEFT][0]
-            if not abs(ours - theirs) <= FIRST_LOSS[self._args.dtype] * ours:
-                raise RuntimeError(f"peft's first loss is {theirs} and ours {ours}: not one model")
+        if self.is_running(PEFT) and self.is_running(LORA):
+            lora, peft = self._losses[LORA][0], self._losses[PEFT][0]
+            if not abs(lora - peft) <= FIRST_LOSS[self._args.dtype] * lora:
+                raise RuntimeError(
+                    f"peft's first loss is {peft}, {LORA}'s is {lora}: the models differ"
+                )
 
     @contextlib.contextmanager
-    def _may_not_fit(self, name: str) -> Iterator[None]:
-        """Drops the method out if the body runs out of memory."""
+    def _memory_error_recorded(self, name: str) -> Iterator[None]:
+        """Records running out of memory as the method's error."""
         try:
             yield
         except Exception as error:
@@ -136,6 +142,7 @@ class StepComparison:
 
 
 def compiled_figures(step: CompiledStep) -> dict[str, Any]:
+    """Compiles a step; returns its size, compile time, FLOPs and memory."""
     compiled = step.compile()
     memory: Any = compiled.memory_analysis()
     flops = counted_flops(step.name, compiled)
@@ -143,7 +150,7 @@ def compiled_figures(step: CompiledStep) -> dict[str, Any]:
         "trainable_parameters": step.trainable,
         "trace_seconds": step.trace_seconds,
         "compile_seconds": step.compile_seconds,
-        # XLA counts those of one device.
+        # XLA counts the FLOPs of one device.
         "compiled_flops": None if flops is None else flops.total * step.program.mesh.size,
         "loops_of_unknown_length": None if flops is None else flops.unknown_loops,
         "argument_bytes": None if memory is None else memory.argument_size_in_bytes,
@@ -152,13 +159,13 @@ def compiled_figures(step: CompiledStep) -> dict[str, Any]:
 
 
 def counted_flops(name: str, compiled: jax.stages.Compiled) -> Flops | None:
-    """FLOPs of a program; None, with a message, if XLA cannot parse its own text."""
+    """Counts FLOPs; returns None and prints a message if XLA cannot parse the program's text."""
     try:
         return compiled_flops(compiled)
     except jax.errors.JaxRuntimeError as error:
         if is_out_of_memory(error):
             raise
-        say(f"{name}: operations are not counted: {str(error).splitlines()[0]}")
+        say(f"{name}: FLOPs are not counted: {str(error).splitlines()[0]}")
         return None
 
 
@@ -168,13 +175,13 @@ def speed_figures(
     """Speed figures from the seconds of each round.
 
     Args:
-      samples: seconds by round.
+      samples: seconds of each round.
       lora: seconds of LoRA in the same rounds; empty if it was not measured.
       counted: FLOPs of the compiled program, or None.
-      args: the flags.
+      args: parsed flags.
     """
     seconds = spread(samples)
-    ratios = [own / other for own, other in zip(samples, lora, strict=bool(lora))]
+    ratios = [time / base for time, base in zip(samples, lora, strict=bool(lora))]
     needed = needed_flops(model_of(args.size, args.vocab), args.rows, args.length)
     return {
         "seconds": seconds._asdict(),
@@ -187,7 +194,7 @@ def speed_figures(
 
 
 def peft_settings(args: Namespace) -> dict[str, Any]:
-    """Settings for `peft_lora.py`: the same model and LoRA."""
+    """Settings for `peft_lora.py`, with the same model and LoRA."""
     config = run_config(method_named(LORA, args), args)
     optimizer = next(iter(config.adapters.values())).optimizer
     return {

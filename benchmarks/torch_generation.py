@@ -21,7 +21,9 @@ class Clock(LogitsProcessor):
         return scores
 
 
-def seconds_a_step(model: Any, prompts: Sequence[Sequence[int]], new_tokens: int) -> float:
+def generate_seconds_per_step(
+    model: Any, prompts: Sequence[Sequence[int]], new_tokens: int
+) -> float:
     """Seconds of greedy decoding, from the first new token to the last.
 
     Args:

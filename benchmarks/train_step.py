@@ -155,7 +155,7 @@ def measure(args: argparse.Namespace, names: Sequence[str], argv: Sequence[str])
     facts = machine()
     comparison = StepComparison(args, rows | ({PEFT: {}} if args.peft else {}))
     steps = {}
-    for name in filter(comparison.alive, names):
+    for name in filter(comparison.is_running, names):
         say(f"{name}: compiling")
         steps[name] = comparison.prepare(name)
     with contextlib.ExitStack() as stack:

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from moe_jax.config.parse import NAME, ROOT, Registry, registry_of, parse, suggest, to_plain
+from moe_jax.config.parse import NAME, ROOT, Registry, parse, registry_of, suggest, to_plain
 from moe_jax.errors import ConfigError
 
 TRAIN_ONLY = "train_only"

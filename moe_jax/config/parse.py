@@ -21,7 +21,7 @@ T = TypeVar("T", bound=type)
 ROOT = "config"
 """First part of the path of every field."""
 
-NONE_ADVICE = "not None"
+NONE_ADVICE = "none_advice"
 """Key of a dataclass field's `metadata`: advice for a message where None is a likely mistake."""
 
 NAME = "name"

@@ -83,7 +83,9 @@ def make_examples(
         assert template is not None
         prompt = template.fill(row["instruction"], row["input"], row["where"])
         completion = row["output"]
-    return [Example((TextSpan(prompt, False), TextSpan(completion, True)), add_bos=True, add_eos=True)]
+    return [
+        Example((TextSpan(prompt, False), TextSpan(completion, True)), add_bos=True, add_eos=True)
+    ]
 
 
 def encode_examples(

@@ -107,8 +107,8 @@ def load_train_data(
     field: str = "data",
     *,
     grouping_seed: int | None = None,
-    known: dict[str, TokenisedSource] | None = None,
-    read: ReadSource = read_source,
+    token_cache: dict[str, TokenisedSource] | None = None,
+    reader: ReadSource = read_source,
     classification: ClassificationConfig | None = None,
 ) -> TrainData:
     """Reads, tokenises and mixes `config.train`.
@@ -126,15 +126,15 @@ def load_train_data(
       grouping_seed: seed of the positions of batches of short and of long rows, see
         `LengthGroupedBatches`; equal for all adapters that share a batch. None takes `seed`. Packed
         rows all have one length and ignore it.
-      known: data sets tokenised before, which are reused; new ones are added.
-      read: reader of a data set's rows.
+      token_cache: data sets tokenised before, which are reused; new ones are added.
+      reader: reader of a data set's rows.
       classification: classes of the rows' labels, for rows to classify.
 
     Raises:
       DataError: a source is invalid; the message names its field, file, row and column.
     """
     sources = _tokenise(
-        "train", config.train, config, tokenizer, field, known, read, classification
+        "train", config.train, config, tokenizer, field, token_cache, reader, classification
     )
     weights = [source.weight for source in config.train.values()]
     store = _RowStore(sources)
@@ -165,20 +165,27 @@ def load_validation_data(
     batch_size: int,
     field: str = "data",
     *,
-    known: dict[str, TokenisedSource] | None = None,
-    read: ReadSource = read_source,
+    token_cache: dict[str, TokenisedSource] | None = None,
+    reader: ReadSource = read_source,
     classification: ClassificationConfig | None = None,
 ) -> dict[str, ValidationData]:
     """Reads and tokenises each data set of `config.validation`; ignores weights.
 
     Args:
-      config, tokenizer, batch_size, field, known, read, classification: see `load_train_data`.
+      config, tokenizer, batch_size, field, token_cache, reader, classification: see `load_train_data`.
 
     Raises:
       DataError: a source is invalid; the message names its field, file, row and column.
     """
     sources = _tokenise(
-        "validation", config.validation, config, tokenizer, field, known, read, classification
+        "validation",
+        config.validation,
+        config,
+        tokenizer,
+        field,
+        token_cache,
+        reader,
+        classification,
     )
     return {s.name: ValidationData(s, batch_size, config.lengths) for s in sources}
 
@@ -189,11 +196,11 @@ def _tokenise(
     config: DataConfig,
     tokenizer: PreTrainedTokenizerBase,
     field: str,
-    known: dict[str, TokenisedSource] | None,
-    read: ReadSource,
+    token_cache: dict[str, TokenisedSource] | None,
+    reader: ReadSource,
     classification: ClassificationConfig | None,
 ) -> list[TokenisedSource]:
-    tokenised = {} if known is None else known
+    tokenised = {} if token_cache is None else token_cache
     keys = []
     for name, source in sources.items():
         # The weight changes the order alone, so adapters that weight a source differently share it.
@@ -203,7 +210,7 @@ def _tokenise(
         with error_prefix(f"{field}.{split}.{name}"):
             if keys[-1] not in tokenised:
                 tokenised[keys[-1]] = tokenise_source(
-                    name, source, config, tokenizer, read, classification
+                    name, source, config, tokenizer, reader, classification
                 )
     return [tokenised[key] for key in keys]
 

@@ -181,7 +181,9 @@ class HarnessModel(TemplateLM):
                 ]
                 if not selected:
                     continue
-                generator = self._session.text_generator(is_chat=is_chat, alone=True)
+                generator = self._session.text_generator(
+                    is_chat=is_chat, decode_without_prompt=True
+                )
                 batch_prompts = [prompts[index] for index in selected]
                 for answers in generator.answers(batch_prompts, config, self._batch_size):
                     for answer in answers:

@@ -277,7 +277,7 @@ def encode_pairs(
 ) -> list[tuple[list[int], list[int]]]:
     """Token ids of each context, with the leading special tokens, and of its continuation."""
     examples = [
-        Example((TextSpan(context, False), TextSpan(text, True)), leads=True, ends=False)
+        Example((TextSpan(context, False), TextSpan(text, True)), add_bos=True, add_eos=False)
         for context, text in pairs
     ]
     encoded = encode_examples(examples, tokenizer, train_on_prompt=False)

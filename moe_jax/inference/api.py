@@ -50,7 +50,7 @@ class InferenceSession:
 
         Args:
           base: base with or without its weights.
-          adapters: adapters by name, on `mesh` if there is adapter.
+          adapters: adapters by name, on `mesh` if there is one.
           dtype: dtype of the computation, and of weights that are not loaded yet.
           mesh: None computes on one device.
 
@@ -59,7 +59,7 @@ class InferenceSession:
         """
         self.adapters = dict(adapters)
         self.context = base.config.max_position_embeddings
-        self._frequency_switch = frequency_switch(base.config)
+        self._switch_length = frequency_switch(base.config)
         self._base = base
         self._dtype: FloatType = dtype
         self._mesh = mesh
@@ -86,7 +86,9 @@ class InferenceSession:
         files = open_base(base, revision)
         devices = None if mesh is None else make_mesh(mesh)
         loaded = load_adapters(adapters, files, build_model(files, dtype), devices)
-        return cls(files, {adapter.name: adapter.adapter for one in loaded}, dtype=dtype, mesh=devices)
+        return cls(
+            files, {adapter.name: adapter.adapter for adapter in loaded}, dtype=dtype, mesh=devices
+        )
 
     def encoder(self, prompt_format: PromptFormat) -> PromptEncoder:
         """Encoder of prompts for this base; errors as in `PromptEncoder`."""
@@ -109,10 +111,12 @@ class InferenceSession:
             context=self.context,
             vocab_size=self._base.config.vocab_size,
             adapters={name: adapter.method for name, adapter in self.adapters.items()},
-            frequency_switch=self._frequency_switch,
+            switch_length=self._switch_length,
         )
 
-    def text_generator(self, *, is_chat: bool, decode_without_prompt: bool = False) -> TextGenerator:
+    def text_generator(
+        self, *, is_chat: bool, decode_without_prompt: bool = False
+    ) -> TextGenerator:
         """Generator of answers; all generators of a session share their compiled programs.
 
         Args:
@@ -128,8 +132,8 @@ class InferenceSession:
             self._token_generator(),
             self._tokenizer,
             self._end_ids | ids,
-            decode_without_prompt=alone,
-            frequency_switch=self._frequency_switch,
+            decode_without_prompt=decode_without_prompt,
+            switch_length=self._switch_length,
         )
 
     def _token_generator(self) -> TokenGenerator:

@@ -50,7 +50,7 @@ def check_prompts(
     context: int,
     vocab_size: int,
     adapters: Mapping[str, AdapterMethod],
-    switch: int | None = None,
+    switch_length: int | None = None,
 ) -> None:
     """Rejects prompts that cannot be continued, before anything is computed.
 
@@ -60,12 +60,12 @@ def check_prompts(
       context: largest number of tokens of a prompt and its continuation together.
       vocab_size: number of embeddings of the base.
       adapters: methods of the loaded adapters, by name.
-      switch: see `frequency_switch`.
+      switch_length: see `frequency_switch`.
 
     Raises:
       ConfigError: an adapter is not loaded, or is a classifier.
       DataError: a prompt is empty, has token ids beyond the vocabulary, does not fit into the
-        context together with its continuation, or the continuation would pass `switch`.
+        context together with its continuation, or the continuation would pass `switch_length`.
     """
     for tokens, adapter, where in prompts:
         if adapter is not None:
@@ -95,23 +95,23 @@ def check_prompts(
                 f"into the context of {context}; shorten it, or ask for at most "
                 f"{context - length} new tokens"
             )
-        if switch is not None and length <= switch < length + max_new_tokens:
+        if switch_length is not None and length <= switch_length < length + max_new_tokens:
             raise DataError(
                 f"{where}: has {length} tokens, and with {max_new_tokens} new tokens passes "
-                f"{switch}, where this model's longrope changes all frequencies; "
-                + _remedies(switch, length, max_new_tokens, context)
+                f"{switch_length}, where this model's longrope changes all frequencies; "
+                + _remedies(switch_length, length, max_new_tokens, context)
             )
 
 
-def _remedies(switch: int, length: int, max_new_tokens: int, context: int) -> str:
-    """Advice for a prompt whose continuation would pass `switch`."""
+def _remedies(switch_length: int, length: int, max_new_tokens: int, context: int) -> str:
+    """Advice for a prompt whose continuation would pass `switch_length`."""
     remedies = []
-    if length < switch:
-        remedies.append(f"ask for at most {switch - length} new tokens")
-    if max_new_tokens < switch:
-        remedies.append(f"shorten it to {switch - max_new_tokens} tokens")
-    if switch + max_new_tokens < context:
-        remedies.append(f"give a prompt of more than {switch} tokens")
+    if length < switch_length:
+        remedies.append(f"ask for at most {switch_length - length} new tokens")
+    if max_new_tokens < switch_length:
+        remedies.append(f"shorten it to {switch_length - max_new_tokens} tokens")
+    if switch_length + max_new_tokens < context:
+        remedies.append(f"give a prompt of more than {switch_length} tokens")
     return ", or ".join(remedies) or "shorten it, and ask for fewer new tokens"
 
 
@@ -144,7 +144,7 @@ def check_requests(
         raise ConfigError(f"max_new_tokens: must be positive, got {max_new_tokens}")
     if not 0 <= seed < 2**32:
         raise ConfigError(f"seed: must be between 0 and {2**32 - 1}, got {seed}")
-    switch = frequency_switch(model)
+    switch_length = frequency_switch(model)
     check_prompts(
         [
             (tokens, name, f"prompt {number}")
@@ -154,10 +154,10 @@ def check_requests(
         context=context,
         vocab_size=model.vocab_size,
         adapters=adapters,
-        switch=switch,
+        switch_length=switch_length,
     )
-    if switch is not None:
-        _check_sides(switch, [len(tokens) for tokens in prompts])
+    if switch_length is not None:
+        _check_sides(switch_length, [len(tokens) for tokens in prompts])
 
 
 def frequency_switch(model: ModelConfig) -> int | None:
@@ -168,17 +168,19 @@ def frequency_switch(model: ModelConfig) -> int | None:
     return None
 
 
-def _check_sides(switch: int, lengths: Sequence[int]) -> None:
+def _check_sides(switch_length: int, lengths: Sequence[int]) -> None:
     """Rejects rows on both sides of a change of frequencies.
 
     The frequencies follow from the longest row of a batch, and a change midway would invalidate all
-    cached keys. So all rows stay within `switch`, or all start beyond it.
+    cached keys. So all rows stay within `switch_length`, or all start beyond it.
     """
-    short = [(number, length) for number, length in enumerate(lengths, 1) if length <= switch]
+    short = [
+        (number, length) for number, length in enumerate(lengths, 1) if length <= switch_length
+    ]
     if short and len(short) < len(lengths):
         number, length = short[-1]
         raise DataError(
-            f"prompt {number}: its {length} tokens stay below {switch}, where this model's "
+            f"prompt {number}: its {length} tokens stay below {switch_length}, where this model's "
             "longrope changes all frequencies, and another prompt does not; generate from each "
             "separately"
         )

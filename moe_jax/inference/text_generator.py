@@ -61,7 +61,7 @@ class TextGenerator:
         end_ids: frozenset[int],
         *,
         decode_without_prompt: bool = False,
-        frequency_switch: int | None = None,
+        switch_length: int | None = None,
     ):
         """Combines the two.
 
@@ -69,15 +69,17 @@ class TextGenerator:
           generator: generator of token ids.
           tokenizer: tokenizer of the base.
           end_ids: token ids that end an answer; see `end_tokens`.
-          decode_without_prompt: decode answers without their prompt, as other tools do. SentencePiece tokenizers
-            then drop a leading space, and half a character at the end becomes U+FFFD.
-          frequency_switch: see `frequency_switch`; prompts on different sides of it are batched separately.
+          decode_without_prompt: decode answers without their prompt, as other tools do.
+            SentencePiece tokenizers then drop a leading space, and half a character at the end
+            becomes U+FFFD.
+          switch_length: from `frequency_switch`; prompts on different sides of it are batched
+            separately.
         """
         self._generator = generator
         self._tokenizer = tokenizer
         self._end_ids = end_ids
         self._decode_without_prompt = decode_without_prompt
-        self._frequency_switch = frequency_switch
+        self._switch_length = switch_length
         self._special = {
             token.content: token_id
             for token_id, token in tokenizer.added_tokens_decoder.items()
@@ -97,7 +99,7 @@ class TextGenerator:
         Raises:
           CheckpointError: the model's logits are not finite.
         """
-        for rows in _batches(prompts, config.samples, batch_size, self._frequency_switch):
+        for rows in _batches(prompts, config.samples, batch_size, self._switch_length):
             requests = [
                 Request(prompts[prompt].tokens, prompts[prompt].adapter, sample, prompt)
                 for prompt, sample in rows
@@ -138,8 +140,15 @@ class TextGenerator:
         stops = [text for text in config.stop if text not in self._special]
         end_ids = self._end_ids | {self._special[t] for t in config.stop if t in self._special}
         rows = [
-            _Row(Detokeniser(self._tokenizer, before), StopStrings(stops), end_ids, self._decode_without_prompt)
-            for before in (() if self._decode_without_prompt else request.tokens for request in requests)
+            _Row(
+                Detokeniser(self._tokenizer, before),
+                StopStrings(stops),
+                end_ids,
+                self._decode_without_prompt,
+            )
+            for before in (
+                () if self._decode_without_prompt else request.tokens for request in requests
+            )
         ]
         generated: list[list[int]] = [[] for _ in requests]
         steps = self._generator.stream(
@@ -259,14 +268,16 @@ class _Row:
 
 
 def _batches(
-    prompts: Sequence[Prompt], samples: int, batch_size: int, frequency_switch: int | None
+    prompts: Sequence[Prompt], samples: int, batch_size: int, switch_length: int | None
 ) -> Iterator[list[tuple[int, int]]]:
     """Yields batches of (prompt, sample) indices."""
     order = sorted(
         range(len(prompts)),
         key=lambda i: (prompts[i].adapter is not None, prompts[i].adapter, -len(prompts[i].tokens)),
     )
-    is_beyond = [frequency_switch is not None and len(prompt.tokens) > frequency_switch for prompt in prompts]
+    is_beyond = [
+        switch_length is not None and len(prompt.tokens) > switch_length for prompt in prompts
+    ]
     for side in (True, False):
         rows = [(i, sample) for i in order if is_beyond[i] == side for sample in range(samples)]
         for start in range(0, len(rows), batch_size):

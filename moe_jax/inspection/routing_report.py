@@ -158,14 +158,14 @@ def merge_statistics(statistics: Sequence[RoutingStatistics]) -> RoutingStatisti
     """Statistics over the tokens of all of `statistics`."""
     first, *others = statistics
     return RoutingStatistics(
-        rows=sum(site.rows for one in statistics),
-        tokens=sum(site.tokens for one in statistics),
+        rows=sum(data_set.rows for data_set in statistics),
+        tokens=sum(data_set.tokens for data_set in statistics),
         routed=first.routed,
         present=first.present,
-        load_sum=sum((site.load_sum for one in others), first.load_sum),
-        weight_sum=sum((site.weight_sum for one in others), first.weight_sum),
-        together_sum=sum((site.together_sum for one in others), first.together_sum),
-        entropies=np.concatenate([site.entropies for one in statistics], axis=1),
+        load_sum=sum((data_set.load_sum for data_set in others), first.load_sum),
+        weight_sum=sum((data_set.weight_sum for data_set in others), first.weight_sum),
+        together_sum=sum((data_set.together_sum for data_set in others), first.together_sum),
+        entropies=np.concatenate([data_set.entropies for data_set in statistics], axis=1),
     )
 
 
@@ -177,7 +177,7 @@ def specialisation(statistics: Sequence[RoutingStatistics]) -> np.ndarray:
     0 if every data set has the same loads, at most log2 of the number of data sets, and NaN in
     layers without a router.
     """
-    shares = np.stack([np.nan_to_num(site.share) for one in statistics])  # [data, L, E]
+    shares = np.stack([np.nan_to_num(data_set.share) for data_set in statistics])  # [data, L, E]
     log2 = lambda p: np.log2(np.where(p > 0, p, 1.0))
     mean = shares.mean(axis=0)
     divergence = (shares * log2(shares)).sum(-1).mean(0) - (mean * log2(mean)).sum(-1)

@@ -22,7 +22,13 @@ from moe_jax.checkpoints.adapter_files import SavedAdapter
 from moe_jax.config.model import ModelConfig
 from moe_jax.config.parse import FieldError, located, parse_member, suggest
 from moe_jax.errors import CheckpointError
-from moe_jax.surgery.experts import ROUTER_KERNEL, ExpertMethod, Leaves, adapter_leaves, expert_counts
+from moe_jax.surgery.experts import (
+    ROUTER_KERNEL,
+    ExpertMethod,
+    Leaves,
+    adapter_leaves,
+    expert_counts,
+)
 from moe_jax.surgery.outcome import (
     SurgeryOutcome,
     changed_adapter,
@@ -156,7 +162,9 @@ def _leaves(saved: SavedAdapter, method: ExpertMethod, seed: int) -> Leaves:
             width = saved.model.hidden_size if routes_ffn else leaf.shape[1]
             if f"{site}/{ROUTER_KERNEL}" not in leaves:
                 kernel = rng.standard_normal((len(counts), width, present.shape[1]))
-                leaves[f"{site}/{ROUTER_KERNEL}"] = method.router.init_std * kernel * present[:, None]
+                leaves[f"{site}/{ROUTER_KERNEL}"] = (
+                    method.router.init_std * kernel * present[:, None]
+                )
         elif name == "lora_B":  # [L, R, out]
             leaves[new] = leaf[:, None] * present[:, :, None, None]
         else:  # DoRA's magnitude, [L, out]; absent experts have it too

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import pytest
 
-from moe_jax.config.parse import Registry, registry_of, parse, parse_member, require, to_plain
+from moe_jax.config.parse import Registry, parse, parse_member, registry_of, require, to_plain
 from moe_jax.errors import ConfigError
 
 SHAPES = Registry("shape")

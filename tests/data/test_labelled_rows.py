@@ -75,7 +75,7 @@ def test_columns_and_numbers(source, data_config, word_tokenizer):
 def test_other_labels_change_the_digest_and_the_cache(source, data_config, word_tokenizer):
     """Runs with other labels do not resume, and adapters with other labels do not share rows."""
     rows = [{"text": "a", "label": 0}, {"text": "b", "label": 1}]
-    known, digests = {}, []
+    token_cache, digests = {}, []
     for some in (rows, rows[::-1]):
         config = data_config(source(*some))
         data = load_train_data(config, word_tokenizer, 2, 0, classification=MOODS)
@@ -83,11 +83,13 @@ def test_other_labels_change_the_digest_and_the_cache(source, data_config, word_
     names = source({"text": "a", "label": "sad"}, {"text": "b", "label": "glad"})
     for labels in (MOODS, ClassificationConfig(labels=("glad", "sad"))):
         config = data_config(names)
-        data = load_train_data(config, word_tokenizer, 2, 0, known=known, classification=labels)
+        data = load_train_data(
+            config, word_tokenizer, 2, 0, token_cache=token_cache, classification=labels
+        )
         digests.append(data.fingerprint["train/only"])
     assert digests[2] == digests[0], "names and indices say the same"
     assert len(set(digests)) == 3
-    assert len(known) == 2
+    assert len(token_cache) == 2
 
 
 @pytest.mark.parametrize(

@@ -137,7 +137,9 @@ PAIRS = [
 def test_boundary_is_exact(request, fixture, prompt, completion):
     """A row begins with what generation sees, and reads as prompt and completion joined."""
     tokenizer = request.getfixturevalue(fixture)
-    example = Example((TextSpan(prompt, False), TextSpan(completion, True)), leads=True, ends=True)
+    example = Example(
+        (TextSpan(prompt, False), TextSpan(completion, True)), add_bos=True, add_eos=True
+    )
     ((ids, mask),) = encode_examples([example], tokenizer, train_on_prompt=False)
     seen = encode_prompt(tokenizer, prompt)
     assert ids[: len(seen)] == seen

@@ -232,8 +232,8 @@ def test_only_conversations_end_at_the_end_of_a_turn(models, monkeypatch):
     ours, _ = models
     chat_flags = []
 
-    def text_generator(*, is_chat, alone):
-        assert alone
+    def text_generator(*, is_chat, decode_without_prompt):
+        assert decode_without_prompt
         chat_flags.append(is_chat)
         return Echo()
 

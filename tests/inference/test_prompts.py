@@ -141,7 +141,7 @@ def test_rejected_prompts(tokens, adapter, message):
 def test_an_answer_stays_on_one_side_of_a_change_of_frequencies(length, new_tokens, context, ways):
     def check(tokens, new_tokens):
         prompt = ((1,) * tokens, None, "x")
-        limits = dict(context=context, vocab_size=9, adapters={}, switch=8)
+        limits = dict(context=context, vocab_size=9, adapters={}, switch_length=8)
         check_prompts([prompt], max_new_tokens=new_tokens, **limits)
 
     with pytest.raises(UserError, match="passes 8, where this") as refused:

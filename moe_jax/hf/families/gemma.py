@@ -37,14 +37,14 @@ def read_gemma(fields: HFFields) -> ModelConfig:
     """Reads the architecture; see `Family.read`."""
     return ModelConfig(
         hidden_act=_activation(fields),
-        num_kv_heads=read.stated_kv_heads(fields),
+        num_kv_heads=hf_fields.stated_kv_heads(fields),
         head_dim=fields.get("head_dim", int),
         rope=read_rope(fields),
         attention_bias=fields.get("attention_bias", bool),
         mlp_bias=False,
         norm_unit_offset=True,
         scale_embeddings=True,
-        **read.common(fields),
+        **hf_fields.common(fields),
     )
 
 
@@ -56,4 +56,4 @@ def _activation(fields: HFFields) -> str:
     other = fields.optional("hidden_activation", str)
     if other not in (None, name):
         raise fields.error("hidden_activation", f"{other!r} contradicts hidden_act; keep one")
-    return read.supported_activation(fields, "hidden_act", name)
+    return hf_fields.supported_activation(fields, "hidden_act", name)

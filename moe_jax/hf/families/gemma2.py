@@ -43,10 +43,10 @@ CONSTANTS = {"mlp_bias": False, "use_bidirectional_attention": False}
 )
 def read_gemma2(fields: HFFields) -> ModelConfig:
     """Reads the architecture; see `Family.read`."""
-    layer_types = read.stated_layer_types(fields) or alternating(fields, 2)
+    layer_types = hf_fields.stated_layer_types(fields) or alternating(fields, 2)
     return ModelConfig(
         hidden_act=activation(fields),
-        num_kv_heads=read.stated_kv_heads(fields),
+        num_kv_heads=hf_fields.stated_kv_heads(fields),
         head_dim=fields.get("head_dim", int),
         rope=read_rope(fields),
         attention_bias=fields.get("attention_bias", bool),
@@ -57,14 +57,14 @@ def read_gemma2(fields: HFFields) -> ModelConfig:
         query_pre_attn_scalar=fields.get("query_pre_attn_scalar", float),
         attn_logit_softcapping=fields.nullable("attn_logit_softcapping", float),
         final_logit_softcapping=fields.nullable("final_logit_softcapping", float),
-        **read.sliding(fields, fields.nullable("sliding_window", int), layer_types),
-        **read.common(fields),
+        **hf_fields.sliding(fields, fields.nullable("sliding_window", int), layer_types),
+        **hf_fields.common(fields),
     )
 
 
 def activation(fields: HFFields) -> str:
     """`hidden_activation`; `hidden_act`, if it is given too, must be equal."""
-    name = read.activation(fields, "hidden_activation")
+    name = hf_fields.activation(fields, "hidden_activation")
     other = fields.optional("hidden_act", str)
     if other not in (None, name):
         raise fields.error("hidden_act", f"{other!r} contradicts hidden_activation {name!r}")

@@ -45,7 +45,7 @@ WEIGHTS = (*EMBEDDING, *gemma2.NORMS, *ATTENTION, *ATTENTION_BIASES, *QK_NORMS, 
 )
 def read_gemma3(fields: HFFields) -> ModelConfig:
     """Reads the architecture; see `Family.read`."""
-    layer_types = read.stated_layer_types(fields)
+    layer_types = hf_fields.stated_layer_types(fields)
     if layer_types is None:
         period = fields.get("sliding_window_pattern", int)
         if period < 1:
@@ -53,7 +53,7 @@ def read_gemma3(fields: HFFields) -> ModelConfig:
         layer_types = gemma2.alternating(fields, period)
     return ModelConfig(
         hidden_act=gemma2.activation(fields),
-        num_kv_heads=read.stated_kv_heads(fields),
+        num_kv_heads=hf_fields.stated_kv_heads(fields),
         head_dim=fields.get("head_dim", int),
         attention_bias=fields.get("attention_bias", bool),
         mlp_bias=False,
@@ -64,8 +64,8 @@ def read_gemma3(fields: HFFields) -> ModelConfig:
         query_pre_attn_scalar=fields.get("query_pre_attn_scalar", float),
         final_logit_softcapping=fields.nullable("final_logit_softcapping", float),
         **_ropes(fields, layer_types),
-        **read.sliding(fields, fields.nullable("sliding_window", int), layer_types),
-        **read.common(fields),
+        **hf_fields.sliding(fields, fields.nullable("sliding_window", int), layer_types),
+        **hf_fields.common(fields),
     )
 
 
@@ -99,11 +99,13 @@ def _sections(fields: HFFields) -> tuple[Section, Section]:
     if former:
         raise fields.error("rope_scaling", "stands beside rope_parameters; keep one of them")
     for name, section in nested.items():
-        if name not in read.LAYER_TYPES or not isinstance(section, Mapping):
+        if name not in hf_fields.LAYER_TYPES or not isinstance(section, Mapping):
             raise fields.error(
                 f"rope_parameters.{name}",
-                f"expected one group of fields for each of {', '.join(read.LAYER_TYPES)}",
+                f"expected one group of fields for each of {', '.join(hf_fields.LAYER_TYPES)}",
             )
     groups = HFFields(nested, f"{fields.where}: rope_parameters", {})
-    full, local = ((f"rope_parameters.{name}", groups.group(name)) for name in read.LAYER_TYPES)
+    full, local = (
+        (f"rope_parameters.{name}", groups.group(name)) for name in hf_fields.LAYER_TYPES
+    )
     return full, local

@@ -59,12 +59,12 @@ def read_glm4(fields: HFFields) -> ModelConfig:
 
 def _common(fields: HFFields) -> dict[str, Any]:
     return {
-        "hidden_act": read.activation(fields),
-        "num_kv_heads": read.stated_kv_heads(fields),
+        "hidden_act": hf_fields.activation(fields),
+        "num_kv_heads": hf_fields.stated_kv_heads(fields),
         "head_dim": fields.get("head_dim", int),
         "rope": read_rope(fields, ROPE),
         "attention_bias": False,
         "mlp_bias": False,
         "qkv_bias": fields.get("attention_bias", bool),
-        **read.common(fields),
+        **hf_fields.common(fields),
     }

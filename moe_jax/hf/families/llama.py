@@ -33,11 +33,11 @@ WEIGHTS = (*EMBEDDING, *PRE_NORMS, *ATTENTION, *ATTENTION_BIASES, *MLP, *MLP_BIA
 def read_llama(fields: HFFields) -> ModelConfig:
     """Reads the architecture; see `Family.read`."""
     return ModelConfig(
-        hidden_act=read.activation(fields),
-        num_kv_heads=read.kv_heads_or_heads(fields),
-        head_dim=read.head_dim_or_quotient(fields),
+        hidden_act=hf_fields.activation(fields),
+        num_kv_heads=hf_fields.kv_heads_or_heads(fields),
+        head_dim=hf_fields.head_dim_or_quotient(fields),
         rope=read_rope(fields),
         attention_bias=fields.get("attention_bias", bool),
         mlp_bias=fields.get("mlp_bias", bool),
-        **read.common(fields),
+        **hf_fields.common(fields),
     )

@@ -30,12 +30,12 @@ def read_mistral(fields: HFFields) -> ModelConfig:
     window = fields.nullable("sliding_window", int)
     kind: LayerType = "full_attention" if window is None else "sliding_attention"
     return ModelConfig(
-        hidden_act=read.activation(fields),
-        num_kv_heads=read.stated_kv_heads(fields),
-        head_dim=read.head_dim_or_quotient(fields),
+        hidden_act=hf_fields.activation(fields),
+        num_kv_heads=hf_fields.stated_kv_heads(fields),
+        head_dim=hf_fields.head_dim_or_quotient(fields),
         rope=read_rope(fields),
         attention_bias=False,
         mlp_bias=False,
-        **read.sliding(fields, window, [kind] * fields.get("num_hidden_layers", int)),
-        **read.common(fields),
+        **hf_fields.sliding(fields, window, [kind] * fields.get("num_hidden_layers", int)),
+        **hf_fields.common(fields),
     )

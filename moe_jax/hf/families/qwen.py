@@ -43,7 +43,7 @@ QWEN3_WEIGHTS = (*EMBEDDING, *PRE_NORMS, *ATTENTION, *ATTENTION_BIASES, *QK_NORM
 def read_qwen2(fields: HFFields) -> ModelConfig:
     """Reads the architecture; see `Family.read`."""
     return ModelConfig(
-        head_dim=read.head_dim_or_quotient(fields),
+        head_dim=hf_fields.head_dim_or_quotient(fields),
         attention_bias=False,
         qkv_bias=True,
         **_common(fields),
@@ -69,12 +69,12 @@ def read_qwen3(fields: HFFields) -> ModelConfig:
 
 def _common(fields: HFFields) -> dict[str, Any]:
     return {
-        "hidden_act": read.activation(fields),
-        "num_kv_heads": read.stated_kv_heads(fields),
+        "hidden_act": hf_fields.activation(fields),
+        "num_kv_heads": hf_fields.stated_kv_heads(fields),
         "rope": read_rope(fields),
         "mlp_bias": False,
         **_sliding(fields),
-        **read.common(fields),
+        **hf_fields.common(fields),
     }
 
 
@@ -83,16 +83,16 @@ def _sliding(fields: HFFields) -> dict[str, Any]:
     window = None
     if fields.get("use_sliding_window", bool):
         window = fields.nullable("sliding_window", int)
-    layer_types = read.stated_layer_types(fields)
+    layer_types = hf_fields.stated_layer_types(fields)
     if layer_types is not None:
         if window is None and "sliding_attention" in layer_types:
             raise fields.error(
                 "layer_types", "has sliding layers, but use_sliding_window or sliding_window is off"
             )
-        return read.sliding(fields, window, layer_types)
+        return hf_fields.sliding(fields, window, layer_types)
     first = fields.get("max_window_layers", int)
     types: list[LayerType] = [
         "sliding_attention" if window is not None and layer >= first else "full_attention"
         for layer in range(fields.get("num_hidden_layers", int))
     ]
-    return read.sliding(fields, window, types)
+    return hf_fields.sliding(fields, window, types)

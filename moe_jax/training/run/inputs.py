@@ -212,7 +212,7 @@ def _loading_options(
     """Options for training and validation data of an adapter; equal sets are tokenised once."""
     is_classified = classification is not None
     read = functools.partial(read_source_or_task, folder=tasks_folder, classified=is_classified)
-    return {"known": tokenised, "read": read, "classification": classification}
+    return {"token_cache": tokenised, "reader": read, "classification": classification}
 
 
 def _load_data(
