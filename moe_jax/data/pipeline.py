@@ -172,7 +172,8 @@ def load_validation_data(
     """Reads and tokenises each data set of `config.validation`; ignores weights.
 
     Args:
-      config, tokenizer, batch_size, field, token_cache, reader, classification: see `load_train_data`.
+      config, tokenizer, batch_size, field, token_cache, reader, classification: see
+        `load_train_data`.
 
     Raises:
       DataError: a source is invalid; the message names its field, file, row and column.

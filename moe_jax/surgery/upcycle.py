@@ -160,11 +160,10 @@ def _leaves(saved: SavedAdapter, method: ExpertMethod, seed: int) -> Leaves:
         if name == "lora_A":  # [L, in, R]
             leaves[new] = leaf[:, :, None] * present[:, None, :, None]
             width = saved.model.hidden_size if routes_ffn else leaf.shape[1]
-            if f"{site}/{ROUTER_KERNEL}" not in leaves:
+            router = f"{site}/{ROUTER_KERNEL}"
+            if router not in leaves:
                 kernel = rng.standard_normal((len(counts), width, present.shape[1]))
-                leaves[f"{site}/{ROUTER_KERNEL}"] = (
-                    method.router.init_std * kernel * present[:, None]
-                )
+                leaves[router] = method.router.init_std * kernel * present[:, None]
         elif name == "lora_B":  # [L, R, out]
             leaves[new] = leaf[:, None] * present[:, :, None, None]
         else:  # DoRA's magnitude, [L, out]; absent experts have it too
