@@ -3,7 +3,7 @@
     python benchmarks/decode.py --output decode.json
 
 A random Llama continues random prompts with `TokenGenerator` and with transformers' `generate` on
-the same weights. Both are timed alternately in one process and compared by reference ratio.
+the same weights. Both are timed alternately in one process and compared by their ratio.
 Transformers decodes the base, which costs as much as a base with a merged LoRA. `TokenGenerator`
 decodes the base, an unmerged LoRA and an unmerged MixLoRA. The time between the first new token and
 the last is measured, without compilation and the prompts.
@@ -129,7 +129,7 @@ def decoder(args: argparse.Namespace, model: ModelConfig) -> TokenGenerator:
 def transformers_step(
     args: argparse.Namespace, generator: TokenGenerator
 ) -> Callable[[Sequence[Request], int], float]:
-    """Returns a function that decodes the same base in transformers and returns seconds per step."""
+    """Returns a function that measures transformers' seconds per step on the same base."""
     from benchmarks.torch_generation import generate_seconds_per_step
     from benchmarks.torch_llama import torch_llama
 

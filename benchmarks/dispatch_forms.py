@@ -1,9 +1,9 @@
-"""Low-rank products of one projection's experts, in each form that `grouped.py` compares.
+"""Low-rank products of one projection's experts, in the forms that `grouped.py` compares.
 
-    one-hot   the package's: products with the pairs of all experts; the low-rank activations of
-              experts that do not serve a slot are multiplied by zero
-    grouped   rows sorted by expert, in blocks that have one, block after block
-    batched   the same blocks all at once
+    one-hot   the package's form: products with the pairs of all experts, whose low-rank activations
+              are multiplied by zero if the expert is not chosen for the slot
+    grouped   rows sorted by expert into blocks of one expert each, one block after another
+    batched   the same blocks in batched products
     ragged    `jax.lax.ragged_dot` of the sorted rows
 
 The two products are the low-rank activations z = x A, which the one-hot form computes once for all
@@ -26,60 +26,60 @@ WALKS: dict[str, Walk] = {GROUPED: "loop", BATCHED: "batch"}
 
 
 def activations(form: str, x: jax.Array, lora_a: jax.Array, choice: jax.Array) -> jax.Array:
-    """Low-rank activations of each slot: `x A` with its expert's A.
+    """Computes the low-rank activations of each slot, x A with the A of the slot's expert.
 
     Args:
-      form: of `FORMS`.
-      x: [T, D].
-      lora_a: [D, E, R].
-      choice: [T, C], each slot's expert; E where there is none.
+      form: one of `FORMS`.
+      x: inputs, [T, D].
+      lora_a: A of all experts, [D, E, R].
+      choice: expert of each slot, [T, C]; E for a slot without an expert.
 
     Returns:
-      [C, T, R], zero where there is no expert.
+      Low-rank activations, [C, T, R]; zero for a slot without an expert.
     """
     width, experts, rank = lora_a.shape
     if form == ONE_HOT:
-        of_all = token_product(x, lora_a.reshape(width, experts * rank))
-        of_all = of_all.reshape(-1, experts, rank)
-        return jnp.einsum("ter,tce->ctr", of_all, _dispatch(choice, experts, x.dtype))
+        z = token_product(x, lora_a.reshape(width, experts * rank))
+        z = z.reshape(-1, experts, rank)
+        return jnp.einsum("ter,tce->ctr", z, _dispatch(choice, experts, x.dtype))
     by_expert = jnp.moveaxis(lora_a, 1, 0)
     if form == RAGGED:
         return _ragged(jnp.broadcast_to(x, (choice.shape[1], *x.shape)), by_expert, choice)
     groups = _groups(choice, experts)
-    return in_groups(_of_token, WALKS[form], False, x, None, by_expert, groups)
+    return in_groups(_token_product, WALKS[form], False, x, None, by_expert, groups)
 
 
 def expansion(
     form: str, product: jax.Array, z: jax.Array, lora_b: jax.Array, choice: jax.Array
 ) -> jax.Array:
-    """The frozen product plus the low-rank update of the expert in each slot.
+    """Adds to the frozen product the low-rank update of each slot's expert.
 
     Args:
-      form: of `FORMS`.
-      product: [T, F].
+      form: one of `FORMS`.
+      product: frozen product, [T, F].
       z: low-rank activations of all experts, [T, E, R].
-      lora_b: [E, R, F].
-      choice: as in `activations`.
+      lora_b: B of all experts, [E, R, F].
+      choice: expert of each slot, see `activations`.
 
     Returns:
-      [C, T, F], the product alone where there is no expert.
+      Sums, [C, T, F]; the frozen product for a slot without an expert.
     """
     experts, rank, features = lora_b.shape
     if form == ONE_HOT:
         dispatch = _dispatch(choice, experts, z.dtype)
         matrix = lora_b.reshape(experts * rank, features)
         chosen = [z * dispatch[:, slot, :, None] for slot in range(choice.shape[1])]
-        return jnp.stack([product + token_product(_flat(own), matrix) for own in chosen])
-    own = jnp.minimum(choice, experts - 1)[:, :, None]
-    rows = jnp.moveaxis(jnp.take_along_axis(z, own, axis=1), 1, 0)
+        return jnp.stack([product + token_product(_flat(rows), matrix) for rows in chosen])
+    index = jnp.minimum(choice, experts - 1)[:, :, None]
+    rows = jnp.moveaxis(jnp.take_along_axis(z, index, axis=1), 1, 0)
     if form == RAGGED:
         return product + _ragged(rows, lora_b, choice)
     groups = _groups(choice, experts)
-    return product + in_groups(_of_row, WALKS[form], False, None, rows, lora_b, groups)
+    return product + in_groups(_row_product, WALKS[form], False, None, rows, lora_b, groups)
 
 
 def step_of(form: str, function: Callable[..., jax.Array]) -> Callable[..., Any]:
-    """`activations` or `expansion`, forward and backward to its last two float operands."""
+    """Returns `function` in a form, with the gradients of its last two operands."""
 
     def step(cotangent: jax.Array, choice: jax.Array, *operands: jax.Array) -> Any:
         *constants, left, right = operands
@@ -92,16 +92,16 @@ def step_of(form: str, function: Callable[..., jax.Array]) -> Callable[..., Any]
     return step
 
 
-def _of_token(x: jax.Array, _: None, matrix: jax.Array) -> jax.Array:
+def _token_product(x: jax.Array, _: None, matrix: jax.Array) -> jax.Array:
     return jnp.dot(x, matrix)
 
 
-def _of_row(_: None, row: jax.Array, matrix: jax.Array) -> jax.Array:
+def _row_product(_: None, row: jax.Array, matrix: jax.Array) -> jax.Array:
     return jnp.dot(row, matrix)
 
 
 def _dispatch(choice: jax.Array, experts: int, dtype: Any) -> jax.Array:
-    """[T, C, E], all zeros where there is no expert."""
+    """One-hot choice of experts, [T, C, E]; zero for a slot without an expert."""
     return jax.nn.one_hot(choice, experts, dtype=dtype)
 
 
@@ -114,10 +114,10 @@ def _groups(choice: jax.Array, experts: int) -> Groups:
 
 
 def _ragged(rows: jax.Array, matrices: jax.Array, choice: jax.Array) -> jax.Array:
-    """[C, T, in] rows times their experts' matrices [E, in, out]."""
+    """Multiplies rows [C, T, in] by the matrices of their experts, [E, in, out]."""
     by_row = choice.T.reshape(-1)
     order = jnp.argsort(by_row)
     counts = jnp.sum(by_row[:, None] == jnp.arange(len(matrices)), axis=0, dtype=jnp.int32)
     flat = rows.reshape(-1, rows.shape[-1])
-    made = jax.lax.ragged_dot(flat[order], matrices, counts)[jnp.argsort(order)]
-    return made.reshape(*rows.shape[:2], -1)
+    products = jax.lax.ragged_dot(flat[order], matrices, counts)[jnp.argsort(order)]
+    return products.reshape(*rows.shape[:2], -1)

@@ -1,13 +1,13 @@
-"""Peak host memory and time of exporting a MixLoRA as a Mixtral.
+"""Peak host memory and time of exporting a MixLoRA adapter as a Mixtral model.
 
     python benchmarks/exporting.py --output exporting.json
 
 Writes a random Llama of about --megabytes in several shards, then exports a random adapter of 8
-experts on it in a fresh process, which is sampled as in `benchmarks/loading.py`: what belongs to
-files is left out. The baseline is the same process with everything imported and the adapter in
-memory. An export should stay below 1.5 times what it writes of one layer, plus the base.
+experts in a new process. Its memory is sampled as in `benchmarks/loading.py`, without pages of
+files. The baseline is the same process with all imports and the adapter in memory. The limit of an
+export is 1.5 times the exported bytes of one layer, plus the bytes of the base.
 
-Linux only. Exit status 1 if the peak is above that.
+Linux only. Exit status 1 if the peak is above the limit.
 """
 
 import argparse
@@ -38,7 +38,7 @@ FACTOR = 1.5
 
 
 def export(base: Path, output: Path, dtype: str, dora: bool) -> None:
-    """The measured process: gets ready, says so, waits for a line, exports, reports, waits."""
+    """Exports in the measured process, which prints "ready" and waits for a line before and after."""
     import jax
     import numpy as np
 
@@ -70,25 +70,25 @@ def export(base: Path, output: Path, dtype: str, dora: bool) -> None:
 
 
 def sizes(output: Path, base: Path) -> dict[str, int]:
-    """Bytes of one layer of the export, of all of it, and of the base."""
+    """Bytes of one layer of the export, of the whole export and of the base."""
     from moe_jax.hf.shards import open_shards
 
     item = {"F32": 4, "F16": 2, "BF16": 2}
-    found = {"layer_bytes": 0, "output_bytes": 0, "base_bytes": 0}
+    totals = {"layer_bytes": 0, "output_bytes": 0, "base_bytes": 0}
     for folder, whole in ((output, "output_bytes"), (base, "base_bytes")):
         with open_shards(folder) as shards:
             for name, info in shards.tensors.items():
                 size = item[info.dtype]
                 for length in info.shape:
                     size *= length
-                found[whole] += size
+                totals[whole] += size
                 if folder is output and name.startswith("model.layers.0."):
-                    found["layer_bytes"] += size
-    return found
+                    totals["layer_bytes"] += size
+    return totals
 
 
 def measure(base: Path, output: Path, dtype: str, dora: bool) -> dict:
-    """Exports in a process of its own and reports time and memory in bytes."""
+    """Exports in a new process; returns its time and its memory in bytes."""
     command = [sys.executable, __file__, "--export", str(base), str(output), dtype, str(int(dora))]
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     with subprocess.Popen(
@@ -107,13 +107,13 @@ def measure(base: Path, output: Path, dtype: str, dora: bool) -> dict:
             time.sleep(SAMPLING_SECONDS)
         process.stdin.write("done\n")
         process.stdin.flush()
-    found = sizes(output, base)
-    limit = FACTOR * found["layer_bytes"] + found["base_bytes"]
+    totals = sizes(output, base)
+    limit = FACTOR * totals["layer_bytes"] + totals["base_bytes"]
     return {
         "dtype": dtype,
         "dora": dora,
         **json.loads(report),
-        **found,
+        **totals,
         "peak_above_idle_bytes": peak - idle,
         "limit_bytes": int(limit),
     }
@@ -121,9 +121,11 @@ def measure(base: Path, output: Path, dtype: str, dora: bool) -> dict:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
-    parser.add_argument("--megabytes", type=int, default=1024, help="of the base (1024)")
-    parser.add_argument("--shards", type=int, default=5, help="files that it is split into (5)")
-    parser.add_argument("--output", type=Path, help="also write the figures here, as JSON")
+    parser.add_argument(
+        "--megabytes", type=int, default=1024, help="size of the base in MiB (1024)"
+    )
+    parser.add_argument("--shards", type=int, default=5, help="number of files of the base (5)")
+    parser.add_argument("--output", type=Path, help="JSON file for the figures")
     parser.add_argument("--export", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.export:
@@ -134,14 +136,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         results = run(args)
     except UserError as error:
         return refuse(error)
-    beyond = [r["dtype"] for r in results if r["peak_above_idle_bytes"] > r["limit_bytes"]]
-    for dtype in beyond:
-        say(f"{dtype}: the peak is above the limit; of a small base, most is the program's own")
-    return int(bool(beyond))
+    above_limit = [r["dtype"] for r in results if r["peak_above_idle_bytes"] > r["limit_bytes"]]
+    for dtype in above_limit:
+        say(
+            f"{dtype}: the peak is above the limit; with a small base, most of it belongs to the program"
+        )
+    return int(bool(above_limit))
 
 
 def run(args: argparse.Namespace) -> list[dict]:
-    """Measures, prints, and writes what was found."""
+    """Measures all cases; prints and writes the figures."""
     check_output(args.output)
     for flag, least in (("megabytes", LEAST_MEGABYTES), ("shards", 1)):
         if getattr(args, flag) < least:

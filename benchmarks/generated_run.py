@@ -1,4 +1,4 @@
-"""A random base, its tokenizer and rows of random words, as files that a run reads."""
+"""Generated inputs of a training run: a random base, its tokenizer and rows of random words."""
 
 import json
 from collections.abc import Mapping
@@ -26,7 +26,7 @@ def write_tokenizer(folder: Path) -> Any:
 
 
 def write_base(folder: Path, size: str) -> None:
-    """A checkpoint of the named size, in float32, with a tokenizer."""
+    """Writes a float32 checkpoint of a named size, with a tokenizer."""
     fields = hf_fields(model_of(size, VOCAB_SIZE))
     folder.mkdir(parents=True)
     tokenizer = write_tokenizer(folder)
@@ -35,7 +35,7 @@ def write_base(folder: Path, size: str) -> None:
 
 
 def write_rows(file: Path, count: int) -> None:
-    """Prompts, and completions of 5 to 60 words."""
+    """Writes rows of a prompt and a completion of 5 to 60 words."""
     rng = np.random.default_rng(0)
     texts = (" ".join(rng.choice(WORDS, rng.integers(5, 60))) for _ in range(count))
     lines = (json.dumps({"prompt": "say:", "completion": f" {text}"}) + "\n" for text in texts)
@@ -46,14 +46,14 @@ def write_rows(file: Path, count: int) -> None:
 def run_config(
     folder: Path, adapters: int, rows: int, data: Mapping[str, Any], **groups: Any
 ) -> RunConfig:
-    """MixLoRA, 8 experts of rank 8, top-2, on what lies in `folder`.
+    """Configures a run of MixLoRA adapters with 8 experts of rank 8 and top-2 routing.
 
     Args:
-      folder: with `BASE` and `ROWS`.
-      adapters: how many train at once.
-      rows: of each, in a step.
-      data: fields of the data besides the source.
-      groups: further groups of the configuration.
+      folder: folder with `BASE` and `ROWS`.
+      adapters: number of adapters.
+      rows: number of rows of each adapter in a step.
+      data: data fields except the source.
+      groups: other groups of the configuration.
     """
     source = {"path": str(folder / ROWS), "schema": "completion"}
     method = {

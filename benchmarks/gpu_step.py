@@ -1,20 +1,20 @@
-"""An estimate of a training step on an H200, from the program compiled for it without one.
+"""Estimated time of a training step on an H200, from the program compiled for it.
 
     python benchmarks/gpu_step.py
     python benchmarks/gpu_step.py --methods mixlora,lora,frozen --rows 4 --kinds --output FILE.json
 
 The step of each method is compiled from shapes for the GPU that `benchmarks/gpu_chip.py` describes,
-and `benchmarks/roofline.py` models its time kernel by kernel. Nothing runs on a GPU, and the times
-are no measurement: they rank programs for the same chip. `benchmarks/train_step.py` measures.
+and `benchmarks/roofline.py` models its time kernel by kernel. Nothing runs on a GPU: the times are
+estimates that rank programs for the same chip. `benchmarks/train_step.py` measures a step.
 
-Columns: milliseconds of a step by the model; the share of them that the operations of
-`needed_flops` take at the rate of a large product; launches of kernels; TFLOP of matrix products
-and attention, recomputation with them; GB that kernels read and write by the model, and by XLA's
-own count, which is coarser; GiB of the program's arguments and temporaries; seconds of tracing and
-compiling. The workspaces that cuDNN asks for while the program runs are not among the temporaries.
+Columns: estimated milliseconds of a step; the share of this time that the operations of
+`needed_flops` take at the rate of a large product; kernel launches; TFLOP of matrix products and
+attention, with recomputation; GB that kernels read and write by the model, and by XLA's coarser
+count; GiB of the program's arguments and temporaries; seconds of tracing and compiling. The
+temporaries do not include the workspaces that cuDNN allocates at run time.
 
-Needs Linux, jax with its CUDA plugin (`pip install 'jax[cuda13]'`), flax and optax; no GPU, and no
-network.
+Needs Linux, jax with its CUDA plugin (`pip install 'jax[cuda13]'`), flax and optax. Runs without a
+GPU and without a network.
 """
 
 import argparse
@@ -55,36 +55,40 @@ def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
     add = parser.add_argument
     add("--size", default="7b", help=SIZE_HELP)
-    add("--vocab", type=int, help="tokens of the vocabulary, if not the size's own")
-    add("--methods", default="mixlora,lora", help=f"of {', '.join(NAMES)} (%(default)s)")
+    add("--vocab", type=int, help="number of tokens of the vocabulary (the size's)")
+    add("--methods", default="mixlora,lora", help=f"methods among {', '.join(NAMES)} (%(default)s)")
     # The model's rates are those of products in half precision.
-    add("--dtype", default="bfloat16", choices=("bfloat16", "float16"), help="of the computation")
-    add("--param-dtype", choices=get_args(StorageType), help="of the frozen weights (--dtype)")
-    add("--rows", type=int, default=1, help="of a step (1)")
-    add("--length", type=int, default=2048, help="tokens of a row (2048)")
-    add("--micro-batches", type=int, default=1, help="that a step's rows are cut into (1)")
-    add("--rank", type=int, default=16, help="on attention, and of each expert (16)")
-    add("--experts", type=int, default=8, help="of mixtures; LoRA's rank is so much larger (8)")
-    add("--top-k", type=int, default=2, help="experts of a token (2)")
-    usual = ComputeConfig(dtype="bfloat16")
-    add("--remat", default=usual.remat, help="see moe_jax/config/model.py (%(default)s)")
-    add("--attention", default="cudnn", help="see moe_jax/config/model.py (%(default)s)")
-    add("--compile-for", default="h200", metavar="CHIP", help=f"of {', '.join(CHIPS)} (h200)")
+    add("--dtype", default="bfloat16", choices=("bfloat16", "float16"), help="compute dtype")
+    add(
+        "--param-dtype", choices=get_args(StorageType), help="dtype of the frozen weights (--dtype)"
+    )
+    add("--rows", type=int, default=1, help="number of rows of a step (1)")
+    add("--length", type=int, default=2048, help="number of tokens of a row (2048)")
+    add("--micro-batches", type=int, default=1, help="number of micro-batches of a step (1)")
+    add("--rank", type=int, default=16, help="rank on attention and of each expert (16)")
+    add("--experts", type=int, default=8, help="number of experts, and factor of LoRA's rank (8)")
+    add("--top-k", type=int, default=2, help="number of experts of a token (2)")
+    default = ComputeConfig(dtype="bfloat16")
+    add("--remat", default=default.remat, help="ComputeConfig.remat (%(default)s)")
+    add("--attention", default="cudnn", help="ComputeConfig.attention (%(default)s)")
+    add(
+        "--compile-for", default="h200", metavar="CHIP", help=f"GPU among {', '.join(CHIPS)} (h200)"
+    )
     add(
         "--dynamic-slice-fusion",
         action="store_true",
-        help="leave XLA's fusion of products with slices of the stacked layers on",
+        help="keep XLA's fusion of products with slices of the stacked layers",
     )
-    add("--kinds", action="store_true", help="also list the kinds of kernels of each method")
-    add("--top", type=int, default=0, metavar="N", help="also the N longest groups of kernels")
-    add("--hlo", type=Path, metavar="FOLDER", help="also write the compiled programs here")
-    add("--output", type=Path, help="also write the figures here, as JSON")
+    add("--kinds", action="store_true", help="table of the kinds of kernels of each method")
+    add("--top", type=int, default=0, metavar="N", help="table of the N longest groups of kernels")
+    add("--hlo", type=Path, metavar="FOLDER", help="folder for the compiled programs")
+    add("--output", type=Path, help="JSON file for the figures")
     parser.set_defaults(mesh=None)  # one device
     return parser
 
 
 def check(args: argparse.Namespace) -> list[str]:
-    """Methods to compile; checks the flags before compiling.
+    """Checks the flags before compiling; returns the methods to compile.
 
     Raises:
       UserError: a flag or field is invalid.
@@ -106,15 +110,15 @@ def check(args: argparse.Namespace) -> list[str]:
 
 
 def _config_of(name: str, args: argparse.Namespace) -> RunConfig:
-    """The configuration of a run; that of the frozen model has an adapter, for its base."""
+    """Configuration of a run; for the frozen model, that of a LoRA adapter."""
     return run_config(method_named(LORA if name == FROZEN else name, args), args)
 
 
 def lowered_step(name: str, args: argparse.Namespace, chip: Any) -> jax.stages.Lowered:
-    """The traced step of a method, or of the frozen model alone, for `chip`.
+    """Traces the step of a method, or of the frozen model without adapters, for `chip`.
 
     Raises:
-      UserError: the chip cannot do what the flags ask for.
+      UserError: the chip does not support the flags.
     """
     config = _config_of(name, args)
     steps = config.training.steps or 1
@@ -125,17 +129,18 @@ def lowered_step(name: str, args: argparse.Namespace, chip: Any) -> jax.stages.L
 
 
 def compile_options(args: argparse.Namespace) -> dict[str, Any]:
-    """Options of XLA's compiler for every program.
+    """Returns XLA's compiler options for all programs.
 
-    XLA of jaxlib 0.11 fuses a product with the slice of the stacked layers that it reads or writes,
-    and computes a product that is both kept for the backward pass and used at once twice: a quarter
-    more operations at 7B. 0.12 does so no longer. With the fusion off, programs of both compare.
+    In jaxlib 0.11, XLA fuses a product with the slice of the stacked layers that it reads or writes,
+    and computes a product twice if it is both kept for the backward pass and used in the forward
+    pass: a quarter more operations at 7B. jaxlib 0.12 does not. Without the fusion, programs of
+    both versions are comparable.
     """
     return {} if args.dynamic_slice_fusion else {"xla_gpu_enable_dynamic_slice_fusion": False}
 
 
 def estimate(name: str, args: argparse.Namespace, chip: Any) -> tuple[dict[str, Any], Roofline]:
-    """The figures of one method, as they are written, and the model that they come from."""
+    """Returns the figures of one method and its roofline model."""
     start = time.perf_counter()
     lowered = lowered_step(name, args, chip)
     middle = time.perf_counter()
@@ -182,7 +187,7 @@ COLUMNS: tuple[tuple[str, Callable[[dict[str, Any]], str]], ...] = (
 
 
 def as_table(rows: Sequence[dict[str, Any]]) -> str:
-    """The figures as a table."""
+    """Formats the figures as a table."""
     lines = [
         table([head for head, _ in COLUMNS], [[cell(row) for _, cell in COLUMNS] for row in rows])
     ]
@@ -211,22 +216,22 @@ def breakdown(first: str, groups: dict[str, Totals]) -> str:
 
 
 def details(name: str, model: Roofline, args: argparse.Namespace) -> list[str]:
-    """The lists that `--kinds` and `--top` ask for."""
-    lists = []
+    """Tables requested by `--kinds` and `--top`."""
+    tables = []
     if args.kinds:
-        lists.append(breakdown(f"{name}: kind", model.kinds))
+        tables.append(breakdown(f"{name}: kind", model.kinds))
     if args.top:
         groups = grouped(
             model.kernels,
             lambda kernel: f"{kernel.kind}, {kernel.result[:40]}, {_short(kernel.origin)}",
         )
         longest = dict(list(groups.items())[: args.top])
-        lists.append(breakdown(f"{name}: kernels", longest))
-    return lists
+        tables.append(breakdown(f"{name}: kernels", longest))
+    return tables
 
 
 def _short(origin: str) -> str:
-    """The end of an operation's name, without what all of them have in common."""
+    """End of an operation's name, without the parts that all names share."""
     return re.sub(r"jit\(\w+\)/|while/body/|eval_jaxpr/|closed_call/", "", origin)[-80:]
 
 
@@ -235,13 +240,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         names = check(args)
         chip = gpu_chip(args.compile_for)
-        rows, lists = [], []
+        rows, tables = [], []
         with without_compilation_cache():
             for name in names:
                 say(f"{name}: compiling")
                 row, model = estimate(name, args, chip)
                 rows.append(row)
-                lists += details(name, model, args)
+                tables += details(name, model, args)
         facts = machine()
         compiler = {"chip": chip.device_kind, "plugin": plugin_version()}
         print(
@@ -249,7 +254,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{args.size} in {args.dtype}, {args.rows} x {args.length} tokens, remat {args.remat}, "
             f"attention {args.attention}; {one_line(facts)}"
         )
-        print("\n\n".join([as_table(rows), *lists]))
+        print("\n\n".join([as_table(rows), *tables]))
         write_json(
             args.output,
             args,
