@@ -38,7 +38,7 @@ FACTOR = 1.5
 
 
 def export(base: Path, output: Path, dtype: str, dora: bool) -> None:
-    """Exports in the measured process, which prints "ready" and waits for a line before and after."""
+    """Runs the measured process, which waits for a line on stdin before and after the export."""
     import jax
     import numpy as np
 
@@ -138,9 +138,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return refuse(error)
     above_limit = [r["dtype"] for r in results if r["peak_above_idle_bytes"] > r["limit_bytes"]]
     for dtype in above_limit:
-        say(
-            f"{dtype}: the peak is above the limit; with a small base, most of it belongs to the program"
-        )
+        say(f"{dtype}: the peak is above the limit; a small base is less than the program itself")
     return int(bool(above_limit))
 
 

@@ -131,10 +131,10 @@ def lowered_step(name: str, args: argparse.Namespace, chip: Any) -> jax.stages.L
 def compile_options(args: argparse.Namespace) -> dict[str, Any]:
     """Returns XLA's compiler options for all programs.
 
-    In jaxlib 0.11, XLA fuses a product with the slice of the stacked layers that it reads or writes,
-    and computes a product twice if it is both kept for the backward pass and used in the forward
-    pass: a quarter more operations at 7B. jaxlib 0.12 does not. Without the fusion, programs of
-    both versions are comparable.
+    In jaxlib 0.11, XLA fuses a product with the slice of the stacked layers that it reads or
+    writes, and computes a product twice if it is both kept for the backward pass and used in the
+    forward pass: a quarter more operations at 7B. jaxlib 0.12 computes it once. Without the fusion,
+    programs of both versions are comparable.
     """
     return {} if args.dynamic_slice_fusion else {"xla_gpu_enable_dynamic_slice_fusion": False}
 

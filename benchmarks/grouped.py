@@ -1,17 +1,16 @@
-"""Cost and speed of the experts' products in one-hot and in grouped form.
+"""Cost and speed of the experts' products in one-hot and grouped form.
 
     python benchmarks/grouped.py
     python benchmarks/grouped.py --size d512 --time --output benchmarks/grouped_d512.json
 
-`activations` and `expansion` are the two low-rank products of one projection, of gate or up,
+The parts `activations` and `expansion` are the two low-rank products of one gate or up projection,
 forward and backward to their input and to the experts' matrices, in the forms of
-`dispatch_forms.py`. `layer`
-is a whole decoder layer: the package's MixLoRA, the same with tokens sorted by expert
-(`grouped_mixlora.py`), and LoRA with equal trainable parameters. FLOPs and temporary memory are
-read from the compiled program, without weights. `--time` also times it, with random weights and
-random routing; the forms alternate. It needs an idle machine.
+`dispatch_forms.py`. The part `layer` is a whole decoder layer: the package's MixLoRA, the same with
+tokens sorted by expert (`grouped_mixlora.py`), and LoRA with equal trainable parameters. FLOPs and
+temporary memory are read from the compiled program, without weights. `--time` also times the
+program with random weights and random routing on an idle machine; the forms alternate.
 
-The grouped forms have the number of blocks of the most unequal routing, and compute all of them.
+The grouped forms compute as many blocks as the most unequal routing needs.
 
 Needs jax and flax only.
 """
@@ -56,7 +55,9 @@ FORMS_OF_PART = {
     EXPANSION: (ONE_HOT, GROUPED, BATCHED, RAGGED),
     LAYER: (ONE_HOT, GROUPED, BATCHED, LORA),
 }
-ALL_FORMS = tuple(dict.fromkeys(form for of_part in FORMS_OF_PART.values() for form in of_part))
+ALL_FORMS = tuple(
+    dict.fromkeys(form for part_forms in FORMS_OF_PART.values() for form in part_forms)
+)
 REMAT = ComputeConfig(dtype="float32").remat
 MOST_OF_MEMORY = 0.8
 
@@ -65,8 +66,8 @@ class Case(NamedTuple):
     """One form of one part.
 
     Attributes:
-      program: function of `operands`.
-      operands: shapes and dtypes.
+      program: function of the operands.
+      operands: shapes and dtypes of the operands.
       layers: number of layers in the program; 0 if the choice of experts is an operand.
     """
 
@@ -76,7 +77,7 @@ class Case(NamedTuple):
 
 
 def grouped_method(shape: Shape, form: str) -> GroupedMixLora:
-    """MixLoRA with the top-k router, in one of the forms `WALKS`."""
+    """Returns MixLoRA with the top-k router, in one of the forms of `WALKS`."""
     return in_grouped_form(METHODS["MixLoRA, top-k"](shape), WALKS[form])
 
 
@@ -87,7 +88,7 @@ def _method(shape: Shape, form: str) -> AdapterMethod:
 
 
 def case_of(part: str, form: str, shape: Shape) -> Case:
-    """The program of one form of one part."""
+    """Returns the program of one form of one part."""
     if part == LAYER:
         step, operands = layer_step(_method(shape, form), shape, REMAT, None)
         return Case(step, operands, LAYERS)
@@ -113,23 +114,23 @@ def case_of(part: str, form: str, shape: Shape) -> Case:
 
 
 def operands_of(case: Case, shape: Shape) -> tuple[Any, ...]:
-    """Random operands, with different, equally likely experts in the slots of a token."""
-    made = random_like(case.operands)
+    """Draws random operands, with different, equally likely experts in the slots of a token."""
+    operands = random_like(case.operands)
     if case.layers:
-        return made
-    cotangent, choice, *rest = made
+        return operands
+    cotangent, choice, *rest = operands
     scores = jax.random.normal(jax.random.key(1), (len(choice), shape.experts))
     return cotangent, jax.lax.top_k(scores, shape.top_k)[1], *rest
 
 
 def measure_setting(part: str, names: Sequence[str], shape: Shape, rounds: int) -> list[Any]:
-    """Figures of one part at one number of experts and rank, a row for each form.
+    """Measures one part at one number of experts and rank; returns a row of figures for each form.
 
     Args:
-      part: a part of `FORMS_OF_PART`.
+      part: one of `FORMS_OF_PART`.
       names: names of the forms.
       shape: sizes, with the number of experts and their rank.
-      rounds: number of timed rounds; 0 only counts.
+      rounds: number of timed rounds; 0 to count without timing.
     """
     rows, steps = [], {}
     for form in names:
@@ -155,7 +156,7 @@ def measure_setting(part: str, names: Sequence[str], shape: Shape, rounds: int) 
         needed = memory.argument_size_in_bytes + memory.output_size_in_bytes
         needed += memory.temp_size_in_bytes
         if needed > MOST_OF_MEMORY * _memory_bytes():
-            row["error"] = f"{needed / 2**30:.0f} GiB are too many"
+            row["error"] = f"{needed / 2**30:.0f} GiB do not fit into memory"
             continue
 
         def run(compiled: Any = compiled, case: Case = case) -> float:
@@ -168,25 +169,25 @@ def measure_setting(part: str, names: Sequence[str], shape: Shape, rounds: int) 
         steps[form] = run
     samples, failed = interleaved(steps, rounds, untimed=1)
     for row in rows:
-        own = samples.get(row["form"])
-        if not own or row["form"] in failed:
+        seconds = samples.get(row["form"])
+        if not seconds or row["form"] in failed:
             row["error"] = failed.get(row["form"], row["error"])
             continue
-        row["seconds"] = spread(own)._asdict()
+        row["seconds"] = spread(seconds)._asdict()
         if samples.get(ONE_HOT) and ONE_HOT not in failed:
-            ratios = [mine / other for mine, other in zip(own, samples[ONE_HOT], strict=True)]
+            ratios = [time / base for time, base in zip(seconds, samples[ONE_HOT], strict=True)]
             row["ratio_to_one_hot"] = spread(ratios)._asdict()
     return rows
 
 
 def _memory_bytes() -> float:
-    """Memory of the first device, or of the machine if that is unknown."""
+    """Bytes of memory of the first device, or of the machine if that is unknown."""
     known = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
     return known or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def as_table(rows: Sequence[Any]) -> str:
-    """The figures as a table."""
+    """Formats the figures as a table."""
     one_hot = {_setting(row): row for row in rows if row["form"] == ONE_HOT}
     lines = []
     for row in rows:
@@ -216,16 +217,16 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
     add = parser.add_argument
     add("--size", default="7b", help=SIZE_HELP)
-    add("--parts", default=",".join(FORMS_OF_PART), help="(%(default)s)")
-    add("--forms", default=",".join(ALL_FORMS), help="(%(default)s)")
-    add("--experts", default="8,32,128,512", help="(%(default)s)")
-    add("--ranks", default="8,16,32,64", help="(%(default)s)")
-    add("--rows", type=int, default=8, help="of the batch (8)")
-    add("--length", type=int, default=128, help="tokens of a row (128)")
-    add("--top-k", type=int, default=2, help="experts of a token (2)")
-    add("--time", action="store_true", help="time it too")
-    add("--rounds", type=int, default=7, help="of --time (7)")
-    add("--output", type=Path, help="also write the figures here, as JSON")
+    add("--parts", default=",".join(FORMS_OF_PART), help="parts to measure (%(default)s)")
+    add("--forms", default=",".join(ALL_FORMS), help="forms to measure (%(default)s)")
+    add("--experts", default="8,32,128,512", help="numbers of experts (%(default)s)")
+    add("--ranks", default="8,16,32,64", help="ranks of each expert (%(default)s)")
+    add("--rows", type=int, default=8, help="number of rows of the batch (8)")
+    add("--length", type=int, default=128, help="number of tokens of a row (128)")
+    add("--top-k", type=int, default=2, help="number of experts of a token (2)")
+    add("--time", action="store_true", help="also time the programs")
+    add("--rounds", type=int, default=7, help="number of timed rounds (7)")
+    add("--output", type=Path, help="JSON file for the figures")
     return parser
 
 
@@ -233,7 +234,7 @@ def _numbers(flag: str, text: str) -> list[int]:
     try:
         numbers = [int(part) for part in text.split(",")]
     except ValueError:
-        raise ConfigError(f"--{flag} {text}: must be numbers with commas between") from None
+        raise ConfigError(f"--{flag} {text}: must be numbers, separated by commas") from None
     if min(numbers) < 1:
         raise ConfigError(f"--{flag} {text}: must be positive")
     return list(dict.fromkeys(numbers))
@@ -250,7 +251,7 @@ def _names(flag: str, text: str, known: Sequence[str]) -> list[str]:
 
 
 def settings(args: argparse.Namespace) -> list[tuple[str, list[str], Shape]]:
-    """Parts, forms and shapes to measure; checks the flags before compiling.
+    """Checks the flags before compiling; returns the parts, forms and shapes to measure.
 
     Raises:
       ConfigError: a flag is invalid.
@@ -267,11 +268,11 @@ def settings(args: argparse.Namespace) -> list[tuple[str, list[str], Shape]]:
     experts, ranks = _numbers("experts", args.experts), _numbers("ranks", args.ranks)
     if min(experts) < max(args.top_k, 2):
         raise ConfigError(f"--experts {args.experts}: must be at least 2, and at least --top-k")
-    found = []
+    cases = []
     for part in parts:
-        of_part = [form for form in FORMS_OF_PART[part] if form in names]
+        part_forms = [form for form in FORMS_OF_PART[part] if form in names]
         for count in experts:
-            for rank in ranks if of_part else ():
+            for rank in ranks if part_forms else ():
                 shape = Shape(
                     width=model.hidden_size,
                     ffn_width=model.intermediate_size,
@@ -282,14 +283,14 @@ def settings(args: argparse.Namespace) -> list[tuple[str, list[str], Shape]]:
                     length=args.length,
                     top_k=args.top_k,
                 )
-                found.append((part, of_part, shape))
-    if not found:
+                cases.append((part, part_forms, shape))
+    if not cases:
         of_parts = dict.fromkeys(form for part in parts for form in FORMS_OF_PART[part])
         raise ConfigError(
             f"--forms {args.forms}: none of them is a form of --parts {args.parts}, which are "
             f"measured as {', '.join(of_parts)}"
         )
-    return found
+    return cases
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,7 +1,8 @@
-"""MixLoRA with tokens sorted by expert, as an alternative to the package's form.
+"""MixLoRA with tokens sorted by expert, an alternative to the package's one-hot form.
 
-The algebra and the leaves are those of `moe_jax.adapters.mixlora`. A block of rows of one expert is
-multiplied with that expert's pairs only, in all three projections. Needs jax and flax only.
+Computes the same results from the same leaves as `moe_jax.adapters.mixlora`. A block of rows of one
+expert is multiplied with that expert's pairs only, in all three projections. Needs jax and flax
+only.
 """
 
 from collections.abc import Callable
@@ -24,11 +25,11 @@ from moe_jax.sharding.axes import EMBED, MLP
 
 @dataclass(frozen=True, kw_only=True)
 class GroupedMixLora(MixLoraConfig):
-    """MixLoRA in blocks of one expert; not registered in `METHODS`.
+    """Configuration of MixLoRA in blocks of one expert; not registered in `METHODS`.
 
     Attributes:
       walk: order of the blocks, see `Walk`.
-      block: rows of a block; None for `rows_of_block`.
+      block: number of rows of a block; None for `rows_of_block`.
     """
 
     walk: Walk = "loop"
@@ -36,12 +37,12 @@ class GroupedMixLora(MixLoraConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        every = set(MLP_MODULES) <= set(self.target_modules)
-        require(every, "target_modules", f"must have {', '.join(MLP_MODULES)}")
-        own = self.expert_low_rank
-        left_out = {"dora": own.dora, "dropout": own.dropout, "ffn_dropout": self.ffn_dropout}
-        for field, value in left_out.items():
-            require(not value, field, "the grouped form is not written for it")
+        has_all = set(MLP_MODULES) <= set(self.target_modules)
+        require(has_all, "target_modules", f"must have {', '.join(MLP_MODULES)}")
+        pair = self.expert_low_rank
+        unsupported = {"dora": pair.dora, "dropout": pair.dropout, "ffn_dropout": self.ffn_dropout}
+        for field, value in unsupported.items():
+            require(not value, field, "not supported by the grouped form; leave it out")
 
     def mlp_adapter(self) -> nn.Module | None:
         return GroupedMLP(self)
@@ -50,17 +51,17 @@ class GroupedMixLora(MixLoraConfig):
 def in_grouped_form(
     method: AdapterMethod, walk: Walk = "loop", block: int | None = None
 ) -> GroupedMixLora:
-    """The same MixLoRA in the grouped form."""
+    """Returns the same MixLoRA in the grouped form."""
     assert isinstance(method, MixLoraConfig)
     return GroupedMixLora(**vars(method), walk=walk, block=block)
 
 
-class Made(NamedTuple):
-    """Weighted results of a block.
+class BlockResult(NamedTuple):
+    """Weighted results of a block of n rows.
 
     Attributes:
-      hidden: [n, F], hidden activations of the experts.
-      delta: [n, D], their low-rank update of the down projection.
+      hidden: hidden activations of the expert, [n, F].
+      delta: low-rank update of the down projection, [n, D].
     """
 
     hidden: jax.Array
@@ -68,30 +69,30 @@ class Made(NamedTuple):
 
 
 class Expert(NamedTuple):
-    """The computation of a block, a `Body` of `grouped_rows.py`; hashable, for the jit cache.
+    """Computation of a block, a `Body` of `grouped_rows.py`; hashable, for the jit cache.
 
     Attributes:
       activation: activation function of the gate.
-      scale: s.
+      scale: scaling factor s.
     """
 
     activation: Callable[[jax.Array], jax.Array]
     scale: float
 
-    def __call__(self, tokens: Any, rows: Any, pairs: dict[str, Any]) -> Made:
+    def __call__(self, tokens: Any, rows: Any, pairs: dict[str, Any]) -> BlockResult:
         (x, gate, up), (weights, served) = tokens, (row[:, None] for row in rows)
 
-        def added(target: str, x: jax.Array) -> jax.Array:
+        def update(target: str, x: jax.Array) -> jax.Array:
             lora_a, lora_b = (leaf.astype(x.dtype) for leaf in pairs[target])
             return (jnp.dot(x, lora_a) * (served * self.scale)) @ lora_b
 
-        gate, up = gate + added("gate_proj", x), up + added("up_proj", x)
+        gate, up = gate + update("gate_proj", x), up + update("up_proj", x)
         hidden = weights * gated(self.activation, gate, up)
-        return Made(hidden, added("down_proj", hidden))
+        return BlockResult(hidden, update("down_proj", hidden))
 
 
 class GroupedMLP(MixLoraFFN):
-    """The routed FFN, block by block, of a `GroupedMixLora`. Leaves as of `MixLoraFFN`."""
+    """Routed FFN of a `GroupedMixLora`, block by block, with the leaves of `MixLoraFFN`."""
 
     @nn.compact
     def __call__(
@@ -106,7 +107,7 @@ class GroupedMLP(MixLoraFFN):
         assert isinstance(method, GroupedMixLora)
         biases = (ffn.gate_bias, ffn.up_bias, ffn.down_bias, routing.bypass)
         if routing.dispatch is None or any(bias is not None for bias in biases):
-            raise ValueError("written for routers that choose experts, and bases without biases")
+            raise ValueError("needs a router that chooses experts, and a base without biases")
         experts, slots = method.num_experts, routing.weights.shape[-1]
         kernels = {
             "gate_proj": (ffn.gate.kernel, (EMBED, MLP)),
@@ -128,5 +129,5 @@ class GroupedMLP(MixLoraFFN):
         tokens = [by_token(array) for array in (x, ffn.gate.product, ffn.up.product)]
         body = Expert(ffn.activation, method.expert_low_rank.scale)
         operands = tokens, rows, pairs, group_rows(chosen, experts, block)
-        made = in_groups(body, method.walk, True, *operands)
-        return FFNUpdate(*(array.reshape(*x.shape[:2], -1) for array in made))
+        results = in_groups(body, method.walk, True, *operands)
+        return FFNUpdate(*(array.reshape(*x.shape[:2], -1) for array in results))

@@ -1,9 +1,9 @@
 """Rows sorted by expert and computed in blocks, each with the weights of one expert.
 
 An alternative to one-hot products for many experts, measured by `grouped.py`; not in the package.
-The rows, C slots of each token, are sorted by expert and split into blocks of n of one expert each,
-so that only the last block of an expert is not full. Shapes are static: the number of blocks
-suffices for any routing, and no row is dropped.
+The rows, C slots of each token, are sorted by expert and split into blocks of n rows of one expert,
+so that only the last block of an expert can have empty places. Shapes are static: the number of
+blocks suffices for any routing, and no row is dropped.
 
 Letters: T tokens, C slots, E experts, N blocks of n rows. Needs jax only.
 """
@@ -16,12 +16,12 @@ import jax
 import jax.numpy as jnp
 
 Body = Callable[[Any, Any, Any], Any]
-"""Computation of a block: a tree of arrays [n, ...] from its rows of `tokens`, its rows of `rows`
-and its expert's weights, see `in_groups`."""
+"""Computation of a block: maps its rows of `tokens`, its rows of `rows` and its expert's weights to a
+tree of arrays [n, ...], see `in_groups`."""
 
 Walk = Literal["loop", "batch"]
-"""`loop` computes the blocks one after another and adds to the results in place, which suits CPUs;
-`batch` computes all at once in batched products."""
+"""Order of the blocks. `loop` computes one block after another and adds to the results in place,
+which suits CPUs; `batch` computes all blocks in batched products."""
 
 MIN_ROWS, MAX_ROWS = 8, 64
 
@@ -30,9 +30,9 @@ class Groups(NamedTuple):
     """Assignment of rows to blocks. Row c T + t is token t in slot c.
 
     Attributes:
-      source: [N, n], row at each place of each block; C T at an empty place.
-      expert: [N], expert of each block; arbitrary for an empty block.
-      place: [C, T], index of each row among the N n places; N n for a row without an expert.
+      source: row at each place of each block, [N, n]; C T at an empty place.
+      expert: expert of each block, [N]; arbitrary for an empty block.
+      place: index of each row among the N n places, [C, T]; N n for a row without an expert.
     """
 
     source: jax.Array
@@ -41,23 +41,23 @@ class Groups(NamedTuple):
 
 
 def rows_of_block(rows: int, experts: int) -> int:
-    """n, a power of two: half of an expert's rows, so that a quarter of the places is empty."""
+    """Number of rows n of a block: half of an expert's mean rows, rounded down to a power of two."""
     size = max(MIN_ROWS, min(MAX_ROWS, rows // (2 * experts)))
     return 1 << (size.bit_length() - 1)
 
 
 def block_count(rows: int, experts: int, block: int) -> int:
-    """N, the maximum number of blocks: each expert with rows may have one that is not full."""
+    """Maximum number of blocks N: each expert with rows may have one block with empty places."""
     return (rows + min(rows, experts) * (block - 1)) // block
 
 
 def group_rows(choice: jax.Array, experts: int, block: int) -> Groups:
-    """Sorts rows by expert.
+    """Sorts rows by expert and assigns them to blocks.
 
     Args:
-      choice: [T, C], each slot's expert; E where no expert takes the token.
-      experts: E.
-      block: n.
+      choice: expert of each slot, [T, C]; E for a slot without an expert.
+      experts: number of experts E.
+      block: number of rows n of a block.
     """
     tokens, slots = choice.shape
     rows = slots * tokens
@@ -71,15 +71,14 @@ def group_rows(choice: jax.Array, experts: int, block: int) -> Groups:
     first_block = ends - blocks
 
     number = jnp.arange(block_count(rows, experts, block))
-    ended = jnp.sum(ends <= number[:, None], axis=1)
-    expert = jnp.minimum(ended, experts - 1)
-    within = (number - first_block[expert])[:, None] * block + jnp.arange(block)
-    filled = within < counts[expert][:, None]
-    source = order[jnp.where(filled, first_row[expert][:, None] + within, 0)]
+    expert = jnp.minimum(jnp.sum(ends <= number[:, None], axis=1), experts - 1)
+    offset = (number - first_block[expert])[:, None] * block + jnp.arange(block)
+    filled = offset < counts[expert][:, None]
+    source = order[jnp.where(filled, first_row[expert][:, None] + offset, 0)]
     source = jnp.where(filled, source, rows)
 
-    own = jnp.minimum(by_row, experts - 1)
-    place = first_block[own] * block + rank - first_row[own]
+    index = jnp.minimum(by_row, experts - 1)
+    place = first_block[index] * block + rank - first_row[index]
     place = jnp.where(by_row < experts, place, number.size * block)
     return Groups(source, expert, place.reshape(slots, tokens))
 
@@ -87,19 +86,19 @@ def group_rows(choice: jax.Array, experts: int, block: int) -> Groups:
 def in_groups(
     body: Body, walk: Walk, summed: bool, tokens: Any, rows: Any, experts: Any, groups: Groups
 ) -> Any:
-    """Applies `body` to each block, and returns the results in the order of the tokens.
+    """Applies `body` to each block and returns the results in the order of the tokens.
 
-    The backward pass keeps only the operands and computes each block again. The gradients of an
+    Only the operands are kept for the backward pass, which recomputes each block. The gradients of an
     expert's weights are summed over its blocks.
 
     Args:
       body: computation of a block, the same for all rows.
       walk: order of the blocks.
-      summed: True to sum over the slots of a token.
+      summed: True to sum the results over the slots of a token.
       tokens: a tree of float arrays [T, ...], shared by the slots of a token.
       rows: a tree of float arrays [C, T, ...].
       experts: a tree of float arrays [E, ...].
-      groups: see `group_rows`.
+      groups: assignment of rows to blocks, see `group_rows`.
 
     Returns:
       A tree of arrays [T, ...] if `summed`, else [C, T, ...]; zero for rows without an expert.
@@ -111,18 +110,18 @@ def in_groups(
 def _in_groups(
     body: Body, walk: Walk, summed: bool, tokens: Any, rows: Any, experts: Any, groups: Groups
 ) -> Any:
-    def one(source: jax.Array, expert: jax.Array) -> Any:
+    def apply(source: jax.Array, expert: jax.Array) -> Any:
         return body(*_block(tokens, rows, experts, source, expert))
 
     if walk == "batch":
-        made = jax.vmap(one)(groups.source, groups.expert)
-        return jax.tree.map(functools.partial(_gathered, groups, summed), made)
-    like = jax.eval_shape(one, groups.source[0], groups.expert[0])
+        blocks = jax.vmap(apply)(groups.source, groups.expert)
+        return jax.tree.map(functools.partial(_gathered, groups, summed), blocks)
+    like = jax.eval_shape(apply, groups.source[0], groups.expert[0])
     results = jax.tree.map(functools.partial(_zeros, groups, summed), like)
 
-    def step(results: Any, at: tuple[jax.Array, jax.Array]) -> tuple[Any, None]:
-        put = functools.partial(_added, groups, summed, at[0])
-        return jax.tree.map(put, results, one(*at)), None
+    def step(results: Any, block: tuple[jax.Array, jax.Array]) -> tuple[Any, None]:
+        add = functools.partial(_added, groups, summed, block[0])
+        return jax.tree.map(add, results, apply(*block)), None
 
     results, _ = jax.lax.scan(step, results, (groups.source, groups.expert))
     return jax.tree.map(functools.partial(_by_slot, groups, summed), results)
@@ -138,43 +137,47 @@ def _backward(
     tokens, rows, experts, groups = operands
     row_count = groups.place.size
 
-    def one(source: jax.Array, expert: jax.Array) -> tuple[Any, Any, Any]:
-        def own(cotangent: jax.Array) -> jax.Array:
+    def pull_back(source: jax.Array, expert: jax.Array) -> tuple[Any, Any, Any]:
+        def block_rows(cotangent: jax.Array) -> jax.Array:
             if not summed:
                 cotangent = cotangent.reshape(row_count, *cotangent.shape[2:])
-            # Zero at an empty place, which thus contributes to no gradient.
-            at = jnp.where(source < row_count, source % len(cotangent), len(cotangent))
-            return cotangent.at[at].get(mode="fill", fill_value=0)
+            # Zero at an empty place, which contributes to no gradient.
+            index = jnp.where(source < row_count, source % len(cotangent), len(cotangent))
+            return cotangent.at[index].get(mode="fill", fill_value=0)
 
         operands = _block(tokens, rows, experts, source, expert)
-        return jax.vjp(body, *operands)[1](jax.tree.map(own, cotangents))
+        return jax.vjp(body, *operands)[1](jax.tree.map(block_rows, cotangents))
 
     gathered = functools.partial(_gathered, groups)
     if walk == "batch":
-        of_tokens, of_rows, of_experts = jax.vmap(one)(groups.source, groups.expert)
+        token_gradients, row_gradients, expert_gradients = jax.vmap(pull_back)(
+            groups.source, groups.expert
+        )
         return (
-            jax.tree.map(functools.partial(gathered, True), of_tokens),
-            jax.tree.map(functools.partial(gathered, False), of_rows),
-            jax.tree.map(functools.partial(_of_expert, groups), of_experts, experts),
+            jax.tree.map(functools.partial(gathered, True), token_gradients),
+            jax.tree.map(functools.partial(gathered, False), row_gradients),
+            jax.tree.map(functools.partial(_summed_by_expert, groups), expert_gradients, experts),
             None,
         )
 
-    def step(totals: tuple[Any, ...], at: tuple[jax.Array, jax.Array]) -> tuple[Any, None]:
-        source, expert = at
-        of_tokens, of_rows, of_experts = one(*at)
+    def step(totals: tuple[Any, ...], block: tuple[jax.Array, jax.Array]) -> tuple[Any, None]:
+        source, expert = block
+        token_gradients, row_gradients, expert_gradients = pull_back(*block)
         add = functools.partial(_added, groups)
         return (
-            jax.tree.map(functools.partial(add, True, source), totals[0], of_tokens),
-            jax.tree.map(functools.partial(add, False, source), totals[1], of_rows),
-            jax.tree.map(lambda total, own: total.at[expert].add(own), totals[2], of_experts),
+            jax.tree.map(functools.partial(add, True, source), totals[0], token_gradients),
+            jax.tree.map(functools.partial(add, False, source), totals[1], row_gradients),
+            jax.tree.map(
+                lambda total, part: total.at[expert].add(part), totals[2], expert_gradients
+            ),
         ), None
 
     flat = jax.tree.map(lambda array: array.reshape(row_count, *array.shape[2:]), rows)
     zeros = jax.tree.map(jnp.zeros_like, (tokens, flat, experts))
     totals, _ = jax.lax.scan(step, zeros, (groups.source, groups.expert))
-    of_tokens, of_rows, of_experts = totals
-    of_rows = jax.tree.map(functools.partial(_by_slot, groups, False), of_rows)
-    return of_tokens, of_rows, of_experts, None
+    token_gradients, row_gradients, expert_gradients = totals
+    row_gradients = jax.tree.map(functools.partial(_by_slot, groups, False), row_gradients)
+    return token_gradients, row_gradients, expert_gradients, None
 
 
 _in_groups.defvjp(_forward, _backward)
@@ -183,18 +186,18 @@ _in_groups.defvjp(_forward, _backward)
 def _block(
     tokens: Any, rows: Any, experts: Any, source: jax.Array, expert: jax.Array
 ) -> tuple[Any, Any, Any]:
-    """Operands of one block; an empty place reads those of another row."""
+    """Operands of one block; an empty place reads the operands of an arbitrary row."""
 
     def take(array: jax.Array) -> jax.Array:
         return array.at[source % len(array)].get(mode="promise_in_bounds")
 
     flat = jax.tree.map(lambda array: array.reshape(-1, *array.shape[2:]), rows)
-    own = jax.tree.map(lambda array: array.at[expert].get(mode="promise_in_bounds"), experts)
-    return jax.tree.map(take, tokens), jax.tree.map(take, flat), own
+    weights = jax.tree.map(lambda array: array.at[expert].get(mode="promise_in_bounds"), experts)
+    return jax.tree.map(take, tokens), jax.tree.map(take, flat), weights
 
 
 def _zeros(groups: Groups, summed: bool, like: jax.ShapeDtypeStruct) -> jax.Array:
-    """Results of all tokens, or of all rows: of `like` [n, ...], [T, ...] or [C T, ...]."""
+    """Zeros for the results of all tokens [T, ...] or all rows [C T, ...], like a block's [n, ...]."""
     slots, tokens = groups.place.shape
     return jnp.zeros((tokens if summed else slots * tokens, *like.shape[1:]), like.dtype)
 
@@ -202,24 +205,26 @@ def _zeros(groups: Groups, summed: bool, like: jax.ShapeDtypeStruct) -> jax.Arra
 def _added(
     groups: Groups, summed: bool, source: jax.Array, results: jax.Array, block: jax.Array
 ) -> jax.Array:
-    """The results with those of a block added."""
+    """Adds the results of a block to the results of all rows."""
     row_count = groups.place.size
-    at = jnp.where(source < row_count, source % len(results), len(results)) if summed else source
-    return results.at[at].add(block, mode="drop")
+    index = source
+    if summed:
+        index = jnp.where(source < row_count, source % len(results), len(results))
+    return results.at[index].add(block, mode="drop")
 
 
 def _by_slot(groups: Groups, summed: bool, results: jax.Array) -> jax.Array:
-    """[C T, ...] as [C, T, ...], unless slots are summed."""
+    """Reshapes [C T, ...] to [C, T, ...], unless slots are summed."""
     return results if summed else results.reshape(*groups.place.shape, *results.shape[1:])
 
 
-def _gathered(groups: Groups, summed: bool, made: jax.Array) -> jax.Array:
-    """Results in blocks, [N, n, ...], as [C, T, ...], or summed over slots as [T, ...]."""
-    flat = made.reshape(-1, *made.shape[2:])
+def _gathered(groups: Groups, summed: bool, blocks: jax.Array) -> jax.Array:
+    """Gathers results in blocks, [N, n, ...], to [C, T, ...], or sums over slots to [T, ...]."""
+    flat = blocks.reshape(-1, *blocks.shape[2:])
     slots = [flat.at[place].get(mode="fill", fill_value=0) for place in groups.place]
     return functools.reduce(jnp.add, slots) if summed else jnp.stack(slots)
 
 
-def _of_expert(groups: Groups, of_blocks: jax.Array, like: jax.Array) -> jax.Array:
-    """Sums over the blocks of each expert, [N, ...] to [E, ...]."""
-    return jax.ops.segment_sum(of_blocks, groups.expert, len(like), indices_are_sorted=True)
+def _summed_by_expert(groups: Groups, block_gradients: jax.Array, like: jax.Array) -> jax.Array:
+    """Sums gradients over the blocks of each expert, [N, ...] to [E, ...]."""
+    return jax.ops.segment_sum(block_gradients, groups.expert, len(like), indices_are_sorted=True)
