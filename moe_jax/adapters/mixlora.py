@@ -55,7 +55,7 @@ from moe_jax.adapters.routing.strategies import TopKRouter
 from moe_jax.adapters.token_blocks import map_token_blocks
 from moe_jax.adapters.tree import ATTENTION_MODULES, MLP_MODULES
 from moe_jax.config.model import ModelConfig
-from moe_jax.config.parse import require, within
+from moe_jax.config.parse import field_prefix, require
 from moe_jax.layers.activation import gated
 from moe_jax.layers.frozen import frozen_product
 from moe_jax.layers.names import LOW_RANK, NARROW_PRODUCT
@@ -116,12 +116,12 @@ class MixLoraConfig(AdapterMethod):
         )
         require(self.num_experts > 1, "num_experts", "must be at least 2; for one use 'lora'")
         require(0.0 <= self.ffn_dropout < 1.0, "ffn_dropout", "must lie in [0, 1)")
-        with within("router"):
+        with field_prefix("router"):
             self.router.check(self.num_experts)
         check_losses(self.losses, self.num_experts)
 
     def check_model(self, model: ModelConfig) -> None:
-        with within("router"):
+        with field_prefix("router"):
             self.router.check_depth(model.num_layers)
 
     @property

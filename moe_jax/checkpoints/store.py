@@ -21,7 +21,7 @@ from moe_jax.checkpoints.restored_tree import error_summary, restore_tree
 from moe_jax.errors import CheckpointError
 from moe_jax.files.disk import disk_errors
 
-FORMAT_VERSION = 1
+STATE_FORMAT_VERSION = 1
 
 
 class SavedState(NamedTuple):
@@ -135,7 +135,7 @@ class TrainingStore:
             return
         state.adapters.require_finite(step)
         sums = {name: snapshot.checksums() for name, snapshot in state._asdict().items()}
-        header = {"format_version": FORMAT_VERSION, "checksums": sums}
+        header = {"format_version": STATE_FORMAT_VERSION, "checksums": sums}
         with disk_errors(self.folder / str(step), self.kept_state()):
             self._manager.save(
                 step,
@@ -230,10 +230,10 @@ def read_metadata(folder: Path, step: int) -> dict[str, Any]:
       CheckpointError: the file is missing or damaged, or has another format version.
     """
     metadata = _read_json(folder, step, "metadata")
-    if (version := metadata.get("format_version")) != FORMAT_VERSION:
+    if (version := metadata.get("format_version")) != STATE_FORMAT_VERSION:
         raise CheckpointError(
             f"{folder / str(step)} has format version {version!r}, this release reads "
-            f"{FORMAT_VERSION}; resume with the release that wrote it"
+            f"{STATE_FORMAT_VERSION}; resume with the release that wrote it"
         )
     return metadata
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from moe_jax.config.parse import require, within
+from moe_jax.config.parse import field_prefix, require
 
 FloatType = Literal["float32", "bfloat16", "float16"]
 StorageType = Literal["float32", "bfloat16", "float16", "int8", "fp8", "nf4", "nf4_double"]
@@ -198,7 +198,7 @@ class ModelConfig:
         ):
             value = getattr(self, field)
             require(value is None or value > 0, field, "must be positive")
-        with within("rope"):
+        with field_prefix("rope"):
             self.rope.check_head_dim(self.head_dim)
         self._check_layers()
 
@@ -219,7 +219,7 @@ class ModelConfig:
         local = self.sliding_rope
         if local is not None:
             require(slides, "sliding_rope", "goes with layer_types that name sliding layers")
-            with within("sliding_rope"):
+            with field_prefix("sliding_rope"):
                 local.check_head_dim(self.head_dim)
                 require(
                     (local.rotary_dim(self.head_dim), local.interleaved)

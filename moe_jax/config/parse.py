@@ -269,7 +269,7 @@ def located(path: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def within(field: str) -> Iterator[None]:
+def field_prefix(field: str) -> Iterator[None]:
     """Prefixes the field of a `FieldError` raised within this context with `field`."""
     try:
         yield

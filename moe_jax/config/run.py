@@ -15,11 +15,11 @@ from moe_jax.config.parse import (
     NONE_ADVICE,
     ROOT,
     Registry,
+    field_prefix,
     parse,
     parse_member,
     require,
     to_plain,
-    within,
 )
 
 ProtocolName = Literal["labels", "choices"]
@@ -162,7 +162,7 @@ class AdapterConfig:
         require(self.batch_size > 0, "batch_size", "must be positive")
         _require_length(self, "or neither for those of training")
         require(self.seed is None or self.seed >= 0, "seed", "must not be negative")
-        with within("data"):
+        with field_prefix("data"):
             self.data.check_labels(self.method.classification)
             groups = {name: source.expert_group for name, source in self.data.train.items()}
             self.method.check_expert_groups(groups)

@@ -177,10 +177,10 @@ def load_token_rows(
         that training reads, whose rows have a column `text`.
       tokenizer: tokenizer of the model.
       length: tokens of a row, S.
-      max_rows: largest number of rows, N.
+      max_rows: largest number of rows, B.
 
     Returns:
-      int32 [N, S].
+      int32 [B, S].
 
     Raises:
       DataError: the file cannot be read, is of an unknown kind, has a row without text, or holds

@@ -27,7 +27,7 @@ _IDENTITY_FIELDS = {
 }
 """Fields of the first line that must match, with the wording of a mismatch."""
 
-FORMAT = 1
+JOURNAL_FORMAT_VERSION = 1
 
 
 class Journal:
@@ -58,7 +58,7 @@ class Journal:
           CheckpointError: the file is damaged or cannot be read.
         """
         self._file = file
-        self._identity = {"format": FORMAT, **identity}
+        self._identity = {"format": JOURNAL_FORMAT_VERSION, **identity}
         self._questions = questions
         self._replaceable = frozenset(replaceable)
         self._valid_bytes = 0

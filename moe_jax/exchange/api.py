@@ -55,7 +55,7 @@ def export_adapter(
       base: folder or hub id of the base as the receiving tool will find it; by default the path
         that it had in training. A format that writes a whole model reads the base there.
       weights: weighting of experts in a format that merges them; "average" by default.
-      tokens: int [N, S], rows on which such a format measures the divergence.
+      tokens: int [B, S], rows on which such a format measures the divergence.
       data_name: name of the source of `tokens` in messages.
       location: folder or hub id of the export for the model card; by default `output`.
 

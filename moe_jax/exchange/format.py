@@ -82,7 +82,7 @@ class ExportOptions(NamedTuple):
         a whole model reads the base there.
       dtype: dtype of the written tensors.
       weights: weighting of merged experts; None selects the format's default.
-      tokens: int [N, S], rows on which a merged model is measured; None measures nothing.
+      tokens: int [B, S], rows on which a merged model is measured; None measures nothing.
       data_name: name of the tokens' source in messages.
       location: folder or hub id where the receiving tool will find the export.
     """

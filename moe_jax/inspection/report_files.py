@@ -24,7 +24,7 @@ from moe_jax.inspection.routing_report import RoutingReport, RoutingStatistics, 
 from moe_jax.version import __version__
 
 _DIGITS = 6
-_FORMAT_VERSION = 1
+_REPORT_FORMAT_VERSION = 1
 _PAGE_SOURCES = Path(__file__).parent / "page"
 
 Table = Iterator[Mapping[str, Any]]
@@ -81,7 +81,7 @@ def as_json(report: RoutingReport) -> dict[str, Any]:
     """Content of `routing.json`: all statistics, without single tokens. Absent values are None."""
     total, divergence = report.total, report.specialisation
     return {
-        "format_version": _FORMAT_VERSION,
+        "format_version": _REPORT_FORMAT_VERSION,
         "package_version": __version__,
         "adapter": report.adapter,
         "base": report.base,

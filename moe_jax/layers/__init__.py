@@ -20,5 +20,7 @@ Letters of the axes in all shapes of the library:
     H query heads         K key/value heads        Q head width
     L decoder layers      E experts                R LoRA rank
     C chosen experts (the k of top-k)              M micro-batches
-    N rotated channels of a head
+    N rotated channels of a head                   b rows of one adapter
+
+`docs/design/layout.md` has their second meanings in decoding, score heads and key tables.
 """

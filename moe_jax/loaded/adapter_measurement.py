@@ -46,7 +46,7 @@ class AdapterMeasurement:
         Args:
           adapter: adapter to measure.
           base: base model of the adapter, from `open_adapter_base`.
-          tokens: int [N, S], rows without padding.
+          tokens: int [B, S], rows without padding.
         """
         self._compute = ComputeConfig(dtype="float32")
         self._model = LlamaForCausalLM(

@@ -49,7 +49,7 @@ class Text(NamedTuple):
     Attributes:
       name: name of the file.
       base: the base.
-      rows: token ids of the text from the base's tokenizer, int [N, S].
+      rows: token ids of the text from the base's tokenizer, int [B, S].
     """
 
     name: str

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import pytest
 
-from moe_jax.config.parse import FieldError, located, parse, require, suggest, within
+from moe_jax.config.parse import FieldError, field_prefix, located, parse, require, suggest
 from moe_jax.errors import ConfigError
 
 
@@ -138,7 +138,7 @@ def test_require():
 
 
 def test_checks_outside_of_parsing_name_the_path_of_the_field():
-    with pytest.raises(ConfigError) as error, located("config.adapters.a"), within("router"):
+    with pytest.raises(ConfigError) as error, located("config.adapters.a"), field_prefix("router"):
         require(False, "top_k", "must be positive")
     assert str(error.value) == "config.adapters.a.router.top_k: must be positive"
     # An outer context does not add its path again.
@@ -148,10 +148,10 @@ def test_checks_outside_of_parsing_name_the_path_of_the_field():
 
 
 def test_other_errors_pass_through():
-    with located("config"), within("router"):
+    with located("config"), field_prefix("router"):
         require(True, "top_k", "must be positive")
     for error in (ConfigError("config.rank: refused"), ValueError("other")):
-        with pytest.raises(type(error)) as raised, located("above"), within("router"):
+        with pytest.raises(type(error)) as raised, located("above"), field_prefix("router"):
             raise error
         assert raised.value is error
 
@@ -162,7 +162,7 @@ def test_nested_check_names_the_nested_field():
         inner: Inner
 
         def __post_init__(self):
-            with within("inner"):
+            with field_prefix("inner"):
                 require(self.inner.rate < 1, "rate", "must be below 1")
 
     with pytest.raises(ConfigError, match=r"^config\.x\.inner\.rate: must be below 1$"):

@@ -22,7 +22,7 @@ from moe_jax.adapters.routing.losses import RouterLoss, check_losses
 from moe_jax.adapters.routing.router import ROUTERS, Router, RouterLogits
 from moe_jax.adapters.routing.statistics import sow_routing
 from moe_jax.config.model import ModelConfig
-from moe_jax.config.parse import require, within
+from moe_jax.config.parse import field_prefix, require
 from moe_jax.layers.names import LOW_RANK
 
 
@@ -60,13 +60,13 @@ class MixtureConfig(AdapterMethod):
 
     def check_model(self, model: ModelConfig) -> None:
         super().check_model(model)
-        with within("router"):
+        with field_prefix("router"):
             self.router.check_depth(model.num_layers)
 
     def _check_experts(self, counts: Sequence[int]) -> None:
         """Refuses settings that do not fit layers with these numbers of experts."""
         require(min(counts) > 1, "num_experts", "must be at least 2; for one use 'lora'")
-        with within("router"):
+        with field_prefix("router"):
             require(
                 not self.router.limits_load,
                 "name",

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from moe_jax.adapters.routing.statistics import RouterStatistics
 from moe_jax.config.metric_names import METRICS
-from moe_jax.config.parse import Registry, require, within
+from moe_jax.config.parse import Registry, field_prefix, require
 
 ROUTER_LOSSES = Registry("loss")
 """Losses by the name in a configuration: `losses.NAME`, or the field `name` in it."""
@@ -82,7 +82,7 @@ def check_losses(losses: Mapping[str, RouterLoss], num_experts: int) -> None:
             "is the name of another metric, or holds more than letters, digits and '_'; choose "
             "another name, and give the kind of loss in the field 'name'",
         )
-        with within(f"losses.{name}"):
+        with field_prefix(f"losses.{name}"):
             loss.check(num_experts)
 
 
