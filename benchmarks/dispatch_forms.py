@@ -73,9 +73,9 @@ def expansion(
     index = jnp.minimum(choice, experts - 1)[:, :, None]
     rows = jnp.moveaxis(jnp.take_along_axis(z, index, axis=1), 1, 0)
     if form == RAGGED:
-        return product + _ragged(rows, lora_b, choice)
+        return product[None] + _ragged(rows, lora_b, choice)
     groups = _groups(choice, experts)
-    return product + in_groups(_row_product, WALKS[form], False, None, rows, lora_b, groups)
+    return product[None] + in_groups(_row_product, WALKS[form], False, None, rows, lora_b, groups)
 
 
 def step_of(form: str, function: Callable[..., jax.Array]) -> Callable[..., Any]:
@@ -117,7 +117,7 @@ def _ragged(rows: jax.Array, matrices: jax.Array, choice: jax.Array) -> jax.Arra
     """Multiplies rows [C, T, in] by the matrices of their experts, [E, in, out]."""
     by_row = choice.T.reshape(-1)
     order = jnp.argsort(by_row)
-    counts = jnp.sum(by_row[:, None] == jnp.arange(len(matrices)), axis=0, dtype=jnp.int32)
+    counts = jnp.sum(by_row[:, None] == jnp.arange(len(matrices))[None], axis=0, dtype=jnp.int32)
     flat = rows.reshape(-1, rows.shape[-1])
     products = jax.lax.ragged_dot(flat[order], matrices, counts)[jnp.argsort(order)]
     return products.reshape(*rows.shape[:2], -1)

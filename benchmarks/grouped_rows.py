@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 
 Body = Callable[[Any, Any, Any], Any]
-"""Computation of a block: maps its rows of `tokens`, its rows of `rows` and its expert's weights to a
-tree of arrays [n, ...], see `in_groups`."""
+"""Computation of a block: maps its rows of `tokens`, its rows of `rows` and its expert's weights to
+a tree of arrays [n, ...], see `in_groups`."""
 
 Walk = Literal["loop", "batch"]
 """Order of the blocks. `loop` computes one block after another and adds to the results in place,
@@ -41,7 +41,7 @@ class Groups(NamedTuple):
 
 
 def rows_of_block(rows: int, experts: int) -> int:
-    """Number of rows n of a block: half of an expert's mean rows, rounded down to a power of two."""
+    """Number of rows n of a block: half of the mean rows of an expert, as a power of two."""
     size = max(MIN_ROWS, min(MAX_ROWS, rows // (2 * experts)))
     return 1 << (size.bit_length() - 1)
 
@@ -64,15 +64,15 @@ def group_rows(choice: jax.Array, experts: int, block: int) -> Groups:
     by_row = choice.T.reshape(rows)
     order = jnp.argsort(by_row)
     rank = jnp.argsort(order)
-    counts = jnp.sum(by_row[:, None] == jnp.arange(experts), axis=0, dtype=jnp.int32)
+    counts = jnp.sum(by_row[:, None] == jnp.arange(experts)[None], axis=0, dtype=jnp.int32)
     first_row = jnp.cumsum(counts) - counts
     blocks = -(-counts // block)
     ends = jnp.cumsum(blocks)
     first_block = ends - blocks
 
     number = jnp.arange(block_count(rows, experts, block))
-    expert = jnp.minimum(jnp.sum(ends <= number[:, None], axis=1), experts - 1)
-    offset = (number - first_block[expert])[:, None] * block + jnp.arange(block)
+    expert = jnp.minimum(jnp.sum(ends[None] <= number[:, None], axis=1), experts - 1)
+    offset = (number - first_block[expert])[:, None] * block + jnp.arange(block)[None]
     filled = offset < counts[expert][:, None]
     source = order[jnp.where(filled, first_row[expert][:, None] + offset, 0)]
     source = jnp.where(filled, source, rows)
@@ -88,8 +88,8 @@ def in_groups(
 ) -> Any:
     """Applies `body` to each block and returns the results in the order of the tokens.
 
-    Only the operands are kept for the backward pass, which recomputes each block. The gradients of an
-    expert's weights are summed over its blocks.
+    Only the operands are kept for the backward pass, which recomputes each block. The gradients of
+    an expert's weights are summed over its blocks.
 
     Args:
       body: computation of a block, the same for all rows.
@@ -197,7 +197,7 @@ def _block(
 
 
 def _zeros(groups: Groups, summed: bool, like: jax.ShapeDtypeStruct) -> jax.Array:
-    """Zeros for the results of all tokens [T, ...] or all rows [C T, ...], like a block's [n, ...]."""
+    """Zero results of all tokens [T, ...] or all rows [C T, ...], like a block's [n, ...]."""
     slots, tokens = groups.place.shape
     return jnp.zeros((tokens if summed else slots * tokens, *like.shape[1:]), like.dtype)
 
