@@ -69,7 +69,7 @@ class AdaptedFFN:
 
         Args:
           mlp: with `gate_proj`, `up_proj` and `down_proj`.
-          method: of the adapter.
+          method: method of the adapter.
           rows: B.
           dtype: dtype of the computation.
           block_tokens: see `ComputeConfig.block_tokens`.

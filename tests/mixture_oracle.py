@@ -47,21 +47,24 @@ class AdaptedLinear(nn.Module):
     """A frozen linear layer behind one expert, or several and a router."""
 
     def __init__(self, base: nn.Linear, leaves: dict, experts: int, method):
-        """Takes one layer's leaves as our tree has them; of experts, the first so many."""
+        """Loads the leaves of one layer, for the first `experts` experts."""
         super().__init__()
         self.base, self.experts = base, experts
         self.scale = method.alpha / (method.rank**0.5 if method.rslora else method.rank)
         self.top_k = getattr(method.router, "top_k", None)  # None mixes all of them
         leaf = lambda array: nn.Parameter(torch.tensor(np.asarray(array)).double())
         self.router = None
-        own = {name: array for name, array in leaves.items() if name != "router"}
+        arrays = {name: array for name, array in leaves.items() if name != "router"}
         if "router" in leaves:
             self.router = leaf(leaves["router"]["kernel"][:, :experts])
-            own["lora_A"] = own["lora_A"].transpose(1, 0, 2)  # [E, in, R]
+            arrays["lora_A"] = arrays["lora_A"].transpose(1, 0, 2)  # [E, in, R]
         else:
-            own = {name: array[None] for name, array in own.items()}
-        self.lora_A, self.lora_B = leaf(own["lora_A"][:experts]), leaf(own["lora_B"][:experts])
-        self.magnitude = leaf(own["magnitude"][:experts]) if method.dora else None
+            arrays = {name: array[None] for name, array in arrays.items()}
+        self.lora_A, self.lora_B = (
+            leaf(arrays["lora_A"][:experts]),
+            leaf(arrays["lora_B"][:experts]),
+        )
+        self.magnitude = leaf(arrays["magnitude"][:experts]) if method.dora else None
 
     def forward(self, x):
         outputs = [self._expert(x, expert) for expert in range(self.experts)]
@@ -101,10 +104,10 @@ def attach(model: Llama, tree: dict, method, counts: list[int]) -> Llama:
     for block, sites in tree["layers"].items():
         for name, leaves in sites.items():
             for index, layer in enumerate(model.model.layers):
-                own = _layer(leaves, index)
+                arrays = _layer(leaves, index)
                 count = counts[index] if "router" in leaves else 1
                 module = getattr(layer, block)
-                setattr(module, name, AdaptedLinear(getattr(module, name), own, count, method))
+                setattr(module, name, AdaptedLinear(getattr(module, name), arrays, count, method))
     return model
 
 
@@ -121,11 +124,13 @@ def gradients(model: Llama, tree: dict) -> dict:
     for block, sites in tree["layers"].items():
         for name, leaves in sites.items():
             modules = [getattr(getattr(layer, block), name) for layer in model.model.layers]
-            own = {key: _stack(modules, key, leaves[key].shape) for key in leaves.keys() - ROUTER}
+            arrays = {
+                key: _stack(modules, key, leaves[key].shape) for key in leaves.keys() - ROUTER
+            }
             if "router" in leaves:
                 shape = leaves["router"]["kernel"].shape
-                own["router"] = {"kernel": _stack(modules, "router", shape)}
-            result["layers"].setdefault(block, {})[name] = own
+                arrays["router"] = {"kernel": _stack(modules, "router", shape)}
+            result["layers"].setdefault(block, {})[name] = arrays
     return result
 
 
@@ -163,7 +168,7 @@ def router_losses(model: Llama, batch, delta: float, num_groups: int) -> dict:
     Args:
       model: after a forward pass on `batch`.
       batch: rows of one sequence each.
-      delta, num_groups: of the localized balance.
+      delta, num_groups: parameters of the localized balance.
     """
     real = torch.tensor(batch.segment_ids.astype(bool))
     modules = [module for site in routed(model).values() for module in site]
@@ -175,8 +180,8 @@ def router_losses(model: Llama, batch, delta: float, num_groups: int) -> dict:
         z = []
         for row, group in enumerate(batch.expert_groups.max(axis=1)):
             shares = module.weights[row][real[row]].mean(dim=0)
-            own = [expert * num_groups // experts == group for expert in range(experts)]
-            z.append(shares * torch.tensor([1 + delta if is_own else 1 - delta for is_own in own]))
+            in_group = [expert * num_groups // experts == group for expert in range(experts)]
+            z.append(shares * torch.tensor([1 + delta if own else 1 - delta for own in in_group]))
         z = torch.stack(z)
         found = {
             "load_balance": experts * (module.load[real].mean(dim=0) * probs.mean(dim=0)).sum(),
@@ -231,9 +236,9 @@ def assert_equals_recorded_figures(name: str, method: AdapterMethod, coefficient
     """Logits, losses and every gradient of a case recorded from MoE-PEFT; see `moe_peft_oracle`.
 
     Args:
-      name: of the case.
+      name: name of the case.
       method: the same in our configuration, without losses.
-      coefficient: of the case's balance loss, which pools all sites of all layers.
+      coefficient: coefficient of the case's balance loss, which pools all sites of all layers.
     """
     case = load_case(name)
     config = read_model_config(BASE)

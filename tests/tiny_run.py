@@ -165,7 +165,7 @@ class Run:
           devices: how many fake devices it sees.
           file_bytes: the largest file that it can write.
           overrides: as in `read_config`.
-          name: of the log, beside `workdir`.
+          name: name of the log, beside `workdir`.
         """
         self.workdir = workdir
         self.log = workdir.with_name(f"{workdir.name}.{name}.log")
@@ -176,7 +176,7 @@ class Run:
         self.process.start()
 
     def wait_until(self, words: str, times: int = 1) -> None:
-        """Returns when the run has said `words` so many times."""
+        """Returns when the run has printed `words` `times` times."""
         deadline = time.monotonic() + 600
         while self.log.read_text().count(words) < times:
             assert self.process.is_alive(), self.log.read_text()

@@ -123,7 +123,7 @@ class RoutedFFN(nn.Module):
           mlp: with `gate_proj`, `up_proj` and `down_proj`, and an activation `act_fn`.
           tree: our leaves of one layer, `{"router": {"kernel"}, "up_proj": {"lora_A", ...}, ...}`.
           router: as in a run's configuration.
-          scale: of a pair's product.
+          scale: factor of a pair's product.
         """
         super().__init__()
         self.mlp, self.router, self.scale = mlp.double().requires_grad_(False), router, scale

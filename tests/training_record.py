@@ -6,7 +6,7 @@ PICTURES = {"loss.png": b"\x89PNG of losses", "experts.png": b"\x89PNG of expert
 
 
 def example_record() -> TrainingRecord:
-    """It is recorded in `data/adapter_format/training_record_3.json`."""
+    """Record with a value in every field, as in `data/adapter_format/training_record_3.json`."""
     words = DataSet(
         path="/home/someone/data/words.jsonl",
         on_hub=False,

@@ -12,7 +12,7 @@ from moe_jax.config.parse import FieldError, parse
 from moe_jax.config.run import MeshConfig
 from moe_jax.errors import ConfigError, error_prefix
 
-# Choices of flags, stated here so that --help and errors do not wait for the import of jax.
+# Choices of flags, listed here so that --help and errors do not wait for the import of jax.
 # `tests/test_cli.py` compares them with the registries.
 
 EXPORT_FORMATS = {

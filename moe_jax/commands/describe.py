@@ -72,7 +72,7 @@ def _numbers(values: Mapping[str, float | None]) -> str:
 
 
 def add_adapter_fit(group: argparse._ArgumentGroup) -> None:
-    """Adds the flags that state an adapter on the base of `show_base`."""
+    """Adds the flags that specify an adapter on the base of `show_base`."""
     group.add_argument("--config", metavar="FILE", help="configuration of a run, as for train.py")
     group.add_argument(
         "--method", metavar="NAME", help="or an adapter of this method: lora, mixlora, ..."
@@ -119,7 +119,7 @@ def _methods(arguments: argparse.Namespace) -> "dict[str, AdapterMethod]":
         config = parse_run_config(load_config_file(arguments.config), METHODS)
         return {name: adapter.method for name, adapter in config.adapters.items()}
     if arguments.config is not None:
-        raise ConfigError("--method: --config states the methods of its adapters; leave one out")
+        raise ConfigError("--method: --config specifies the methods of its adapters; leave one out")
     targets = arguments.target_modules
     fields: dict[str, Any] = {
         "name": arguments.method,

@@ -58,7 +58,7 @@ def add(parser: argparse.ArgumentParser) -> Run:
 
     def run(arguments: argparse.Namespace) -> None:
         if arguments.adapter is not None:
-            _refuse(arguments, fit, "goes without --adapter, whose folder states its method")
+            _refuse(arguments, fit, "goes without --adapter, whose folder specifies its method")
             _inspect_routing(arguments)
         else:
             _refuse(arguments, routing, "goes with --adapter, which is missing")

@@ -127,7 +127,7 @@ def _from_dense(parser: argparse.ArgumentParser) -> Operate:
         action="store_true",
         help="ignore differences elsewhere, in norms or embeddings; an error otherwise",
     )
-    _add_seed(parser, "directions that a difference does not determine")
+    _add_seed(parser, "columns of A beyond the rank of the difference")
     _add_data(parser, needed="", base=False)
     add_output(parser)
     return lambda arguments: moe_jax.surgery.from_dense(
@@ -213,7 +213,10 @@ def _merge(parser: argparse.ArgumentParser) -> Operate:
     _add_adapter(parser, "a MixLoRA, LoRAMoE or MoLA, without DoRA")
     groups = parser.add_mutually_exclusive_group(required=True)
     groups.add_argument(
-        "--into", type=int, metavar="N", help="number of experts per router; the nearest merge"
+        "--into",
+        type=int,
+        metavar="N",
+        help="number of experts per router; the most similar experts are merged first",
     )
     groups.add_argument(
         "--groups",
@@ -227,7 +230,7 @@ def _merge(parser: argparse.ArgumentParser) -> Operate:
         help="weights of the experts of a group: equal, or by their load on --data "
         "(default: %(default)s)",
     )
-    _add_seed(parser, "directions that the means do not determine")
+    _add_seed(parser, "columns of A beyond the rank of the mean")
     _add_data(parser, needed="always")
     return lambda arguments: moe_jax.surgery.merge(
         arguments.adapter,

@@ -113,12 +113,12 @@ def plan(config: RunConfig) -> int:
 
 def planned_model(config: RunConfig) -> ModelConfig:
     """Architecture of the base, from a local checkpoint or else from the configuration."""
-    from moe_jax.training.run.input_checks import require_stated_architecture
+    from moe_jax.training.run.input_checks import require_specified_architecture
 
     folder = Path(config.base.path).expanduser()
     if folder.is_dir():
         model = read_model_config(folder)
-        require_stated_architecture(config, model, folder)
+        require_specified_architecture(config, model, folder)
         return model
     if config.base.hf_config is None:
         raise ConfigError(

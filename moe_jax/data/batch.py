@@ -1,4 +1,4 @@
-"""Batches of token sequences, padded or packed: the form in which training text reaches the device.
+"""Batches of token sequences for training.
 
 A padded row holds one sequence. A packed row holds several, one behind another.
 """

@@ -1,10 +1,9 @@
 """Checked rows as examples, and texts and examples as token ids.
 
-The boundary between prompt and completion. Generation sees the prompt alone, so the ids of an
-example must begin with the ids of its prompt alone. Prompt and completion encoded jointly nearly
-always satisfy this, and read as the model would write them. Where the two fuse into one token
-across the boundary, the completion is encoded separately, in a way that adds no space in front of
-it (SentencePiece tokenizers put one before every text).
+Generation sees the prompt alone, so the ids of an example must begin with the ids of its prompt.
+Prompt and completion encoded jointly nearly always satisfy this, and read as the model would write
+them. Where the two fuse into one token across the boundary, the completion is encoded separately,
+in a way that adds no space in front of it (SentencePiece tokenizers put one before every text).
 """
 
 import functools

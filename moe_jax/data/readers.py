@@ -100,7 +100,7 @@ def _decode(line: bytes, where: str) -> str:
     try:
         return line.decode()
     except UnicodeDecodeError as error:
-        raise DataError(f"{where}: byte {error.start + 1} of it is not UTF-8 text") from None
+        raise DataError(f"{where}: byte {error.start + 1} is not UTF-8 text") from None
 
 
 READERS: dict[str, Callable[[Path], Rows]] = {

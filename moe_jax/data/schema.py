@@ -147,7 +147,7 @@ def label_number(value: Any, classification: ClassificationConfig, where: str) -
         numbered = any(label.lstrip("-").isdigit() for label in labels)
         if isinstance(value, int) and not numbered and 0 <= value < len(labels):
             return float(value)
-    hint = "; take a split whose answers are public" if value == -1 else ""
+    hint = "; use a split whose answers are public" if value == -1 else ""
     raise DataError(
         f"{where} is {json.dumps(value)}, which is not one of the labels ({', '.join(labels)}) "
         f"nor the index of one{hint}"

@@ -101,7 +101,7 @@ def _files(path: Path, split: str) -> list[Path]:
             raise DataError(f"{path}: unknown kind of file; known: {', '.join(READERS)}")
         if split != "train":
             raise DataError(
-                f"{path}: a single file has no split {split!r}; leave it at 'train', or take a "
+                f"{path}: a single file has no split {split!r}; leave it at 'train', or use a "
                 "part of the file, for example 'train[:90%]'"
             )
         return [path]

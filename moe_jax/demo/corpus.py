@@ -134,7 +134,7 @@ def _facts() -> dict[str, list[Subject]]:
 
 
 def _draw(rng: random.Random, held_out: bool) -> tuple[str, ...]:
-    """Three or four distinct letters, from the fifth that is held out or from the others."""
+    """Three or four distinct letters; a fifth of all choices is held out for validation."""
     while True:
         letters = tuple(rng.sample(LETTERS, rng.randint(3, 4)))
         if (sum(map(LETTERS.index, letters)) % 5 == 0) == held_out:

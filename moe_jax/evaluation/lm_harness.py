@@ -214,7 +214,7 @@ class HarnessModel(TemplateLM):
             if not self._truncate or max_tokens <= lead:
                 raise DataError(
                     f"{where} and {max_new_tokens} new tokens exceed the base's context of "
-                    f"{self.max_length}; take fewer shots or new tokens, or truncate=True to cut "
+                    f"{self.max_length}; use fewer shots or new tokens, or truncate=True to cut "
                     "its start off"
                 )
             tokens = [*tokens[:lead], *tokens[len(tokens) - max_tokens + lead :]]
@@ -233,7 +233,7 @@ class HarnessModel(TemplateLM):
         problem = f"a request of {len(sequence.tokens)} tokens ({texts[0][:40]!r}...)"
         if not self._truncate:
             raise DataError(
-                f"{problem} is longer than the base's context of {self.max_length}; take fewer "
+                f"{problem} is longer than the base's context of {self.max_length}; use fewer "
                 "shots, or truncate=True to cut its start off"
             )
         try:

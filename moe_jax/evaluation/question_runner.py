@@ -148,7 +148,7 @@ def require_finite(scores: Sequence[float], where: str, model: str) -> list[floa
     """
     if not all(map(math.isfinite, scores)):
         raise ConfigError(
-            f"{model}: the scores of {where} are not finite; take another dtype (bfloat16 or "
+            f"{model}: the scores of {where} are not finite; use another dtype (bfloat16 or "
             "float32), or check the checkpoint's weights"
         )
     return list(scores)

@@ -11,7 +11,7 @@ likely continuation. `acc` compares the sums of the log-probabilities of the tok
 these sums divided by the number of characters. (arXiv:2005.14165, section 2.4, divides by tokens;
 characters, as in lm-evaluation-harness, are comparable between tokenizers.)
 
-Texts are tokenized as in training: see `moe_jax.data.tokenised_source`.
+Texts are tokenized as in training: see `moe_jax.data.encoding`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -20,8 +20,7 @@ from typing import NamedTuple
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from moe_jax.data.encoding import Example, TextSpan
-from moe_jax.data.tokenised_source import encode_examples
+from moe_jax.data.encoding import Example, TextSpan, encode_examples
 from moe_jax.data.tokenizer import encode, leading_tokens
 from moe_jax.errors import ConfigError, DataError
 from moe_jax.evaluation.scorer import ScoredSequence
@@ -80,7 +79,7 @@ class BaseLimits(NamedTuple):
         if largest >= self.vocab_size:
             raise DataError(
                 f"{tokenizer.name_or_path}: the tokenizer gives the id {largest}, but the base has "
-                f"embeddings for 0 to {self.vocab_size - 1}; take that base's own tokenizer"
+                f"embeddings for 0 to {self.vocab_size - 1}; use that base's own tokenizer"
             )
 
 
@@ -134,7 +133,7 @@ def prepare_tasks(
                 limits.check_id(_largest_id(prepared), tokenizer)
                 tasks.append(_fit_to_context(task, protocol, prepared, lead, limits))
         if len(tasks) == num_before:
-            raise ConfigError(f"task {task!r}: has no labels; take the protocol 'choices'")
+            raise ConfigError(f"task {task!r}: has no labels; use the protocol 'choices'")
     return tasks
 
 
@@ -170,7 +169,7 @@ def _fit_to_context(
                 f"the base's context has {limits.context}"
             )
             if not limits.truncate:
-                raise DataError(f"{problem}; take fewer shots, or --truncate to cut its start off")
+                raise DataError(f"{problem}; use fewer shots, or --truncate to cut its start off")
             try:
                 sequences = tuple(s.shortened(limits.context, lead) for s in sequences)
             except ValueError:
@@ -223,7 +222,7 @@ def _label_ids(
     for index, (label, ids) in enumerate(zip(labels, label_ids, strict=True)):
         if not ids or tokenizer.unk_token_id in ids:
             raise DataError(
-                f"task {task!r}: {name} has no tokens for the label {label!r}; take another base, "
+                f"task {task!r}: {name} has no tokens for the label {label!r}; use another base, "
                 "or the protocol 'choices' alone"
             )
         for other, other_ids in zip(labels[:index], label_ids[:index], strict=True):
@@ -232,7 +231,7 @@ def _label_ids(
                 raise DataError(
                     f"task {task!r}: {name} does not distinguish the labels {other!r} and "
                     f"{label!r}: their tokens are {tokenizer.convert_ids_to_tokens(other_ids)} and "
-                    f"{tokenizer.convert_ids_to_tokens(ids)}; take another base, or the protocol "
+                    f"{tokenizer.convert_ids_to_tokens(ids)}; use another base, or the protocol "
                     "'choices' alone"
                 )
     return label_ids

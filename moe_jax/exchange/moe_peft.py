@@ -5,8 +5,8 @@ here. The package reads MixLoRA with a top-k router only, and uses the experts' 
 attention too.
 
 Both require the `.bin` file, `act_fn` (the package fails without it), an integer `lora_alpha`,
-float coefficients, and a dropout above zero. Both leave dropout on during generation, and the
-package jitter too, so neither is written with its training value.
+float coefficients, and a dropout above zero. Both apply dropout during generation, and the package
+also applies jitter. The file therefore does not contain the training values of dropout and jitter.
 
 Imported settings are those that compute what MoE-PEFT computes, including its deviations: kept
 top-p weights are not renormalised, and a token beyond the capacity of a switch expert yields the
@@ -217,14 +217,16 @@ def _router_fields(router: Router, notes: list[str]) -> dict[str, Any]:
         return {"routing_strategy": "mixlora-switch", "expert_capacity": router.capacity}
     name = ROUTERS.name_of(router)
     raise not_expressible(
-        _FORMAT, f"router {name!r} of a MixLoRA", "MoE-PEFT has top_k, top_p and switch; train one"
+        _FORMAT,
+        f"router {name!r} of a MixLoRA",
+        "MoE-PEFT has top_k, top_p and switch; train with one of these",
     )
 
 
 def _loramoe_fields(method: LoraMoeConfig) -> dict[str, Any]:
     if not isinstance(method.router, SoftRouter):
         name = ROUTERS.name_of(method.router)
-        reason = "MoE-PEFT has soft only; train it"
+        reason = "MoE-PEFT has soft only; train with router 'soft'"
         raise not_expressible(_FORMAT, f"router {name!r} of a LoRAMoE", reason)
     _require_router(method.router)
     strategy = {"routing_strategy": "loramoe", "num_experts": method.num_experts}
@@ -234,7 +236,7 @@ def _loramoe_fields(method: LoraMoeConfig) -> dict[str, Any]:
 def _mola_fields(method: MolaConfig) -> dict[str, Any]:
     if not isinstance(method.router, TopKRouter):
         name = ROUTERS.name_of(method.router)
-        reason = "MoE-PEFT has top_k only; train it"
+        reason = "MoE-PEFT has top_k only; train with router 'top_k'"
         raise not_expressible(_FORMAT, f"router {name!r} of a MoLA", reason)
     _require_router(method.router)
     counts = "-".join(map(str, method.num_experts))

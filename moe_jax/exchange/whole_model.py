@@ -144,7 +144,7 @@ def open_merged_weights(base: BaseModel, adapter: SavedAdapter) -> Iterator[Merg
     """Opens the files of a base.
 
     Args:
-      base: from `base_folder.open_adapter_base`.
+      base: from `moe_jax.loaded.adapter_base.open_adapter_base`.
       adapter: an adapter of that base.
     """
     with open_shards(base.folder) as shards:

@@ -105,9 +105,9 @@ def _family(mapping: Mapping[str, Any], where: str) -> Family:
         ):
             return family
     supported = ", ".join(f"{f.architecture} ({f.model_type})" for f in FAMILIES.values())
-    stated = ", ".join(str(name) for name in architectures) or "none"
+    specified = ", ".join(str(name) for name in architectures) or "none"
     raise CheckpointError(
-        f"{where}: architecture {stated} of model_type {model_type!r} is not supported; "
+        f"{where}: architecture {specified} of model_type {model_type!r} is not supported; "
         f"supported: {supported}"
     )
 
@@ -120,10 +120,10 @@ def _require_constants(fields: HFFields, family: Family) -> None:
             "from",
         )
     for key, value in family.constants.items():
-        stated = fields.optional(key, Any)
-        if stated not in (None, value):
+        specified = fields.optional(key, Any)
+        if specified not in (None, value):
             raise fields.error(
-                key, f"{stated!r} is not supported in a model of type {family.model_type!r}"
+                key, f"{specified!r} is not supported in a model of type {family.model_type!r}"
             )
 
 

@@ -118,7 +118,7 @@ def kv_heads_or_heads(fields: HFFields) -> int:
     return fields.get("num_attention_heads", int) if kv_heads is None else kv_heads
 
 
-def stated_kv_heads(fields: HFFields) -> int:
+def specified_kv_heads(fields: HFFields) -> int:
     """`num_key_value_heads`, which must be given; null is the number of query heads."""
     if "num_key_value_heads" not in fields.mapping:
         return fields.get("num_key_value_heads", int)  # raises: sizes have no default
@@ -157,7 +157,7 @@ def sliding(
     return {"sliding_window": window, "layer_types": tuple(layer_types)}
 
 
-def stated_layer_types(fields: HFFields) -> tuple[LayerType, ...] | None:
+def specified_layer_types(fields: HFFields) -> tuple[LayerType, ...] | None:
     """`layer_types`, which files of transformers 5 have; None if it is missing."""
     types = fields.optional("layer_types", tuple[str, ...])
     for kind in types or ():

@@ -127,12 +127,12 @@ def rope_of_section(
 
 
 def _rope_type(section: Mapping[str, Any], location: str, rules: RopeRules) -> str:
-    stated, former = section.get("rope_type"), section.get("type")
-    if former is not None and stated not in (None, former):
+    specified, former = section.get("rope_type"), section.get("type")
+    if former is not None and specified not in (None, former):
         raise CheckpointError(
-            f"{location}: type {former!r} contradicts rope_type {stated!r}; keep one of them"
+            f"{location}: type {former!r} contradicts rope_type {specified!r}; keep one of them"
         )
-    rope_type = stated or former
+    rope_type = specified or former
     if rope_type is None:
         if set(section) - _NOTES:
             raise CheckpointError(
@@ -184,11 +184,11 @@ def _partial_rotary_factor(
     outside = fields.optional(key, float)
     if inside is not None and outside is not None and inside != outside:
         raise CheckpointError(f"{location}.{key}: {inside} contradicts {key} {outside}; keep one")
-    stated = outside if inside is None else inside
+    specified = outside if inside is None else inside
     if rules.partial_rotary_factor is None:
-        if stated not in (None, 1):
+        if specified not in (None, 1):
             raise CheckpointError(
                 f"{fields.where if inside is None else location}: {key}: only 1.0 is supported"
             )
         return 1.0
-    return rules.partial_rotary_factor if stated is None else stated
+    return rules.partial_rotary_factor if specified is None else specified

@@ -204,9 +204,13 @@ def generate_stream(
 ) -> Iterator[str]:
     """Answers one prompt and yields the text while it is generated.
 
-    Args: see `generate`; there is no `samples` and no `batch_size`.
+    Args:
+      model: base or adapted model in memory, or folder or hub id of a base.
+      prompt: a text or a conversation.
+      adapter: name of the adapter that answers; None is the base.
+      **settings: as in `generate`, without `samples`.
 
-    Returns:
+    Yields:
       Pieces of the answer. Together they equal the answer that `generate` gives for this prompt.
 
     Raises:

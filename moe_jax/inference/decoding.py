@@ -211,7 +211,10 @@ def filtered_logits(logits: jax.Array, seen: jax.Array, config: SamplingConfig) 
     Filters are applied in the order of transformers' `generate`: repetition penalty, temperature,
     top-k, top-p, min-p. Each works on the output of the one before.
 
-    Args: see `next_token`.
+    Args:
+      logits: float32 [B, V].
+      seen: bool [B, V], tokens in the row's prompt or answer so far.
+      config: sampling rule; static.
     """
     if config.repetition_penalty != 1:
         penalty = config.repetition_penalty

@@ -212,14 +212,16 @@ def _head(config: ModelConfig) -> str:
 
 
 def _rope(rope: RopeConfig) -> str:
-    stated: dict[str, Any] = {
+    specified: dict[str, Any] = {
         field.name: getattr(rope, field.name)
         for field in dataclasses.fields(rope)
         if getattr(rope, field.name) != field.default
     }
-    kind, theta = stated.pop("rope_type"), stated.pop("rope_theta")
+    kind, theta = specified.pop("rope_type"), specified.pop("rope_theta")
     others = [
-        f"{name} {value}" for name, value in stated.items() if not isinstance(value, list | tuple)
+        f"{name} {value}"
+        for name, value in specified.items()
+        if not isinstance(value, list | tuple)
     ]
     return ", ".join([f"rope {kind}", f"theta {theta:g}", *others])
 

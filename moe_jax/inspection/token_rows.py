@@ -9,10 +9,9 @@ from transformers import PreTrainedTokenizerBase
 
 from moe_jax.config.data import Schema, SourceConfig
 from moe_jax.data.chat import require_chat_template
-from moe_jax.data.encoding import make_examples
+from moe_jax.data.encoding import encode_examples, make_examples
 from moe_jax.data.prompt_template import PromptTemplate, load_prompt_template
 from moe_jax.data.sources import read_source
-from moe_jax.data.tokenised_source import encode_examples
 from moe_jax.data.tokenizer import encode_prompt
 from moe_jax.errors import DataError
 from moe_jax.tasks.task import Task

@@ -105,8 +105,8 @@ class _CheckpointPair:
     def __init__(self, model: ModelConfig, base: Shards, dense: Shards):
         self._num_layers = model.num_layers
         self._base, self._dense = base, dense
-        names = {leaf.path: leaf for leaf in checked_leaves(dense, model)}
-        self._leaves = [(leaf, names[leaf.path]) for leaf in checked_leaves(base, model)]
+        dense_leaves = {leaf.path: leaf for leaf in checked_leaves(dense, model)}
+        self._leaves = [(leaf, dense_leaves[leaf.path]) for leaf in checked_leaves(base, model)]
 
     def differences(self, method: LoraConfig) -> dict[str, float]:
         """Relative differences of tensors that the LoRA cannot express, by name."""

@@ -162,7 +162,7 @@ def _sources(
     split: Sequence[int],
     load: np.ndarray | None,
 ) -> list[tuple[int, bool]]:
-    """The experts of a new layer: index of the former expert, and whether it is a copy."""
+    """The experts of a new layer: index of the former expert, and True for a copy."""
     if times is not None:
         return [(expert, copy > 0) for expert in range(count) for copy in range(times)]
     parents = list(split)

@@ -29,7 +29,7 @@ class SurgeryOutcome(NamedTuple):
 
     Attributes:
       adapter: the new adapter.
-      exact: whether the new adapter is equivalent to the original model by construction, up to
+      exact: True if the new adapter is equivalent to the original model by construction, up to
         rounding, on the inputs that `notes` state.
       notes: the operation, its exactness and the measurements, one sentence each.
       change: difference of the logits from those of the original model; None if not measured.

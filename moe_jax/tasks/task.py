@@ -124,7 +124,7 @@ class Task(abc.ABC):
         if self.shots and split == self.hub.shots_split:
             raise DataError(
                 f"task {self.name!r}: shots are taken from the split {split!r}, which is the one "
-                "to evaluate; set shots to 0 or take another split"
+                "to evaluate; set shots to 0 or use another split"
             )
         questions = [self.question(row) for row in self.rows()]
         if not self.shots:

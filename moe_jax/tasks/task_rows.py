@@ -79,7 +79,7 @@ class TaskRow:
         if text is None or text not in known:
             raise self._error(
                 column,
-                f"is {describe_value(value)}, not one of {', '.join(known)}; take a split whose "
+                f"is {describe_value(value)}, not one of {', '.join(known)}; use a split whose "
                 "answers are public, or fix the row",
             )
         return list(known).index(text)
@@ -90,7 +90,7 @@ class TaskRow:
         if not isinstance(value, bool):
             raise self._error(
                 column,
-                f"must be true or false, got {describe_value(value)}; take a split whose answers "
+                f"must be true or false, got {describe_value(value)}; use a split whose answers "
                 "are public, or fix the row",
             )
         return value

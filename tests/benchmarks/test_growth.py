@@ -152,7 +152,7 @@ def test_thresholds_as_compiled_are_those_of_the_algebra(rows):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--time", "--output", "x.md"], "--output: has what is counted"),
+        (["--time", "--output", "x.md"], "--output: holds counts only"),
         (["--output", "missing/x.md"], "there is no folder"),
         (["--rounds", "0"], "--rounds: must be positive"),
     ],

@@ -203,7 +203,7 @@ def test_classifier_and_language_model_in_one_evaluation(setting):
         (["stsb"], {"adapters": ["mood"]}, "classifies negative, positive, which no task asks"),
         (["sst2", "stsb"], {"adapters": ["mood"]}, "no adapter classifies a number"),
         (["stsb"], {"adapters": ["words"]}, "asks for a number, which only an adapter with"),
-        (["sst2"], {"adapters": ["mood"], "shots": 1}, "a classifier sees no shots"),
+        (["sst2"], {"adapters": ["mood"], "shots": 1}, "classifiers do not use few-shot examples"),
         (["sst2"], {"adapters": ["mood"], "split": "test"}, "no file is named after the split"),
     ],
 )

@@ -244,7 +244,7 @@ def test_only_conversations_end_at_the_end_of_a_turn(models, monkeypatch):
     assert chat_flags == [False, True]
     lengths = [len(ours.tok_encode(text)) for text in ("a", chat, "b")]
     assert both == [f"{length} 4 0.0" for length in lengths]
-    # The harness makes all requests anew, also of a task that has no template.
+    # The harness rebuilds all requests, also for a task without a template.
     ours.generate_until(requests(("Where?", way)), disable_tqdm=True)
     assert chat_flags == [False, True, False]
 

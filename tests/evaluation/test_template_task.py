@@ -74,7 +74,7 @@ def test_matches_the_reference_scores(make, setting):
         assert by_choice["picked"]["acc"] == scores.argmax()
     free = make("{question}\nAnswer:", ROWS)
     assert [o.protocol for o in evaluate(setting.base, [free]).outcomes] == ["choices"]
-    with pytest.raises(UserError, match="'quiz': has no labels; take the protocol 'choices'"):
+    with pytest.raises(UserError, match="'quiz': has no labels; use the protocol 'choices'"):
         evaluate_with(setting.base, [free], protocols=["labels"])
 
 

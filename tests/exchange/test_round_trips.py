@@ -21,7 +21,7 @@ import moe_jax
 from moe_jax.checkpoints.leaves import named_leaves
 
 BALANCE = {"load_balance": {"coefficient": 0.02, "scope": "pooled"}}
-BOTH = {**BALANCE, "router_z": {"coefficient": 0.003, "scope": "pooled"}}
+BALANCE_AND_Z = {**BALANCE, "router_z": {"coefficient": 0.003, "scope": "pooled"}}
 
 
 @pytest.mark.parametrize(
@@ -39,7 +39,7 @@ BOTH = {**BALANCE, "router_z": {"coefficient": 0.003, "scope": "pooled"}}
             {**MIXLORA, "expert_lora": {"rank": 2, "alpha": 3.0, "rslora": True}, "alpha": 16.0},
         ),
         ("mixlora", {**MIXLORA, "router": TOP_P, "init": "gaussian"}),
-        ("mixlora", {**MIXLORA, "router": SWITCH, "losses": BOTH}),
+        ("mixlora", {**MIXLORA, "router": SWITCH, "losses": BALANCE_AND_Z}),
         ("mixlora", LORAMOE),
         ("mixlora", {**LORAMOE, "target_modules": FFN[:1] + ATTENTION[:1]}),
         ("mixlora", MOLA),

@@ -112,7 +112,7 @@ def test_new_folder_refuses_a_small_disk_before_writing(tmp_path, monkeypatch):
 
 
 class Killed(BaseException):
-    """Stands for a signal that ends the process at once."""
+    """Exception that replaces a signal that ends the process at once."""
 
 
 def folder_of(text, folder):

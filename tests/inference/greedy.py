@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 from moe_jax.inference.generator import Request, TokenGenerator
 from moe_jax.inference.settings import SamplingConfig
 
-NOWHERE = 10**6
+UNUSED_ID = 10**6
 """Id beyond the vocabulary, so that only the length ends a continuation."""
 
 GREEDY = SamplingConfig()
@@ -20,7 +20,7 @@ def continuations(
     new_tokens: int,
     *,
     sampling: SamplingConfig = GREEDY,
-    eos_id: int = NOWHERE,
+    eos_id: int = UNUSED_ID,
     **options,
 ) -> list[list[int]]:
     """New tokens of each request; asserts that a row that has ended stays ended."""

@@ -68,7 +68,7 @@ def test_random_tokens(tokenizer):
     pieces_known = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
     letters = [i for i, piece in enumerate(pieces_known) if piece.isalpha()]
     for _ in range(50):
-        # A letter between two others, so that a run of bytes is never decoded anew with later ones.
+        # A letter between two others, so that no run of bytes is decoded again with later ones.
         ids = [t for i in rng.integers(3, len(tokenizer), 6) for t in (rng.choice(letters), i)]
         text = "".join(pieces(Detokeniser(tokenizer, ()), [*map(int, ids)]))
         assert text == tokenizer.decode([*map(int, ids)])

@@ -31,7 +31,7 @@ REQUESTS = [
     Request(PROMPTS[2], "plain", number=2),
     Request(PROMPTS[3], "mix", number=3),
 ]
-DRAWN = SamplingConfig(temperature=1.5, repetition_penalty=1.1)
+RANDOM_SAMPLING = SamplingConfig(temperature=1.5, repetition_penalty=1.1)
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +102,7 @@ def test_a_row_that_ends_does_not_change_other_rows(generator, greedy):
 
 
 def test_random_draws_depend_on_the_row_alone(generator):
-    drawn = continuations(generator, REQUESTS, NEW, sampling=DRAWN, seed=5)
+    drawn = continuations(generator, REQUESTS, NEW, sampling=RANDOM_SAMPLING, seed=5)
     before = generator.compilations()
     others = [
         REQUESTS[3],
@@ -110,15 +110,23 @@ def test_random_draws_depend_on_the_row_alone(generator):
         Request((8,), "plain", number=9),
         REQUESTS[0],
     ]
-    again = continuations(generator, others, NEW, sampling=DRAWN, seed=5)
+    again = continuations(generator, others, NEW, sampling=RANDOM_SAMPLING, seed=5)
     assert (again[0], again[3]) == (drawn[3], drawn[0])
     same = [REQUESTS[0]._replace(sample=n, number=number) for n, number in ((0, 0), (1, 0), (0, 1))]
     rows = continuations(
-        generator, [same[0], REQUESTS[1], REQUESTS[2], same[1]], NEW, sampling=DRAWN, seed=5
+        generator,
+        [same[0], REQUESTS[1], REQUESTS[2], same[1]],
+        NEW,
+        sampling=RANDOM_SAMPLING,
+        seed=5,
     )
     assert rows[0] == drawn[0] != rows[3]
     rows = continuations(
-        generator, [same[0], REQUESTS[1], REQUESTS[2], same[2]], NEW, sampling=DRAWN, seed=6
+        generator,
+        [same[0], REQUESTS[1], REQUESTS[2], same[2]],
+        NEW,
+        sampling=RANDOM_SAMPLING,
+        seed=6,
     )
     assert len({tuple(row) for row in (drawn[0], rows[0], rows[3])}) == 3
     assert generator.compilations() == before

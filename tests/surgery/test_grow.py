@@ -11,7 +11,7 @@ from moe_jax.checkpoints.leaves import named_leaves
 
 TOP_1 = {"name": "top_k", "top_k": 1}
 SWITCH = {"name": "switch", "capacity": 24, "weights": "straight_through"}
-ALL = {"name": "top_p", "top_p": 1.0}
+TOP_P_ONE = {"name": "top_p", "top_p": 1.0}
 
 
 @pytest.mark.parametrize(
@@ -19,7 +19,7 @@ ALL = {"name": "top_p", "top_p": 1.0}
     [
         (MIXLORA, {"times": 2}),
         ({**MIXLORA, "router": {"name": "soft"}}, {"times": 3}),
-        ({**MIXLORA, "router": ALL, "dora": True}, {"times": 2}),
+        ({**MIXLORA, "router": TOP_P_ONE, "dora": True}, {"times": 2}),
         ({**MIXLORA, "router": SWITCH}, {"times": 2}),
         ({**MIXLORA, "router": SWITCH}, {"add": 1, "split": (2,)}),
         ({**MIXLORA, "router": TOP_1}, {"add": 3, "split": (0, 0, 3)}),

@@ -12,8 +12,8 @@ from moe_jax.tasks.classification_metrics import measure
 
 def noisy(rng, labels, classes, share):
     """Labels, a share of them replaced by random ones."""
-    anew = rng.random(len(labels)) < share
-    return np.where(anew, rng.integers(0, classes, len(labels)), labels)
+    is_replaced = rng.random(len(labels)) < share
+    return np.where(is_replaced, rng.integers(0, classes, len(labels)), labels)
 
 
 @pytest.mark.parametrize("classes", [2, 3])

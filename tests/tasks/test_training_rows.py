@@ -15,7 +15,7 @@ from moe_jax.tasks.selection import named_task
 from moe_jax.tasks.training_rows import question_rows, read_source_or_task
 
 TEMPLATE = "Which is a {kind}?\n{options}\nAnswer:"
-OWN = [
+KIND_ROWS = [
     {"kind": "colour", "choices": ["dog", "red"], "answer": 1},
     {"kind": "fruit", "choices": ["plum", "sea"], "answer": "A"},
 ]
@@ -33,7 +33,7 @@ def folder(tmp_path_factory):
         for name, rows in family.files.items():
             write_rows(folder / task / name, rows)
     for split in ("train", "test"):
-        write_rows(folder / "kinds" / f"{split}.jsonl", OWN)
+        write_rows(folder / "kinds" / f"{split}.jsonl", KIND_ROWS)
     (folder / "kinds" / "template.txt").write_text(TEMPLATE)
     return folder
 
@@ -73,10 +73,10 @@ def test_training_ids_equal_those_that_evaluation_scores(task, answer, folder, t
 def test_training_prompts_by_hand(task, folder):
     made = named_task(task, data=folder, shots=0)
     labels, choices = question_rows(made, "label"), question_rows(made, "choice")
-    for row, told, expected in zip(labels, choices, FAMILIES[task].expected, strict=True):
+    for row, choice_row, expected in zip(labels, choices, FAMILIES[task].expected, strict=True):
         prompt, known, options, right = expected
         assert (row["prompt"], row["completion"]) == (prompt, f" {known[right]}")
-        assert (told["prompt"], told["completion"]) == options[right]
+        assert (choice_row["prompt"], choice_row["completion"]) == options[right]
 
 
 def test_a_part_of_a_split_and_a_single_file(folder, tokenizer):
@@ -106,7 +106,7 @@ def test_a_part_of_a_split_and_a_single_file(folder, tokenizer):
     ],
 )
 def test_bad_sources(fields, message, folder, tokenizer):
-    write_rows(folder / "unlabelled" / "train.jsonl", OWN)
+    write_rows(folder / "unlabelled" / "train.jsonl", KIND_ROWS)
     (folder / "unlabelled" / "template.txt").write_text("Which is a {kind}?\nAnswer:")
     with pytest.raises(UserError, match=message):
         _tokenised(SourceConfig(**fields), folder, tokenizer)

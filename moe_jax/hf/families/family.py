@@ -1,7 +1,7 @@
 """The registry of model families, and the rows of their key tables.
 
 A family is one file: a function from the fields of its `config.json` to a `ModelConfig`, decorated
-with `@model_family(...)`, which also states its key table. It may live in any package; importing
+with `@model_family(...)`, which also specifies its key table. It may live in any package; importing
 its module registers it.
 
 A key table maps tensors of a Hugging Face checkpoint to leaves of the parameter tree. It

@@ -37,7 +37,7 @@ def read_gemma(fields: HFFields) -> ModelConfig:
     """Reads the architecture; see `Family.read`."""
     return ModelConfig(
         hidden_act=_activation(fields),
-        num_kv_heads=hf_fields.stated_kv_heads(fields),
+        num_kv_heads=hf_fields.specified_kv_heads(fields),
         head_dim=fields.get("head_dim", int),
         rope=read_rope(fields),
         attention_bias=fields.get("attention_bias", bool),

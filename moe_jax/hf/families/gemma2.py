@@ -43,10 +43,10 @@ CONSTANTS = {"mlp_bias": False, "use_bidirectional_attention": False}
 )
 def read_gemma2(fields: HFFields) -> ModelConfig:
     """Reads the architecture; see `Family.read`."""
-    layer_types = hf_fields.stated_layer_types(fields) or alternating(fields, 2)
+    layer_types = hf_fields.specified_layer_types(fields) or alternating(fields, 2)
     return ModelConfig(
         hidden_act=activation(fields),
-        num_kv_heads=hf_fields.stated_kv_heads(fields),
+        num_kv_heads=hf_fields.specified_kv_heads(fields),
         head_dim=fields.get("head_dim", int),
         rope=read_rope(fields),
         attention_bias=fields.get("attention_bias", bool),

@@ -45,7 +45,7 @@ WEIGHTS = (*EMBEDDING, *gemma2.NORMS, *ATTENTION, *ATTENTION_BIASES, *QK_NORMS, 
 )
 def read_gemma3(fields: HFFields) -> ModelConfig:
     """Reads the architecture; see `Family.read`."""
-    layer_types = hf_fields.stated_layer_types(fields)
+    layer_types = hf_fields.specified_layer_types(fields)
     if layer_types is None:
         period = fields.get("sliding_window_pattern", int)
         if period < 1:
@@ -53,7 +53,7 @@ def read_gemma3(fields: HFFields) -> ModelConfig:
         layer_types = gemma2.alternating(fields, period)
     return ModelConfig(
         hidden_act=gemma2.activation(fields),
-        num_kv_heads=hf_fields.stated_kv_heads(fields),
+        num_kv_heads=hf_fields.specified_kv_heads(fields),
         head_dim=fields.get("head_dim", int),
         attention_bias=fields.get("attention_bias", bool),
         mlp_bias=False,

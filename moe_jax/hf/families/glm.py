@@ -60,7 +60,7 @@ def read_glm4(fields: HFFields) -> ModelConfig:
 def _common(fields: HFFields) -> dict[str, Any]:
     return {
         "hidden_act": hf_fields.activation(fields),
-        "num_kv_heads": hf_fields.stated_kv_heads(fields),
+        "num_kv_heads": hf_fields.specified_kv_heads(fields),
         "head_dim": fields.get("head_dim", int),
         "rope": read_rope(fields, ROPE),
         "attention_bias": False,

@@ -31,7 +31,7 @@ def read_mistral(fields: HFFields) -> ModelConfig:
     kind: LayerType = "full_attention" if window is None else "sliding_attention"
     return ModelConfig(
         hidden_act=hf_fields.activation(fields),
-        num_kv_heads=hf_fields.stated_kv_heads(fields),
+        num_kv_heads=hf_fields.specified_kv_heads(fields),
         head_dim=hf_fields.head_dim_or_quotient(fields),
         rope=read_rope(fields),
         attention_bias=False,

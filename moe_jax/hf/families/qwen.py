@@ -70,7 +70,7 @@ def read_qwen3(fields: HFFields) -> ModelConfig:
 def _common(fields: HFFields) -> dict[str, Any]:
     return {
         "hidden_act": hf_fields.activation(fields),
-        "num_kv_heads": hf_fields.stated_kv_heads(fields),
+        "num_kv_heads": hf_fields.specified_kv_heads(fields),
         "rope": read_rope(fields),
         "mlp_bias": False,
         **_sliding(fields),
@@ -83,7 +83,7 @@ def _sliding(fields: HFFields) -> dict[str, Any]:
     window = None
     if fields.get("use_sliding_window", bool):
         window = fields.nullable("sliding_window", int)
-    layer_types = hf_fields.stated_layer_types(fields)
+    layer_types = hf_fields.specified_layer_types(fields)
     if layer_types is not None:
         if window is None and "sliding_attention" in layer_types:
             raise fields.error(

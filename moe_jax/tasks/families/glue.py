@@ -78,7 +78,9 @@ class ClassificationTask(Task, abc.ABC):
           DataError: the data cannot be read, a row does not fit, or `shots` is set.
         """
         if self.shots:
-            raise DataError(f"task {self.name!r}: a classifier sees no shots; set shots to 0")
+            raise DataError(
+                f"task {self.name!r}: classifiers do not use few-shot examples; set shots to 0"
+            )
         return [self.labelled(row) for row in self.rows()]
 
     def question(self, row: TaskRow) -> Question:

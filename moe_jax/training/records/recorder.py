@@ -171,8 +171,8 @@ class Recorder:
     def complete_deferred(self) -> None:
         """Records the steps of deferred actions after an error, so that the actions are called.
 
-        Waits for the device and raises nothing beside the error at hand: an action whose step
-        has failed, or that fails itself, is dropped.
+        Waits for the device. Raises no second error: an action that fails, or whose step has
+        failed, is dropped.
         """
         while self._deferred and self._pending.newest is not None:
             with contextlib.suppress(Exception):

@@ -46,16 +46,16 @@ def require_known_tasks(config: RunConfig) -> None:
                 named_task(task, data=config.tasks_folder)
 
 
-def require_stated_architecture(config: RunConfig, model: ModelConfig, folder: Path) -> None:
+def require_specified_architecture(config: RunConfig, model: ModelConfig, folder: Path) -> None:
     """Raises `ConfigError` if `config.base.hf_config` differs from the checkpoint in `folder`."""
     if config.base.hf_config is None:
         return
-    stated = model_config_from_hf(config.base.hf_config, "config.base.hf_config")
+    specified = model_config_from_hf(config.base.hf_config, "config.base.hf_config")
     for name, value in vars(model).items():
-        if getattr(stated, name) != value:
+        if getattr(specified, name) != value:
             raise ConfigError(
-                f"config.base.hf_config: says {name} {getattr(stated, name)!r}, but {folder} has "
-                f"{value!r}; correct it, or leave hf_config out"
+                f"config.base.hf_config: says {name} {getattr(specified, name)!r}, but {folder} "
+                f"has {value!r}; correct it, or leave hf_config out"
             )
 
 
@@ -158,5 +158,5 @@ def warn_of_padding(config: RunConfig, say: Callable[[str], None]) -> None:
             say(
                 f"warning: config.adapters.{name}.data.{field}: all rows of a step are of one "
                 f"length, so these are padded to the {packed[longest]} tokens of {longest!r}; "
-                "pack them into rows of that length too, or train apart"
+                "pack them into rows of that length too, or train the adapters in separate runs"
             )

@@ -31,7 +31,7 @@ from moe_jax.training.run.input_checks import (
     require_embeddings,
     require_initial_adapters,
     require_known_tasks,
-    require_stated_architecture,
+    require_specified_architecture,
     require_warmup_to_end,
     warn_of_padding,
     warn_of_positions,
@@ -141,7 +141,7 @@ def read_inputs(config: RunConfig, say: Callable[[str], None], *, resumes: bool 
     require_known_tasks(config)
     with error_prefix("config.base.path"):
         base = open_base(config.base.path, config.base.revision)
-    require_stated_architecture(config, base.config, base.folder)
+    require_specified_architecture(config, base.config, base.folder)
     require_fitting_methods(config, base.config)
     lengths = {name: config.length_group(name)[1].steps for name in config.adapters}
     require_warmup_to_end(config, {name: n for name, n in lengths.items() if n is not None})
