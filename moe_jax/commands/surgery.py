@@ -235,7 +235,9 @@ def _merge(parser: argparse.ArgumentParser) -> Operate:
     return lambda arguments: moe_jax.surgery.merge(
         arguments.adapter,
         into=arguments.into,
-        groups=None if arguments.groups is None else _groups(arguments.groups),
+        groups=None
+        if arguments.groups is None
+        else [numbers(group, "--groups") for group in arguments.groups.split(";")],
         weights=arguments.weights,
         data=arguments.data,
         seed=arguments.seed,
@@ -285,10 +287,6 @@ def _add_data(parser: argparse.ArgumentParser, *, needed: str, base: bool = True
             metavar="DIR_OR_ID",
             help="base, for the measurement (default: the path at training)",
         )
-
-
-def _groups(text: str) -> list[list[int]]:
-    return [numbers(group, "--groups") for group in text.split(";")]
 
 
 def _router(text: str) -> dict[str, Any]:

@@ -116,7 +116,8 @@ def tokenise_source(
     lengths = columns["length"][kept]
     digest, largest_token = _digest_and_largest(table, lengths, source.expert_group)
     if classification is not None:
-        digest = digest_with_labels(digest, columns["label"][kept])
+        labels = np.asarray(columns["label"][kept], np.float32)
+        digest = hashlib.sha256(digest.encode() + labels.tobytes()).hexdigest()[:32]
     return TokenisedSource(
         name=name,
         table=table,
@@ -196,12 +197,6 @@ def _digest_and_largest(
     numbers = np.array([*lengths, expert_group], np.int64)
     parts = [tokens.digest(), masks.digest(), numbers.tobytes()]
     return hashlib.sha256(b"".join(parts)).hexdigest()[:32], largest
-
-
-def digest_with_labels(digest: str, labels: np.ndarray) -> str:
-    """Digest of a data set's `digest` and the labels of its rows."""
-    parts = [digest.encode(), np.asarray(labels, np.float32).tobytes()]
-    return hashlib.sha256(b"".join(parts)).hexdigest()[:32]
 
 
 def flat_values(column: pa.ChunkedArray) -> np.ndarray:

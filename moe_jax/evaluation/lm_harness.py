@@ -24,7 +24,7 @@ from moe_jax.config.parse import located, suggest
 from moe_jax.config.run import MeshConfig
 from moe_jax.data.tokenizer import encode, end_of_text, leading_tokens, load_tokenizer
 from moe_jax.errors import ConfigError, DataError
-from moe_jax.evaluation.scorer import ScoredSequence, Scorer, SequenceScore, default_buckets
+from moe_jax.evaluation.scorer import ScoredSequence, Scorer, SequenceScore, complete_buckets
 from moe_jax.evaluation.scoring_protocols import encode_pairs
 from moe_jax.hf.base_model import BaseModel, open_base
 from moe_jax.inference.api import InferenceSession
@@ -101,7 +101,7 @@ class HarnessModel(TemplateLM):
             model,
             params,
             batch_size=self._batch_size,
-            buckets=default_buckets(self.max_length),
+            buckets=complete_buckets((), self.max_length),
             mesh=devices,
         )
 

@@ -15,7 +15,7 @@ from moe_jax.models.adapted import SINGLE, CompiledLlama, apply, single_adapter
 from moe_jax.models.causal_lm import LlamaForCausalLM
 from moe_jax.sharding.rules import BATCH_SPEC
 
-SHORTEST_BUCKET = 32
+_SHORTEST_BUCKET = 32
 
 _MAX_PENDING = 2
 """Batches computed ahead of the results that are read; each holds device memory."""
@@ -104,15 +104,10 @@ def sequence_batch(
     return batch
 
 
-def default_buckets(context: int) -> tuple[int, ...]:
-    """Padded lengths, doubling from 32 up to the context length of the model."""
-    return doubled_lengths(SHORTEST_BUCKET, context)
-
-
 def complete_buckets(buckets: Sequence[int], context: int) -> tuple[int, ...]:
-    """The user's `buckets`, or the default ones if empty, with the context length as the last."""
+    """The user's padded lengths, or powers of two from 32 if empty, and the context as the last."""
     if not buckets:
-        return default_buckets(context)
+        return doubled_lengths(_SHORTEST_BUCKET, context)
     return (*(length for length in buckets if length < context), context)
 
 

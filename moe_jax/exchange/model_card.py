@@ -164,11 +164,7 @@ def _metrics(record: TrainingRecord) -> str:
     sets = record.validation_losses.items()
     rows: list[tuple[str, float | None]] = [("training", record.training_loss)]
     rows += [(f"validation: {name}", loss) for name, loss in sets]
-    table = _table(
-        ("Loss", _unit(record)),
-        [(name, _number(loss)) for name, loss in rows],
-    )
-    parts = [table]
+    parts = [_table(("Loss", _unit(record)), [(name, _number(loss)) for name, loss in rows])]
     if record.best_loss is not None:
         parts.append(f"The lowest mean validation loss so far was {record.best_loss:.4f}.")
     if record.validation_metrics:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from moe_jax.config.model import ModelConfig
-from moe_jax.hf.families.family import LAYER, Condition, WeightRule, family_of
+from moe_jax.hf.families.family import LAYER, WeightRule, family_of
 
 
 @dataclass(frozen=True)
@@ -112,14 +112,11 @@ def unexpected_reason(key: str, config: ModelConfig) -> str:
         if not _exists(rule, config) and key in tensor_names(rule.key, config):
             condition = rule.condition
             assert condition is not None
-            return f"config.json says {condition.key} {_stated(condition, config)}"
+            value = str(getattr(config, condition.field)).lower()
+            return f"config.json says {condition.key} {value}"
     if key.startswith(LAYER.split("{", maxsplit=1)[0]):
         return f"config.json says num_hidden_layers {config.num_layers}"
     return f"a model of type {family.model_type!r} has no such weights"
-
-
-def _stated(condition: Condition, config: ModelConfig) -> str:
-    return str(getattr(config, condition.field)).lower()
 
 
 TensorParts = tuple[tuple[Leaf, int], ...]

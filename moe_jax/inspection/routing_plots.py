@@ -26,7 +26,7 @@ def load_map(report: RoutingReport) -> Figure:
     """Load of each expert in each layer, as a multiple of an equal share."""
     load = report.total.load
     layers, experts = load.shape
-    height = _row_height(layers)
+    height = 0.4 if layers <= 16 else 0.27
     figure = _figure(3.6 + 0.62 * experts, 1.7 + height * layers)
     axes = figure.subplots()
     size = "medium" if layers <= 16 else "small"
@@ -186,10 +186,6 @@ def _bars(axes: Axes, report: RoutingReport) -> None:
 
 def _figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), layout="constrained", dpi=110)
-
-
-def _row_height(rows: int) -> float:
-    return 0.4 if rows <= 16 else 0.27
 
 
 def _heat(axes: Axes, values: np.ndarray, *, size: str | None) -> Any:

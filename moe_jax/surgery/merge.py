@@ -139,15 +139,12 @@ def _check(
         raise FieldError("groups", "layers have different numbers of experts; give `into` instead")
     named = sorted(expert for group in groups for expert in group)
     if named != list(range(most)) or not all(groups) or len(groups) == most:
+        given = ";".join(",".join(map(str, group)) for group in groups)
         raise FieldError(
             "groups",
-            f"{_joined(groups)} must name each of the experts 0 to {most - 1} once, at least two "
+            f"{given} must name each of the experts 0 to {most - 1} once, at least two "
             "of them in one group",
         )
-
-
-def _joined(groups: Groups) -> str:
-    return ";".join(",".join(map(str, group)) for group in groups)
 
 
 def _lora_method(method: ExpertMethod) -> LoraConfig:

@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerFast
 from moe_jax.errors import DataError
 from moe_jax.evaluation.scorer import (
     ScoredSequence,
-    default_buckets,
+    complete_buckets,
     divide_into_batches,
     sequence_batch,
 )
@@ -130,8 +130,8 @@ def test_batches_hold_sequences_of_similar_length():
 
     groups = [group(3, 2), group(9), group(1, 5, 4)]
     assert divide_into_batches(groups, 4) == [[(1, 0), (2, 0), (2, 1), (2, 2)], [(0, 0), (0, 1)]]
-    assert default_buckets(100) == (32, 64, 100)
-    assert default_buckets(32) == (32,)
+    assert complete_buckets((), 100) == (32, 64, 100)
+    assert complete_buckets((), 32) == (32,)
 
 
 def test_batch_arrays():

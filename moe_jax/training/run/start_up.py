@@ -228,7 +228,8 @@ def start_up_table(config: RunConfig, inputs: Inputs, program: Program) -> list[
         trainable = f"{count:,} trainable parameters ({count / frozen:.3%} of the base)"
         length = f", {steps} steps of {adapter.batch_size} rows" if len(inputs.steps) > 1 else ""
         table.append(("adapter", f"{name!r}: {method}, {trainable}{length}"))
-        table.append(("", f"on {_modules(tree)}"))
+        modules = parameters_by_module(leaf_specs(tree)).items()
+        table.append(("", "on " + ", ".join(f"{module} ({size:,})" for module, size in modules)))
         longest, positions = adapter.data.max_length, model.max_position_embeddings
         if longest > positions:
             limit = f"the {positions:,} positions of the base"
@@ -265,9 +266,3 @@ def _step_rows(config: RunConfig, inputs: Inputs) -> list[tuple[str, str]]:
 
 def _longest_row(config: RunConfig) -> int:
     return max(adapter.data.max_length for adapter in config.adapters.values())
-
-
-def _modules(tree: Any) -> str:
-    """Modules with adapter weights, and the number of weights in each."""
-    counts = parameters_by_module(leaf_specs(tree))
-    return ", ".join(f"{module} ({count:,})" for module, count in counts.items())
