@@ -1,25 +1,25 @@
-"""Growth of MixLoRA's cost with its experts and their rank, at the widths of a 7B model.
+"""Growth of MixLoRA's cost with the number and rank of its experts, at the widths of a 7B model.
 
     python benchmarks/growth.py --output benchmarks/growth.md
     python benchmarks/growth.py --time
 
-One decoder layer forward and backward is compiled without any weights, as in `layer_cost.py`, and
-its operations, the bytes that they move and the memory that it takes are read from the compiled
-program, so that they are free of noise. `tests/benchmarks/test_growth.py` holds the written tables
-true. `--time` times such layers of random weights instead, and wants an idle machine.
+One decoder layer is compiled forward and backward without weights, as in `layer_cost.py`. Its
+FLOPs, bytes moved and memory are read from the compiled program and have no noise.
+`tests/benchmarks/test_growth.py` checks the tables. `--time` times such layers with random weights
+instead, on an idle machine.
 
-The forms that experts can be computed in, with C slots a token:
+Forms of the experts' products, with C slots for each token:
 
     one-hot     `top_k` and `switch`: products with all experts' pairs at once, whose low-rank
                 activations are multiplied by each slot's one-hot choice
-    per expert  `top_p` and `soft`, where any number of experts may fire: slot c is expert c, its
-                products are with its own pair, and every token has every expert's activation
-    grouped     tokens sorted by expert, so that a slot's products are with its own expert's pair;
-                not in the package, but built in `grouped_mixlora.py`. What it needs at least is
-                what C experts need that serve every token.
+    per expert  `top_p` and `soft`, which choose any number of experts: slot c is expert c, its
+                products use only its pair, and every token has every expert's activation
+    grouped     tokens sorted by expert, so that a slot's products use only its expert's pair;
+                implemented in `grouped_mixlora.py`, not in the package. It needs at least the
+                products of C experts that serve every token.
 
-`growth.md` also has the seconds that `grouped.py --time` recorded in files called `grouped_*.json`
-beside it.
+`growth.md` also has the seconds of `grouped.py --time`, recorded in `grouped_*.json` in the same
+folder.
 
 Needs jax and flax only.
 """
@@ -119,16 +119,16 @@ def as_markdown(
     grouped: Sequence[GroupedCost],
     runs: Sequence[Recorded],
 ) -> str:
-    """The Markdown file, from these rows and the algebra only."""
+    """Formats the Markdown file from the rows and the algebra."""
     fixed = ", ".join(f"{k} {v}" for k, v in SHAPE._asdict().items() if k not in VARIED)
     return _blocks(
         "# Growth of MixLoRA's cost with its experts and their rank",
-        f"""Written by `python benchmarks/growth.py --output benchmarks/growth.md` and tested
-        against the program. E experts of rank R, C slots for each token, widths D and F. One layer,
-        forward and backward, in float32 as compiled by XLA for a CPU, all tokens in one block:
-        {fixed}. LoRA has equal trainable parameters (rank E R on the FFN). `none` keeps everything
-        for the backward pass; the default is `remat` `{DEFAULT}`. Memory is the temporary bytes of
-        two layers in a loop. In a deep model the kept activations of each layer count for more;
+        f"""Written by `python benchmarks/growth.py --output benchmarks/growth.md` and checked by a
+        test. E experts of rank R, C slots for each token, widths D and F. One layer, forward and
+        backward, in float32 as compiled by XLA for a CPU, all tokens in one block: {fixed}. LoRA
+        has equal trainable parameters (rank E R on the FFN). `none` keeps all activations for the
+        backward pass; the default is `remat` `{DEFAULT}`. Memory is the temporary bytes of two
+        layers in a loop. In a deep model the kept activations of each layer have a larger share;
         they are LoRA's and the low-rank activations (`remat.md` has a whole model).""",
         *_one_hot_section(rows),
         *_per_expert_section(per_expert),
@@ -151,7 +151,7 @@ def _one_hot_section(rows: Sequence[Growth]) -> list[str]:
         {limit:.2f} times as many for C = {slots}, and for the whole layer {most.flops_none:.2f}
         times at {most.experts} experts of rank {most.rank} ({most.flops:.2f} by default). By
         default bytes and memory grow little with G: they are those of C slots of width F.""",
-        "## Where it stops paying",
+        "## Break-even with the grouped form",
         """The grouped form multiplies each token with the pairs of its own experts only: 9 C R (D +
         F) multiply-adds for any number of experts. The table has the E R at which the one-hot form
         makes the layer cost 5%, 10% and 25% more than that, by the algebra and, if it lies between
@@ -184,10 +184,10 @@ def _grouped_section(grouped: Sequence[GroupedCost]) -> list[str]:
         "## The grouped form",
         f"""`grouped_mixlora.py` sorts the C slots of all tokens by expert into blocks of one expert
         each. It computes low-rank activations, hidden activations and the update of the down
-        projection block by block with that expert's pairs, and again in the backward pass. No row
-        is dropped: the number of blocks suffices for any routing, and all of them are computed. By
-        default, and the one-hot form in blocks of {BLOCK} tokens; `least` is the grouped products
-        of the section before last:""",
+        projection block by block with that expert's pairs, and recomputes them in the backward
+        pass. No row is dropped: the number of blocks suffices for any routing, and all of them are
+        computed. All figures are by default, with the one-hot form in blocks of {BLOCK} tokens;
+        `least` is the algebra of the grouped products (see the break-even above):""",
         _table(GROUPED_HEADER, [grouped_line(row) for row in grouped]),
         f"""With {of_sixteen[0].experts} experts of rank 16 the layer needs
         {of_sixteen[0].flops:.2f} times the FLOPs of LoRA with equal parameters, all of which serve
@@ -229,7 +229,7 @@ def _conclusions(per_expert: Sequence[PerExpert]) -> list[str]:
 
 
 def _seconds(runs: Sequence[Recorded]) -> list[str]:
-    """The section of recorded times, if any."""
+    """Section of recorded times; empty without records."""
     if not runs:
         return []
     return [
@@ -257,7 +257,7 @@ def _blocks(*blocks: str) -> str:
 
 
 def timed_rows(rounds: int) -> list[list[str]]:
-    """Seconds of `LAYERS` layers of few tokens, in turn, and their ratios to LoRA's."""
+    """Times `LAYERS` layers of few tokens alternately; returns seconds and ratios to LoRA."""
     params: Any = None
     steps: dict[str, Callable[[], float]] = {}
     for experts in EXPERTS:
@@ -288,7 +288,7 @@ def timed_rows(rounds: int) -> list[list[str]]:
         figures = list(spread(seconds))
         lora = f"{label.partition(' ')[0]} {LORA}"
         if lora not in failed:
-            ratios = [own / other for own, other in zip(seconds, samples[lora], strict=True)]
+            ratios = [time / base for time, base in zip(seconds, samples[lora], strict=True)]
             figures.append(spread(ratios).median)
         cells = [f"{figure:.4g}" for figure in figures]
         lines.append([label, *cells, *[""] * (4 - len(cells))])
@@ -297,14 +297,14 @@ def timed_rows(rounds: int) -> list[list[str]]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
-    parser.add_argument("--output", type=Path, help="also write the tables here, as Markdown")
+    parser.add_argument("--output", type=Path, help="Markdown file for the tables")
     parser.add_argument("--time", action="store_true", help="time layers instead of counting")
-    parser.add_argument("--rounds", type=int, default=5, help="of --time (5)")
+    parser.add_argument("--rounds", type=int, default=5, help="number of timed rounds (5)")
     args = parser.parse_args(argv)
     try:
         check_output(args.output)
         if args.time and args.output:
-            raise ConfigError("--output: has what is counted; leave it out with --time")
+            raise ConfigError("--output: holds counts only; leave it out with --time")
         if args.rounds < 1:
             raise ConfigError("--rounds: must be positive")
     except UserError as error:
@@ -321,7 +321,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             rows.append(growth_of(experts, rank))
     per_expert = []
     for experts, rank in PER_EXPERT_SETTINGS:
-        say(f"{experts} experts of rank {rank}, each by itself")
+        say(f"{experts} experts of rank {rank}, per expert")
         per_expert.append(per_expert_of(experts, rank))
     grouped = []
     for experts, rank in GROUPED_SETTINGS:

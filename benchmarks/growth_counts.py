@@ -1,4 +1,4 @@
-"""Costs of the forms of `growth.py` by number of experts and rank: the rows of its tables.
+"""Costs of the forms of `growth.py` by number of experts and rank, as rows of its tables.
 
 Needs jax and flax only.
 """
@@ -27,23 +27,26 @@ GROUPED_SETTINGS = (
 
 LORA, TOP_K, SOFT = "LoRA", "MixLoRA, top-k", "MixLoRA, soft"
 BLOCK = 64
-"""Tokens that the one-hot form takes at a time in the backward pass, beside the grouped form, which
-takes `rows_of_block` of one expert."""
+"""Number of tokens of a block of the one-hot form, when compared with the grouped form."""
 
 DEFAULT = ComputeConfig(dtype="float32").remat
 SHARES = (0.05, 0.10, 0.25)
 
 
 class Growth(NamedTuple):
-    """The one-hot form at some number of experts and rank; of the first table, a row.
+    """Row of the first table: cost of the one-hot form at one number of experts and rank.
 
     Attributes:
-      flops_none, flops: operations over those of LoRA of as many trainable weights, where
-        everything is kept for the backward pass, and by default.
-      of_frozen, of_grouped, of_algebra: operations over those of the frozen layer, of the grouped
-        form, and over what the algebra needs; where everything is kept.
-      moved: bytes moved over LoRA's, by default.
-      memory_none, memory: temporary bytes over LoRA's, of two layers.
+      experts: number of experts.
+      rank: rank of each expert.
+      flops_none: ratio of FLOPs to LoRA with equal parameters, with `remat` `none`.
+      flops: ratio of FLOPs to LoRA with equal parameters, with the default `remat`.
+      of_frozen: ratio of FLOPs to the frozen layer, with `remat` `none`.
+      of_grouped: ratio of FLOPs to the grouped form, with `remat` `none`.
+      of_algebra: ratio of FLOPs to the algebra, with `remat` `none`.
+      moved: ratio of bytes moved to LoRA, with the default `remat`.
+      memory_none: ratio of temporary bytes of two layers to LoRA, with `remat` `none`.
+      memory: ratio of temporary bytes of two layers to LoRA, with the default `remat`.
     """
 
     experts: int
@@ -59,11 +62,15 @@ class Growth(NamedTuple):
 
 
 class PerExpert(NamedTuple):
-    """The per-expert form over the one-hot one, both by default; of the second table, a row.
+    """Row of the second table: ratios of the per-expert form to the one-hot form, both by default.
 
     Attributes:
-      flops, moved, memory: the ratios.
-      flops_for_byte: operations that it saves for each byte that it moves more.
+      experts: number of experts.
+      rank: rank of each expert.
+      flops: ratio of FLOPs.
+      moved: ratio of bytes moved.
+      memory: ratio of temporary bytes of two layers.
+      flops_for_byte: FLOPs saved for each additional byte moved.
     """
 
     experts: int
@@ -75,14 +82,16 @@ class PerExpert(NamedTuple):
 
 
 class GroupedCost(NamedTuple):
-    """The grouped form as it is built, by default; of the fourth table, a row.
+    """Row of the fourth table: cost of the implemented grouped form, by default.
 
     Attributes:
-      flops: operations of the layer over those of LoRA of as many trainable weights.
-      least: over those of the products that C pairs of rank R a token need.
-      one_hot: those of the one-hot form over them.
-      memory: temporary bytes over the one-hot form's, of two layers.
-      batched: the same where all blocks are computed at once.
+      experts: number of experts.
+      rank: rank of each expert.
+      flops: ratio of FLOPs to LoRA with equal parameters.
+      least: ratio of FLOPs to the algebra of the grouped products.
+      one_hot: ratio of the one-hot form's FLOPs to the grouped form's.
+      memory: ratio of temporary bytes of two layers to the one-hot form.
+      batched: the same ratio if all blocks are computed at once.
     """
 
     experts: int
@@ -95,17 +104,18 @@ class GroupedCost(NamedTuple):
 
 
 def shape_of(experts: int, rank: int) -> Shape:
+    """Shape of the 7B layer with this number of experts and rank."""
     return SHAPE._replace(experts=experts, rank=rank)
 
 
 @functools.cache
 def cost(name: str | None, shape: Shape, remat: str = "none") -> LayerCost:
-    """Cost of the method `name` of `layer_cost.METHODS`; None is the frozen layer."""
+    """Cost of the method `name` of `layer_cost.METHODS`, or of the frozen layer for None."""
     return layer_cost(None if name is None else METHODS[name](shape), shape, remat)
 
 
 def growth_of(experts: int, rank: int) -> Growth:
-    """A row of the first table, rounded."""
+    """Computes a row of the first table, rounded."""
     shape = shape_of(experts, rank)
     kept, lora_kept = cost(TOP_K, shape), cost(LORA, shape)
     default, lora = cost(TOP_K, shape, DEFAULT), cost(LORA, shape, DEFAULT)
@@ -123,22 +133,22 @@ def growth_of(experts: int, rank: int) -> Growth:
 
 
 def per_expert_of(experts: int, rank: int) -> PerExpert:
-    """A row of the second table, rounded."""
+    """Computes a row of the second table, rounded."""
     shape = shape_of(experts, rank)
-    own, one_hot = cost(SOFT, shape, DEFAULT), cost(TOP_K, shape, DEFAULT)
-    saved, more = one_hot.flops - own.flops, own.moved - one_hot.moved
+    soft, one_hot = cost(SOFT, shape, DEFAULT), cost(TOP_K, shape, DEFAULT)
+    saved, more = one_hot.flops - soft.flops, soft.moved - one_hot.moved
     return PerExpert(
         experts,
         rank,
-        flops=round(own.flops / one_hot.flops, 3),
-        moved=round(own.moved / one_hot.moved, 3),
-        memory=round(own.temporary / one_hot.temporary, 3),
+        flops=round(soft.flops / one_hot.flops, 3),
+        moved=round(soft.moved / one_hot.moved, 3),
+        memory=round(soft.temporary / one_hot.temporary, 3),
         flops_for_byte=round(saved / more, 2),
     )
 
 
 def grouped_of(experts: int, rank: int) -> GroupedCost:
-    """A row of the fourth table, rounded."""
+    """Computes a row of the fourth table, rounded."""
     shape = shape_of(experts, rank)
     method = METHODS[TOP_K](shape)
     one_hot = layer_cost(method, shape, DEFAULT, BLOCK)
@@ -156,42 +166,41 @@ def grouped_of(experts: int, rank: int) -> GroupedCost:
 
 
 def _router(shape: Shape) -> float:
-    """Operations of the router's product: forward, and for the gradients of input and weights."""
+    """FLOPs of the router's product: forward, and the gradients of its input and weights."""
     return 2.0 * shape.rows * shape.length * 3.0 * shape.width * shape.experts
 
 
 def grouped_flops(shape: Shape) -> float:
-    """Operations of the grouped form as XLA counts them, of C experts that serve every token.
+    """FLOPs of the grouped form, as XLA counts C experts that serve every token.
 
-    Finding the groups, and moving tokens there and back, is not among them.
+    Sorting and moving tokens is not counted.
     """
     chosen = shape._replace(experts=shape.top_k)
     return cost(SOFT, chosen).flops + _router(shape) - _router(chosen)
 
 
 def one_hot_algebra(shape: Shape) -> float:
-    """Operations of the products that the one-hot form needs."""
+    """FLOPs of the products of the one-hot form."""
     return algebra(TOP_K, shape)
 
 
 def grouped_algebra(shape: Shape) -> float:
-    """Those of the grouped form: C pairs of rank R a token, and the router of E experts."""
+    """FLOPs of the products of the grouped form: C pairs of rank R per token, and the router."""
     return algebra(LORA, shape._replace(experts=shape.top_k)) + _router(shape)
 
 
 def half_grouped_algebra(shape: Shape) -> float:
-    """Those of a form that groups only the products with matrices as wide as the FFN, R by F.
+    """FLOPs of a form that groups only the products with R by F matrices.
 
-    The low-rank activations of gate and up, [D, E R], and down's expansion, [E R, D], are of all
-    experts at once, so that what goes to the groups and comes from them is rank-sized on one side
-    of each projection.
+    The products with the D by E R matrices (A of gate and up, B of down) are computed for all
+    experts, so that low-rank activations are moved to and from the groups instead of inputs.
     """
     tokens, others = shape.rows * shape.length, shape.experts - shape.top_k
     return grouped_algebra(shape) + 2.0 * tokens * 9.0 * others * shape.rank * shape.width
 
 
 def experts_at(share: float, rank: int, form: Callable[[Shape], float]) -> float:
-    """Number of experts at which a form needs `share` more than the grouped one."""
+    """Number of experts at which a form needs `share` more FLOPs than the grouped form."""
     few, many = EXPERTS[0], EXPERTS[-1]
     excess = [
         form(shape) - (1.0 + share) * grouped_algebra(shape)
@@ -201,7 +210,7 @@ def experts_at(share: float, rank: int, form: Callable[[Shape], float]) -> float
 
 
 def compiled_experts_at(share: float, rows: Sequence[Growth]) -> float | None:
-    """The same of the one-hot form as compiled, between rows; None where it is not between any."""
+    """The same number for the compiled one-hot form, interpolated; None outside the rows."""
     for few, many in itertools.pairwise(rows):
         if few.of_grouped <= 1.0 + share <= many.of_grouped:
             part = (1.0 + share - few.of_grouped) / (many.of_grouped - few.of_grouped)

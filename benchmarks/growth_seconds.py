@@ -1,4 +1,4 @@
-"""The timed part of `growth.md`: results of `grouped.py --time` as a table and in words.
+"""Table and summary of the recorded results of `grouped.py --time`, for `growth.md`.
 
 Needs jax only.
 """
@@ -18,12 +18,12 @@ HEADER = (
 
 
 class Recorded(NamedTuple):
-    """Recorded times of layers of one run of `grouped.py`.
+    """Recorded times of layers in one run of `grouped.py`.
 
     Attributes:
-      size: size of the model.
-      run: number of tokens, machine and date, in words.
-      rows: rows by experts, rank and form.
+      size: name of the model size.
+      run: description of the run: number of tokens, machine and date.
+      rows: figures by number of experts, rank and form.
     """
 
     size: str
@@ -32,8 +32,8 @@ class Recorded(NamedTuple):
 
 
 def recorded(folder: Path) -> list[Recorded]:
-    """The runs in `grouped_*.json` of a folder."""
-    found = []
+    """Reads the runs in the files `grouped_*.json` of a folder."""
+    runs = []
     for path in sorted(folder.glob("grouped_*.json")):
         figures = json.loads(path.read_text(encoding="utf-8"))
         settings, machine = figures["settings"], figures["machine"]
@@ -42,23 +42,23 @@ def recorded(folder: Path) -> list[Recorded]:
             for row in figures["rows"]
             if row["part"] == "layer" and row["seconds"]
         }
-        busy = machine["load_average"]
-        load = "unknown" if busy is None else f"{busy:.1f}"
+        load_average = machine["load_average"]
+        load = "unknown" if load_average is None else f"{load_average:.1f}"
         run = (
             f"{settings['size']}: {settings['rows']} x {settings['length']} tokens, "
             f"{settings['rounds']} rounds, {machine['processor']}, {machine['cores']} cores, "
             f"load {load} before, jax {machine['versions']['jax']}, "
             f"{machine['date'][:10]}"
         )
-        pairs = {form for *_, form in rows}
-        if pairs >= {ONE_HOT, GROUPED}:
-            found.append(Recorded(settings["size"], run, rows))
-    return found
+        forms = {form for *_, form in rows}
+        if forms >= {ONE_HOT, GROUPED}:
+            runs.append(Recorded(settings["size"], run, rows))
+    return runs
 
 
 def lines(runs: Sequence[Recorded]) -> list[str]:
-    """The rows of the table."""
-    made = []
+    """Formats the rows of the table."""
+    table_lines = []
     for run in runs:
         for experts, rank, form in run.rows:
             if form != ONE_HOT:
@@ -71,12 +71,12 @@ def lines(runs: Sequence[Recorded]) -> list[str]:
             for other in (BATCHED, LORA):
                 ratio = _ratio(run, experts, rank, other)
                 cells.append(f"{ratio['median']:.2f}" if ratio else "")
-            made.append(f"| {' | '.join(cells)} |")
-    return made
+            table_lines.append(f"| {' | '.join(cells)} |")
+    return table_lines
 
 
 def in_words(run: Recorded) -> str:
-    """Settings in which the grouped form is faster in every round, and its best median ratio."""
+    """Sentence on the settings in which the grouped form is faster, and on its best ratio."""
     ratios = {
         (experts, rank): ratio
         for experts, rank, form in run.rows
@@ -89,8 +89,9 @@ def in_words(run: Recorded) -> str:
     faster = len(ratios) - len(slower)
     beyond = f"in all from E R of {min(always)} on" if always else "but not at the largest E R"
     return (
-        f"Of `{run.size}` the grouped form is, in every round, faster in {faster} of {len(ratios)} "
-        f"settings, {beyond}; in {least:.2f} of the time with {experts} experts of rank {rank}."
+        f"At size `{run.size}` the grouped form is, in every round, faster in {faster} of "
+        f"{len(ratios)} settings, {beyond}; in {least:.2f} of the time with {experts} experts of "
+        f"rank {rank}."
     )
 
 

@@ -1,4 +1,4 @@
-"""The text of a compiled program (HLO), read into instructions; pure Python, without jax."""
+"""Parser for the HLO text of compiled programs. Pure Python, without jax."""
 
 import dataclasses
 import math
@@ -18,28 +18,34 @@ _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 
 
 class Array(NamedTuple):
-    """An array type: its element type, as HLO spells it, and its dimensions."""
+    """An array type.
+
+    Attributes:
+      dtype: element type in HLO's spelling.
+      shape: dimensions.
+    """
 
     dtype: str
     shape: tuple[int, ...]
 
     @property
     def bytes(self) -> float:
+        """Size in bytes."""
         bits = 8 if self.dtype == "pred" else int(_BITS.findall(self.dtype)[0])
         return math.prod(self.shape) * bits / 8
 
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """One instruction.
+    """An instruction of a computation.
 
     Attributes:
-      name: without the percent sign.
-      type: of the result, with layouts; in parentheses where it is a tuple.
-      opcode: such as `fusion`.
-      operands: names of the instructions whose results it takes.
-      attributes: the text behind the operands.
-      is_root: whether its result is that of its computation.
+      name: name without the percent sign.
+      type: type of the result with layouts; a tuple is in parentheses.
+      opcode: operation code, such as `fusion`.
+      operands: names of the operands.
+      attributes: text after the operands.
+      is_root: True if its result is the result of the computation.
     """
 
     name: str
@@ -51,18 +57,18 @@ class Instruction:
 
     @property
     def arrays(self) -> list[Array]:
-        """The arrays of the result, one unless it is a tuple."""
+        """Arrays of the result; several for a tuple."""
         return arrays_of(self.type)
 
     @property
     def origin(self) -> str:
-        """The JAX operation that it came from, with the modules around it; may be empty."""
-        found = _ORIGIN.search(self.attributes)
-        return found[1] if found else ""
+        """JAX operation of the instruction, with the enclosing modules; may be empty."""
+        match = _ORIGIN.search(self.attributes)
+        return match[1] if match else ""
 
     @property
     def called(self) -> list[str]:
-        """Names of the computations that it calls, but for the condition of a loop."""
+        """Names of the called computations, except for the condition of a loop."""
         names = _CALLED.findall(self.attributes)
         for branches in _BRANCHES.findall(self.attributes):
             names += [branch.strip().removeprefix("%") for branch in branches.split(",")]
@@ -70,18 +76,23 @@ class Instruction:
 
 
 Computation = Mapping[str, Instruction]
-"""Instructions by name, in the order of the text: in a scheduled program that of execution."""
+"""Instructions by name, in the order of the text (the order of execution if scheduled)."""
 
 
 class Module(NamedTuple):
-    """A program: its computations by name, and the name of the one that runs first."""
+    """A program.
+
+    Attributes:
+      computations: computations by name.
+      entry: name of the entry computation.
+    """
 
     computations: dict[str, Computation]
     entry: str
 
 
 def arrays_of(type_text: str) -> list[Array]:
-    """The arrays that a type is made of."""
+    """Arrays of a type."""
     return [
         Array(dtype, tuple(int(size) for size in shape.split(",") if size))
         for dtype, shape in _ARRAY.findall(type_text)
@@ -89,46 +100,46 @@ def arrays_of(type_text: str) -> list[Array]:
 
 
 def parse_module(text: str) -> Module:
-    """Reads what `Compiled.as_text` gives.
+    """Parses the text of `Compiled.as_text`.
 
     Raises:
-      ValueError: it has no entry computation.
+      ValueError: the text has no entry computation.
     """
     computations: dict[str, Computation] = {}
     entry = ""
-    inside: dict[str, Instruction] | None = None
+    body: dict[str, Instruction] | None = None
     for line in text.splitlines():
-        if inside is None:
+        if body is None:
             head = _HEAD.match(line)
             if head:
-                inside = computations[head[2]] = {}
+                body = computations[head[2]] = {}
                 entry = head[2] if head[1] else entry
         elif line.startswith("}"):
-            inside = None
+            body = None
         else:
-            found = _INSTRUCTION.match(line)
-            if found:
-                inside[found[2]] = _instruction(found[2], found[3], bool(found[1]))
+            match = _INSTRUCTION.match(line)
+            if match:
+                body[match[2]] = _instruction(match[2], match[3], bool(match[1]))
     if not entry:
         raise ValueError("the text of the program has no ENTRY computation")
     return Module(computations, entry)
 
 
 def _instruction(name: str, text: str, is_root: bool) -> Instruction:
-    """Reads `TYPE opcode(operands), attributes`."""
-    # Only the type of a tuple has spaces, and those inside its parentheses.
+    """Parses `TYPE opcode(operands), attributes`."""
+    # Only the type of a tuple has spaces, all within its parentheses.
     end = _closing(text, 0) if text.startswith("(") else text.index(" ")
     opcode = _OPCODE.match(text, end)
     if opcode is None:
         raise ValueError(f"the instruction {name} of the program has no opcode")
     start = opcode.end() - 1
-    behind = _closing(text, start)
-    operands = tuple(_OPERAND.findall(text[start:behind]))
-    return Instruction(name, text[:end], opcode[1], operands, text[behind:], is_root)
+    operands_end = _closing(text, start)
+    operands = tuple(_OPERAND.findall(text[start:operands_end]))
+    return Instruction(name, text[:end], opcode[1], operands, text[operands_end:], is_root)
 
 
 def _closing(text: str, start: int) -> int:
-    """The position behind the parenthesis that closes the one at `start`."""
+    """Position after the parenthesis that closes the one at `start`."""
     depth = 0
     for position in range(start, len(text)):
         depth += (text[position] == "(") - (text[position] == ")")

@@ -1,11 +1,11 @@
-"""Cost of one decoder layer with each adapter method, as counted by XLA and thus without noise.
+"""Cost of one decoder layer with each adapter method, as counted by XLA.
 
     python benchmarks/layer_cost.py --output benchmarks/layer_cost.md
 
-One layer forward and backward, to the adapter and to the layer's input, is compiled without any
-weights, and its operations are read from the compiled program. Each method stands beside plain
-LoRA of as many trainable weights, and beside what its own algebra needs: the matrix products that
-have to be there, see `algebra`. `tests/benchmarks/test_layer_cost.py` holds the written table true.
+One layer is compiled without weights, forward and backward to the adapter and to the layer's input,
+and its FLOPs are read from the compiled program, without noise. Each method is compared with plain
+LoRA with equal trainable parameters, and with the matrix products that it needs (see `algebra`).
+`tests/benchmarks/test_layer_cost.py` checks the table.
 
 Needs jax and flax only.
 """
@@ -42,7 +42,18 @@ from moe_jax.models.remat import REMAT_POLICIES
 
 
 class Shape(NamedTuple):
-    """Of a layer, its batch and its adapters."""
+    """Sizes of a layer, its batch and its adapters.
+
+    Attributes:
+      width: hidden size D.
+      ffn_width: width F of the FFN.
+      heads: number of attention heads.
+      rank: rank of each pair.
+      experts: number of experts.
+      rows: number of rows of the batch.
+      length: number of tokens of a row.
+      top_k: number of experts of a token.
+    """
 
     width: int
     ffn_width: int
@@ -62,7 +73,7 @@ SHAPES = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EqualSizeLora(LoraConfig):
-    """Plain LoRA with as many trainable weights as E experts of rank R: rank E * R there."""
+    """Plain LoRA with another rank on the FFN, for parameters equal to E experts of rank R."""
 
     ffn_rank: int
 
@@ -99,25 +110,25 @@ METHODS: dict[str, Callable[[Shape], AdapterMethod]] = {
 
 
 LAYERS = 2
-"""Of the loop over layers that is compiled; all cost the same."""
+"""Number of layers in the compiled loop; all have the same cost."""
 
 AT_ALL_SHAPES = ("LoRA", "MixLoRA, top-k", "MixLoRA, top-p", "MixDoRA, top-k", "LoRAMoE")
-"""The methods that are compiled at the large shape too; the others would add nothing new."""
+"""Methods that are also compiled at the large shape; the others add no information there."""
 
 
 def peer_of(name: str, shape: Shape) -> AdapterMethod:
-    """Plain LoRA of as many trainable weights, but for routers and magnitudes."""
+    """Plain LoRA with equal trainable parameters, except for routers and magnitudes."""
     return _lora(shape, shape.experts if name == "MoLA" else 1)
 
 
 class LayerCost(NamedTuple):
-    """Of one layer, forward and backward.
+    """Cost of one layer, forward and backward.
 
     Attributes:
-      flops: operations of the compiled program.
+      flops: FLOPs of the compiled program.
       moved: bytes that its operations read and write.
-      temporary: bytes that it holds besides arguments and results, of `LAYERS` layers.
-      trainable: weights of the adapter.
+      temporary: bytes of temporaries, of `LAYERS` layers.
+      trainable: number of weights of the adapter.
     """
 
     flops: float
@@ -132,14 +143,14 @@ def layer_cost(
     remat: str = "none",
     block_tokens: int | None = None,
 ) -> LayerCost:
-    """Compiles one layer with `method` on it, or frozen alone.
+    """Compiles one layer with an adapter method, or frozen, and counts its cost.
 
     Args:
-      method: the adapter's; None leaves the layer frozen.
-      shape: of the layer and its batch.
-      remat: as `ComputeConfig.remat`.
-      block_tokens: as `ComputeConfig.block_tokens`; None is all tokens at once, as how many a block
-        has otherwise depends on the platform.
+      method: adapter method; None for the frozen layer.
+      shape: sizes of the layer and its batch.
+      remat: policy of rematerialisation, see `ComputeConfig.remat`.
+      block_tokens: number of tokens of a block, see `ComputeConfig.block_tokens`; None for a single
+        block, since the default depends on the platform.
     """
     step, arguments = layer_step(method, shape, remat, block_tokens or shape.rows * shape.length)
     compiled = jax.jit(step).lower(*arguments).compile()
@@ -157,15 +168,18 @@ def layer_cost(
 def layer_step(
     method: AdapterMethod | None, shape: Shape, remat: str, block_tokens: int | None
 ) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    """`LAYERS` of one layer forward and backward, to the adapter and to the layer's input.
+    """Builds a loop of `LAYERS` layers, forward and backward to the adapter and to the input.
 
     Args:
-      method, shape, remat: as in `layer_cost`.
-      block_tokens: as `ComputeConfig.block_tokens`.
+      method: adapter method; None for the frozen layer.
+      shape: sizes of the layer and its batch.
+      remat: policy of rematerialisation, see `ComputeConfig.remat`.
+      block_tokens: number of tokens of a block, see `ComputeConfig.block_tokens`.
 
     Returns:
-      The function, and the shapes of its arguments: the adapter's weights, the frozen ones, the
-      layer's input, the cotangent of its output, and what a layer takes besides.
+      The function, and the shapes of its arguments: the adapter's weights, the frozen weights, the
+      input of the first layer, the cotangent of the last output, the rotary table, the mask and the
+      index of the layer.
     """
     config = ModelConfig(
         vocab_size=64,
@@ -204,48 +218,48 @@ def layer_step(
 
     def step(adapters: Any, params: Any, x: jax.Array, cotangent: jax.Array, *rest: Any) -> Any:
         def loss(adapters: Any, x: jax.Array) -> jax.Array:
-            def through(x: jax.Array, _: None) -> tuple[jax.Array, Any]:
+            def apply_layer(x: jax.Array, _: None) -> tuple[jax.Array, Any]:
                 variables = {"params": params, "adapters": adapters}
                 (y, _), sown = layer.apply(variables, x, *inputs(*rest), mutable=["router"])
                 return y, sown
 
             if remat != "none":  # as in `LlamaForCausalLM`
                 policy = REMAT_POLICIES[remat]
-                through = jax.checkpoint(through, policy=policy, prevent_cse=False)
-            # In a loop, as in the model. A layer by itself would have what is computed again merged
-            # with what was computed before.
-            y, sown = jax.lax.scan(through, x, length=LAYERS)
+                apply_layer = jax.checkpoint(apply_layer, policy=policy, prevent_cse=False)
+            # In a loop, as in the model: XLA would merge the recomputation of a single layer with
+            # its forward pass.
+            y, sown = jax.lax.scan(apply_layer, x, length=LAYERS)
             return jnp.sum(y * cotangent) + sum(jnp.sum(leaf) for leaf in jax.tree.leaves(sown))
 
-        # With the value: a gradient alone does not need the last product.
+        # With the value, since the gradient does not need the last product.
         return jax.value_and_grad(loss, argnums=(0, 1))(adapters, x)
 
     return step, (variables.get("adapters", {}), variables["params"], x, x, table, mask, index)
 
 
 def algebra(name: str, shape: Shape) -> float:
-    """Operations of the matrix products that a method cannot do without, 2 per multiply-add.
+    """FLOPs of the matrix products that a method needs, 2 for each multiply-add.
 
-    A product with a frozen weight runs twice, forward and for the gradient of its input; one with
-    a trained weight three times, since that has a gradient too. With D, F the widths, G = E R the
-    rank of all experts together, C slots and T tokens, per token:
+    A product with a frozen weight is computed twice, forward and for the gradient of its input. A
+    product with a trained weight is computed three times, also for the weight's gradient. Per
+    token, with widths D and F, joint rank G = E R of all experts, C slots and rows of S tokens:
 
-        frozen      2 (4 D D + 3 D F) and 6 S D of attention; of rows longer than its blocks,
-                    7 D for each key in the query's block or in one before it
-        pair (r)    3 r (in + out), for each projection
-        MixLoRA     gate and up: 3 G (D + C F); down: 3 G (C F + D); the router: 3 D E.
-                    Slots beyond the first repeat what depends on the slot: the products with B of
-                    gate and up and with A of down.
-        any number  of experts (top-p, soft): slot c is expert c, its products are with its own pair
-                    alone, C F becomes F, and what is left is LoRA of rank G and the router; and
-                    2 G F to compute the hidden activations again instead of keeping E of them
-        DoRA        per step and not per token, forward only: the norms' thin product, r D F for
-                    each projection, and terms of rank size. Experts also have gains to apply:
-                    2 C E out for each projection with one-hot slots.
-        MixDoRA     besides: gains scale each expert's output of the down projection, so that W_down
-                    runs once a slot, 2 (C - 1) D F more, and B of down likewise. With top-p, C = E.
-        per         LoRAMoE and MoLA: pairs of rank G and a router on every projection's own input,
-        projection  3 in E.
+        frozen      2 (4 D D + 3 D F), and 6 S D for attention; for rows longer than a block of
+                    attention, 7 D for each key in the query's block or an earlier one
+        pair (r)    3 r (in + out) for each projection
+        MixLoRA     gate and up: 3 G (D + C F); down: 3 G (C F + D); router: 3 D E. The products
+                    with B of gate and up and with A of down are computed for each slot.
+        top-p,      Slot c is expert c, and its products use only its pair, so that C F becomes F:
+        soft        LoRA of rank G and the router. Hidden activations are recomputed instead of
+                    kept for E experts: 2 G F.
+        DoRA        per step, forward only: r D F for the norms' thin product of each projection,
+                    and terms of rank size. Gains of experts add 2 C E out per token for each
+                    projection with one-hot slots.
+        MixDoRA     Gains scale each expert's output of the down projection, so that the products
+                    with W_down and with B of down are computed for each slot: 2 (C - 1) D F more
+                    for W_down. With top-p, C = E.
+        LoRAMoE,    pairs of rank G, and a router on the input of each projection with experts,
+        MoLA        3 in E
     """
     width, ffn_width, rank, experts = shape.width, shape.ffn_width, shape.rank, shape.experts
     tokens, joint = shape.rows * shape.length, shape.experts * shape.rank
@@ -256,9 +270,9 @@ def algebra(name: str, shape: Shape) -> float:
     def pairs(rank: int, projections: list[tuple[int, int]]) -> float:
         return sum(3.0 * rank * (i + o) for i, o in projections)
 
-    def norms(rank: int, projections: list[tuple[int, int]], each: int) -> float:
-        # The cross term, A'A, and (A'A) B, for ranks of `each` by themselves.
-        return sum(rank * (i * o + each * (i + o)) for i, o in projections)
+    def norms(rank: int, projections: list[tuple[int, int]], pair_rank: int) -> float:
+        # The cross term, and A'A and (A'A) B for each pair.
+        return sum(rank * (i * o + pair_rank * (i + o)) for i, o in projections)
 
     if name in ("LoRA", "DoRA"):
         per_token += pairs(rank, attention) + pairs(joint, ffn)
@@ -286,7 +300,7 @@ def algebra(name: str, shape: Shape) -> float:
 
 
 def _scores(length: int) -> float:
-    """Mean number of keys that a query is multiplied with, over all products of attention."""
+    """Number of keys multiplied with a query, summed over all products of attention."""
     if length <= BLOCK:
         return 6.0 * length
     count = -(-length // BLOCK)
@@ -295,7 +309,7 @@ def _scores(length: int) -> float:
 
 
 def table_rows() -> list[dict[str, Any]]:
-    """The figures of all methods at all shapes."""
+    """Computes the figures of all methods at all shapes."""
     rows = []
     for label, shape in SHAPES.items():
         frozen = layer_cost(None, shape).flops
@@ -303,11 +317,11 @@ def table_rows() -> list[dict[str, Any]]:
         for name, make in METHODS.items():
             if label != "D 512" and name not in AT_ALL_SHAPES:
                 continue
-            like = peer_of(name, shape)
-            if like not in peers:
-                peers[like] = layer_cost(like, shape)
-            cost = peers[like] if name == "LoRA" else layer_cost(make(shape), shape)
-            peer = peers[like]
+            baseline = peer_of(name, shape)
+            if baseline not in peers:
+                peers[baseline] = layer_cost(baseline, shape)
+            cost = peers[baseline] if name == "LoRA" else layer_cost(make(shape), shape)
+            peer = peers[baseline]
             rows.append(
                 {
                     "shape": label,
@@ -326,7 +340,7 @@ HEADER = "| shape | method | weights / LoRA's | FLOPs / LoRA's | / frozen | / al
 
 
 def as_markdown(rows: list[dict[str, Any]]) -> str:
-    """The table, as it is written to a file."""
+    """Formats the table as Markdown."""
     shapes = [
         f"- {label}: {', '.join(f'{k} {v}' for k, v in shape._asdict().items())}"
         for label, shape in SHAPES.items()
@@ -334,9 +348,9 @@ def as_markdown(rows: list[dict[str, Any]]) -> str:
     lines = [
         "# Compiled operations of one layer, forward and backward",
         "",
-        "`python benchmarks/layer_cost.py --output benchmarks/layer_cost.md` wrote this, and a",
-        "test holds it true. LoRA has as many trainable weights; `algebra` in that file says what",
-        "each method's matrix products need. float32, as XLA counts them for a CPU:",
+        "Written by `python benchmarks/layer_cost.py --output benchmarks/layer_cost.md` and",
+        "checked by a test. LoRA has equal trainable parameters; `algebra` in `layer_cost.py`",
+        "has the FLOPs of each method's matrix products. In float32, as counted by XLA for a CPU:",
         "",
         *shapes,
         "",
@@ -351,7 +365,7 @@ def as_markdown(rows: list[dict[str, Any]]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
-    parser.add_argument("--output", type=Path, help="also write the table here, as Markdown")
+    parser.add_argument("--output", type=Path, help="Markdown file for the table")
     args = parser.parse_args(argv)
     try:
         check_output(args.output)

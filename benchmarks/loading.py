@@ -4,13 +4,12 @@
     python benchmarks/loading.py --size 1.1b
 
 Writes a random checkpoint, of about --megabytes or of a named --size, in several shards, then loads
-it in fresh processes: on one device and on eight fake CPU devices, float32 as float32 and bfloat16
-as bfloat16. This process samples the loading one's `RssAnon + RssShmem` in /proc every millisecond:
-pages that belong to files are left out, because the system can drop them at any time. (`VmHWM`
-would count them.)
-The baseline is the same process, idle, with jax started and everything imported.
+it in new processes on one device and on eight fake CPU devices, in float32 and in bfloat16. The
+`RssAnon + RssShmem` of a loading process is sampled in /proc every millisecond. It excludes pages
+of files, which the system can drop at any time and which `VmHWM` counts. The baseline is the same
+process with all imports and an initialised jax.
 
-Linux only. Exit status 1 if a peak is above --limit times the parameters' bytes.
+Linux only. Exit status 1 if a peak is above --limit times the bytes of the parameters.
 """
 
 import argparse
@@ -27,16 +26,16 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 MEBIBYTE = 2**20
 LEAST_MEGABYTES = 8
-"""Of which a model of `write_checkpoint`'s proportions can be made."""
+"""Minimum size of a model with the proportions of `write_checkpoint`."""
 SAMPLING_SECONDS = 0.001
-# (type on disk and on the device, fake CPU devices)
+# Dtype on disk and on the device, and number of fake CPU devices.
 CASES = (("float32", 1), ("bfloat16", 1), ("float32", 8), ("bfloat16", 8))
 
 
 def write_checkpoint(
     folder: Path, megabytes: int, dtype: str, shards: int, layers: int = 8
 ) -> None:
-    """A random Llama of about `megabytes` MiB in `shards` files, one in memory at a time."""
+    """Writes a random Llama of about `megabytes` MiB in `shards` files, one file at a time."""
     import jax.numpy as jnp
 
     # Llama's proportions: V about 4 D, F about 2.7 D; then V D 2 + L (4 D D + 3 D F) parameters.
@@ -57,7 +56,7 @@ def write_checkpoint(
 
 
 def write_model(folder: Path, fields: dict[str, Any], dtype: str, shards: int) -> None:
-    """A random model of the `config.json` with these fields, as `write_checkpoint` writes it."""
+    """Writes a random model with these fields of `config.json` in `shards` files."""
     import jax.numpy as jnp
     import numpy as np
     from safetensors.numpy import save_file
@@ -93,7 +92,7 @@ def write_model(folder: Path, fields: dict[str, Any], dtype: str, shards: int) -
 
 
 def load(folder: Path, dtype: str, devices: int) -> None:
-    """The measured process: gets ready, says so, waits for a line, loads, reports, waits again."""
+    """Runs the measured process, which waits for a line on stdin before and after loading."""
     import jax
     import jax.numpy as jnp
 
@@ -107,7 +106,7 @@ def load(folder: Path, dtype: str, devices: int) -> None:
         mesh = jax.make_mesh((devices,), ("fsdp",), (jax.sharding.AxisType.Auto,))
 
         def spread(leaf: jax.ShapeDtypeStruct) -> jax.sharding.NamedSharding:
-            """The last axis that the devices divide is split; layers stay together."""
+            """Sharding along the last axis whose size is a multiple of the number of devices."""
             axes: list[str | None] = [None] * len(leaf.shape)
             for axis in range(len(axes) - 1, -1, -1):
                 if leaf.shape[axis] % devices == 0:
@@ -116,7 +115,7 @@ def load(folder: Path, dtype: str, devices: int) -> None:
             return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes))
 
         shardings = jax.tree.map(spread, abstract_base_params(config, dtype))
-    # What jax sets up at its first transfer and computation is not the checkpoint's.
+    # Memory of jax's first transfer and computation does not belong to the checkpoint.
     jax.block_until_ready([jnp.ones(8) + 1, *(jax.device_put(1.0, d) for d in jax.devices())])
     print("ready", flush=True)
     sys.stdin.readline()
@@ -129,14 +128,14 @@ def load(folder: Path, dtype: str, devices: int) -> None:
 
 
 def anonymous_bytes(pid: int) -> int:
-    """Resident memory of a process that does not belong to files."""
+    """Resident memory of a process in bytes, without pages of files."""
     with open(f"/proc/{pid}/status", encoding="ascii") as status:
         fields = dict(line.split(":", 1) for line in status)
     return sum(int(fields[name].split()[0]) * 1024 for name in ("RssAnon", "RssShmem"))
 
 
 def measure(folder: Path, dtype: str, devices: int) -> dict:
-    """Loads `folder` in a process of its own and reports time and memory in bytes."""
+    """Loads `folder` in a new process; returns its time and its memory in bytes."""
     command = [sys.executable, __file__, "--load", str(folder), dtype, str(devices)]
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
@@ -159,7 +158,7 @@ def measure(folder: Path, dtype: str, devices: int) -> dict:
             report = process.stdout.readline()
             time.sleep(SAMPLING_SECONDS)
         if not report:
-            if process.wait() != -9:  # what Linux does where memory has run out
+            if process.wait() != -9:  # killed by Linux, out of memory
                 raise RuntimeError(f"loading ended with status {process.returncode}; see above")
             return {"dtype": dtype, "devices": devices, "error": "out of memory"}
         after = anonymous_bytes(process.pid)
@@ -181,7 +180,7 @@ def measure(folder: Path, dtype: str, devices: int) -> dict:
 
 
 def row_of(case: dict[str, Any]) -> str:
-    """One case as a line of the table."""
+    """Formats one case as a line of the table."""
     start = f"{case['dtype']:15}  {case['devices']:7}"
     if case["error"]:
         return f"{start}  {case['error']}"
@@ -194,14 +193,14 @@ def row_of(case: dict[str, Any]) -> str:
 
 
 def run(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """All cases; prints each as soon as it is known."""
+    """Measures all cases and prints each of them."""
     from benchmarks.report import check_output, machine, one_line, write_json
     from benchmarks.sizes import hf_fields, model_of
     from moe_jax.errors import ConfigError
 
     check_output(args.output)
     if args.size is not None and args.megabytes is not None:
-        raise ConfigError("--megabytes: goes without --size, which says how large the model is")
+        raise ConfigError("--megabytes: cannot be used with --size; leave one of them out")
     if args.megabytes is None:
         args.megabytes = 1024
     for flag, least in (("megabytes", LEAST_MEGABYTES), ("shards", 1)):
@@ -230,11 +229,15 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Peak host memory of loading a base model.")
-    parser.add_argument("--megabytes", type=int, help="of the checkpoint (1024)")
-    parser.add_argument("--size", help="a model of benchmarks/sizes.py instead of --megabytes")
-    parser.add_argument("--shards", type=int, default=5, help="files that it is split into")
-    parser.add_argument("--limit", type=float, default=1.3, help="largest peak / parameter bytes")
-    parser.add_argument("--output", type=Path, help="JSON file for the results")
+    parser.add_argument("--megabytes", type=int, help="size of the checkpoint in MiB (1024)")
+    parser.add_argument("--size", help="model of benchmarks/sizes.py, instead of --megabytes")
+    parser.add_argument(
+        "--shards", type=int, default=5, help="number of files of the checkpoint (5)"
+    )
+    parser.add_argument(
+        "--limit", type=float, default=1.3, help="maximum peak / parameter bytes (1.3)"
+    )
+    parser.add_argument("--output", type=Path, help="JSON file for the figures")
     parser.add_argument("--load", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.load:
@@ -248,14 +251,14 @@ def main() -> int:
         cases = run(args)
     except UserError as error:
         return refuse(error)
-    beyond = [case for case in cases if not case["error"] and case["peak_ratio"] > args.limit]
-    for case in beyond:
+    above_limit = [case for case in cases if not case["error"] and case["peak_ratio"] > args.limit]
+    for case in above_limit:
         print(
             f"{case['dtype']} on {case['devices']} devices: the peak is above --limit "
-            f"{args.limit}; of a small checkpoint, most of it is the program's own",
+            f"{args.limit}; a small checkpoint is less than the program itself",
             file=sys.stderr,
         )
-    return int(any(case["error"] for case in cases) or bool(beyond))
+    return int(any(case["error"] for case in cases) or bool(above_limit))
 
 
 if __name__ == "__main__":

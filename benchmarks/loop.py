@@ -1,17 +1,16 @@
-"""Overhead of the training loop over its steps: gaps, logging, saves.
+"""Overhead of the training loop over its steps, with logging and saves.
 
     python benchmarks/loop.py --output loop.json
     python benchmarks/loop.py --size d512 --steps 20
 
-A random base is trained by `moe_jax.training.run.loop.train` on generated rows: as it is, with a
-line of metrics after each step, with a state saved every few steps, and with several adapters at
-once. In turn with each of these runs, the same compiled step is called back to back on one batch
-that is on the device already; that is all that the device has to do. Their ratio is 1 where the
-device never waits. Only ratios of neighbours in time are quoted.
+`moe_jax.training.run.loop.train` trains on a random base with generated rows: without saves, with a
+line of metrics after each step, with frequent saves, and with several adapters. These runs
+alternate with consecutive calls of the same compiled step on one batch that is already on the
+device. The ratio of their times is 1 if the device never waits.
 
-The host's own work is also given: processor time of the thread that runs the loop. As long as it is
-shorter than a step on the device, it costs nothing there. On a CPU host and device share the cores,
-so that it costs something even so, and so does writing.
+The processor time of the loop's thread is also reported. It is hidden as long as it is shorter than
+a step on the device. On a CPU, host and device share the cores, so that it adds to the time, and so
+do saves.
 """
 
 import argparse
@@ -40,14 +39,21 @@ from moe_jax.training.step.micro_batches import join_rows
 from moe_jax.training.step.program import build_program
 
 WARM_UP = 10
-"""Steps before the clock starts; the first of them compiles."""
+"""Number of steps before timing starts; the first one compiles."""
 AHEAD = 4
-"""Steps that the host may be ahead of the device, as in the loop."""
+"""Number of steps that the host may be ahead of the device, as in the loop."""
 NEVER = 10**6
 
 
 class Setting(NamedTuple):
-    """Settings of a run besides its steps."""
+    """Settings of a run.
+
+    Attributes:
+      title: description for the table.
+      adapters: number of adapters.
+      log_every: number of steps between two lines of metrics.
+      save_every: number of steps between two saved states.
+    """
 
     title: str
     adapters: int
@@ -56,13 +62,19 @@ class Setting(NamedTuple):
 
 
 class Timing(NamedTuple):
-    """Seconds a step: on the clock, and of the loop's thread on a processor."""
+    """Seconds of a step.
+
+    Attributes:
+      wall: elapsed time.
+      host: processor time of the loop's thread.
+    """
 
     wall: float
     host: float
 
 
 def settings_of(args: argparse.Namespace) -> list[Setting]:
+    """Returns the settings of all measured runs."""
     return [
         Setting("steps only", 1, args.log_every, NEVER),
         Setting("a line each step", 1, 1, NEVER),
@@ -71,8 +83,8 @@ def settings_of(args: argparse.Namespace) -> list[Setting]:
     ]
 
 
-class Bare:
-    """The compiled step alone, on one batch that lies on the device."""
+class StepOnly:
+    """Compiled training step on one batch on the device, without the loop."""
 
     def __init__(self, config: RunConfig):
         inputs = read_inputs(config, lambda _: None)
@@ -87,7 +99,7 @@ class Bare:
         self.seconds(WARM_UP)
 
     def seconds(self, steps: int) -> float:
-        """Seconds a step."""
+        """Runs steps and returns the mean seconds of a step."""
         pending: list[Any] = []
         start = time.perf_counter()
         for _ in range(steps):
@@ -100,11 +112,11 @@ class Bare:
 
 
 def run(config: RunConfig) -> Timing:
-    """A whole run; times of its steps after the first ones."""
+    """Trains and returns the times of a step after the warm-up."""
     stamps: dict[int, tuple[float, float]] = {}
 
     def listen(line: str) -> None:
-        # A line on a step is said as soon as its metrics are there.
+        # The loop reports a step as soon as its metrics are available.
         if line.startswith("step "):
             step = int(line.removeprefix("step ").partition("/")[0])
             stamps[step] = time.perf_counter(), time.thread_time()
@@ -119,6 +131,7 @@ def run(config: RunConfig) -> Timing:
 
 
 def measure(setting: Setting, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """Times the loop and the compiled step alternately with one setting."""
     config = run_config(
         folder,
         setting.adapters,
@@ -127,18 +140,18 @@ def measure(setting: Setting, folder: Path, args: argparse.Namespace) -> dict[st
         training={"steps": WARM_UP + args.steps, "log_every": setting.log_every},
         checkpoints={"every": setting.save_every, "keep": 2},
     )
-    bare = Bare(config)
-    pairs = [(bare.seconds(args.steps), run(config)) for _ in range(args.repeats)]
+    step_only = StepOnly(config)
+    pairs = [(step_only.seconds(args.steps), run(config)) for _ in range(args.repeats)]
     return {
         **setting._asdict(),
-        "loop_to_step": spread([loop.wall / alone for alone, loop in pairs])._asdict(),
-        "step_seconds": spread([alone for alone, _ in pairs])._asdict(),
+        "loop_to_step": spread([loop.wall / step for step, loop in pairs])._asdict(),
+        "step_seconds": spread([step for step, _ in pairs])._asdict(),
         "loop_seconds": spread([loop.wall for _, loop in pairs])._asdict(),
         "host_seconds": spread([loop.host for _, loop in pairs])._asdict(),
     }
 
 
-def shown(figure: dict[str, Any]) -> list[str]:
+def table_cells(figure: dict[str, Any]) -> list[str]:
     ratio = figure["loop_to_step"]
     names = ("step_seconds", "loop_seconds", "host_seconds")
     return [
@@ -153,23 +166,33 @@ def require_whole_numbers(args: argparse.Namespace) -> None:
         if getattr(args, name) < 1:
             raise ConfigError(f"--{name.replace('_', '-')}: must be positive")
     if args.steps < 2 * args.log_every:
-        raise ConfigError(
-            f"--steps: two lines of --log-every {args.log_every} steps have to fit in; give "
-            f"{2 * args.log_every} or more"
-        )
+        raise ConfigError(f"--steps: must be at least {2 * args.log_every}, twice --log-every")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
     parser.add_argument("--size", default="tiny", help=SIZE_HELP)
-    parser.add_argument("--rows", type=int, default=8, help="rows of each adapter in a step (8)")
-    parser.add_argument("--length", type=int, default=64, help="tokens of a row, at most (64)")
-    parser.add_argument("--adapters", type=int, default=4, help="where there are several (4)")
-    parser.add_argument("--log-every", type=int, default=10, help="steps between two lines (10)")
-    parser.add_argument("--save-every", type=int, default=10, help="steps between two states (10)")
-    parser.add_argument("--steps", type=int, default=100, help="that are timed (100)")
-    parser.add_argument("--repeats", type=int, default=5, help="timed pairs (5)")
-    parser.add_argument("--output", type=Path, help="also write the figures here, as JSON")
+    parser.add_argument(
+        "--rows", type=int, default=8, help="number of rows of each adapter in a step (8)"
+    )
+    parser.add_argument(
+        "--length", type=int, default=64, help="maximum number of tokens of a row (64)"
+    )
+    parser.add_argument(
+        "--adapters", type=int, default=4, help="number of adapters of the last run (4)"
+    )
+    parser.add_argument(
+        "--log-every",
+        type=int,
+        default=10,
+        help="number of steps between two lines of metrics (10)",
+    )
+    parser.add_argument(
+        "--save-every", type=int, default=10, help="number of steps between two saved states (10)"
+    )
+    parser.add_argument("--steps", type=int, default=100, help="number of timed steps (100)")
+    parser.add_argument("--repeats", type=int, default=5, help="number of timed pairs (5)")
+    parser.add_argument("--output", type=Path, help="JSON file for the figures")
     args = parser.parse_args(argv)
     logging.getLogger("absl").setLevel(logging.ERROR)
     try:
@@ -177,7 +200,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         require_whole_numbers(args)
         model_of(args.size)
         facts = machine()
-        print(f"{args.size} base, {args.rows} x {args.length} tokens an adapter; {one_line(facts)}")
+        print(
+            f"{args.size} base, {args.rows} x {args.length} tokens per adapter; {one_line(facts)}"
+        )
         figures = []
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
@@ -186,8 +211,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             for setting in settings_of(args):
                 say(f"measuring: {setting.title}")
                 figures.append(measure(setting, folder, args))
-        headings = ("the loop", "loop / step", "step", "loop", "host")
-        print(table(headings, [shown(figure) for figure in figures]))
+        headings = ("setting", "loop / step", "step", "loop", "host")
+        print(table(headings, [table_cells(figure) for figure in figures]))
         write_json(args.output, args, benchmark="loop", machine=facts, figures=figures)
     except UserError as error:
         return refuse(error)

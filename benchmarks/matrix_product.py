@@ -1,4 +1,4 @@
-"""FLOP/s of the machine in large matrix products."""
+"""FLOP/s of large matrix products on this machine."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,32 +11,32 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from benchmarks.timing import seconds_of
 
 _WIDTHS = {"cpu": 1536}
-"""Of the square matrices; on accelerators `_WIDE`, as they need more work to be kept busy."""
+"""Width of the square matrices by platform; other platforms use `_WIDE`."""
 
 _WIDE = 8192
 _LEAST_SECONDS = 0.1
 
 
 class MatrixProduct:
-    """Products of square matrices on every device at once, one after the other.
+    """Consecutive products of square matrices, on all devices in parallel.
 
     Attributes:
-      width: of the matrices.
-      repeats: products of one measurement, enough for a tenth of a second.
-      flops: operations of one measurement, over all devices, two for each multiply-add.
+      width: width of the matrices.
+      repeats: number of products of one measurement, which takes a tenth of a second or more.
+      flops: FLOPs of one measurement on all devices, 2 for each multiply-add.
     """
 
     def __init__(self, dtype: str, devices: Sequence[Any]):
-        """Compiles it and finds out how often to repeat it.
+        """Compiles the product and determines the number of repeats.
 
         Args:
-          dtype: of the matrices and of the product.
-          devices: that multiply.
+          dtype: dtype of the matrices and of the product.
+          devices: devices to measure.
         """
         self.width = _WIDTHS.get(devices[0].platform, _WIDE)
         mesh = Mesh(np.asarray(devices), ("devices",))
         shape = (len(devices), self.width, self.width)
-        # Entries of this size keep the products' as large as the first factor's.
+        # With this deviation the products keep the deviation of the first factor.
         deviation = self.width**-0.5
 
         def draw() -> tuple[jax.Array, jax.Array]:
@@ -59,6 +59,6 @@ class MatrixProduct:
         self.flops = 2 * self.repeats * len(devices) * self.width**3
 
     def seconds(self) -> float:
-        """Of one measurement."""
+        """Runs one measurement and returns its seconds."""
         product = lambda: jax.block_until_ready(self._multiply(self.repeats, *self._factors))
         return seconds_of(product)
