@@ -9,15 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
 
-from moe_jax.commands import (
-    Run,
-    adapter_formats,
-    describe,
-    evaluate,
-    generate,
-    inspect,
-    surgery,
-)
+from moe_jax.commands import Run, adapter_formats, describe, evaluate, generate, inspect, surgery
 from moe_jax.commands.arguments import naming_flags
 from moe_jax.errors import UserError, report
 from moe_jax.version import __version__

@@ -32,13 +32,7 @@ from moe_jax.hf.load import load_base_params
 from moe_jax.inference.api import InferenceSession
 from moe_jax.layers.frozen import storage_of
 from moe_jax.loaded.inference_model import Adapter
-from moe_jax.models.adapted import (
-    SINGLE,
-    CompiledLlama,
-    apply,
-    single_adapter,
-    untrained_adapter,
-)
+from moe_jax.models.adapted import SINGLE, CompiledLlama, apply, single_adapter, untrained_adapter
 from moe_jax.models.causal_lm import LlamaForCausalLM
 from moe_jax.training.run import loop
 from moe_jax.training.run.completion import TrainResult

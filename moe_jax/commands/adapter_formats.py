@@ -68,9 +68,7 @@ def add_export(parser: argparse.ArgumentParser) -> Run:
         help="upload the complete export to this repository; log in with `hf auth login` before",
     )
     parser.add_argument(
-        "--private",
-        action="store_true",
-        help="with --push-to-hub: create a private repository",
+        "--private", action="store_true", help="with --push-to-hub: create a private repository"
     )
     parser.add_argument(
         "--revision",
@@ -119,9 +117,7 @@ def add_import(parser: argparse.ArgumentParser) -> Run:
     )
     add_output(parser)
     parser.add_argument(
-        "--name",
-        type=_folder_name,
-        help="write to DIR/NAME instead, like a training run",
+        "--name", type=_folder_name, help="write to DIR/NAME instead, like a training run"
     )
     return _import
 

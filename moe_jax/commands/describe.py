@@ -86,9 +86,7 @@ def add_adapter_fit(group: argparse._ArgumentGroup) -> None:
         help="number of experts; for mola also N,N,..., one per group of layers (default: 8)",
     )
     group.add_argument(
-        "--target-modules",
-        metavar="A,B,...",
-        help="adapted projections (default: all seven)",
+        "--target-modules", metavar="A,B,...", help="adapted projections (default: all seven)"
     )
     group.add_argument("--dora", action="store_true", help="use DoRA")
 

@@ -64,11 +64,7 @@ class SourceConfig:
             "schema",
             "is not given; name the schema of a row, or a task",
         )
-        require(
-            not is_task or self.schema == "task",
-            "schema",
-            "is set by the task; leave it out",
-        )
+        require(not is_task or self.schema == "task", "schema", "is set by the task; leave it out")
         require(not is_task or not self.columns, "columns", "are set by the task; leave them out")
         require(self.weight > 0, "weight", "must be positive")
         require(self.expert_group >= 0, "expert_group", "must not be negative")

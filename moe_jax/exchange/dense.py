@@ -89,11 +89,7 @@ class DenseFormat(ModelFormat):
             )
 
     def plan(
-        self,
-        adapter: SavedAdapter,
-        base: BaseModel,
-        config: dict[str, Any],
-        options: ExportOptions,
+        self, adapter: SavedAdapter, base: BaseModel, config: dict[str, Any], options: ExportOptions
     ) -> Plan:
         method, tokens = adapter.method, options.tokens
         measuring = None if tokens is None else AdapterMeasurement(adapter, base, tokens)

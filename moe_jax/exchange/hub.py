@@ -147,11 +147,7 @@ def _hub_errors(failure: str, advice: str = "") -> Iterator[None]:
         raise CheckpointError(
             f"{failure}: the hub cannot be reached ({_first_line(error)}){advice}"
         ) from None
-    except (
-        OSError,
-        RuntimeError,
-        ValueError,
-    ) as error:  # from the client or its fast transfer
+    except (OSError, RuntimeError, ValueError) as error:  # from the client or its fast transfer
         raise CheckpointError(f"{failure} ({_first_line(error)}){advice}") from None
 
 

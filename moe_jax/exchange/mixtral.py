@@ -101,11 +101,7 @@ class MixtralFormat(ModelFormat):
         _check_model(adapter.model)
 
     def plan(
-        self,
-        adapter: SavedAdapter,
-        base: BaseModel,
-        config: dict[str, Any],
-        options: ExportOptions,
+        self, adapter: SavedAdapter, base: BaseModel, config: dict[str, Any], options: ExportOptions
     ) -> Plan:
         _check_model(base.config)
         method, model = adapter.method, base.config

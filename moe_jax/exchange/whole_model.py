@@ -204,11 +204,7 @@ class ModelFormat(Format):
 
     @abc.abstractmethod
     def plan(
-        self,
-        adapter: SavedAdapter,
-        base: BaseModel,
-        config: dict[str, Any],
-        options: ExportOptions,
+        self, adapter: SavedAdapter, base: BaseModel, config: dict[str, Any], options: ExportOptions
     ) -> Plan:
         """The checkpoint to write.
 

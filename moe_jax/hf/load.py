@@ -19,13 +19,7 @@ from moe_jax.config.model import ModelConfig, StorageType
 from moe_jax.config.parse import located
 from moe_jax.errors import CheckpointError
 from moe_jax.hf.families.family import EMBEDDING_PATH, HEAD_PATH
-from moe_jax.hf.key_table import (
-    Leaf,
-    base_leaves,
-    ignored_tensors,
-    tensor_name,
-    unexpected_reason,
-)
+from moe_jax.hf.key_table import Leaf, base_leaves, ignored_tensors, tensor_name, unexpected_reason
 from moe_jax.hf.shards import Shards, name_list, open_shards
 from moe_jax.layers.frozen import Storage, check_storage, storage_of
 from moe_jax.layers.quantized import quantize
@@ -51,10 +45,7 @@ def abstract_base_params(config: ModelConfig, dtype: str) -> Tree:
 
 
 def load_base_params(
-    folder: str | Path,
-    config: ModelConfig,
-    dtype: StorageType | str,
-    shardings: Tree | None = None,
+    folder: str | Path, config: ModelConfig, dtype: StorageType | str, shardings: Tree | None = None
 ) -> Tree:
     """Loads the parameters of a base model.
 

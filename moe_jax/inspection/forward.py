@@ -91,11 +91,7 @@ def route_rows(
 
 
 def _route(
-    model: LlamaForCausalLM,
-    params: Any,
-    tree: Any,
-    tokens: jax.Array,
-    token_mask: jax.Array,
+    model: LlamaForCausalLM, params: Any, tree: Any, tokens: jax.Array, token_mask: jax.Array
 ) -> dict[str, TokenRouting]:
     """Routing at every site of rows [B, S], which are padded on the right."""
     compute = LlamaForCausalLM.hidden_states

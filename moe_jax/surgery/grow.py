@@ -156,11 +156,7 @@ def _is_exact(router: Router, times: int | None) -> bool:
 
 
 def _sources(
-    count: int,
-    add: int | None,
-    times: int | None,
-    split: Sequence[int],
-    load: np.ndarray | None,
+    count: int, add: int | None, times: int | None, split: Sequence[int], load: np.ndarray | None
 ) -> list[tuple[int, bool]]:
     """The experts of a new layer: index of the former expert, and True for a copy."""
     if times is not None:
@@ -175,11 +171,7 @@ def _sources(
 
 
 def _add_noise(
-    leaves: Leaves,
-    paths: Sequence[str],
-    is_new: np.ndarray,
-    noise: float,
-    rng: np.random.Generator,
+    leaves: Leaves, paths: Sequence[str], is_new: np.ndarray, noise: float, rng: np.random.Generator
 ) -> None:
     """Adds noise in place to pairs and router columns of new experts; `is_new` is bool [L, E']."""
     for path in paths:

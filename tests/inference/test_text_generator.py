@@ -113,7 +113,7 @@ def test_batches_group_prompts_by_adapter_and_length():
 
 def test_prompts_across_a_change_of_frequencies_are_batched_separately():
     # Of 2, 3 and 4 tokens; with a change after 3, the last one is alone.
-    for options, expected in (({}, [[2, 1], [0]]), ({"switch": 3}, [[2], [1, 0]])):
+    for options, expected in (({}, [[2, 1], [0]]), ({"switch_length": 3}, [[2], [1, 0]])):
         tokens, generator = scripted(**options)
         answers(generator, prompts(None, None, None))
         assert [[r.number for r in batch] for batch in tokens.batches] == expected

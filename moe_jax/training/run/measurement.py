@@ -46,10 +46,7 @@ class Validation(NamedTuple):
 
 
 def validate(
-    program: Program,
-    adapters: Any,
-    params: Any,
-    data: Mapping[str, Mapping[str, Iterable[Batch]]],
+    program: Program, adapters: Any, params: Any, data: Mapping[str, Mapping[str, Iterable[Batch]]]
 ) -> Validation:
     """Measures adapters on their validation sets.
 
