@@ -1,20 +1,20 @@
-"""Packed rows against bucketed ones: padding, tokens a second, compiled steps.
+"""Padding, speed and compiled steps of packed rows, compared with bucketed rows.
 
     python benchmarks/packing.py --output packing.json
     python benchmarks/packing.py --data alpaca.json --base /path/to/llama --size 1.1b
 
-One data set, of rows `instruction`, `input`, `output`, is batched twice by the package's own
-pipeline: each row of it padded to one of several lengths, beside others of like length; and packed
-first-fit into rows of the largest. Each way has about as many tokens in a step. A model of random
-weights then trains MixLoRA on both in turn, a number of steps each time, so that what disturbs one
-disturbs the other. Without `--data` the rows are generated, their lengths as long-tailed as those
-of published instruction data: log-normal, a tenth of them longer than three times the median. The
-default sizes suit a CPU of two cores.
+A data set of rows with `instruction`, `input` and `output` is batched in two variants by the
+package's pipeline: bucketed (each row padded to one of several lengths, with rows of similar
+length) and packed (first-fit into rows of the largest length). Both variants have about the same
+number of tokens in a step. A model of random weights trains MixLoRA on both alternately, a number
+of steps in each round, so that disturbances affect both. Without `--data` the rows are generated
+with log-normal lengths, as long-tailed as published instruction data: a tenth is longer than three
+times the median. The default sizes suit a CPU of two cores.
 
-Columns: padding's share of all tokens in an epoch; rows of the data set in a row of the batch;
-steps of an epoch; real tokens a second, the median of the rounds and all that were measured;
-compiled FLOPs for each real token, and their ratio, which no timing disturbs; how many steps are
-compiled, and the seconds that takes.
+Columns: share of padding in the tokens of an epoch; rows of the data set in a row of the batch;
+rows of a step; steps of an epoch; tokens per second without padding, median and range of the
+rounds; compiled FLOPs for each token without padding; number of compiled steps, and seconds of
+compiling.
 """
 
 import argparse
@@ -58,37 +58,42 @@ from moe_jax.errors import ConfigError, UserError
 from moe_jax.training.step.program import Program, build_program
 
 BUCKETED, PACKED = "bucketed", "packed"
-"""The ways to make batches of the same data."""
+"""Variants of batches of the same data."""
 
 BASE = Path(__file__).resolve().parents[1] / "moe_jax" / "demo" / "base"
 GENERATED_ROWS = 2000
 MEDIAN_WORDS = 60
 BUCKETS = (128, 256, 512)
 SIGMA = 0.9
-"""Of the logarithm of a generated row's words: a tenth has over 3.2 times the median."""
+"""Deviation of the logarithm of a row's number of words; a tenth exceeds 3.2 times the median."""
 
 
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
     add = parser.add_argument
-    add("--data", type=Path, help="rows instruction, input, output; generated without")
-    add("--base", type=Path, default=BASE, help="a folder with a tokenizer (the demo's)")
+    add("--data", type=Path, help="file of rows with instruction, input, output (generated rows)")
+    add("--base", type=Path, default=BASE, help="folder with a tokenizer (the demo's)")
     add("--size", default="tiny", help=SIZE_HELP)
-    add("--rows", type=int, default=4, help="packed rows of a step (4)")
-    add("--length", type=int, default=1024, help="tokens of the longest row, and of all packed")
-    shorter = ",".join(map(str, BUCKETS))
-    add("--buckets", help=f"shorter lengths of bucketed rows (those of {shorter} below --length)")
-    add("--dtype", default="float32", choices=get_args(FloatType), help="of all numbers")
-    add("--attention", default="xla", help="its implementation, see ComputeConfig (xla)")
-    add("--rank", type=int, default=8, help="of every pair (8)")
-    add("--steps", type=int, default=4, help="of each way in a round (4)")
-    add("--rounds", type=int, default=5, help="that are timed (5)")
-    add("--output", type=Path, help="also write the figures here, as JSON")
+    add("--rows", type=int, default=4, help="number of packed rows of a step (4)")
+    add("--length", type=int, default=1024, help="number of tokens of packed rows (1024)")
+    buckets = ",".join(map(str, BUCKETS))
+    add("--buckets", help=f"other lengths of bucketed rows (of {buckets}, those below --length)")
+    add(
+        "--dtype",
+        default="float32",
+        choices=get_args(FloatType),
+        help="dtype of the base and of the computation",
+    )
+    add("--attention", default="xla", help="ComputeConfig.attention (xla)")
+    add("--rank", type=int, default=8, help="rank of every pair (8)")
+    add("--steps", type=int, default=4, help="number of steps of each variant in a round (4)")
+    add("--rounds", type=int, default=5, help="number of timed rounds (5)")
+    add("--output", type=Path, help="JSON file for the figures")
     return parser
 
 
 def check(args: argparse.Namespace) -> None:
-    """Checks the flags before anything is read.
+    """Checks the flags before the data are read.
 
     Raises:
       ConfigError: a flag is invalid.
@@ -109,23 +114,23 @@ def check(args: argparse.Namespace) -> None:
     for bucket in args.buckets:
         if not 0 < bucket < args.length:
             raise ConfigError(
-                f"--buckets: {bucket} is not between 1 and {args.length - 1}, as what is shorter "
-                "than the longest row is; leave it out, or give a larger --length"
+                f"--buckets: {bucket} is not between 1 and {args.length - 1}; leave it out, or "
+                "give a larger --length"
             )
 
 
-def generated(folder: Path) -> Path:
-    """Writes rows of random words whose number is log-normal."""
+def write_generated_rows(folder: Path) -> Path:
+    """Writes rows of random words with log-normal lengths."""
     rng, words, rows = random.Random(0), sorted(PLURALS), []
     for _ in range(GENERATED_ROWS):
         count = max(4, round(rng.lognormvariate(math.log(MEDIAN_WORDS), SIGMA)))
         text = rng.choices(words, k=count)
-        asked = rng.randint(2, max(2, count // 2))
+        split = rng.randint(2, max(2, count // 2))
         rows.append(
             {
-                "instruction": " ".join(text[:asked]),
+                "instruction": " ".join(text[:split]),
                 "input": "",
-                "output": " ".join(text[asked:]),
+                "output": " ".join(text[split:]),
             }
         )
     file = folder / "generated.json"
@@ -133,8 +138,8 @@ def generated(folder: Path) -> Path:
     return file
 
 
-def run_config(way: str, rows: int, path: Path, args: argparse.Namespace) -> RunConfig:
-    """A run on the data at `path`, of `rows` rows a step.
+def run_config(variant: str, rows: int, path: Path, args: argparse.Namespace) -> RunConfig:
+    """Configures a run on the data at `path` with `rows` rows in a step.
 
     Raises:
       ConfigError: a field set by a flag is invalid.
@@ -152,7 +157,7 @@ def run_config(way: str, rows: int, path: Path, args: argparse.Namespace) -> Run
         "train": {"data": {"path": str(path), "schema": "instruction"}},
         "max_length": args.length,
         "buckets": tuple(args.buckets),
-        "packing": "first_fit" if way == PACKED else "none",
+        "packing": "first_fit" if variant == PACKED else "none",
     }
     adapter = {
         "method": method,
@@ -165,16 +170,16 @@ def run_config(way: str, rows: int, path: Path, args: argparse.Namespace) -> Run
         "compute": {"dtype": args.dtype, "attention": args.attention},
         "mesh": {"data": 1},
         "training": {"epochs": 1.0},
-        "adapters": {way: adapter},
+        "adapters": {variant: adapter},
     }
     return parse_run_config(raw, METHODS)
 
 
-class Way:
-    """One way to make batches, and the steps on them.
+class BatchingVariant:
+    """Batches of one variant and training steps on them.
 
     Attributes:
-      figures: what was found so far.
+      figures: figures of the variant by name.
     """
 
     def __init__(self, config: RunConfig, data: TrainData, params: Any, args: argparse.Namespace):
@@ -210,10 +215,10 @@ class Way:
         }
 
     def round(self) -> float:
-        """Does a round's steps and waits for them; seconds for each real token."""
+        """Runs the steps of a round; returns the seconds for each token without padding."""
         tokens, start, metrics = 0, time.perf_counter(), None
         for _ in range(self._steps):
-            # Spread over the epoch, so that few steps see all of its lengths.
+            # Spread over the epoch, so that few steps cover all row lengths.
             batch = self._batches[self._place % len(self._batches)]
             self._place += max(1, len(self._batches) // self._steps - 1)
             tokens += real_tokens(batch)
@@ -224,74 +229,82 @@ class Way:
 
 
 def real_tokens(batch: Batch) -> int:
+    """Number of tokens without padding."""
     return int((batch.segment_ids > 0).sum())
 
 
 def sequences(batch: Batch) -> int:
+    """Number of rows of the data set in a batch."""
     return int(((batch.segment_ids > 0) & (batch.positions == 0)).sum())
 
 
 def program_of(config: RunConfig, args: argparse.Namespace) -> Program:
+    """Builds the training program of a run."""
     tokenizer = load_tokenizer(args.base)
     model = model_of(args.size, max(len(tokenizer), model_of(args.size).vocab_size))
     return build_program(config, model, 10**6, jax.devices()[:1])
 
 
 def measure(args: argparse.Namespace, path: Path) -> dict[str, dict[str, Any]]:
-    """The figures of both ways."""
+    """Measures both variants and returns their figures."""
     tokenizer = load_tokenizer(args.base)
 
-    def data_of(way: str, rows: int) -> tuple[RunConfig, TrainData]:
-        config = run_config(way, rows, path, args)
-        data = config.adapters[way].data
+    def data_of(variant: str, rows: int) -> tuple[RunConfig, TrainData]:
+        config = run_config(variant, rows, path, args)
+        data = config.adapters[variant].data
         return config, load_train_data(data, tokenizer, rows, seed=0, field="--data")
 
     config, data = data_of(PACKED, args.rows)
     params = params_of(program_of(config, args))
-    ways = {PACKED: Way(config, data, params, args)}
-    rows = max(1, round(args.rows * ways[PACKED].figures["rows_in_a_row"]))
-    ways[BUCKETED] = Way(*data_of(BUCKETED, rows), params, args)
+    variants = {PACKED: BatchingVariant(config, data, params, args)}
+    rows = max(1, round(args.rows * variants[PACKED].figures["rows_in_a_row"]))
+    variants[BUCKETED] = BatchingVariant(*data_of(BUCKETED, rows), params, args)
     say("timing")
-    rounds = {way: ways[way].round for way in (BUCKETED, PACKED)}
-    samples, failed = interleaved(rounds, args.rounds, untimed=1)
-    for way in rounds:
-        if way in failed:
-            raise ConfigError(f"--rows: {way} steps ran out of memory; give fewer, or a --size")
-        figures = ways[way].figures
-        figures["tokens_per_second"] = spread([1 / s for s in samples[way]])._asdict()
+    rounds = {variant: variants[variant].round for variant in (BUCKETED, PACKED)}
+    samples, failures = interleaved(rounds, args.rounds, untimed=1)
+    for variant in rounds:
+        if variant in failures:
+            raise ConfigError(
+                f"--rows: {variant} steps ran out of memory; use fewer rows or a smaller --size"
+            )
+        figures = variants[variant].figures
+        figures["tokens_per_second"] = spread([1 / s for s in samples[variant]])._asdict()
     ratios = [b / p for b, p in zip(samples[BUCKETED], samples[PACKED], strict=True)]
-    ways[PACKED].figures["speed_ratio"] = spread(ratios)._asdict()
-    ratio = ways[PACKED].figures["flops_per_token"] / ways[BUCKETED].figures["flops_per_token"]
-    ways[PACKED].figures["flops_ratio"] = ratio
-    return {way: ways[way].figures for way in rounds}
+    variants[PACKED].figures["speed_ratio"] = spread(ratios)._asdict()
+    ratio = (
+        variants[PACKED].figures["flops_per_token"] / variants[BUCKETED].figures["flops_per_token"]
+    )
+    variants[PACKED].figures["flops_ratio"] = ratio
+    return {variant: variants[variant].figures for variant in rounds}
 
 
 def as_table(figures: dict[str, dict[str, Any]]) -> str:
+    """Formats the figures as a table."""
     lines = []
-    for way, own in figures.items():
-        speed = own["tokens_per_second"]
+    for variant, row in figures.items():
+        speed = row["tokens_per_second"]
         lines.append(
             [
-                way,
-                f"{own['padding_share']:.1%}",
-                f"{own['rows_in_a_row']:.1f}",
-                f"{own['rows_of_a_step']}",
-                f"{own['steps_of_an_epoch']}",
+                variant,
+                f"{row['padding_share']:.1%}",
+                f"{row['rows_in_a_row']:.1f}",
+                f"{row['rows_of_a_step']}",
+                f"{row['steps_of_an_epoch']}",
                 f"{speed['median']:,.0f} ({speed['lowest']:,.0f} to {speed['highest']:,.0f})",
-                f"{own['flops_per_token'] / 1e6:,.2f}",
-                f"{own['compiled_steps']} in {own['compile_seconds']:.0f} s",
+                f"{row['flops_per_token'] / 1e6:,.2f}",
+                f"{row['compiled_steps']} in {row['compile_seconds']:.0f} s",
             ]
         )
     headings = (
-        *("batches", "padding", "rows in a row", "rows a step", "steps an epoch"),
-        *("real tokens/s", "MFLOP a real token", "compiled steps"),
+        *("variant", "padding", "rows in a row", "rows per step", "steps per epoch"),
+        *("tokens/s", "MFLOP per token", "compiled steps"),
     )
     packed = figures[PACKED]
     ratio = packed["speed_ratio"]
     summary = (
-        f"packed against bucketed: {ratio['median']:.2f} times the real tokens a second "
+        f"packed / bucketed: {ratio['median']:.2f} times the tokens per second "
         f"({ratio['lowest']:.2f} to {ratio['highest']:.2f}), {packed['flops_ratio']:.2f} times "
-        "the FLOPs for each"
+        "the FLOPs per token"
     )
     return "\n".join([table(headings, lines), summary])
 
@@ -302,7 +315,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         check(args)
         about = machine()
         with without_compilation_cache(), tempfile.TemporaryDirectory() as folder:
-            path = generated(Path(folder)) if args.data is None else args.data
+            path = write_generated_rows(Path(folder)) if args.data is None else args.data
             figures = measure(args, path)
         print(f"{args.size} model, rows of {args.length} tokens; {one_line(about)}")
         print(as_table(figures))

@@ -1,4 +1,4 @@
-"""Peak memory of a process from a point on; needs Python only."""
+"""Peak memory of a process since a point in time. Needs Python only."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,18 +8,18 @@ _SELF = Path("/proc/self")
 
 
 class PeakMemory:
-    """From its making on: of GPUs and TPUs the allocator's account, of CPUs resident memory.
+    """Peak memory since construction: allocated memory of GPUs and TPUs, resident memory of CPUs.
 
-    An allocator's peak is that of the whole process, so that there has to be a process for each
-    thing to be measured. Resident memory counts from what there was at first, and with it come
-    small differences by what the process had freed, and had not given back, before.
+    The allocator's peak is that of the whole process, so each measurement needs a new process.
+    The increase of resident memory is reported; it can differ slightly if the process had freed
+    memory earlier without returning it to the system.
     """
 
     def __init__(self, devices: Sequence[Any]):
-        """Begins to measure.
+        """Starts the measurement.
 
         Args:
-          devices: jax's.
+          devices: devices of jax.
         """
         self._devices = devices
         self._before = None
@@ -27,7 +27,7 @@ class PeakMemory:
             self._before = _status_bytes("VmRSS")
 
     def bytes(self) -> int | None:
-        """Of the device that took most; None where neither is known."""
+        """Peak of the device with the highest peak, in bytes; None if unknown."""
         if self._devices[0].platform == "cpu":
             return None if self._before is None else _status_bytes("VmHWM") - self._before
         peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in self._devices]

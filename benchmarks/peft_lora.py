@@ -1,10 +1,10 @@
-"""The child process that trains peft's LoRA: `peft_process.py` starts it and asks for its steps.
+"""Child process that trains peft's LoRA, started and controlled by `peft_process.py`.
 
     python benchmarks/peft_lora.py FOLDER
 
-FOLDER has the weights, the tokens and `settings.json`. Each line read from standard input is a
-step, which a line of JSON answers, with its seconds and its loss. Needs torch, transformers, peft
-and numpy, and neither jax nor this project's package.
+FOLDER has the weights, the tokens and `settings.json`. Each line on standard input runs a step and
+prints a line of JSON with its seconds and loss. Needs torch, transformers, peft and numpy, but
+neither jax nor the package.
 """
 
 import json
@@ -26,7 +26,7 @@ from benchmarks.torch_llama import ArrayFolder, copy_pairs, target_modules, torc
 
 
 def adapted_model(folder: Path, settings: dict[str, Any]) -> Any:
-    """The frozen model with a fresh LoRA on all seven projections, the same as ours."""
+    """Builds the frozen model with LoRA on all seven projections, from the given weights."""
     arrays = ArrayFolder(folder)
     device, dtype = settings["device"], settings["dtype"]
     base = torch_llama(settings["model"], arrays, dtype, device)
@@ -46,7 +46,7 @@ def adapted_model(folder: Path, settings: dict[str, Any]) -> Any:
 
 
 def step_of(model: Any, tokens: torch.Tensor, settings: dict[str, Any]) -> Callable[[], float]:
-    """A function that does one training step and returns the loss, as Python's, and so waits."""
+    """Returns a function that runs one training step, waits for it and returns the loss."""
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=settings["learning_rate"], weight_decay=0.0)
     dtype, micro = getattr(torch, settings["dtype"]), settings["micro_batches"]
@@ -72,6 +72,7 @@ def step_of(model: Any, tokens: torch.Tensor, settings: dict[str, Any]) -> Calla
 
 
 def answer(**fields: Any) -> None:
+    """Prints the fields as a line of JSON."""
     print(json.dumps(fields), flush=True)
 
 
@@ -81,7 +82,7 @@ def main() -> None:
     if settings["device"] == "cuda" and not torch.cuda.is_available():
         answer(refused=f"the torch of {sys.executable} has no CUDA, and jax runs on a GPU")
         return
-    # peft reads what transformers calls by another name from now on.
+    # peft reads an attribute that transformers has deprecated.
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
     torch.set_num_threads(settings["threads"])
     try:

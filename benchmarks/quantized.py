@@ -1,14 +1,13 @@
-"""A base in eight and four bits against bfloat16: bytes, errors, loading, and a training run.
+"""Memory, error, loading time and training of a base in eight and four bits.
 
     python benchmarks/quantized.py --output quantized.json
 
-First a random checkpoint of about --megabytes, with embeddings as large beside its layers as those
-of Llama-2-7B, is loaded as each type: bytes of the parameters, the error of the layers' kernels,
-and the seconds it takes. Then the demo's MixLoRA is trained on the demo's base in each type, in
-float32 arithmetic, and the losses are compared with those on the base in bfloat16, which is how it
-is stored: the sum of all differences over the sum of all losses, and the validation loss. Two runs
-drift apart by rounding alone as their losses near zero, so a control is trained as well: on the
-base in bfloat16, in two micro-batches.
+A random checkpoint of about --megabytes, with the proportions of Llama-2-7B, is loaded as each
+storage type: bytes of the parameters, error of the layers' kernels, and seconds. Then the demo's
+MixLoRA is trained in float32 on the demo's base in each type, and its losses are compared with
+those on the base in bfloat16, its type on disk: sum of the differences divided by the sum of the
+losses, and validation loss. Two runs diverge by rounding as their losses approach zero, so a
+control is also trained on the base in bfloat16, in two micro-batches.
 """
 
 import argparse
@@ -50,14 +49,14 @@ from moe_jax.layers.quantized import dense_kernel
 ROOT = Path(__file__).resolve().parents[1]
 KINDS = ("bfloat16", "int8", "fp8", "nf4", "nf4_double")
 CONTROL = "control"
-# 8 D^2 of embedding and head beside 16 x 12.25 D^2 are 3.9%, as in Llama-2-7B.
+# Embedding and head have 8 D^2 parameters, 3.9% of all with 16 layers of 12.25 D^2, as in 7B.
 LAYERS = 16
 CONFIG = load_config_file(str(ROOT / "configs" / "tiny_mixlora.py"))
 WARMUP = CONFIG["adapters"]["default"]["optimizer"]["schedule"]["warmup_steps"]
 
 
-def loaded(folder: Path, kind: str) -> dict[str, Any]:
-    """Memory and loading time of a base as `kind`, and the error of its kernels."""
+def loading_figures(folder: Path, kind: str) -> dict[str, Any]:
+    """Loads a base as `kind`; returns its memory, its loading time and its kernels' error."""
     config = read_model_config(folder)
     start = time.perf_counter()
     params = load_base_params(folder, config, kind)
@@ -78,15 +77,15 @@ def loaded(folder: Path, kind: str) -> dict[str, Any]:
     return {"bytes": size, "seconds": seconds, "error": (difference / total) ** 0.5}
 
 
-def trained(kind: str, data: Path, workdir: Path, steps: int) -> dict[str, Any]:
-    """The losses of the demo's run on its base as `kind`."""
+def training_figures(kind: str, data: Path, workdir: Path, steps: int) -> dict[str, Any]:
+    """Trains the demo's run on its base as `kind`; returns its losses."""
     raw = copy.deepcopy(CONFIG)
     control = kind == CONTROL
     dtype = "bfloat16" if control else kind
     raw["base"] = {"path": str(ROOT / "moe_jax" / "demo" / "base"), "param_dtype": dtype}
-    own = raw["adapters"]["default"]["data"]
-    own["train"]["tasks"]["path"] = str(data / "train.jsonl")
-    for task, source in own["validation"].items():
+    sources = raw["adapters"]["default"]["data"]
+    sources["train"]["tasks"]["path"] = str(data / "train.jsonl")
+    for task, source in sources["validation"].items():
         source["path"] = str(data / "validation" / f"{task}.jsonl")
     raw["training"] = {"steps": steps, "log_every": max(1, steps // 20)}
     raw["training"]["micro_batches"] = 2 if control else 1
@@ -98,46 +97,48 @@ def trained(kind: str, data: Path, workdir: Path, steps: int) -> dict[str, Any]:
 
 
 def loading_table(figures: dict[str, dict[str, Any]]) -> str:
-    """Table of memory and loading time by kind."""
+    """Formats memory and loading time by kind as a table."""
     lines = [
         [
             kind,
-            f"{own['bytes'] / MEBIBYTE:.1f}",
-            f"{own['bytes'] / figures['bfloat16']['bytes']:.3f}",
-            f"{own['error']:.2%}",
-            f"{own['seconds']:.1f}",
+            f"{row['bytes'] / MEBIBYTE:.1f}",
+            f"{row['bytes'] / figures['bfloat16']['bytes']:.3f}",
+            f"{row['error']:.2%}",
+            f"{row['seconds']:.1f}",
         ]
-        for kind, own in figures.items()
+        for kind, row in figures.items()
     ]
-    return table(("kept as", "MiB", "of bfloat16", "error of kernels", "seconds"), lines)
+    return table(("stored as", "MiB", "of bfloat16", "error of kernels", "seconds"), lines)
 
 
 def training_table(figures: dict[str, dict[str, Any]]) -> str:
-    """Table of the differences between each kind's losses and those of bfloat16."""
+    """Formats the differences of each kind's losses from bfloat16's as a table."""
     lines = [
         [
             kind,
-            f"{own['losses'][-1]:.4f}",
-            f"{own['difference']:.2%}",
-            f"{own['validation']:.4f}",
+            f"{row['losses'][-1]:.4f}",
+            f"{row['difference']:.2%}",
+            f"{row['validation']:.4f}",
         ]
-        for kind, own in figures.items()
+        for kind, row in figures.items()
     ]
     return table(("trained on", "last loss", "difference of the curve", "validation"), lines)
 
 
 def difference(losses: list[float], exact: list[float]) -> float:
-    """All differences of two curves over all of the second one."""
-    return sum(abs(own - other) for own, other in zip(losses, exact, strict=True)) / sum(exact)
+    """Sum of the differences of two curves, divided by the sum of the second curve."""
+    return sum(abs(loss - other) for loss, other in zip(losses, exact, strict=True)) / sum(exact)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
-    parser.add_argument("--megabytes", type=int, default=1024, help="of the checkpoint (1024)")
     parser.add_argument(
-        "--steps", type=int, default=400, help="of the training run; 0 leaves it out (400)"
+        "--megabytes", type=int, default=1024, help="size of the checkpoint in MiB (1024)"
     )
-    parser.add_argument("--output", type=Path, help="also write the figures here, as JSON")
+    parser.add_argument(
+        "--steps", type=int, default=400, help="number of training steps; 0 for no training (400)"
+    )
+    parser.add_argument("--output", type=Path, help="JSON file for the figures")
     args = parser.parse_args(argv)
     try:
         check_output(args.output)
@@ -155,17 +156,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             write_checkpoint(folder, args.megabytes, "bfloat16", shards=5, layers=LAYERS)
             for kind in KINDS:
                 say(f"{kind}: loading")
-                loads[kind] = loaded(folder, kind)
+                loads[kind] = loading_figures(folder, kind)
             print(loading_table(loads), flush=True)
             if args.steps:
                 data = Path(scratch) / "data"
                 write_corpus(data, 0)
                 for kind in (*KINDS, CONTROL):
                     say(f"{kind}: training")
-                    trainings[kind] = trained(kind, data, Path(scratch) / kind, args.steps)
+                    trainings[kind] = training_figures(kind, data, Path(scratch) / kind, args.steps)
                 exact = trainings["bfloat16"]["losses"]
-                for own in trainings.values():
-                    own["difference"] = difference(own["losses"], exact)
+                for row in trainings.values():
+                    row["difference"] = difference(row["losses"], exact)
                 print(training_table(trainings))
         write_json(
             args.output,

@@ -1,4 +1,4 @@
-"""Random weights, made where they are needed, and random batches; needs jax and flax only."""
+"""Random weights, created on their devices, and random batches. Needs jax and flax only."""
 
 import functools
 from typing import TYPE_CHECKING, Any
@@ -16,20 +16,20 @@ if TYPE_CHECKING:
     from moe_jax.training.step.program import Program
 
 DEVIATION = 0.02
-"""Of all weights but those of norms, which are one."""
+"""Standard deviation of all weights except for the scales of norms, which are one."""
 
 
 def random_params(abstract: Any, shardings: Any, param_dtype: str, seed: int = 0) -> Any:
-    """A base of random weights, each made on the devices that keep it.
+    """Draws the random weights of a base, each on its devices.
 
-    Layers are drawn one by one, so that what is held beside the weights is one layer's kernel in
-    float32, before it is rounded or quantised.
+    Layers are drawn one at a time, so that only one layer's kernel is in memory in float32 before
+    it is rounded or quantised.
 
     Args:
-      abstract: shapes and types of the leaves, as `Program.abstract_params`.
-      shardings: where they live, as `Program.param_shardings`; None is one device.
-      param_dtype: how kernels are kept, a `StorageType`.
-      seed: of the weights.
+      abstract: shapes and dtypes of the leaves, see `Program.abstract_params`.
+      shardings: shardings of the leaves, see `Program.param_shardings`; None for one device.
+      param_dtype: storage type of the kernels, a `StorageType`.
+      seed: seed of the weights.
     """
     kind = storage_of(param_dtype).quantization
     is_kernel = lambda leaf: isinstance(leaf, QuantizedKernel)
@@ -40,54 +40,58 @@ def random_params(abstract: Any, shardings: Any, param_dtype: str, seed: int = 0
     keys = jax.random.split(jax.random.key(seed), len(leaves))
 
     @functools.cache
-    def drawing(shape: tuple[int, ...], stored: Any, form: Any, *places: Any) -> Any:
-        """Compiled once for all leaves that are alike."""
+    def draw_function(shape: tuple[int, ...], stored: Any, form: Any, *places: Any) -> Any:
+        """Returns the compiled function that draws a leaf, shared by equal leaves."""
 
         def kernel(key: jax.Array) -> Any:
             values = DEVIATION * jax.random.normal(key, shape[-2:], jnp.float32)
             return quantize(values, str(kind)) if stored == kind else values.astype(stored)
 
-        def drawn(key: jax.Array) -> Any:
+        def draw_leaf(key: jax.Array) -> Any:
             if len(shape) == 2:
                 return kernel(key)
             return jax.lax.map(kernel, jax.random.split(key, shape[0]))
 
-        return jax.jit(drawn, out_shardings=jax.tree.unflatten(form, places))
+        return jax.jit(draw_leaf, out_shardings=jax.tree.unflatten(form, places))
 
-    def made(path: Any, leaf: Any, place: Any, key: jax.Array) -> Any:
+    def random_leaf(path: Any, leaf: Any, place: Any, key: jax.Array) -> Any:
         if path[-1].key == "scale":
             return jax.device_put(np.ones(leaf.shape, leaf.dtype), place)
-        # Kernels that are quantised have a tree of places; all of a shape have the same.
-        own, form = jax.tree.flatten(place)
-        return drawing(leaf.shape, kind if is_kernel(leaf) else leaf.dtype, form, *own)(key)
+        # A quantised kernel has a tree of shardings, equal for equal shapes.
+        leaf_shardings, form = jax.tree.flatten(place)
+        return draw_function(leaf.shape, kind if is_kernel(leaf) else leaf.dtype, form, *shardings)(
+            key
+        )
 
     values = [
-        made(path, leaf, place, key)
+        random_leaf(path, leaf, place, key)
         for (path, leaf), place, key in zip(leaves, places, keys, strict=True)
     ]
     return jax.tree.unflatten(tree, values)
 
 
 def params_of(program: "Program", seed: int = 0) -> Any:
-    """A random base for a training program."""
+    """Draws a random base for a training program."""
     dtype = program.config.base.param_dtype
     return random_params(program.abstract_params, program.param_shardings, dtype, seed)
 
 
 def random_like(shapes: Any) -> Any:
-    """Small random numbers, trues and zeros of the shapes and types of a tree's leaves."""
+    """Arrays like a tree's leaves: small random floats, True for booleans, zero for integers."""
 
-    def one(index: int, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    def random_array(index: int, leaf: jax.ShapeDtypeStruct) -> jax.Array:
         if jnp.issubdtype(leaf.dtype, jnp.floating):
             return DEVIATION * jax.random.normal(jax.random.key(index), leaf.shape, leaf.dtype)
         return jnp.full(leaf.shape, leaf.dtype == jnp.bool, leaf.dtype)
 
     leaves, tree = jax.tree.flatten(shapes)
-    return jax.tree.unflatten(tree, [one(index, leaf) for index, leaf in enumerate(leaves)])
+    return jax.tree.unflatten(
+        tree, [random_array(index, leaf) for index, leaf in enumerate(leaves)]
+    )
 
 
 def random_batch(model: ModelConfig, rows: int, length: int, seed: int = 0) -> Batch:
-    """Rows without padding, of which every token but the first is a target."""
+    """Random rows without padding; every token except for the first is a target."""
     shape = (rows, length)
     fields: dict[str, np.ndarray] = dict.fromkeys(Batch._fields, np.zeros(shape, np.int32))
     tokens = np.random.default_rng(seed).integers(0, model.vocab_size, shape)

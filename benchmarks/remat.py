@@ -3,18 +3,17 @@
     python benchmarks/remat.py --output benchmarks/remat.md
     python benchmarks/remat.py --compile-for v5p
 
-The training step of `configs/llama7b_mixlora.py` is compiled for one device and one row of 2048
-tokens, and that of `configs/llama7b_lora.py`, which trains as many weights, beside it: from shapes
-alone, no weights are made. Operations are counted with all rounds of all loops; memory is what the
-step holds at its peak besides its arguments. Both compute in float32: a CPU multiplies bfloat16 by
-way of float32 copies of the weights, which an accelerator does not make, and which would be
-counted. In bfloat16 what is kept takes half. `tests/benchmarks/test_remat.py` holds the written
-table true.
+The training steps of `configs/llama7b_mixlora.py` and of `configs/llama7b_lora.py`, with equal
+trainable parameters, are compiled for one device and one row of 2048 tokens, from shapes without
+weights. FLOPs include all iterations of all loops; memory is the peak of temporaries. The steps
+compute in float32, since a CPU multiplies bfloat16 with float32 copies of the weights, which an
+accelerator does not need. In bfloat16, kept activations take half the memory.
+`tests/benchmarks/test_remat.py` checks the table.
 
-With `--compile-for` the same is compiled for a chip of a TPU, in bfloat16. That needs the package
-`libtpu`, two minutes a program, and no TPU; no test repeats it.
+With `--compile-for`, the steps are compiled for a TPU chip in bfloat16. This needs the package
+`libtpu` and two minutes for each program, but no TPU. No test repeats it.
 
-Needs no accelerator, and no network.
+Runs without an accelerator and without a network.
 """
 
 import argparse
@@ -47,12 +46,12 @@ POLICIES = ("none", *REMAT_POLICIES)
 
 
 class StepCost(NamedTuple):
-    """Of one compiled step.
+    """Cost of one compiled step.
 
     Attributes:
-      flops: operations.
-      temporary: bytes.
-      arguments: bytes of weights, adapters and the optimiser's state.
+      flops: FLOPs of a step.
+      temporary: bytes of temporaries.
+      arguments: bytes of weights, adapters and optimizer state.
     """
 
     flops: float
@@ -61,11 +60,12 @@ class StepCost(NamedTuple):
 
 
 def step_cost(method: str, policy: str, chip: Any = None) -> StepCost:
-    """Compiles the step of one of `CONFIGS` with one of `POLICIES`.
+    """Compiles a training step and counts its cost.
 
     Args:
-      method, policy: which.
-      chip: a TPU to compile for, in bfloat16; None for this machine, in float32.
+      method: one of `CONFIGS`.
+      policy: one of `POLICIES`.
+      chip: TPU to compile for, in bfloat16; None for this machine, in float32.
     """
     module = importlib.import_module(f"configs.{CONFIGS[method]}")
     config = parse_run_config(module.get_config().to_dict(), METHODS)
@@ -88,7 +88,8 @@ def _one_row(config: RunConfig, name: str, adapter: Any, policy: str, dtype: Any
         dtype=dtype,
         attention="xla",
         remat=policy,
-        block_tokens=LENGTH,  # as on accelerators
+        # One block of all tokens: the einsum form without blocks.
+        block_tokens=LENGTH,
     )
     return dataclasses.replace(
         config,
@@ -104,7 +105,7 @@ COLUMNS = ("TFLOP, LoRA", "TFLOP, MixLoRA", "ratio", "GiB, LoRA", "GiB, MixLoRA"
 
 
 def table_row(lora: StepCost, mixlora: StepCost) -> list[float]:
-    """The figures of one policy, in the order of `COLUMNS`."""
+    """Figures of one policy, in the order of `COLUMNS`."""
     return [
         lora.flops / 1e12,
         mixlora.flops / 1e12,
@@ -116,39 +117,39 @@ def table_row(lora: StepCost, mixlora: StepCost) -> list[float]:
 
 
 HEADER = """\
-`python benchmarks/remat.py {flags}` wrote this{held}.
-One row of {length} tokens, one device, float32 (in bfloat16 what is kept takes half), as XLA
-compiles it for a CPU."""
+Written by `python benchmarks/remat.py {flags}`{check}.
+One row of {length} tokens, one device, float32 (in bfloat16 kept activations take half the memory),
+as compiled by XLA for a CPU."""
 
 LOSS = """
 
-The loss has no part in the peak, which lies in the backward pass of a layer, beside the adapters'
-gradients: through the logits of all positions (250 MiB, and as much for their gradients) `full`
-takes the same memory as in chunks. By itself the chunked loss takes 125 MiB instead of 500."""
+The loss does not contribute to the peak, which is in the backward pass of a layer: with the logits
+of all positions (250 MiB, and 250 MiB for their gradients) `full` takes the same memory as with the
+chunked loss. The chunked loss alone takes 125 MiB instead of 500."""
 
 TPU_HEADER = """\
-`python benchmarks/remat.py --compile-for {flags}` wrote this
+Written by `python benchmarks/remat.py --compile-for {flags}`
 on {date} with jax {jax} and libtpu {libtpu}; no test repeats it, and nothing was run. One row
-of {length} tokens, bfloat16, as XLA compiles it for one TPU of {memory} GiB. Weights, adapters
-and the optimiser's state take {arguments:.2f} GiB besides (LoRA {lora_arguments:.2f})."""
+of {length} tokens, bfloat16, as compiled by XLA for one TPU of {memory} GiB. Weights, adapters
+and optimizer state take another {arguments:.2f} GiB (LoRA {lora_arguments:.2f})."""
 
 
 def as_markdown(costs: dict[str, list[StepCost] | None], generation: str | None = None) -> str:
-    """The table, as it is written to a file.
+    """Formats the table as Markdown.
 
     Args:
-      costs: by policy, those of `CONFIGS`; None where it does not fit into the chip.
-      generation: of the TPU that they were compiled for; None for this machine.
+      costs: costs of `CONFIGS` by policy; None if the chip has too little memory.
+      generation: generation of the TPU; None for this machine.
     """
-    some = [] if len(costs) == len(POLICIES) else ["--policies", *costs]
+    subset = [] if len(costs) == len(POLICIES) else ["--policies", *costs]
     if generation is None:
-        flags = " ".join(some) or "--output benchmarks/remat.md"
-        held = "" if some else ", and a test holds it true"
-        header = HEADER.format(flags=flags, held=held, length=LENGTH) + ("" if some else LOSS)
+        flags = " ".join(subset) or "--output benchmarks/remat.md"
+        check = "" if subset else " and checked by a test"
+        header = HEADER.format(flags=flags, check=check, length=LENGTH) + ("" if subset else LOSS)
     else:
         arguments = [cost.arguments / 2**30 for both in costs.values() for cost in both or ()]
         header = TPU_HEADER.format(
-            flags=" ".join([generation, *some]),
+            flags=" ".join([generation, *subset]),
             date=datetime.datetime.now(datetime.UTC).date(),
             jax=jax.__version__,
             libtpu=importlib.metadata.version("libtpu"),
@@ -173,15 +174,19 @@ def as_markdown(costs: dict[str, list[StepCost] | None], generation: str | None 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
-    parser.add_argument("--output", type=Path, help="also write the table here, as Markdown")
+    parser.add_argument("--output", type=Path, help="Markdown file for the table")
     parser.add_argument(
         "--compile-for",
         choices=GENERATIONS,
         metavar="CHIP",
-        help=f"of a TPU, instead of this machine: {', '.join(GENERATIONS)} (wants libtpu)",
+        help=f"TPU to compile for with libtpu: {', '.join(GENERATIONS)} (this machine)",
     )
     parser.add_argument(
-        "--policies", nargs="+", choices=POLICIES, default=POLICIES, help="which (all)"
+        "--policies",
+        nargs="+",
+        choices=POLICIES,
+        default=POLICIES,
+        help="policies to compile (all)",
     )
     args = parser.parse_args(argv)
     try:
@@ -199,7 +204,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 raise
             costs[policy] = None
     if not any(costs.values()):
-        return refuse(DeviceError("--compile-for: no policy fits into the chip"))
+        return refuse(
+            DeviceError("--compile-for: every policy needs more memory than the chip has")
+        )
     text = as_markdown(costs, args.compile_for)
     print(text)
     if args.output:

@@ -1,4 +1,4 @@
-"""Reports of benchmarks: the machine, a table, and a JSON file; needs jax only."""
+"""Reports of benchmarks: the machine, tables and JSON files. Needs jax only."""
 
 import contextlib
 import datetime
@@ -22,16 +22,16 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "torch", "transformers",
 
 
 def usable_cores() -> int:
-    """Cores that this process may run on."""
+    """Number of cores available to this process."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def machine() -> dict[str, Any]:
-    """The machine, its versions, the date and its load, without which timings mean little.
+    """Describes the machine, its package versions, the date and its load.
 
-    `load_average` is that of the minute before; it is near zero on an idle machine.
+    `load_average` is the load of the last minute, near zero on an idle machine.
     """
     devices = jax.devices()
     return {
@@ -48,18 +48,18 @@ def machine() -> dict[str, Any]:
 
 
 def one_line(machine: dict[str, Any]) -> str:
-    """`machine` in one line, for the head of a table."""
+    """Formats `machine` as one line, for the head of a table."""
     devices = machine["devices"]
     kind = machine["processor"] if devices[0] == "cpu" else devices[0]
     many = f"{len(devices)} x " if len(devices) > 1 else ""
-    busy = machine["load_average"]
-    load = "" if busy is None else f", load {busy:.1f}"
+    load_average = machine["load_average"]
+    load = "" if load_average is None else f", load {load_average:.1f}"
     return f"{many}{kind}, {machine['cores']} cores{load}, jax {jax.__version__}, {machine['date']}"
 
 
 @contextlib.contextmanager
 def without_compilation_cache() -> Iterator[None]:
-    """Disables JAX's compilation cache, to measure the time of compiling."""
+    """Disables JAX's compilation cache, so that compile times are measured."""
     former = jax.config.values["jax_enable_compilation_cache"]
     jax.config.update("jax_enable_compilation_cache", False)
     try:
@@ -69,12 +69,12 @@ def without_compilation_cache() -> Iterator[None]:
 
 
 def say(text: str) -> None:
-    """Prints progress to standard error; standard output has the figures only."""
+    """Prints progress to standard error, so that standard output has only the figures."""
     print(text, file=sys.stderr, flush=True)
 
 
 def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """An aligned table: the first column to the left, figures to the right."""
+    """Formats an aligned table, the first column to the left and the others to the right."""
     lines = [list(headings), *map(list, rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(headings))]
     return "\n".join(
@@ -90,7 +90,7 @@ def check_output(output: Path | None) -> None:
     """Checks before measuring that the output file can be written.
 
     Raises:
-      ConfigError: its folder is missing, it is a folder itself, or the system refuses it.
+      ConfigError: the folder is missing, the path is a folder, or the file cannot be written.
     """
     if output is None:
         return
@@ -121,7 +121,7 @@ _FLAG_OF_FIELD = {
 
 
 def refuse(error: UserError) -> int:
-    """Prints the error, with the flag for a configuration field, and returns the exit status."""
+    """Prints the error with the flag of the configuration field; returns the exit status."""
     field, _, words = str(error).partition(": ")
     names = field.split(".")
     for place, name in enumerate(names):
@@ -132,7 +132,7 @@ def refuse(error: UserError) -> int:
 
 
 def write_json(output: Path | None, settings: Namespace, **content: Any) -> None:
-    """Writes the flags and `content` to `output`, if there is one."""
+    """Writes the flags and `content` to `output`; does nothing without an output."""
     if output is None:
         return
     flags = {

@@ -1,8 +1,8 @@
-"""Architectures of the measured models, by name; needs jax and flax only.
+"""Architectures of the measured models by name. Needs jax and flax only.
 
-`d512` is the small model of the comparison on CPUs: 8 layers of width 512. Its vocabulary is 8,192,
-so that the layers, where methods differ, are most of the work: with 32,000 tokens the head alone
-would be two fifths of it and hide what they cost. `--vocab` of a benchmark sets another one.
+`d512` is the small model for comparisons on CPUs: 8 layers of width 512. Its vocabulary has 8,192
+tokens, so that most of the FLOPs are in the layers, where methods differ: with 32,000 tokens the
+head would have two fifths of the FLOPs. `--vocab` of a benchmark sets another vocabulary size.
 
 The others are published architectures: JackFram/llama-160m, TinyLlama-1.1B, Llama-3.2-3B,
 Llama-2-7B, Llama-3-8B and Llama-2-13B.
@@ -67,14 +67,14 @@ SIZES: dict[str, ModelConfig] = {
     "13b": _llama(5120, 13824, 40, 40, 40, 32000),
 }
 
-SIZE_HELP = f"of the model, with random weights: {', '.join(SIZES)} (default: %(default)s)"
+SIZE_HELP = f"model size, with random weights: {', '.join(SIZES)} (default: %(default)s)"
 
 
 def model_of(size: str, vocab_size: int | None = None) -> ModelConfig:
-    """The architecture called `size`, with another vocabulary where one is given.
+    """Returns the architecture named `size`, with another vocabulary size if given.
 
     Raises:
-      ConfigError: there is no such size, or the vocabulary is empty.
+      ConfigError: the size is unknown, or the vocabulary size is not positive.
     """
     if size not in SIZES:
         raise ConfigError(f"--size: no size is called {size!r}; {suggest(size, SIZES)}")
@@ -87,9 +87,9 @@ def model_of(size: str, vocab_size: int | None = None) -> ModelConfig:
 
 
 def hf_fields(model: ModelConfig) -> dict[str, Any]:
-    """Fields of this model's `config.json`, for transformers and checkpoints."""
+    """Returns the fields of a model's `config.json`, for transformers and checkpoints."""
     rope = {name: value for name, value in vars(model.rope).items() if value is not None}
-    for name in ("truncate", "partial_rotary_factor", "interleaved"):  # not of these types
+    for name in ("truncate", "partial_rotary_factor", "interleaved"):  # not used by these models
         del rope[name]
     return {
         "architectures": ["LlamaForCausalLM"],

@@ -1,4 +1,4 @@
-"""Decoding speed of transformers' `generate`; needs torch and transformers."""
+"""Decoding speed of transformers' `generate`. Needs torch and transformers."""
 
 import time
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from transformers.generation.logits_process import LogitsProcessor, LogitsProces
 
 
 class Clock(LogitsProcessor):
-    """Logits processor that records the time of each token; streamers support one row only."""
+    """Logits processor that records the time of each token, for any number of rows."""
 
     def __init__(self):
         self.times: list[float] = []
@@ -24,12 +24,12 @@ class Clock(LogitsProcessor):
 def generate_seconds_per_step(
     model: Any, prompts: Sequence[Sequence[int]], new_tokens: int
 ) -> float:
-    """Seconds of greedy decoding, from the first new token to the last.
+    """Decodes greedily; returns the mean seconds of a step from the first new token to the last.
 
     Args:
-      model: a causal language model.
-      prompts: token ids, all of one length.
-      new_tokens: of each row; at least 2.
+      model: causal language model.
+      prompts: token ids of each row, of equal length.
+      new_tokens: number of new tokens of each row, at least 2.
     """
     clock = Clock()
     tokens = torch.tensor(prompts, device=model.device)

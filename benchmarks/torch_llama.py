@@ -1,4 +1,4 @@
-"""transformers' Llama with weights of ours; needs torch, transformers and numpy, and no jax."""
+"""Llama of transformers with weights of this package. Needs torch, transformers and numpy."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,7 +16,7 @@ _NORMS = ("input_layernorm", "post_attention_layernorm")
 
 
 class ArrayFolder(Mapping[str, np.ndarray]):
-    """Arrays of a folder of `NAME.npy`, each read when it is asked for."""
+    """Mapping of the arrays `NAME.npy` of a folder, each read on access."""
 
     def __init__(self, folder: Path):
         self._folder = folder
@@ -34,13 +34,13 @@ class ArrayFolder(Mapping[str, np.ndarray]):
 def torch_llama(
     fields: Mapping[str, Any], arrays: Mapping[str, np.ndarray], dtype: str, device: str
 ) -> Any:
-    """A transformers model that computes what ours does.
+    """Builds a transformers model that is equivalent to the package's model.
 
     Args:
-      fields: of its `config.json`.
-      arrays: our leaves, by their path with dots; bfloat16 ones may come as int16 of the same bits.
-      dtype: of the weights.
-      device: where they go.
+      fields: fields of its `config.json`.
+      arrays: leaves by dotted path; bfloat16 leaves may be int16 arrays of the same bits.
+      dtype: dtype of the weights.
+      device: device of the weights.
     """
     config = LlamaConfig(**fields, use_cache=False)
     with torch.device(device):
@@ -62,11 +62,11 @@ def torch_llama(
 
 
 def copy_pairs(model: Any, arrays: Mapping[str, np.ndarray]) -> None:
-    """Sets the A and B of a peft LoRA on all seven projections to ours.
+    """Copies A and B of all seven projections to a peft LoRA.
 
     Args:
-      model: around a model of `torch_llama`.
-      arrays: our leaves `adapter.layers.BLOCK.PROJECTION.lora_A` and `lora_B`.
+      model: peft model of a model of `torch_llama`.
+      arrays: leaves `adapter.layers.BLOCK.PROJECTION.lora_A` and `lora_B`.
     """
     for block, name in target_modules():
         for leaf in ("lora_A", "lora_B"):
@@ -76,7 +76,7 @@ def copy_pairs(model: Any, arrays: Mapping[str, np.ndarray]) -> None:
 
 
 def target_modules() -> Iterator[tuple[str, str]]:
-    """The seven projections, each with the block that it stands in."""
+    """Yields the seven projections, as pairs of module and projection name."""
     for block, names in _TARGETS.items():
         for name in names:
             yield block, name

@@ -1,8 +1,8 @@
-"""A TPU chip to compile for on a machine that has none.
+"""Compilation for a TPU chip on a machine without one.
 
 XLA's compiler for TPUs comes with the package `libtpu` (`pip install "jax[tpu]"`), which compiles
-on any Linux machine: what a program computes and how much memory it takes can be read from it
-there, and only running it needs the chip. Needs jax and, when asked for a chip, `libtpu`.
+on any Linux machine. Operations and memory can be read from the compiled program; only running it
+needs the chip. Needs jax, and `tpu_chip` also `libtpu`.
 """
 
 import importlib.util
@@ -14,23 +14,22 @@ import jax
 from moe_jax.errors import ConfigError
 
 GENERATIONS = {"v6e": 32, "v5p": 95}
-"""GiB of memory of a chip, by generation; a program that needs more is not compiled."""
+"""Memory of a chip in GiB by generation; larger programs fail to compile."""
 
 
 def tpu_chip(generation: str) -> Any:
-    """One chip, as a device to lay abstract arrays out on.
+    """Returns one chip, as a device for the shardings of abstract arrays.
 
-    Call it before anything else asks jax for a device: what is not compiled for the chip is left to
-    the CPU from here on.
+    Call it before any other use of a device: other programs run on the CPU from then on.
 
     Args:
       generation: one of `GENERATIONS`.
 
     Raises:
-      ConfigError: `libtpu` is not installed, or cannot be used.
+      ConfigError: `libtpu` is not installed or fails.
     """
-    # libtpu would look for the machine's own chips, at a server that answers in Google's cloud only
-    # and with a lock that keeps a second process out.
+    # Otherwise libtpu looks for local chips: it queries a server that exists only in Google's cloud,
+    # and takes a lock that excludes other processes.
     jax.config.update("jax_platforms", "cpu")
     os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     from jax.experimental import topologies

@@ -14,7 +14,7 @@ from moe_jax.errors import ConfigError
 TINY = "--size tiny --rows 2 --length 32 --rank 4 --attention xla --methods mixlora,frozen".split()
 
 
-def test_a_chip_that_nobody_described_is_refused():
+def test_an_unknown_chip_is_refused():
     with pytest.raises(
         ConfigError, match=r"--compile-for: no chip is called 'h20'; did you mean 'h200'"
     ):

@@ -1,4 +1,4 @@
-"""The benchmark of packing: what it takes and what it refuses, before anything is measured."""
+"""Flags of the packing benchmark: valid and invalid values, without measuring."""
 
 import pytest
 
@@ -8,7 +8,7 @@ from benchmarks import packing
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--buckets=128,1024"], "--buckets: 1024 is not between 1 and 1023, as what is shorter"),
+        (["--buckets=128,1024"], "--buckets: 1024 is not between 1 and 1023; leave it out"),
         (["--length=64", "--buckets=64"], "leave it out, or give a larger --length"),
         (["--buckets=0,16"], "--buckets: 0 is not between 1 and"),
         (["--buckets=128;256"], "--buckets: expected whole numbers, separated by commas"),

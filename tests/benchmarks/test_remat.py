@@ -1,4 +1,4 @@
-"""The written table of what rematerialisation costs at 7B is what XLA counts today."""
+"""The table of the cost of rematerialisation at 7B equals the counts of XLA."""
 
 import importlib.metadata
 from pathlib import Path
@@ -102,7 +102,7 @@ def test_a_table_for_a_tpu_says_so_and_what_does_not_fit(monkeypatch, tmp_path):
     output = tmp_path / "table.md"
     assert remat.main(["--compile-for", "v6e", "--output", str(output)]) == 0
     text = output.read_text()
-    assert "--compile-for v6e` wrote this" in text
+    assert "remat.py --compile-for v6e`\non " in text
     assert "libtpu 1.2 of libtpu" in text
     assert "one TPU of 32 GiB" in " ".join(text.split())
     rows = [line for line in text.splitlines() if line.startswith("|")][2:]
@@ -113,11 +113,11 @@ def test_a_table_for_a_tpu_says_so_and_what_does_not_fit(monkeypatch, tmp_path):
     ]
 
 
-def test_some_policies_are_not_the_table_that_is_held_true(monkeypatch, capsys):
+def test_a_table_of_some_policies_does_not_claim_to_be_tested(monkeypatch, capsys):
     monkeypatch.setattr(remat, "step_cost", lambda *_: StepCost(64e12, 2**30, 2**30))
     assert remat.main(["--policies", "narrow", "full"]) == 0
     printed = capsys.readouterr().out
     assert "--policies narrow full" in printed
-    assert "a test holds" not in printed
+    assert "by a test" not in printed
     assert remat.main([]) == 0
-    assert "a test holds it true" in capsys.readouterr().out
+    assert "checked by a test" in capsys.readouterr().out
