@@ -251,6 +251,7 @@ def _page_data(report: RoutingReport) -> dict[str, Any]:
     weights = np.concatenate([row.weights for row in report.rows], axis=1)  # [L, T, E]
     probabilities = np.concatenate([row.probabilities for row in report.rows], axis=1)
     scale = max(1.0, float(weights.max()))
+    shares = weights / scale * 255
     uniform = np.log(np.maximum(total.num_experts, 2))[:, None]  # entropy 0 with a single expert
     entropies = np.clip(entropy(probabilities) / uniform, 0.0, 1.0)
     return {
@@ -263,14 +264,10 @@ def _page_data(report: RoutingReport) -> dict[str, Any]:
         "texts": [text for row in report.rows for text in row.token_texts],
         "ids": [int(token) for row in report.rows for token in row.tokens],
         "scale": scale,
-        "weights": _base64_bytes(_nonzero_bytes(weights / scale)),
+        # Positive shares stay positive: 0 means not chosen.
+        "weights": _base64_bytes(np.where(weights > 0, np.maximum(np.rint(shares), 1), 0)),
         "entropy": _base64_bytes(np.rint(entropies * 255)),
     }
-
-
-def _nonzero_bytes(shares: np.ndarray) -> np.ndarray:
-    """Shares in [0, 1] as multiples of 1/255. Positive shares stay positive: 0 means not chosen."""
-    return np.where(shares > 0, np.maximum(np.rint(shares * 255), 1), 0)
 
 
 def _base64_bytes(values: np.ndarray) -> str:

@@ -13,5 +13,4 @@ import moe_jax.hf.families.phi3 as _phi3  # noqa: F401
 import moe_jax.hf.families.qwen as _qwen  # noqa: F401
 from moe_jax.hf.families.family import FAMILIES as FAMILIES
 from moe_jax.hf.families.family import Family as Family
-from moe_jax.hf.families.family import family_of as family_of
 from moe_jax.hf.families.family import model_family as model_family

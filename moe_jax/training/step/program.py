@@ -282,7 +282,8 @@ def build_program(
       devices: devices of the mesh, which may be abstract; by default all of all processes.
 
     Raises:
-      DeviceError: the devices do not fit the mesh or the attention, or the mesh does not fit the model.
+      DeviceError: the devices do not fit the mesh or the attention, or the mesh does not fit the
+        model.
       ConfigError: a batch does not divide over the mesh, or the settings cannot compute the model.
     """
     require_platform(config.compute, devices)
