@@ -58,10 +58,9 @@ def random_params(abstract: Any, shardings: Any, param_dtype: str, seed: int = 0
         if path[-1].key == "scale":
             return jax.device_put(np.ones(leaf.shape, leaf.dtype), place)
         # A quantised kernel has a tree of shardings, equal for equal shapes.
-        leaf_shardings, form = jax.tree.flatten(place)
-        return draw_function(leaf.shape, kind if is_kernel(leaf) else leaf.dtype, form, *shardings)(
-            key
-        )
+        leaf_places, form = jax.tree.flatten(place)
+        stored = kind if is_kernel(leaf) else leaf.dtype
+        return draw_function(leaf.shape, stored, form, *leaf_places)(key)
 
     values = [
         random_leaf(path, leaf, place, key)

@@ -1,11 +1,10 @@
-"""A model of the time that a compiled GPU program takes, read from its optimised HLO text.
+"""Roofline model of the time of a compiled GPU program, from its optimised HLO text.
 
-Each kernel takes the longer of two times, that of its operations and that of the bytes which it
-reads and writes, and a constant for its launch. Kernels run one after another, and what a loop
-holds runs as often as the loop does. The figures rank programs for the same chip; they are an
-estimate, not a measurement. The model knows no L2 cache, no overlap of copies with computation, no
-CUDA graphs, and no kernel that falls short of the rates. Operations are those of matrix products
-and of cuDNN's attention. Pure Python on text, without jax.
+The time of a kernel is the maximum of the times of its FLOPs and of the bytes that it reads and
+writes, plus a constant for its launch. Kernels run one after another, and the body of a loop runs
+once for each iteration. The figures are estimates that rank programs for the same chip. The model
+ignores the L2 cache, overlap of copies with computation, CUDA graphs, and kernels below the given
+rates. FLOPs are those of matrix products and of cuDNN's attention. Pure Python, without jax.
 """
 
 import json
@@ -23,17 +22,18 @@ THIN_PRODUCT = "thin product"
 ATTENTION = "attention"
 ATTENTION_BACKWARD = "attention backward"
 THIN = 512
-"""A product is thin where one of its three sizes is at most this: the ranks of adapters."""
+"""Maximum of the smallest of a thin product's three sizes, such as the rank of adapters."""
 
 
 class Rates(NamedTuple):
-    """Rates that a GPU reaches.
+    """Achievable rates of a GPU.
 
     Attributes:
       product: FLOP/s of a large matrix product in bfloat16.
-      attention, attention_backward: FLOP/s of cuDNN's attention.
+      attention: FLOP/s of cuDNN's attention, forward.
+      attention_backward: FLOP/s of cuDNN's attention, backward.
       memory: bytes/s to and from memory.
-      launch: seconds a kernel takes besides.
+      launch: seconds of a kernel's launch.
     """
 
     product: float
@@ -43,24 +43,24 @@ class Rates(NamedTuple):
     launch: float
 
 
-# Some four fifths of the peak of dense products and nine tenths of the memory's, as is usual for
-# large ones. The rates of attention are assumed.
+# About 80% of the peak of dense products and 90% of the memory's peak, as usual for large kernels.
+# The rates of attention are assumptions.
 H200 = Rates(
     product=790e12, attention=500e12, attention_backward=400e12, memory=4.3e12, launch=2e-6
 )
 
 
 class Kernel(NamedTuple):
-    """A kernel of the program, or a library's call that launches one.
+    """A kernel of the program, or a library call that launches one.
 
     Attributes:
-      kind: a product, attention, or how XLA generates it.
-      launches: how often a run of the program launches it.
-      flops: operations of one launch.
-      moved: bytes that one launch reads and writes.
-      seconds: of one launch, by the model.
-      result: the type of what it writes.
-      origin: the JAX operation that it came from, with the modules around it.
+      kind: kind of the kernel: product, attention, or type of XLA's fusion.
+      launches: number of launches in one run of the program.
+      flops: FLOPs of one launch.
+      moved: bytes read and written by one launch.
+      seconds: estimated seconds of one launch.
+      result: type of the result.
+      origin: JAX operation of the kernel, with the enclosing modules.
     """
 
     kind: str
@@ -73,7 +73,14 @@ class Kernel(NamedTuple):
 
 
 class Totals(NamedTuple):
-    """Sums over kernels, each as often as it is launched."""
+    """Sums over all launches of kernels.
+
+    Attributes:
+      kernels: number of launches.
+      flops: FLOPs.
+      moved: bytes read and written.
+      seconds: estimated seconds.
+    """
 
     kernels: int
     flops: float
@@ -82,11 +89,11 @@ class Totals(NamedTuple):
 
 
 class Roofline(NamedTuple):
-    """The model of one run of a program.
+    """Estimate of one run of a program.
 
     Attributes:
-      kernels: in the order of the program.
-      unknown_loops: how many loops were counted as one round, as their length is not known.
+      kernels: kernels in the order of the program.
+      unknown_loops: number of loops of unknown trip count, counted as one iteration.
     """
 
     kernels: list[Kernel]
@@ -94,16 +101,17 @@ class Roofline(NamedTuple):
 
     @property
     def total(self) -> Totals:
+        """Totals of all kernels."""
         return totals(self.kernels)
 
     @property
     def kinds(self) -> dict[str, Totals]:
-        """Totals by the kind of kernel, the longest first."""
+        """Totals by kind of kernel, the longest first."""
         return grouped(self.kernels, lambda kernel: kernel.kind)
 
 
 def totals(kernels: Iterable[Kernel]) -> Totals:
-    """The sums over some kernels."""
+    """Sums the figures of kernels over their launches."""
     kernels = list(kernels)
     return Totals(
         kernels=sum(kernel.launches for kernel in kernels),
@@ -114,7 +122,7 @@ def totals(kernels: Iterable[Kernel]) -> Totals:
 
 
 def grouped(kernels: Iterable[Kernel], key: Callable[[Kernel], Key]) -> dict[Key, Totals]:
-    """Totals of the kernels of equal `key`, the longest first."""
+    """Totals of the kernels with equal `key`, the longest first."""
     groups: dict[Key, list[Kernel]] = {}
     for kernel in kernels:
         groups.setdefault(key(kernel), []).append(kernel)
@@ -123,11 +131,11 @@ def grouped(kernels: Iterable[Kernel], key: Callable[[Kernel], Key]) -> dict[Key
 
 
 def roofline(text: str, rates: Rates = H200) -> Roofline:
-    """Models a program for one GPU.
+    """Estimates the time of a program on one GPU.
 
     Args:
-      text: the optimised program, of `Compiled.as_text`.
-      rates: of the GPU.
+      text: optimised program from `Compiled.as_text`.
+      rates: rates of the GPU.
     """
     module = parse_module(text)
     launched = list(_launched(module, module.entry, 1))
@@ -143,14 +151,14 @@ def roofline(text: str, rates: Rates = H200) -> Roofline:
     return Roofline(kernels, unknown)
 
 
-# These take no time on the GPU: they name buffers or parts of them, or wait for what was begun.
+# Opcodes without time on the GPU: they name buffers or wait for asynchronous operations.
 _FREE = frozenset(
     "parameter constant tuple get-tuple-element bitcast after-all optimization-barrier "
     "partition-id replica-id".split()
 )
-# Of their operand they read only what they take.
+# These opcodes read only a part of their operand.
 _SLICES = ("slice", "dynamic-slice", "gather")
-# A library's call works in the last array of its result, a buffer of bytes.
+# The last array of a library call's result, if of bytes, is its workspace.
 _WORKSPACES = ("s8", "u8")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _TARGET = re.compile(r'custom_call_target="([^"]*)"')
@@ -165,7 +173,7 @@ def _trips(loop: Instruction) -> int | None:
 def _launched(
     module: Module, name: str, launches: int
 ) -> Iterator[tuple[Computation, Instruction, int]]:
-    """The kernels of a computation that itself runs `launches` times, with where they stand."""
+    """Yields the kernels of a computation with their computation and number of launches."""
     computation = module.computations[name]
     for instruction in computation.values():
         opcode = instruction.opcode
@@ -179,7 +187,7 @@ def _launched(
             for called in instruction.called:
                 yield from _launched(module, called, launches)
         elif opcode == "conditional":
-            # One branch runs, and the text does not say which: the one of most launches is taken.
+            # The branch is unknown: the one with the most launches is counted.
             branches = [list(_launched(module, called, launches)) for called in instruction.called]
             yield from max(branches, key=lambda branch: sum(times for _, _, times in branch))
         else:
@@ -202,7 +210,7 @@ def _kernel(
 
 
 def _body(module: Module, instruction: Instruction) -> Computation | None:
-    """The computation of a fusion; None for any other instruction."""
+    """Computation of a fusion; None for other instructions."""
     is_fusion = instruction.opcode in ("fusion", "fusion-start")
     return module.computations[instruction.called[0]] if is_fusion else None
 
@@ -212,7 +220,7 @@ def _root(body: Computation) -> Instruction:
 
 
 def _result(instruction: Instruction) -> str:
-    """The type of a result for people, without layouts and workspaces."""
+    """Readable type of a result, without layouts and workspaces."""
     arrays = instruction.arrays
     if len(arrays) > 1 and arrays[-1].dtype in _WORKSPACES:
         arrays = arrays[:-1]
@@ -222,12 +230,12 @@ def _result(instruction: Instruction) -> str:
 def _work(
     scope: Computation, instruction: Instruction, *, is_fusion: bool
 ) -> tuple[str, float, Instruction]:
-    """The kind of a kernel, its operations, and the instruction that says where it is from.
+    """Returns the kind of a kernel, its FLOPs, and the instruction with its origin.
 
     Args:
-      scope: the body of a fusion, or the computation that the instruction stands in.
-      instruction: the kernel.
-      is_fusion: which of the two.
+      scope: body of a fusion, or the computation of the instruction.
+      instruction: instruction of the kernel.
+      is_fusion: True if `scope` is the body of a fusion.
     """
     for inner in scope.values() if is_fusion else [instruction]:
         sizes = _product_sizes(scope, inner)
@@ -239,14 +247,14 @@ def _work(
     if target and "fmha" in target[1]:
         flops = _attention_flops(scope, instruction)
         if "Backward" in target[1]:
-            # Five products where forward has two: the scores again, and four gradients.
+            # Five products instead of two: the recomputed scores and four gradients.
             return ATTENTION_BACKWARD, 2.5 * flops, instruction
         return ATTENTION, flops, instruction
     return _plain_kind(instruction), 0.0, instruction
 
 
 def _plain_kind(instruction: Instruction) -> str:
-    """The kind of a kernel that multiplies no matrices."""
+    """Kind of a kernel without matrix products."""
     opcode, attributes = instruction.opcode, instruction.attributes
     if opcode == "custom-call":
         target = _TARGET.search(attributes)
@@ -263,7 +271,7 @@ def _plain_kind(instruction: Instruction) -> str:
 
 
 def _product_sizes(scope: Computation, instruction: Instruction) -> list[int] | None:
-    """Batch, rows, columns and contracted size of a matrix product; None for what is none."""
+    """Batch, rows, columns and contracted size of a matrix product; None for other instructions."""
     attributes = instruction.attributes
     if instruction.opcode == "dot":
         pattern = r"\b{}_dims=\{{([^}}]*)\}}"
@@ -274,7 +282,7 @@ def _product_sizes(scope: Computation, instruction: Instruction) -> list[int] | 
     shapes = [scope[operand].arrays[0].shape for operand in instruction.operands[:2]]
 
     def size(dimensions: str) -> int:
-        """The number of elements that the named dimensions of the first operand span."""
+        """Product of the named dimensions of the first operand."""
         found = re.search(pattern.format(f"lhs_{dimensions}"), attributes)
         indices = re.findall(r"\d+", found[1]) if found else []
         return math.prod(shapes[0][int(index)] for index in indices)
@@ -285,7 +293,7 @@ def _product_sizes(scope: Computation, instruction: Instruction) -> list[int] | 
 
 
 def _attention_flops(scope: Computation, instruction: Instruction) -> float:
-    """Operations of both products of attention over the pairs that its mask leaves."""
+    """FLOPs of both products of attention, over the pairs that the mask allows."""
     text = instruction.attributes.partition(", backend_config=")[2]
     config = json.JSONDecoder().raw_decode(text)[0]["cudnn_fmha_backend_config"]
     scores = config["intermediate_tensor_shape"]["dimensions"]
@@ -300,7 +308,7 @@ def _attention_flops(scope: Computation, instruction: Instruction) -> float:
 
 
 def _moved(scope: Computation, instruction: Instruction) -> float:
-    """Bytes that a kernel other than a fusion reads and writes."""
+    """Bytes read and written by a kernel that is not a fusion."""
     operands = [_bytes(scope[name].arrays) for name in instruction.operands]
     if instruction.opcode == "copy-start":
         return 2 * operands[0]
@@ -311,13 +319,13 @@ def _moved(scope: Computation, instruction: Instruction) -> float:
 
 
 def _moved_by_fusion(body: Computation) -> float:
-    """Bytes that a fusion reads and writes: each once, and of stacks only the slices."""
+    """Bytes read and written by a fusion, each once; only the slices of stacked arrays."""
     parameters = [inner.name for inner in body.values() if inner.opcode == "parameter"]
     return sum(_read(body, name) for name in parameters) + _written(body, _root(body))
 
 
 def _read(body: Computation, name: str) -> float:
-    """Bytes that a fusion reads of what is called `name` in its body."""
+    """Bytes that a fusion reads of the array `name` of its body."""
     whole, read = _bytes(body[name].arrays), 0.0
     for user in body.values():
         if name not in user.operands:
@@ -327,13 +335,13 @@ def _read(body: Computation, name: str) -> float:
             read += _read(body, user.name)
         elif is_sliced and user.opcode in _SLICES:
             read += _bytes(user.arrays)
-        elif not (is_sliced and user.opcode == "dynamic-update-slice"):  # it is updated in place
+        elif not (is_sliced and user.opcode == "dynamic-update-slice"):  # updated in place
             return whole
     return min(whole, read)
 
 
 def _written(scope: Computation, instruction: Instruction) -> float:
-    """Bytes that are written for the result of an instruction."""
+    """Bytes written for the result of an instruction."""
     opcode, arrays = instruction.opcode, instruction.arrays
     if opcode == "tuple":
         return sum(_written(scope, scope[name]) for name in instruction.operands)

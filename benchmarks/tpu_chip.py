@@ -28,8 +28,8 @@ def tpu_chip(generation: str) -> Any:
     Raises:
       ConfigError: `libtpu` is not installed or fails.
     """
-    # Otherwise libtpu looks for local chips: it queries a server that exists only in Google's cloud,
-    # and takes a lock that excludes other processes.
+    # Otherwise libtpu looks for local chips: it queries a server that exists only in Google's
+    # cloud, and takes a lock that excludes other processes.
     jax.config.update("jax_platforms", "cpu")
     os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     from jax.experimental import topologies

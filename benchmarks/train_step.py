@@ -1,21 +1,21 @@
-"""One training step: MixLoRA, LoRA of as many weights, the frozen model alone, and peft's LoRA.
+"""Speed and memory of a training step with MixLoRA, LoRA, no adapter, and peft's LoRA.
 
     python benchmarks/train_step.py --size d512 --peft --output train_step.json
     python benchmarks/train_step.py --size 7b --dtype bfloat16 --rows 1 --length 2048 --rank 16 \
         --attention cudnn
 
-A model of random weights takes steps of each method in turn, so that what disturbs one disturbs
-all; a product of large matrices is timed in each round too, and is what a step's speed is compared
-with. `frozen` is the floor: forward and backward to the embedding with nothing trained. With
-`--peft` the same weights, tokens and LoRA take part in PyTorch, in a process of its own, and the
-first loss has to be ours; it checkpoints its layers where `--remat` is `full`.
+A model of random weights is trained with each method alternately, so that disturbances affect all
+methods. LoRA has equal trainable parameters. Each round also times a product of large matrices, to
+compare the speed of a step with. `frozen` is the lower bound: forward and backward to the embedding
+without an adapter. With `--peft`, peft's LoRA is trained in PyTorch on the same weights and tokens,
+in a separate process; its first loss must equal that of `lora`. It checkpoints its layers if
+`--remat` is `full`.
 
-Columns: weights that are trained; seconds of a step, the median and all that were measured; the
-median of the rounds' ratios to LoRA; tokens a second; FLOP/s and their share of the matrix
-product's, once by what XLA counts of the compiled program (recomputation and adapters with it), and
-once by what no method can do without (`needed_flops`); seconds of tracing and compiling; compiled
-FLOPs; MiB of the compiled program's arguments and temporaries; and the most memory that a process
-took which did only these steps.
+Columns: trainable parameters; seconds of a step, median and range; median ratio to LoRA; tokens per
+second; FLOP/s and their share of the matrix product's, counted by XLA (with recomputation and
+adapters) and as needed by every method (`needed_flops`); seconds of tracing and compiling; compiled
+FLOPs; MiB of the compiled program's arguments and temporaries; peak memory of a process with only
+these steps.
 
 Needs jax, flax, optax and numpy; for `--peft` also torch, transformers and peft.
 """
@@ -66,31 +66,37 @@ def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
     add = parser.add_argument
     add("--size", default="d512", help=SIZE_HELP)
-    add("--vocab", type=int, help="tokens of the vocabulary, if not the size's own")
-    add("--methods", default="frozen,lora,mixlora", help=f"of {', '.join(NAMES)} (%(default)s)")
-    add("--peft", action="store_true", help="also peft's LoRA in PyTorch, on the same weights")
-    add("--peft-python", default=sys.executable, help="the interpreter that has torch and peft")
-    add("--dtype", default="float32", choices=get_args(FloatType), help="of the computation")
-    add("--param-dtype", choices=get_args(StorageType), help="of the frozen weights (--dtype)")
-    add("--rows", type=int, default=8, help="of a step (8)")
-    add("--length", type=int, default=128, help="tokens of a row (128)")
-    add("--micro-batches", type=int, default=1, help="that a step's rows are cut into (1)")
-    add("--rank", type=int, default=8, help="on attention, and of each expert (8)")
-    add("--experts", type=int, default=8, help="of mixtures; LoRA's rank is so much larger (8)")
-    add("--top-k", type=int, default=2, help="experts of a token (2)")
-    usual = ComputeConfig(dtype="float32")
-    add("--remat", default=usual.remat, help="see moe_jax/config/model.py (%(default)s)")
-    add("--attention", default=usual.attention, help="see moe_jax/config/model.py (%(default)s)")
-    add("--mesh", help="AXIS=N,... of data, fsdp and tensor (one device)")
-    add("--rounds", type=int, default=10, help="steps of each method that are timed (10)")
-    add("--no-peak", action="store_true", help="leave out the processes that measure peak memory")
-    add("--output", type=Path, help="also write the figures here, as JSON")
+    add("--vocab", type=int, help="number of tokens of the vocabulary (the size's)")
+    add(
+        "--methods",
+        default="frozen,lora,mixlora",
+        help=f"methods among {', '.join(NAMES)} (%(default)s)",
+    )
+    add("--peft", action="store_true", help="compare with peft's LoRA in PyTorch")
+    add("--peft-python", default=sys.executable, help="interpreter with torch and peft (this one)")
+    add("--dtype", default="float32", choices=get_args(FloatType), help="compute dtype")
+    add(
+        "--param-dtype", choices=get_args(StorageType), help="dtype of the frozen weights (--dtype)"
+    )
+    add("--rows", type=int, default=8, help="number of rows of a step (8)")
+    add("--length", type=int, default=128, help="number of tokens of a row (128)")
+    add("--micro-batches", type=int, default=1, help="number of micro-batches of a step (1)")
+    add("--rank", type=int, default=8, help="rank on attention and of each expert (8)")
+    add("--experts", type=int, default=8, help="number of experts, and factor of LoRA's rank (8)")
+    add("--top-k", type=int, default=2, help="number of experts of a token (2)")
+    default = ComputeConfig(dtype="float32")
+    add("--remat", default=default.remat, help="ComputeConfig.remat (%(default)s)")
+    add("--attention", default=default.attention, help="ComputeConfig.attention (%(default)s)")
+    add("--mesh", help="mesh as AXIS=N,... with the axes data, fsdp, tensor (one device)")
+    add("--rounds", type=int, default=10, help="number of timed steps of each method (10)")
+    add("--no-peak", action="store_true", help="no processes to measure peak memory")
+    add("--output", type=Path, help="JSON file for the figures")
     add("--measure-peak", metavar="METHOD", help=argparse.SUPPRESS)
     return parser
 
 
 def check(args: argparse.Namespace) -> list[str]:
-    """Methods to measure; checks the flags before compiling.
+    """Checks the flags before compiling; returns the methods to measure.
 
     Raises:
       UserError: a flag or field is invalid.
@@ -108,18 +114,18 @@ def check(args: argparse.Namespace) -> list[str]:
         if LORA not in names:
             raise ConfigError(f"--peft: is compared with {LORA!r}; name it in --methods")
         if args.param_dtype not in (None, args.dtype) or args.mesh:
-            raise ConfigError("--peft: leave out --param-dtype and --mesh, it has neither")
+            raise ConfigError("--peft: cannot be used with --param-dtype or --mesh; leave them out")
         check_python(args.peft_python)
     return names
 
 
 def peak_of(name: str, argv: Sequence[str]) -> tuple[int | None, str | None]:
-    """Peak memory of a process that runs only one method's steps, or its error."""
+    """Measures the peak memory of a process with the steps of one method; returns it or an error."""
     command = [sys.executable, str(Path(__file__).resolve()), *argv, "--measure-peak", name]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-    if done.returncode == -9:  # what Linux does where memory has run out
+    if done.returncode == -9:  # killed by Linux, out of memory
         return None, OUT_OF_MEMORY
-    if done.returncode == 2:  # it has said what is wrong with the flags
+    if done.returncode == 2:  # the error is already printed
         raise SystemExit(2)
     if done.returncode:
         raise RuntimeError(f"measuring the memory of {name} failed; see above")
@@ -128,7 +134,7 @@ def peak_of(name: str, argv: Sequence[str]) -> tuple[int | None, str | None]:
 
 
 def measure_peak(args: argparse.Namespace) -> None:
-    """The process that `peak_of` starts."""
+    """Runs the process that `peak_of` starts; prints its peak memory as JSON."""
     answer: dict[str, Any] = {"peak_bytes": None, "error": None}
     try:
         step = compiled_step(args.measure_peak, args)
@@ -146,7 +152,7 @@ def measure_peak(args: argparse.Namespace) -> None:
 
 
 def measure(args: argparse.Namespace, names: Sequence[str], argv: Sequence[str]) -> dict[str, Any]:
-    """All figures, as they are written."""
+    """Measures all methods; returns the figures as written to the file."""
     rows: dict[str, dict[str, Any]] = {name: {} for name in names}
     for name, row in rows.items():
         if not args.no_peak:
@@ -205,7 +211,7 @@ def _number(value: float | None, form: str, unit: float = 1) -> str:
 
 
 def as_table(figures: dict[str, Any]) -> str:
-    """The figures as a table."""
+    """Formats the figures as a table."""
     rows = [row for row in figures["rows"] if row["error"] is None]
     cells = [[cell(row) for _, cell in COLUMNS] for row in rows]
     lines = [table([heading for heading, _ in COLUMNS], cells)]
@@ -222,7 +228,7 @@ def as_table(figures: dict[str, Any]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     args = parser().parse_args(argv)
-    # Read when the first device is asked for. Two processes share a GPU if peft takes part.
+    # jax reads these at the first use of a device. With peft, two processes share a GPU.
     share = {"PREALLOCATE": "false"} if args.peft else {"MEM_FRACTION": "0.95"}
     for name, value in share.items():
         os.environ.setdefault(f"XLA_PYTHON_CLIENT_{name}", value)

@@ -1,4 +1,4 @@
-"""Training steps to be measured: of adapters, by the package's own, and of the frozen model alone.
+"""Training steps for benchmarks: the package's step with an adapter, and one of the frozen model.
 
 Needs jax, flax, optax and numpy only.
 """
@@ -36,7 +36,7 @@ LABELS = {
     label.removesuffix(", top-k").replace(", ", "_").replace("-", "_").lower(): label
     for label in layer_cost.METHODS
 }
-"""By the name on the command line, the method's name in `layer_cost.METHODS`."""
+"""Names in `layer_cost.METHODS` by name on the command line."""
 
 NAMES = (FROZEN, *LABELS)
 ALPHA = 16.0
@@ -45,13 +45,13 @@ _ADAPTER = "measured"
 
 
 def method_named(name: str, args: Namespace) -> AdapterMethod:
-    """The adapter method called `name`, of the ranks and experts that the flags say.
+    """Returns the adapter method named `name`, with the ranks and experts of the flags.
 
-    LoRA's and DoRA's rank on the FFN is that of all experts together, so that they have as many
-    trainable weights, but for routers.
+    LoRA's and DoRA's rank on the FFN is the joint rank of all experts, for equal trainable
+    parameters except for routers.
 
     Raises:
-      ConfigError: there is no such method, or the flags do not go with it.
+      ConfigError: the method is unknown, or the flags are invalid for it.
     """
     if name not in LABELS:
         raise ConfigError(f"--methods: no method is called {name!r}; {suggest(name, NAMES)}")
@@ -75,7 +75,7 @@ def method_named(name: str, args: Namespace) -> AdapterMethod:
 
 
 def ranks_of(method: AdapterMethod) -> dict[str, int]:
-    """The rank on each projection of what `method_named` calls `lora`."""
+    """Rank on each projection of the method `lora` of `method_named`."""
     assert isinstance(method, layer_cost.EqualSizeLora)
     return {
         target: method.rank if target in ATTENTION_MODULES else method.ffn_rank
@@ -84,7 +84,7 @@ def ranks_of(method: AdapterMethod) -> dict[str, int]:
 
 
 def run_config(method: AdapterMethod, args: Namespace) -> RunConfig:
-    """The configuration of a run that trains one adapter as the flags say.
+    """Configures a run that trains one adapter with the settings of the flags.
 
     Raises:
       ConfigError: a field set by a flag is invalid.
@@ -107,7 +107,7 @@ def run_config(method: AdapterMethod, args: Namespace) -> RunConfig:
 
 
 def _mesh(text: str | None) -> dict[str, int]:
-    """The sizes of `--mesh AXIS=N,...`; one device without it."""
+    """Parses the sizes of `--mesh AXIS=N,...`; one device without the flag."""
     sizes = {"data": 1}
     for part in (text or "").split(","):
         axis, _, size = part.partition("=")
@@ -120,18 +120,19 @@ def _mesh(text: str | None) -> dict[str, int]:
 
 @dataclasses.dataclass
 class CompiledStep:
-    """A step that can be compiled, begun and repeated.
+    """A step that can be compiled, initialised and repeated.
 
     Attributes:
-      name: of the method.
-      trainable: weights that it trains.
-      program: the training program; of the frozen model, that of an adapter, for its base.
-      lower: traces the step from shapes.
-      begin: makes what the compiled step takes and gives from the base's weights, and returns a
-        function that does a step, waits for it, and returns the loss.
-      compiled: the step.
-      trace_seconds, compile_seconds: what `compile` took for each.
-      first_adapter: the weights, on the host, that training begins with, once it has begun.
+      name: name of the method.
+      trainable: number of trainable weights.
+      program: training program; for the frozen model, the program of a LoRA adapter.
+      lower: function that traces the step from shapes.
+      begin: function that creates the step's inputs from the base's weights, and returns a function
+        that runs a step, waits for it and returns the loss.
+      compiled: compiled step; None before `compile`.
+      trace_seconds: seconds of tracing.
+      compile_seconds: seconds of compiling.
+      first_adapter: initial weights of the adapter on the host; None before `begin`.
     """
 
     name: str
@@ -145,6 +146,7 @@ class CompiledStep:
     first_adapter: Any = None
 
     def compile(self) -> jax.stages.Compiled:
+        """Traces and compiles the step, and records the seconds of both."""
         start = time.perf_counter()
         lowered = self.lower()
         middle = time.perf_counter()
@@ -155,10 +157,10 @@ class CompiledStep:
 
 
 def compiled_step(name: str, args: Namespace) -> CompiledStep:
-    """The step of the method called `name`, or of the frozen model alone, not compiled yet.
+    """Returns the step of the method named `name`, or of the frozen model, before compiling.
 
     Raises:
-      UserError: the devices cannot do what the flags ask for.
+      UserError: the devices do not support the flags.
     """
     model = model_of(args.size, args.vocab)
     config = run_config(method_named(LORA if name == FROZEN else name, args), args)
@@ -194,9 +196,9 @@ def _put_batch(program: Program) -> Any:
 
 
 def _lower_frozen(program: Program, args: Namespace) -> jax.stages.Lowered:
-    """Forward and backward to the outputs of the embedding, without adapters and optimiser.
+    """Traces forward and backward to the embedding's outputs, without adapters and optimizer.
 
-    Every method computes at least this; the loss is that of training.
+    Every method computes at least these passes; the loss is the training loss.
     """
     model, micro = program.model, args.micro_batches
     hidden = jnp.dtype(args.dtype)
@@ -214,13 +216,13 @@ def _lower_frozen(program: Program, args: Namespace) -> jax.stages.Lowered:
                 total, targets = step.eval_step(model, {}, params, micro_batch)
             return total / targets / micro
 
-        def through(_: None, micro_batch: Any) -> tuple[None, tuple[jax.Array, jax.Array]]:
+        def accumulate(_: None, micro_batch: Any) -> tuple[None, tuple[jax.Array, jax.Array]]:
             shape = (*micro_batch.tokens.shape, model.config.hidden_size)
             value, gradient = jax.value_and_grad(loss)(jnp.zeros(shape, hidden), micro_batch)
-            # All of the gradient is needed for this, so that none of it is left out.
+            # The sum of squares uses the whole gradient, so that XLA cannot remove any of it.
             return None, (value, jnp.sum(jnp.square(gradient.astype(jnp.float32))))
 
-        _, (losses, squares) = jax.lax.scan(through, None, batch)
+        _, (losses, squares) = jax.lax.scan(accumulate, None, batch)
         return jnp.sum(losses), jnp.sum(squares)
 
     replicated = NamedSharding(program.mesh, PartitionSpec())
@@ -243,12 +245,12 @@ def _begin_frozen(step: CompiledStep, params: Any) -> Callable[[], float]:
 
 
 def needed_flops(model: ModelConfig, rows: int, length: int) -> float:
-    """Operations that a step on the frozen model cannot do without, two for each multiply-add.
+    """FLOPs that every step on the frozen model needs, 2 for each multiply-add.
 
-    Four for each token and frozen weight of a matrix product, two forward and two for the gradient
-    of its input (the embedding is looked up, not multiplied with), and of attention what causality
-    leaves: 2 S per query channel forward (half of Q K' and of P V), and twice that backward.
-    Adapters and recomputation are not counted, so that methods and policies compare by time alone.
+    4 for each token and frozen weight of a matrix product: 2 forward and 2 for the gradient of its
+    input (the embedding is a look-up). Causal attention adds 2 S per query channel forward (half of
+    Q K' and of P V), and twice as many backward. Adapters and recomputation are not counted, so
+    that methods and policies are compared by time.
     """
     width, ffn_width = model.hidden_size, model.intermediate_size
     query, kv = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim

@@ -1,4 +1,4 @@
-"""Compiling for a GPU that is not there: what is said without the plugin, a step's figures."""
+"""Compilation for an absent GPU: messages without the plugin, figures of a step."""
 
 import json
 import os
@@ -21,7 +21,7 @@ def test_an_unknown_chip_is_refused():
         gpu_chip.gpu_chip("h20")
 
 
-def test_without_the_plugin_it_says_what_to_install(monkeypatch, capsys):
+def test_without_the_plugin_the_message_names_the_package(monkeypatch, capsys):
     monkeypatch.setenv("XLA_FLAGS", "--as_they_were")
     monkeypatch.setattr(gpu_chip, "_PLUGINS", ("no-such-plugin",))
     monkeypatch.setattr(gpu_step, "estimate", None)  # nothing is compiled
@@ -48,9 +48,11 @@ def test_a_plugin_that_cannot_be_used_is_one_line(monkeypatch):
     assert os.environ["XLA_FLAGS"].endswith(" --of_the_user")
 
 
-@pytest.mark.parametrize(("capability", "does"), [("8.0", True), ("9.0", True), ("10.0", False)])
-def test_the_chip_answers_for_its_compute_capability(capability, does):
-    assert gpu_chip._is_at_least(capability) is does
+@pytest.mark.parametrize(
+    ("capability", "expected"), [("8.0", True), ("9.0", True), ("10.0", False)]
+)
+def test_capability_checks_use_the_chip(capability, expected):
+    assert gpu_chip._is_at_least(capability) is expected
 
 
 @pytest.mark.parametrize(
@@ -67,9 +69,7 @@ def test_the_chip_answers_for_its_compute_capability(capability, does):
         ("--compile-for h20", "--compile-for: no chip is called 'h20'"),
     ],
 )
-def test_flags_that_do_not_do_are_refused_before_anything_is_compiled(
-    flags, message, monkeypatch, capsys
-):
+def test_invalid_flags_are_refused_before_compiling(flags, message, monkeypatch, capsys):
     monkeypatch.setattr(gpu_step, "estimate", None)
     assert gpu_step.main(flags.split()) == 2
     printed = capsys.readouterr()
