@@ -120,7 +120,7 @@ def check(args: argparse.Namespace) -> list[str]:
 
 
 def peak_of(name: str, argv: Sequence[str]) -> tuple[int | None, str | None]:
-    """Measures the peak memory of a process with the steps of one method; returns it or an error."""
+    """Measures peak memory in a process with the steps of one method; returns it or an error."""
     command = [sys.executable, str(Path(__file__).resolve()), *argv, "--measure-peak", name]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode == -9:  # killed by Linux, out of memory
