@@ -122,7 +122,7 @@ def test_labels(value, labels, number):
         ({"text": "a"}, MOODS, "line 2: no column 'label' (it has: text)"),
         ({"text": 5, "label": 1}, MOODS, "line 2: column 'text' must be text, got int (5)"),
         ({"text": "a", "label": "gald"}, MOODS, 'line 2: the label is "gald", which is not one of'),
-        ({"text": "a", "label": -1}, MOODS, "take a split whose answers are public"),
+        ({"text": "a", "label": -1}, MOODS, "use a split whose answers are public"),
         ({"text": "a", "label": None}, MOODS, "line 2: column 'label' must be a label's name"),
         ({"text": "a", "label": "3"}, NUMBER, "line 2: the label must be a finite number"),
         ({"text": "a", "label": float("nan")}, NUMBER, "must be a finite number, got NaN"),

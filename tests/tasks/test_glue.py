@@ -129,7 +129,7 @@ def test_the_hub():
 @pytest.mark.parametrize(
     ("name", "fields", "words"),
     [
-        ("sst2", {"sentence": "x", "label": -1}, "take a split whose answers are public"),
+        ("sst2", {"sentence": "x", "label": -1}, "use a split whose answers are public"),
         ("sst2", {"sentence": "x", "label": "good"}, "not one of the labels (negative, positive)"),
         ("sst2", {"text": "x", "label": 1}, "no column 'sentence' (it has: text, label)"),
         ("sst2", {"sentence": 3, "label": 1}, "column 'sentence' must be text, got int (3)"),
