@@ -1,4 +1,4 @@
-"""Rows sorted by expert give what a plain loop over them gives, and so the one-hot form."""
+"""Products of rows sorted by expert, and of the one-hot form, equal a plain loop over the rows."""
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ TOKENS, SLOTS, EXPERTS, RANK, WIDTH, FFN_WIDTH = 13, 2, 3, 2, 5, 7
 
 
 def _choices():
-    """Experts of each token's slots; 3 is none."""
+    """Experts of each token's slots; 3 for a slot without an expert."""
     random = np.random.default_rng(0)
     any_two = np.stack([random.permutation(EXPERTS)[:SLOTS] for _ in range(TOKENS)])
     overflown = any_two.copy()
@@ -37,15 +37,15 @@ def _random(*shape):
 def _loop(rows, matrices, choice, cotangent):
     """Row by row in float64: products, and the gradients of `rows` [C, T, in] and `matrices`."""
     rows, matrices = rows.astype(float), matrices.astype(float)
-    made = np.zeros(cotangent.shape)
-    of_rows, of_matrices = np.zeros_like(rows), np.zeros_like(matrices)
+    outputs = np.zeros(cotangent.shape)
+    row_gradients, matrix_gradients = np.zeros_like(rows), np.zeros_like(matrices)
     for token, slots in enumerate(choice):
         for slot, expert in enumerate(slots):
             if expert < EXPERTS:
-                made[slot, token] = rows[slot, token] @ matrices[expert]
-                of_rows[slot, token] = matrices[expert] @ cotangent[slot, token]
-                of_matrices[expert] += np.outer(rows[slot, token], cotangent[slot, token])
-    return made, of_rows, of_matrices
+                outputs[slot, token] = rows[slot, token] @ matrices[expert]
+                row_gradients[slot, token] = matrices[expert] @ cotangent[slot, token]
+                matrix_gradients[expert] += np.outer(rows[slot, token], cotangent[slot, token])
+    return outputs, row_gradients, matrix_gradients
 
 
 @pytest.fixture(scope="module")
@@ -55,13 +55,13 @@ def compiled():
     def all_of(form):
         def activations(choice, cotangent, x, lora_a):
             make = lambda x, lora_a: forms.activations(form, x, lora_a, choice)
-            made, pull_back = jax.vjp(make, x, lora_a)
-            return made, *pull_back(cotangent)
+            outputs, pull_back = jax.vjp(make, x, lora_a)
+            return outputs, *pull_back(cotangent)
 
         def expansion(choice, cotangent, product, z, lora_b):
             make = lambda z, lora_b: forms.expansion(form, product, z, lora_b, choice)
-            made, pull_back = jax.vjp(make, z, lora_b)
-            return made, *pull_back(cotangent)
+            outputs, pull_back = jax.vjp(make, z, lora_b)
+            return outputs, *pull_back(cotangent)
 
         return jax.jit(activations), jax.jit(expansion)
 
@@ -74,12 +74,14 @@ def test_activations_and_their_gradients_equal_a_plain_loop(compiled, form, case
     choice = _choices()[case]
     x, lora_a = _random(TOKENS, WIDTH), _random(WIDTH, EXPERTS, RANK)
     cotangent = _random(SLOTS, TOKENS, RANK)
-    made, of_x, of_a = compiled[form][0](choice, cotangent, x, lora_a)
+    outputs, x_gradients, a_gradients = compiled[form][0](choice, cotangent, x, lora_a)
     rows, by_expert = np.stack([x] * SLOTS), lora_a.transpose(1, 0, 2)
-    expected, of_rows, of_matrices = _loop(rows, by_expert, choice, cotangent)
-    np.testing.assert_allclose(made, expected, **ROUNDING)
-    np.testing.assert_allclose(of_x, of_rows.sum(axis=0), **GRADIENT_ROUNDING)
-    np.testing.assert_allclose(of_a, of_matrices.transpose(1, 0, 2), **GRADIENT_ROUNDING)
+    expected, row_gradients, matrix_gradients = _loop(rows, by_expert, choice, cotangent)
+    np.testing.assert_allclose(outputs, expected, **ROUNDING)
+    np.testing.assert_allclose(x_gradients, row_gradients.sum(axis=0), **GRADIENT_ROUNDING)
+    np.testing.assert_allclose(
+        a_gradients, matrix_gradients.transpose(1, 0, 2), **GRADIENT_ROUNDING
+    )
     assert np.any(expected) == (case != "all by none")
 
 
@@ -89,16 +91,16 @@ def test_expansions_and_their_gradients_equal_a_plain_loop(compiled, form, case)
     choice = _choices()[case]
     product, z = _random(TOKENS, FFN_WIDTH), _random(TOKENS, EXPERTS, RANK)
     lora_b, cotangent = _random(EXPERTS, RANK, FFN_WIDTH), _random(SLOTS, TOKENS, FFN_WIDTH)
-    made, of_z, of_b = compiled[form][1](choice, cotangent, product, z, lora_b)
+    outputs, z_gradients, b_gradients = compiled[form][1](choice, cotangent, product, z, lora_b)
     some = np.minimum(choice, EXPERTS - 1)  # `_loop` leaves out what is chosen by none
     rows = z[np.arange(TOKENS)[:, None], some].transpose(1, 0, 2)
-    expected, of_rows, of_matrices = _loop(rows, lora_b, choice, cotangent)
-    np.testing.assert_allclose(made, product + expected, **ROUNDING)
-    np.testing.assert_allclose(of_b, of_matrices, **GRADIENT_ROUNDING)
+    expected, row_gradients, matrix_gradients = _loop(rows, lora_b, choice, cotangent)
+    np.testing.assert_allclose(outputs, product + expected, **ROUNDING)
+    np.testing.assert_allclose(b_gradients, matrix_gradients, **GRADIENT_ROUNDING)
     expected_z = np.zeros(z.shape)
     for slot in range(SLOTS):
-        np.add.at(expected_z, (np.arange(TOKENS), some[:, slot]), of_rows[slot])
-    np.testing.assert_allclose(of_z, expected_z, **GRADIENT_ROUNDING)
+        np.add.at(expected_z, (np.arange(TOKENS), some[:, slot]), row_gradients[slot])
+    np.testing.assert_allclose(z_gradients, expected_z, **GRADIENT_ROUNDING)
 
 
 def test_every_row_is_in_a_block_of_its_expert():
@@ -128,23 +130,26 @@ def test_rows_of_a_block():
 def test_the_routed_ffn_in_groups_is_that_of_the_package(router, walk):
     rows, mlp, method = 3, llama_mlp(), mixlora(router)
     grouped = in_grouped_form(method, walk, block=4)
-    ours, plain = (AdaptedFFN(mlp, each, rows) for each in (grouped, method))
-    tree, x = plain.random_tree(), random_input(rows, 10)
+    grouped_ffn, one_hot_ffn = (AdaptedFFN(mlp, adapter, rows) for adapter in (grouped, method))
+    tree, x = one_hot_ffn.random_tree(), random_input(rows, 10)
     cotangent = 0.1 * _random(*x.shape)
 
     def step(ffn):
-        def made(tree, x):
+        def loss(tree, x):
             y, statistics = ffn(tree, x)
             return jnp.sum(y * cotangent), (y, statistics)
 
-        return jax.jit(jax.grad(made, argnums=(0, 1), has_aux=True))(tree, x)
+        return jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(tree, x)
 
-    (own, (y, statistics)), (others, (their_y, their_statistics)) = step(ours), step(plain)
-    np.testing.assert_allclose(y, their_y, **ROUNDING)
-    compare = lambda own, other: np.testing.assert_allclose(own, other, **GRADIENT_ROUNDING)
-    jax.tree.map(compare, own, others)
-    jax.tree.map(np.testing.assert_array_equal, statistics, their_statistics)
-    assert all(np.abs(leaf).max() > 1e-3 for leaf in jax.tree.leaves(own))
+    (gradients, (y, statistics)), (expected, (expected_y, expected_statistics)) = (
+        step(grouped_ffn),
+        step(one_hot_ffn),
+    )
+    np.testing.assert_allclose(y, expected_y, **ROUNDING)
+    compare = lambda leaf, other: np.testing.assert_allclose(leaf, other, **GRADIENT_ROUNDING)
+    jax.tree.map(compare, gradients, expected)
+    jax.tree.map(np.testing.assert_array_equal, statistics, expected_statistics)
+    assert all(np.abs(leaf).max() > 1e-3 for leaf in jax.tree.leaves(gradients))
 
 
 @pytest.mark.parametrize(
@@ -156,7 +161,7 @@ def test_the_routed_ffn_in_groups_is_that_of_the_package(router, walk):
         {"target_modules": ("gate_proj", "up_proj")},
     ],
 )
-def test_what_the_grouped_form_is_not_written_for_is_refused(overrides):
+def test_unsupported_fields_of_the_grouped_form_are_refused(overrides):
     method = mixlora({"name": "top_k"}, **overrides)
     with pytest.raises(FieldError, match=next(iter(overrides))):
         in_grouped_form(method)

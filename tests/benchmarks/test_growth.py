@@ -50,9 +50,9 @@ def test_the_text_follows_from_its_tables_and_from_what_was_recorded(rows, per_e
 @pytest.mark.parametrize(("experts", "rank"), [(8, 16), (64, 64)])
 def test_the_first_table_is_true_at_its_corners(rows, experts, rank):
     written = next(row for row in rows if row[:2] == (experts, rank))
-    made = counts.growth_of(experts, rank)
-    assert made[:7] == pytest.approx(written[:7], rel=COMPILED_COUNTS)
-    assert made == pytest.approx(written, rel=COMPILED_BYTES)
+    computed = counts.growth_of(experts, rank)
+    assert computed[:7] == pytest.approx(written[:7], rel=COMPILED_COUNTS)
+    assert computed == pytest.approx(written, rel=COMPILED_BYTES)
 
 
 def test_the_second_table_is_true_at_its_corner(per_expert):
@@ -62,9 +62,9 @@ def test_the_second_table_is_true_at_its_corner(per_expert):
 
 def test_the_grouped_forms_table_is_true_at_a_corner(grouped):
     written = next(row for row in grouped if row[:2] == (64, 64))
-    made = counts.grouped_of(64, 64)  # whose LoRA the first table has compiled
-    assert made[:5] == pytest.approx(written[:5], rel=COMPILED_COUNTS)
-    assert made == pytest.approx(written, rel=COMPILED_BYTES)
+    computed = counts.grouped_of(64, 64)  # whose LoRA the first table has compiled
+    assert computed[:5] == pytest.approx(written[:5], rel=COMPILED_COUNTS)
+    assert computed == pytest.approx(written, rel=COMPILED_BYTES)
 
 
 def test_the_grouped_form_needs_little_more_than_its_products(grouped):
@@ -137,7 +137,7 @@ def test_experts_at_which_one_hot_products_cost_a_tenth_more():
 
 
 def test_thresholds_as_compiled_are_those_of_the_algebra(rows):
-    found = 0
+    count = 0
     for rank in counts.RANKS:
         of_rank = [row for row in rows if row.rank == rank]
         for share in counts.SHARES:
@@ -145,8 +145,8 @@ def test_thresholds_as_compiled_are_those_of_the_algebra(rows):
             if compiled is not None:
                 needed = counts.experts_at(share, rank, counts.one_hot_algebra)
                 assert compiled == pytest.approx(needed, rel=0.05)
-                found += 1
-    assert found >= 5
+                count += 1
+    assert count >= 5
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ def test_the_table_is_true(rows):
 
 def test_no_method_needs_more_than_its_algebra(rows):
     # What is above one are elementwise operations, which a wide model hardly feels: with top-p
-    # every expert has an activation of its own.
+    # every expert has a separate activation.
     for row in rows:
         most = 1.02 if row["shape"] == "7B" else 1.06
         assert 0.99 <= row["of_algebra"] <= most, row
@@ -56,7 +56,7 @@ def test_every_method_and_router_is_in_the_table():
     from moe_jax.adapters.routing import ROUTERS
 
     words = {re.sub(r"[^a-z]", "", name.lower()) for name in METHODS}
-    ours = {n for n in REGISTERED if REGISTERED[n].__module__.startswith("moe_jax.")}
-    assert {n for n in ours if not any(n in word for word in words)} == set()
+    methods = {n for n in REGISTERED if REGISTERED[n].__module__.startswith("moe_jax.")}
+    assert {n for n in methods if not any(n in word for word in words)} == set()
     routers = {n for n in ROUTERS if ROUTERS[n].__module__.startswith("moe_jax.")}
     assert {n for n in routers if not any(n.replace("_", "") in word for word in words)} == set()

@@ -14,10 +14,12 @@ def test_what_a_checkpoint_takes(tmp_path, capsys):
     loads = written["loading"]
     # Beside the bytes of kernels, 2 to a number: a scale of 4 for each column of some hundred
     # rows, or for each 64 numbers of half a byte; and embeddings that stay as they are.
-    shares = {kind: own["bytes"] / loads["bfloat16"]["bytes"] for kind, own in loads.items()}
+    shares = {
+        kind: figures["bytes"] / loads["bfloat16"]["bytes"] for kind, figures in loads.items()
+    }
     assert 0.5 < shares["int8"] == shares["fp8"] < 0.56
     assert 0.27 < shares["nf4"] < 0.32
-    errors = {kind: own["error"] for kind, own in loads.items()}
+    errors = {kind: figures["error"] for kind, figures in loads.items()}
     assert 0 == errors["bfloat16"] < errors["int8"] < errors["fp8"] < errors["nf4"] < 0.1
     assert written["training"] == {}
     assert f"{shares['nf4']:.3f}" in capsys.readouterr().out

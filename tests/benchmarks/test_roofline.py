@@ -303,7 +303,7 @@ ROWS = "bf16[2,8,3,5]{3,2,1,0}"  # 2 rows of 8 positions, 3 heads of 5 channels:
     [
         ('"NO_MASK"', 64),
         ('"CAUSAL"', 32),  # half of 8 x 8
-        ('"CAUSAL", "sliding_window_length": 2', 14),  # 8 x 2, but for half of 2 x 2 at the start
+        ('"CAUSAL", "sliding_window_length": 2', 14),  # 8 x 2, without half of 2 x 2 at the start
     ],
 )
 def test_attention_counts_what_its_mask_leaves(mask, pairs):

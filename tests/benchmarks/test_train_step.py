@@ -49,7 +49,7 @@ sys.exit(main(sys.argv[1:]))
 
 @pytest.fixture(scope="module")
 def figures(tmp_path_factory):
-    """Of a run in an interpreter that has jax, flax, optax and numpy only, but for peft's own."""
+    """Figures of a run with jax, flax, optax and numpy only, except in the process of peft."""
     output = tmp_path_factory.mktemp("benchmark") / "figures.json"
     flags = f"--size tiny --rows {ROWS} --length {LENGTH} --rounds 2 --no-peak --peft".split()
     command = [sys.executable, "-c", _BLOCKED, *flags, "--output", output]
@@ -85,11 +85,11 @@ def test_as_many_weights_are_trained(rows):
 
 def test_the_weights_and_the_step_are_those_of_peft(rows):
     # The first loss is of the base, as B is zero; the second comes after one step of the optimiser.
-    ours, theirs = rows["lora"]["losses"], rows["peft"]["losses"]
-    np.testing.assert_allclose(ours, theirs, **FEW_OPERATIONS_GRADIENT)
-    assert abs(ours[1] - ours[0]) > 1e-3
+    losses, expected = rows["lora"]["losses"], rows["peft"]["losses"]
+    np.testing.assert_allclose(losses, expected, **FEW_OPERATIONS_GRADIENT)
+    assert abs(losses[1] - losses[0]) > 1e-3
     assert rows["frozen"]["losses"][0] == pytest.approx(
-        ours[0], rel=FEW_OPERATIONS_GRADIENT["rtol"]
+        losses[0], rel=FEW_OPERATIONS_GRADIENT["rtol"]
     )
 
 
