@@ -17,6 +17,7 @@ optax and numpy.
 """
 
 import argparse
+import functools
 import statistics
 import sys
 import time
@@ -32,21 +33,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.random_inputs import random_params
+from benchmarks.random_inputs import random_like, random_params
 from benchmarks.report import MEBIBYTE, check_output, machine, one_line, refuse, write_json
 from benchmarks.sizes import SIZE_HELP, hf_fields, model_of
 from benchmarks.timing import OUT_OF_MEMORY
 from moe_jax.adapters import METHODS
 from moe_jax.adapters.method import AdapterMethod
 from moe_jax.adapters.tree import TARGET_MODULES
-from moe_jax.checkpoints.leaves import named_leaves, nested_dict
+from moe_jax.checkpoints.leaves import named_leaves
 from moe_jax.config.model import ComputeConfig, ModelConfig
 from moe_jax.config.parse import parse_member
 from moe_jax.errors import ConfigError, UserError, is_out_of_memory
 from moe_jax.inference.generator import Request, TokenGenerator
 from moe_jax.inference.settings import SamplingConfig
 from moe_jax.layers.names import PARAMS
-from moe_jax.loaded.adapter_base import expected_leaves
+from moe_jax.models.adapted import abstract_params, untrained_adapter
 from moe_jax.models.causal_lm import LlamaForCausalLM
 
 KINDS: dict[str, dict[str, Any] | None] = {
@@ -61,12 +62,11 @@ def random_adapter(fields: dict[str, Any], model: ModelConfig) -> tuple[AdapterM
     """Returns the method of these fields and random weights of an adapter."""
     fields = {**fields, "rank": 8, "alpha": 16.0, "target_modules": TARGET_MODULES}
     method = parse_member(METHODS, fields, "method")
-    rng = np.random.default_rng(0)
-    leaves = {
-        path: jnp.asarray(0.02 * rng.standard_normal(spec.shape), spec.dtype)
-        for path, spec in expected_leaves(model, method).items()
-    }
-    return method, nested_dict(leaves)
+    language_model = LlamaForCausalLM(model, ComputeConfig(dtype="float32"))
+    params = nn.meta.unbox(abstract_params(language_model))
+    init = functools.partial(untrained_adapter, language_model, method)
+    tree = nn.meta.unbox(jax.eval_shape(init, params, jax.random.key(0)))
+    return method, random_like(tree)
 
 
 def seconds_per_step(
