@@ -66,7 +66,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """What was imported until now stays, and is not looked through again."""
+    """Excludes all objects that exist so far from later garbage collections."""
     gc.collect()
     gc.freeze()
 

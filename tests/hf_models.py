@@ -77,7 +77,7 @@ FUSED = {
     "gate_proj": ("gate_up_proj", ("gate_proj", "up_proj")),
     "up_proj": ("gate_up_proj", ("gate_proj", "up_proj")),
 }
-"""Where families keep several projections in one: its name, and their order in it."""
+"""Fused projections of some families, by target: name of the fused one, and the order in it."""
 
 
 def merge_lora(model: PreTrainedModel, tree: dict[str, Any], scale: float) -> None:

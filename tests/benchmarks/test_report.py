@@ -1,4 +1,4 @@
-"""What benchmarks refuse before they measure, and in which words."""
+"""Refusals of benchmarks before they measure, and their messages."""
 
 from pathlib import Path
 
