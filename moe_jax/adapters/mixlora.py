@@ -373,7 +373,9 @@ class MixLoraFFN(nn.Module):
             return None, None, None
         routed = self.method.router.routes_layer(context.layer_index)
         share = jnp.float32(1.0) if routed is None else routed.astype(jnp.float32)
-        keys = jax.random.split(self.make_rng("dropout"), (slots, 2))
+        two_keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
+        keys = jax.random.split(self.make_rng("dropout"), slots)
+        keys = jax.vmap(two_keys, in_axes=(0, None))(keys, jnp.arange(2))
         hidden, down = (rate * share if rate else None for rate in rates)
         return keys, hidden, down
 

@@ -135,9 +135,9 @@ def test_a_mesh_makes_the_same_step_as_one_device(programs, steps):
 
     expected_metrics, expected = steps["packed"]
     for name in ("loss", "load_balance", "localized_balance", "grad_norm"):
-        names = {metric for metric in metrics if metric.endswith(f"/{name}")}
-        assert names, name
-        for metric in names:
+        with_suffix = {metric for metric in metrics if metric.endswith(f"/{name}")}
+        assert with_suffix, name
+        for metric in with_suffix:
             np.testing.assert_allclose(
                 metrics[metric], expected_metrics[metric], **ROUNDING, err_msg=metric
             )
