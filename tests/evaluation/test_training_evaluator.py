@@ -208,7 +208,7 @@ def test_interrupted_final_evaluation_resumes(run, tasks, tmp_path, monkeypatch)
         ({"tasks": ()}, {}, "config.adapters.lora.evaluation.tasks: is empty"),
         ({"tasks": ("sum", "sum")}, {}, "evaluation.tasks: names sum more than once"),
         ({"protocols": ("label",)}, {}, r"evaluation.protocols\[0\]: .*mean 'labels'"),
-        ({"protocols": ("labels",)}, {}, "evaluation: task 'colour': has no labels; take"),
+        ({"protocols": ("labels",)}, {}, "evaluation: task 'colour': has no labels; use"),
         ({"split": "dev"}, {}, "evaluation: .*colour: no file is named after the split 'dev'"),
         ({"tasks": ("boolq",)}, {}, "evaluation.tasks: .*boolq: no such folder for the task"),
         ({"every": -1}, {}, "evaluation.every: must not be negative"),
