@@ -109,7 +109,7 @@ def test_adapted_model_on_a_quantised_base(folder):
 
 
 def test_unsupported_storage_types(tmp_path, folder):
-    with pytest.raises(UserError, match=r"dtype 'nf5': no type .* did you mean 'nf4'"):
+    with pytest.raises(UserError, match=r"dtype 'nf5': not a storage type; did you mean 'nf4'"):
         moe_jax.load_base(folder, dtype="nf5")
     save_tiny_llama(tmp_path / "odd", intermediate_size=81)
     message = r"base.param_dtype: 'nf4' packs inputs in pairs, .* intermediate_size is 81; use"
