@@ -200,8 +200,8 @@ def test_every_layer_and_adapter_draws_its_own_jitter():
 
     def sums(deterministic):
         rngs = {"dropout": jax.random.key(5)}
-        apply = lambda: model.apply(
-            variables, tokens, deterministic=deterministic, rngs=rngs, mutable=["router"]
+        apply = lambda: model.clone(deterministic=deterministic).apply(
+            variables, tokens, rngs=rngs, mutable=["router"]
         )
         sites = collect_statistics(jax.jit(apply)()[1])
         return np.concatenate([sites[name]["mlp/moe"].probability_sum for name in ("x", "z")])
