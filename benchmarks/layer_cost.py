@@ -141,7 +141,6 @@ def layer_cost(
     method: AdapterMethod | None,
     shape: Shape,
     remat: str = "none",
-    block_tokens: int | None = None,
 ) -> LayerCost:
     """Compiles one layer with an adapter method, or frozen, and counts its cost.
 
@@ -149,10 +148,8 @@ def layer_cost(
       method: adapter method; None for the frozen layer.
       shape: sizes of the layer and its batch.
       remat: policy of rematerialisation, see `ComputeConfig.remat`.
-      block_tokens: number of tokens of a block, see `ComputeConfig.block_tokens`; None for a single
-        block, since the default depends on the platform.
     """
-    step, arguments = layer_step(method, shape, remat, block_tokens or shape.rows * shape.length)
+    step, arguments = layer_step(method, shape, remat)
     compiled = jax.jit(step).lower(*arguments).compile()
     analysis: Any = compiled.memory_analysis()
     flops = compiled_flops(compiled)
@@ -166,7 +163,7 @@ def layer_cost(
 
 
 def layer_step(
-    method: AdapterMethod | None, shape: Shape, remat: str, block_tokens: int | None
+    method: AdapterMethod | None, shape: Shape, remat: str
 ) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     """Builds a loop of `LAYERS` layers, forward and backward to the adapter and to the input.
 
@@ -174,7 +171,6 @@ def layer_step(
       method: adapter method; None for the frozen layer.
       shape: sizes of the layer and its batch.
       remat: policy of rematerialisation, see `ComputeConfig.remat`.
-      block_tokens: number of tokens of a block, see `ComputeConfig.block_tokens`.
 
     Returns:
       The function, and the shapes of its arguments: the adapter's weights, the frozen weights, the
@@ -198,7 +194,7 @@ def layer_step(
         tie_word_embeddings=False,
     )
     adapter_rows = () if method is None else divide_rows({"a": method}, {"a": shape.rows})
-    settings: Any = {"dtype": "float32", "remat": remat, "block_tokens": block_tokens}
+    settings: Any = {"dtype": "float32", "remat": remat}
     compute, storage = ComputeConfig(**settings), storage_of("float32")
     layer = DecoderLayer(LayerSettings(config, compute, storage, adapter_rows, deterministic=True))
     tokens = (shape.rows, shape.length)

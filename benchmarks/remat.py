@@ -88,8 +88,6 @@ def _one_row(config: RunConfig, name: str, adapter: Any, policy: str, dtype: Any
         dtype=dtype,
         attention="xla",
         remat=policy,
-        # One block of all tokens: the einsum form without blocks.
-        block_tokens=LENGTH,
     )
     return dataclasses.replace(
         config,

@@ -62,7 +62,6 @@ class AdaptedFFN:
         method: Any,
         rows: int,
         dtype: Any = "float32",
-        block_tokens: int | None = None,
         **config: Any,
     ):
         """Takes over the weights of `mlp`.
@@ -72,11 +71,10 @@ class AdaptedFFN:
           method: method of the adapter.
           rows: B.
           dtype: dtype of the computation.
-          block_tokens: see `ComputeConfig.block_tokens`.
           config: what differs from the tiny model.
         """
         self.method, self.rows = method, rows
-        self.compute = ComputeConfig(dtype=dtype, block_tokens=block_tokens)
+        self.compute = ComputeConfig(dtype=dtype)
         wide, narrow = mlp.gate_proj.weight.shape
         self.width = narrow
         self.config = tiny_program.model_config(
@@ -129,8 +127,7 @@ class AdaptedFFN:
         return GatedMLP(LayerSettings(self.config, compute, storage, adapter_rows, deterministic))
 
     def _contexts(self, mask: jax.Array) -> dict[str, AdapterContext]:
-        context = tiny_program.adapter_context(mask)
-        return {NAME: context._replace(block_tokens=self.compute.block_tokens)}
+        return {NAME: tiny_program.adapter_context(mask)}
 
 
 def _linear(linear: Any) -> dict[str, jax.Array]:

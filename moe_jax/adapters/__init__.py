@@ -7,7 +7,6 @@
     routing/        routers, their statistics and auxiliary losses
     rows.py         the rows of a batch that belong to each adapter
     projection.py   a frozen projection with the deltas of its adapters
-    token_blocks.py MixLoRA's experts in blocks of tokens, for CPUs
     score_head.py   heads of classification adapters
     tree.py         names and trees of the adapters' variables
 

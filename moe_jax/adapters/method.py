@@ -84,8 +84,6 @@ class AdapterContext(NamedTuple):
         padding (see `SourceConfig.expert_group`); None unless a loss of the adapter reads it.
       segment_ids: int32 [b, S] as in `Batch`; None where every row is one sequence. Anything that
         counts by sequence must use it.
-      shards: number of devices, or groups of them, that the rows are divided over.
-      block_tokens: see `ComputeConfig.block_tokens`.
     """
 
     token_mask: jax.Array
@@ -93,8 +91,6 @@ class AdapterContext(NamedTuple):
     num_layers: int
     expert_groups: jax.Array | None = None
     segment_ids: jax.Array | None = None
-    shards: int = 1
-    block_tokens: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -34,7 +34,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import flax.linen as nn
-import flax.struct
 import jax
 import jax.numpy as jnp
 from flax.core import FrozenDict
@@ -52,7 +51,6 @@ from moe_jax.adapters.routing.losses import RouterLoss, check_losses
 from moe_jax.adapters.routing.router import Router, RouterLogits, Routing, route_with_cache
 from moe_jax.adapters.routing.statistics import sow_routing
 from moe_jax.adapters.routing.strategies import TopKRouter
-from moe_jax.adapters.token_blocks import map_token_blocks
 from moe_jax.adapters.tree import ATTENTION_MODULES, MLP_MODULES
 from moe_jax.config.model import ModelConfig
 from moe_jax.config.parse import field_prefix, require
@@ -146,55 +144,32 @@ class MixLoraConfig(AdapterMethod):
         return MixLoraFFN(self)
 
 
-@flax.struct.dataclass
-class RoutedTokens:
-    """Inputs of the experts; every array has the tokens as its leading axis.
+@dataclass(frozen=True)
+class SlotInputs:
+    """Inputs that all expert slots share; see the letters above.
 
     Attributes:
       gate: frozen product x W_gate, [T, F], without its bias.
       up: frozen product x W_up, [T, F], without its bias.
-      z: low-rank activations of the adapted ones of `gate_proj` and `up_proj`, [T, E, R].
-      dispatch: [T, C, E], one-hot, or zero for a slot without an expert, which then is the frozen
-        FFN. None where slot c is expert c for every token (C = E).
-      weights: [T, C].
-      index: int32 [T], the position of each token in the batch; dropout masks depend on it alone.
+      gate_bias, up_bias: [F]; None without a bias.
+      activation: activation function of the gate.
+      down_kernel: frozen W_down [F, D], for DoRA on `down_proj`; None without it.
+      hidden_dropout: share of h_c that is dropped, a scalar; None for none.
+      down_dropout: share of h_c that the pair of `down_proj` does not see, a scalar; None for none.
     """
 
     gate: jax.Array
     up: jax.Array
-    z: dict[str, jax.Array]
-    dispatch: jax.Array | None
-    weights: jax.Array
-    index: jax.Array
-
-
-@flax.struct.dataclass
-class ExpertWeights:
-    """Weights and settings that all tokens share.
-
-    Attributes:
-      pairs: low-rank pairs of the adapted projections.
-      gate_bias, up_bias: [F]; None without a bias.
-      down_kernel: frozen W_down [F, D], for DoRA on `down_proj`; None without it.
-      dropout_keys: two keys for each slot, [C, 2]; None where nothing is dropped.
-      hidden_dropout: share of h_c that is dropped, a scalar; None for none.
-      down_dropout: share of h_c that the pair of `down_proj` does not see, a scalar; None for none.
-      activation: activation function of the gate.
-    """
-
-    pairs: dict[str, ExpertPairs]
     gate_bias: jax.Array | None
     up_bias: jax.Array | None
+    activation: Callable[[jax.Array], jax.Array]
     down_kernel: Kernel | None
-    dropout_keys: jax.Array | None
     hidden_dropout: jax.Array | None
     down_dropout: jax.Array | None
-    activation: Callable[[jax.Array], jax.Array] = flax.struct.field(pytree_node=False)
 
 
 def expert_slot(
-    tokens: RoutedTokens,
-    experts: ExpertWeights,
+    inputs: SlotInputs,
     pairs: Mapping[str, ExpertPairs],
     z: Mapping[str, jax.Array],
     dispatch: jax.Array,
@@ -204,11 +179,11 @@ def expert_slot(
     """One slot of every token.
 
     Args:
-      tokens: inputs of all slots.
-      experts: weights and settings of all slots.
-      pairs: low-rank pairs that the slot selects from.
-      z: low-rank activations [T, E, R] of these pairs.
-      dispatch: [T, E].
+      inputs: inputs of all slots.
+      pairs: low-rank pairs that the slot selects from, by projection.
+      z: low-rank activations [T, E, R] of the adapted ones of `gate_proj` and `up_proj`.
+      dispatch: [T, E], one-hot; zero for a token whose slot has no expert, which then is the frozen
+        FFN.
       weights: [T].
       keys: two dropout keys; None drops nothing.
 
@@ -227,52 +202,63 @@ def expert_slot(
             product = product + jnp.einsum("ter,erf->tf", selected, lora_b)
         return product if bias is None else product + bias[None]
 
-    gate = adapt("gate_proj", tokens.gate, experts.gate_bias)
-    up = adapt("up_proj", tokens.up, experts.up_bias)
-    hidden = gated(experts.activation, gate, up, weights.astype(gate.dtype)[:, None])
+    gate = adapt("gate_proj", inputs.gate, inputs.gate_bias)
+    up = adapt("up_proj", inputs.up, inputs.up_bias)
+    hidden = gated(inputs.activation, gate, up, weights.astype(gate.dtype)[:, None])
     hidden_key, down_key = (None, None) if keys is None else keys
-    hidden = token_dropout(hidden, experts.hidden_dropout, hidden_key, tokens.index)
+    hidden = _dropout(hidden, inputs.hidden_dropout, hidden_key)
     if "down_proj" not in pairs:
         return hidden, None
     down = pairs["down_proj"]
-    z_down = down.activations(token_dropout(hidden, experts.down_dropout, down_key, tokens.index))
+    z_down = down.activations(_dropout(hidden, inputs.down_dropout, down_key))
     z_down = jnp.einsum("ter,te->ter", z_down, dispatch.astype(hidden.dtype))
-    if experts.down_kernel is None:
+    if inputs.down_kernel is None:
         return hidden, z_down
-    product = checkpoint_name(frozen_product(hidden, experts.down_kernel), NARROW_PRODUCT)
+    product = checkpoint_name(frozen_product(hidden, inputs.down_kernel), NARROW_PRODUCT)
     return down.rescale(product, dispatch), z_down
 
 
 def expert_slots(
-    tokens: RoutedTokens, experts: ExpertWeights
+    inputs: SlotInputs,
+    pairs: Mapping[str, ExpertPairs],
+    z: Mapping[str, jax.Array],
+    dispatch: jax.Array | None,
+    weights: jax.Array,
+    keys: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """The sum of all slots; see `expert_slot` for the two results, the second for all E experts."""
-    stacked: dict[str, Any] = {"weights": tokens.weights.T, "keys": experts.dropout_keys}
-    if tokens.dispatch is None:  # slot c is expert c: it selects from one pair, always that pair
-        pairs, z = experts.pairs, tokens.z
+    """The sum of all slots; see `expert_slot` for the two results, the second for all E experts.
+
+    Args:
+      inputs, pairs, z: see `expert_slot`.
+      dispatch: [T, C, E]; None where slot c is expert c for every token (C = E).
+      weights: [T, C].
+      keys: two dropout keys for each slot, [C, 2]; None drops nothing.
+    """
+    stacked: dict[str, Any] = {"weights": weights.T, "keys": keys}
+    if dispatch is None:  # each slot selects from one pair, always that pair
         stacked["pairs"] = {target: pair.experts_first() for target, pair in pairs.items()}
         stacked["z"] = {target: jnp.moveaxis(z[target], 1, 0)[:, :, None] for target in z}
         stacked["dispatch"] = jnp.ones_like(stacked["weights"])[..., None]
-        slot = functools.partial(expert_slot, tokens, experts)
+        slot = functools.partial(expert_slot, inputs)
     else:  # one-hot vectors have no gradient
-        stacked["dispatch"] = jax.lax.stop_gradient(jnp.moveaxis(tokens.dispatch, 1, 0))
-        slot = functools.partial(expert_slot, tokens, experts, pairs=experts.pairs, z=tokens.z)
+        stacked["dispatch"] = jax.lax.stop_gradient(jnp.moveaxis(dispatch, 1, 0))
+        slot = functools.partial(expert_slot, inputs, pairs, z)
 
     def add_slot(total: jax.Array, slot_inputs: Any) -> tuple[jax.Array, jax.Array | None]:
         output, z_down = slot(**slot_inputs)
         return total + output, z_down
 
-    num_slots = tokens.weights.shape[1]
+    num_slots = weights.shape[1]
     if num_slots > MAX_UNROLLED_SLOTS:
         policy = jax.checkpoint_policies.save_only_these_names(NARROW_PRODUCT)
         add_slot = jax.checkpoint(add_slot, policy=policy)
-    wide = tokens.gate if experts.down_kernel is None else experts.down_kernel
-    zeros = jnp.zeros((len(tokens.gate), wide.shape[-1]), tokens.gate.dtype)
+    wide = inputs.gate if inputs.down_kernel is None else inputs.down_kernel
+    zeros = jnp.zeros((len(inputs.gate), wide.shape[-1]), inputs.gate.dtype)
     unroll = num_slots if num_slots <= MAX_UNROLLED_SLOTS else 1
     total, z_down = jax.lax.scan(add_slot, zeros, stacked, unroll=unroll)
     if z_down is None:
         return total, None
-    if tokens.dispatch is None:
+    if dispatch is None:
         return total, jnp.moveaxis(jnp.squeeze(z_down, 2), 0, 1)
     return total, jnp.sum(z_down, axis=0)
 
@@ -306,33 +292,23 @@ class MixLoraFFN(nn.Module):
         dropped = nn.Dropout(low_rank.dropout, deterministic=deterministic)(x)
         inputs = {target: pair for target, pair in pairs.items() if target != "down_proj"}
         z = checkpoint_name(joint_activations(_flat(dropped), inputs), LOW_RANK)
-        tokens = RoutedTokens(
-            gate=_flat(ffn.gate.product),
-            up=_flat(ffn.up.product),
-            z=z,
-            dispatch=None if routing.dispatch is None else _flat(routing.dispatch),
-            weights=_flat(routing.weights),
-            index=jnp.arange(x.shape[0] * x.shape[1], dtype=jnp.int32),
+        dispatch = None if routing.dispatch is None else _flat(routing.dispatch)
+        weights = _flat(routing.weights)
+        keys, hidden_dropout, down_dropout = self._dropout_settings(
+            context, weights.shape[-1], deterministic
         )
         dora_down = "down_proj" in pairs and pairs["down_proj"].gains is not None
-        keys, hidden_dropout, down_dropout = self._dropout_settings(
-            context, routing.weights.shape[-1], deterministic
-        )
-        experts = ExpertWeights(
-            pairs=pairs,
+        slot_inputs = SlotInputs(
+            gate=_flat(ffn.gate.product),
+            up=_flat(ffn.up.product),
             gate_bias=ffn.gate_bias,
             up_bias=ffn.up_bias,
+            activation=ffn.activation,
             down_kernel=ffn.down_kernel if dora_down else None,
-            dropout_keys=keys,
             hidden_dropout=hidden_dropout,
             down_dropout=down_dropout,
-            activation=ffn.activation,
         )
-        if context.block_tokens is None or dora_down:  # DoRA would reload W_down for every block
-            total, z_down = expert_slots(tokens, experts)
-        else:
-            blocks = context.block_tokens, context.shards
-            total, z_down = map_token_blocks(expert_slots, tokens, experts, *blocks)
+        total, z_down = expert_slots(slot_inputs, pairs, z, dispatch, weights, keys)
 
         output = _bias_and_bypass(x, ffn, routing)
         if z_down is not None:
@@ -367,7 +343,7 @@ class MixLoraFFN(nn.Module):
     def _dropout_settings(
         self, context: AdapterContext, slots: int, deterministic: bool
     ) -> tuple[jax.Array | None, jax.Array | None, jax.Array | None]:
-        """Dropout keys [C, 2] and rates of `ExpertWeights`; a frozen layer has the rates zero."""
+        """Dropout keys [C, 2] and rates of `SlotInputs`; rates are zero in a layer without routing."""
         rates = self.method.ffn_dropout, self.method.expert_low_rank.dropout
         if deterministic or not any(rates):
             return None, None, None
@@ -380,25 +356,12 @@ class MixLoraFFN(nn.Module):
         return keys, hidden, down
 
 
-def token_dropout(
-    x: jax.Array, rate: jax.Array | None, key: jax.Array | None, index: jax.Array
-) -> jax.Array:
-    """Dropout whose mask depends on each token's index alone, so that blocks of tokens agree.
-
-    Args:
-      x: [T, F].
-      rate: share of the entries that become zero, a scalar; the others are divided by 1 - rate.
-      key: random key of all tokens; None drops nothing, as does a rate of None.
-      index: int32 [T].
-    """
+def _dropout(x: jax.Array, rate: jax.Array | None, key: jax.Array | None) -> jax.Array:
+    """Dropout at a rate that may be traced, as in layers that do not route, whose rate is zero."""
     if rate is None or key is None:
         return x
-
-    def keep(token: jax.Array) -> jax.Array:
-        return jax.random.bernoulli(jax.random.fold_in(key, token), 1.0 - rate, x.shape[-1:])
-
-    scaled = x / (1.0 - rate).astype(x.dtype)
-    return jnp.where(jax.vmap(keep)(index), scaled, jnp.zeros_like(x))
+    kept = jax.random.bernoulli(key, 1.0 - rate, x.shape)
+    return jnp.where(kept, x / (1.0 - rate).astype(x.dtype), jnp.zeros_like(x))
 
 
 def _flat(array: jax.Array) -> jax.Array:

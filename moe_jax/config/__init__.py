@@ -3,7 +3,7 @@
 A configuration file has a function `get_config()` that returns nested groups of fields:
 
     base                     path, revision, param_dtype, hf_config: the frozen base model
-    compute                  dtype, attention, remat, block_tokens
+    compute                  dtype, attention, remat
     adapters.NAME.method     name, rank, alpha, dropout, target_modules, rslora, dora,
                              classification; for mixtures of experts also num_experts, router,
                              losses; for MixLoRA expert_lora, ffn_dropout (see `moe_jax.adapters`)

@@ -249,20 +249,13 @@ class ComputeConfig:
         `dots` for 1% more work). `narrow` keeps those of them that are narrower than the FFN.
         `full` keeps the layer's input alone. Default `frozen`; use `narrow` or `full` if a step
         runs out of memory.
-      block_tokens: number of tokens per block of the experts' hidden activations in the backward
-        pass. Default None: blocks that fit the cache on a CPU, all tokens at once elsewhere. If no
-        divisor of a device's number of tokens is close, all tokens are one block.
     """
 
     dtype: FloatType
     attention: Literal["xla", "cudnn"] = "xla"
     remat: Literal["none", "dots", "frozen", "narrow", "full"] = "frozen"
-    block_tokens: int | None = None
 
     def __post_init__(self):
-        require(
-            self.block_tokens is None or self.block_tokens > 0, "block_tokens", "must be positive"
-        )
         require(
             self.attention != "cudnn" or self.dtype != "float32",
             "attention",

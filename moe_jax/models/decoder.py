@@ -269,8 +269,6 @@ def _adapter_context(
         settings.config.num_layers,
         expert_groups,
         segment_ids,
-        rows.shards,
-        settings.compute.block_tokens,
     )
 
 

@@ -30,6 +30,3 @@ REMAT_POLICIES: dict[str, Callable[..., Any]] = {
     "full": _POLICIES.save_only_these_names(DORA_NORMS),
 }
 """Policy of each value of `ComputeConfig.remat` but `none`, which keeps everything."""
-
-KEEPS_ALL_PRODUCTS = ("none", "dots")
-"""Policies under which the experts' hidden activations are kept and not recomputed."""

@@ -171,32 +171,3 @@ def test_ffn_dropout_drops_each_experts_hidden_activation(transparent, router):
     np.testing.assert_allclose(distances.min(axis=0), 0.0, atol=1e-6)
     counts = np.bincount(distances.argmin(axis=0).ravel(), minlength=4)
     np.testing.assert_allclose(counts / counts.sum(), 0.25, atol=0.03)
-
-
-@pytest.mark.parametrize("block", [ROWS * LENGTH, LENGTH // 2], ids=["whole", "parts"])
-@pytest.mark.parametrize(
-    ("router", "dora"),
-    [(TOP_P, False), ({"name": "top_k"}, False), ({"name": "top_k", "top_k": 3}, True)],
-    ids=["all experts", "two slots", "three slots, DoRA"],
-)
-def test_blocks_of_tokens_give_the_same_outputs_and_gradients(router, dora, block):
-    # DoRA only on gate and up: with DoRA on the down projection there are no blocks.
-    targets = ("gate_proj", "up_proj") if dora else ("gate_proj", "up_proj", "down_proj")
-    settings = {"dropout": 0.3, "ffn_dropout": 0.3, "dora": dora, "target_modules": targets}
-    mlp, method = llama_mlp(), mixlora(router, **settings)
-    all_at_once = AdaptedFFN(mlp, method, ROWS)
-    in_blocks = AdaptedFFN(mlp, method, ROWS, block_tokens=block)
-    tree, x = all_at_once.random_tree(), random_input(ROWS, LENGTH)
-
-    def gradients(ffn, key):
-        output = lambda tree, x: ffn(tree, x, MASK, jax.random.key(key))[0].sum()
-        return jax.jit(jax.value_and_grad(output, argnums=(0, 1)))(tree, x)
-
-    expected, other_key = gradients(all_at_once, 0), gradients(all_at_once, 1)
-    jax.tree.map(
-        lambda ours, theirs: np.testing.assert_allclose(ours, theirs, **GRADIENT_ROUNDING),
-        gradients(in_blocks, 0),
-        expected,
-    )
-    kernels = (tree["router"]["kernel"] for _, (tree, _) in (expected, other_key))
-    assert np.abs(next(kernels) - next(kernels)).max() > 1e-2

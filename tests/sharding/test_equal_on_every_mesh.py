@@ -27,8 +27,7 @@ def _run(mesh):
         mesh=mesh,
         config=tiny_program.model_config(num_layers=2),
         training={"micro_batches": 2},
-        # With blocks of 16 of a device's tokens.
-        compute={"remat": "frozen", "block_tokens": 16},
+        compute={"remat": "frozen"},
     )
     params = tiny_program.random_params(program)
     state = program.init_state(params)

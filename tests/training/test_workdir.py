@@ -22,7 +22,7 @@ def config():
 def test_a_run_of_an_earlier_version_resumes_with_the_defaults_of_new_fields(config):
     settings = json.loads(to_json(config))
     former = copy.deepcopy(settings)
-    del former["compute"]["block_tokens"]
+    del former["compute"]["remat"]
     del former["adapters"]["default"]["data"]["packing"]
     require_same_run(former, config, settings, Path("work"))
 

@@ -28,7 +28,6 @@ RESUMABLE_FIELDS = (
     "logging.*",
     "checkpoints.*",
     "compute.attention",
-    "compute.block_tokens",
     "compute.remat",
     "training.log_every",
     "training.eval_every",

@@ -1,6 +1,5 @@
 """The compiled functions of a training run and the shardings of its arrays, from shapes alone."""
 
-import dataclasses
 import functools
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,8 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from moe_jax.adapters.method import AdapterMethod
 from moe_jax.adapters.rows import AdapterRows, divide_rows
-from moe_jax.adapters.token_blocks import cpu_block_tokens
-from moe_jax.config.model import ComputeConfig, ModelConfig
+from moe_jax.config.model import ModelConfig
 from moe_jax.config.parse import located
 from moe_jax.config.run import RunConfig
 from moe_jax.data.batch import Batch
@@ -31,7 +29,6 @@ from moe_jax.models.adapted import (
     untrained_adapter,
 )
 from moe_jax.models.causal_lm import LlamaForCausalLM
-from moe_jax.models.remat import KEEPS_ALL_PRODUCTS
 from moe_jax.sharding.mesh import make_mesh, require_platform
 from moe_jax.sharding.rules import BATCH_SPEC, shardings_of
 from moe_jax.training.step import step
@@ -294,20 +291,10 @@ def build_program(
         config.compute.check_model(model_config)
     with located("config.base"):
         check_storage(storage_of(config.base.param_dtype), model_config)
-    compute = _compute_for(mesh.devices.flat[0].platform, config.compute, model_config)
-    model = LlamaForCausalLM(model_config, compute, param_dtype=config.base.param_dtype)
+    model = LlamaForCausalLM(model_config, config.compute, param_dtype=config.base.param_dtype)
     if isinstance(total_steps, int):
         total_steps = dict.fromkeys(config.adapters, total_steps)
     return _program(config, CompiledLlama(model, mesh), total_steps)
-
-
-def _compute_for(platform: str, compute: ComputeConfig, model: ModelConfig) -> ComputeConfig:
-    """The compute settings with the experts in blocks of tokens on CPUs; see `token_blocks`."""
-    keeps_activations = compute.remat in KEEPS_ALL_PRODUCTS
-    if platform != "cpu" or keeps_activations or compute.block_tokens is not None:
-        return compute
-    tokens = cpu_block_tokens(model.intermediate_size, compute.dtype)
-    return dataclasses.replace(compute, block_tokens=tokens)
 
 
 def _program(config: RunConfig, llama: CompiledLlama, total_steps: Mapping[str, int]) -> Program:
