@@ -343,7 +343,7 @@ class MixLoraFFN(nn.Module):
     def _dropout_settings(
         self, context: AdapterContext, slots: int, deterministic: bool
     ) -> tuple[jax.Array | None, jax.Array | None, jax.Array | None]:
-        """Dropout keys [C, 2] and rates of `SlotInputs`, which are zero in layers without routing."""
+        """Dropout keys [C, 2] and rates of `SlotInputs`, all zero in layers without routing."""
         rates = self.method.ffn_dropout, self.method.expert_low_rank.dropout
         if deterministic or not any(rates):
             return None, None, None
