@@ -1,33 +1,27 @@
-"""MixLoRA on Llama-3-8B, with the hyper-parameters of `llama7b_mixlora.py`.
+"""MixLoRA on Llama-3-8B.
 
-Train on your own instructions, on all devices:
+    python train.py --config configs/llama3_8b_mixlora.py
 
-    python train.py --config configs/llama3_8b_mixlora.py --workdir runs/llama3 \
-        --config.base.path=/path/to/Meta-Llama-3-8B \
-        --config.adapters.default.data.train.instructions.path=/path/to/train.jsonl
+Settings are those of `llama7b_mixlora.py`; the learning rate follows from the width
+(`learning_rate_for` in `moe_jax/config/recipe.py`, with its source). All devices share one copy
+of the weights.
 """
-
-from typing import Any
 
 from ml_collections import ConfigDict
 
-from configs import llama7b_mixlora
+from moe_jax.config.recipe import llama_config, recipe
 
-HF_CONFIG = {
-    **llama7b_mixlora.LLAMA_2_7B,
-    "vocab_size": 128256,
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 8192,
-    "rope_theta": 500000.0,
-}
+HF_CONFIG = llama_config(
+    vocab_size=128256,
+    width=4096,
+    ffn_width=14336,
+    layers=32,
+    heads=32,
+    kv_heads=8,
+    positions=8192,
+    rope_theta=500000.0,
+)
 
 
 def get_config() -> ConfigDict:
-    config: Any = llama7b_mixlora.get_config()
-    config.base.path = "meta-llama/Meta-Llama-3-8B"
-    config.base.hf_config = HF_CONFIG
-    return config
+    return recipe("meta-llama/Meta-Llama-3-8B", hf_config=HF_CONFIG)

@@ -1,10 +1,6 @@
-"""Plain LoRA on Llama-2-7B, the baseline of `llama7b_mixlora.py` with equal trainable parameters.
+"""LoRA on Llama-2-7B, with as many trainable parameters as `llama7b_mixlora.py`.
 
-Train on your own instructions, on all devices:
-
-    python train.py --config configs/llama7b_lora.py --workdir runs/lora \
-        --config.base.path=/path/to/Llama-2-7b-hf \
-        --config.adapters.default.data.train.instructions.path=/path/to/train.jsonl
+    python train.py --config configs/llama7b_lora.py
 
 Only the method differs from the other file.
 """

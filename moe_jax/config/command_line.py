@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import importlib.util
 import re
+import sys
 import traceback
 import types
 import typing
@@ -36,6 +37,8 @@ def load_config_file(path: str) -> dict[str, Any]:
         raise ConfigError(f"--config: {path} is not a Python file; its name must end in .py")
     module = importlib.util.module_from_spec(spec)
     _require_distinct_keys(file, path)
+    folder = str(file.resolve().parent.parent)
+    sys.path.append(folder)  # a file in `configs/` may import another: `from configs import ...`
     try:
         spec.loader.exec_module(module)
         if not hasattr(module, "get_config"):
@@ -47,6 +50,8 @@ def load_config_file(path: str) -> dict[str, Any]:
         raise ConfigError(
             f"--config: {path} fails{_line(error, file)}: {_describe(error)}"
         ) from error
+    finally:
+        sys.path.remove(folder)
     if hasattr(config, "to_dict"):  # ml_collections.ConfigDict
         config = config.to_dict()
     if not isinstance(config, Mapping):

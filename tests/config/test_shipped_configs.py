@@ -31,9 +31,11 @@ def test_parses_and_opens_with_its_command(name):
     assert f"python train.py --config configs/{name}.py" in text
 
 
-def _mixlora_layer(width: int, kv_width: int, ffn_width: int) -> int:
+def _mixlora_layer(
+    width: int, kv_width: int, ffn_width: int, query_width: int | None = None
+) -> int:
     """Rank 16: pairs on q and o, on k and v, 8 experts of three pairs, and a router."""
-    attention = 2 * 16 * (width + width) + 2 * 16 * (width + kv_width)
+    attention = 2 * 16 * (width + (query_width or width)) + 2 * 16 * (width + kv_width)
     return attention + 8 * 3 * 16 * (width + ffn_width) + width * 8
 
 
@@ -44,6 +46,19 @@ def _mixlora_layer(width: int, kv_width: int, ffn_width: int) -> int:
         ("llama7b_mixlora", 6_738_415_616, 32 * _mixlora_layer(4096, 4096, 11008)),
         ("llama7b_lora", 6_738_415_616, 32 * 80 * (4 * (4096 + 4096) + 3 * (4096 + 11008))),
         ("llama3_8b_mixlora", 8_030_261_248, 32 * _mixlora_layer(4096, 1024, 14336)),
+        ("llama3_1_8b_mixlora", 8_030_261_248, 32 * _mixlora_layer(4096, 1024, 14336)),
+        ("llama3_2_1b_mixlora", 1_235_814_400, 16 * _mixlora_layer(2048, 512, 8192)),
+        ("llama3_2_3b_mixlora", 3_212_749_824, 28 * _mixlora_layer(3072, 1024, 8192)),
+        ("mistral_7b_mixlora", 7_248_023_552, 32 * _mixlora_layer(4096, 1024, 14336)),
+        ("phi4_mini_mixlora", 3_836_021_760, 32 * _mixlora_layer(3072, 1024, 8192)),
+        ("qwen3_1_7b_mixlora", 1_720_574_976, 28 * _mixlora_layer(2048, 1024, 6144)),
+        # The queries of the others are as wide as the model.
+        ("qwen3_4b_mixlora", 4_022_468_096, 36 * _mixlora_layer(2560, 1024, 9728, 4096)),
+        ("qwen3_8b_mixlora", 8_190_735_360, 36 * _mixlora_layer(4096, 1024, 12288)),
+        ("gemma3_1b_mixlora", 999_885_952, 26 * _mixlora_layer(1152, 256, 6912, 1024)),
+        ("gemma3_4b_mixlora", 3_880_263_168, 34 * _mixlora_layer(2560, 1024, 10240, 2048)),
+        ("smollm2_135m_mixlora", 134_515_008, 30 * _mixlora_layer(576, 192, 1536)),
+        ("smollm2_1_7b_mixlora", 1_711_376_384, 24 * _mixlora_layer(2048, 2048, 8192)),
         ("tinyllama_mixlora", 1_100_048_384, 22 * _mixlora_layer(2048, 256, 5632)),
     ],
 )

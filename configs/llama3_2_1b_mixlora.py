@@ -1,0 +1,35 @@
+"""MixLoRA on Llama-3.2-1B.
+
+    python train.py --config configs/llama3_2_1b_mixlora.py
+
+Settings are those of `llama7b_mixlora.py`; the learning rate follows from the width
+(`learning_rate_for` in `moe_jax/config/recipe.py`, with its source). The weights take 2.5 GB in
+bfloat16: every device holds a copy.
+"""
+
+from ml_collections import ConfigDict
+
+from moe_jax.config.recipe import llama_config, recipe
+
+HF_CONFIG = llama_config(
+    vocab_size=128256,
+    width=2048,
+    ffn_width=8192,
+    layers=16,
+    heads=32,
+    kv_heads=8,
+    positions=131072,
+    rope_theta=500000.0,
+    rope_scaling={
+        "rope_type": "llama3",
+        "factor": 32.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
+    tied=True,
+)
+
+
+def get_config() -> ConfigDict:
+    return recipe("meta-llama/Llama-3.2-1B", hf_config=HF_CONFIG, data_axis=-1, fsdp=1)

@@ -1,0 +1,32 @@
+"""MixLoRA on Qwen3-8B-Base.
+
+    python train.py --config configs/qwen3_8b_mixlora.py
+
+Settings are those of `llama7b_mixlora.py`; the learning rate follows from the width
+(`learning_rate_for` in `moe_jax/config/recipe.py`, with its source). All devices share one copy
+of the weights.
+"""
+
+from ml_collections import ConfigDict
+
+from moe_jax.config.recipe import llama_config, recipe
+
+HF_CONFIG = llama_config(
+    architecture="Qwen3ForCausalLM",
+    model_type="qwen3",
+    vocab_size=151936,
+    width=4096,
+    ffn_width=12288,
+    layers=36,
+    heads=32,
+    kv_heads=8,
+    head_dim=128,
+    positions=32768,
+    rms_norm_eps=1e-06,
+    rope_theta=1000000.0,
+    tied=False,
+)
+
+
+def get_config() -> ConfigDict:
+    return recipe("Qwen/Qwen3-8B-Base", hf_config=HF_CONFIG)
