@@ -7,7 +7,7 @@ Settings are those of `llama7b_mixlora.py`; the learning rate follows from the w
 bfloat16: every device holds a copy.
 """
 
-from ml_collections import ConfigDict
+from typing import Any
 
 from moe_jax.config.recipe import llama_config, recipe
 
@@ -31,5 +31,5 @@ HF_CONFIG = llama_config(
 )
 
 
-def get_config() -> ConfigDict:
+def get_config() -> dict[str, Any]:
     return recipe("meta-llama/Llama-3.2-1B", hf_config=HF_CONFIG, data_axis=-1, fsdp=1)

@@ -7,24 +7,13 @@ Only the method differs from the other file.
 
 from typing import Any
 
-from ml_collections import ConfigDict
-
 from configs import llama7b_mixlora
+from moe_jax.config.recipe import method_fields
 
 
-def get_config() -> ConfigDict:
-    config: Any = llama7b_mixlora.get_config()
-    mixlora = config.adapters.default.method
-    config.adapters.default.method = ConfigDict(
-        {
-            "name": "lora",
-            # A layer has 78,080 weights per unit of rank: 199.9 million in total at rank 80;
-            # MixLoRA has 203.4 million. Rank 80 and alpha 160 are the paper's baseline.
-            "rank": 80,
-            "alpha": 160.0,
-            "dropout": mixlora.dropout,
-            "init": mixlora.init,
-            "target_modules": mixlora.target_modules,
-        }
-    )
+def get_config() -> dict[str, Any]:
+    config = llama7b_mixlora.get_config()
+    # A layer has 78,080 weights per unit of rank: 199.9 million in total at rank 80; MixLoRA has
+    # 203.4 million. Rank 80 and alpha 160 are the paper's baseline.
+    config["adapters"]["default"]["method"] = method_fields("lora", rank=80)
     return config

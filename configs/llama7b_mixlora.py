@@ -18,12 +18,12 @@ rate 2e-4, batches of 16 rows of at most 512 tokens and two epochs are the paper
 `moe_jax/config/recipe.py` has the defaults that all configurations here share.
 """
 
-from ml_collections import ConfigDict
+from typing import Any
 
 from moe_jax.config.recipe import ALPACA, llama_config, recipe
 
 
-def get_config() -> ConfigDict:
+def get_config() -> dict[str, Any]:
     return recipe(
         "meta-llama/Llama-2-7b-hf",
         # For --plan; a run compares it with the checkpoint's config.json.

@@ -23,9 +23,8 @@ import copy
 import math
 from typing import Any
 
-from ml_collections import ConfigDict
-
 from configs import llama7b_mixlora
+from moe_jax.config.recipe import method_fields
 
 # Number of rows of each training split on the hub.
 TRAINING_ROWS = {
@@ -37,49 +36,37 @@ TRAINING_ROWS = {
 }
 
 
-def get_config() -> ConfigDict:
-    config: Any = llama7b_mixlora.get_config()
-    config.tasks_folder = None  # the hub
+def get_config() -> dict[str, Any]:
+    config = llama7b_mixlora.get_config()
+    config["tasks_folder"] = None  # the hub
 
-    mixlora: Any = config.adapters.default
-    mixlora.data.train = ConfigDict(
-        {
-            # The completion is the right option's label (A, true, ...), after the prompt of
-            # evaluation. Weights are proportional to the square roots of the sizes: proportional to
-            # the sizes, half of the rows would be PIQA's; equal weights would repeat the rows of
-            # ARC-Challenge fourteen times as often.
-            task: {"task": task, "answer": "label", "weight": round(math.sqrt(rows / 1000), 2)}
-            for task, rows in TRAINING_ROWS.items()
-        }
-    )
-    mixlora.evaluation = ConfigDict(
-        {
-            "tasks": tuple(TRAINING_ROWS),
-            # As in training. "choices" takes a forward pass for each option.
-            "protocols": ("labels",),
-            "every": 500,
-            # Shows the trend: the standard error is at most 3.2 points.
-            "limit_between": 250,
-            "batch_size": 32,
-            # Few prompts are longer; the base's context is always the last bucket.
-            "buckets": (128, 256, 512),
-            "with_base": True,
-        }
-    )
+    mixlora = config["adapters"]["default"]
+    mixlora["data"]["validation"] = {}
+    mixlora["data"]["train"] = {
+        # The completion is the right option's label (A, true, ...), after the prompt of evaluation.
+        # Weights are proportional to the square roots of the sizes: proportional to the sizes, half
+        # of the rows would be PIQA's; equal weights would repeat the rows of ARC-Challenge fourteen
+        # times as often.
+        task: {"task": task, "answer": "label", "weight": round(math.sqrt(rows / 1000), 2)}
+        for task, rows in TRAINING_ROWS.items()
+    }
+    mixlora["evaluation"] = {
+        "tasks": tuple(TRAINING_ROWS),
+        # As in training. "choices" takes a forward pass for each option.
+        "protocols": ("labels",),
+        "every": 500,
+        # Shows the trend: the standard error is at most 3.2 points.
+        "limit_between": 250,
+        "batch_size": 32,
+        # Few prompts are longer; the base's context is always the last bucket.
+        "buckets": (128, 256, 512),
+        "with_base": True,
+    }
 
-    lora: Any = copy.deepcopy(mixlora)
-    lora.method = ConfigDict(
-        {
-            "name": "lora",
-            # A layer has 78,080 weights per unit of rank: 202.4 million in total at rank 81, the
-            # nearest to MixLoRA's 203.4 million. (The paper's baseline has rank 80.)
-            "rank": 81,
-            "alpha": 162.0,  # equal alpha / rank
-            "dropout": mixlora.method.dropout,
-            "init": mixlora.method.init,
-            "target_modules": mixlora.method.target_modules,
-        }
-    )
-    config.adapters = ConfigDict({"mixlora": mixlora, "lora": lora})
-    config.train_only = "mixlora"
+    lora = copy.deepcopy(mixlora)
+    # A layer has 78,080 weights per unit of rank: 202.4 million in total at rank 81, the nearest to
+    # MixLoRA's 203.4 million. (The paper's baseline has rank 80.) alpha / rank is equal.
+    lora["method"] = method_fields("lora", rank=81)
+    config["adapters"] = {"mixlora": mixlora, "lora": lora}
+    config["train_only"] = "mixlora"
     return config

@@ -7,7 +7,7 @@ Settings are those of `llama7b_mixlora.py`; the learning rate follows from the w
 bfloat16: every device holds a copy.
 """
 
-from ml_collections import ConfigDict
+from typing import Any
 
 from moe_jax.config.recipe import recipe
 
@@ -44,5 +44,5 @@ HF_CONFIG = {
 }
 
 
-def get_config() -> ConfigDict:
+def get_config() -> dict[str, Any]:
     return recipe("microsoft/Phi-4-mini-instruct", hf_config=HF_CONFIG, data_axis=-1, fsdp=1)

@@ -7,7 +7,7 @@ Settings are those of `llama7b_mixlora.py`; the learning rate follows from the w
 bfloat16: every device holds a copy.
 """
 
-from ml_collections import ConfigDict
+from typing import Any
 
 from moe_jax.config.recipe import llama_config, recipe
 
@@ -28,5 +28,5 @@ HF_CONFIG = llama_config(
 )
 
 
-def get_config() -> ConfigDict:
+def get_config() -> dict[str, Any]:
     return recipe("Qwen/Qwen3-4B-Base", hf_config=HF_CONFIG, data_axis=-1, fsdp=1)

@@ -8,7 +8,7 @@ bfloat16: every device holds a copy. On a CPU add --config.compute.dtype=float32
 --config.base.param_dtype=float32.
 """
 
-from ml_collections import ConfigDict
+from typing import Any
 
 from moe_jax.config.recipe import llama_config, recipe
 
@@ -25,5 +25,5 @@ HF_CONFIG = llama_config(
 )
 
 
-def get_config() -> ConfigDict:
+def get_config() -> dict[str, Any]:
     return recipe("HuggingFaceTB/SmolLM2-135M", hf_config=HF_CONFIG, data_axis=-1, fsdp=1)

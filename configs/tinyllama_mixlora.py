@@ -7,7 +7,7 @@ Settings are those of `llama7b_mixlora.py`; the learning rate follows from the w
 bfloat16: every device holds a copy.
 """
 
-from ml_collections import ConfigDict
+from typing import Any
 
 from moe_jax.config.recipe import llama_config, recipe
 
@@ -22,7 +22,7 @@ HF_CONFIG = llama_config(
 )
 
 
-def get_config() -> ConfigDict:
+def get_config() -> dict[str, Any]:
     return recipe(
         "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T",
         hf_config=HF_CONFIG,

@@ -8,13 +8,27 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
+from typing import Any, NoReturn
 
-from moe_jax.commands import Run, adapter_formats, describe, evaluate, generate, inspect, surgery
+from moe_jax.commands import (
+    Run,
+    adapter_formats,
+    describe,
+    evaluate,
+    generate,
+    inspect,
+    surgery,
+    train,
+)
 from moe_jax.commands.arguments import naming_flags
+from moe_jax.config.command_line import split_overrides
+from moe_jax.config.parse import suggest
 from moe_jax.errors import UserError, report
 from moe_jax.version import __version__
 
 COMMANDS: dict[str, Callable[[argparse.ArgumentParser], Run]] = {
+    "train": train.add_train,
+    "plan": train.add_plan,
     "generate": generate.add,
     "show": describe.add_show,
     "export": adapter_formats.add_export,
@@ -25,30 +39,60 @@ COMMANDS: dict[str, Callable[[argparse.ArgumentParser], Run]] = {
 }
 
 
-def main(arguments: list[str] | None = None) -> int:
+class Parser(argparse.ArgumentParser):
+    """Parser whose errors are one line and name the nearest flag."""
+
+    def __init__(self, **options: Any):
+        super().__init__(allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        """Prints the message and exits with status 2."""
+        self.exit(2, f"error: {message} (see {self.prog} --help)\n")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Refuses unknown arguments here, where the flags of the subcommand are known."""
+        parsed, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            flag = unknown[0].partition("=")[0]
+            if not flag.startswith("-"):
+                self.error(f"unexpected argument {flag!r}; values follow a flag: --flag VALUE")
+            self.error(f"unknown flag {flag}; {suggest(flag, self._option_string_actions)}")
+        return parsed, unknown
+
+
+def main(arguments: list[str] | None = None, *, own_process: bool = False) -> int:
     """Runs a subcommand and returns the exit status.
 
     The status is 0 on success, 2 for invalid input (one line on stderr), 130 after Ctrl-C and 143
-    after SIGTERM (unfinished output is removed), and 141 if the reader of the output, such as
-    `head`, has closed it.
+    after SIGTERM (unfinished output is removed; a training run saves its state), and 141 if the
+    reader of the output, such as `head`, has closed it.
+
+    Args:
+      arguments: arguments of the command line; None takes those of the process.
+      own_process: install the hooks and the cache of compiled programs of a command; always done
+        for the arguments of the process.
     """
-    parser = argparse.ArgumentParser(
-        prog="moe-jax", description="Mixtures of LoRA experts on a frozen Llama."
-    )
+    own_process = own_process or arguments is None
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = Parser(prog="moe-jax", description="Mixtures of LoRA experts on a frozen Llama.")
     parser.add_argument("--version", action="version", version=f"moe-jax {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, add in COMMANDS.items():
         text = (add.__doc__ or "").strip()
         command = commands.add_parser(name, help=text, description=text)
         command.set_defaults(run=add(command))
-    chosen = parser.parse_args(arguments)
-    if arguments is None:  # a caller of this function sets up its own process
-        from moe_jax.commands.process import set_up_process  # imports jax
-
-        set_up_process()
     try:
+        overrides: dict[str, str] = {}
+        if arguments[:1] in (["train"], ["plan"]):
+            arguments, overrides = split_overrides(arguments)
+        chosen = parser.parse_args(arguments)
+        chosen.overrides = overrides
+        if own_process:
+            from moe_jax.commands.process import set_up_process  # imports jax
+
+            set_up_process()
         with _sigterm_unwinds(), naming_flags(chosen):
-            chosen.run(chosen)
+            status = chosen.run(chosen)
         sys.stdout.flush()
     except UserError as error:
         return report(error)
@@ -60,7 +104,7 @@ def main(arguments: list[str] | None = None) -> int:
         # again when the interpreter exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
-    return 0
+    return status or 0
 
 
 @contextlib.contextmanager

@@ -27,11 +27,13 @@ from moe_jax.exchange import api as exchange
 from moe_jax.exchange.format import Weighting
 from moe_jax.exchange.hub import HubTarget, push_folder, require_access
 from moe_jax.files.folders import require_unused
-from moe_jax.hf.base_model import BaseModel, open_base, resolve_adapter, resolve_checkpoint
+from moe_jax.hf import base_model
+from moe_jax.hf.base_model import BaseModel, open_base, resolve_checkpoint
 from moe_jax.hf.load import load_base_params
 from moe_jax.inference.api import InferenceSession
 from moe_jax.layers.frozen import storage_of
 from moe_jax.loaded.inference_model import Adapter
+from moe_jax.loaded.run_adapters import resolve_adapter
 from moe_jax.models.adapted import SINGLE, CompiledLlama, apply, single_adapter, untrained_adapter
 from moe_jax.models.causal_lm import LlamaForCausalLM
 from moe_jax.training.run import loop
@@ -192,7 +194,7 @@ def load_adapter(folder: str | Path, *, revision: str | None = None) -> SavedAda
     """Reads an adapter's folder; see `adapter_files.load_adapter`.
 
     Args:
-      folder: folder, or hub id `owner/name`.
+      folder: folder of an adapter, or of a run that has one; or hub id `owner/name`.
       revision: hub revision.
     """
     return adapter_files.load_adapter(resolve_adapter(folder, revision))
@@ -292,7 +294,7 @@ def import_adapter(
     """
     if output is not None:
         require_unused(Path(output))
-    source = resolve_adapter(source)
+    source = base_model.resolve_adapter(source)
     adapter = exchange.import_adapter(source, base)
     if output is not None:
         adapter_files.save_adapter(Path(output), adapter)

@@ -15,6 +15,8 @@ from tiny_run import final_adapter, fork_server, metric_lines, write_inputs
 from tolerances import GRADIENT_ROUNDING
 from xla_flags import xla_flags
 
+from moe_jax.config.command_line import load_config_file
+
 TRAIN = Path(__file__).parents[1] / "train.py"
 
 
@@ -23,7 +25,7 @@ def inputs(tmp_path_factory):
     return write_inputs(tmp_path_factory.mktemp("inputs"))
 
 
-def start(*arguments, devices=1):
+def start(*arguments, devices=1, folder=None):
     environment = {
         **os.environ,
         "XLA_FLAGS": xla_flags(devices),
@@ -36,6 +38,7 @@ def start(*arguments, devices=1):
         stderr=subprocess.PIPE,
         text=True,
         env=environment,
+        cwd=folder,
     )
 
 
@@ -82,12 +85,14 @@ def only_line(status, err):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([], "--config is missing"),
-        (["--config=CONFIG"], "--workdir is missing"),
+        ([], "--base is missing; give --config FILE"),
+        (["--base=b"], "--data is missing; give --config FILE"),
+        (["--config=CONFIG", "--method=lora"], "--method: the file of --config sets it"),
+        (["--config=CONFIG", "--set=training"], "--set training: expected FIELD=VALUE"),
         (["--config=nowhere.py", "--workdir=w"], "--config: no such file: nowhere.py"),
-        (["--confg=CONFIG"], "Unknown command line flag 'confg'. Did you mean: config"),
-        (["CONFIG", "--workdir=w"], "is not a flag"),
-        (["--config=CONFIG", "--workdir=w", "--devices=8"], "--devices goes with --plan only"),
+        (["--confg=CONFIG"], "unknown flag --confg; did you mean '--config'?"),
+        (["CONFIG", "--workdir=w"], "unexpected argument"),
+        (["--config=CONFIG", "--workdir=w", "--devices=8"], "--devices goes with a plan only"),
         (["--config=CONFIG", "--plan", "--devices=0"], "devices"),
         (
             ["--config=CONFIG", "--workdir=w", "--config.adapters.default.method.rnk=8"],
@@ -103,7 +108,7 @@ def only_line(status, err):
         ),
         (
             ["--config=CONFIG", "--plan", "--config.base.path=some/model"],
-            "config.base.hf_config: --plan needs it, since some/model is not a local folder",
+            "config.base.hf_config: a plan needs it, since some/model is not a local folder",
         ),
     ],
 )
@@ -151,6 +156,42 @@ def test_plan_needs_neither_weights_nor_data(inputs, tmp_path):
     assert "data=4 x fsdp=1 x tensor=1" in out
     assert "25,120 parameters" in out
     assert "9,728 parameters" in out
+
+
+def test_the_work_directory_has_the_name_of_the_configuration(inputs, tmp_path):
+    short = ["--config.training.steps=2", "--config.adapters.default.data.buckets=()"]
+    status, out, err = finish(start(f"--config={inputs}", *short, folder=tmp_path))
+    assert status == 0, err
+    assert "runs/config" in out
+    status, again, err = finish(start(f"--config={inputs}", *short, folder=tmp_path))
+    assert status == 0, err
+    assert "already finished at step 2; its adapters are in" in again
+    assert again.rstrip().endswith("give another --workdir to train again")
+
+
+def test_a_run_without_a_configuration_file(inputs, tmp_path):
+    base, data = inputs.parent / "base", inputs.parent / "train.jsonl"
+    command = [f"--base={base}", f"--data={data}", "--schema=completion", "--set=training.steps=2"]
+    status, out, err = finish(start(*command, "--set=training.epochs=None", folder=tmp_path))
+    assert status == 0, err
+    work = tmp_path / "runs" / "base-mixlora-train"
+    assert (work / "adapters" / "default" / "adapter.json").is_file()
+    config = load_config_file(str(work / "config.py"))
+    assert config["adapters"]["default"]["data"]["train"]["train"]["path"] == str(data)
+    # The file describes the same run.
+    file = [f"--config={work / 'config.py'}", "--config.training.steps=2"]
+    status, out, err = finish(start(*file, "--config.training.epochs=None", folder=tmp_path))
+    assert status == 0, err
+    assert "already finished at step 2" in out
+    error = only_line(
+        *_status_and_error(finish(start(*command, "--method=lora", f"--workdir={work}")))
+    )
+    assert "config.py was made by another command" in error
+
+
+def _status_and_error(finished):
+    status, _, err = finished
+    return status, err
 
 
 def test_a_damaged_state_leaves_no_traceback(inputs, tmp_path):

@@ -190,7 +190,7 @@ class TrainingStore:
           CheckpointError: the state is damaged, has another format version, or other leaves.
         """
         paths = named_leaves(optimizer)
-        leaves = self._restore_item(step, "optimizer", nested_dict(paths))
+        leaves = _read_item(self.folder, step, "optimizer", nested_dict(paths))
         flat = named_leaves(leaves)
         return SavedState(
             step=step,
@@ -204,12 +204,7 @@ class TrainingStore:
 
     def restore_adapters(self, step: int, adapters: Any) -> Any:
         """Reads the adapters of a saved step without the optimiser; see `restore`."""
-        return self._restore_item(step, "adapters", adapters)
-
-    def _restore_item(self, step: int, item: str, target: Any) -> Any:
-        sums = read_metadata(self.folder, step)["checksums"][item]
-        folder = self.folder / str(step) / item
-        return restore_tree(folder, target, sums, _advice(self.folder, step))
+        return read_adapters(self.folder, step, adapters)
 
     def kept_state(self) -> str:
         """Text that names the newest saved state, for messages."""
@@ -236,6 +231,25 @@ def read_metadata(folder: Path, step: int) -> dict[str, Any]:
             f"{STATE_FORMAT_VERSION}; resume with the release that wrote it"
         )
     return metadata
+
+
+def read_adapters(folder: Path, step: int, adapters: Any) -> Any:
+    """Reads the adapters of a saved step; also while a run is saving to the folder.
+
+    Args:
+      folder: folder of a `TrainingStore`.
+      step: saved step.
+      adapters: `{adapter name: tree}` of `ShapeDtypeStruct` with shardings, all of the state's.
+
+    Raises:
+      CheckpointError: see `TrainingStore.restore`.
+    """
+    return _read_item(folder.absolute(), step, "adapters", adapters)
+
+
+def _read_item(folder: Path, step: int, item: str, target: Any) -> Any:
+    sums = read_metadata(folder, step)["checksums"][item]
+    return restore_tree(folder / str(step) / item, target, sums, _advice(folder, step))
 
 
 def _steps(folder: Path) -> list[int]:

@@ -112,8 +112,8 @@ def add_adapters(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="[NAME=]DIR_OR_ID",
-        help="folder or hub id of an adapter (default name: the last part of the path); may be "
-        "given several times",
+        help="an adapter: its folder, a run's work directory or training state, or a hub id "
+        "(default name: the last part of the path); may be given several times",
     )
 
 
@@ -197,7 +197,8 @@ def base_path(base: str | None, adapters: Mapping[str, str], revision: str | Non
     if not adapters:
         raise ConfigError("--base: give a folder or hub id, or --adapter")
     from moe_jax.checkpoints.adapter_files import read_description
-    from moe_jax.hf.base_model import resolve_adapter, resolve_checkpoint
+    from moe_jax.hf.base_model import resolve_checkpoint
+    from moe_jax.loaded.run_adapters import resolve_adapter
 
     bases = {
         name: read_description(resolve_adapter(folder)).base for name, folder in adapters.items()

@@ -20,9 +20,11 @@ if TYPE_CHECKING:  # jax is imported when a command runs, not for --help
 
 
 def add_show(parser: argparse.ArgumentParser) -> Run:
-    """Describe an adapter's folder: its method, size, training and base."""
+    """Describe an adapter or a run: method, size, training and base."""
     parser.add_argument(
-        "folder", type=Path, help="an adapter, as in WORKDIR/adapters/NAME, or a hub id"
+        "folder",
+        type=Path,
+        help="an adapter, as in WORKDIR/adapters/NAME; a run's work directory; or a hub id",
     )
     return _show
 
@@ -30,9 +32,13 @@ def add_show(parser: argparse.ArgumentParser) -> Run:
 def _show(arguments: argparse.Namespace) -> None:
     from moe_jax.checkpoints.adapter_files import read_description
     from moe_jax.checkpoints.training_record import read_record
-    from moe_jax.hf.base_model import resolve_adapter
     from moe_jax.inspection.base_description import leaf_modules, module_lines
+    from moe_jax.loaded.run_adapters import is_workdir, resolve_adapter
 
+    given = arguments.folder.expanduser()
+    if is_workdir(given):
+        _show_run(given)
+        return
     folder = resolve_adapter(arguments.folder)
     description, record = read_description(folder), read_record(folder)
     size = sum(math.prod(spec.shape) for spec in description.leaves.values())
@@ -48,6 +54,42 @@ def _show(arguments: argparse.Namespace) -> None:
         _show_record(record)
     print(f"base     {description.base.path}")
     print(f"         fingerprint {description.base.fingerprint[:16]}")
+
+
+def _show_run(workdir: Path) -> None:
+    """Prints how far a run is, its adapters, and its newest losses."""
+    from moe_jax.adapters import METHODS
+    from moe_jax.checkpoints.store import latest_step, read_metadata
+    from moe_jax.loaded.run_adapters import ADAPTERS, CHECKPOINTS, read_run_config
+    from moe_jax.training.records.metric_log import METRICS_FILE, read_metrics
+    from moe_jax.training.run.workdir import WorkDir
+
+    config, work = read_run_config(workdir), WorkDir(workdir)
+    step = latest_step(workdir / CHECKPOINTS)
+    print(f"run      {workdir}")
+    print(f"base     {config.base.path}")
+    if step is None:
+        print("state    none saved yet")
+        total = {}
+    else:
+        total = read_metadata(workdir / CHECKPOINTS, step)["steps"]
+        print(
+            f"state    step {step} of {max(total.values())}, in {workdir / CHECKPOINTS / str(step)}"
+        )
+    newest: dict[str, tuple[int, Any]] = {}
+    for line in read_metrics(workdir / METRICS_FILE, missing_ok=True):
+        newest |= {name: (line["step"], value) for name, value in line.items()}
+    for name, adapter in config.adapters.items():
+        finished = work.exported_step(name)
+        state = "not finished" if finished is None else f"finished at step {finished}"
+        print(f"adapter  {name}: {METHODS.name_of(adapter.method)}, {state}")
+        print(f"         {workdir / ADAPTERS / name} names it in other commands")
+        for key, (at, value) in newest.items():
+            is_loss = key == f"{name}/loss" or (
+                key.startswith(f"validation/{name}/") and key.endswith("/loss")
+            )
+            if is_loss and value is not None:
+                print(f"         {key} {value:.4f} at step {at}")
 
 
 def _show_record(record: "TrainingRecord") -> None:

@@ -1,104 +1,266 @@
-"""The command `python train.py`; see its docstring for usage."""
+"""`moe-jax train` and `moe-jax plan`; `train.py` is the former."""
 
-import sys
+import argparse
+import pprint
+import re
+import shlex
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import jax
-from absl import app, flags
+from moe_jax.commands import Run
+from moe_jax.config.command_line import apply_overrides, load_config_file
+from moe_jax.errors import ConfigError
 
-from moe_jax.adapters import METHODS
-from moe_jax.commands.process import set_up_process
-from moe_jax.config.command_line import apply_overrides, load_config_file, split_overrides
-from moe_jax.config.model import ModelConfig
-from moe_jax.config.run import RunConfig, parse_run_config
-from moe_jax.errors import ConfigError, UserError, report
-from moe_jax.hf.config import model_config_from_hf, read_model_config
+if TYPE_CHECKING:  # jax is imported when the command runs, not for --help
+    from moe_jax.config.model import ModelConfig
+    from moe_jax.config.run import RunConfig
 
-CONFIG = flags.DEFINE_string(
-    "config", None, "Python file with get_config(); --config.FIELD=VALUE sets a field."
-)
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; resumes if it holds a run.")
-PLAN = flags.DEFINE_bool("plan", False, "Print the memory of the compiled step, without training.")
-DEVICES = flags.DEFINE_integer(
-    "devices", None, "With --plan: number of simulated devices.", lower_bound=1
-)
-DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Run as one of several processes.")
-COORDINATOR = flags.DEFINE_string(
-    "coordinator", None, "With --distributed: host:port of process 0."
-)
-NUM_PROCESSES = flags.DEFINE_integer(
-    "num_processes", None, "With --distributed: number of processes."
-)
-PROCESS_ID = flags.DEFINE_integer("process_id", None, "With --distributed: index of this process.")
+RUNS = Path("runs")
+"""Parent of the work directories that the command line does not name."""
 
+CONFIG_FILE = "config.py"
+"""File in the work directory with the configuration of a run without `--config`."""
 
-def main(arguments: list[str]) -> int:
-    """Runs the command; returns the exit status."""
-    try:
-        config = read_command_line(arguments)
-        set_up_jax()
-        return plan(config) if PLAN.value else run(config)
-    except UserError as error:
-        return report(error)
-    except KeyboardInterrupt:  # before the first step; later Ctrl-C saves the state
-        print("stopped; nothing to save", file=sys.stderr)
-        return 130
+EPILOG = """\
+configuration:
+  --config FILE names a Python file with a function get_config(), such as those in configs/.
+  Without it, --base and --data are required: all other settings follow from the size of the base,
+  the length of the rows and the memory of the devices, and are written to WORKDIR/config.py, a file
+  for --config. --config.FIELD=VALUE (or --set FIELD=VALUE) sets a field of either, for example
+  --config.adapters.default.optimizer.learning_rate=1e-4.
+
+  The same command again resumes where the run stopped.
+
+examples:
+  moe-jax train --base HuggingFaceTB/SmolLM2-135M-Instruct --data train.jsonl
+  moe-jax train --config configs/llama7b_mixlora.py
+  moe-jax plan --config configs/llama7b_mixlora.py --devices 8
+
+exit status:
+  0 done; 2 invalid input, one line on stderr; 130 and 143 stopped by Ctrl-C or SIGTERM, with the
+  state saved.
+"""
 
 
-def read_command_line(arguments: list[str]) -> RunConfig:
-    """Parses the flags and the configuration.
-
-    Raises:
-      ConfigError: either is invalid.
-    """
-    app.define_help_flags()
-    others, overrides = split_overrides(arguments)
-    try:
-        positional = flags.FLAGS(others)[1:]
-    except flags.Error as error:
-        raise ConfigError(f"{error} (see --help)") from None
-    if positional:
-        raise ConfigError(
-            f"{positional[0]!r} is not a flag; write --flag=value (--help lists them)"
-        )
-    if CONFIG.value is None:
-        raise ConfigError("--config is missing; give a file, for example configs/tiny_mixlora.py")
-    if WORKDIR.value is None and not PLAN.value:
-        raise ConfigError("--workdir is missing; give a folder for the run")
-    if DEVICES.value is not None and not PLAN.value:
-        raise ConfigError("--devices goes with --plan only; a run uses all devices")
-    raw = load_config_file(CONFIG.value)
-    apply_overrides(raw, overrides)
-    return parse_run_config(raw, METHODS)
+def add_train(parser: argparse.ArgumentParser) -> Run:
+    """Train adapters on a frozen base model."""
+    _add_run(parser)
+    parser.add_argument(
+        "--plan", action="store_true", help="as `moe-jax plan`: do not train, print the memory"
+    )
+    parser.add_argument(
+        "--distributed", action="store_true", help="run as one of several processes"
+    )
+    processes = parser.add_argument_group("with --distributed")
+    processes.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0")
+    processes.add_argument(
+        "--num-processes", "--num_processes", type=int, metavar="N", help="number of processes"
+    )
+    processes.add_argument(
+        "--process-id", "--process_id", type=int, metavar="I", help="index of this process, from 0"
+    )
+    return _train
 
 
-def set_up_jax() -> None:
-    """Sets up devices, processes and the cache of compiled programs, before the first array."""
-    if DEVICES.value is not None:
-        jax.config.update("jax_platforms", "cpu")
-        jax.config.update("jax_num_cpu_devices", DEVICES.value)
-    set_up_process()
-    if DISTRIBUTED.value:
-        try:
-            jax.distributed.initialize(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
-        except (ValueError, RuntimeError) as error:
-            raise ConfigError(
-                f"--distributed: {error}; give --coordinator, --num_processes and --process_id"
-            ) from error
+def add_plan(parser: argparse.ArgumentParser) -> Run:
+    """Print the memory of a training step, compiled without weights, data or an accelerator."""
+    _add_run(parser)
+    parser.set_defaults(plan=True, distributed=False)
+    return _train
 
 
-def run(config: RunConfig) -> int:
-    """Trains, or resumes training; returns the exit status."""
-    # After set_up_jax, since these modules import libraries that query devices.
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = EPILOG
+    parser.set_defaults(overrides={})
+    parser.add_argument("--config", metavar="FILE", help="Python file with get_config()")
+    parser.add_argument(
+        "--workdir",
+        metavar="DIR",
+        help=f"folder of the run, which resumes if it holds one (default: {RUNS}/NAME, with the "
+        "name of the configuration or of base, method and data)",
+    )
+    parser.add_argument("--base", metavar="DIR_OR_ID", help="base model, folder or hub id")
+    parser.add_argument(
+        "--data", metavar="FILE_OR_ID", help="training data: file, folder, pattern or hub id"
+    )
+    parser.add_argument("--schema", help="schema of the rows (default: found from the columns)")
+    parser.add_argument("--method", metavar="NAME", help="mixlora, lora, ... (default: mixlora)")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="set a field of the configuration; the same as --config.FIELD=VALUE",
+    )
+    parser.add_argument(
+        "--devices", type=int, metavar="N", help="with a plan: number of simulated devices"
+    )
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    _check(arguments)
+    _set_up_jax(arguments)
+    workdir = _work_directory(arguments)
+    raw, config_file = _raw_config(arguments, workdir)
+    apply_overrides(raw, {**arguments.overrides, **_assignments(arguments.set)})
+
+    # After the set-up of jax, since these modules import libraries that query devices.
+    from moe_jax.adapters import METHODS
+    from moe_jax.config.run import parse_run_config
+
+    config = parse_run_config(raw, METHODS)
+    if arguments.plan:
+        return _plan(config)
     from moe_jax.evaluation.training_evaluator import TrainingTaskEvaluation
+    from moe_jax.training.records.recorder import print_line
     from moe_jax.training.run.loop import train
 
-    assert WORKDIR.value is not None
-    result = train(config, Path(WORKDIR.value), task_evaluation=TrainingTaskEvaluation())
+    result = train(config, workdir, print_line, TrainingTaskEvaluation(), config_file=config_file)
     return 0 if result.interrupted_by is None else 128 + result.interrupted_by
 
 
-def plan(config: RunConfig) -> int:
+def _check(arguments: argparse.Namespace) -> None:
+    if arguments.config is None:
+        for name in ("base", "data"):
+            if getattr(arguments, name) is None:
+                raise ConfigError(
+                    f"--{name} is missing; give --config FILE, for example "
+                    "configs/tiny_mixlora.py, or --base and --data"
+                )
+    elif arguments.method is not None or arguments.schema is not None:
+        flag = "method" if arguments.method is not None else "schema"
+        raise ConfigError(
+            f"--{flag}: the file of --config sets it; change it there, or with --config.FIELD=VALUE"
+        )
+    if arguments.devices is not None:
+        if not arguments.plan:
+            raise ConfigError("--devices goes with a plan only; a run uses all devices")
+        if arguments.devices < 1:
+            raise ConfigError("--devices: must be at least 1")
+    if arguments.plan and arguments.distributed:
+        raise ConfigError("--plan: cannot be combined with --distributed")
+
+
+def _assignments(given: list[str]) -> dict[str, str]:
+    """Parses the values of `--set FIELD=VALUE`."""
+    fields = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        if not equals or not name:
+            raise ConfigError(f"--set {text}: expected FIELD=VALUE, as in training.steps=100")
+        fields[name.removeprefix("config.")] = value
+    return fields
+
+
+def _set_up_jax(arguments: argparse.Namespace) -> None:
+    """Sets up devices and processes, before the first array."""
+    import jax
+
+    if arguments.devices is not None:
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", arguments.devices)
+    if arguments.distributed:
+        processes = arguments.coordinator, arguments.num_processes, arguments.process_id
+        try:
+            jax.distributed.initialize(*processes)
+        except (ValueError, RuntimeError) as error:
+            raise ConfigError(
+                f"--distributed: {error}; give --coordinator, --num-processes and --process-id"
+            ) from error
+
+
+def _work_directory(arguments: argparse.Namespace) -> Path:
+    if arguments.workdir is not None:
+        return Path(arguments.workdir)
+    if arguments.config is not None:
+        file = Path(arguments.config)
+        is_in_run = file.name == CONFIG_FILE and file.with_suffix(".json").exists()
+        return file.parent if is_in_run else RUNS / file.stem
+    base, data = (Path(name).stem for name in (arguments.base, arguments.data))
+    name = f"{base}-{arguments.method or 'mixlora'}-{data}"
+    return RUNS / re.sub(r"[^\w.-]+", "_", name)
+
+
+def _raw_config(arguments: argparse.Namespace, workdir: Path) -> tuple[dict[str, Any], str | None]:
+    """The configuration before overrides, and the text of `CONFIG_FILE` for a new run."""
+    if arguments.config is not None:
+        raw = load_config_file(arguments.config)
+        _replace_base_and_data(raw, arguments.base, arguments.data)
+        return raw, None
+    file = workdir.expanduser() / CONFIG_FILE
+    command = _command(arguments)
+    if file.exists() and not arguments.plan:
+        if command not in file.read_text().splitlines():
+            raise ConfigError(
+                f"{file} was made by another command, which it names; give another --workdir, or "
+                f"train from the file with --config {file}"
+            )
+        return load_config_file(str(file)), None
+    from moe_jax.training.run.defaults import default_config
+
+    raw = default_config(
+        arguments.base,
+        arguments.data,
+        schema=arguments.schema,
+        method=arguments.method or "mixlora",
+        say=lambda line: print(line, flush=True),
+    )
+    return raw, _config_file(raw, command)
+
+
+def _replace_base_and_data(raw: dict[str, Any], base: str | None, data: str | None) -> None:
+    """Sets the base, and the path of the data sets of every adapter, of a configuration file."""
+    if base is not None:
+        raw.setdefault("base", {})["path"] = base
+    adapters = raw.get("adapters")
+    if data is None or not isinstance(adapters, Mapping):
+        return
+    for name, adapter in adapters.items():
+        sets = [source for split in ("train", "validation") for source in _sources(adapter, split)]
+        paths = {source.get("path") for source in sets}
+        if len(paths) != 1 or None in paths:
+            raise ConfigError(
+                f"--data: adapter {name!r} has several data sets; set their paths with "
+                f"--config.adapters.{name}.data.train.NAME.path=FILE"
+            )
+        for source in sets:
+            source["path"] = data
+
+
+def _sources(adapter: Any, split: str) -> list[dict[str, Any]]:
+    sets = adapter.get("data", {}).get(split, {}) if isinstance(adapter, Mapping) else {}
+    return [source for source in sets.values() if isinstance(source, dict)]
+
+
+def _command(arguments: argparse.Namespace) -> str:
+    """The flags that decide the configuration of a run without `--config`."""
+    names = ("base", "data", "schema", "method")
+    given = {name: getattr(arguments, name) for name in names}
+    flags = [f"--{name} {shlex.quote(value)}" for name, value in given.items() if value is not None]
+    return " ".join(["moe-jax train", *flags])
+
+
+def _config_file(raw: Mapping[str, Any], command: str) -> str:
+    """Text of a configuration file that returns `raw`."""
+    fields = pprint.pformat(raw, width=92, sort_dicts=False)
+    return f'''"""Configuration made by the command
+
+{command}
+
+To train with other settings, copy the file and give it to --config, with another --workdir.
+"""
+
+CONFIG = {fields}
+
+
+def get_config():
+    return CONFIG
+'''
+
+
+def _plan(config: "RunConfig") -> int:
     """Compiles the step for the longest rows, and prints the memory it needs."""
     from moe_jax.training.records.plan import describe_plan
     from moe_jax.training.step.program import build_program
@@ -111,8 +273,9 @@ def plan(config: RunConfig) -> int:
     return 0
 
 
-def planned_model(config: RunConfig) -> ModelConfig:
+def planned_model(config: "RunConfig") -> "ModelConfig":
     """Architecture of the base, from a local checkpoint or else from the configuration."""
+    from moe_jax.hf.config import model_config_from_hf, read_model_config
     from moe_jax.training.run.input_checks import require_specified_architecture
 
     folder = Path(config.base.path).expanduser()
@@ -122,7 +285,7 @@ def planned_model(config: RunConfig) -> ModelConfig:
         return model
     if config.base.hf_config is None:
         raise ConfigError(
-            f"config.base.hf_config: --plan needs it, since {config.base.path} is not a local "
+            f"config.base.hf_config: a plan needs it, since {config.base.path} is not a local "
             "folder; give the fields of its config.json"
         )
     return model_config_from_hf(config.base.hf_config, "config.base.hf_config")

@@ -8,8 +8,6 @@ experimental setup); `configs/llama7b_mixlora.py` gives the reasons for the othe
 from collections.abc import Mapping
 from typing import Any
 
-from ml_collections import ConfigDict
-
 ALPACA = "yahma/alpaca-cleaned"
 """Instruction data set on the hub: 51,760 rows of instruction, input and output."""
 
@@ -101,8 +99,8 @@ def recipe(
     steps: int | None = None,
     learning_rate: float | None = None,
     warmup_ratio: float = 0.03,
-) -> ConfigDict:
-    """Configuration of a run that trains one adapter, `default`; result of a `get_config()`.
+) -> dict[str, Any]:
+    """Configuration of a run that trains one adapter, `default`, as nested dicts.
 
     Args:
       base: folder or hub id of the base model.
@@ -149,27 +147,25 @@ def recipe(
         },
         "batch_size": batch_size,
     }
-    architecture = None if hf_config is None else ConfigDict(hf_config)
-    return ConfigDict(
-        {
-            "base": {"path": base, "param_dtype": dtype, "hf_config": architecture},
-            "compute": {"dtype": dtype, "attention": attention, "remat": remat},
-            "mesh": {"data": data_axis, "fsdp": fsdp, "tensor": 1},
-            "adapters": {"default": adapter},
-            "training": {
-                "epochs": None if steps is not None else epochs,
-                "steps": steps,
-                "micro_batches": micro_batches,
-                "log_every": 10,
-                "eval_every": 500,
-            },
-            "checkpoints": {"every": 200, "keep": 2},
-        }
-    )
+    architecture = None if hf_config is None else dict(hf_config)
+    return {
+        "base": {"path": base, "param_dtype": dtype, "hf_config": architecture},
+        "compute": {"dtype": dtype, "attention": attention, "remat": remat},
+        "mesh": {"data": data_axis, "fsdp": fsdp, "tensor": 1},
+        "adapters": {"default": adapter},
+        "training": {
+            "epochs": None if steps is not None else epochs,
+            "steps": steps,
+            "micro_batches": micro_batches,
+            "log_every": 10,
+            "eval_every": 500,
+        },
+        "checkpoints": {"every": 200, "keep": 2},
+    }
 
 
 def method_fields(
-    name: str, rank: int, num_experts: int, top_k: int, dropout: float
+    name: str, rank: int, num_experts: int = 8, top_k: int = 2, dropout: float = 0.05
 ) -> dict[str, Any]:
     """Fields of `adapters.NAME.method`; see `recipe`."""
     method: dict[str, Any] = {

@@ -15,7 +15,7 @@ from moe_jax.config.model import FloatType, ModelConfig
 from moe_jax.config.parse import FieldError, parse, suggest
 from moe_jax.data.tokenizer import load_tokenizer
 from moe_jax.errors import CheckpointError, ConfigError, DataError
-from moe_jax.hf.base_model import BaseModel, open_base, resolve_adapter
+from moe_jax.hf.base_model import BaseModel, open_base
 from moe_jax.inspection.forward import Batches, route_rows, routing_sites
 from moe_jax.inspection.routing_report import (
     RoutedRow,
@@ -26,6 +26,7 @@ from moe_jax.inspection.routing_report import (
 )
 from moe_jax.inspection.token_rows import TokenRow, TokenRows, read_token_rows, token_texts
 from moe_jax.loaded.inference_model import build_model, load_adapters, load_params
+from moe_jax.loaded.run_adapters import resolve_adapter
 from moe_jax.tasks.task import Task
 
 _MAX_LENGTH = 512

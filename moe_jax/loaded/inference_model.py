@@ -16,8 +16,9 @@ from moe_jax.checkpoints.adapter_files import SavedAdapter, load_adapter
 from moe_jax.checkpoints.leaves import checksums
 from moe_jax.config.model import ComputeConfig, FloatType
 from moe_jax.config.parse import located, to_plain
-from moe_jax.hf.base_model import BaseModel, resolve_adapter
+from moe_jax.hf.base_model import BaseModel
 from moe_jax.hf.load import load_base_params
+from moe_jax.loaded.run_adapters import resolve_adapter
 from moe_jax.models.adapted import abstract_params, untrained_adapter
 from moe_jax.models.causal_lm import LlamaForCausalLM
 from moe_jax.sharding.rules import shardings_of

@@ -14,9 +14,10 @@ from moe_jax.checkpoints.leaves import leaf_specs, nested_dict, require_same_lea
 from moe_jax.config.model import ModelConfig
 from moe_jax.config.parse import FieldError, located
 from moe_jax.files.folders import require_unused
-from moe_jax.hf.base_model import BaseIdentity, BaseModel, resolve_adapter
+from moe_jax.hf.base_model import BaseIdentity, BaseModel
 from moe_jax.loaded.adapter_base import expected_leaves, open_adapter_base
 from moe_jax.loaded.adapter_measurement import AdapterMeasurement, LogitChange
+from moe_jax.loaded.run_adapters import resolve_adapter
 
 _MAX_ROW_LENGTH = 512
 

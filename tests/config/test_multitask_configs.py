@@ -1,11 +1,12 @@
 """Multi-task configurations: MixLoRA, and on demand a LoRA of equal size beside it."""
 
-import importlib
+from pathlib import Path
 
 import jax
 import pytest
 
 from moe_jax.adapters import METHODS
+from moe_jax.config.command_line import load_config_file
 from moe_jax.config.run import parse_run_config
 from moe_jax.errors import ConfigError
 from moe_jax.hf.config import model_config_from_hf, read_model_config
@@ -15,7 +16,7 @@ NAMES = ("llama7b_mixlora_multitask", "tiny_multitask")
 
 
 def _config(name, **fields):
-    raw = importlib.import_module(f"configs.{name}").get_config().to_dict()
+    raw = load_config_file(str(Path(__file__).parents[2] / "configs" / f"{name}.py"))
     return parse_run_config({**raw, **fields}, METHODS)
 
 

@@ -1,22 +1,22 @@
 """Every file in configs/ parses, and describes the model in its name."""
 
-import importlib
 from pathlib import Path
 
 import jax
 import pytest
 
 from moe_jax.adapters import METHODS
+from moe_jax.config.command_line import load_config_file
 from moe_jax.config.run import RunConfig, parse_run_config
 from moe_jax.hf.config import model_config_from_hf
 from moe_jax.training.step.program import build_program
 
-NAMES = sorted(path.stem for path in (Path(__file__).parents[2] / "configs").glob("*.py"))
+CONFIGS = Path(__file__).parents[2] / "configs"
+NAMES = sorted(path.stem for path in CONFIGS.glob("*.py"))
 
 
 def _config(name: str) -> RunConfig:
-    raw = importlib.import_module(f"configs.{name}").get_config()
-    return parse_run_config(raw.to_dict(), METHODS)
+    return parse_run_config(load_config_file(f"{CONFIGS / name}.py"), METHODS)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -27,7 +27,7 @@ def test_parses_and_opens_with_its_command(name):
     several = {"tiny_sweep": 6, "tiny_comparison": 6, "tiny_comparison_rates": 12}
     several |= {"tiny_multitask": 1, "llama7b_mixlora_multitask": 1}
     assert list(adapters) == ["default"] or len(adapters) == several[name]
-    text = (Path(__file__).parents[2] / "configs" / f"{name}.py").read_text()
+    text = (CONFIGS / f"{name}.py").read_text()
     assert f"python train.py --config configs/{name}.py" in text
 
 

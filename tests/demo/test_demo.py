@@ -65,7 +65,7 @@ def test_demo_learns_to_answer(demo):
 
     again = run_module("moe_jax.demo", "--output", folder)
     assert again.returncode == 0
-    assert again.stdout.count("nothing to do") == 1
+    assert again.stdout.count("already finished") == 1
     assert ROW.findall(again.stdout) == ROW.findall(process.stdout)
 
 
@@ -90,7 +90,7 @@ def test_comparison_has_several_seeds_and_can_be_repeated(demo):
 
     again = run_module(*arguments)
     assert again.returncode == 0
-    assert again.stdout.count("nothing to do") == 1
+    assert again.stdout.count("already finished") == 1
     assert json.loads((folder / "comparison.json").read_text()) == written
 
 

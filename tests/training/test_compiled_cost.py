@@ -1,6 +1,5 @@
 """Cost of a step as XLA reports it for the compiled program, which is free of noise."""
 
-import importlib.util
 import re
 import types
 from pathlib import Path
@@ -11,6 +10,7 @@ import pytest
 import tiny_program
 
 from moe_jax.adapters import METHODS
+from moe_jax.config.command_line import load_config_file
 from moe_jax.config.run import parse_run_config
 from moe_jax.hf.config import model_config_from_hf
 from moe_jax.training.records.plan import describe_plan, memory_plan
@@ -63,10 +63,7 @@ def test_program_size_does_not_depend_on_depth():
 
 def test_memory_plan_of_the_7b_configuration():
     path = Path(__file__).parents[2] / "configs" / "llama7b_mixlora.py"
-    spec = importlib.util.spec_from_file_location("llama7b_mixlora", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    config = parse_run_config(module.get_config().to_dict(), METHODS)
+    config = parse_run_config(load_config_file(str(path)), METHODS)
     model_config = model_config_from_hf(config.base.hf_config, "config.base.hf_config")
     program = build_program(config, model_config, total_steps=100)
 

@@ -62,7 +62,9 @@ def refusal(inputs, workdir, **overrides):
 def test_a_finished_run_does_nothing(inputs, workdir):
     before = {p: p.stat().st_mtime_ns for p in workdir.rglob("*") if p.is_file()}
     status, log = outcome(inputs, workdir)
-    assert (status, log) == (0, "already finished at step 8; nothing to do\n")
+    folder = workdir / "adapters"
+    words = f"already finished at step 8; its adapters are in {folder}; give another --workdir"
+    assert (status, log) == (0, f"{words} to train again\n")
     assert {p: p.stat().st_mtime_ns for p in workdir.rglob("*") if p.is_file()} == before
 
 
@@ -89,7 +91,29 @@ def test_more_steps_with_a_constant_schedule(inputs, workdir):
     assert "resumed at step 8" in log
     assert metric_lines(workdir)[-1]["step"] == 12
     assert json.loads((workdir / "adapters/default/adapter.json").read_text())["step"] == 12
-    assert "is at step 12; ask for more" in refusal(inputs, workdir, training__steps=10)
+    status, log = outcome(inputs, workdir, training__steps=10)
+    assert status == 0, log
+    assert "already finished at step 12" in log
+
+
+def test_fewer_steps_end_a_run_at_its_saved_state(inputs, halfway, finished):
+    cosine = {"adapters__default__optimizer__schedule__kind": "cosine"}
+    settings = json.loads((halfway / "config.json").read_text())
+    settings["adapters"]["default"]["optimizer"]["schedule"]["kind"] = "cosine"
+    (halfway / "config.json").write_text(json.dumps(settings))
+    status, log = outcome(inputs, halfway, **cosine, training__steps=1)
+    assert status == 0, log
+    assert "adapter 'default' finished at step 5" in log
+    status, log = outcome(inputs, halfway, **cosine, training__steps=1)
+    assert "already finished at step 5" in log
+    # The run can still go on to its first length.
+    settings["adapters"]["default"]["optimizer"]["schedule"]["kind"] = "constant"
+    (halfway / "config.json").write_text(json.dumps(settings))
+    status, log = outcome(inputs, halfway)
+    assert status == 0, log
+    assert "resumed at step 5" in log
+    expected = final_adapter(finished)
+    assert all((leaf == expected[p]).all() for p, leaf in final_adapter(halfway).items())
 
 
 def test_more_steps_after_a_kill_before_the_first_was_saved(inputs, workdir):

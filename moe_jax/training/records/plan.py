@@ -1,6 +1,7 @@
 """Memory of a run, from the compiled step alone: needs no weights, data or accelerator."""
 
 import math
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -53,6 +54,21 @@ def memory_plan(program: Program, row_length: int) -> MemoryPlan | None:
     optimizer = _bytes_per_device(state, shardings) - adapters
     total = params + adapters + optimizer + temporary
     return MemoryPlan(params, adapters, optimizer, temporary, total)
+
+
+def free_memory() -> int | None:
+    """Bytes that are free on a device, or on the host for each CPU device; None if unknown."""
+    device = jax.local_devices()[0]
+    if device.platform != "cpu":
+        statistics = device.memory_stats() or {}
+        limit = statistics.get("bytes_limit")
+        return None if limit is None else limit - statistics.get("bytes_in_use", 0)
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:  # not Linux
+        return None
+    kibibytes = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    return 1024 * kibibytes // jax.local_device_count()
 
 
 def describe_plan(program: Program, row_length: int) -> str:

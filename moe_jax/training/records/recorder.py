@@ -29,6 +29,10 @@ _NAMED_ON_BAR = 3
 """Largest number of adapters that the progress bar shows one by one; it shows a mean of more."""
 
 
+_SLOW_STEP = 1.0
+"""Seconds of a step from which on the host waits for each step."""
+
+
 class TaskScore(Protocol):
     """Score on a task, a share in [0, 1]."""
 
@@ -87,6 +91,7 @@ class Recorder:
       bar: progress bar.
       window: metrics of the steps since the last line.
       losses: training loss of each adapter in its last line; None where not finite.
+      step_seconds: seconds between the last two calls of `collect`; None before the first.
     """
 
     def __init__(
@@ -121,7 +126,8 @@ class Recorder:
         self.bar = bar
         self._pending = PendingMetrics()
         self._deferred: collections.deque[tuple[int, Callable[[], None]]] = collections.deque()
-        self._start = time.perf_counter()
+        self._start = self._collected = time.perf_counter()
+        self.step_seconds: float | None = None
         self._speed = _Speed()
         self.set_program(program)
 
@@ -144,12 +150,21 @@ class Recorder:
             self._speed.add(tokens)
 
     def collect(self) -> None:
-        """Records steps that ended a while ago, without waiting for the newest ones.
+        """Records steps that ended a while ago; called after each step.
+
+        It does not wait for the newest steps, so that the host runs ahead of the device. Steps of a
+        second or more are awaited one by one: running ahead saves milliseconds of each, and an
+        interrupt would have to wait for all that were dispatched.
 
         Raises:
           TrainingError: too many gradients in a row were not finite.
         """
-        self._record_steps(self._pending.ready())
+        if self.step_seconds is None or self.step_seconds >= _SLOW_STEP:
+            self.drain()
+        else:
+            self._record_steps(self._pending.ready())
+        now = time.perf_counter()
+        self.step_seconds, self._collected = now - self._collected, now
 
     def drain(self) -> None:
         """Records all steps that were pushed; waits for the device."""

@@ -29,10 +29,12 @@ class Interrupts:
 
     Attributes:
       received: the first signal; None before.
+      step_seconds: seconds that a step takes, for the message; None if unknown.
     """
 
     def __init__(self):
         self.received: signal.Signals | None = None
+        self.step_seconds: float | None = None
         self._former: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> Self:
@@ -68,7 +70,9 @@ class Interrupts:
             os._exit(128 + number)
         self.received = signal.Signals(number)
         # os.write, because a handler may run in the middle of a print.
-        os.write(sys.stderr.fileno(), f"\n{name}: saving after this step\n".encode())
+        seconds = self.step_seconds or 0.0
+        duration = f", which takes about {seconds:.0f} s" if seconds >= 1.0 else ""
+        os.write(sys.stderr.fileno(), f"\n{name}: saving after this step{duration}\n".encode())
 
 
 class BackgroundWriter:

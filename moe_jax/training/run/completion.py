@@ -78,7 +78,10 @@ def complete(session: TrainingSession) -> TrainResult:
 
 def repeated_result(saved: SavedRun, work: WorkDir, say: Callable[[str], None]) -> TrainResult:
     """Result of a run that had ended before."""
-    say(f"already finished at step {saved.step}; nothing to do")
+    say(
+        f"already finished at step {saved.step}; its adapters are in {work.adapters}; give another "
+        "--workdir to train again"
+    )
     result = _result(work, saved.metadata["steps"], saved.progress)
     if not (work.folder / TABLE_FILES[-1]).exists():  # the run was killed before writing it
         _report_table(work, result, say)

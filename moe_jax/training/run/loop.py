@@ -49,6 +49,7 @@ def train(
     workdir: Path,
     say: Callable[[str], None] = print_line,
     task_evaluation: TaskEvaluation | None = None,
+    config_file: str | None = None,
 ) -> TrainResult:
     """Trains the adapters of `config`, and resumes if `workdir` has a training state of the run.
 
@@ -64,16 +65,19 @@ def train(
       say: prints a line; called in the main process only.
       task_evaluation: evaluates adapters on tasks, such as
         `moe_jax.evaluation.training_evaluator.TrainingTaskEvaluation`.
+      config_file: text of a configuration file that makes `config`, written to `config.py`.
 
     Raises:
       UserError: the configuration, base, data or devices are invalid, or memory or disk is full.
     """
     say = say if is_main_process() else lambda _: None
     require_environment(config, task_evaluation)
-    with WorkDir(workdir) as work, memory_errors(MEMORY_ADVICE), contextlib.ExitStack() as opened:
+    work_dir = WorkDir(workdir, config_file)
+    with work_dir as work, memory_errors(MEMORY_ADVICE), contextlib.ExitStack() as opened:
         saved = read_saved_run(config, work, task_evaluation)
         if saved.is_complete:
             return repeated_result(saved, work, say)
+        say(f"{'run':<12} {work.folder}")
         session, program, state = open_session(config, work, saved, say, task_evaluation, opened)
         with session.complete_saves_on_error(), session.recorder.bar:
             train_loop(session, program, state)

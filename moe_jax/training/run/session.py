@@ -115,6 +115,7 @@ class TrainingSession:
         self.progress.step = step
         self.recorder.push(step, metrics, int((batch.segment_ids > 0).sum()) if is_timed else 0)
         self.recorder.collect()
+        self.interrupts.step_seconds = self.recorder.step_seconds
         self.background.check()
         self.is_interrupted = self.interrupts.requested(step)
 

@@ -1,6 +1,7 @@
 """Start of a run: what a former one has saved, the start-up table, and the training session."""
 
 import contextlib
+import dataclasses
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -35,7 +36,13 @@ from moe_jax.training.run.inputs import (
 )
 from moe_jax.training.run.measurement import EVALUATION_FOLDER, TaskEvaluation, has_evaluation
 from moe_jax.training.run.session import TrainingSession, restore
-from moe_jax.training.run.workdir import WorkDir, is_main_process, require_same_run, step_counts
+from moe_jax.training.run.workdir import (
+    WorkDir,
+    is_main_process,
+    lowered_steps,
+    require_same_run,
+    step_counts,
+)
 from moe_jax.training.step.program import Program, build_program
 from moe_jax.training.step.state import TrainState
 
@@ -93,14 +100,18 @@ def read_saved_run(
             f"{work.folder}: holds training states but no config.json, so that their configuration "
             "is unknown; give another --workdir"
         )
-    require_same_run(former, config, settings, work.folder)
+    require_same_run(former, config, settings, work.folder, step)
     metadata = read_metadata(work.checkpoints, step)
     steps: dict[str, int] = metadata["steps"]
-    has_ended = (
-        metadata["lengths"] == step_counts(settings)
-        and step == max(steps.values())
-        and all(work.exported_step(name) == count for name, count in steps.items())
-    )
+    lowered = lowered_steps(config, steps, step)
+    is_same_length = metadata["lengths"] == step_counts(settings)
+    if is_same_length or all(name in lowered or count < step for name, count in steps.items()):
+        steps = steps | lowered
+        has_ended = step == max(steps.values()) and all(
+            work.exported_step(name) == count for name, count in steps.items()
+        )
+    else:
+        has_ended = False
     is_evaluated = (
         task_evaluation is None
         or not has_evaluation(config)
@@ -128,6 +139,8 @@ def open_session(
       opened: closes the files and threads of the session.
     """
     resumes, settings = saved.step is not None, json.loads(to_json(config))
+    if saved.step is not None:
+        config = _ended_at(saved.step, saved.metadata["steps"], config)
     inputs = read_inputs(config, say, resumes=resumes)
     if saved.step is not None:
         require_same_inputs(work.folder, saved.metadata, config, inputs, saved.step)
@@ -152,7 +165,8 @@ def open_session(
     params = load_base_params(
         base.folder, base.config, config.base.param_dtype, program.param_shardings
     )
-    work.write_settings(settings)
+    if saved.step != inputs.total_steps:  # a run that ends here can go on to its first length
+        work.write_settings(settings)
     store = TrainingStore(work.checkpoints, every=checkpoints.every, keep=checkpoints.keep)
     opened.enter_context(store)
     background = opened.enter_context(BackgroundWriter())
@@ -186,6 +200,14 @@ def open_session(
         evaluator=evaluator,
     )
     return session, program, state
+
+
+def _ended_at(step: int, former: Mapping[str, int], config: RunConfig) -> RunConfig:
+    """The configuration in which adapters with lowered steps end at the saved `step`."""
+    adapters = dict(config.adapters)
+    for name in lowered_steps(config, former, step):
+        adapters[name] = dataclasses.replace(adapters[name], steps=step, epochs=None)
+    return dataclasses.replace(config, adapters=adapters)
 
 
 def _load_initial_adapters(program: Program) -> dict[str, Any]:

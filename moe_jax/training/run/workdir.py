@@ -60,7 +60,8 @@ class WorkDir:
       best: parent of the adapters' folders at their lowest validation loss.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, config_file: str | None = None):
+        self._config_file = config_file
         self.folder = folder.expanduser().absolute()
         self.checkpoints = self.folder / "checkpoints"
         self.adapters = self.folder / "adapters"
@@ -120,10 +121,11 @@ class WorkDir:
             ) from None
 
     def write_settings(self, settings: Mapping[str, Any]) -> None:
-        """Writes the configuration of this run."""
-        file = self.folder / CONFIG_FILE
+        """Writes the configuration of this run, and the file that it was made as."""
         if is_main_process():
-            write_atomic(file, json.dumps(settings, indent=2) + "\n")
+            write_atomic(self.folder / CONFIG_FILE, json.dumps(settings, indent=2) + "\n")
+            if self._config_file is not None:
+                write_atomic(self.folder / "config.py", self._config_file)
 
     def exported_step(self, name: str) -> int | None:
         """Step of the final folder of an adapter; None without that folder."""
@@ -145,7 +147,11 @@ def _with_new_fields(former: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def require_same_run(
-    former: Mapping[str, Any], config: RunConfig, settings: Mapping[str, Any], folder: Path
+    former: Mapping[str, Any],
+    config: RunConfig,
+    settings: Mapping[str, Any],
+    folder: Path,
+    step: int = 0,
 ) -> None:
     """Requires that a configuration differs from that of a saved run in `RESUMABLE_FIELDS` only.
 
@@ -154,11 +160,13 @@ def require_same_run(
       config: configuration of this run.
       settings: `config` as JSON values.
       folder: work directory, for the message.
+      step: step of the training state; a number of steps may be lowered to at most that one, which
+        ends the adapter.
 
     Raises:
       ConfigError: another field differs; names it, with both values.
     """
-    allowed = RESUMABLE_FIELDS + changeable_lengths(config)
+    allowed = RESUMABLE_FIELDS + changeable_lengths(config, step)
     before, now, absent = flat_fields(_with_new_fields(former)), flat_fields(settings), object()
     changed = [
         name
@@ -178,23 +186,45 @@ def require_same_run(
         )
 
 
-def changeable_lengths(config: RunConfig) -> tuple[str, ...]:
-    """Fields of numbers of steps and epochs that may differ in a resumed run.
+def changeable_lengths(config: RunConfig, step: int) -> tuple[str, ...]:
+    """Fields of numbers of steps and epochs that may differ in a run that resumes at `step`.
 
-    They may with a constant schedule, whose learning rates do not depend on the number of steps.
+    They may with a constant schedule, whose learning rates do not depend on the number of steps,
+    and where no step is left.
     """
     groups: dict[str, bool] = {}
     for name, adapter in config.adapters.items():
         schedule = adapter.optimizer.schedule
         is_constant = schedule.kind == "constant" and schedule.warmup_ratio is None
-        for group in {config.length_group(name)[0], f"adapters.{name}"}:
-            groups[group] = groups.get(group, True) and is_constant
+        of_length, length = config.length_group(name)
+        ends = length.steps is not None and length.steps <= step
+        for group in {of_length, f"adapters.{name}"}:
+            groups[group] = groups.get(group, True) and (is_constant or ends)
     return tuple(
         f"{group}.{field}"
-        for group, is_constant in groups.items()
+        for group, may_change in groups.items()
         for field in ("steps", "epochs")
-        if is_constant
+        if may_change
     )
+
+
+def lowered_steps(config: RunConfig, former: Mapping[str, int], step: int) -> dict[str, int]:
+    """Adapters that end at the saved `step`, since their number of steps is at most that one.
+
+    Args:
+      config: configuration of this run.
+      former: total steps of each adapter when the state was saved.
+      step: step of the state.
+
+    Returns:
+      `step` by name.
+    """
+    lengths = {name: config.length_group(name)[1].steps for name in former}
+    return {
+        name: step
+        for name, total in former.items()
+        if (length := lengths[name]) is not None and length <= step <= total
+    }
 
 
 def step_counts(settings: Mapping[str, Any]) -> dict[str, Any]:
