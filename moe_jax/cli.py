@@ -88,6 +88,8 @@ def main(arguments: list[str] | None = None, *, own_process: bool = False) -> in
         chosen = parser.parse_args(arguments)
         chosen.overrides = overrides
         if own_process:
+            # XLA prints a banner about slow compilation as an error; jax reads this when imported.
+            os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
             from moe_jax.commands.process import set_up_process  # imports jax
 
             set_up_process()

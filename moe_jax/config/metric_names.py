@@ -25,6 +25,7 @@ class Metric(NamedTuple):
 METRICS = {
     # One value for an adapter.
     "loss": Metric("mean", "nats per target token"),  # see records.plots.loss_unit
+    "first_token_loss": Metric("mean", "nats per first target token of an answer"),
     "grad_norm": Metric("mean"),
     "learning_rate": Metric("last"),
     "loss_scale": Metric("last"),

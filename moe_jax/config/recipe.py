@@ -106,36 +106,27 @@ def recipe(
       base: folder or hub id of the base model.
       hf_config: fields of its `config.json`, for a plan without the checkpoint; see `BaseConfig`.
       dtype: dtype of the frozen weights and of the computation.
-      attention, remat: see `ComputeConfig`.
       data_axis, fsdp: sizes of the mesh, see `MeshConfig`; by default all devices share one copy of
         the weights.
       method: `mixlora`, or another method with the same fields, such as `lora` or `loramoe`.
       rank: rank of the pairs on attention and of each expert; alpha is twice the rank.
       num_experts: number of experts of an FFN, for methods with experts.
       top_k: number of experts of a token, for MixLoRA.
-      dropout: see `LowRankConfig`.
       data: file, folder or hub id of the training data.
       schema: see `SourceConfig`; None finds it from the columns.
       held_out: part at the end of the data that is kept for validation, `2%` or a number of rows;
         None trains on all rows.
-      max_length, buckets, packing: see `DataConfig`.
-      batch_size: rows of an optimizer step.
-      micro_batches, epochs, steps: see `TrainingConfig`.
       learning_rate: peak learning rate; None is `learning_rate_for` the width in `hf_config`.
       warmup_ratio: see `ScheduleConfig`; the schedule is a cosine to a tenth of the peak.
+      attention, remat, dropout, max_length, buckets, packing, batch_size, micro_batches, epochs,
+        steps: fields of the same name.
     """
     if learning_rate is None:
         learning_rate = learning_rate_for((hf_config or {}).get("hidden_size", _WIDTH))
-    source: dict[str, Any] = {"path": data, **({} if schema is None else {"schema": schema})}
-    train, validation = source, {}
-    if held_out is not None:
-        train = {**source, "split": f"train[:-{held_out}]"}
-        validation = {"held_out": {**source, "split": f"train[-{held_out}:]"}}
     adapter = {
         "method": method_fields(method, rank, num_experts, top_k, dropout),
         "data": {
-            "train": {"train": train},
-            "validation": validation,
+            **_data_sets(data, schema, held_out),
             "max_length": max_length,
             "buckets": buckets,
             "packing": packing,
@@ -161,6 +152,17 @@ def recipe(
             "eval_every": 500,
         },
         "checkpoints": {"every": 200, "keep": 2},
+    }
+
+
+def _data_sets(path: str, schema: str | None, held_out: str | None) -> dict[str, Any]:
+    """Fields `train` and `validation` of `DataConfig`."""
+    source: dict[str, Any] = {"path": path, **({} if schema is None else {"schema": schema})}
+    if held_out is None:
+        return {"train": {"train": source}}
+    return {
+        "train": {"train": {**source, "split": f"train[:-{held_out}]"}},
+        "validation": {"held_out": {**source, "split": f"train[-{held_out}:]"}},
     }
 
 

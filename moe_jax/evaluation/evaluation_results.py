@@ -1,5 +1,6 @@
 """Accuracies with standard errors, and the tables and files of an evaluation."""
 
+import collections
 import functools
 import json
 import math
@@ -18,6 +19,9 @@ from moe_jax.tasks.task import Task
 from moe_jax.version import __version__
 
 RESULTS_FILE = "results.json"
+
+SAME_ANSWER_SHARE, FEWEST_QUESTIONS = 0.9, 20
+"""Share of equal answers, among at least so many questions, from which the table has a note."""
 
 MEASURE_DESCRIPTIONS = {
     "label_acc": "accuracy of the most likely label after a prompt that lists the options",
@@ -248,7 +252,30 @@ class Evaluation:
     def to_markdown(self) -> str:
         """Content of `results.md`: tables with models as rows and tasks as columns, by measure."""
         tables = [self._table(measure) for measure in self.measures()]
-        return "\n".join(["In percent, ± one standard error.\n", *tables])
+        notes = [f"Note: {note}.\n" for note in self.one_answer_notes()]
+        return "\n".join(["In percent, ± one standard error.\n", *tables, *notes])
+
+    def one_answer_notes(self) -> list[str]:
+        """Notes on models that give nearly all questions of a task the same answer.
+
+        Their accuracy is that of the answer, whatever the questions are.
+        """
+        notes = []
+        for outcome in self.outcomes:
+            examples = [e for e in outcome.examples if isinstance(e.get("picked"), Mapping)]
+            if len(examples) < FEWEST_QUESTIONS:
+                continue
+            for measure in outcome.accuracies:
+                picked = collections.Counter(example["picked"][measure] for example in examples)
+                option, count = picked.most_common(1)[0]
+                right = sum(example["answer"] == option for example in examples)
+                if count >= SAME_ANSWER_SHARE * len(examples) > right:
+                    notes.append(
+                        f"{outcome.model} picks option {option + 1} in {count} of "
+                        f"{len(examples)} questions of {outcome.task} ({measure}), where it is the "
+                        f"right one in {right}"
+                    )
+        return notes
 
     def save(self, folder: Path) -> None:
         """Writes `results.md` and, as the last file of an evaluation, `results.json`."""

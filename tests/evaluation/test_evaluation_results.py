@@ -94,3 +94,23 @@ def test_subjects_of_a_task():
     assert outcome.subjects == {"acc": {"art": Accuracy(1, 1), "maths": Accuracy(1, 2)}}
     (result,) = Evaluation({}, [outcome]).to_plain()["results"]
     assert result["measures"]["acc"]["subjects"]["maths"]["correct"] == 1
+
+
+def test_a_note_on_a_model_with_one_answer_for_all_questions():
+    def evaluation(picked, answers):
+        examples = [
+            {"answer": answer, "picked": {"label_acc": pick}, "subject": ""}
+            for pick, answer in zip(picked, answers, strict=True)
+        ]
+        outcome = count_correct("mine", "quiz", "labels", ("label_acc",), examples)
+        return Evaluation({}, [outcome])
+
+    answers = [0, 1, 2, 3] * 6
+    same = evaluation([1] * 23 + [0], answers)
+    (note,) = same.one_answer_notes()
+    picks = "mine picks option 2 in 23 of 24 questions of quiz (label_acc)"
+    assert note == f"{picks}, where it is the right one in 6"
+    assert same.to_markdown().endswith(f"Note: {note}.\n")
+    assert evaluation(answers, answers).one_answer_notes() == []
+    assert evaluation([1] * 24, [1] * 24).one_answer_notes() == []  # it is right
+    assert evaluation([1] * 19, answers[:19]).one_answer_notes() == []  # too few to tell

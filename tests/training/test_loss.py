@@ -10,7 +10,7 @@ from tolerances import ROUNDING
 from moe_jax.adapters import LoraConfig
 from moe_jax.adapters.rows import AdapterRows
 from moe_jax.data.batch import Batch
-from moe_jax.training.step.loss import row_losses, target_counts
+from moe_jax.training.step.loss import first_targets, row_losses, target_counts
 
 RNG = np.random.default_rng(0)
 
@@ -73,3 +73,25 @@ def test_counts_of_targets():
     counts = target_counts(rows, jnp.asarray(mask))
     np.testing.assert_array_equal(counts, [[1, 0], [0, 2]])
     assert counts.dtype == np.float32
+
+
+def test_first_targets_by_hand():
+    mask = np.array([[0, 0, 1, 1, 0, 1, 1], [1, 1, 0, 1, 0, 0, 1]], bool)
+    # Two answers in the first row. In the second, the first token has none before it.
+    expected = [[0, 0, 1, 0, 0, 1, 0], [1, 0, 0, 1, 0, 0, 1]]
+    np.testing.assert_array_equal(first_targets(mask), np.array(expected, bool))
+
+
+def test_the_loss_of_the_first_tokens_of_answers():
+    batch = tiny_program.random_batch(5)
+    logits = RNG.normal(0, 3, (5, 16, 96)).astype(np.float32)
+    first = batch._replace(loss_mask=first_targets(batch.loss_mask))
+    losses, counts = row_losses(logits, first)
+    for row in range(5):
+        answer = [s for s in range(1, 16) if batch.loss_mask[row, s]]
+        starts = [s for s in answer if not batch.loss_mask[row, s - 1]]
+        rows = torch.tensor(logits[row, [s - 1 for s in starts]])
+        targets = torch.tensor(batch.tokens[row, starts]).long()
+        expected = torch.nn.functional.cross_entropy(rows, targets, reduction="sum")
+        np.testing.assert_allclose(losses[row], expected, **ROUNDING)
+        assert counts[row] == len(starts)

@@ -6,6 +6,7 @@ import datetime
 import itertools
 import math
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, Self
@@ -29,6 +30,9 @@ _NAMED_ON_BAR = 3
 """Largest number of adapters that the progress bar shows one by one; it shows a mean of more."""
 
 
+_SHORT_ANSWER = 3
+"""Largest mean number of target tokens for which the loss of the first one is printed."""
+
 _SLOW_STEP = 1.0
 """Seconds of a step from which on the host waits for each step."""
 
@@ -50,6 +54,29 @@ def print_line(line: str) -> None:
     """Prints a line above the progress bar, and flushes it."""
     tqdm.write(line)
     sys.stdout.flush()
+
+
+@contextlib.contextmanager
+def stage(say: Callable[[str], None], text: str) -> Iterator[None]:
+    """Announces work that takes a while, and shows its elapsed time on a terminal."""
+    say(text)
+    if not sys.stderr.isatty():
+        yield
+        return
+    start, ended = time.perf_counter(), threading.Event()
+
+    def show() -> None:
+        while not ended.wait(1.0):
+            print(f"\r{time.perf_counter() - start:.0f} s", end="", file=sys.stderr, flush=True)
+
+    thread = threading.Thread(target=show, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        print("\r\033[K", end="", file=sys.stderr, flush=True)
 
 
 class ProgressBar:
@@ -324,6 +351,11 @@ def _adapter_texts(adapter: str, line: Mapping[str, Any]) -> list[str]:
     prefix = f"{adapter}/"
     metrics = {k.removeprefix(prefix): v for k, v in line.items() if k.startswith(prefix)}
     texts = [f"loss {_number(metrics['loss'], '.4f')}"]
+    if "first_token_loss" in metrics and metrics["target_tokens"] <= (
+        _SHORT_ANSWER * metrics["sequences"]
+    ):
+        # The end-of-text token, which is learned soon, is a large part of the loss of a label.
+        texts.append(f"first token {_number(metrics['first_token_loss'], '.4f')}")
     texts += [
         f"{name} {_number(value, '.3g')}"
         for name, value in metrics.items()

@@ -152,6 +152,7 @@ def read_inputs(config: RunConfig, say: Callable[[str], None], *, resumes: bool 
         require_initial_adapters(config, base)
     require_divisible_rows(config, make_mesh(config.mesh))
 
+    say("reading the data")
     tokenizer = load_tokenizer(base.folder)
     _tokenise_in_processes(config, base.folder)
     train, validation = _load_data(config, tokenizer, say)

@@ -24,7 +24,7 @@ from moe_jax.errors import TrainingError
 from moe_jax.files.folders import current_folder
 from moe_jax.training.records.metric_log import METRICS_FILE
 from moe_jax.training.records.plots import adapter_pictures, loss_unit
-from moe_jax.training.records.recorder import Recorder
+from moe_jax.training.records.recorder import Recorder, stage
 from moe_jax.training.run.adapter_reports import build_training_record
 from moe_jax.training.run.asynchronous import BackgroundWriter, Interrupts
 from moe_jax.training.run.inputs import Inputs, Phase, Progress, phases_after, phases_of
@@ -104,7 +104,11 @@ class TrainingSession:
         rows = program.put_train_batch(batch)
         if batch.tokens.shape[1] in self._compiled_lengths:
             return program.train_step(state, self.params, rows)
-        with self.recorder.paused():  # compiles first, which does not count for the speed
+        length = batch.tokens.shape[1]
+        with self.recorder.paused():  # compiling does not count for the speed
+            if length not in program.compiled:
+                with stage(self.say, f"compiling the step for rows of {length} tokens"):
+                    program.compiled_train_step(length)
             return program.train_step(state, self.params, rows)
 
     def record(self, step: int, batch: Batch, metrics: Mapping[str, jax.Array]) -> None:

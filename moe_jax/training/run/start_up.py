@@ -24,7 +24,7 @@ from moe_jax.training.records.metric_log import (
     training_losses,
 )
 from moe_jax.training.records.plan import memory_plan, parameter_count, readable
-from moe_jax.training.records.recorder import ProgressBar, Recorder
+from moe_jax.training.records.recorder import ProgressBar, Recorder, stage
 from moe_jax.training.run.asynchronous import BackgroundWriter, Interrupts
 from moe_jax.training.run.inputs import (
     Inputs,
@@ -149,11 +149,7 @@ def open_session(
     evaluator = None
     if task_evaluation is not None and has_evaluation(config):
         evaluator = task_evaluation.prepare(config, inputs, program)
-    if saved.has_ended:  # the table would compile a step that is never run
-        say(f"training has ended at step {saved.step}; only the evaluation is left")
-    else:
-        for label, text in start_up_table(config, inputs, program):
-            say(f"{label:<12} {text}")
+    _announce(config, inputs, program, saved, say)
     initial = {} if resumes else _load_initial_adapters(program)
     writers = []
     if is_main_process():  # before the weights are loaded, since a service may refuse
@@ -162,9 +158,10 @@ def open_session(
         writers = open_writers(work.folder, config.logging, settings, last_kept, opened)
 
     base, checkpoints = inputs.base, config.checkpoints
-    params = load_base_params(
-        base.folder, base.config, config.base.param_dtype, program.param_shardings
-    )
+    with stage(say, f"loading the weights of {config.base.path}"):
+        params = load_base_params(
+            base.folder, base.config, config.base.param_dtype, program.param_shardings
+        )
     if saved.step != inputs.total_steps:  # a run that ends here can go on to its first length
         work.write_settings(settings)
     store = TrainingStore(work.checkpoints, every=checkpoints.every, keep=checkpoints.keep)
@@ -200,6 +197,22 @@ def open_session(
         evaluator=evaluator,
     )
     return session, program, state
+
+
+def _announce(
+    config: RunConfig, inputs: Inputs, program: Program, saved: SavedRun, say: Callable[[str], None]
+) -> None:
+    """Prints the start-up table; without it, what is left of a run that has no step left."""
+    if saved.has_ended:
+        say(f"training has ended at step {saved.step}; only the evaluation is left")
+    elif saved.step == inputs.total_steps:
+        say(f"training ends at step {saved.step}, which is saved")
+    else:
+        length = _longest_row(program.config)
+        with stage(say, f"compiling the step for rows of {length} tokens"):
+            table = start_up_table(config, inputs, program)
+        for label, text in table:
+            say(f"{label:<12} {text}")
 
 
 def _ended_at(step: int, former: Mapping[str, int], config: RunConfig) -> RunConfig:

@@ -67,6 +67,15 @@ def sum_by_row(token_losses: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Ar
     return jnp.sum(token_losses[:, :-1] * mask, axis=-1), jnp.sum(mask, axis=-1)
 
 
+def first_targets(loss_mask: jax.Array) -> jax.Array:
+    """Mask of the first target token of each answer in a loss mask; bool [..., S].
+
+    Where answers are labels, it marks the label, without the end-of-text token after it.
+    """
+    before = jnp.roll(loss_mask, 1, axis=-1).at[..., 0].set(False)
+    return loss_mask & ~before
+
+
 def label_losses(scores: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
     """Classification or regression loss of each row.
 

@@ -10,12 +10,14 @@ import optax
 
 from moe_jax.adapters.routing.statistics import RouterStatistics, collect_statistics
 from moe_jax.adapters.rows import AdapterRows, take_rows
+from moe_jax.adapters.score_head import is_classifier
 from moe_jax.data.batch import Batch
 from moe_jax.layers.names import ADAPTERS, PARAMS, ROUTER
 from moe_jax.models.adapted import apply
 from moe_jax.models.causal_lm import LlamaForCausalLM
 from moe_jax.training.step.loss import (
     adapter_losses,
+    first_targets,
     head_outputs,
     label_losses,
     sum_by_row,
@@ -102,10 +104,13 @@ def train_step(
       (see `routing_summary`).
     """
     step_key = jax.random.fold_in(jax.random.key(dropout_seed), state.step)
-    targets = {
-        rows.name: jnp.sum(target_counts(rows, _rows_of(rows, batch.loss_mask)))
-        for rows in model.adapter_rows
-    }
+    targets, firsts = (
+        {
+            rows.name: jnp.sum(target_counts(rows, _rows_of(rows, mask)))
+            for rows in model.adapter_rows
+        }
+        for mask in (batch.loss_mask, first_targets(batch.loss_mask))
+    )
 
     def objective(adapters: Any, micro: Batch, index: jax.Array) -> tuple[jax.Array, Metrics]:
         key = jax.random.fold_in(step_key, index)
@@ -113,12 +118,19 @@ def train_step(
             model, params, adapters, micro, dropout_key=key, packed=packed
         )
         losses = adapter_losses(model.adapter_rows, outputs, micro)
+        first_micro = micro._replace(loss_mask=first_targets(micro.loss_mask))
+        first_losses = adapter_losses(model.adapter_rows, outputs, first_micro)
         total, metrics = jnp.float32(0.0), Metrics()
         for rows in model.adapter_rows:
             loss = jnp.sum(losses[rows.name][0]) / jnp.maximum(targets[rows.name], 1.0)
             sites = statistics.get(rows.name, {})
             router_loss, router_metrics = _router_terms(rows, sites, batch.tokens.shape[0])
             metrics |= {f"{rows.name}/loss": loss, **router_metrics}
+            if not is_classifier(rows.method):
+                first_loss = jnp.sum(jax.lax.stop_gradient(first_losses[rows.name][0]))
+                metrics[f"{rows.name}/first_token_loss"] = first_loss / jnp.maximum(
+                    firsts[rows.name], 1.0
+                )
             scale = state.loss_scale.get(rows.name)
             loss = loss + router_loss
             total = total + (loss if scale is None else loss * scale.scale)
