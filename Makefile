@@ -41,7 +41,7 @@ format: $(TEST_STAMP) ## format the code and apply ruff's safe fixes
 	$(BIN)/ruff check --fix
 
 clean: ## remove caches, builds and the demo's output; .venv stays
-	rm -rf demo_output notebooks/output docs/_build build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf demo_output notebooks/output docs/_build build dist .pytest_cache .ruff_cache .import_linter_cache
 	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 # `venv` writes pip last: a folder without pip is incomplete, and is created again.
