@@ -72,7 +72,7 @@ def load_base(
     """
     base = open_base(path, revision)
     params = load_base_params(base.folder, base.config, dtype)
-    return Base(base.folder, base.identity, base.config, params, dtype)
+    return Base(base.folder, base.identity, base.config, params, base.unread, dtype)
 
 
 class AdaptedModel:

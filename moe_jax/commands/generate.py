@@ -228,6 +228,8 @@ def generate(arguments: argparse.Namespace) -> None:
         dtype=arguments.dtype,
         mesh=mesh_config(arguments.mesh),
     )
+    if session.unread_note is not None:
+        print(session.unread_note, file=sys.stderr)
     encoder = session.encoder(prompt_format)
     names = [*([None] if arguments.with_base or not adapters else []), *adapters]
     if arguments.interactive:

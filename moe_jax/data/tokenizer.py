@@ -1,6 +1,8 @@
 """A checkpoint's tokenizer: loading it, encoding texts, and a digest of its behaviour."""
 
+import codecs
 import hashlib
+import importlib
 import json
 from pathlib import Path
 
@@ -36,6 +38,7 @@ def load_tokenizer(path: str | Path, revision: str | None = None) -> PreTrainedT
                 f"{path}: holds no tokenizer; copy tokenizer.json and tokenizer_config.json of the "
                 "model into this folder"
             )
+        _require_converter(folder)
         path = folder
     elif str(path).startswith((".", "/", "~")):
         raise CheckpointError(f"{path}: no such folder; give a folder, or a hub id owner/name")
@@ -43,10 +46,39 @@ def load_tokenizer(path: str | Path, revision: str | None = None) -> PreTrainedT
     try:
         return transformers.AutoTokenizer.from_pretrained(str(path), revision=revision or "main")
     except Exception as error:
+        for file in folder.glob("*.json") if folder.is_dir() else ():
+            if file.read_bytes().startswith(codecs.BOM_UTF8):
+                raise CheckpointError(
+                    f"{file}: begins with a byte order mark, with which transformers does not read "
+                    "it; save it as UTF-8 without one"
+                ) from None
         raise CheckpointError(
             f"{path}: its tokenizer cannot be loaded ({first_line(error)}); give a checkpoint "
             "folder, or a hub id that can be reached"
         ) from error
+
+
+def _require_converter(folder: Path) -> None:
+    """Requires the packages by which transformers reads `tokenizer.model`, if it is alone.
+
+    SentencePiece writes a binary file that begins with a line feed; Tiktoken writes text.
+    """
+    file = folder / "tokenizer.model"
+    if (folder / "tokenizer.json").is_file() or not file.is_file():
+        return
+    with file.open("rb") as opened:
+        is_sentencepiece = opened.read(1) == b"\n"
+    modules = ("sentencepiece", "google.protobuf") if is_sentencepiece else ("tiktoken",)
+    for module in modules:
+        try:
+            importlib.import_module(module)
+        except ImportError:
+            package = module.removeprefix("google.")
+            raise CheckpointError(
+                f"{folder}: has its tokenizer in tokenizer.model only, which transformers reads "
+                f"with the package {package}; install it (pip install {package}), or copy the "
+                "model's tokenizer.json into this folder"
+            ) from None
 
 
 def end_of_text(tokenizer: PreTrainedTokenizerBase) -> int:

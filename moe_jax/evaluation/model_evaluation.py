@@ -154,6 +154,8 @@ def evaluate(
     require_distinct(task_list)
 
     files = open_base(base, revision)
+    if files.unread_note is not None:
+        say(files.unread_note)
     model = build_model(files, options.dtype)
     mesh = None if options.mesh is None else make_mesh(options.mesh)
     loaded = load_adapters(adapters, files, model, mesh)

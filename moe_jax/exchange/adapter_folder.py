@@ -28,6 +28,7 @@ from moe_jax.checkpoints.leaves import LeafSpec
 from moe_jax.config.parse import parse, suggest
 from moe_jax.errors import CheckpointError
 from moe_jax.exchange.torch_files import read_torch_file, write_torch_file
+from moe_jax.files.json_file import read_json_object
 from moe_jax.hf.fields import HFFields
 from moe_jax.hf.shards import name_list
 
@@ -157,12 +158,7 @@ def read_adapter_folder(folder: Path) -> AdapterFolder:
                 f"{folder}: is already an adapter of this library; use it directly"
             )
         raise CheckpointError(f"{folder}: no adapter here, {CONFIG_FILE} is missing")
-    try:
-        config = json.loads(config_file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:  # RecursionError: nested too deeply
-        raise CheckpointError(f"{config_file}: cannot be read ({error})") from None
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{config_file}: expected an object, got {type(config).__name__}")
+    config = read_json_object(config_file)
     for name, read in ((SAFETENSORS_FILE, _read_safetensors), (TORCH_FILE, read_torch_file)):
         if (folder / name).is_file():
             return AdapterFolder(config_file, folder / name, config, read(folder / name))

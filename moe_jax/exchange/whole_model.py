@@ -29,6 +29,7 @@ from moe_jax.checkpoints.leaves import named_leaves
 from moe_jax.config.model import FloatType, ModelConfig
 from moe_jax.errors import CheckpointError
 from moe_jax.exchange.format import Export, ExportOptions, ExportOutcome, Format
+from moe_jax.files.json_file import read_json_object
 from moe_jax.hf.base_model import BaseModel
 from moe_jax.hf.key_table import Leaf, TensorParts, tensor_parts
 from moe_jax.hf.load import checked_leaves, read_leaf
@@ -220,7 +221,7 @@ class ModelFormat(Format):
 
     def prepare(self, adapter: SavedAdapter, options: ExportOptions) -> Export:
         base = open_adapter_base(adapter, options.base)
-        base_config = json.loads((base.folder / _CONFIG_FILE).read_text(encoding="utf-8"))
+        base_config = read_json_object(base.folder / _CONFIG_FILE)
         plan = self.plan(adapter, base, base_config, options)
         # transformers 5 reads `dtype`, the versions before it `torch_dtype`.
         config = {**plan.config, "dtype": options.dtype, "torch_dtype": options.dtype}

@@ -16,7 +16,8 @@ from moe_jax.config.model import ModelConfig
 from moe_jax.errors import CheckpointError
 from moe_jax.files.folders import current_folder
 from moe_jax.hf.config import read_model_config
-from moe_jax.hf.shards import open_shards
+from moe_jax.hf.load import unread_tensors
+from moe_jax.hf.shards import name_list, open_shards
 
 # Files that are downloaded of a base model: no legacy weights, no second copy of the weights in
 # another format, no training states. `*` also matches subfolders, which `_BASE_IGNORED` excludes.
@@ -71,12 +72,23 @@ class BaseModel:
       identity: identity that adapters store.
       config: architecture.
       params: parameter tree; None if the weights are not loaded.
+      unread: names of stored tensors beside the model, such as other heads.
     """
 
     folder: Path
     identity: BaseIdentity
     config: ModelConfig
     params: Any = None
+    unread: tuple[str, ...] = ()
+
+    @property
+    def unread_note(self) -> str | None:
+        """One line on stored tensors that are not read; None if all are."""
+        if not self.unread:
+            return None
+        return (
+            f"not read from {self.folder}, as no part of the model: {name_list([*self.unread], 1)}"
+        )
 
     def require_trained_on(self, subject: str, trained_on: BaseIdentity, remedy: str) -> None:
         """Requires that this is the base model that an adapter or a run was trained on.
@@ -110,7 +122,9 @@ def open_base(base: str | Path | BaseModel, revision: str | None = None) -> Base
         return base
     folder = resolve_checkpoint(base, revision)
     config = read_model_config(folder)
-    return BaseModel(folder, BaseIdentity(str(base), base_fingerprint(folder)), config)
+    identity = BaseIdentity(str(base), base_fingerprint(folder))
+    with open_shards(folder) as shards:
+        return BaseModel(folder, identity, config, unread=unread_tensors(shards, config))
 
 
 def base_fingerprint(folder: Path) -> str:

@@ -1,7 +1,6 @@
 """Reads a Hugging Face `config.json` into a `ModelConfig`."""
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 from moe_jax.config.model import ModelConfig
 from moe_jax.config.parse import FieldError
 from moe_jax.errors import CheckpointError, ConfigError
+from moe_jax.files.json_file import read_json_object
 from moe_jax.hf.families import FAMILIES, Family
 from moe_jax.hf.fields import HF_NAMES, HFFields
 from moe_jax.hf.rope import SECTIONS
@@ -55,13 +55,7 @@ def read_model_config(folder: Path) -> ModelConfig:
             f"{path}: no such file; give a folder with a Hugging Face checkpoint "
             f"(config.json and *.safetensors)"
         )
-    try:
-        mapping = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path}: not valid JSON ({error}); download it again") from None
-    if not isinstance(mapping, dict):
-        raise CheckpointError(f"{path}: expected an object, got {type(mapping).__name__}")
-    return model_config_from_hf(mapping, str(path))
+    return model_config_from_hf(read_json_object(path), str(path))
 
 
 def model_config_from_hf(mapping: Mapping[str, Any], where: str) -> ModelConfig:

@@ -4,13 +4,17 @@ Both directions follow from the key table of the model's family: `base_leaves` l
 each leaf, `tensor_parts` the leaves of each tensor.
 """
 
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from moe_jax.config.model import ModelConfig
-from moe_jax.hf.families.family import LAYER, WeightRule, family_of
+from moe_jax.hf.families.family import LAYER, MODEL, ROTARY_BUFFER, WeightRule, family_of
+
+_LAYER_NUMBER = re.compile(re.escape(LAYER).replace(r"\{layer\}", r"(\d+)"))
 
 
 @dataclass(frozen=True)
@@ -96,13 +100,31 @@ def tensor_name(path: str, config: ModelConfig) -> str | None:
     return next((rule.key for rule in family_of(config).weights if rule.path == path), None)
 
 
-def ignored_tensors(config: ModelConfig) -> set[str]:
-    """Names of tensors that may be stored and are not read."""
-    return {
-        key
-        for pattern in family_of(config).ignored_tensors
-        for key in tensor_names(pattern, config)
-    }
+def by_tensor_name(stored: Iterable[str], config: ModelConfig) -> dict[str, list[str]]:
+    """Stored names by the name of their tensor in the key table, or else their own name.
+
+    As transformers does, `model.` is added to names of a decoder that was saved alone, and a
+    doubled one is taken off.
+    """
+    known = {key for rule in family_of(config).weights for key in tensor_names(rule.key, config)}
+    names: dict[str, list[str]] = {}
+    for key in stored:
+        shorter, longer = key.removeprefix(MODEL), MODEL + key
+        name = shorter if shorter in known else longer if longer in known else key
+        names.setdefault(name, []).append(key)
+    return names
+
+
+def is_beside_model(key: str, config: ModelConfig) -> bool:
+    """True if the model computes the same without the tensor `key`, which is not in its table.
+
+    Such are other heads, layers beyond the last, and constants that are computed here.
+    """
+    layer = _LAYER_NUMBER.match(key)
+    if layer and int(layer[1]) < config.num_layers:
+        return ROTARY_BUFFER.search(key) is not None
+    modules = {rule.key.rpartition(".")[0] for rule in family_of(config).weights}
+    return key.rpartition(".")[0] not in modules
 
 
 def unexpected_reason(key: str, config: ModelConfig) -> str:
@@ -114,8 +136,6 @@ def unexpected_reason(key: str, config: ModelConfig) -> str:
             assert condition is not None
             value = str(getattr(config, condition.field)).lower()
             return f"config.json says {condition.key} {value}"
-    if key.startswith(LAYER.split("{", maxsplit=1)[0]):
-        return f"config.json says num_hidden_layers {config.num_layers}"
     return f"a model of type {family.model_type!r} has no such weights"
 
 

@@ -18,13 +18,20 @@ from flax.traverse_util import unflatten_dict
 from moe_jax.config.model import ModelConfig, StorageType
 from moe_jax.config.parse import located
 from moe_jax.errors import CheckpointError
-from moe_jax.hf.families.family import EMBEDDING_PATH, HEAD_PATH
-from moe_jax.hf.key_table import Leaf, base_leaves, ignored_tensors, tensor_name, unexpected_reason
+from moe_jax.hf.families.family import EMBEDDING_PATH, HEAD_PATH, ROTARY_BUFFER
+from moe_jax.hf.key_table import (
+    Leaf,
+    base_leaves,
+    by_tensor_name,
+    is_beside_model,
+    tensor_name,
+    unexpected_reason,
+)
 from moe_jax.hf.shards import Shards, name_list, open_shards
 from moe_jax.layers.frozen import Storage, check_storage, storage_of
 from moe_jax.layers.quantized import quantize
 
-_FLOAT_TYPES = {"F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
+_FLOAT_TYPES = {"F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16, "F64": np.float64}
 
 # Bytes of a tensor that are read at once. safetensors copies a slice twice on its way to numpy, so
 # reading whole tensors would cost twice the largest one; larger blocks are no faster.
@@ -51,7 +58,7 @@ def load_base_params(
 
     Args:
       folder: checkpoint with safetensors weights, in one file or several with an index, stored as
-        float32, float16 or bfloat16.
+        float32, float16, bfloat16 or float64.
       config: architecture, from `read_model_config(folder)`.
       dtype: type of the parameters. Kernels are quantised one layer at a time.
       shardings: tree of `jax.sharding.Sharding` like the returned one; None puts all parameters on
@@ -87,13 +94,14 @@ def load_base_params(
 
 
 def checked_leaves(shards: Shards, config: ModelConfig) -> list[Leaf]:
-    """Leaves to load, after checking that exactly their tensors are stored in the right shapes.
+    """Leaves to load, with the stored names of their tensors, after checking names and shapes.
+
+    Tensors beside the model are left out, see `unread_tensors`.
 
     Raises:
       CheckpointError: see `load_base_params`.
     """
-    leaves = base_leaves(config)
-    present = dict(shards.tensors)
+    leaves, present = base_leaves(config), _by_name(shards, config)
     embedding, head = tensor_name(EMBEDDING_PATH, config), tensor_name(HEAD_PATH, config)
     if config.tie_word_embeddings and embedding and head and head in present:
         # A tied head that is stored is either the only copy of the embedding or must equal it. Any
@@ -104,24 +112,27 @@ def checked_leaves(shards: Shards, config: ModelConfig) -> list[Leaf]:
                 for leaf in leaves
             ]
         else:
-            _check_tied_head(shards, embedding, head)
+            _check_tied_head(shards, present[embedding], present[head])
             del present[head]
     expected = {key: leaf for leaf in leaves for key in leaf.keys}
-    ignored = ignored_tensors(config)
     missing = [key for key in expected if key not in present]
     if missing:
         raise CheckpointError(
             f"{shards.folder}: the weights lack {name_list(missing)}; "
-            f"the checkpoint is incomplete or config.json is that of another model"
+            f"{_missing_reason(missing, shards, config)}"
         )
-    unexpected = sorted(key for key in present if key not in expected and key not in ignored)
+    unexpected = sorted(
+        key for key in present if key not in expected and not is_beside_model(key, config)
+    )
     if unexpected:
         raise CheckpointError(
             f"{shards.folder}: the weights hold {name_list(unexpected)}, which would be dropped "
-            f"({unexpected_reason(unexpected[0], config)}); config.json is that of another model"
+            f"({unexpected_reason(unexpected[0], config)}) and change what the model computes; "
+            f"config.json is that of another model"
         )
-    for key, leaf in expected.items():
-        info = present[key]
+    for name, leaf in expected.items():
+        key = present[name]
+        info = shards.tensors[key]
         if info.shape != leaf.tensor_shape:
             raise CheckpointError(
                 f"{shards.folder / info.file}: {key}: has shape {list(info.shape)}, but by "
@@ -132,7 +143,55 @@ def checked_leaves(shards: Shards, config: ModelConfig) -> list[Leaf]:
                 f"{shards.folder / info.file}: {key}: is stored as {info.dtype}; "
                 f"supported: {', '.join(_FLOAT_TYPES)}"
             )
-    return leaves
+    return [
+        dataclasses.replace(leaf, keys=tuple(present[key] for key in leaf.keys)) for leaf in leaves
+    ]
+
+
+def unread_tensors(shards: Shards, config: ModelConfig) -> tuple[str, ...]:
+    """Stored tensors beside the model, such as other heads; without constants computed here.
+
+    Raises:
+      CheckpointError: two names are of the same tensor.
+    """
+    present = _by_name(shards, config)
+    known = {key for leaf in base_leaves(config) for key in leaf.keys}
+    known.add(tensor_name(HEAD_PATH, config) or "")
+    return tuple(
+        stored
+        for key, stored in sorted(present.items())
+        if key not in known and is_beside_model(key, config) and not ROTARY_BUFFER.search(key)
+    )
+
+
+def _by_name(shards: Shards, config: ModelConfig) -> dict[str, str]:
+    """Stored names by the names of the tensors in the key table."""
+    names = by_tensor_name(shards.tensors, config)
+    for key, stored in names.items():
+        if len(stored) > 1:
+            raise CheckpointError(
+                f"{shards.folder}: the weights hold {key} under several names, "
+                f"{' and '.join(stored)}; remove one of them"
+            )
+    return {key: stored for key, (stored,) in names.items()}
+
+
+def _missing_reason(missing: list[str], shards: Shards, config: ModelConfig) -> str:
+    """Cause for which tensors are missing, and the remedy, for a message."""
+    first = missing[0]
+    for stored in shards.tensors:
+        if stored.endswith(f".{first}"):
+            prefix = stored.removesuffix(first)
+            return (
+                f"they are stored with the prefix {prefix!r} of a wrapper around the model; save "
+                f"the model inside it with save_pretrained"
+            )
+    if missing == [tensor_name(HEAD_PATH, config)]:
+        return (
+            "the decoder was saved without its language-modelling head; add the head, or set "
+            "tie_word_embeddings in config.json if it is the embedding"
+        )
+    return "the checkpoint is incomplete or config.json is that of another model"
 
 
 def _check_tied_head(shards: Shards, embedding_key: str, head_key: str) -> None:
@@ -256,15 +315,16 @@ def _read_tensor(
     first, last = (row + leaf.first_row for row in ranges[0])
     rest = tuple(slice(*part) for part in ranges[1:])
     row_bytes = np.dtype(source).itemsize * int(np.prod([b - a for a, b in ranges[1:]]))
-    may_overflow = out.dtype == np.float16 and source is not np.float16
+    may_overflow = source is np.float64 or (out.dtype == np.float16 and source is not np.float16)
     for start, stop in _blocks(first, last, row_bytes):
         block = view[(slice(start, stop), *rest)]
         with np.errstate(over="ignore"):  # checked below, with a message that names the tensor
             out[start - first : stop - first] = block
         if may_overflow and not np.isfinite(out[start - first : stop - first]).all():
             raise CheckpointError(
-                f"{shards.folder / info.file}: {key}: has values that float16 cannot hold "
-                f"(beyond 65504); use base.param_dtype 'bfloat16' or 'float32'"
+                f"{shards.folder / info.file}: {key}: has values that {out.dtype} cannot hold "
+                f"(beyond {float(jnp.finfo(out.dtype).max):.5g}); use base.param_dtype 'bfloat16' "
+                f"or 'float32'"
             )
 
 

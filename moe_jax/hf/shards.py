@@ -1,6 +1,5 @@
 """The safetensors files of a checkpoint folder as one collection of lazily read tensors."""
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -8,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import ml_dtypes  # noqa: F401  # importing it is what lets safetensors return bfloat16 arrays
+import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from moe_jax.errors import CheckpointError
+from moe_jax.files.json_file import read_json_object
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -53,16 +54,17 @@ class Shards:
 def open_shards(folder: Path) -> Iterator[Shards]:
     """Opens the weights of a checkpoint: `model.safetensors`, else the files of its index.
 
+    As in transformers, the index only names the files: their headers say which tensors they hold.
+    An index of another save may list or omit a tied head.
+
     Raises:
-      CheckpointError: a file is missing, truncated or damaged, or the index contradicts the files.
+      CheckpointError: a file is missing, truncated or damaged, or two files differ in a tensor.
     """
     folder = Path(folder)
-    weight_map = None
     if (folder / SINGLE_FILE).is_file():  # takes precedence over an index, as in transformers
         names = [SINGLE_FILE]
     elif (folder / INDEX_FILE).is_file():
-        weight_map = _read_index(folder)
-        names = sorted(set(weight_map.values()))
+        names = _indexed_files(folder)
     else:
         raise CheckpointError(_no_weights(folder))
     missing = [name for name in names if not (folder / name).is_file()]
@@ -77,10 +79,14 @@ def open_shards(folder: Path) -> Iterator[Shards]:
         for name, file in files.items():
             for key in file.keys():  # noqa: SIM118  # not a mapping
                 view = file.get_slice(key)
+                if key in tensors:
+                    other = tensors[key].file
+                    if not np.array_equal(view[:], files[other].get_slice(key)[:]):
+                        raise CheckpointError(
+                            f"{folder}: {key} has other values in {other} than in {name}; the "
+                            f"folder mixes files of several saves, download the checkpoint again"
+                        )
                 tensors[key] = TensorInfo(name, tuple(view.get_shape()), view.get_dtype())
-            if weight_map is not None:
-                indexed = {key for key, place in weight_map.items() if place == name}
-                _check_index(folder, name, indexed, set(file.keys()))
         yield Shards(folder, tensors, files)
     finally:
         for file in files.values():
@@ -108,34 +114,16 @@ def _open(path: Path) -> Any:
         ) from None
 
 
-def _read_index(folder: Path) -> dict[str, str]:
-    """Reads the map from tensor to file name of the index."""
+def _indexed_files(folder: Path) -> list[str]:
+    """Names of the files that the index lists."""
     path = folder / INDEX_FILE
-    try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path}: not valid JSON ({error}); download it again") from None
-    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    weight_map = read_json_object(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path}: has no weight_map; download it again")
     for key, name in weight_map.items():
         if not isinstance(name, str) or Path(name).name != name:
             raise CheckpointError(f"{path}: weight_map.{key}: {name!r} is not a file name")
-    return weight_map
-
-
-def _check_index(folder: Path, name: str, indexed: set[str], stored: set[str]) -> None:
-    absent, unlisted = sorted(indexed - stored), sorted(stored - indexed)
-    if absent:
-        raise CheckpointError(
-            f"{folder / name}: lacks {name_list(absent)}, which {INDEX_FILE} places there; "
-            f"download the checkpoint again"
-        )
-    if unlisted:
-        raise CheckpointError(
-            f"{folder / name}: holds {name_list(unlisted)}, which {INDEX_FILE} does not place "
-            f"there; download the checkpoint again"
-        )
+    return sorted(set(weight_map.values()))
 
 
 def _no_weights(folder: Path) -> str:

@@ -36,6 +36,7 @@ class InferenceSession:
     Attributes:
       adapters: adapters by name.
       context: largest number of tokens of a prompt and its answer together.
+      unread_note: see `BaseModel.unread_note`.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class InferenceSession:
         """
         self.adapters = dict(adapters)
         self.context = base.config.max_position_embeddings
+        self.unread_note = base.unread_note
         self._switch_length = frequency_switch(base.config)
         self._base = base
         self._dtype: FloatType = dtype

@@ -1,6 +1,5 @@
 """End of an answer: end tokens and stop strings."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from moe_jax.errors import CheckpointError
+from moe_jax.files.json_file import read_json_object
 
 _FIELD = "eos_token_id"
 
@@ -29,12 +29,7 @@ def end_tokens(folder: Path, tokenizer: PreTrainedTokenizerBase) -> frozenset[in
         file = folder / name
         if not file.is_file():
             continue
-        try:
-            fields = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{file}: cannot be read as JSON ({error})") from None
-        if not isinstance(fields, dict):
-            raise CheckpointError(f"{file}: expected a JSON object")
+        fields = read_json_object(file)
         # Models that also read images keep the fields of their text model in a group.
         for group in (fields, fields.get("text_config")):
             if isinstance(group, dict):

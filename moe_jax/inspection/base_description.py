@@ -16,11 +16,11 @@ from moe_jax.config.parse import located
 from moe_jax.hf.base_model import open_base
 from moe_jax.hf.families.family import family_of
 from moe_jax.hf.load import checked_leaves
-from moe_jax.hf.shards import open_shards
+from moe_jax.hf.shards import name_list, open_shards
 from moe_jax.loaded.adapter_base import expected_leaves
 
-_SIZES = {"F32": 4, "F16": 2, "BF16": 2}
-_TYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_SIZES = {"F32": 4, "F16": 2, "BF16": 2, "F64": 8}
+_TYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +66,7 @@ class BaseDescription:
       stored: number of bytes of the tensors, by dtype on disk.
       files: number of bytes of each weight file.
       fingerprint: fingerprint of the weights, which adapters store.
+      unread: see `BaseModel.unread`.
     """
 
     path: str
@@ -76,6 +77,7 @@ class BaseDescription:
     stored: dict[str, int]
     files: dict[str, int]
     fingerprint: str
+    unread: tuple[str, ...] = ()
 
     @property
     def parameters(self) -> int:
@@ -116,6 +118,8 @@ class BaseDescription:
             ("stored", f"{stored} in {count} file{'s' if count > 1 else ''} ({files})"),
             ("parameters", f"{self.parameters:,}"),
         ]
+        if self.unread:
+            table.append(("not read", f"{name_list([*self.unread])}, as no part of the model"))
         return [*_columns(table), *module_lines(self.modules)]
 
 
@@ -151,6 +155,7 @@ def describe_base(base: str | Path, revision: str | None = None) -> BaseDescript
         stored=dict(stored),
         files={name: (folder / name).stat().st_size for name in files},
         fingerprint=opened.identity.fingerprint,
+        unread=opened.unread,
     )
 
 

@@ -94,3 +94,40 @@ def test_hub_id_out_of_reach_is_one_line():
     with pytest.raises(CheckpointError, match=r"^nobody/nothing: its tokenizer cannot") as caught:
         load_tokenizer("nobody/nothing", revision="v1")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "module", "package"),
+    [
+        # A SentencePiece model is a protocol buffer whose first field holds the first piece.
+        (b"\n\x0e\n\x05<unk>", "sentencepiece", "sentencepiece"),
+        (b"IQ== 0\nIg== 1\n", "tiktoken", "tiktoken"),
+    ],
+)
+def test_missing_packages_for_a_tokenizer_model_alone(
+    tmp_path, monkeypatch, capfd, content: bytes, module: str, package: str
+):
+    (tmp_path / "tokenizer.model").write_bytes(content)
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+    monkeypatch.setitem(sys.modules, module, None)  # importing it raises ImportError
+    with pytest.raises(CheckpointError, match=rf"pip install {package}\)") as caught:
+        load_tokenizer(tmp_path)
+    assert str(caught.value).startswith(f"{tmp_path}: has its tokenizer in tokenizer.model only")
+    assert "\n" not in str(caught.value)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_tokenizer_json_needs_no_package(word_tokenizer, tmp_path, monkeypatch):
+    word_tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>")
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    assert tokenizer_digest(load_tokenizer(tmp_path)) == tokenizer_digest(word_tokenizer)
+
+
+def test_byte_order_mark_in_a_tokenizers_file(word_tokenizer, tmp_path):
+    word_tokenizer.save_pretrained(tmp_path)
+    file = tmp_path / "tokenizer_config.json"
+    file.write_text(file.read_text(), encoding="utf-8-sig")
+    with pytest.raises(CheckpointError, match="begins with a byte order mark") as caught:
+        load_tokenizer(tmp_path)
+    assert str(caught.value).startswith(f"{file}: ")

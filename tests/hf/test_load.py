@@ -1,5 +1,8 @@
 """Loaded parameters equal the state dict of the saved torch model, leaf by leaf."""
 
+import codecs
+import json
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -12,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from moe_jax.errors import CheckpointError
 from moe_jax.hf import load as base
+from moe_jax.hf.base_model import open_base
 from moe_jax.hf.config import read_model_config
 from moe_jax.hf.load import abstract_base_params, load_base_params
 
@@ -194,17 +198,118 @@ def test_a_device_reads_only_its_part(tmp_path, devices, monkeypatch):
     assert max(sizes) == max(leaf.size for leaf in jax.tree.leaves(params)) // 8
 
 
-def test_old_rotary_buffers_are_ignored(tmp_path):
-    state = save_llama(tmp_path)
-    tensors = load_file(tmp_path / "model.safetensors")
-    for layer in range(3):
-        name = f"model.layers.{layer}.self_attn.rotary_emb.inv_freq"
-        tensors[name] = np.ones(6, np.float32)
-    save_file(tensors, tmp_path / "model.safetensors")
-    config = read_model_config(tmp_path)
-    assert_equal(
-        load_base_params(tmp_path, config, "float32"), expected_tree(state, config, "float32")
+ATTENTION = "model.layers.0.self_attn."
+OTHERS = {
+    name: np.ones(6, np.float32) for name in ("v_head.summary.weight", "score.weight", "mtp.norm.w")
+}
+BUFFERS = {
+    name: np.ones(6, np.float32)
+    for name in (
+        "rotary_emb.inv_freq",
+        "model.rotary_emb.inv_freq",
+        f"{ATTENTION}rotary_emb.inv_freq",
+        f"{ATTENTION}rotary_emb.cos_cached",
     )
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "fields", "unread"),
+    [
+        pytest.param(lambda t: t | BUFFERS, {}, [], id="rotary_buffers"),
+        pytest.param(lambda t: t | OTHERS, {}, sorted(OTHERS), id="other_heads"),
+        pytest.param(lambda t: t | {"model.extra": OTHERS["mtp.norm.w"]}, {}, ["model.extra"]),
+        pytest.param(lambda t: t, {"num_hidden_layers": 2}, 9, id="layers_beyond_the_last"),
+        pytest.param(
+            lambda t: {k.removeprefix("model."): v for k, v in t.items()},
+            {},
+            [],
+            id="decoder_alone",
+        ),
+        pytest.param(lambda t: {f"model.{k}": v for k, v in t.items()}, {}, [], id="prefix_twice"),
+        pytest.param(
+            lambda t: {k.replace("model.layers.1", "layers.1"): v for k, v in t.items()},
+            {},
+            [],
+            id="both_kinds_of_names",
+        ),
+        pytest.param(
+            lambda t: {k: v.astype(np.float64) for k, v in t.items()}, {}, [], id="float64"
+        ),
+    ],
+)
+def test_what_transformers_loads_is_loaded_and_the_rest_named(tmp_path, change, fields, unread):
+    save_llama(tmp_path)
+    save_file(change(load_file(tmp_path / "model.safetensors")), tmp_path / "model.safetensors")
+    change_config(tmp_path, **fields)
+    model, info = LlamaForCausalLM.from_pretrained(
+        tmp_path, dtype=torch.float32, output_loading_info=True
+    )
+    assert not info["missing_keys"]
+    base_model = open_base(tmp_path)
+    params = load_base_params(tmp_path, base_model.config, "float32")
+    assert_equal(params, expected_tree(model.state_dict(), base_model.config, "float32"))
+    if isinstance(unread, int):  # the tensors of a layer
+        assert len(base_model.unread) == unread
+    else:
+        assert list(base_model.unread) == unread
+    buffers = {name for name in info["unexpected_keys"] if "rotary_emb" in name}
+    assert set(base_model.unread) == info["unexpected_keys"] - buffers
+    if unread:
+        first, count = base_model.unread[0], len(base_model.unread)
+        more = f" and {count - 1} more" if count > 1 else ""
+        assert base_model.unread_note.endswith(f"as no part of the model: {first}{more}")
+    else:
+        assert base_model.unread_note is None
+
+
+def change_config(folder, **fields) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | fields))
+
+
+@pytest.mark.parametrize("lists_head", [True, False])
+def test_index_of_another_save_of_a_tied_model(tmp_path, lists_head: bool):
+    """The index was copied from a save with a head, or from one without."""
+    state = save_llama(tmp_path, "40KB", tie_word_embeddings=True)
+    last = max(tmp_path.glob("model-*.safetensors"))
+    file = tmp_path / "model.safetensors.index.json"
+    index = json.loads(file.read_text())
+    if lists_head:
+        index["weight_map"]["lm_head.weight"] = last.name
+    else:
+        head = {"lm_head.weight": state["model.embed_tokens.weight"].numpy()}
+        save_file(load_file(last) | head, last)
+        first = min(tmp_path.glob("model-*.safetensors"))  # the same tensor in two files
+        save_file(load_file(first) | head, first)
+    file.write_text(json.dumps(index))
+    model, info = LlamaForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    config = read_model_config(tmp_path)
+    expected = expected_tree(model.state_dict(), config, "float32")
+    assert_equal(load_base_params(tmp_path, config, "float32"), expected)
+
+
+def test_safetensors_take_precedence_over_a_pickle(tmp_path):
+    state = save_llama(tmp_path)
+    other = {name: torch.zeros_like(tensor) for name, tensor in state.items()}
+    torch.save(other, tmp_path / "pytorch_model.bin")
+    model = LlamaForCausalLM.from_pretrained(tmp_path)
+    config = read_model_config(tmp_path)
+    expected = expected_tree(model.state_dict(), config, "float32")
+    assert np.any(expected["norm"]["scale"])
+    assert_equal(load_base_params(tmp_path, config, "float32"), expected)
+
+
+def test_byte_order_marks(tmp_path):
+    state = save_llama(tmp_path, "40KB")
+    for name in ("config.json", "model.safetensors.index.json", "generation_config.json"):
+        file = tmp_path / name
+        file.write_text(file.read_text(), encoding="utf-8-sig")
+        assert file.read_bytes().startswith(codecs.BOM_UTF8)
+    config = read_model_config(tmp_path)
+    expected = expected_tree(state, config, "float32")
+    assert_equal(load_base_params(tmp_path, config, "float32"), expected)
 
 
 def test_stored_tied_head_that_equals_the_embedding(tmp_path):
@@ -230,3 +335,12 @@ def test_bfloat16_beyond_float16_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.up_proj\.weight.*float16"):
         load_base_params(tmp_path, config, "float16")
     load_base_params(tmp_path, config, "float32")
+
+
+def test_float64_beyond_float32_is_refused(tmp_path):
+    save_llama(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].astype(np.float64) * 1e300
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"model\.norm\.weight.*float32 cannot hold"):
+        load_base_params(tmp_path, read_model_config(tmp_path), "float32")

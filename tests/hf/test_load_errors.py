@@ -93,17 +93,34 @@ def test_missing_tensors(single):
 
 
 def test_unexpected_tensors(single):
-    change_config(single, num_hidden_layers=1)
-    refused(single, r"hold model\.layers\.1\..* more, .*\(config\.json says num_hidden_layers 1\)")
-    change_config(single, num_hidden_layers=2, tie_word_embeddings=False)
     name = "model.layers.0.self_attn.q_proj.bias"
     change_tensors(single, lambda t: t.update({name: np.zeros(32, np.float32)}))
     refused(single, r"hold .*q_proj\.bias, .*\(config\.json says attention_bias false\)")
 
 
-def test_unknown_tensor(single):
-    change_tensors(single, lambda t: t.update({"model.extra": np.zeros(3, np.float32)}))
-    refused(single, r"hold model\.extra, .*\(a model of type 'llama' has no such weights\)")
+@pytest.mark.parametrize(
+    "name", ["model.layers.1.self_attn.q_norm.weight", "lm_head.bias", "model.norm.bias"]
+)
+def test_unknown_tensors_of_modules_that_are_computed(single, name: str):
+    change_tensors(single, lambda t: t.update({name: np.zeros(8, np.float32)}))
+    refused(single, rf"hold {name}, .*\(a model of type 'llama' has no such weights\)")
+
+
+def test_two_names_of_one_tensor(single):
+    change_tensors(single, lambda t: t.update({"norm.weight": t["model.norm.weight"] + 1}))
+    refused(single, r"hold model\.norm\.weight under several names, model.* and norm\.weight")
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "base_model.model."])
+def test_names_of_a_wrapped_model(single, prefix: str):
+    tensors = load_file(single / "model.safetensors")
+    save_file({prefix + k: v for k, v in tensors.items()}, single / "model.safetensors")
+    refused(single, rf"lack .* more; they are stored with the prefix '{prefix}' of a wrapper")
+
+
+def test_decoder_saved_without_its_head(single):
+    change_tensors(single, lambda t: t.pop("lm_head.weight"))
+    refused(single, r"lack lm_head\.weight; the decoder was saved without its language-modelling")
 
 
 def test_missing_biases(single):
@@ -122,8 +139,8 @@ def test_shapes(single):
 
 def test_types(single):
     name = "model.norm.weight"
-    change_tensors(single, lambda t: t.update({name: t[name].astype(np.float64)}))
-    refused(single, r"model\.norm\.weight: is stored as F64; supported: F32, F16, BF16")
+    change_tensors(single, lambda t: t.update({name: t[name].astype(np.int32)}))
+    refused(single, r"model\.norm\.weight: is stored as I32; supported: F32, F16, BF16, F64")
 
 
 def test_tied_head_of_another_value(single):
@@ -156,22 +173,19 @@ def test_missing_shard(sharded):
     assert path.name in refused(sharded, r"lists .* which the folder lacks")
 
 
-def test_index_names_an_absent_key(sharded):
-    first = min(sharded.glob("model-*.safetensors")).name
-    change_index(sharded, lambda index: index["weight_map"].update({"model.ghost": first}))
-    refused(sharded, r"lacks model\.ghost, which model\.safetensors\.index\.json places there")
-
-
-def test_index_misses_a_stored_key(sharded):
-    change_index(sharded, lambda index: index["weight_map"].pop("model.norm.weight"))
-    refused(sharded, r"holds model\.norm\.weight, which .* does not place there")
+def test_two_files_that_differ_in_a_tensor(sharded):
+    first, second, *_ = sorted(sharded.glob("model-*.safetensors"))
+    tensors = load_file(first)
+    key = min(tensors)
+    save_file(load_file(second) | {key: tensors[key] + 1}, second)
+    refused(sharded, rf"{key} has other values in {first.name} than in {second.name}")
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         ('{"weight_map": {', r"not valid JSON"),
-        ("[]", r"has no weight_map"),
+        ("[]", r"expected an object, got list"),
         ('{"weight_map": {}}', r"has no weight_map"),
         ('{"weight_map": {"a": "../b.safetensors"}}', r"weight_map\.a: .* is not a file name"),
     ],

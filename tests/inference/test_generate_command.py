@@ -3,11 +3,14 @@
 import dataclasses
 import json
 import re
+import shutil
 import signal
 
+import numpy as np
 import pytest
 from inference.scripted import ScriptedGenerator
 from inference.tokenizers_to_try import DEMO_BASE, byte_level
+from safetensors.numpy import load_file, save_file
 
 import moe_jax
 from moe_jax.cli import main
@@ -61,6 +64,18 @@ def test_a_single_answer_has_no_heading(scripted, adapters, capsys):
     # The base that the adapter remembers.
     assert generate("--adapter", adapters / "one", "--prompt", "hello", "--stop", "to ") == 0
     assert capsys.readouterr().out == " one 0 \n"
+
+
+def test_tensors_beside_the_model_are_named(scripted, tmp_path, capsys):
+    folder = shutil.copytree(DEMO_BASE, tmp_path / "base")
+    heads = {name: np.ones(3, np.float32) for name in ("v_head.bias", "v_head.weight")}
+    save_file(load_file(folder / "model.safetensors") | heads, folder / "model.safetensors")
+    assert generate("--base", folder, "--prompt", "hello") == 0
+    captured = capsys.readouterr()
+    assert captured.out == " base 0 to hello\n"
+    assert captured.err == (
+        f"not read from {folder}, as no part of the model: v_head.bias and 1 more\n"
+    )
 
 
 def test_several_prompts_adapters_and_samples_in_order(scripted, adapters, capsys):

@@ -44,7 +44,7 @@ def test_invalid_ids(tmp_path, bad):
 
 def test_a_damaged_file(tmp_path):
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(UserError, match=r"config.json: cannot be read as JSON"):
+    with pytest.raises(UserError, match=r"config.json: not valid JSON"):
         end_tokens(tmp_path, TOKENIZER)
 
 

@@ -1,5 +1,7 @@
 """The table that is printed before the first step."""
 
+import dataclasses
+
 import jax
 import pytest
 from tiny_run import read_config, write_inputs
@@ -20,3 +22,13 @@ def test_rows_longer_than_the_positions_of_the_base_are_noted(tmp_path, length, 
     texts = [text for _, text in start_up_table(config, inputs, program)]
     note = "its data.max_length of 257 exceeds the 256 positions of the base"
     assert (note in texts) == is_noted
+
+
+def test_tensors_beside_the_base_model_are_named(tmp_path):
+    config = read_config(write_inputs(tmp_path))
+    inputs = read_inputs(config, lambda _: None)
+    base = dataclasses.replace(inputs.base, unread=("mtp.norm.weight", "score.weight"))
+    program = build_program(config, base.config, inputs.steps, jax.devices()[:1])
+    table = start_up_table(config, dataclasses.replace(inputs, base=base), program)
+    note = f"not read from {base.folder}, as no part of the model: mtp.norm.weight and 1 more"
+    assert table[:2] == [start_up_table(config, inputs, program)[0], ("", note)]

@@ -9,6 +9,7 @@ concatenates the groups of rows below, and rows of the family where its tensors 
 hold several projections. Leaves have the same names in all families, and so have adapter targets.
 """
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -18,10 +19,13 @@ from moe_jax.config.parse import suggest
 from moe_jax.errors import CheckpointError
 from moe_jax.hf.fields import HFFields
 
-LAYER = "model.layers.{layer}."
+MODEL = "model."
+"""Prefix of the decoder's tensors, without which the decoder alone is saved."""
+
+LAYER = MODEL + "layers.{layer}."
 EMBEDDING_PATH, HEAD_PATH = "embed_tokens/embedding", "lm_head/kernel"
 
-ROTARY_BUFFERS = ("model.rotary_emb.inv_freq", LAYER + "self_attn.rotary_emb.inv_freq")
+ROTARY_BUFFER = re.compile(r"\brotary_emb\.(inv_freq|cos_cached|sin_cached)$")
 """Constants derived from config.json that old versions of transformers stored as tensors."""
 
 
@@ -166,7 +170,6 @@ class Family(NamedTuple):
         Sizes of the model have no defaults.
       constants: the only supported value of fields that vary in other architectures.
       read: function from the fields to the architecture.
-      ignored_tensors: tensors that may be stored and are not read, see `ROTARY_BUFFERS`.
     """
 
     model_type: str
@@ -175,7 +178,6 @@ class Family(NamedTuple):
     defaults: Mapping[str, Any]
     constants: Mapping[str, Any]
     read: ConfigReader
-    ignored_tensors: tuple[str, ...] = ROTARY_BUFFERS
 
 
 FAMILIES: dict[str, Family] = {}

@@ -253,6 +253,8 @@ def start_up_table(config: RunConfig, inputs: Inputs, program: Program) -> list[
     size = f"{model.num_layers} layers, width {model.hidden_size}, {frozen:,} parameters"
     types = f"kept in {config.base.param_dtype}, computed in {config.compute.dtype}"
     table = [("base", f"{config.base.path}: {size}, {types}")]
+    if inputs.base.unread_note is not None:
+        table.append(("", inputs.base.unread_note))
     for name, adapter in config.adapters.items():
         method, steps = METHODS.name_of(adapter.method), inputs.steps[name]
         tree = program.abstract_state.adapters.get(name)
