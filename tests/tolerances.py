@@ -8,6 +8,9 @@ import jax
 # Absolute, on float32 logits against transformers; the same sums in another order.
 FLOAT32_LOGITS = 1e-4
 
+# The same logits, relative to the largest of them, for large adapters.
+FLOAT32_LOGITS_OF_LARGEST = 1e-5
+
 # The same float32 computation in another order: sharded against one device, scan against a loop,
 # one batch against its micro-batches.
 ROUNDING = {"rtol": 1e-5, "atol": 1e-6}

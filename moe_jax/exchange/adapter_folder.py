@@ -222,15 +222,15 @@ def require_tensors(
     missing = [name for name in expected if name not in tensors]
     if missing:
         raise CheckpointError(
-            f"{file}: lacks {name_list(missing, 2)}; it is incomplete, or the adapter was trained "
-            f"on another base than {base}"
+            f"{file}: lacks {name_list(missing, 2)}, which {source.config_file.name} states for "
+            f"{base}; give the base, the configuration and the complete weights of one adapter"
         )
     unused = sorted(name for name in tensors if name not in expected)
     if unused:
         raise CheckpointError(
-            f"{file}: holds {name_list(unused, 2)}, which would be dropped; "
-            f"{source.config_file.name} belongs to another adapter, "
-            f"or this adapter to another base than {base}"
+            f"{file}: holds {name_list(unused, 2)}, which would be dropped, since "
+            f"{source.config_file.name} does not state them for {base}; give the base, the "
+            f"configuration and the weights of one adapter"
         )
     for name, shape in expected.items():
         if tensors[name].shape != shape:
@@ -239,8 +239,13 @@ def require_tensors(
                 f"{source.config_file.name} it should have {list(shape)} on {base}; give the base "
                 f"that the adapter was trained on"
             )
-        if not np.all(np.isfinite(tensors[name])):
-            raise CheckpointError(f"{file}: {name}: has values that are not finite")
+        require_finite(source, name)
+
+
+def require_finite(source: AdapterFolder, name: str) -> None:
+    """Raises `CheckpointError` if the tensor `name` has values that are not finite."""
+    if not np.all(np.isfinite(source.tensors[name])):
+        raise CheckpointError(f"{source.weights_file}: {name}: has values that are not finite")
 
 
 class AdapterTensor(NamedTuple):

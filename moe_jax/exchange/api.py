@@ -158,7 +158,7 @@ def import_adapter(source: Path, base: str | Path | BaseModel) -> SavedAdapter:
     contents = read_adapter_folder(source)
     model = open_base(base)
     import_format = _import_format(contents.config, source)
-    method, tree = import_format.read(contents, model.config, model.identity.path)
+    method, tree = import_format.read(contents, model)
     return SavedAdapter(method, tree, model.config, model.identity, 0)
 
 

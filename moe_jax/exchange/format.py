@@ -26,6 +26,7 @@ from moe_jax.exchange.adapter_folder import (
     tensors_from_leaves,
     write_adapter_folder,
 )
+from moe_jax.hf.base_model import BaseModel
 from moe_jax.hf.key_table import base_leaves
 from moe_jax.loaded.adapter_base import expected_leaves
 
@@ -230,15 +231,32 @@ class AdapterFormat(Format):
         size = sum(tensor.nbytes for tensor in tensors.values()) + 1024 * (len(tensors) + 16)
         return Export(size, write, notes)
 
-    def read(
-        self, source: AdapterFolder, model: ModelConfig, base: str
-    ) -> tuple[AdapterMethod, dict[str, Any]]:
+    def read_leaves(
+        self, fields: ConfigFields, source: AdapterFolder, method: AdapterMethod, base: BaseModel
+    ) -> dict[str, np.ndarray]:
+        """Leaves of the method by path, from the adapter's tensors.
+
+        Args:
+          fields: the configuration.
+          source: the adapter's folder.
+          method: from `parse_method`.
+          base: the base; its weights are not loaded.
+
+        Raises:
+          CheckpointError: a tensor is missing, unexpected, of another shape, or not finite.
+        """
+        specs = expected_leaves(base.config, method)
+        layout = adapter_tensors(specs, fields.take("peft_type", str))
+        shapes = {tensor.name: tensor.shape for tensor in layout}
+        require_tensors(source, shapes, base.identity.path)
+        return leaves_from_tensors(source.tensors, layout, specs)
+
+    def read(self, source: AdapterFolder, base: BaseModel) -> tuple[AdapterMethod, dict[str, Any]]:
         """Reads the method and the weights of an adapter in this format.
 
         Args:
           source: a folder whose `peft_type` is one of `peft_types`.
-          model: architecture of the base.
-          base: name of the base in messages.
+          base: base that it was trained on.
 
         Raises:
           CheckpointError: the adapter does not belong to this base, or has unsupported settings.
@@ -247,15 +265,12 @@ class AdapterFormat(Format):
         try:
             peft_type = fields.choose("peft_type", self.peft_types)
             with located(str(source.config_file)):
-                method = self.parse_method(peft_type, fields, source, model)
-                method.check_model(model)
+                method = self.parse_method(peft_type, fields, source, base.config)
+                method.check_model(base.config)
         except ConfigError as error:
             raise CheckpointError(str(error)) from None
         fields.refuse_unread()
-        specs = expected_leaves(model, method)
-        layout = adapter_tensors(specs, peft_type)
-        require_tensors(source, {tensor.name: tensor.shape for tensor in layout}, base)
-        leaves = leaves_from_tensors(source.tensors, layout, specs)
+        leaves = self.read_leaves(fields, source, method, base)
         return method, nested_dict({path: jax.device_put(leaf) for path, leaf in leaves.items()})
 
 

@@ -3,13 +3,14 @@
 Tested with peft 0.21. `adapter_model.bin` of older versions and of MoE-PEFT can be imported too.
 """
 
-import re
+from collections.abc import Mapping
 from typing import Any
+
+import numpy as np
 
 from moe_jax.adapters.lora.lora import LoraConfig
 from moe_jax.adapters.lora.low_rank import LowRankConfig
-from moe_jax.adapters.method import METHODS
-from moe_jax.adapters.tree import TARGET_MODULES
+from moe_jax.adapters.method import METHODS, AdapterMethod
 from moe_jax.checkpoints.adapter_files import SavedAdapter
 from moe_jax.config.model import ModelConfig
 from moe_jax.exchange.adapter_folder import (
@@ -17,7 +18,6 @@ from moe_jax.exchange.adapter_folder import (
     AdapterFolder,
     ConfigFields,
     read_dropout,
-    read_target_modules,
 )
 from moe_jax.exchange.format import (
     FORMATS,
@@ -27,17 +27,29 @@ from moe_jax.exchange.format import (
     not_expressible,
     require_known,
 )
+from moe_jax.exchange.peft_modules import PairSize, adapted_modules, kernels, modules_of
+from moe_jax.exchange.peft_pairs import MERGE, checked_pairs, leaves_from_pairs
+from moe_jax.hf.base_model import BaseModel
+from moe_jax.loaded.adapter_base import expected_leaves
 
-# Values of `init_lora_weights` that leave the base unchanged. The others (pissa, olora, corda,
-# loftq) modify the base, so that their pairs are invalid on the original.
-_INITS = (True, False, "gaussian", "eva", "orthogonal")
+# Values of `init_lora_weights` that leave the base unchanged. The others modify the base, so that
+# their pairs are invalid on the original; peft can convert those of `_CONVERTIBLE_INITS`.
+_INITS = (True, False, "gaussian", "eva", "mica", "orthogonal")
+_CONVERTIBLE_INITS = ("pissa", "olora", "corda", "lora_ga")
 
-# Fields about the program that wrote the adapter, or without effect on their own.
+# Fields about the program that wrote the adapter, or without effect on their own. peft itself
+# resets `fan_in_fan_out` on the layers' projections, and reads a configuration of an initialisation
+# only with that value of `init_lora_weights`.
 _IGNORED_FIELDS = (
     "auto_mapping",
     "base_model_name_or_path",
+    "corda_config",
+    "ensure_weight_tying",
     "eva_config",
+    "fan_in_fan_out",
     "inference_mode",
+    "loftq_config",
+    "lora_ga_config",
     "megatron_core",
     "name",
     "peft_version",
@@ -45,10 +57,8 @@ _IGNORED_FIELDS = (
     "revision",
     "runtime_config",
     "task_name",
+    "unsloth_fixed",
 )
-
-_LORA_A = re.compile(r"base_model\.model\.(.*\.(\w+))\.lora_A\.weight")
-_ALL_LINEAR = "all-linear"
 
 
 @FORMATS.register("peft")
@@ -108,16 +118,24 @@ class PeftFormat(AdapterFormat):
         self, peft_type: str, fields: ConfigFields, source: AdapterFolder, model: ModelConfig
     ) -> LoraConfig:
         fields.choose("task_type", ("CAUSAL_LM",), None)
-        fields.choose("bias", ("none",), "none")
+        # Without biases in the base none are trained; stored ones are refused with the tensors.
+        fields.choose("bias", ("none", "all", "lora_only"), "none")
         fields.ignore(*_IGNORED_FIELDS)
         init = fields.take("init_lora_weights", Any, True)
         if init not in _INITS:
+            remedy = MERGE
+            if str(init).lower().startswith(_CONVERTIBLE_INITS):
+                remedy = (
+                    "convert the adapter with peft's "
+                    "save_pretrained(path_initial_model_for_weight_conversion=...)"
+                )
             raise fields.error(
-                "init_lora_weights",
-                f"{init!r} changes the weights of the base; convert the adapter with peft's "
-                f"save_pretrained(path_initial_model_for_weight_conversion=...)",
+                "init_lora_weights", f"{init!r} changes the weights of the base; {remedy}"
             )
         init = fields.choose("lora_init", ("original", "gaussian"), init)  # MoE-PEFT's name
+        _refuse_more_than_pairs(fields)
+        adapted = adapted_modules(fields, model)
+        largest = max(adapted.values(), key=lambda size: size.rank)
         dora = fields.take("use_dora", bool, False)
         if dora and not any("lora_magnitude_vector" in name for name in source.tensors):
             raise fields.error(
@@ -126,33 +144,46 @@ class PeftFormat(AdapterFormat):
                 f"read it as a LoRA, as MoE-PEFT itself does, set use_dora to false",
             )
         return LoraConfig(
-            rank=fields.take("r", int),
-            alpha=fields.take("lora_alpha", float),
+            rank=largest.rank,
+            alpha=largest.alpha,
             dropout=read_dropout(fields, 0.0),
             init="gaussian" if init == "gaussian" else "kaiming",
             rslora=fields.take("use_rslora", bool, False),
             dora=dora,
-            target_modules=_target_modules(fields, source),
+            target_modules=_target_modules(fields, adapted, model),
         )
 
+    def read_leaves(
+        self, fields: ConfigFields, source: AdapterFolder, method: AdapterMethod, base: BaseModel
+    ) -> dict[str, np.ndarray]:
+        adapted, low_rank = adapted_modules(fields, base.config), method.low_rank
+        pairs = checked_pairs(source, adapted, low_rank, base.config, base.identity.path)
+        specs = expected_leaves(base.config, method)
+        return leaves_from_pairs(source, pairs, adapted, low_rank, specs, base)
 
-def _target_modules(fields: ConfigFields, source: AdapterFolder) -> tuple[str, ...]:
-    """Names of the adapted projections; a pattern is resolved against the names of the tensors.
 
-    PEFT does not use pairs of modules that the pattern does not match. They are left out here and
-    refused later as unexpected tensors.
-    """
-    value = fields.take("target_modules", Any)
-    if not isinstance(value, str):
-        return read_target_modules(fields)
-    try:
-        pattern = re.compile(".*" if value == _ALL_LINEAR else value)
-    except re.error as error:
-        raise fields.error(
-            "target_modules", f"{value!r} is not a valid pattern ({error})"
-        ) from None
-    pairs = (match for name in source.tensors if (match := _LORA_A.fullmatch(name)))
-    matched = {pair[2] for pair in pairs if pattern.fullmatch(pair[1])}
-    if not matched:
-        raise fields.error("target_modules", f"{value!r} matches no module of the adapter")
-    return tuple(name for name in TARGET_MODULES if name in matched)
+def _refuse_more_than_pairs(fields: ConfigFields) -> None:
+    for name, trained, remedy in (
+        ("modules_to_save", "weights of whole modules", MERGE),
+        ("trainable_token_indices", "rows of the embedding", MERGE),
+        ("lora_bias", "biases of the pairs", "train without them"),
+    ):
+        value = fields.take(name, Any, None)
+        if value:
+            raise fields.error(
+                name, f"{value!r} adds trained {trained}, which are not supported; {remedy}"
+            )
+
+
+def _target_modules(
+    fields: ConfigFields, adapted: Mapping[str, PairSize], model: ModelConfig
+) -> tuple[str, ...]:
+    """Projections with a pair in any layer, in the order of a list in the configuration."""
+    targets = [
+        target
+        for target, kernel in kernels(model).items()
+        if any(module in adapted for module in modules_of(kernel))
+    ]
+    listed = fields.take("target_modules", Any)
+    names = [] if isinstance(listed, str) else [name.rpartition(".")[2] for name in listed]
+    return tuple(sorted(targets, key=lambda name: names.index(name) if name in names else 0))
