@@ -2,7 +2,7 @@
 
 import functools
 import operator
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -205,7 +205,7 @@ def export_adapter(
     to: str,
     output: str | Path,
     *,
-    dtype: FloatType = "float32",
+    dtype: FloatType | None = None,
     base: str | None = None,
     weights: Weighting | None = None,
     data: str | Path | None = None,
@@ -213,6 +213,7 @@ def export_adapter(
     private: bool = False,
     revision: str | None = None,
     commit_message: str | None = None,
+    say: Callable[[str], None] = lambda _: None,
 ) -> list[str]:
     """Writes an adapter for another tool; see `exchange.export_adapter`.
 
@@ -221,7 +222,8 @@ def export_adapter(
       to: format: `mixlora` or `peft` for the adapter alone; `mixtral` or `llama` for a whole model;
         `moe_jax`, our own, for sharing.
       output: folder that does not exist yet, or is empty.
-      dtype: dtype of the written tensors.
+      dtype: dtype of the written tensors; by default that of the base for a whole model, and
+        float32, as trained, for an adapter.
       base: path of the base for the other tool, and where a whole model's base is read; by default
         the path at training.
       weights: weights of the experts that `llama` merges: `average` (default) or `utilisation`.
@@ -230,6 +232,7 @@ def export_adapter(
       push_to_hub: `OWNER/NAME`, repository on the hub to upload the complete `output` to. Access is
         checked first; `output` is kept in any case.
       private, revision, commit_message: see `HubTarget`; with `push_to_hub` only.
+      say: receives a line with the size of the export before it is written.
 
     Returns:
       One sentence each: what the format omits or states differently, what was measured, and the
@@ -256,6 +259,7 @@ def export_adapter(
         tokens=tokens,
         data_name="" if data is None else Path(data).name,
         location=push_to_hub,
+        say=say,
     )
     if target is not None:
         known_base = saved.base.path if base is None else base

@@ -1,6 +1,7 @@
 """`moe-jax export` and `moe-jax import`."""
 
 import argparse
+import sys
 from pathlib import Path
 from typing import get_args
 
@@ -12,8 +13,8 @@ from moe_jax.config.model import FloatType
 _EXAMPLES = """
   peft and mixlora take adapters on all bases; on Phi-3, Phi-4 and GLM-4, whose checkpoints store
   fused projections, only those on the projections that are not fused. Whole models are written one
-  matrix at a time and include the tokenizer. --dtype bfloat16 rounds each tensor once, to 8 bits:
-  1e-2 for logits near one, where float32 is exact to 1e-4.
+  matrix at a time, in the dtype of their base, and include the tokenizer. Merged weights are
+  computed in float32 and rounded once; --dtype float32 keeps them as computed.
 
 examples:
   moe-jax export --adapter runs/mine/adapters/default --to peft --output exported
@@ -40,8 +41,8 @@ def add_export(parser: argparse.ArgumentParser) -> Run:
     parser.add_argument(
         "--dtype",
         choices=get_args(FloatType),
-        default="float32",
-        help="dtype of the written tensors (default: %(default)s, as trained)",
+        help="dtype of the written tensors (default: a whole model's is its base's, an adapter's "
+        "float32, as trained)",
     )
     parser.add_argument(
         "--base",
@@ -92,10 +93,11 @@ def _export(arguments: argparse.Namespace) -> None:
         private=arguments.private,
         revision=arguments.revision,
         commit_message=arguments.commit_message,
+        say=lambda line: print(line, file=sys.stderr, flush=True),
     )
     for note in notes:
         print(f"note: {note}")
-    print(f"wrote {arguments.output} ({arguments.to}, {arguments.dtype})")
+    print(f"wrote {arguments.output} ({arguments.to})")
 
 
 def add_import(parser: argparse.ArgumentParser) -> Run:

@@ -1,6 +1,7 @@
 """Exports adapters to the formats of other tools, and imports adapters from them."""
 
 import contextlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
 
@@ -38,12 +39,13 @@ def export_adapter(
     to: str,
     output: Path,
     *,
-    dtype: FloatType = "float32",
+    dtype: FloatType | None = None,
     base: str | None = None,
     weights: Weighting | None = None,
     tokens: np.ndarray | None = None,
     data_name: str = "",
     location: str | None = None,
+    say: Callable[[str], None] = lambda _: None,
 ) -> list[str]:
     """Writes an adapter in the format of another tool, with a model card.
 
@@ -51,13 +53,15 @@ def export_adapter(
       adapter: from `load_adapter`.
       to: name of the format, a key of `FORMATS`.
       output: a folder that does not exist or is empty; it is written completely or not at all.
-      dtype: dtype of the written tensors.
+      dtype: dtype of the written tensors; by default that of the base for a whole model, and
+        float32, as trained, for an adapter.
       base: folder or hub id of the base as the receiving tool will find it; by default the path
         that it had in training. A format that writes a whole model reads the base there.
       weights: weighting of experts in a format that merges them; "average" by default.
       tokens: int [B, S], rows on which such a format measures the divergence.
       data_name: name of the source of `tokens` in messages.
       location: folder or hub id of the export for the model card; by default `output`.
+      say: receives a line with the size of the export before it is written.
 
     Returns:
       Properties that the format drops or changes, and measurements, one sentence each.
@@ -69,7 +73,7 @@ def export_adapter(
     """
     if to not in FORMATS:
         raise CheckpointError(f"unknown format {to!r}; {suggest(to, FORMATS)}")
-    if dtype not in get_args(FloatType):
+    if dtype is not None and dtype not in get_args(FloatType):
         raise CheckpointError(f"unknown dtype {dtype!r}; {suggest(dtype, get_args(FloatType))}")
     export_format: Format = FORMATS[to]()
     if weights is not None and weights not in get_args(Weighting):
@@ -90,9 +94,11 @@ def export_adapter(
         _require_same_architecture(adapter, base)
     export = export_format.prepare(adapter, options)
     left_out, pictures = list(export.notes), card_pictures(adapter)
-    card_bytes = _CARD_BYTES + sum(map(len, pictures.values()))
-    with new_folder(output, export.num_bytes + card_bytes) as folder:
+    num_bytes = export.num_bytes + _CARD_BYTES + sum(map(len, pictures.values()))
+    with new_folder(output, num_bytes) as folder:
+        say(f"writing {output}: {to}, {export.dtype}, up to {num_bytes / 1e6:,.1f} MB")
         outcome = export.write(folder)
+        options = options._replace(dtype=export.dtype)
         card = model_card(adapter, options, export_format, outcome, left_out)
         (folder / CARD_FILE).write_text(card, encoding="utf-8")
         for file, picture in pictures.items():
@@ -113,7 +119,7 @@ def _check(adapter: SavedAdapter, to: str, options: ExportOptions) -> None:
 def _advice(adapter: SavedAdapter, to: str, options: ExportOptions) -> str:
     """Names the formats that can express an adapter that `to` cannot."""
     # Default options, with a text for formats that require one.
-    defaults = options._replace(dtype="float32", weights=None, tokens=np.zeros((1, 1), np.int32))
+    defaults = options._replace(dtype=None, weights=None, tokens=np.zeros((1, 1), np.int32))
     possible = []
     for name in sorted(FORMATS):
         with contextlib.suppress(NotExpressible):

@@ -81,7 +81,7 @@ class ExportOptions(NamedTuple):
     Attributes:
       base: folder or hub id of the base, as the receiving tool will find it. A format that writes
         a whole model reads the base there.
-      dtype: dtype of the written tensors.
+      dtype: dtype of the written tensors; None selects the format's default.
       weights: weighting of merged experts; None selects the format's default.
       tokens: int [B, S], rows on which a merged model is measured; None measures nothing.
       data_name: name of the tokens' source in messages.
@@ -89,7 +89,7 @@ class ExportOptions(NamedTuple):
     """
 
     base: str
-    dtype: FloatType
+    dtype: FloatType | None = None
     weights: Weighting | None = None
     tokens: np.ndarray | None = None
     data_name: str = ""
@@ -117,11 +117,13 @@ class Export(NamedTuple):
 
     Attributes:
       num_bytes: upper bound of its size on disk.
+      dtype: dtype of the written tensors.
       write: fills an empty folder; it may append to `notes`.
       notes: properties that the format drops or changes, one sentence each, for the user.
     """
 
     num_bytes: int
+    dtype: FloatType
     write: Callable[[Path], ExportOutcome]
     notes: list[str]
 
@@ -211,16 +213,17 @@ class AdapterFormat(Format):
 
     def prepare(self, adapter: SavedAdapter, options: ExportOptions) -> Export:
         config, notes = self.adapter_config(adapter, options.base)
+        dtype = options.dtype or "float32"
         specs = expected_leaves(adapter.model, adapter.method)
         require_same_leaves(leaf_specs(adapter.tree), specs, "its weights")
         leaves = {path: np.asarray(leaf) for path, leaf in named_leaves(adapter.tree).items()}
         layout = adapter_tensors(specs, config["peft_type"])
         with np.errstate(over="ignore"):
-            tensors = tensors_from_leaves(leaves, layout, jnp.dtype(options.dtype))
+            tensors = tensors_from_leaves(leaves, layout, jnp.dtype(dtype))
         for name, tensor in tensors.items():
             if not np.all(np.isfinite(tensor)):
                 raise CheckpointError(
-                    f"{name}: has values too large for {options.dtype}; use another dtype"
+                    f"{name}: has values too large for {dtype}; use another dtype"
                 )
 
         def write(folder: Path) -> ExportOutcome:
@@ -229,7 +232,7 @@ class AdapterFormat(Format):
 
         # Names, shapes and file headers take a few hundred bytes a tensor.
         size = sum(tensor.nbytes for tensor in tensors.values()) + 1024 * (len(tensors) + 16)
-        return Export(size, write, notes)
+        return Export(size, dtype, write, notes)
 
     def read_leaves(
         self, fields: ConfigFields, source: AdapterFolder, method: AdapterMethod, base: BaseModel

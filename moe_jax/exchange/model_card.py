@@ -25,7 +25,7 @@ def model_card(
 
     Args:
       adapter: the exported adapter; its `card_pictures` belong beside the card.
-      options: options of the export.
+      options: options of the export, with its dtype.
       export_format: the format.
       outcome: the result of the export.
       left_out: properties that the format drops or changes, one sentence each.

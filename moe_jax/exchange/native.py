@@ -20,7 +20,7 @@ class NativeFormat(Format):
     classifies = True
 
     def check(self, adapter: SavedAdapter, options: ExportOptions) -> None:
-        if options.dtype != "float32":
+        if options.dtype not in (None, "float32"):
             raise FieldError(
                 "dtype", "the moe_jax format stores weights unchanged; leave the option out"
             )
@@ -37,7 +37,7 @@ class NativeFormat(Format):
             save_adapter(folder, published)
             return ExportOutcome("`adapter.json` and `weights/`", is_whole_model=False)
 
-        return Export(size, write, [])
+        return Export(size, "float32", write, [])
 
     def loading_code(self, adapter: SavedAdapter, options: ExportOptions) -> str:
         return (

@@ -6,8 +6,8 @@ PEFT stores a pair for each module that it adapts, for example
     base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight         B, [out, R]
     base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector DoRA's magnitude, [out]
 
-State dicts of peft's model also have the adapter's name, `lora_A.default.weight`, and a model that
-was wrapped twice a doubled `base_model.model.`.
+State dicts of peft's model also have the adapter's name, `lora_A.default.weight`, a model that was
+wrapped twice a doubled `base_model.model.`, and a compiled one `_orig_mod.`.
 
 Here a method has one rank R and one scale s. A smaller pair is padded with zeros, another scale is
 folded into B, and a module without a pair gets one of zeros, with DoRA the norms of its base as
@@ -28,6 +28,7 @@ from moe_jax.errors import CheckpointError
 from moe_jax.exchange.adapter_folder import AdapterFolder, require_finite
 from moe_jax.exchange.peft_modules import PairSize, kernels, modules_of
 from moe_jax.hf.base_model import BaseModel
+from moe_jax.hf.families.family import MODEL
 from moe_jax.hf.key_table import Leaf
 from moe_jax.hf.load import checked_leaves, read_leaf
 from moe_jax.hf.shards import name_list, open_shards
@@ -40,7 +41,7 @@ MERGE = (
 
 _A, _B, _MAGNITUDE = "lora_A", "lora_B", "lora_magnitude_vector"
 _NAME = re.compile(
-    rf"(?:base_model\.model\.)*(?P<module>.*)\.(?P<leaf>{_A}|{_B}|{_MAGNITUDE})"
+    rf"(?:base_model\.model\.|_orig_mod\.|module\.)*(?P<module>.*)\.(?P<leaf>{_A}|{_B}|{_MAGNITUDE})"
     r"(?:\.(?P<adapter>[^.]+))??(?:\.(?P<kind>weight|bias))?"
 )
 _LAYER = re.compile(r"(?:^|.*?\.)layers\.(\d+)\.")
@@ -79,9 +80,8 @@ def checked_pairs(
     unknown = [module for module in pairs if module not in shapes]
     if unknown:
         raise CheckpointError(
-            f"{file}: holds {name_list(_tensors(pairs, unknown), 2)}; pairs on "
-            f"{unknown[0].rpartition('.')[2]} are not supported, only on the layers' projections; "
-            f"{MERGE}"
+            f"{file}: holds {name_list(_tensors(pairs, unknown), 2)}, but {base} has no such "
+            f"projection in its layers; give the base that the adapter was trained on"
         )
     leaves = (_A, _B, _MAGNITUDE) if low_rank.dora else (_A, _B)
     unused = [
@@ -178,10 +178,11 @@ def _pairs(source: AdapterFolder) -> Pairs:
     adapters: set[str] = set()
     for name in source.tensors:
         match = _NAME.fullmatch(name)
-        if match is None or match["kind"] == "bias":
+        if match is None or match["kind"] == "bias" or match["module"] == "lm_head":
             others.append(name)
             continue
-        tensors = pairs.setdefault(match["module"], {})
+        module = MODEL + match["module"].removeprefix(MODEL)  # absent where a decoder was adapted
+        tensors = pairs.setdefault(module, {})
         adapters.add(match["adapter"] or "")
         if len(adapters) > 1 or match["leaf"] in tensors:
             raise CheckpointError(

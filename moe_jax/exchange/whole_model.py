@@ -8,6 +8,7 @@ simple: the length of a JSON header, the header with the offsets of every tensor
 """
 
 import abc
+import collections
 import json
 import math
 import re
@@ -56,7 +57,8 @@ _COPIED_FILES = (
 )
 
 _TOKENIZER_PREFIXES = ("tokenizer", "vocab.json", "spiece.model")
-_STORED_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+_DTYPES: dict[str, FloatType] = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+_STORED_DTYPES = {dtype: name for name, dtype in _DTYPES.items()}
 _BLOCK_BYTES = 2**22
 _FFN_KERNEL = re.compile(r"layers/mlp/(\w+_proj)/kernel")
 
@@ -223,12 +225,15 @@ class ModelFormat(Format):
         base = open_adapter_base(adapter, options.base)
         base_config = read_json_object(base.folder / _CONFIG_FILE)
         plan = self.plan(adapter, base, base_config, options)
+        dtype = options.dtype or stored_dtype(base)
         # transformers 5 reads `dtype`, the versions before it `torch_dtype`.
-        config = {**plan.config, "dtype": options.dtype, "torch_dtype": options.dtype}
+        config = {**plan.config, "dtype": dtype, "torch_dtype": dtype}
         copied = {f for pattern in _COPIED_FILES for f in base.folder.glob(pattern) if f.is_file()}
         notes: list[str] = []
         if not any(file.name.startswith(_TOKENIZER_PREFIXES) for file in copied):
             notes.append("no tokenizer: the base's folder has none; copy one into the export")
+        if base.unread_note is not None:
+            notes.append(base.unread_note)
 
         def write(folder: Path) -> ExportOutcome:
             (folder / _CONFIG_FILE).write_text(
@@ -237,7 +242,7 @@ class ModelFormat(Format):
             for file in sorted(copied):
                 shutil.copyfile(file, folder / file.name)
             with open_merged_weights(base, adapter) as weights:
-                write_weights(folder, plan.tensors, weights, options.dtype)
+                write_weights(folder, plan.tensors, weights, dtype)
             divergence = None if plan.measure is None else plan.measure(folder)
             if divergence is not None:
                 notes.append(
@@ -247,9 +252,20 @@ class ModelFormat(Format):
             return ExportOutcome(description, True, plan.approximation, divergence)
 
         # A tensor's entries in the header and the index take a few hundred bytes.
-        size = sum(tensor.num_bytes(options.dtype) + 512 for tensor in plan.tensors) + 4096
+        size = sum(tensor.num_bytes(dtype) + 512 for tensor in plan.tensors) + 4096
         size += sum(file.stat().st_size for file in copied) + 2**16
-        return Export(size, write, notes)
+        return Export(size, dtype, write, notes)
+
+
+def stored_dtype(base: BaseModel) -> FloatType:
+    """Dtype of most of a base's bytes on disk; float32 for float64."""
+    sizes: collections.Counter[str] = collections.Counter()
+    with open_shards(base.folder) as shards:
+        for leaf in checked_leaves(shards, base.config):
+            for info in (shards.tensors[key] for key in leaf.keys):
+                sizes[info.dtype] += math.prod(info.shape)
+    ((most, _),) = sizes.most_common(1)
+    return _DTYPES.get(most, "float32")
 
 
 def base_tensors(model: ModelConfig) -> list[tuple[str, TensorParts]]:

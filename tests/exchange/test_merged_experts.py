@@ -74,8 +74,10 @@ def test_the_command(mixture, tmp_path, capsys):
     paths = ["--adapter", tmp_path / "adapter", "--output", tmp_path / "out", "--to", "llama"]
     options = ["--weights", "utilisation", "--data", mixture.text, "--dtype", "bfloat16"]
     assert main(["export", *map(str, (*paths, *options))]) == 0
-    first, last = capsys.readouterr().out.splitlines()
+    captured = capsys.readouterr()
+    assert captured.err.startswith(f"writing {tmp_path / 'out'}: llama, bfloat16, up to 0.2 MB\n")
+    first, last = captured.out.splitlines()
     assert first.startswith("note: KL divergence from the exact model, measured: ")
-    assert last == f"wrote {tmp_path / 'out'} (llama, bfloat16)"
+    assert last == f"wrote {tmp_path / 'out'} (llama)"
     assert main(["export", *map(str, (*paths[:2], "--output", tmp_path / "x", *paths[4:]))]) == 2
     assert "give a text file with --data" in capsys.readouterr().err

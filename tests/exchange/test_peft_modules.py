@@ -120,9 +120,10 @@ def test_absent_pairs_are_zeros_and_smaller_ones_are_padded(tiny, tmp_path):
     np.testing.assert_array_equal(b[0, :3], scaled)
 
 
-@pytest.mark.parametrize("named", [True, False])
-def test_other_names_of_the_tensors(tiny, tmp_path, named: bool):
-    """Names of a state dict of peft's model, and of an adapter on an adapted model."""
+@pytest.mark.parametrize("kind", ["named", "doubled", "compiled", "decoder"])
+def test_other_names_of_the_tensors(tiny, tmp_path, kind: str):
+    """Of a state dict of peft's model, and of adapters on adapted, compiled and headless models."""
+    named, prefix = kind == "named", "base_model.model."
     expected = trained(tiny_llama(), tiny.tokens, use_dora=True)
     expected.model.save_pretrained(tmp_path)
     file = tmp_path / "adapter_model.safetensors"
@@ -131,7 +132,9 @@ def test_other_names_of_the_tensors(tiny, tmp_path, named: bool):
         tensors = {name: t.contiguous() for name, t in state.items() if "lora_" in name}
         assert any(name.endswith("q_proj.lora_A.default.weight") for name in tensors)
     else:
-        tensors = {f"base_model.model.{name}": tensor for name, tensor in load_file(file).items()}
+        start = {"doubled": 2 * prefix, "compiled": f"{prefix}_orig_mod.", "decoder": prefix}[kind]
+        former = f"{prefix}model." if kind == "decoder" else prefix
+        tensors = {name.replace(former, start): t for name, t in load_file(file).items()}
     save_file(tensors, file)
     if named:  # peft reads them too
         read_by_peft = peft_logits(tiny_llama(), tmp_path, tiny.tokens)
@@ -152,7 +155,7 @@ def test_other_names_of_the_tensors(tiny, tmp_path, named: bool):
         ({"lora_bias": True}, "lora_bias: True adds trained biases of the pairs, which are not su"),
         ({"init_lora_weights": "pissa"}, "'pissa' changes the weights of the base; convert the"),
         ({"init_lora_weights": "olora"}, "'olora' changes the weights of the base; convert the"),
-        ({"target_modules": ["q_proj", "lm_head"]}, "base_layer.weight, of an adapted embedding "),
+        ({"target_modules": ["q_proj", "lm_head"]}, "and 1 more, of an adapted embedding or head"),
         ({"target_modules": ["embed_tokens"]}, "'embed_tokens'] matches no module of the base, s"),
         ({"target_modules": ["q_proj", "embed_tokens"]}, "of an adapted embedding or head, which"),
     ],

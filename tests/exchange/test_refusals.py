@@ -252,6 +252,10 @@ def test_invalid_tensors(tiny, written, tmp_path):
     bad = np.array(tensors[first])
     bad[0, 0] = np.inf
     for changed, words in (
+        (
+            {**tensors, "base_model.model.transformer.h.0.attn.c_attn.lora_A.weight": bad},
+            "c_attn.lora_A.weight, but {base} has no such projection in its layers; give the base",
+        ),
         ({**tensors, "extra": np.zeros(3, np.float32)}, "holds extra, no part of a LoRA, which"),
         (
             {k: v for k, v in tensors.items() if k != first},
@@ -262,7 +266,7 @@ def test_invalid_tensors(tiny, written, tmp_path):
     ):
         save_file(changed, file)
         message = refusal(moe_jax.import_adapter, source, tiny.folder, tmp_path / "out")
-        assert words in message
+        assert words.replace("{base}", str(tiny.folder)) in message
         assert message.startswith(str(file))
     file.write_bytes(file.read_bytes()[:-100])
     message = refusal(moe_jax.import_adapter, source, tiny.folder)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from foreign_adapters import LORA, MIXLORA
 from hf_models import TINY_SIZES, tiny_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tolerances import BFLOAT16_TENSORS, FLOAT32_LOGITS
 from transformers import AutoModelForCausalLM, MixtralForCausalLM, Qwen3MoeForCausalLM
 from whole_models import adapter_of, saved_base, tensors_of
@@ -113,6 +113,53 @@ def test_lora_merged_into_the_weights(tmp_path, model_type, method):
     assert moe_jax.load_base(tmp_path / "out").config == base.config
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_the_dtype_of_the_base_is_the_default(tmp_path, dtype):
+    model = tiny_model("llama").to(getattr(torch, dtype))
+    model.model.norm.to(torch.float32)  # less than half of the bytes
+    model.save_pretrained(tmp_path / "base")
+    assert len({tensor.dtype for tensor in tensors_of(tmp_path / "base").values()}) == (
+        1 if dtype == "float32" else 2
+    )
+    adapter = adapter_of(moe_jax.load_base(tmp_path / "base"), LORA)
+    said = []
+    moe_jax.export_adapter(adapter, "llama", tmp_path / "out", say=said.append)
+    assert {tensor.dtype for tensor in tensors_of(tmp_path / "out").values()} == {model.dtype}
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == dtype
+    assert f" in {dtype}, written by" in (tmp_path / "out" / "README.md").read_text()
+    (line,) = said
+    size = float(
+        line.removeprefix(f"writing {tmp_path / 'out'}: llama, {dtype}, up to ").split()[0]
+    )
+    actual = sum(file.stat().st_size for file in (tmp_path / "out").iterdir())
+    assert actual <= size * 1e6 + 5e4 < actual + 3e5  # room for headers and the card, not twice
+
+
+def test_a_rounded_export_is_as_close_as_its_rounding_allows(tmp_path):
+    """The change of a logit against the bound of Hoeffding's inequality on rounding errors.
+
+    Rounding a weight w to bfloat16, eight bits, changes it by at most 2^-9 |w|. Errors of different
+    weights are independent, so that a logit with the gradient g changes by more than six times
+    2^-9 |g w|, summed in squares, in one of 3e7 cases.
+    """
+    tiny_model("llama").to(torch.bfloat16).save_pretrained(tmp_path / "base")
+    base = moe_jax.load_base(tmp_path / "base")
+    adapter = adapter_of(base, LORA)
+    moe_jax.export_adapter(adapter, "llama", tmp_path / "out")
+    moe_jax.export_adapter(adapter, "llama", tmp_path / "exact", dtype="float32")
+    actual, expected = transformers_logits(tmp_path / "out"), moe_jax_logits(base, adapter)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "exact", dtype=torch.float32).eval()
+    logits = model(torch.tensor(TOKENS)).logits
+    changes = np.abs(actual - expected)
+    for index in np.argsort(changes, axis=None)[:: -changes.size // 20]:
+        place = np.unravel_index(index, changes.shape)
+        model.zero_grad()
+        logits[tuple(map(int, place))].backward(retain_graph=True)
+        squares = sum(float(((p.grad * p) ** 2).sum()) for p in model.parameters())
+        assert changes[place] <= 6 * 2**-9 * squares**0.5 + FLOAT32_LOGITS
+    assert changes.max() > FLOAT32_LOGITS, "they were rounded"
+
+
 @pytest.mark.parametrize(("to", "method"), [("mixtral", MIXLORA), ("llama", LORA)])
 def test_bfloat16_rounds_merged_weights_once(tmp_path, to, method):
     model = tiny_model("llama")
@@ -132,6 +179,19 @@ def test_bfloat16_rounds_merged_weights_once(tmp_path, to, method):
     assert np.abs(expected - moe_jax_logits(base)).max() > 10 * BFLOAT16_TENSORS
     actual = transformers_logits(tmp_path / "bfloat16")
     np.testing.assert_allclose(actual, expected, rtol=0, atol=BFLOAT16_TENSORS)
+
+
+def test_tensors_beside_the_base_are_left_out_and_named(tmp_path):
+    saved_base(tmp_path / "base", "llama")
+    file = tmp_path / "base" / "model.safetensors"
+    save_file({**load_file(file), "v_head.weight": torch.ones(3)}, file, {"format": "pt"})
+    base = moe_jax.load_base(tmp_path / "base")
+    adapter = adapter_of(base, LORA)
+    notes = moe_jax.export_adapter(adapter, "llama", tmp_path / "out")
+    note = f"not read from {tmp_path / 'base'}, as no part of the model: v_head.weight"
+    assert notes == [*NOTES, note]
+    actual = transformers_logits(tmp_path / "out")
+    np.testing.assert_allclose(actual, moe_jax_logits(base, adapter), rtol=0, atol=FLOAT32_LOGITS)
 
 
 def test_several_shards_and_copied_files(tmp_path, monkeypatch):

@@ -2,9 +2,11 @@
 
 import json
 
+import numpy as np
 import pytest
 from hf_models import save_tiny_llama
 from inspection.conftest import BASE
+from safetensors.numpy import load_file, save_file
 
 import moe_jax
 from moe_jax.cli import main
@@ -27,6 +29,16 @@ def test_counts_and_sizes_are_those_of_the_files(tmp_path):
     file = tmp_path / "base" / "model.safetensors"
     assert described.files == {file.name: file.stat().st_size}
     assert described.architecture == "LlamaForCausalLM"
+
+
+def test_tensors_beside_the_model_are_named(tmp_path):
+    save_tiny_llama(tmp_path)
+    file = tmp_path / "model.safetensors"
+    save_file({**load_file(file), "score.weight": np.ones(3, np.float32)}, file)
+    described = moe_jax.describe_base(tmp_path)
+    assert described.lines()[-1 - len(described.modules)].split() == [
+        *("not", "read", "score.weight,", "as", "no", "part", "of", "the", "model")
+    ]
 
 
 def test_the_weights_are_not_loaded(monkeypatch):
