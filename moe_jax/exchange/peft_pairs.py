@@ -114,13 +114,14 @@ def checked_pairs(
         )
     for module, size in adapted.items():
         fan_in, features = shapes[module]
-        expected = {
+        expected: dict[str, tuple[tuple[int, ...], int | None]] = {
             _A: ((size.rank, fan_in), 0),
             _B: ((features, size.rank), 1),
             _MAGNITUDE: ((features,), None),
         }
         for leaf in leaves:
-            _require_shape(source, pairs[module][leaf], *expected[leaf], base)
+            shape, rank_axis = expected[leaf]
+            _require_shape(source, pairs[module][leaf], shape, rank_axis, base)
     return pairs
 
 
@@ -157,7 +158,7 @@ def leaves_from_pairs(
             tensors = {
                 leaf: source.tensors[name].astype(np.float32) for leaf, name in names.items()
             }
-            factor = pair_scale(size, low_rank.rslora) / low_rank.scale
+            factor = _scale(size, low_rank.rslora) / low_rank.scale
             leaves[f"{site}/{_A}"][layer, :, : size.rank] = tensors[_A].T
             leaves[f"{site}/{_B}"][layer, : size.rank] = np.float32(factor) * tensors[_B][rows].T
             if low_rank.dora:
@@ -167,7 +168,7 @@ def leaves_from_pairs(
     return leaves
 
 
-def pair_scale(size: PairSize, rslora: bool) -> float:
+def _scale(size: PairSize, rslora: bool) -> float:
     """Factor of a pair's product, as `LowRankConfig.scale`."""
     return size.alpha / (size.rank**0.5 if rslora else size.rank)
 
