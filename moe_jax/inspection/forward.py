@@ -14,7 +14,13 @@ from moe_jax.adapters.routing.statistics import TokenRouting, collect_routing
 from moe_jax.data.batch import PADDING_ID, doubled_lengths, padded_length
 from moe_jax.inspection.token_rows import TokenRow
 from moe_jax.layers.names import ROUTING
-from moe_jax.models.adapted import SINGLE, abstract_params, apply, single_adapter
+from moe_jax.models.adapted import (
+    SINGLE,
+    CompiledLlama,
+    abstract_params,
+    apply,
+    single_adapter,
+)
 from moe_jax.models.causal_lm import LlamaForCausalLM
 
 _SHORTEST_LENGTH = 32
@@ -76,8 +82,8 @@ def route_rows(
     """
     longest = max(len(row.tokens) for row in rows)
     lengths = doubled_lengths(_SHORTEST_LENGTH, longest)
-    model = model.clone(adapter_rows=single_adapter(method, batch_size))
-    function = jax.jit(lambda *arrays: _route(model, *arrays)[site])
+    llama = CompiledLlama(model)
+    function = llama.jit(_route_site, llama.with_rows(single_adapter(method, batch_size)), site)
     order = sorted(range(len(rows)), key=lambda index: -len(rows[index].tokens))
     for start in range(0, len(order), batch_size):
         indices = order[start : start + batch_size]
@@ -88,6 +94,10 @@ def route_rows(
             tokens[position, :length] = rows[index].tokens
             mask[position, :length] = True
         yield indices, jax.device_get(function(params, tree, tokens, mask)), mask
+
+
+def _route_site(model: LlamaForCausalLM, site: str, *arrays: Any) -> TokenRouting:
+    return _route(model, *arrays)[site]
 
 
 def _route(

@@ -15,7 +15,7 @@ from moe_jax.hf.base_model import BaseModel
 from moe_jax.hf.config import read_model_config
 from moe_jax.hf.load import load_base_params
 from moe_jax.layers.names import ROUTER
-from moe_jax.models.adapted import SINGLE, apply, single_adapter
+from moe_jax.models.adapted import SINGLE, CompiledLlama, apply, single_adapter
 from moe_jax.models.causal_lm import LlamaForCausalLM
 
 
@@ -49,9 +49,8 @@ class AdapterMeasurement:
           tokens: int [B, S], rows without padding.
         """
         self._compute = ComputeConfig(dtype="float32")
-        self._model = LlamaForCausalLM(
-            base.config, self._compute, adapter_rows=single_adapter(adapter.method, 1)
-        )
+        self._llama = CompiledLlama(LlamaForCausalLM(base.config, self._compute))
+        self._model = self._llama.with_rows(single_adapter(adapter.method, 1))
         params = load_base_params(base.folder, base.config, "float32")
         self._params, self._adapters = params, {SINGLE: adapter.tree}
         self._rows = [jnp.asarray(row[None]) for row in tokens]
@@ -61,14 +60,7 @@ class AdapterMeasurement:
 
         Sites are named as in `collect_statistics`. Layers without a router have zeros.
         """
-
-        @jax.jit
-        def load(params: Any, adapters: Any, row: jax.Array) -> dict[str, jax.Array]:
-            compute = LlamaForCausalLM.hidden_states
-            _, sown = apply(self._model, params, adapters, compute, row, mutable=[ROUTER])
-            sites = collect_statistics(sown)[SINGLE]
-            return {site: statistics.load_sum for site, statistics in sites.items()}
-
+        load = self._llama.jit(_load, self._model)
         rows = [load(self._params, self._adapters, row) for row in self._rows]
         return {site: np.sum([np.asarray(row[site]) for row in rows], axis=0) for site in rows[0]}
 
@@ -86,7 +78,7 @@ class AdapterMeasurement:
 
     def logit_change_to(self, adapter: SavedAdapter) -> LogitChange:
         """Change to another adapter on the same base; this adapter is the reference."""
-        model = self._model.clone(adapter_rows=single_adapter(adapter.method, 1))
+        model = self._llama.with_rows(single_adapter(adapter.method, 1))
         return self._change((model, self._params, {SINGLE: adapter.tree}), is_reference=True)
 
     def logit_change_from(self, folder: Path) -> LogitChange:
@@ -102,21 +94,36 @@ class AdapterMeasurement:
         self, other: tuple[LlamaForCausalLM, Any, Any], *, is_reference: bool
     ) -> LogitChange:
         """Change between this adapter and another model; `is_reference` refers to this adapter."""
-
-        @jax.jit
-        def change(arrays: Any, other_arrays: Any, row: jax.Array) -> tuple[jax.Array, ...]:
-            compute = LlamaForCausalLM.__call__
-            logits: list[Any] = [
-                apply(self._model, *arrays, compute, row),
-                apply(other[0], *other_arrays, compute, row),
-            ]
-            reference, changed = logits if is_reference else logits[::-1]
-            p, q = (jax.nn.log_softmax(array, axis=-1) for array in (reference, changed))
-            difference = jnp.abs(reference - changed)
-            divergence = jnp.mean(jnp.sum(jnp.exp(p) * (p - q), axis=-1))
-            return divergence, jnp.max(difference), jnp.mean(jnp.square(difference))
-
-        arrays = self._params, self._adapters
-        rows = [change(arrays, other[1:], row) for row in self._rows]
+        this = self._model, self._params, self._adapters
+        reference, changed = (this, other) if is_reference else (other, this)
+        change = self._llama.jit(_logit_change, reference[0], changed[0])
+        rows = [change(reference[1:], changed[1:], row) for row in self._rows]
         divergence, largest, square = map(np.asarray, zip(*rows, strict=True))
         return LogitChange(float(divergence.mean()), float(largest.max()), float(square.mean()))
+
+
+def _load(
+    model: LlamaForCausalLM, params: Any, adapters: Any, row: jax.Array
+) -> dict[str, jax.Array]:
+    """Load of each expert on a row [1, S], [L, E] for each routed site."""
+    compute = LlamaForCausalLM.hidden_states
+    _, sown = apply(model, params, adapters, compute, row, mutable=[ROUTER])
+    sites = collect_statistics(sown)[SINGLE]
+    return {site: statistics.load_sum for site, statistics in sites.items()}
+
+
+def _logit_change(
+    reference: LlamaForCausalLM,
+    changed: LlamaForCausalLM,
+    reference_arrays: tuple[Any, Any],
+    changed_arrays: tuple[Any, Any],
+    row: jax.Array,
+) -> tuple[jax.Array, ...]:
+    """Fields of `LogitChange` for a row [1, S]; arrays are base parameters and adapters."""
+    compute = LlamaForCausalLM.__call__
+    expected: Any = apply(reference, *reference_arrays, compute, row)
+    actual: Any = apply(changed, *changed_arrays, compute, row)
+    p, q = (jax.nn.log_softmax(logits, axis=-1) for logits in (expected, actual))
+    difference = jnp.abs(expected - actual)
+    divergence = jnp.mean(jnp.sum(jnp.exp(p) * (p - q), axis=-1))
+    return divergence, jnp.max(difference), jnp.mean(jnp.square(difference))

@@ -1,8 +1,10 @@
-"""Applies and compiles a model: the one place that combines parameters, adapters, rows and mesh.
+"""Applies and compiles a model with its parameters, adapters, rows and mesh.
 
-Everything that computes with a model does it through `apply`, which assembles the variables, and
-compiles through `CompiledLlama`, which enters the mesh and keeps the compiled functions. Models,
-methods and settings are hashable and serve as static arguments.
+`apply` assembles the variables of an adapted model and calls a function of it. `CompiledLlama`
+enters the mesh and keeps the compiled functions; models, methods and settings are hashable and
+serve as static arguments. Only programs that train are compiled elsewhere: the training step and
+its initial state (`moe_jax.training.step.program`), with shardings of inputs and outputs, and the
+demo's pre-training, which trains the base.
 """
 
 import contextlib
@@ -26,7 +28,8 @@ from moe_jax.sharding.rules import RULES
 SINGLE = "fresh"
 """Name of the adapter where a program has one: adapters of equal methods share the program.
 
-Linen derives random keys from names, so that the initial weights of a seed depend on it."""
+The value is fixed: Linen derives initial values from names, so that another one would change the
+initial weights of every seed."""
 
 
 def single_adapter(method: AdapterMethod | None, rows: int) -> tuple[AdapterRows, ...]:
@@ -181,9 +184,7 @@ class CompiledLlama:
         return call
 
     def _rules(self) -> tuple[tuple[str, Any], ...]:
-        """Sharding rules; the heads of the cache are replicated where the mesh cannot split
-        them.
-        """
+        """Sharding rules; heads of the cache that the mesh cannot split are replicated."""
         parts = 1 if self.mesh is None else self.mesh.shape["tensor"]
         if self.model.config.num_kv_heads % parts == 0:
             return RULES

@@ -12,10 +12,11 @@ from moe_jax.adapters.rows import AdapterRows
 from moe_jax.adapters.tree import by_adapter
 from moe_jax.config.model import ComputeConfig
 from moe_jax.data.batch import Batch
-from moe_jax.demo.score import AnswerScorer
+from moe_jax.demo.score import score_answers
 from moe_jax.demo.tiny_llama import write_checkpoint
 from moe_jax.hf.config import read_model_config
 from moe_jax.hf.load import load_base_params
+from moe_jax.models.adapted import CompiledLlama
 from moe_jax.models.causal_lm import LlamaForCausalLM
 
 QUESTION, ANSWER = 5, 3
@@ -50,7 +51,7 @@ def batch(tokens, empty_rows=0):
 def base(folder):
     config = read_model_config(folder)
     model = LlamaForCausalLM(config, ComputeConfig(dtype="float32"))
-    return model, load_base_params(folder, config, "float32")
+    return CompiledLlama(model), load_base_params(folder, config, "float32")
 
 
 def test_counts_the_answers_that_greedy_decoding_writes(folder, rows):
@@ -58,8 +59,10 @@ def test_counts_the_answers_that_greedy_decoding_writes(folder, rows):
     wrong = tokens.copy()
     wrong[[1, 4], [QUESTION, -1]] += 1  # one wrong token, first or last, is a wrong answer
     model, params = base(folder)
-    assert AnswerScorer(model)(params, {}, [batch(tokens)]).exact == 1.0
-    result = AnswerScorer(model)(params, {}, [batch(wrong[:4]), batch(wrong[4:], empty_rows=2)])
+    assert score_answers(model, (), params, {}, [batch(tokens)]).exact == 1.0
+    result = score_answers(
+        model, (), params, {}, [batch(wrong[:4]), batch(wrong[4:], empty_rows=2)]
+    )
     assert result.questions == 6
     assert result.exact == pytest.approx(4 / 6)
     assert result.load is None
@@ -72,7 +75,7 @@ def test_loss_is_that_of_transformers(folder, rows):
     with torch.no_grad():
         expected = reference(torch.from_numpy(tokens).long(), labels=labels).loss.item()
     model, params = base(folder)
-    loss = AnswerScorer(model)(params, {}, [batch(tokens, empty_rows=2)]).loss
+    loss = score_answers(model, (), params, {}, [batch(tokens, empty_rows=2)]).loss
     assert loss == pytest.approx(expected, abs=FLOAT32_LOGITS)
 
 
@@ -81,11 +84,13 @@ def test_load_excludes_padding(folder, rows):
     method = MixLoraConfig(
         rank=2, alpha=4.0, target_modules=("up_proj",), num_experts=3, router=TopKRouter(top_k=3)
     )
-    frozen, params = base(folder)
-    model = frozen.clone(adapter_rows=(AdapterRows("a", method, 0, 6),))
+    model, params = base(folder)
+    adapter_rows = (AdapterRows("a", method, 0, 6),)
     keys = dict.fromkeys(("params", "adapters"), jax.random.key(0))
-    adapters = by_adapter(nn.meta.unbox(model.init(keys, tokens))["adapters"])
-    load = AnswerScorer(model)(params, adapters, [batch(tokens)]).load
+    adapters = by_adapter(
+        nn.meta.unbox(model.with_rows(adapter_rows).init(keys, tokens))["adapters"]
+    )
+    load = score_answers(model, adapter_rows, params, adapters, [batch(tokens)]).load
     # All experts are chosen by every token, so that each has a third of the slots.
     assert load is not None
     np.testing.assert_allclose(load, np.full((2, 3), 1 / 3), rtol=1e-6)
