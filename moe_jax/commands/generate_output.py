@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import json
-import os
 import signal
 import sys
 import threading
@@ -14,6 +13,7 @@ from typing import Any, Self
 
 from moe_jax.config.parse import suggest
 from moe_jax.errors import DataError, UserError, report
+from moe_jax.files.atomic import write_atomic
 from moe_jax.files.disk import disk_errors
 from moe_jax.inference.api import InferenceSession
 from moe_jax.inference.prompts import Message, Prompt, PromptEncoder
@@ -104,12 +104,8 @@ class AnswerFile:
         if not self._lines:
             self._file.unlink()
         elif kind is None:
-            ordered = self._file.with_name(f".{self._file.name}.ordered")
-            with disk_errors(self._file, "all answers are in the file, but not sorted"):
-                ordered.write_text(
-                    "".join(self._lines[key] for key in sorted(self._lines)), encoding="utf-8"
-                )
-                os.replace(ordered, self._file)
+            ordered = "".join(self._lines[key] for key in sorted(self._lines))
+            write_atomic(self._file, ordered, "all answers are in the file, but not sorted")
             print(f"wrote {self._file}", file=sys.stderr)
         elif isinstance(error, KeyboardInterrupt):
             print(
