@@ -83,13 +83,13 @@ def describe_plan(program: Program, row_length: int) -> str:
         count = parameter_count(tree)
         share = f"{count / base:.2%} of the base"
         lines.append(f"adapter         {name}: {count:,} parameters ({share})")
-    rows = sum(segment.total for segment in program.adapter_rows)
+    total = sum(rows.total for rows in program.adapter_rows)
     micro = program.config.training.micro_batches
     remat = program.config.compute.remat
     lines += [
-        f"step            {rows} rows of {row_length} tokens in {micro} micro-batch(es)",
+        f"step            {total} rows of {row_length} tokens in {micro} micro-batch(es)",
         f"remat           {remat}",
-        f"memory of one device, compiled for {jax.default_backend()}",
+        f"memory of one device, compiled for {program.mesh.devices.flat[0].platform}",
     ]
     if plan is None:
         return "\n".join([*lines, "  not reported by this backend"])

@@ -161,7 +161,7 @@ class Recorder:
     def set_program(self, program: Program) -> None:
         """Records the steps of `program` from here; steps of the former one must be drained."""
         self._program = program
-        self._names = [segment.name for segment in program.adapter_rows]
+        self._names = [rows.name for rows in program.adapter_rows]
         program.learning_rates(0)  # evaluates the schedules now, while the device is idle
 
     def push(self, step: int, metrics: Mapping[str, jax.Array], tokens: int) -> None:
