@@ -314,6 +314,10 @@ def parse_config(config: Any) -> RunConfig:
 def train(config: Any, workdir: str | Path) -> TrainResult:
     """Trains adapters, like `train.py`; see `moe_jax.training.run.loop.train`.
 
+    While the run lasts, a single process in whose main thread it is called handles SIGINT and
+    SIGTERM: the first signal saves the state after the current step and ends the run, a second one
+    ends the process. The former handlers are installed again at the end.
+
     Args:
       config: a `RunConfig`, or an argument of `parse_config`.
       workdir: folder of the run; resumes if it holds a run.

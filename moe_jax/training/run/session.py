@@ -26,7 +26,7 @@ from moe_jax.training.records.metric_log import METRICS_FILE
 from moe_jax.training.records.plots import adapter_pictures, loss_unit
 from moe_jax.training.records.recorder import Recorder, stage
 from moe_jax.training.run.adapter_reports import build_training_record
-from moe_jax.training.run.asynchronous import BackgroundWriter, Interrupts
+from moe_jax.training.run.background import BackgroundWriter, Interrupts
 from moe_jax.training.run.inputs import Inputs, Phase, Progress, phases_after, phases_of
 from moe_jax.training.run.measurement import EvaluationInterrupted, TaskEvaluator, validate
 from moe_jax.training.run.workdir import WorkDir, is_main_process, step_counts

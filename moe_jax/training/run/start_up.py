@@ -25,7 +25,7 @@ from moe_jax.training.records.metric_log import (
 )
 from moe_jax.training.records.plan import memory_plan, parameter_count, readable
 from moe_jax.training.records.recorder import ProgressBar, Recorder, stage
-from moe_jax.training.run.asynchronous import BackgroundWriter, Interrupts
+from moe_jax.training.run.background import BackgroundWriter, Interrupts
 from moe_jax.training.run.inputs import (
     Inputs,
     Progress,

@@ -5,7 +5,7 @@ import threading
 import pytest
 
 from moe_jax.errors import CheckpointError
-from moe_jax.training.run.asynchronous import BackgroundWriter
+from moe_jax.training.run.background import BackgroundWriter
 
 
 def fail():

@@ -1,4 +1,4 @@
-"""Events beside the training loop: signals that stop it, and writes in a background thread."""
+"""Signal handling and background writes."""
 
 import collections
 import contextlib
