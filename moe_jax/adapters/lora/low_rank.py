@@ -4,6 +4,9 @@ An adapted projection is `x W' = x W + s (x A) B` (arXiv:2106.09685, eq. 3). The
 projection share the frozen product `x W` and differ in the low-rank activations `z_e = s x A_e`
 only, [..., E, R]. Experts are therefore selected on these, and not on the tokens: all shapes are
 static, and no token is gathered, sorted or dropped.
+
+Letters of the einsums below, as in `moe_jax.adapters.mixlora`: d inputs, f outputs, e experts, r
+rank.
 """
 
 import dataclasses
@@ -86,11 +89,11 @@ class ExpertPairs:
 
     def activations(self, x: jax.Array) -> jax.Array:
         """The low-rank activations z = s x A of all experts: [..., in] to [..., E, R]."""
-        return jnp.einsum("...i,ier->...er", x, self.lora_a.astype(x.dtype)) * self.scale
+        return jnp.einsum("...d,der->...er", x, self.lora_a.astype(x.dtype)) * self.scale
 
     def expand(self, z: jax.Array) -> jax.Array:
         """`sum_e z_e B_e`: [..., E, R] to [..., out]."""
-        return jnp.einsum("...er,ero->...o", z, self.lora_b.astype(z.dtype))
+        return jnp.einsum("...er,erf->...f", z, self.lora_b.astype(z.dtype))
 
     def rescale(self, product: jax.Array, combine: jax.Array) -> jax.Array:
         """The frozen product [..., out] under DoRA's gains, mixed by `combine` [..., E].
@@ -100,7 +103,7 @@ class ExpertPairs:
         if self.gains is None:
             return product
         gains = (self.gains - 1.0).astype(product.dtype)
-        return product + product * jnp.einsum("...e,eo->...o", combine.astype(product.dtype), gains)
+        return product + product * jnp.einsum("...e,ef->...f", combine.astype(product.dtype), gains)
 
     def adapt(self, product: jax.Array, z: jax.Array, combine: jax.Array) -> jax.Array:
         """The frozen product plus the experts' deltas, weighted: `x W + sum_e combine_e z_e B_e`.
