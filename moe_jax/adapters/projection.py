@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 
 from moe_jax.adapters.method import AdapterContext, FrozenProjection
-from moe_jax.adapters.rows import AdapterRows, take_rows, update_rows
+from moe_jax.adapters.rows import AdapterRows, replace_rows, take_rows
 from moe_jax.layers.frozen import FrozenLinear
 
 
@@ -42,18 +42,15 @@ class AdaptedLinear(FrozenLinear):
           deterministic: turns dropout and jitter off.
         """
         product = self.product(x) if product is None else product
-        updates = {}
+        adapted = {}
         for rows in self.adapter_rows:
             adapter = rows.method.projection_adapter(str(self.name), self.axes)
             if adapter is None:
                 continue
             module = adapter.clone(parent=self, name=rows.module_name)
-
-            def update(product: jax.Array, module=module, rows=rows) -> jax.Array:  # noqa: ANN001
-                frozen = FrozenProjection(product, self.kernel)
-                context = contexts[rows.name]
-                return module(take_rows(rows, x), frozen, context, deterministic=deterministic)
-
-            updates[rows.name] = update
-        y = update_rows(self.adapter_rows, product, updates)
+            frozen = FrozenProjection(take_rows(rows, product), self.kernel)
+            adapted[rows.name] = module(
+                take_rows(rows, x), frozen, contexts[rows.name], deterministic=deterministic
+            )
+        y = replace_rows(self.adapter_rows, product, adapted)
         return y if self.bias is None else y + self.bias[None, None]

@@ -8,7 +8,7 @@ number of equal shards, one after the other, and an adapter has the same range o
 them. Taking its rows therefore moves nothing between devices.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -85,24 +85,21 @@ def take_rows_of_adapters(adapter_rows: Sequence[AdapterRows], array: jax.Array)
     return joined.reshape(-1, *array.shape[1:])
 
 
-def update_rows(
-    adapter_rows: Sequence[AdapterRows],
-    array: jax.Array,
-    updates: Mapping[str, Callable[[jax.Array], jax.Array]],
+def replace_rows(
+    adapter_rows: Sequence[AdapterRows], array: jax.Array, new: Mapping[str, jax.Array]
 ) -> jax.Array:
-    """`array` [B, ...] with the rows of each adapter in `updates` passed through its function.
+    """`array` [B, ...] with the rows of each adapter in `new` replaced.
 
     Args:
       adapter_rows: rows of all adapters of the batch, which they fill.
       array: an array of the batch.
-      updates: function of each adapter that changes its rows; the others' rows stay.
+      new: new rows of an adapter, as `take_rows` orders them, by name; the others' rows stay.
     """
-    if not updates:
+    if not new:
         return array
     parts = []
     for rows in adapter_rows:
-        part = take_rows(rows, array)
-        part = updates[rows.name](part) if rows.name in updates else part
+        part = new[rows.name] if rows.name in new else take_rows(rows, array)
         parts.append(part.reshape(rows.shards, -1, *part.shape[1:]))
     joined = parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
     return joined.reshape(array.shape[0], *joined.shape[2:])

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from moe_jax.adapters.method import AdapterContext, FFNUpdate, FrozenFFN, FrozenProjection
 from moe_jax.adapters.projection import AdaptedLinear
-from moe_jax.adapters.rows import AdapterRows, take_rows, update_rows
+from moe_jax.adapters.rows import AdapterRows, replace_rows, take_rows
 from moe_jax.adapters.tree import MLP_MODULES, MOE
 from moe_jax.config.model import ComputeConfig, ModelConfig
 from moe_jax.layers.activation import ACTIVATIONS, gated
@@ -214,14 +214,17 @@ class GatedMLP(nn.Module):
         )
         experts = FFNAdapters(settings, name=MOE)(x, ffn, contexts)
         # Rows without `hidden` pass through W_down too; their product is discarded below.
-        replaced = {name: own.hidden for name, own in experts.items() if own.hidden is not None}
-        hidden = _replace_rows(settings, hidden, replaced)
+        replaced = {name: new.hidden for name, new in experts.items() if new.hidden is not None}
+        hidden = replace_rows(settings.adapter_rows, hidden, replaced)
         product = down.product(constrain(hidden, MLP_HIDDEN_AXES))
-        added = {
-            name: (lambda y, own=own: own.output if own.hidden is None else y + own.output)
-            for name, own in experts.items()
-        }
-        product = update_rows(settings.adapter_rows, product, added)
+        outputs = dict[str, jax.Array]()
+        for rows in settings.adapter_rows:
+            update = experts.get(rows.name)
+            if update is not None and update.hidden is not None:
+                outputs[rows.name] = take_rows(rows, product) + update.output
+            elif update is not None:
+                outputs[rows.name] = update.output
+        product = replace_rows(settings.adapter_rows, product, outputs)
         return down(hidden, contexts, product=product, **options)
 
 
@@ -270,13 +273,6 @@ def _adapter_context(
         expert_groups,
         segment_ids,
     )
-
-
-def _replace_rows(
-    settings: LayerSettings, array: jax.Array, replacements: Mapping[str, jax.Array]
-) -> jax.Array:
-    updates = {name: lambda _, new=new: new for name, new in replacements.items()}
-    return update_rows(settings.adapter_rows, array, updates)
 
 
 def _rotary_tables(
