@@ -13,7 +13,7 @@ from moe_jax.data.batch import PADDING_ID, doubled_lengths, padded_length
 from moe_jax.loaded.inference_model import Adapter
 from moe_jax.models.adapted import SINGLE, CompiledLlama, apply, single_adapter
 from moe_jax.models.causal_lm import LlamaForCausalLM
-from moe_jax.sharding.rules import BATCH_SPEC
+from moe_jax.sharding.rules import BATCH_SPEC, num_row_shards
 
 _SHORTEST_BUCKET = 32
 
@@ -181,8 +181,8 @@ class Scorer:
           candidates: maximum number of candidates of a sequence.
           mesh: None computes on the device that holds `params`.
         """
-        ways = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
-        self.rows = -(-batch_size // ways) * ways
+        num_shards = num_row_shards(mesh)
+        self.rows = -(-batch_size // num_shards) * num_shards
         self.buckets = tuple(buckets)
         self.mesh = mesh
         self._llama = CompiledLlama(model, mesh)
@@ -279,6 +279,6 @@ def _score(
     sums = jnp.sum(jnp.where(batch.is_target, chosen, 0.0), axis=-1)
     is_likeliest = jnp.argmax(logits, axis=-1) == batch.targets
     is_greedy = jnp.all(is_likeliest | ~batch.is_target, axis=-1)
-    every = jnp.arange(rows)
-    at_last = jnp.take_along_axis(logits[every, batch.last], batch.candidates, axis=-1)
-    return sums, at_last - total[every, batch.last][:, None], is_greedy
+    row_index = jnp.arange(rows)
+    at_last = jnp.take_along_axis(logits[row_index, batch.last], batch.candidates, axis=-1)
+    return sums, at_last - total[row_index, batch.last][:, None], is_greedy

@@ -21,7 +21,7 @@ from moe_jax.inference.limits import check_buckets, check_requests, context_of
 from moe_jax.inference.settings import SamplingConfig
 from moe_jax.models.adapted import CompiledLlama
 from moe_jax.models.causal_lm import LlamaForCausalLM
-from moe_jax.sharding.rules import BATCH_SPEC
+from moe_jax.sharding.rules import BATCH_SPEC, num_row_shards
 
 _SHORTEST_BUCKET = 16
 _SECONDS_PER_CALL = 0.05
@@ -205,7 +205,7 @@ class TokenGenerator:
         )
         if not requests:
             return iter(())
-        layout = batch_layout(names, self._methods, self._shards)
+        layout = batch_layout(names, self._methods, num_row_shards(self.mesh))
         batch = _Batch(requests, layout, sampling, max_new_tokens, tuple(eos_ids), seed)
         return self._stream(batch, stop)
 
@@ -315,10 +315,6 @@ class TokenGenerator:
             np.array(batch.eos_ids, np.int32),
         )
         return state, constants
-
-    @property
-    def _shards(self) -> int:
-        return 1 if self.mesh is None else self.mesh.shape["data"] * self.mesh.shape["fsdp"]
 
     def _put(self, array: np.ndarray) -> Any:
         """Shards an array [B, ...] over the mesh."""

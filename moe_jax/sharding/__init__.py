@@ -4,5 +4,5 @@
     rules.py  logical axes to mesh axes
     mesh.py   the mesh, with axes `data`, `fsdp` and `tensor`
 
-Model code names logical axes only; `rules.py` alone knows the axes of the mesh.
+Modules of the model name logical axes only; `rules.py` maps them to axes of the mesh.
 """

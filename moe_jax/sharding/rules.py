@@ -46,6 +46,11 @@ BATCH_SPEC = PartitionSpec(("data", "fsdp"))
 """Sharding of the rows of a batch."""
 
 
+def num_row_shards(mesh: Mesh | None) -> int:
+    """Number of shards of the rows of a batch, by `BATCH_SPEC`; 1 without a mesh."""
+    return 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+
+
 def shardings_of(boxed: Any, mesh: Mesh) -> Any:
     """Shardings of abstract variables, from their logical axes.
 

@@ -17,6 +17,7 @@ from moe_jax.config.classification import ClassificationConfig
 from moe_jax.config.run import RunConfig
 from moe_jax.data.batch import Batch
 from moe_jax.errors import DataError
+from moe_jax.sharding.rules import num_row_shards
 from moe_jax.tasks.classification_metrics import metric_value
 from moe_jax.training.records.recorder import TaskScores
 from moe_jax.training.run.inputs import Inputs
@@ -83,10 +84,10 @@ def _results(
     batches: Iterable[Batch],
 ) -> Iterator[tuple[Batch, np.ndarray, np.ndarray]]:
     """Yields each batch, padded to the mesh, with the two outputs of `step`."""
-    ways = program.mesh.shape["data"] * program.mesh.shape["fsdp"]
+    num_shards = num_row_shards(program.mesh)
     pending: collections.deque[tuple[Batch, Any]] = collections.deque()
     for batch in batches:
-        padded = pad_to_multiple(batch, ways)
+        padded = pad_to_multiple(batch, num_shards)
         rows = program.put_eval_batch(padded)
         pending.append((padded, step(adapter, adapters, params, rows)))
         if len(pending) > _MAX_PENDING:
