@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from benchmarks.grouped_rows import Groups, Walk, group_rows, in_groups, rows_of_block
+from benchmarks.grouped_rows import Groups, Walk, compute_blocks, group_rows, rows_of_block
 from moe_jax.layers.tokens import token_product
 
 ONE_HOT, GROUPED, BATCHED, RAGGED = "one-hot", "grouped", "batched", "ragged"
@@ -46,7 +46,7 @@ def activations(form: str, x: jax.Array, lora_a: jax.Array, choice: jax.Array) -
     if form == RAGGED:
         return _ragged(jnp.broadcast_to(x, (choice.shape[1], *x.shape)), by_expert, choice)
     groups = _groups(choice, experts)
-    return in_groups(_token_product, WALKS[form], False, x, None, by_expert, groups)
+    return compute_blocks(_token_product, WALKS[form], False, x, None, by_expert, groups)
 
 
 def expansion(
@@ -75,7 +75,9 @@ def expansion(
     if form == RAGGED:
         return product[None] + _ragged(rows, lora_b, choice)
     groups = _groups(choice, experts)
-    return product[None] + in_groups(_row_product, WALKS[form], False, None, rows, lora_b, groups)
+    return product[None] + compute_blocks(
+        _row_product, WALKS[form], False, None, rows, lora_b, groups
+    )
 
 
 def step_of(form: str, function: Callable[..., jax.Array]) -> Callable[..., Any]:

@@ -30,7 +30,7 @@ import jax.numpy as jnp
 from benchmarks import dispatch_forms as forms
 from benchmarks.compiled_flops import compiled_flops
 from benchmarks.dispatch_forms import BATCHED, GROUPED, ONE_HOT, RAGGED, WALKS
-from benchmarks.grouped_mixlora import GroupedMixLora, in_grouped_form
+from benchmarks.grouped_mixlora import GroupedMixLora, group_mixlora
 from benchmarks.layer_cost import LAYERS, METHODS, Shape, layer_step
 from benchmarks.random_inputs import random_like
 from benchmarks.report import (
@@ -78,7 +78,7 @@ class Case(NamedTuple):
 
 def grouped_method(shape: Shape, form: str) -> GroupedMixLora:
     """Returns MixLoRA with the top-k router, in one of the forms of `WALKS`."""
-    return in_grouped_form(METHODS["MixLoRA, top-k"](shape), WALKS[form])
+    return group_mixlora(METHODS["MixLoRA, top-k"](shape), WALKS[form])
 
 
 def _method(shape: Shape, form: str) -> AdapterMethod:

@@ -13,7 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from benchmarks.grouped_rows import Walk, group_rows, in_groups, rows_of_block
+from benchmarks.grouped_rows import Walk, compute_blocks, group_rows, rows_of_block
 from moe_jax.adapters.lora.low_rank import ExpertLora
 from moe_jax.adapters.method import AdapterContext, AdapterMethod, FFNUpdate, FrozenFFN
 from moe_jax.adapters.mixlora import MixLoraConfig, MixLoraFFN
@@ -48,7 +48,7 @@ class GroupedMixLora(MixLoraConfig):
         return GroupedMLP(self)
 
 
-def in_grouped_form(
+def group_mixlora(
     method: AdapterMethod, walk: Walk = "loop", block: int | None = None
 ) -> GroupedMixLora:
     """Returns the same MixLoRA in the grouped form."""
@@ -129,5 +129,5 @@ class GroupedMLP(MixLoraFFN):
         tokens = [by_token(array) for array in (x, ffn.gate.product, ffn.up.product)]
         body = Expert(ffn.activation, method.expert_low_rank.scale)
         operands = tokens, rows, pairs, group_rows(chosen, experts, block)
-        results = in_groups(body, method.walk, True, *operands)
+        results = compute_blocks(body, method.walk, True, *operands)
         return FFNUpdate(*(array.reshape(*x.shape[:2], -1) for array in results))

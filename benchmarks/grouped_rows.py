@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 Body = Callable[[Any, Any, Any], Any]
 """Computation of a block: maps its rows of `tokens`, its rows of `rows` and its expert's weights to
-a tree of arrays [n, ...], see `in_groups`."""
+a tree of arrays [n, ...], see `compute_blocks`."""
 
 Walk = Literal["loop", "batch"]
 """Order of the blocks. `loop` computes one block after another and adds to the results in place,
@@ -83,7 +83,7 @@ def group_rows(choice: jax.Array, experts: int, block: int) -> Groups:
     return Groups(source, expert, place.reshape(slots, tokens))
 
 
-def in_groups(
+def compute_blocks(
     body: Body, walk: Walk, summed: bool, tokens: Any, rows: Any, experts: Any, groups: Groups
 ) -> Any:
     """Applies `body` to each block and returns the results in the order of the tokens.
@@ -103,11 +103,11 @@ def in_groups(
     Returns:
       A tree of arrays [T, ...] if `summed`, else [C, T, ...]; zero for rows without an expert.
     """
-    return _in_groups(body, walk, summed, tokens, rows, experts, groups)
+    return _compute_blocks(body, walk, summed, tokens, rows, experts, groups)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _in_groups(
+def _compute_blocks(
     body: Body, walk: Walk, summed: bool, tokens: Any, rows: Any, experts: Any, groups: Groups
 ) -> Any:
     def apply(source: jax.Array, expert: jax.Array) -> Any:
@@ -124,11 +124,11 @@ def _in_groups(
         return jax.tree.map(add, results, apply(*block)), None
 
     results, _ = jax.lax.scan(step, results, (groups.source, groups.expert))
-    return jax.tree.map(functools.partial(_by_slot, groups, summed), results)
+    return jax.tree.map(functools.partial(_split_slots, groups, summed), results)
 
 
 def _forward(body: Body, walk: Walk, summed: bool, *operands: Any) -> tuple[Any, Any]:
-    return _in_groups(body, walk, summed, *operands), operands
+    return _compute_blocks(body, walk, summed, *operands), operands
 
 
 def _backward(
@@ -176,11 +176,11 @@ def _backward(
     zeros = jax.tree.map(jnp.zeros_like, (tokens, flat, experts))
     totals, _ = jax.lax.scan(step, zeros, (groups.source, groups.expert))
     token_gradients, row_gradients, expert_gradients = totals
-    row_gradients = jax.tree.map(functools.partial(_by_slot, groups, False), row_gradients)
+    row_gradients = jax.tree.map(functools.partial(_split_slots, groups, False), row_gradients)
     return token_gradients, row_gradients, expert_gradients, None
 
 
-_in_groups.defvjp(_forward, _backward)
+_compute_blocks.defvjp(_forward, _backward)
 
 
 def _block(
@@ -213,7 +213,7 @@ def _added(
     return results.at[index].add(block, mode="drop")
 
 
-def _by_slot(groups: Groups, summed: bool, results: jax.Array) -> jax.Array:
+def _split_slots(groups: Groups, summed: bool, results: jax.Array) -> jax.Array:
     """Reshapes [C T, ...] to [C, T, ...], unless slots are summed."""
     return results if summed else results.reshape(*groups.place.shape, *results.shape[1:])
 

@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import jax
 
-from benchmarks.grouped_mixlora import in_grouped_form
+from benchmarks.grouped_mixlora import group_mixlora
 from benchmarks.growth_counts import (
     BLOCK,
     DEFAULT,
@@ -60,7 +60,7 @@ from benchmarks.growth_counts import (
     per_expert_of,
 )
 from benchmarks.growth_seconds import HEADER as SECONDS_HEADER
-from benchmarks.growth_seconds import Recorded, in_words, lines, recorded
+from benchmarks.growth_seconds import Recorded, lines, recorded, summary
 from benchmarks.layer_cost import METHODS, layer_step
 from benchmarks.random_inputs import random_like
 from benchmarks.report import check_output, machine, one_line, refuse, say, table
@@ -238,7 +238,7 @@ def _seconds(runs: Sequence[Recorded]) -> list[str]:
         --time` with alternating forms. Ratios are medians of the rounds, with their lowest and
         highest; sorting and moving rows is included:""",
         _table(SECONDS_HEADER, lines(runs)),
-        *(f"{in_words(run)} ({run.run}.)" for run in runs),
+        *(f"{summary(run)} ({run.run}.)" for run in runs),
     ]
 
 
@@ -268,7 +268,7 @@ def timed_rows(rounds: int) -> list[list[str]]:
             shape = TIMED._replace(experts=experts)
             method = METHODS[TOP_K if name == GROUPED_FORM else name](shape)
             if name == GROUPED_FORM:
-                method = in_grouped_form(method)
+                method = group_mixlora(method)
             step, (adapters, frozen, *rest) = layer_step(method, shape, DEFAULT, None)
             params = random_like(frozen) if params is None else params
             compiled = jax.jit(step).lower(adapters, frozen, *rest).compile()

@@ -8,7 +8,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from benchmarks.grouped_mixlora import in_grouped_form
+from benchmarks.grouped_mixlora import group_mixlora
 from benchmarks.layer_cost import METHODS, SHAPES, LayerCost, Shape, algebra, layer_cost
 from moe_jax.config.model import ComputeConfig
 
@@ -153,7 +153,7 @@ def grouped_of(experts: int, rank: int) -> GroupedCost:
     method = METHODS[TOP_K](shape)
     one_hot = layer_cost(method, shape, DEFAULT, BLOCK)
     loop, batched = (
-        layer_cost(in_grouped_form(method, walk), shape, DEFAULT) for walk in ("loop", "batch")
+        layer_cost(group_mixlora(method, walk), shape, DEFAULT) for walk in ("loop", "batch")
     )
     ratios = (
         loop.flops / cost(LORA, shape, DEFAULT).flops,

@@ -75,7 +75,7 @@ def lines(runs: Sequence[Recorded]) -> list[str]:
     return table_lines
 
 
-def in_words(run: Recorded) -> str:
+def summary(run: Recorded) -> str:
     """Sentence on the settings in which the grouped form is faster, and on its best ratio."""
     ratios = {
         (experts, rank): ratio

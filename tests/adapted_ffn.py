@@ -16,7 +16,7 @@ from moe_jax.adapters import METHODS
 from moe_jax.adapters.method import AdapterContext
 from moe_jax.adapters.routing.statistics import RouterStatistics, collect_statistics
 from moe_jax.adapters.rows import AdapterRows
-from moe_jax.adapters.tree import MOE, by_adapter, to_collection
+from moe_jax.adapters.tree import MOE, split_by_adapter, to_collection
 from moe_jax.config.model import ComputeConfig
 from moe_jax.config.parse import parse_member
 from moe_jax.layers.frozen import storage_of
@@ -115,7 +115,7 @@ class AdaptedFFN:
             key = jax.random.key(0)
             streams = {"params": key, "adapters": key}
             made = self._module(True).init(streams, x, self._contexts(mask))
-            return by_adapter(nn.meta.unbox(made["adapters"]))[NAME][MOE]
+            return split_by_adapter(nn.meta.unbox(made["adapters"]))[NAME][MOE]
 
         shapes = jax.eval_shape(init, x, mask)
         devices = jax.tree.map(lambda _: jax.devices()[0], shapes)

@@ -252,7 +252,7 @@ def assert_equals_recorded_figures(name: str, method: AdapterMethod, coefficient
         loss = jnp.sum(losses) / jnp.sum(counts)
         sites = statistics["a"].values()
         pooled = jax.tree.map(lambda *layers: jnp.concatenate(layers), *sites).pooled()
-        aux_loss = coefficient * balance.of_layer(pooled)
+        aux_loss = coefficient * balance.layer_loss(pooled)
         return loss + aux_loss, (logits, loss, aux_loss)
 
     run = jax.jit(jax.grad(total, has_aux=True))

@@ -142,7 +142,7 @@ class AdapterMethod(LowRankConfig, abc.ABC):
     @property
     def needs_expert_groups(self) -> bool:
         """True if a loss reads `AdapterContext.expert_groups`."""
-        return any(loss.by_sequence for loss in self.router_losses.values())
+        return any(loss.needs_sequences for loss in self.router_losses.values())
 
     def check_expert_groups(self, groups: Mapping[str, int]) -> None:
         """Refuses, with `require`, expert groups of data sets that do not fit the losses."""
@@ -174,13 +174,13 @@ class AdapterMethod(LowRankConfig, abc.ABC):
         return None
 
 
-def require_language_model(method: AdapterMethod, adapter: str, what: str) -> None:
+def require_language_model(method: AdapterMethod, adapter: str, operation: str) -> None:
     """Refuses a classification adapter where next-token predictions are needed.
 
     Args:
       method: method of the adapter.
       adapter: name or folder of the adapter, for the message.
-      what: the refused operation, for example `generate text`.
+      operation: the refused operation, for example `generate text`.
 
     Raises:
       ConfigError: the adapter has a score head.
@@ -188,8 +188,8 @@ def require_language_model(method: AdapterMethod, adapter: str, what: str) -> No
     if method.classification is not None:
         raise ConfigError(
             f"adapter {adapter!r}: is a classifier ({method.classification.describe()}); its score "
-            f"head replaces the language-model head, so that it cannot {what}; give an adapter "
-            "that was trained without method.classification"
+            f"head replaces the language-model head, so that it cannot {operation}; give an "
+            "adapter that was trained without method.classification"
         )
 
 

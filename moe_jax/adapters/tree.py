@@ -8,7 +8,7 @@ adapters are optimized, saved and exchanged one by one, the tree is keyed by ada
                       "mlp": {"moe": {"router": {"kernel": [L, D, E]},
                                       "gate_proj": {"lora_A": [L, D, E, R], ...}, ...}}}}}
 
-`to_collection` and `by_adapter` convert between the two.
+`to_collection` and `split_by_adapter` convert between the two.
 """
 
 from collections.abc import Mapping
@@ -42,7 +42,7 @@ def expert_name(adapter: str, index: int | str) -> str:
     return f"moe.{adapter}.experts.{index}"
 
 
-def by_adapter(collection: Mapping[str, Any]) -> dict[str, Any]:
+def split_by_adapter(collection: Mapping[str, Any]) -> dict[str, Any]:
     """Converts a Linen collection to `{adapter: tree}`; leaves are not touched."""
     result: dict[str, dict[tuple[str, ...], Any]] = {}
     for path, leaf in flatten_dict(collection).items():

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.inference.settings import SamplingConfig
-from moe_jax.layers.kv_cache import CachePosition, updated
+from moe_jax.layers.kv_cache import CachePosition, apply_cache_updates
 from moe_jax.layers.names import CACHE, CACHE_UPDATES
 from moe_jax.models.adapted import apply
 from moe_jax.models.causal_lm import LlamaForCausalLM
@@ -150,7 +150,7 @@ def decode(
             cache=state.cache,
             mutable=[CACHE_UPDATES],
         )
-        cache = updated(state.cache, updates[CACHE_UPDATES], position)
+        cache = apply_cache_updates(state.cache, updates[CACHE_UPDATES], position)
         state = state._replace(cache=cache, position=state.position + 1)
         state = _sample(sampling, logits[:, -1], state, rows, eos_ids)
         return state, generated.at[count].set(state.tokens), count + 1
@@ -228,7 +228,7 @@ def filtered_logits(logits: jax.Array, seen: jax.Array, config: SamplingConfig) 
         smallest = jax.lax.top_k(logits, config.top_k)[0][:, -1:]
         logits = jnp.where(logits < smallest, -jnp.inf, logits)
     if config.top_p < 1:
-        logits = jnp.where(_in_nucleus(logits, config.top_p), logits, -jnp.inf)
+        logits = jnp.where(_nucleus_mask(logits, config.top_p), logits, -jnp.inf)
     if config.min_p > 0:
         probs = jax.nn.softmax(logits, axis=-1)
         is_unlikely = probs < config.min_p * jnp.max(probs, axis=-1, keepdims=True)
@@ -236,7 +236,7 @@ def filtered_logits(logits: jax.Array, seen: jax.Array, config: SamplingConfig) 
     return logits
 
 
-def _in_nucleus(logits: jax.Array, top_p: float) -> jax.Array:
+def _nucleus_mask(logits: jax.Array, top_p: float) -> jax.Array:
     """Mask of the most likely tokens whose cumulative probability passes `top_p`, bool [B, V].
 
     Among equally likely tokens at the boundary, larger ids come first, as in transformers.

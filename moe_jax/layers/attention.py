@@ -180,26 +180,26 @@ def cached_attention(
     kv_heads, cache_length = cached_key.shape[1:3]
     grouped = query.reshape(batch, length, kv_heads, heads // kv_heads, width)
 
-    def scores(equation: str, keys: jax.Array) -> jax.Array:
+    def scaled_product(equation: str, keys: jax.Array) -> jax.Array:
         product = jnp.einsum(equation, grouped, keys, preferred_element_type=jnp.float32) * scale
         return product if softcap is None else soft_cap(product, softcap)
 
     index = jnp.arange(cache_length)
-    before = (index < position.offset)[None] & (index[None] >= position.start[:, None])
-    before = before[:, None, None, None, :]  # [B, K, G, S, M], as the scores
+    cache_mask = (index < position.offset)[None] & (index[None] >= position.start[:, None])
+    cache_mask = cache_mask[:, None, None, None, :]  # [B, K, G, S, M], as the scores
     new = jnp.arange(length)
     distance = new[:, None] - new[None, :]
-    among = distance >= 0
+    new_mask = distance >= 0
     if window is not None:
-        back = position.offset + new[:, None] - index[None, :]
-        before = before & _within_window(back, window, slides)[None, None, None]
-        among = among & _within_window(distance, window, slides)
+        cache_distance = position.offset + new[:, None] - index[None, :]
+        cache_mask = cache_mask & _within_window(cache_distance, window, slides)[None, None, None]
+        new_mask = new_mask & _within_window(distance, window, slides)
     lowest = jnp.finfo(jnp.float32).min
-    both = [
-        jnp.where(before, scores("bskgq,bktq->bkgst", cached_key), lowest),
-        jnp.where(among[None, None, None], scores("bskgq,btkq->bkgst", key), lowest),
+    scores = [
+        jnp.where(cache_mask, scaled_product("bskgq,bktq->bkgst", cached_key), lowest),
+        jnp.where(new_mask[None, None, None], scaled_product("bskgq,btkq->bkgst", key), lowest),
     ]
-    probs = jax.nn.softmax(jnp.concatenate(both, axis=-1), axis=-1).astype(value.dtype)
+    probs = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1).astype(value.dtype)
     attended = jnp.einsum("bkgst,bktq->bskgq", probs[..., :cache_length], cached_value)
     attended = attended + jnp.einsum("bkgst,btkq->bskgq", probs[..., cache_length:], value)
     return attended.reshape(query.shape)

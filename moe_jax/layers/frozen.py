@@ -37,19 +37,20 @@ class Storage(NamedTuple):
     quantization: str | None
 
 
-def storage_of(kept: StorageType | str) -> Storage:
-    """The storage that a `StorageType` names.
+def storage_of(storage_type: StorageType | str) -> Storage:
+    """Storage of the base for a `StorageType`.
 
     Raises:
-      ConfigError: `kept` is not a storage type.
+      ConfigError: it is not a storage type.
     """
-    if kept not in get_args(StorageType):
+    known = get_args(StorageType)
+    if storage_type not in known:
         raise ConfigError(
-            f"dtype {kept!r}: not a storage type; {suggest(kept, get_args(StorageType))}"
+            f"dtype {storage_type!r}: not a storage type; {suggest(storage_type, known)}"
         )
-    if kept in get_args(FloatType):
-        return Storage(jnp.dtype(kept), None)
-    return Storage(jnp.dtype("bfloat16"), kept)
+    if storage_type in get_args(FloatType):
+        return Storage(jnp.dtype(storage_type), None)
+    return Storage(jnp.dtype("bfloat16"), storage_type)
 
 
 def check_storage(storage: Storage, model: ModelConfig) -> None:

@@ -1,4 +1,4 @@
-"""The cache of decoding: keys and values of earlier tokens, and values that adapters keep.
+"""The cache of decoding: keys and values of earlier tokens, and values of adapters.
 
 Prefill fills the cache, each decoding step reads it and adds to it.
 
@@ -7,11 +7,11 @@ Prefill fills the cache, each decoding step reads it and adds to it.
   become `layers/self_attn/key` and `value` [L, B, K, M, Q]: heads before positions, as attention's
   products read them, so that no transpose is needed.
 - Decoding: apply the model with the cache among the variables, a `CachePosition`, and the
-  collection `cache_updates` mutable; `updated` then writes these updates into the cache. A layer
-  never writes the cache itself: under the scan over layers each step would read and write all of
-  it.
+  collection `cache_updates` mutable; `apply_cache_updates` then writes these updates into the
+  cache. A layer never writes the cache itself: under the scan over layers each step would read and
+  write all of it.
 
-Other values kept with `remember` have the same shape from call to call.
+Other values written with `write_cache` have the same shape from call to call.
 """
 
 from collections.abc import Mapping
@@ -42,13 +42,13 @@ class CachePosition(NamedTuple):
     start: jax.Array
 
 
-def cached(module: nn.Module, name: str) -> jax.Array | None:
-    """The value that `module` kept as `name`; None outside of decoding."""
+def read_cache(module: nn.Module, name: str) -> jax.Array | None:
+    """The value of `module` in the cache as `name`; None outside of decoding."""
     return module.get_variable(CACHE, name) if module.has_variable(CACHE, name) else None
 
 
-def remember(module: nn.Module, name: str, value: jax.Array) -> None:
-    """Keeps `value` for the next call, if the cache is filled or updated."""
+def write_cache(module: nn.Module, name: str, value: jax.Array) -> None:
+    """Writes `value` for the next call, if the cache is filled or updated."""
     if module.is_initializing():
         return
     for collection in (CACHE, CACHE_UPDATES):
@@ -70,7 +70,7 @@ def fill_cache(module: nn.Module, key: jax.Array, value: jax.Array, length: int)
         raise ValueError(f"{key.shape[1]} tokens do not fit into a cache of {length}")
     for name, array in zip(_BY_POSITION, (key, value), strict=True):
         padded = jnp.pad(_heads_first(array), ((0, 0), (0, 0), (0, rest), (0, 0)))
-        remember(module, name, constrain(padded, _AXES))
+        write_cache(module, name, constrain(padded, _AXES))
 
 
 def extend_cache(
@@ -83,16 +83,16 @@ def extend_cache(
       key: [B, S, K, Q] of the new tokens, rotated.
       value: [B, S, K, Q].
     """
-    before = [cached(module, name) for name in _BY_POSITION]
+    earlier = [read_cache(module, name) for name in _BY_POSITION]
     for name, array in zip(_BY_POSITION, (key, value), strict=True):
-        remember(module, name, constrain(_heads_first(array), _AXES))
-    cached_key, cached_value = before
+        write_cache(module, name, constrain(_heads_first(array), _AXES))
+    cached_key, cached_value = earlier
     if cached_key is None or cached_value is None:
         raise ValueError("decoding needs a cache; apply the model with cache_length first")
     return cached_key, cached_value
 
 
-def updated(cache: Any, updates: Any, position: CachePosition) -> Any:
+def apply_cache_updates(cache: Any, updates: Any, position: CachePosition) -> Any:
     """The whole cache with the updates of a call.
 
     Args:
@@ -103,7 +103,7 @@ def updated(cache: Any, updates: Any, position: CachePosition) -> Any:
     merged = dict(cache)
     for name, new in updates.items():
         if isinstance(new, Mapping):
-            merged[name] = updated(cache[name], new, position)
+            merged[name] = apply_cache_updates(cache[name], new, position)
         elif name in _BY_POSITION:
             merged[name] = jax.lax.dynamic_update_slice_in_dim(
                 cache[name], new, position.offset, axis=_POSITION_AXIS

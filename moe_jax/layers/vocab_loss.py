@@ -28,7 +28,7 @@ from moe_jax.sharding.axes import (
     LENGTH,
     VOCAB,
     constrain,
-    parts,
+    num_shards,
 )
 
 CHUNK_BYTES = 64 * 2**20
@@ -109,8 +109,8 @@ def chunk_positions(rows: int, length: int, vocabulary: int) -> int:
       length: S.
       vocabulary: V, over all devices.
     """
-    device_rows = max(1, rows // parts(BATCH))
-    device_vocabulary = max(1, vocabulary // parts(VOCAB))
+    device_rows = max(1, rows // num_shards(BATCH))
+    device_vocabulary = max(1, vocabulary // num_shards(VOCAB))
     tokens = max(MIN_CHUNK_TOKENS, CHUNK_BYTES // (4 * device_vocabulary))
     chunks = math.ceil(length / max(1, tokens // device_rows))
     return math.ceil(length / chunks)
@@ -120,13 +120,13 @@ def chunk_positions(rows: int, length: int, vocabulary: int) -> int:
 def _token_losses(
     settings: _Settings, x: jax.Array, kernel: jax.Array, targets: jax.Array
 ) -> jax.Array:
-    return _by_chunks(settings, x, kernel, targets, differentiate=False)[0]
+    return _chunked_losses(settings, x, kernel, targets, differentiate=False)[0]
 
 
 def _forward(settings: _Settings, x: Any, kernel: Any, targets: Any) -> tuple[jax.Array, Any]:
     if kernel.perturbed:
         raise ValueError("the head is frozen; to differentiate its kernel, use a loss of `logits`")
-    return _by_chunks(settings, x.value, kernel.value, targets.value, differentiate=True)
+    return _chunked_losses(settings, x.value, kernel.value, targets.value, differentiate=True)
 
 
 def _backward(settings: _Settings, gradient: Any, cotangent: Any) -> tuple[Any, None, None]:
@@ -139,7 +139,7 @@ def _backward(settings: _Settings, gradient: Any, cotangent: Any) -> tuple[Any, 
 _token_losses.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
-def _by_chunks(
+def _chunked_losses(
     settings: _Settings,
     x: jax.Array,
     kernel: jax.Array,
@@ -180,7 +180,7 @@ def _chunk(
     targets: jax.Array,
     differentiate: bool,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """`_by_chunks` for the positions of one chunk."""
+    """`_chunked_losses` for the positions of one chunk."""
     cap = settings.cap
     scores = logits(x, kernel, tied=settings.tied, cap=cap)
     scores = constrain(scores, (BATCH, LENGTH, VOCAB))

@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from moe_jax.adapters.method import AdapterMethod
 from moe_jax.adapters.rows import AdapterRows
-from moe_jax.adapters.tree import by_adapter, to_collection
+from moe_jax.adapters.tree import split_by_adapter, to_collection
 from moe_jax.layers.names import ADAPTERS, CACHE, PARAMS, ROUTER
 from moe_jax.models.causal_lm import LlamaForCausalLM
 from moe_jax.sharding import axes
@@ -100,7 +100,7 @@ def untrained_adapter(
         rngs={ADAPTERS: key},
         mutable=[ADAPTERS, ROUTER],
     )
-    return by_adapter(created[ADAPTERS])[SINGLE]
+    return split_by_adapter(created[ADAPTERS])[SINGLE]
 
 
 def abstract_params(model: LlamaForCausalLM) -> Any:

@@ -37,7 +37,7 @@ def constrain(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
     return nn.with_logical_constraint(x, axes)
 
 
-def parts(axis: str) -> int:
+def num_shards(axis: str) -> int:
     """Number of shards of an activation's axis on the ambient mesh; 1 without a mesh."""
     spec = nn.logical_to_mesh_axes((axis,)) or (None,)
     mesh = jax.sharding.get_abstract_mesh()

@@ -47,7 +47,7 @@ def _stacked(*layers):
 
 def _check(loss, layers, per_layer, pooled):
     for scope, expected in (("per_layer", per_layer), ("pooled", pooled)):
-        value = loss(coefficient=1.0, scope=scope).over_layers(layers)
+        value = loss(coefficient=1.0, scope=scope).total_loss(layers)
         np.testing.assert_allclose(value, expected, rtol=1e-6, atol=1e-7)
 
 
@@ -56,19 +56,19 @@ def test_perfect_balance_reads_top_k(experts, top_k):
     # Every slot is spread evenly: f_e = k/E and P_e = 1/E, so E * E * k/E * 1/E = k.
     tokens = 10 * experts
     even = _statistics(tokens, [10 * top_k] * experts, [1 / experts] * experts)
-    np.testing.assert_allclose(LoadBalance(coefficient=1.0).of_layer(even), top_k, rtol=1e-6)
+    np.testing.assert_allclose(LoadBalance(coefficient=1.0).layer_loss(even), top_k, rtol=1e-6)
 
 
 def test_load_balance_by_hand():
     # Four tokens, two slots, three experts: f = (4, 3, 1) / 4; P = (0.5, 0.3, 0.2).
     # 3 * (1 * 0.5 + 0.75 * 0.3 + 0.25 * 0.2) = 3 * 0.775
     layer = _statistics(4, [4, 3, 1], [0.5, 0.3, 0.2])
-    np.testing.assert_allclose(LoadBalance(coefficient=1.0).of_layer(layer), 2.325, rtol=1e-6)
+    np.testing.assert_allclose(LoadBalance(coefficient=1.0).layer_loss(layer), 2.325, rtol=1e-6)
 
 
 def test_the_coefficient_is_not_in_the_value():
     layer = _statistics(4, [4, 3, 1], [0.5, 0.3, 0.2])
-    np.testing.assert_allclose(LoadBalance(coefficient=0.1).of_layer(layer), 2.325, rtol=1e-6)
+    np.testing.assert_allclose(LoadBalance(coefficient=0.1).layer_loss(layer), 2.325, rtol=1e-6)
 
 
 # Two layers, four experts, top-2: each layer sends every token to the same two experts, the first
@@ -82,7 +82,7 @@ COLLAPSED = _stacked(
 def test_collapsed_layers_are_seen_layer_by_layer_and_hidden_by_pooling():
     # One layer: f = (1, 1, 0, 0), P = (0.5, 0.5, 0, 0), so 4 * (0.5 + 0.5) = 4; balance is 2.
     first = jax.tree.map(lambda field: field[0], COLLAPSED)
-    np.testing.assert_allclose(LoadBalance(coefficient=1.0).of_layer(first), 4.0, rtol=1e-6)
+    np.testing.assert_allclose(LoadBalance(coefficient=1.0).layer_loss(first), 4.0, rtol=1e-6)
     # Pooled: 16 tokens, f = (0.5, 0.5, 0.5, 0.5), P = 0.25 each, which reads as balance.
     _check(LoadBalance, COLLAPSED, per_layer=4.0, pooled=2.0)
     # Half of the experts hold all weight: mean m, deviations m, so 1. Pooled they are all equal.
@@ -106,10 +106,10 @@ def test_layers_that_do_not_route_are_left_out(name):
     routed = _statistics(4, [4, 3, 1], [0.5, 0.3, 0.2], [0.5, 0.3, 0.2], z=10.0, entropy=3.0)
     frozen = _statistics(0, [0, 0, 0], routed=0)
     loss = ROUTER_LOSSES[name](coefficient=1.0)
-    mixed = loss.over_layers(_stacked(frozen, routed, frozen))
-    np.testing.assert_allclose(mixed, loss.of_layer(routed), rtol=1e-6)
+    mixed = loss.total_loss(_stacked(frozen, routed, frozen))
+    np.testing.assert_allclose(mixed, loss.layer_loss(routed), rtol=1e-6)
     assert float(mixed) > 0
-    assert float(loss.over_layers(_stacked(frozen, frozen))) == 0.0
+    assert float(loss.total_loss(_stacked(frozen, frozen))) == 0.0
 
 
 @pytest.mark.parametrize("loss", [LoadBalance, ImportanceCv])
@@ -124,7 +124,7 @@ def test_experts_that_a_layer_does_not_have_do_not_count(loss):
         present=[1, 1, 1, 0, 0],
     )
     all_five = five._replace(present=jnp.ones(5))
-    of = loss(coefficient=1.0).of_layer
+    of = loss(coefficient=1.0).layer_loss
     np.testing.assert_allclose(of(five), of(three), rtol=1e-6)
     assert abs(float(of(all_five)) - float(of(three))) > 0.1
 
@@ -133,35 +133,37 @@ def test_experts_that_a_layer_does_not_have_do_not_count(loss):
 def test_importance_by_hand(experts):
     loss = ImportanceCv(coefficient=1.0)
     balanced = _statistics(6, weights=[1 / experts] * experts)
-    np.testing.assert_allclose(loss.of_layer(balanced), 0.0, atol=1e-7)
+    np.testing.assert_allclose(loss.layer_loss(balanced), 0.0, atol=1e-7)
     # Everything on one: mean 1/E; variance ((1 - 1/E)^2 + (E - 1)/E^2) / E = (E - 1)/E^2.
     collapsed = _statistics(6, weights=[1.0] + [0.0] * (experts - 1))
-    np.testing.assert_allclose(loss.of_layer(collapsed), experts - 1, rtol=1e-6)
+    np.testing.assert_allclose(loss.layer_loss(collapsed), experts - 1, rtol=1e-6)
 
 
 def test_importance_of_unequal_weights():
     # (1, 3): mean 2, variance 1, so 1/4.
     layer = _statistics(1, weights=[1.0, 3.0])
-    np.testing.assert_allclose(ImportanceCv(coefficient=1.0).of_layer(layer), 0.25, rtol=1e-6)
+    np.testing.assert_allclose(ImportanceCv(coefficient=1.0).layer_loss(layer), 0.25, rtol=1e-6)
 
 
 def test_router_z_by_hand():
     layer = _statistics(4, z=10.0)
-    np.testing.assert_allclose(RouterZ(coefficient=1.0).of_layer(layer), 2.5, rtol=1e-6)
+    np.testing.assert_allclose(RouterZ(coefficient=1.0).layer_loss(layer), 2.5, rtol=1e-6)
 
 
 def test_router_entropy_by_hand():
     # Of three tokens, two are evenly torn between two experts and one is sure.
     layer = _statistics(3, entropy=2 * math.log(2))
     expected = 2 / 3 * math.log(2)
-    np.testing.assert_allclose(RouterEntropy(coefficient=1.0).of_layer(layer), expected, rtol=1e-6)
+    np.testing.assert_allclose(
+        RouterEntropy(coefficient=1.0).layer_loss(layer), expected, rtol=1e-6
+    )
 
 
 @pytest.mark.parametrize("name", ROUTER_LOSSES)
 def test_without_tokens_losses_and_gradients_are_zero(name):
     empty = _stacked(_statistics(0, [0, 0, 0]), _statistics(0, [0, 0, 0]))
     loss = ROUTER_LOSSES[name](coefficient=1.0)
-    value, gradient = jax.value_and_grad(loss.over_layers)(empty)
+    value, gradient = jax.value_and_grad(loss.total_loss)(empty)
     assert float(value) == 0.0
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
 

@@ -40,7 +40,7 @@ def _statistics(weights, groups, present=None, mask=None) -> RouterStatistics:
 @functools.partial(jax.jit, static_argnames=("delta", "num_groups"))
 def _loss(statistics, delta=0.5, num_groups=2):
     loss = LocalizedBalance(coefficient=1.0, delta=delta, num_groups=num_groups)
-    return loss.of_layer(statistics)
+    return loss.layer_loss(statistics)
 
 
 TWO = [[0.4, 0.1, 0.3, 0.2], [0.1, 0.2, 0.3, 0.4]]
@@ -86,7 +86,7 @@ def test_of_one_sequence_without_delta_it_is_the_squared_coefficient_of_variatio
     statistics = _statistics(TWO[:1], [1])
     # (.4, .1, .3, .2): mean 1/4, variance (.0225 + .0225 + .0025 + .0025) / 4 = .0125; 1/5.
     np.testing.assert_allclose(_loss(statistics, delta=0.0), 0.2, rtol=1e-5)
-    cv = ImportanceCv(coefficient=1.0).of_layer(statistics)
+    cv = ImportanceCv(coefficient=1.0).layer_loss(statistics)
     np.testing.assert_allclose(_loss(statistics, delta=0.0), cv, rtol=1e-6)
 
 
@@ -150,11 +150,11 @@ def test_layers_are_averaged_or_their_weights_added_up():
     layers = [_statistics(TWO, [0, 1]), _statistics(TWO[::-1], [0, 1])]
     stacked = jax.tree.map(lambda *fields: jnp.stack(fields), *layers)
     # In the second layer the weights are exchanged: 7/27, as above with the groups exchanged.
-    per_layer = LocalizedBalance(coefficient=1.0, delta=0.5).over_layers(stacked)
+    per_layer = LocalizedBalance(coefficient=1.0, delta=0.5).total_loss(stacked)
     np.testing.assert_allclose(per_layer, (7 / 11 + 7 / 27) / 2, rtol=1e-5)
     # Q = (.5, .3, .6, .6) of both; Z = (.75, .45, .3, .3) and (.25, .15, .9, .9): sum 4, mean 1/2;
     # squares .945 + 1.705 = 2.65, so .33125 - .25 = .08125, and .325 of .25.
-    pooled = LocalizedBalance(coefficient=1.0, delta=0.5, scope="pooled").over_layers(stacked)
+    pooled = LocalizedBalance(coefficient=1.0, delta=0.5, scope="pooled").total_loss(stacked)
     np.testing.assert_allclose(pooled, 0.325, rtol=1e-5)
 
 

@@ -70,7 +70,7 @@ class FirstWeight(RouterLoss):
 
     offset: float = 0.25
 
-    def of_layer(self, statistics):
+    def layer_loss(self, statistics):
         return statistics.weight_sum[0] / statistics.tokens + self.offset
 
 

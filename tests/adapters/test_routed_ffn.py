@@ -56,7 +56,7 @@ def test_outputs_losses_and_all_gradients_equal_whole_experts(case):
     def step(tree, x):
         def objective(tree, x):
             y, statistics = ours(tree, x, MASK)
-            values = {name: loss.of_layer(statistics) for name, loss in losses.items()}
+            values = {name: loss.layer_loss(statistics) for name, loss in losses.items()}
             total = jnp.sum(y * cotangent)
             total += sum(loss.coefficient * values[name] for name, loss in losses.items())
             return total, (y, values, statistics)

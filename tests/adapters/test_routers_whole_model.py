@@ -98,7 +98,7 @@ def test_the_figures_recorded_from_the_reference(name):
     def objectives(tree, tokens, mask):
         logits, statistics = apply(tree, tokens, mask)
         loss = _next_token_loss(logits, tokens, mask)
-        aux = sum(own.coefficient * own.over_layers(statistics) for own in own_losses)
+        aux = sum(own.coefficient * own.total_loss(statistics) for own in own_losses)
         return jnp.stack([loss + aux, jnp.asarray(aux)]), (logits, loss, aux, statistics)
 
     # Both gradients in one program: the rows of the Jacobian.
@@ -164,7 +164,7 @@ def test_forward_losses_and_all_gradients_equal_whole_experts(tmp_path, case):
 
     def objective(tree, tokens, mask):
         logits, statistics = apply(tree, tokens, mask)
-        values = {name: loss.over_layers(statistics) for name, loss in method.router_losses.items()}
+        values = {name: loss.total_loss(statistics) for name, loss in method.router_losses.items()}
         total = sum(method.router_losses[name].coefficient * values[name] for name in values)
         values["loss"] = _next_token_loss(logits, tokens, mask)
         return values["loss"] + total, (logits, values, statistics)

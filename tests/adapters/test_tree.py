@@ -7,7 +7,7 @@ import tiny_program
 
 from moe_jax.adapters import METHODS
 from moe_jax.adapters.rows import divide_rows
-from moe_jax.adapters.tree import by_adapter, to_collection
+from moe_jax.adapters.tree import split_by_adapter, to_collection
 from moe_jax.config.model import ComputeConfig
 from moe_jax.config.parse import parse_member
 from moe_jax.models.causal_lm import LlamaForCausalLM
@@ -50,7 +50,7 @@ def test_the_two_forms_by_hand():
             }
         },
     }
-    assert by_adapter(collection) == adapters
+    assert split_by_adapter(collection) == adapters
     assert to_collection(adapters) == collection
     assert to_collection({"y": adapters["y"]})["layers"]["mlp"] == {
         "up_proj": {"adapter_y": {"lora_B": 5}}
@@ -72,7 +72,7 @@ def test_every_name_goes_through_the_model_and_back(kinds):
     rngs = {"params": jax.random.key(0), "adapters": jax.random.key(0)}
     collection = jax.eval_shape(model.init, rngs, tokens)["adapters"]
 
-    adapters = by_adapter(collection)
+    adapters = split_by_adapter(collection)
 
     assert set(adapters) == set(AWKWARD)
     for name, method in named.items():

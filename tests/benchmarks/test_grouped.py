@@ -15,7 +15,7 @@ def test_counted_operations_are_those_of_the_products(tmp_path):
     output = tmp_path / "figures.json"
     shape = ["--rows", "4", "--length", "64", "--time", "--rounds", "1", "--output", str(output)]
     assert grouped.main([*flags.split(), *shape]) == 0
-    one_hot, in_groups, ragged = json.loads(output.read_text())["rows"]
+    one_hot, blocked, ragged = json.loads(output.read_text())["rows"]
     # T = 256 tokens of C = 2 slots, F = 176, R = 16: three products of 2 T C (E R) F with all of
     # E = 64 experts' pairs, and of N n rows with one expert's.
     assert one_hot["flops"] == pytest.approx(3 * 2 * 512 * 64 * 16 * 176, rel=COMPILED_COUNTS)
@@ -23,16 +23,16 @@ def test_counted_operations_are_those_of_the_products(tmp_path):
     places = block_count(512, 64, block) * block
     # The rest, of blocks as few as 8 rows, adds the gradients of an expert's blocks up.
     needed = 3 * 2 * places * 16 * 176
-    assert needed <= in_groups["flops"] <= 1.15 * needed
-    assert in_groups["flops"] < one_hot["flops"] / 25
+    assert needed <= blocked["flops"] <= 1.15 * needed
+    assert blocked["flops"] < one_hot["flops"] / 25
     # What growth.md says of it on a CPU.
     assert ragged["flops"] > one_hot["flops"]
     assert ragged["temporary_bytes"] > 5 * one_hot["temporary_bytes"]
-    for row in (one_hot, in_groups, ragged):
+    for row in (one_hot, blocked, ragged):
         assert row["temporary_bytes"] > 0
         assert row["seconds"]["median"] > 0
-    ratio = in_groups["seconds"]["median"] / one_hot["seconds"]["median"]  # of the one round
-    assert in_groups["ratio_to_one_hot"]["median"] == pytest.approx(ratio)
+    ratio = blocked["seconds"]["median"] / one_hot["seconds"]["median"]  # of the one round
+    assert blocked["ratio_to_one_hot"]["median"] == pytest.approx(ratio)
 
 
 @pytest.mark.parametrize(

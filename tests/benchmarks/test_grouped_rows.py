@@ -8,7 +8,7 @@ from adapted_ffn import AdaptedFFN, llama_mlp, mixlora, random_input
 from tolerances import GRADIENT_ROUNDING, ROUNDING
 
 from benchmarks import dispatch_forms as forms
-from benchmarks.grouped_mixlora import in_grouped_form
+from benchmarks.grouped_mixlora import group_mixlora
 from benchmarks.grouped_rows import block_count, group_rows, rows_of_block
 from moe_jax.config.parse import FieldError
 
@@ -129,7 +129,7 @@ def test_rows_of_a_block():
 )
 def test_the_routed_ffn_in_groups_is_that_of_the_package(router, walk):
     rows, mlp, method = 3, llama_mlp(), mixlora(router)
-    grouped = in_grouped_form(method, walk, block=4)
+    grouped = group_mixlora(method, walk, block=4)
     grouped_ffn, one_hot_ffn = (AdaptedFFN(mlp, adapter, rows) for adapter in (grouped, method))
     tree, x = one_hot_ffn.random_tree(), random_input(rows, 10)
     cotangent = 0.1 * _random(*x.shape)
@@ -164,4 +164,4 @@ def test_the_routed_ffn_in_groups_is_that_of_the_package(router, walk):
 def test_unsupported_fields_of_the_grouped_form_are_refused(overrides):
     method = mixlora({"name": "top_k"}, **overrides)
     with pytest.raises(FieldError, match=next(iter(overrides))):
-        in_grouped_form(method)
+        group_mixlora(method)

@@ -104,11 +104,11 @@ def test_seconds_in_words(tmp_path):
     where = "P, 2 cores, load 0.0 before, jax 1, 2026-01-02"
     assert run.run == f"d512: 8 x 128 tokens, 5 rounds, {where}"
     assert growth_seconds.lines([run])[0] == "| d512 | 8 | 8 | 64 | 2 | 0.90 (0.90 to 0.90) |  |  |"
-    words = growth_seconds.in_words(run)
+    words = growth_seconds.summary(run)
     assert "faster in 3 of 4 settings, in all from E R of 256 on" in words
     assert words.endswith("in 0.50 of the time with 32 experts of rank 16.")
     (run,) = _recorded(tmp_path, {(8, 8): (0.9, 0.9), (8, 16): (1.1, 1.2)})
-    assert "1 of 2 settings, but not at the largest E R" in growth_seconds.in_words(run)
+    assert "1 of 2 settings, but not at the largest E R" in growth_seconds.summary(run)
 
 
 def test_what_is_counted_is_what_the_products_need(rows):

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 from moe_jax.adapters.mixlora import MixLoraConfig
 from moe_jax.adapters.routing import TopKRouter
 from moe_jax.adapters.rows import AdapterRows
-from moe_jax.adapters.tree import by_adapter
+from moe_jax.adapters.tree import split_by_adapter
 from moe_jax.config.model import ComputeConfig
 from moe_jax.data.batch import Batch
 from moe_jax.demo.score import score_answers
@@ -87,7 +87,7 @@ def test_load_excludes_padding(folder, rows):
     model, params = base(folder)
     adapter_rows = (AdapterRows("a", method, 0, 6),)
     keys = dict.fromkeys(("params", "adapters"), jax.random.key(0))
-    adapters = by_adapter(
+    adapters = split_by_adapter(
         nn.meta.unbox(model.with_rows(adapter_rows).init(keys, tokens))["adapters"]
     )
     load = score_answers(model, adapter_rows, params, adapters, [batch(tokens)]).load

@@ -172,7 +172,7 @@ def test_interrupted_final_evaluation_resumes(run, tasks, tmp_path, monkeypatch)
     again = tmp_path / "run"
     shutil.copytree(workdir, again)
     config = _config(tasks)
-    assert _train(config, again).did_nothing
+    assert _train(config, again).was_already_complete
     shutil.rmtree(again / "evaluation")
     adapters = {file: file.stat().st_mtime_ns for file in (again / "adapters").rglob("*")}
 
@@ -198,7 +198,7 @@ def test_interrupted_final_evaluation_resumes(run, tasks, tmp_path, monkeypatch)
     assert _predictions(again / "evaluation") == _predictions(workdir / "evaluation")
     # 12 questions of 4 choices in batches of 8: 6 batches, of 2 tasks and 3 models.
     assert stopped_after < 6 * 2 * 3 <= len(batch_sizes) < 6 * 2 * 3 + 4
-    assert _train(config, again).did_nothing
+    assert _train(config, again).was_already_complete
 
 
 @pytest.mark.parametrize(

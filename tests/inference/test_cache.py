@@ -16,7 +16,7 @@ from moe_jax.adapters.rows import AdapterRows
 from moe_jax.adapters.tree import to_collection
 from moe_jax.config.model import ComputeConfig, RopeConfig
 from moe_jax.config.parse import parse_member
-from moe_jax.layers.kv_cache import CachePosition, updated
+from moe_jax.layers.kv_cache import CachePosition, apply_cache_updates
 from moe_jax.models.adapted import untrained_adapter
 from moe_jax.models.causal_lm import LlamaForCausalLM
 
@@ -110,7 +110,7 @@ def computed():
             cache_position=place,
             mutable=["cache_updates"],
         )
-        return logits, updated(cache, updates["cache_updates"], place)
+        return logits, apply_cache_updates(cache, updates["cache_updates"], place)
 
     lengths = PROMPT - start
     for slot in range(PROMPT, SLOTS - 2):

@@ -16,7 +16,7 @@ from moe_jax.training.run.inputs import phases_after, phases_of
 from moe_jax.training.run.loop import train
 from moe_jax.training.step import program as program_module
 from moe_jax.training.step import step
-from moe_jax.training.step.state import carried_over
+from moe_jax.training.step.state import restrict_state
 
 MODEL = tiny_program.model_config(
     num_layers=1, hidden_size=16, intermediate_size=24, num_heads=2, num_kv_heads=2
@@ -56,7 +56,7 @@ def test_the_state_is_carried_over_by_path(both):
     leaves = named_leaves(state)
     narrow = both.narrowed(["b"])
 
-    carried = carried_over(state, narrow.abstract_state)
+    carried = restrict_state(state, narrow.abstract_state)
 
     assert jax.tree.structure(carried) == jax.tree.structure(narrow.abstract_state)
     after = named_leaves(carried)
@@ -74,7 +74,7 @@ def test_a_missing_leaf_of_the_state_raises(both):
     narrow = both.narrowed(["b"])
     state = narrow.init_state(tiny_program.random_params(narrow))
     with pytest.raises(ValueError, match="the state has no adapters/a/"):
-        carried_over(state, both.abstract_state)
+        restrict_state(state, both.abstract_state)
 
 
 def test_adapters_of_equal_methods_are_evaluated_by_one_compilation(monkeypatch):

@@ -8,7 +8,7 @@ import numpy as np
 import tiny_program
 
 from moe_jax.adapters.routing.statistics import RouterStatistics
-from moe_jax.training.step.router_metrics import routing_summary, row_places
+from moe_jax.training.step.router_metrics import routing_summary, row_locations
 
 
 def _layer(tokens, load, entropy=0.0, present=(1, 1, 1, 1), routed=1, overflow=None):
@@ -72,7 +72,7 @@ def test_a_batch_of_padding_has_zero_metrics():
 
 def test_rows_are_ordered_by_site_and_layer():
     places = [("a", 0), ("a", 1), ("a", 2), ("b", 0), ("b", 1), ("b", 2)]
-    assert row_places(["a", "b"], 6) == places
+    assert row_locations(["a", "b"], 6) == places
 
 
 MOLA = {
@@ -92,7 +92,7 @@ def test_sites_of_a_program_label_the_rows():
         "x": ["mlp/up_proj", "self_attn/q_proj", "self_attn/v_proj"],
         "z": ["mlp/moe"],
     }
-    places = row_places(program.sites["x"], 6)
+    places = row_locations(program.sites["x"], 6)
     params = tiny_program.random_params(program)
     batch = program.put_train_batch(tiny_program.random_batch(6))
     for site, layer in (places[1], places[4]):

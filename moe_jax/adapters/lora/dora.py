@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from moe_jax.layers.frozen import adapter_leaf
-from moe_jax.layers.kv_cache import cached, remember
+from moe_jax.layers.kv_cache import read_cache, write_cache
 from moe_jax.layers.names import DORA_NORMS
 from moe_jax.layers.quantized import Kernel, dense_kernel
 
@@ -96,7 +96,7 @@ def dora_gains(
     Returns:
       [out] or [E, out].
     """
-    known = cached(module, "gains")
+    known = read_cache(module, "gains")
     if known is not None:
         return known
     # Named so that rematerialisation keeps them: they are small and slow to compute.
@@ -110,7 +110,7 @@ def dora_gains(
         return jnp.broadcast_to(jnp.sqrt(square), norms.shape)
 
     gains = adapter_leaf(module, "magnitude", initial, norms.shape, axes) / norms
-    remember(module, "gains", gains)
+    write_cache(module, "gains", gains)
     return gains
 
 

@@ -1,7 +1,7 @@
 """Auxiliary losses of routers, computed from the statistics that the layers sow.
 
 A loss is a frozen dataclass, its configuration, that computes a scalar from the statistics of one
-layer. `over_layers` averages it over the layers, or applies it to the sum of their statistics. To
+layer. `total_loss` averages it over the layers, or applies it to the sum of their statistics. To
 add a loss, derive it from `RouterLoss` and decorate it with `@ROUTER_LOSSES.register("its_name")`.
 """
 
@@ -42,7 +42,7 @@ class RouterLoss(abc.ABC):
         require(self.coefficient >= 0, "coefficient", "must not be negative")
 
     @property
-    def by_sequence(self) -> bool:
+    def needs_sequences(self) -> bool:
         """True if the loss reads `RouterStatistics.sequences`, which is computed only then."""
         return False
 
@@ -57,18 +57,18 @@ class RouterLoss(abc.ABC):
         """
 
     @abc.abstractmethod
-    def of_layer(self, statistics: RouterStatistics) -> jax.Array:
+    def layer_loss(self, statistics: RouterStatistics) -> jax.Array:
         """Loss of one layer without the coefficient, a float32 scalar."""
 
-    def over_layers(self, statistics: RouterStatistics) -> jax.Array:
+    def total_loss(self, statistics: RouterStatistics) -> jax.Array:
         """Loss over all layers of one site without the coefficient.
 
         Args:
           statistics: statistics with a leading axis L on each field.
         """
         if self.scope == "pooled":
-            return self.of_layer(statistics.pooled())
-        losses = jax.vmap(self.of_layer)(statistics)
+            return self.layer_loss(statistics.pooled())
+        losses = jax.vmap(self.layer_loss)(statistics)
         routed = statistics.routed.astype(jnp.float32)
         return jnp.sum(losses * routed) / jnp.maximum(jnp.sum(routed), 1.0)
 
@@ -95,7 +95,7 @@ class LoadBalance(RouterLoss):
     slot. Perfect balance gives k, full collapse onto k experts up to E.
     """
 
-    def of_layer(self, statistics: RouterStatistics) -> jax.Array:
+    def layer_loss(self, statistics: RouterStatistics) -> jax.Array:
         tokens = jnp.maximum(statistics.tokens, 1.0)
         load = statistics.load_sum / tokens
         probability = statistics.probability_sum / tokens
@@ -111,7 +111,7 @@ class ImportanceCv(RouterLoss):
     gives E - 1.
     """
 
-    def of_layer(self, statistics: RouterStatistics) -> jax.Array:
+    def layer_loss(self, statistics: RouterStatistics) -> jax.Array:
         importance, present = statistics.weight_sum, statistics.present
         mean = jnp.sum(importance * present) / statistics.num_experts
         variance = jnp.sum(present * jnp.square(importance - mean)) / statistics.num_experts
@@ -124,7 +124,7 @@ class ImportanceCv(RouterLoss):
 class RouterZ(RouterLoss):
     """Mean squared log-partition function of the logits; ST-MoE (arXiv:2202.08906, eq. 5)."""
 
-    def of_layer(self, statistics: RouterStatistics) -> jax.Array:
+    def layer_loss(self, statistics: RouterStatistics) -> jax.Array:
         return statistics.squared_logsumexp_sum / jnp.maximum(statistics.tokens, 1.0)
 
 
@@ -136,7 +136,7 @@ class RouterEntropy(RouterLoss):
     With top-p it keeps the number of experts small (arXiv:2403.07652).
     """
 
-    def of_layer(self, statistics: RouterStatistics) -> jax.Array:
+    def layer_loss(self, statistics: RouterStatistics) -> jax.Array:
         return statistics.entropy_sum / jnp.maximum(statistics.tokens, 1.0)
 
 
@@ -178,7 +178,7 @@ class LocalizedBalance(RouterLoss):
         require(self.num_groups > 1, "num_groups", "must be at least 2")
 
     @property
-    def by_sequence(self) -> bool:
+    def needs_sequences(self) -> bool:
         return True
 
     def check(self, num_experts: int) -> None:
@@ -204,7 +204,7 @@ class LocalizedBalance(RouterLoss):
             f"into {self.num_groups} groups; set expert_group, or leave the loss out",
         )
 
-    def of_layer(self, statistics: RouterStatistics) -> jax.Array:
+    def layer_loss(self, statistics: RouterStatistics) -> jax.Array:
         sequences = statistics.sequences
         if sequences is None:
             raise ValueError("localized_balance needs the expert group of every sequence")

@@ -11,7 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from moe_jax.config.parse import Registry, require
 from moe_jax.layers.frozen import adapter_leaf
-from moe_jax.layers.kv_cache import cached, remember
+from moe_jax.layers.kv_cache import read_cache, write_cache
 from moe_jax.layers.names import LOW_RANK
 from moe_jax.sharding.axes import EXPERTS
 
@@ -71,10 +71,10 @@ class Routing(NamedTuple):
         """
         if self.dispatch is None:
             raise ValueError("a router whose slots are the experts must route every layer")
-        alone = jnp.zeros_like(self.weights).at[..., 0].set(1.0)
+        frozen_only_weights = jnp.zeros_like(self.weights).at[..., 0].set(1.0)
         return self._replace(
             dispatch=jnp.where(routed, self.dispatch, 0.0),
-            weights=jnp.where(routed, self.weights, alone),
+            weights=jnp.where(routed, self.weights, frozen_only_weights),
             bypass=None if self.bypass is None else jnp.where(routed, self.bypass, 0.0),
         )
 
@@ -115,7 +115,7 @@ class Router(abc.ABC):
     def routes_layer(self, layer_index: jax.Array) -> jax.Array | None:
         """True if the layer is routed, a boolean scalar; None if every layer is.
 
-        Only routers that select experts may leave layers frozen; see `Routing.where`.
+        Only routers that select experts may leave layers frozen; see `Routing.masked_by_layer`.
 
         Args:
           layer_index: int32 [], from 0.
@@ -213,12 +213,12 @@ def route_with_cache(
     """
     if not router.limits_load:
         return router.route(router_logits, token_mask)
-    earlier = cached(module, "expert_counts")
+    earlier = read_cache(module, "expert_counts")
     if earlier is not None:
         segment_ids = None
     routing = router.route(router_logits, token_mask, segment_ids=segment_ids, earlier=earlier)
     # The load counts what tokens chose, whether the expert had capacity or not.
     counted = routing.load * token_mask[..., None].astype(routing.load.dtype)
     counts = jnp.sum(counted, axis=1).astype(jnp.int32)
-    remember(module, "expert_counts", counts if earlier is None else earlier + counts)
+    write_cache(module, "expert_counts", counts if earlier is None else earlier + counts)
     return routing

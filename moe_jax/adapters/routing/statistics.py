@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 
 from moe_jax.adapters.routing.router import Routing
-from moe_jax.adapters.tree import by_adapter
+from moe_jax.adapters.tree import split_by_adapter
 from moe_jax.layers.names import ROUTER, ROUTING
 from moe_jax.layers.tokens import sequence_sums
 
@@ -113,9 +113,9 @@ def router_statistics(
     entropy = -jnp.sum(routing.router_probs * log_probs, axis=-1)
     logsumexp = jax.nn.logsumexp(routing.router_logits, axis=-1)
     if expert_groups is not None and segment_ids is None:
-        sequences = _of_single_sequences(routing, mask, expert_groups)
+        sequences = _sequence_statistics(routing, mask, expert_groups)
     elif expert_groups is not None and segment_ids is not None:
-        sequences = _of_packed_rows(routing, mask, expert_groups, segment_ids)
+        sequences = _packed_sequence_statistics(routing, mask, expert_groups, segment_ids)
     return RouterStatistics(
         routed=routed,
         present=present,
@@ -130,7 +130,7 @@ def router_statistics(
     )
 
 
-def _of_single_sequences(
+def _sequence_statistics(
     routing: Routing, mask: jax.Array, expert_groups: jax.Array
 ) -> SequenceStatistics:
     """Statistics of rows of one sequence each."""
@@ -143,7 +143,7 @@ def _of_single_sequences(
     )
 
 
-def _of_packed_rows(
+def _packed_sequence_statistics(
     routing: Routing, mask: jax.Array, expert_groups: jax.Array, segment_ids: jax.Array
 ) -> SequenceStatistics:
     """Statistics of packed rows, whose number of sequences is not known at compile time."""
@@ -270,7 +270,7 @@ def _collect(sown: Mapping[str, Any], collection: str, leaf: str) -> dict[str, d
     if collection not in sown:
         raise ValueError(f"no {collection!r} collection was sown; apply the model with it mutable")
     collected: dict[str, dict[str, Any]] = {}
-    for name, tree in by_adapter(sown[collection]).items():
+    for name, tree in split_by_adapter(sown[collection]).items():
         values: Any = flatten_dict(tree)
         for path, value in values.items():
             site = "/".join(part for part in path if part not in ("layers", leaf))

@@ -126,8 +126,8 @@ def _mass_before(probs: jax.Array) -> jax.Array:
       probs: [..., E].
     """
     index = jnp.arange(probs.shape[-1])
-    own, other = probs[..., :, None], probs[..., None, :]
-    ties = other == own
-    before = (other > own) | (ties & jnp.broadcast_to(index[None] < index[:, None], ties.shape))
-    mass = jnp.sum(jnp.where(before, other, 0.0), axis=-1)
+    p_i, p_j = probs[..., :, None], probs[..., None, :]
+    ties = p_j == p_i
+    ranks_higher = (p_j > p_i) | (ties & jnp.broadcast_to(index[None] < index[:, None], ties.shape))
+    mass = jnp.sum(jnp.where(ranks_higher, p_j, 0.0), axis=-1)
     return jnp.minimum(mass, 1.0)  # rounding may exceed 1, and `top_p` 1 selects every expert

@@ -21,7 +21,7 @@ from moe_jax.config.run import LoggingConfig
 from moe_jax.errors import ConfigError
 from moe_jax.files.atomic import write_atomic
 from moe_jax.files.disk import disk_errors
-from moe_jax.training.step.router_metrics import row_places
+from moe_jax.training.step.router_metrics import row_locations
 
 METRICS_FILE = "metrics.jsonl"
 TIME = "time"
@@ -315,7 +315,7 @@ def _flat(line: Mapping[str, Any]) -> dict[str, float]:
         elif not isinstance(value, list):
             scalars[name] = float(value)
         else:
-            places = row_places(line[f"{adapter}/sites"], len(value))
+            places = row_locations(line[f"{adapter}/sites"], len(value))
             for row, (site, layer) in zip(value, places, strict=True):
                 place = f"{site}/{layer}"
                 if kind == "expert_load":

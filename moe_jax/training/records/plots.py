@@ -12,7 +12,7 @@ from moe_jax.adapters.method import AdapterMethod
 from moe_jax.adapters.tree import expert_name
 from moe_jax.config.metric_names import METRICS
 from moe_jax.training.records.metric_log import read_metrics
-from moe_jax.training.step.router_metrics import row_places
+from moe_jax.training.step.router_metrics import row_locations
 
 _READABLE_ROWS = 40
 """Largest number of rows that an expert map draws in full size."""
@@ -183,9 +183,9 @@ def expert_map(relative: np.ndarray, title: str, adapter: str, sites: Sequence[s
     for row, expert in np.argwhere(~np.isnan(relative)):
         text = f"{relative[row, expert]:.2f}"
         axes.text(expert, row, text, ha="center", va="center", fontsize=size)
-    labels, name = [str(layer) for _, layer in row_places(sites, rows)], "layer"
+    labels, name = [str(layer) for _, layer in row_locations(sites, rows)], "layer"
     if len(sites) > 1:
-        labels = [f"{site} {layer}" for site, layer in row_places(sites, rows)]
+        labels = [f"{site} {layer}" for site, layer in row_locations(sites, rows)]
         name = "router and layer"
     axes.set(xlabel=expert_name(adapter, "INDEX"), ylabel=name, title=title)
     axes.set_xticks(range(experts))

@@ -38,7 +38,7 @@ class TrainResult:
       validation: validation losses measured last, by `adapter/set`.
       reports: losses of each adapter, lowest first.
       interrupted_by: signal that stopped the run before its end, after saving.
-      did_nothing: True if the run had ended before.
+      was_already_complete: True if the run had ended before.
       evaluation: scores on tasks; None without tasks, before the end, or if the run had ended
         before.
     """
@@ -49,7 +49,7 @@ class TrainResult:
     validation: dict[str, float] = field(default_factory=dict)
     reports: dict[str, AdapterReport] = field(default_factory=dict)
     interrupted_by: signal.Signals | None = None
-    did_nothing: bool = False
+    was_already_complete: bool = False
     evaluation: ScoreTable | None = None
 
 
@@ -85,7 +85,7 @@ def repeated_result(saved: SavedRun, work: WorkDir, say: Callable[[str], None]) 
     result = _result(work, saved.metadata["steps"], saved.progress)
     if not (work.folder / TABLE_FILES[-1]).exists():  # the run was killed before writing it
         _report_table(work, result, say)
-    return replace(result, did_nothing=True)
+    return replace(result, was_already_complete=True)
 
 
 def _result(work: WorkDir, steps: Mapping[str, int], progress: Progress) -> TrainResult:

@@ -31,9 +31,9 @@ def train_loop(session: TrainingSession, program: Program, state: TrainState) ->
     """
     session.measure_untrained(program, state)
     for phase in session.remaining_phases():  # the adapters that train are fixed within a phase
-        program, state = session.enter(phase, program, state)
+        program, state = session.enter_phase(phase, program, state)
         for step, batch in session.batches(phase):
-            state, metrics = session.train_step(program, state, batch)
+            state, metrics = session.dispatch_step(program, state, batch)
             session.record(step, batch, metrics)
             session.validate_if_due(phase, program, state)
             session.evaluate_tasks_if_due(phase, state)

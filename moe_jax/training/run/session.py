@@ -32,7 +32,7 @@ from moe_jax.training.run.measurement import EvaluationInterrupted, TaskEvaluato
 from moe_jax.training.run.workdir import WorkDir, is_main_process, step_counts
 from moe_jax.training.step.micro_batches import join_rows
 from moe_jax.training.step.program import Program
-from moe_jax.training.step.state import TrainState, carried_over
+from moe_jax.training.step.state import TrainState, restrict_state
 
 
 @dataclass(kw_only=True)
@@ -79,7 +79,7 @@ class TrainingSession:
             self._validate(program, state, adapters)
             self._evaluate_tasks(state, adapters)
 
-    def enter(
+    def enter_phase(
         self, phase: Phase, program: Program, state: TrainState
     ) -> tuple[Program, TrainState]:
         """Program and state of a phase, from those of the phase before or of the same phase."""
@@ -87,7 +87,7 @@ class TrainingSession:
         if set(program.config.adapters) != set(phase.adapters):
             program.compiled.clear()  # callers may still hold the former program
             program = program.narrowed(phase.adapters)
-            state = carried_over(state, program.abstract_state)
+            state = restrict_state(state, program.abstract_state)
             self.recorder.set_program(program)
         return program, state
 
@@ -97,7 +97,7 @@ class TrainingSession:
         while self.progress.step < phase.stop and not self.is_interrupted:
             yield self.progress.step + 1, join_rows([next(iterator) for iterator in iterators])
 
-    def train_step(
+    def dispatch_step(
         self, program: Program, state: TrainState, batch: Batch
     ) -> tuple[TrainState, Mapping[str, jax.Array]]:
         """Dispatches an optimizer step; `state` is donated."""

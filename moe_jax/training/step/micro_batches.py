@@ -22,7 +22,7 @@ def join_rows(batches: Sequence[Batch]) -> Batch:
     return Batch(*(np.concatenate(arrays) for arrays in zip(*padded, strict=True)))
 
 
-def in_micro_batches(
+def split_into_micro_batches(
     batch: Batch, adapter_rows: Sequence[AdapterRows], micro_batches: int
 ) -> Batch:
     """Splits a batch [B, S] into micro-batches [M, b, S].

@@ -30,9 +30,9 @@ from moe_jax.models.adapted import (
 )
 from moe_jax.models.causal_lm import LlamaForCausalLM
 from moe_jax.sharding.mesh import make_mesh, require_platform
-from moe_jax.sharding.rules import BATCH_SPEC, shardings_of
+from moe_jax.sharding.rules import BATCH_SPEC, num_row_shards, shardings_of
 from moe_jax.training.step import step
-from moe_jax.training.step.micro_batches import in_micro_batches, require_single_sequences
+from moe_jax.training.step.micro_batches import require_single_sequences, split_into_micro_batches
 from moe_jax.training.step.optimizer import (
     build_optimizer,
     initial_loss_scale,
@@ -176,7 +176,9 @@ class Program:
         of its own devices. The rows of each adapter are spread evenly over micro-batches and
         devices.
         """
-        batch = in_micro_batches(batch, self.adapter_rows, self.config.training.micro_batches)
+        batch = split_into_micro_batches(
+            batch, self.adapter_rows, self.config.training.micro_batches
+        )
         return self._put(batch, PartitionSpec(None, *BATCH_SPEC), packed=self.packed)
 
     def put_eval_batch(self, batch: Batch) -> Batch:
@@ -306,19 +308,21 @@ def _program(config: RunConfig, llama: CompiledLlama, total_steps: Mapping[str, 
     optimizer = build_optimizer(optimizers, total_steps)
     boxed = abstract_params(model)
     params = nn.meta.unbox(boxed)
-    of_method = {
+    abstract_adapters = {
         method: jax.eval_shape(
             functools.partial(untrained_adapter, model, method), params, jax.random.key(0)
         )
         for method in set(methods.values())
     }
-    adapter_shardings = shardings_of({name: of_method[m] for name, m in methods.items()}, mesh)
+    adapter_shardings = shardings_of(
+        {name: abstract_adapters[m] for name, m in methods.items()}, mesh
+    )
     new_state = functools.partial(_new_state, config, model, optimizer)
     state = jax.eval_shape(new_state, _keys(config), params, {})
     return Program(
         config=config,
         llama=llama,
-        adapter_rows=divide_rows(methods, rows, mesh.shape["data"] * mesh.shape["fsdp"]),
+        adapter_rows=divide_rows(methods, rows, num_row_shards(mesh)),
         abstract_params=params,
         param_shardings=shardings_of(boxed, mesh),
         abstract_state=state,
@@ -375,7 +379,7 @@ def require_fitting_methods(config: RunConfig, model: ModelConfig) -> None:
 
 def require_divisible_rows(config: RunConfig, mesh: Mesh) -> None:
     """Raises `ConfigError` if an adapter's rows do not divide evenly over the devices."""
-    shards, micro = mesh.shape["data"] * mesh.shape["fsdp"], config.training.micro_batches
+    shards, micro = num_row_shards(mesh), config.training.micro_batches
     for name, adapter in config.adapters.items():
         if adapter.batch_size // micro % shards:
             raise ConfigError(

@@ -26,16 +26,16 @@ def routing_summary(sites: Mapping[str, RouterStatistics]) -> dict[str, jax.Arra
     layers = jax.tree.map(lambda *fields: jnp.concatenate(fields), *sites.values())
     load = layers.load_sum * layers.num_experts[:, None]
     load = load / jnp.maximum(jnp.sum(layers.load_sum, axis=-1, keepdims=True), 1e-9)
-    there = layers.present * layers.routed[:, None]
+    is_active = layers.present * layers.routed[:, None]
     entropy = layers.entropy_sum / jnp.maximum(layers.tokens, 1.0) / jnp.log(layers.num_experts)
-    dead = jnp.where(layers.load_sum == 0, there, 0.0)
+    dead = jnp.where(layers.load_sum == 0, is_active, 0.0)
     overflow = {}
     if layers.overflow_sum is not None:
         overflow["layer_overflow"] = layers.overflow_sum / jnp.maximum(layers.tokens, 1.0)
         tokens = jnp.maximum(jnp.sum(layers.tokens), 1.0)
         overflow["overflow"] = jnp.sum(layers.overflow_sum) / tokens
     return {
-        "expert_load": jnp.where(there > 0, load, jnp.nan),
+        "expert_load": jnp.where(is_active > 0, load, jnp.nan),
         "layer_entropy": entropy,
         "mean_entropy": jnp.sum(entropy) / jnp.maximum(jnp.sum(layers.routed), 1.0),
         "busiest_expert": jnp.max(load),
@@ -44,7 +44,7 @@ def routing_summary(sites: Mapping[str, RouterStatistics]) -> dict[str, jax.Arra
     }
 
 
-def row_places(sites: Sequence[str], rows: int) -> list[tuple[str, int]]:
+def row_locations(sites: Sequence[str], rows: int) -> list[tuple[str, int]]:
     """Site and layer of each row of a metric [sites * L, ...] of `routing_summary`.
 
     Args:

@@ -47,7 +47,7 @@ def state_shardings(abstract_state: TrainState, adapter_shardings: Any, mesh: Me
     return jax.tree_util.tree_map_with_path(sharding, abstract_state)
 
 
-def carried_over(state: TrainState, abstract: TrainState) -> TrainState:
+def restrict_state(state: TrainState, abstract: TrainState) -> TrainState:
     """The part of `state` that a program of fewer adapters continues with, without copies.
 
     The arrays of the other adapters are deleted: do not use `state` again.

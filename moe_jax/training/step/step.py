@@ -252,7 +252,7 @@ def _router_terms(
     if not sites:
         raise ValueError(f"adapter {name!r} routes, but sowed no statistics")
     for label, loss in rows.method.router_losses.items():
-        value = sum(loss.over_layers(site) for site in sites.values()) / len(sites)
+        value = sum(loss.total_loss(site) for site in sites.values()) / len(sites)
         value = jnp.asarray(value) / micro_batches
         metrics[f"{name}/{label}"] = value
         total = total + loss.coefficient * value
