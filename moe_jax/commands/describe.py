@@ -153,7 +153,7 @@ def _methods(arguments: argparse.Namespace) -> "dict[str, AdapterMethod]":
         for name in ("rank", "num_experts", "target_modules", "dora"):
             value = getattr(arguments, name)
             if value is not None and value is not False:
-                raise ConfigError(f"--{name.replace('_', '-')}: goes with --method")
+                raise ConfigError(f"--{name.replace('_', '-')}: requires --method")
         if arguments.config is None:
             return {}
         config = parse_run_config(load_config_file(arguments.config), METHODS)

@@ -68,7 +68,7 @@ _HEADING_LENGTH = 60
 
 
 def add(parser: argparse.ArgumentParser) -> Run:
-    """Continue prompts or talk, with a base or with adapters on it."""
+    """Generate text from prompts or interactively, with a base or with adapters on it."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = EPILOG
     add_base(parser)
@@ -79,7 +79,9 @@ def add(parser: argparse.ArgumentParser) -> Run:
         "--prompt", action="append", default=[], metavar="TEXT", help="may be given several times"
     )
     prompts.add_argument("--prompts", type=Path, metavar="FILE", help="see below")
-    prompts.add_argument("--interactive", action="store_true", help="talk; see below")
+    prompts.add_argument(
+        "--interactive", action="store_true", help="read prompts from the terminal; see below"
+    )
 
     prompt_format = parser.add_argument_group("prompt format")
     prompt_format.add_argument(
@@ -279,7 +281,7 @@ def _check_flags(arguments: argparse.Namespace) -> None:
             f"give one of {', '.join(sources)}; got {' and '.join(given) or 'none of them'}"
         )
     if arguments.interactive and (arguments.output is not None or arguments.samples != 1):
-        raise ConfigError("--interactive: goes without --output and --samples")
+        raise ConfigError("--interactive: cannot be combined with --output or --samples")
     if arguments.batch_size < 1:
         raise ConfigError(f"--batch-size: must be positive, got {arguments.batch_size}")
     if arguments.output is not None:

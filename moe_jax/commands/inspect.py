@@ -58,10 +58,11 @@ def add(parser: argparse.ArgumentParser) -> Run:
 
     def run(arguments: argparse.Namespace) -> None:
         if arguments.adapter is not None:
-            _refuse(arguments, fit, "goes without --adapter, whose folder specifies its method")
+            problem = "cannot be combined with --adapter; its folder defines the method"
+            _refuse(arguments, fit, problem)
             _inspect_routing(arguments)
         else:
-            _refuse(arguments, routing, "goes with --adapter, which is missing")
+            _refuse(arguments, routing, "requires --adapter")
             if arguments.base is None:
                 raise ConfigError(
                     "give --adapter with --data, --tasks or --text to inspect its routing, or "

@@ -85,7 +85,7 @@ def _upcycle(parser: argparse.ArgumentParser) -> Operate:
         help=f"one of {', '.join(ROUTERS)}, for example top_p:top_p=0.8 (default: the method's)",
     )
     _add_seed(parser, "the routers")
-    _add_data(parser, needed="if the result is not exact")
+    _add_data(parser, condition="if the result is not exact")
     parser.set_defaults(flags={"num_experts": "--experts"})
     return lambda arguments: moe_jax.surgery.upcycle(
         arguments.adapter,
@@ -128,7 +128,7 @@ def _from_dense(parser: argparse.ArgumentParser) -> Operate:
         help="ignore differences elsewhere, in norms or embeddings; an error otherwise",
     )
     _add_seed(parser, "columns of A beyond the rank of the difference")
-    _add_data(parser, needed="", base=False)
+    _add_data(parser, base=False)
     add_output(parser)
     return lambda arguments: moe_jax.surgery.from_dense(
         arguments.base,
@@ -153,7 +153,7 @@ def _prune(parser: argparse.ArgumentParser) -> Operate:
     parser.add_argument(
         "--keep", type=int, required=True, metavar="N", help="number of experts to keep per router"
     )
-    _add_data(parser, needed="always")
+    _add_data(parser, required=True)
     return lambda arguments: moe_jax.surgery.prune(
         arguments.adapter,
         arguments.keep,
@@ -190,7 +190,7 @@ def _grow(parser: argparse.ArgumentParser) -> Operate:
         "(default: %(default)s)",
     )
     _add_seed(parser, "the noise")
-    _add_data(parser, needed="if the result is not exact, and without --split")
+    _add_data(parser, condition="if the result is not exact, and without --split")
     return lambda arguments: moe_jax.surgery.grow(
         arguments.adapter,
         add=arguments.add,
@@ -231,7 +231,7 @@ def _merge(parser: argparse.ArgumentParser) -> Operate:
         "(default: %(default)s)",
     )
     _add_seed(parser, "columns of A beyond the rank of the mean")
-    _add_data(parser, needed="always")
+    _add_data(parser, required=True)
     return lambda arguments: moe_jax.surgery.merge(
         arguments.adapter,
         into=arguments.into,
@@ -272,14 +272,21 @@ def _add_seed(parser: argparse.ArgumentParser, subject: str) -> None:
     )
 
 
-def _add_data(parser: argparse.ArgumentParser, *, needed: str, base: bool = True) -> None:
-    condition = f"; required {needed}" if needed else ""
+def _add_data(
+    parser: argparse.ArgumentParser,
+    *,
+    required: bool = False,
+    condition: str = "",
+    base: bool = True,
+) -> None:
+    """Adds --data, required always or on a condition, and --base."""
     parser.add_argument(
         "--data",
         type=Path,
-        required=needed == "always",
+        required=required,
         metavar="FILE",
-        help=f"text to measure on, a .txt or rows with a column `text`{condition}",
+        help="text to measure on, a .txt or rows with a column `text`"
+        + (f"; required {condition}".rstrip() if required or condition else ""),
     )
     if base:
         parser.add_argument(

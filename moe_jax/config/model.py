@@ -209,11 +209,11 @@ class ModelConfig:
         require(
             slides == (self.sliding_window is not None),
             "sliding_window",
-            "goes with layer_types that name sliding layers",
+            "requires layer_types with sliding layers",
         )
         local = self.sliding_rope
         if local is not None:
-            require(slides, "sliding_rope", "goes with layer_types that name sliding layers")
+            require(slides, "sliding_rope", "requires layer_types with sliding layers")
             with field_prefix("sliding_rope"):
                 local.check_head_dim(self.head_dim)
                 require(
@@ -246,9 +246,9 @@ class ComputeConfig:
         again. `none` keeps all values. `dots` keeps the outputs of matrix products with weights.
         `frozen` keeps the products of frozen projections and the low-rank activations of adapters,
         so that no large product is computed again (`benchmarks/remat.md`: half of the memory of
-        `dots` for 1% more work). `narrow` keeps those of them that are narrower than the FFN.
-        `full` keeps the layer's input alone. Default `frozen`; use `narrow` or `full` if a step
-        runs out of memory.
+        `dots` for 1% more work). `narrow` is as `frozen`, without FFN-wide products. `full`
+        keeps the layer's input alone. Default `frozen`; use `narrow` or `full` if a step runs out
+        of memory.
     """
 
     dtype: FloatType

@@ -31,7 +31,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
         verb = "needs" if needed > len(devices) else "uses only"
         raise DeviceError(
             f"config.mesh: {shape} {verb} {needed} devices, but {len(devices)} "
-            f"({devices[0].platform}) are there; change mesh.data, mesh.fsdp or mesh.tensor"
+            f"({devices[0].platform}) are available; change mesh.data, mesh.fsdp or mesh.tensor"
         )
     # `make_mesh` orders the devices by their interconnect. Axes are Auto: XLA's partitioner
     # propagates shardings from the parameters and constraints.

@@ -264,7 +264,7 @@ def test_a_conversation_that_fills_the_context(scripted, monkeypatch, capsys):
         (["--prompt", "a", "--template", "qestion"], "did you mean 'question'"),
         (["--prompt", "a", "--batch-size", "0"], "--batch-size: must be positive"),
         (["--prompt", "a", "--output", "x.txt"], "--output x.txt: must end in .jsonl"),
-        (["--interactive", "--samples", "2", "--temperature", "1"], "--interactive: goes without"),
+        (["--interactive", "--samples", "2", "--temperature", "1"], "--interactive: cannot be"),
         (["--prompts", "missing.jsonl"], "missing.jsonl: cannot be read"),
         (["--prompts", "a.csv"], "a.csv: must end in one of .txt, .jsonl"),
         (["--prompt", "a", "--adapter", "base=x"], "'base' is the base's name"),

@@ -89,9 +89,9 @@ def test_the_adapters_of_a_configuration(capsys):
         (["--base", "{}", "--method", "lora", "--num-experts", "4"], "lora has no experts"),
         (["--base", "{}", "--method", "mixlora", "--num-experts", "1"], "num_experts: must be"),
         (["--base", "{}", "--method", "mola", "--num-experts", "2,4,8"], "into 3 equal groups"),
-        (["--base", "{}", "--rank", "4"], "--rank: goes with --method"),
-        (["--base", "{}", "--data", "a.txt"], "--data: goes with --adapter"),
-        (["--base", "{}", "--column", "text=a"], "--column: goes with --adapter"),
+        (["--base", "{}", "--rank", "4"], "--rank: requires --method"),
+        (["--base", "{}", "--data", "a.txt"], "--data: requires --adapter"),
+        (["--base", "{}", "--column", "text=a"], "--column: requires --adapter"),
     ],
 )
 def test_errors_are_one_line(capsys, arguments, words):

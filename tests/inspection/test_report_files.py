@@ -148,8 +148,14 @@ def test_the_command(setting, tmp_path, capsys):
         (["--output", "{}", "--data", "{}/empty.txt"], "holds no rows"),
         (["--output", "{}", "--text", ""], "text: text 1 is empty"),
         (["--output", "{}", "--data", "{}/rows.jsonl"], "if the rows have another schema, give it"),
-        (["--output", "{}", "--text", "a", "--method", "lora"], "--method: goes without --adapter"),
-        (["--output", "{}", "--text", "a", "--rank", "0"], "--rank: goes without --adapter"),
+        (
+            ["--output", "{}", "--text", "a", "--method", "lora"],
+            "--method: cannot be combined with --adapter",
+        ),
+        (
+            ["--output", "{}", "--text", "a", "--rank", "0"],
+            "--rank: cannot be combined with --adapter",
+        ),
     ],
 )
 def test_errors_are_one_line_and_leave_nothing(setting, tmp_path, capsys, arguments, words):

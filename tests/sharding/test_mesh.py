@@ -35,9 +35,17 @@ def test_neighbours_share_the_innermost_axis(devices):
 @pytest.mark.parametrize(
     ("config", "count", "message"),
     [
-        ({"data": 16}, 8, "data=16 x fsdp=1 x tensor=1 needs 16 devices, but 8 (cpu) are there"),
+        (
+            {"data": 16},
+            8,
+            "data=16 x fsdp=1 x tensor=1 needs 16 devices, but 8 (cpu) are available",
+        ),
         ({"fsdp": 3, "tensor": 3}, 8, "data=1 x fsdp=3 x tensor=3 needs 9 devices, but 8"),
-        ({"data": 4}, 8, "data=4 x fsdp=1 x tensor=1 uses only 4 devices, but 8 (cpu) are there"),
+        (
+            {"data": 4},
+            8,
+            "data=4 x fsdp=1 x tensor=1 uses only 4 devices, but 8 (cpu) are available",
+        ),
         ({"fsdp": 3}, 8, "data=2 x fsdp=3 x tensor=1 uses only 6 devices, but 8"),
         ({"data": 2}, 1, "data=2 x fsdp=1 x tensor=1 needs 2 devices, but 1"),
     ],

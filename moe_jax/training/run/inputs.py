@@ -302,6 +302,6 @@ def require_same_inputs(
             )
         if former >= step > count:
             raise ConfigError(
-                f"{field}: {count} steps, but {folder} is at step {step}; ask for more, or give "
-                "another --workdir"
+                f"{field}: {count} steps, but {folder} is at step {step}; set a larger number, "
+                "or give another --workdir"
             )
