@@ -48,7 +48,7 @@ def test_the_initial_adapter_does_not_depend_on_the_mesh(alone):
         np.testing.assert_array_equal(leaf, alone[path], err_msg=path)
 
 
-def test_it_depends_on_the_seed(alone):
+def test_the_initial_adapter_depends_on_the_seed(alone):
     method = {**tiny_program.LORA, "target_modules": ("q_proj",)}
     for seed, equal in ((0, True), (1, False)):
         drawn = _by_path(_state({"x": method}, training={"seed": seed}).adapters["x"])

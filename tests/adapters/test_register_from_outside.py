@@ -95,7 +95,7 @@ def trained():
     return program, before, jax.tree.map(np.asarray, state.adapters), jax.device_get(metrics)
 
 
-def test_they_train(trained):
+def test_registered_methods_train(trained):
     _, before, after, metrics = trained
     gain = before["rescaled"]["layers"]["self_attn"]["q_proj"]["gain"]
     np.testing.assert_array_equal(gain, np.ones((3, 48)))
@@ -109,7 +109,7 @@ def test_they_train(trained):
     assert metrics["routed/dead_experts"] == 2 * 3
 
 
-def test_they_are_saved_and_loaded_by_name(trained, tmp_path):
+def test_registered_methods_are_saved_and_loaded_by_name(trained, tmp_path):
     program, _, after, _ = trained
     for segment in program.adapter_rows:
         tree = jax.tree.map(jnp.asarray, after[segment.name])

@@ -123,7 +123,7 @@ def test_by_hand():
     np.testing.assert_array_equal(tokens.load[0], [[1, 1, 0], [1, 0, 1], [0, 0, 0]])
 
 
-def test_training_does_not_know_of_it(monkeypatch):
+def test_training_does_not_sow_token_routing(monkeypatch):
     # Of both kinds of routers, in one step.
     methods = {name: METHODS_BY_SITE[name][0] for name in ("top_k", "mola")}
 
@@ -137,7 +137,7 @@ def test_training_does_not_know_of_it(monkeypatch):
     assert "dot_general" in with_it
 
 
-def test_the_comparison_of_programs_would_see_it():
+def test_sowing_token_routing_changes_the_program():
     program = tiny_program.program({"x": _FFN}, rows=2)
     batch = tiny_program.random_batch(2)
 

@@ -111,7 +111,7 @@ def test_seconds_in_words(tmp_path):
     assert "1 of 2 settings, but not at the largest E R" in growth_seconds.summary(run)
 
 
-def test_what_is_counted_is_what_the_products_need(rows):
+def test_counted_operations_equal_the_algebra(rows):
     for row in rows:
         shape = counts.shape_of(row.experts, row.rank)
         assert 0.99 <= row.of_algebra <= 1.02, row

@@ -7,7 +7,7 @@ import pytest
 from benchmarks import quantized
 
 
-def test_what_a_checkpoint_takes(tmp_path, capsys):
+def test_time_and_size_of_checkpoints(tmp_path, capsys):
     output = tmp_path / "figures.json"
     assert quantized.main(["--megabytes=8", "--steps=0", f"--output={output}"]) == 0
     written = json.loads(output.read_text())

@@ -36,7 +36,7 @@ def test_the_table_is_true(method, policy):
     assert cost.temporary / 2**30 == pytest.approx(written[1], rel=COMPILED_BYTES)
 
 
-def test_what_a_policy_keeps_it_need_not_compute_again():
+def test_policies_that_keep_more_compute_less():
     rows = _written()
     assert list(rows) == list(POLICIES)
     for row in rows.values():  # the ratios are those of the figures beside them
@@ -59,7 +59,7 @@ def test_the_default_costs_little_of_either():
     assert 2 * 6.74e9 + rows["frozen"][4] / 2 * 2**30 < 24e9
 
 
-def test_the_loss_has_no_part_in_the_peak(monkeypatch):
+def test_peak_memory_excludes_the_loss(monkeypatch):
     in_chunks = step_cost("MixLoRA", "full")
     calls = []
 
@@ -74,7 +74,7 @@ def test_the_loss_has_no_part_in_the_peak(monkeypatch):
     assert calls  # the step has gone through the logits
 
 
-def test_without_a_compiler_for_tpus_it_says_what_to_install(monkeypatch, capsys):
+def test_a_missing_tpu_compiler_names_the_package(monkeypatch, capsys):
     def refuse(*_, **__):
         raise RuntimeError("JAX TPU support not installed")
 

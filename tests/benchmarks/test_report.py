@@ -8,7 +8,7 @@ from benchmarks.report import check_output, refuse
 from moe_jax.errors import ConfigError
 
 
-def test_looking_at_the_output_changes_nothing(tmp_path):
+def test_checking_the_output_writes_nothing(tmp_path):
     new, old = tmp_path / "new.json", tmp_path / "old.json"
     old.write_text("figures")
     for file in (new, old, None):
@@ -17,7 +17,7 @@ def test_looking_at_the_output_changes_nothing(tmp_path):
     assert old.read_text() == "figures"
 
 
-def test_an_output_that_the_system_refuses(tmp_path, monkeypatch):
+def test_an_output_that_cannot_be_written_is_refused(tmp_path, monkeypatch):
     def refuse_to_open(*_):
         raise PermissionError(13, "Permission denied")
 
@@ -37,6 +37,6 @@ def test_an_output_that_the_system_refuses(tmp_path, monkeypatch):
         ("--rows: must be positive", "--rows: must be positive"),
     ],
 )
-def test_fields_are_called_by_their_flags(message, printed, capsys):
+def test_field_errors_name_the_flags(message, printed, capsys):
     assert refuse(ConfigError(message)) == 2
     assert capsys.readouterr().err == f"error: {printed}\n"

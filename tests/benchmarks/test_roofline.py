@@ -239,7 +239,7 @@ def test_loops_within_loops_run_as_often_as_both_say():
     assert model.unknown_loops == 0
 
 
-def test_a_loop_of_unknown_length_is_one_round_and_said():
+def test_a_loop_of_unknown_length_counts_once_and_is_reported():
     text = _program(
         "%s = (s32[], f32[10]{0}) parameter(0)",
         "ROOT %loop = (s32[], f32[10]{0}) while(%s), condition=%condition, body=%inner_body",
@@ -275,7 +275,7 @@ BRANCHES = """
         ("async-start(%x), calls=%one", ["negate"]),
     ],
 )
-def test_what_is_called_is_launched_and_of_branches_one(call, kinds):
+def test_called_computations_and_the_largest_branch_are_launched(call, kinds):
     text = _program(
         "%x = f32[10]{0} parameter(0)", f"ROOT %y = f32[10]{{0}} {call}", before=BRANCHES
     )
@@ -347,6 +347,6 @@ def test_bytes_of_types(text, size):
     assert sum(array.bytes for array in arrays_of(text)) == size
 
 
-def test_text_that_is_no_program_is_refused():
+def test_text_that_is_not_a_program_is_refused():
     with pytest.raises(ValueError, match="no ENTRY computation"):
         parse_module("HloModule empty")

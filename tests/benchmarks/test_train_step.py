@@ -65,7 +65,7 @@ def rows(figures):
     return {row["method"]: row for row in figures["rows"]}
 
 
-def test_all_methods_are_there_and_the_machine_is_named(figures, rows):
+def test_the_report_has_all_methods_and_the_machine(figures, rows):
     assert list(rows) == ["frozen", "lora", "mixlora", "peft"]
     assert {row["error"] for row in rows.values()} == {None}
     machine = figures["machine"]
@@ -222,7 +222,7 @@ def test_rounds_take_turns_and_leave_out_what_does_not_fit():
     assert order.count("b") == 1, "it has failed while it warmed up, and is left out since"
 
 
-def test_a_method_without_memory_says_so_and_the_run_goes_on(monkeypatch, tmp_path, capsys):
+def test_a_method_out_of_memory_is_reported_and_the_run_continues(monkeypatch, tmp_path, capsys):
     def refuse(name, args):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes")
 
