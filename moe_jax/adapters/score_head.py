@@ -29,9 +29,7 @@ class ScoreHead(nn.Module):
 
 
 class ScoreHeads(nn.Module):
-    """The score heads of all classification adapters; gives them the path `score` in their
-    trees.
-    """
+    """The score heads of all classification adapters, at the path `score` of their trees."""
 
     adapter_rows: tuple[AdapterRows, ...]
 

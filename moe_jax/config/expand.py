@@ -71,8 +71,8 @@ class SweepConfig:
       grid: tuple of values for each swept field of the adapter, by dotted name or in nested groups:
         `{"optimizer.learning_rate": (1e-4, 3e-4)}` or
         `{"optimizer": {"learning_rate": (1e-4, 3e-4)}}`. At most 64 combinations. Required.
-      adapter: name of the adapter that is the template; all fields outside of the grid are its own.
-        Default None: the file's single adapter.
+      adapter: name of the adapter that is the template; other fields are copied from it. Default
+        None: the file's single adapter.
     """
 
     grid: dict[str, Any]

@@ -102,8 +102,7 @@ class Nf4Kernel:
         high half.
       scales: bfloat16 [..., blocks, out], or `DoubleScales`; the last block may be shorter. Eight
         bits suffice: for normally distributed weights the codes have an error of 9%, and the
-          rounded
-        scales one of 0.1%.
+        rounded scales one of 0.1%.
     """
 
     codes: jax.Array

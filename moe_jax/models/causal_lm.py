@@ -153,11 +153,7 @@ class LlamaForCausalLM(nn.Module):
         return self.score(hidden, token_mask)
 
     def language_model_rows(self, array: jax.Array) -> jax.Array | None:
-        """The rows of `array` [B, ...] without those of classification adapters; None if none is
-        left.
-
-        They keep their order.
-        """
+        """The rows of `array` [B, ...] of adapters without a score head; None if there are none."""
         others = [rows for rows in self.adapter_rows if not is_classifier(rows.method)]
         if len(others) == len(self.adapter_rows):
             return array

@@ -88,9 +88,8 @@ class ProjectionMixture(nn.Module):
       axes: logical axes of the projection's kernel, (in, out).
 
     All layers have leaves for E experts, the largest number. In a layer with fewer, the last ones
-    are
-    absent: no token reaches them, their router logits are `ABSENT`, and their leaves start at zero
-    (DoRA's magnitudes at the norms of W) and get no gradient.
+    are absent: no token reaches them, their router logits are `ABSENT`, and their leaves start at
+    zero (DoRA's magnitudes at the norms of W) and get no gradient.
 
     Leaves: `router/kernel` [in, E], and the pairs; see `ExpertLora`.
     """

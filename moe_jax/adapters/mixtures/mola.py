@@ -23,8 +23,7 @@ class MolaConfig(MixtureConfig):
 
     All layers run in one scanned program and have the same shapes: leaves, optimizer moments and
     products for max(num_experts) experts. The experts that a layer lacks are zero and cost as much
-    as
-    the others: 2-4-6-8 costs the same as 8-8-8-8.
+    as the others: 2-4-6-8 costs the same as 8-8-8-8.
 
     Losses are computed for each router and averaged (`per_layer`). The scope `pooled` sums the
     statistics of all layers at one projection, and so needs equal numbers of experts in all layers.

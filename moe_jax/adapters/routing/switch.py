@@ -106,7 +106,7 @@ class SwitchRouter(Router):
     def _serve(
         self, router_logits: jax.Array, chosen: jax.Array, counts: jax.Array, tokens: jax.Array
     ) -> Routing:
-        """Routing with the tokens served for which their expert has capacity.
+        """Routing in which tokens beyond an expert's capacity overflow.
 
         Args:
           router_logits: float32 [B, S, E].
