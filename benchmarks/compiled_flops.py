@@ -1,7 +1,7 @@
 """FLOPs and bytes moved of a compiled program, with all iterations of its loops.
 
 `Compiled.cost_analysis` counts one iteration of a loop, such as the scan over layers. Here the body
-of each loop is analysed separately and multiplied by its trip count. Needs jax only.
+of each loop is analyzed separately and multiplied by its trip count. Needs jax only.
 """
 
 import functools

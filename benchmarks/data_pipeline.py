@@ -1,9 +1,9 @@
-"""Speed of tokenising a data set and of drawing batches from it.
+"""Speed of tokenizing a data set and of drawing batches from it.
 
     python benchmarks/data_pipeline.py --output data_pipeline.json
     python benchmarks/data_pipeline.py --consumed 100000 --rows 64
 
-Generated rows are read and tokenised without a cache, read again from the cache, and drawn as the
+Generated rows are read and tokenized without a cache, read again from the cache, and drawn as the
 training loop draws them: shuffled, grouped by length, padded, joined into one batch. No device is
 used. The last column is the ratio to the tokens per second that training consumes (`--consumed`);
 above 1, the device never waits for data. The default is the fastest published LoRA of a 7B model on
@@ -70,7 +70,7 @@ def figure(
 
 
 def measure(folder: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Figures of the three stages: tokenising, reading the cache, drawing batches."""
+    """Figures of the three stages: tokenizing, reading the cache, drawing batches."""
     tokenizer = write_tokenizer(folder)
     say(f"writing {args.examples} rows")
     write_rows(folder / ROWS, args.examples)
@@ -90,7 +90,7 @@ def measure(folder: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
         )
         drawn.append(duration)
     return [
-        figure("tokenised without a cache", rows, tokens, fresh, args.consumed),
+        figure("tokenized without a cache", rows, tokens, fresh, args.consumed),
         figure("read from the cache", rows, tokens, cached, args.consumed),
         figure("drawn as batches", args.batches * args.rows, drawn_tokens, drawn, args.consumed),
     ]

@@ -147,7 +147,7 @@ def layer_cost(
     Args:
       method: adapter method; None for the frozen layer.
       shape: sizes of the layer and its batch.
-      remat: policy of rematerialisation, see `ComputeConfig.remat`.
+      remat: policy of rematerialization, see `ComputeConfig.remat`.
     """
     step, arguments = layer_step(method, shape, remat)
     compiled = jax.jit(step).lower(*arguments).compile()
@@ -170,7 +170,7 @@ def layer_step(
     Args:
       method: adapter method; None for the frozen layer.
       shape: sizes of the layer and its batch.
-      remat: policy of rematerialisation, see `ComputeConfig.remat`.
+      remat: policy of rematerialization, see `ComputeConfig.remat`.
 
     Returns:
       The function, and the shapes of its arguments: the adapter's weights, the frozen weights, the

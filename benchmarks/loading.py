@@ -7,7 +7,7 @@ Writes a random checkpoint, of about --megabytes or of a named --size, in severa
 it in new processes on one device and on eight fake CPU devices, in float32 and in bfloat16. The
 `RssAnon + RssShmem` of a loading process is sampled in /proc every millisecond. It excludes pages
 of files, which the system can drop at any time and which `VmHWM` counts. The baseline is the same
-process with all imports and an initialised jax.
+process with all imports and an initialized jax.
 
 Linux only. Exit status 1 if a peak is above --limit times the bytes of the parameters.
 """

@@ -23,7 +23,7 @@ def random_params(abstract: Any, shardings: Any, param_dtype: str, seed: int = 0
     """Draws the random weights of a base, each on its devices.
 
     Layers are drawn one at a time, so that only one layer's kernel is in memory in float32 before
-    it is rounded or quantised.
+    it is rounded or quantized.
 
     Args:
       abstract: shapes and dtypes of the leaves, see `Program.abstract_params`.
@@ -57,7 +57,7 @@ def random_params(abstract: Any, shardings: Any, param_dtype: str, seed: int = 0
     def random_leaf(path: Any, leaf: Any, place: Any, key: jax.Array) -> Any:
         if path[-1].key == "scale":
             return jax.device_put(np.ones(leaf.shape, leaf.dtype), place)
-        # A quantised kernel has a tree of shardings, equal for equal shapes.
+        # A quantized kernel has a tree of shardings, equal for equal shapes.
         leaf_places, form = jax.tree.flatten(place)
         stored = kind if is_kernel(leaf) else leaf.dtype
         return draw_function(leaf.shape, stored, form, *leaf_places)(key)

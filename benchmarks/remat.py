@@ -1,4 +1,4 @@
-"""FLOPs and memory of each rematerialisation policy at 7B, read from compiled programs.
+"""FLOPs and memory of each rematerialization policy at 7B, read from compiled programs.
 
     python benchmarks/remat.py --output benchmarks/remat.md
     python benchmarks/remat.py --compile-for v5p
@@ -157,7 +157,7 @@ def as_markdown(costs: dict[str, list[StepCost] | None], generation: str | None 
             arguments=arguments[1],
         )
     lines = [
-        "# Rematerialisation of a 7B step: operations and memory",
+        "# Rematerialization of a 7B step: operations and memory",
         "",
         header,
         "",

@@ -1,4 +1,4 @@
-"""Roofline model of the time of a compiled GPU program, from its optimised HLO text.
+"""Roofline model of the time of a compiled GPU program, from its optimized HLO text.
 
 The time of a kernel is the maximum of the times of its FLOPs and of the bytes that it reads and
 writes, plus a constant for its launch. Kernels run one after another, and the body of a loop runs
@@ -134,7 +134,7 @@ def roofline(text: str, rates: Rates = H200) -> Roofline:
     """Estimates the time of a program on one GPU.
 
     Args:
-      text: optimised program from `Compiled.as_text`.
+      text: optimized program from `Compiled.as_text`.
       rates: rates of the GPU.
     """
     module = parse_module(text)

@@ -120,7 +120,7 @@ def _mesh(text: str | None) -> dict[str, int]:
 
 @dataclasses.dataclass
 class CompiledStep:
-    """A step that can be compiled, initialised and repeated.
+    """A step that can be compiled, initialized and repeated.
 
     Attributes:
       name: name of the method.

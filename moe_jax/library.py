@@ -52,7 +52,7 @@ class Base(BaseModel):
 
     @functools.cached_property
     def session(self) -> InferenceSession:
-        """Session of `generate`; computes in the dtype of the parameters that are not quantised."""
+        """Session of `generate`; computes in the dtype of the parameters that are not quantized."""
         dtype: Any = storage_of(self.param_dtype).dtype.name
         return InferenceSession(self, {}, dtype=dtype)
 
@@ -96,8 +96,8 @@ class AdaptedModel:
 
         Args:
           base: result of `load_base`.
-          adapters: saved adapters, or methods, whose weights are initialised.
-          seed: random seed of the initialisation.
+          adapters: saved adapters, or methods, whose weights are initialized.
+          seed: random seed of the initialization.
           compute_dtype: see `ComputeConfig.dtype`.
 
         Raises:
@@ -227,7 +227,7 @@ def export_adapter(
       base: path of the base for the other tool, and where a whole model's base is read; by default
         the path at training.
       weights: weights of the experts that `llama` merges: `average` (default) or `utilisation`.
-      data: text file on which `llama` measures utilisation and the change by merging; see
+      data: text file on which `llama` measures the loads of experts and the change by merging; see
         `load_token_rows`. Required for adapters with experts.
       push_to_hub: `OWNER/NAME`, repository on the hub to upload the complete `output` to. Access is
         checked first; `output` is kept in any case.

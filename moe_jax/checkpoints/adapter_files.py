@@ -58,7 +58,7 @@ class Description:
       method: fields of the method, and its `name`.
       base: identity of the base model that it was trained on.
       model: fields of the base model's architecture.
-      step: number of optimiser steps it was trained for.
+      step: number of optimizer steps it was trained for.
       leaves: shape and type of every weight, by path.
       checksums: checksum of every weight, by path.
     """
@@ -80,7 +80,7 @@ class SavedAdapter(NamedTuple):
       tree: weights, as in `TrainState.adapters[name]`.
       model: architecture of the base model.
       base: identity of the base model.
-      step: number of optimiser steps it was trained for.
+      step: number of optimizer steps it was trained for.
       training: record of the training; None if there is none.
       pictures: content of picture files by name, see `PICTURES`.
     """

@@ -17,7 +17,7 @@ _written_folders: set[str] = set()
 
 
 def register_folder(folder: Path) -> None:
-    """Registers a folder whose late write errors `silence_late_errors` recognises by its path."""
+    """Registers a folder whose late write errors `silence_late_errors` recognizes by its path."""
     _written_folders.add(str(folder.absolute()))
 
 

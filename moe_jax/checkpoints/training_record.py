@@ -65,15 +65,15 @@ class TrainingRecord:
       base: `path`, `revision` and `param_dtype` of the base model.
       compute_dtype: see `ComputeConfig.dtype`.
       optimizer: fields of `OptimizerConfig`.
-      batch_size: rows per optimiser step.
+      batch_size: rows per optimizer step.
       micro_batches: number of parts of each batch.
       max_length: maximum number of tokens of a row.
       packing: see `DataConfig.packing`.
       train_on_prompt: True if the tokens of the prompt count in the loss.
-      seed: seed of the initialisation and of the order of the rows.
+      seed: seed of the initialization and of the order of the rows.
       start_from: folder of the initial adapter; None for a fresh adapter, and in records of version
         1, which lack the field.
-      step: optimiser step after which the weights were saved.
+      step: optimizer step after which the weights were saved.
       total_steps: number of steps planned.
       train, validation: data sets by their names in the run.
       training_loss: loss in the last line of metrics up to `step`: nats per target token, nats per
@@ -153,7 +153,7 @@ def add_accuracies(folder: Path, step: int, accuracies: Mapping[str, Mapping[str
 
     Args:
       folder: folder of the adapter.
-      step: optimiser step of the evaluated weights.
+      step: optimizer step of the evaluated weights.
       accuracies: accuracies by task and measure.
 
     Raises:

@@ -27,7 +27,7 @@ routing of an adapter:
       entropy.png .csv        entropy of the routers by layer
       load_by_data.png .csv   load by data set, if there are several
       routing.json            all of these numbers
-      tokens.html             a page that colours each token by its experts
+      tokens.html             a page that colors each token by its experts
 
   If a layer has several routers (loramoe, mola), the first of mlp/gate_proj, mlp/up_proj,
   mlp/down_proj, self_attn/q_proj, ... is inspected, or the one of --site.

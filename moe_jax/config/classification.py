@@ -72,7 +72,7 @@ class ClassificationConfig:
       metrics: validation metrics besides the loss: `accuracy`, `f1` (of the second of two labels)
         and `matthews` for classes; `pearson` and `spearman` for regression. Default: those of the
         GLUE task; else `accuracy`, or for regression both correlations.
-      init_std: standard deviation of the head's normal initialisation. Default 0.02, as in
+      init_std: standard deviation of the head's normal initialization. Default 0.02, as in
         transformers.
     """
 

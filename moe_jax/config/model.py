@@ -9,7 +9,7 @@ FloatType = Literal["float32", "bfloat16", "float16"]
 StorageType = Literal["float32", "bfloat16", "float16", "int8", "fp8", "nf4", "nf4_double"]
 """Storage types of frozen parameters.
 
-A quantised type applies to the kernels of the decoder layers' projections; the other parameters
+A quantized type applies to the kernels of the decoder layers' projections; the other parameters
 (embedding, head, norms, biases) are then bfloat16.
 """
 
@@ -133,8 +133,8 @@ class ModelConfig:
       model_type: model family, as in `config.json`; it decides the names of the tensors.
       qkv_bias: the query, key and value projections have a bias, and the output projection does
         not.
-      qk_norm: query and key heads are normalised before they are rotated (arXiv:2302.05442).
-      post_norms: the outputs of attention and FFN are normalised before they are added.
+      qk_norm: query and key heads are normalized before they are rotated (arXiv:2302.05442).
+      post_norms: the outputs of attention and FFN are normalized before they are added.
       norm_unit_offset: norms scale by one plus their weight.
       scale_embeddings: token embeddings are multiplied by sqrt(hidden_size).
       query_pre_attn_scalar: number whose square root divides attention scores; None is `head_dim`.

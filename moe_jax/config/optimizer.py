@@ -1,4 +1,4 @@
-"""Optimiser and learning-rate schedule of one adapter."""
+"""Optimizer and learning-rate schedule of one adapter."""
 
 import math
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ class ScheduleConfig:
 
     Attributes:
       kind: shape of the decay: `linear`, `cosine`, or `constant` for no decay. Default `linear`.
-      warmup_steps: optimiser steps of warm-up. Exclusive with `warmup_ratio`. Default None: no
+      warmup_steps: optimizer steps of warm-up. Exclusive with `warmup_ratio`. Default None: no
         warm-up. Set it if the loss jumps in the first steps.
       warmup_ratio: warm-up as a share of all steps, in [0, 1). Default None.
       final_fraction: learning rate of the last step, as a fraction of the peak. Default 0.
@@ -43,7 +43,7 @@ class ScheduleConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """Optimiser of one adapter.
+    """Optimizer of one adapter.
 
     Attributes:
       learning_rate: peak learning rate of the schedule. Required; 1e-4 to 3e-4
@@ -89,6 +89,6 @@ class OptimizerConfig:
 
     @property
     def second_decay(self) -> float:
-        """`b2`, or its default for this optimiser."""
+        """`b2`, or its default for this optimizer."""
         usual = 0.99 if self.name == "lion" else 0.999
         return usual if self.b2 is None else self.b2

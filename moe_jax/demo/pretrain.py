@@ -94,7 +94,7 @@ def pretrain(folder: Path, *, steps: int, seed: int = 0, dtype: str = "bfloat16"
 
     Args:
       folder: gets tokenizer, `config.json` and `model.safetensors`.
-      steps: optimiser steps; the learning rate falls to zero over them.
+      steps: optimizer steps; the learning rate falls to zero over them.
       seed: random seed of the weights and the text.
       dtype: type of the written weights; training is in float32.
 

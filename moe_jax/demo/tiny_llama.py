@@ -99,7 +99,7 @@ def random_tensors(hf_config: dict[str, Any], seed: int) -> dict[str, np.ndarray
 def write_checkpoint(
     folder: Path, *, seed: int, shards: int = 1, dtype: str = "float32", **overrides: Any
 ) -> dict[str, Any]:
-    """Writes `config.json` and randomly initialised weights into `folder`.
+    """Writes `config.json` and randomly initialized weights into `folder`.
 
     Args:
       folder: folder, created if it does not exist.

@@ -1,1 +1,1 @@
-"""Text generation: prompts, the cache of keys and values, sampling and detokenisation."""
+"""Text generation: prompts, the cache of keys and values, sampling and detokenization."""

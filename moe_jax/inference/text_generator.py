@@ -1,4 +1,4 @@
-"""Generation of text: batches of prompts, their continuation and incremental detokenisation.
+"""Generation of text: batches of prompts, their continuation and incremental detokenization.
 
 Rows of a batch share its length and its compiled program, so prompts are batched by adapter and
 length. Answers depend on neither: see `Request.number`.
@@ -175,7 +175,7 @@ class Detokeniser:
     """Incremental conversion of the tokens after a prompt to text.
 
     Tokens are decoded together with those before them, because the text of a token depends on its
-    neighbours: a character may be spread over several tokens, and SentencePiece tokenizers drop a
+    neighbors: a character may be spread over several tokens, and SentencePiece tokenizers drop a
     leading space. Only the tokens since the last piece of text are decoded again, so that the cost
     of a token does not grow with the text. Special tokens have no text.
     """

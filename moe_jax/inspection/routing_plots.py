@@ -1,6 +1,6 @@
 """Figures of a routing report, for files and notebooks.
 
-Heat maps have the colours of training's: white is balanced, red more, blue less, grey absent.
+Heat maps have the colors of training's: white is balanced, red more, blue less, gray absent.
 """
 
 import math
@@ -16,9 +16,9 @@ from moe_jax.adapters.tree import expert_name
 from moe_jax.inspection.routing_report import RoutingReport
 
 _MAX_COLOUR_VALUE = 2.0
-"""Value of the darkest red of a heat map; larger values have the same colour."""
+"""Value of the darkest red of a heat map; larger values have the same color."""
 _LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
-"""Okabe and Ito (2008), distinguishable with any colour vision."""
+"""Okabe and Ito (2008), distinguishable with any color vision."""
 _ABSENT_COLOUR = "0.8"
 
 
@@ -55,7 +55,7 @@ def coactivation_map(report: RoutingReport) -> Figure:
     )
     axes.set_aspect("equal")
     axes.set(
-        xlabel="expert (grey: with itself)",
+        xlabel="expert (gray: with itself)",
         ylabel="expert",
         xticks=range(experts),
         yticks=range(experts),
@@ -93,7 +93,7 @@ def coactivation_by_layer(report: RoutingReport) -> Figure:
         f"Experts that serve a token together, {report.adapter!r}, layer by layer\n"
         f"at {report.site}, {_tokens(report)}"
     )
-    figure.supxlabel("expert (grey: with itself)")
+    figure.supxlabel("expert (gray: with itself)")
     figure.supylabel("expert")
     _colour_bar(figure, image, list(grid), "tokens with both / mean of all pairs")
     return figure

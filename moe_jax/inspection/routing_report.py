@@ -172,7 +172,7 @@ def merge_statistics(statistics: Sequence[RoutingStatistics]) -> RoutingStatisti
 def specialisation(statistics: Sequence[RoutingStatistics]) -> np.ndarray:
     """Divergence of the loads of several data sets in each layer, in bits, [L].
 
-    This is the generalised Jensen-Shannon divergence (Lin 1991, eq. 5.1, equal weights): the mutual
+    This is the generalized Jensen-Shannon divergence (Lin 1991, eq. 5.1, equal weights): the mutual
     information between the expert and the data set of a token, if all data sets were equally large.
     0 if every data set has the same loads, at most log2 of the number of data sets, and NaN in
     layers without a router.
@@ -264,7 +264,7 @@ class RoutingReport:
         if self.specialisation is not None:
             most = int(np.nanargmax(self.specialisation))
             lines.append(
-                f"data      most specialised: layer {most}, whose experts carry "
+                f"data      most specialized: layer {most}, whose experts carry "
                 f"{self.specialisation[most]:.3f} bits about the data set "
                 f"(all layers: {np.nanmean(self.specialisation):.3f})"
             )

@@ -11,7 +11,7 @@
     vocabulary.py         token embedding and language-model head
     vocab_loss.py         cross-entropy in chunks of the logits
     tokens.py             products with all tokens, sums over sequences
-    names.py              names of variable collections and of rematerialised arrays
+    names.py              names of variable collections and of rematerialized arrays
 
 Letters of the axes in all shapes of the library:
 

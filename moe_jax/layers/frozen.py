@@ -28,7 +28,7 @@ class Storage(NamedTuple):
     """Storage of the base, from a `StorageType`.
 
     Attributes:
-      dtype: dtype of all leaves except quantised kernels.
+      dtype: dtype of all leaves except quantized kernels.
       quantization: kind of `quantize` for the kernels of the layers' projections; None stores them
         in `dtype`.
     """
@@ -72,7 +72,7 @@ def check_storage(storage: Storage, model: ModelConfig) -> None:
 
 
 BASE_INIT = nn.initializers.normal(stddev=0.02)
-"""Initialiser of random models; real ones are loaded."""
+"""Initializer of random models; real ones are loaded."""
 
 
 def frozen_leaf(
@@ -88,12 +88,12 @@ def frozen_leaf(
     Args:
       module: the module that owns the leaf, inside its compact method or `setup`.
       name: name of the leaf.
-      init: initialiser, for models that are not loaded.
+      init: initializer, for models that are not loaded.
       shape: shape of the leaf.
       axes: logical axes, one for each dimension.
       dtype: dtype in which the leaf is stored.
     """
-    # Linen types the result as the box of the initialiser, but returns the array in it.
+    # Linen types the result as the box of the initializer, but returns the array in it.
     leaf: Any = module.param(name, nn.with_logical_partitioning(init, axes), shape, dtype)
     return leaf
 
@@ -143,7 +143,7 @@ def frozen_kernel(
     """
     kind = storage.quantization
     given = module.get_variable(PARAMS, name) if module.has_variable(PARAMS, name) else None
-    if isinstance(given, QuantizedKernel):  # loaded quantised, whatever `storage` says
+    if isinstance(given, QuantizedKernel):  # loaded quantized, whatever `storage` says
         return given
     if kind is None:
         return frozen_leaf(module, name, BASE_INIT, shape, axes, storage.dtype)
@@ -158,7 +158,7 @@ def frozen_kernel(
 
 
 def quantized_axes(kind: str, axes: tuple[str, str]) -> Any:
-    """Logical axes of the arrays of a quantised kernel, as a kernel of axes.
+    """Logical axes of the arrays of a quantized kernel, as a kernel of axes.
 
     Args:
       kind: see `quantize`.

@@ -1,4 +1,4 @@
-"""Names of Linen collections and modules, and of the arrays that rematerialisation may keep."""
+"""Names of Linen collections and modules, and of the arrays that rematerialization may keep."""
 
 PARAMS = "params"
 """Collection of the frozen base parameters."""

@@ -72,7 +72,7 @@ class ScaledKernel:
 
 @flax.struct.dataclass
 class DoubleScales:
-    """Scales of blocks, quantised to eight bits between the smallest and largest of each output.
+    """Scales of blocks, quantized to eight bits between the smallest and largest of each output.
 
     Attributes:
       codes: uint8 [..., blocks, out].
@@ -142,12 +142,12 @@ Kernel = jax.Array | QuantizedKernel
 
 
 def quantize(kernel: jax.Array, kind: str) -> QuantizedKernel:
-    """Quantises a kernel, rounding to nearest.
+    """Quantizes a kernel, rounding to nearest.
 
     Args:
       kernel: float [in, out]; for `nf4` and `nf4_double` with an even number of inputs.
       kind: `int8` (symmetric, by output), `fp8` (e4m3, by output), `nf4`, or `nf4_double`, whose
-        scales are quantised to eight bits.
+        scales are quantized to eight bits.
 
     Raises:
       ValueError: the kind is unknown.
@@ -162,7 +162,7 @@ def quantize(kernel: jax.Array, kind: str) -> QuantizedKernel:
         codes = jnp.round(scaled).astype(jnp.int8) if kind == "int8" else scaled.astype(_FP8)
         return ScaledKernel(codes, scales)
     if kind not in ("nf4", "nf4_double"):
-        raise ValueError(f"cannot quantise to {kind!r}")
+        raise ValueError(f"cannot quantize to {kind!r}")
     inputs, features = kernel.shape
     blocks = -(-inputs // BLOCK)
     padded = jnp.pad(kernel, ((0, blocks * BLOCK - inputs), (0, 0)))
@@ -180,7 +180,7 @@ def quantize(kernel: jax.Array, kind: str) -> QuantizedKernel:
 
 
 def double_scales(scales: jax.Array) -> DoubleScales:
-    """Quantises scales [blocks, out] to eight bits, in equal steps over the range of each output.
+    """Quantizes scales [blocks, out] to eight bits, in equal steps over the range of each output.
 
     The paper (section 3) groups 256 scales; here a group is all scales of one output, so that
     sharding the outputs never splits a group.
@@ -209,5 +209,5 @@ quantized_product.defvjp(_forward, _backward)
 
 
 def dense_kernel(kernel: Kernel) -> jax.Array:
-    """The kernel [..., in, out] as an array: as stored, or in float32 if it is quantised."""
+    """The kernel [..., in, out] as an array: as stored, or in float32 if it is quantized."""
     return kernel.dense(jnp.float32) if isinstance(kernel, QuantizedKernel) else kernel

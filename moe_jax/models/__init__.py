@@ -2,6 +2,6 @@
 
 causal_lm.py   embedding, scanned layers, final norm and heads
 decoder.py     attention, gated FFN and the decoder layer
-remat.py       rematerialisation policies
+remat.py       rematerialization policies
 adapted.py     applies and compiles the model with its parameters, adapters, rows and mesh
 """

@@ -35,7 +35,7 @@ class LlamaForCausalLM(nn.Module):
 
     Attributes:
       config: the architecture; its fields decide which features the program contains.
-      compute: dtypes, attention kernel, rematerialisation.
+      compute: dtypes, attention kernel, rematerialization.
       adapter_rows: rows of each adapter; empty for the base model.
       param_dtype: storage of the base parameters, a `StorageType`.
       deterministic: turns dropout and router jitter off.
@@ -131,7 +131,7 @@ class LlamaForCausalLM(nn.Module):
         return logits(hidden, kernel, tied=tied, cap=cap)
 
     def token_losses(self, hidden: jax.Array, targets: jax.Array) -> jax.Array:
-        """Cross-entropy of each target in nats, float32 [B, S], without materialising all logits.
+        """Cross-entropy of each target in nats, float32 [B, S], without materializing all logits.
 
         Gradients reach `hidden` only: the base is frozen.
 
@@ -176,7 +176,7 @@ class LlamaForCausalLM(nn.Module):
         return jnp.stack([cos, local_cos]), jnp.stack([sin, local_sin])
 
     def _scanned_layer_class(self) -> Any:
-        """`DecoderLayer` with rematerialisation, scanned over the layers."""
+        """`DecoderLayer` with rematerialization, scanned over the layers."""
         layer = DecoderLayer
         if self.compute.remat != "none":
             policy = REMAT_POLICIES[self.compute.remat]

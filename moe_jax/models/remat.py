@@ -1,4 +1,4 @@
-"""Rematerialisation policies: the arrays of a decoder layer that are kept for its backward pass."""
+"""Rematerialization policies: the arrays of a decoder layer that are kept for its backward pass."""
 
 from collections.abc import Callable
 from typing import Any

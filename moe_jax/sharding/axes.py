@@ -28,7 +28,7 @@ MLP_HIDDEN_AXES = (BATCH, LENGTH, ACTIVATION_MLP)
 
 
 def blocks(inputs: str) -> str:
-    """Logical axis of the blocks of a quantised kernel's inputs."""
+    """Logical axis of the blocks of a quantized kernel's inputs."""
     return f"{inputs}_blocks"
 
 

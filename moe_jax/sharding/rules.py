@@ -34,7 +34,7 @@ RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
 """Mesh axes of each logical axis, by priority; an array uses a mesh axis at most once.
 
 Parameters are split along their wide axes. The rank of an adapter is split only if the wide axis
-does not use `fsdp` (B of gate and up, A of down), which keeps the optimiser's moments small.
+does not use `fsdp` (B of gate and up, A of down), which keeps the optimizer's moments small.
 """
 
 OPTIONAL_AXES = frozenset(

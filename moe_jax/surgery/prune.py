@@ -2,7 +2,7 @@
 
 The result is exact on that text if no token chose a dropped expert and the router's choice and
 weights do not depend on experts that are not chosen. This holds for `top_k`, whose weights are
-renormalised over the chosen experts, and for `switch` with straight-through weights and a fixed
+renormalized over the chosen experts, and for `switch` with straight-through weights and a fixed
 capacity. With other strategies a weight is a share of all experts and changes with their number.
 """
 
@@ -112,6 +112,6 @@ def _statement(lost: float, router: Router, text: str) -> str:
     if lost == 0.0:
         return (
             f"exact on {text}, up to rounding: no token in it chose a dropped expert, and weights "
-            "are normalised over the chosen experts; tokens of other texts may choose dropped ones"
+            "are normalized over the chosen experts; tokens of other texts may choose dropped ones"
         )
     return "not exact: tokens that chose a dropped expert are routed to others"

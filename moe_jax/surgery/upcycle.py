@@ -1,7 +1,7 @@
 """Converts a LoRA to a mixture of experts that start as its copies.
 
 This is sparse upcycling (arXiv:2212.05055) of an adapter. Each expert gets the LoRA's pair, and the
-routers are initialised randomly. The mixture is equal to the LoRA if the weights of a token's
+routers are initialized randomly. The mixture is equal to the LoRA if the weights of a token's
 experts sum to one, whichever are chosen. Training then makes the experts differ.
 """
 
@@ -62,7 +62,7 @@ def upcycle(
       to: the method, one of `UPCYCLED`.
       num_experts: E; for MoLA also one number for each of several equal groups of layers.
       router: the routing strategy, or its fields with its `name`; None is the method's default.
-      seed: seed of the routers' initialisation.
+      seed: seed of the routers' initialization.
       data: a text file to measure on; required if the result is not exact.
       base: folder or hub id of the base, used for measuring; by default the path that the LoRA
         was trained with.

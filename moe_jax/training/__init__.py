@@ -1,1 +1,1 @@
-"""Training: loss, optimiser, step, and the loop around them."""
+"""Training: loss, optimizer, step, and the loop around them."""

@@ -129,7 +129,7 @@ def test_the_command(setting, tmp_path, capsys):
     printed = capsys.readouterr()
     assert printed.err.startswith("notes: 2 rows, ")
     assert printed.out.startswith("router    mlp/moe of mixlora, 4 layers, 4 experts\n")
-    assert all(word in printed.out for word in ("dead ", "entropy ", "most specialised: layer"))
+    assert all(word in printed.out for word in ("dead ", "entropy ", "most specialized: layer"))
     assert not (output / "tokens.html").exists()
     assert json.loads((output / "routing.json").read_text())["data"]["notes"]["rows"] == 2
 

@@ -283,7 +283,7 @@ def test_labels_take_the_first_rule_that_matches():
 
 
 def test_a_leaf_without_a_rule_raises():
-    with pytest.raises(ValueError, match="no optimiser rule matches the parameter adapters/y/a"):
+    with pytest.raises(ValueError, match="no optimizer rule matches the parameter adapters/y/a"):
         label_leaves({"adapters": {"x": {"a": 0}, "y": {"a": 0}}}, [("adapters/x/", "x")])
     optimizer = build_optimizer({"x": OptimizerConfig(learning_rate=1.0)}, 1)
     with pytest.raises(ValueError, match="matches the parameter adapters/y/"):

@@ -29,7 +29,7 @@ from moe_jax.layers.quantized import Kernel, dense_kernel
 def column_norms(kernel: Kernel, lora_a: jax.Array, lora_b: jax.Array, scale: float) -> jax.Array:
     """Norms of the columns of `W + s A B`, for one pair or for each expert's; at least float32.
 
-    No array of an adapted weight's size is materialised:
+    No array of an adapted weight's size is materialized:
 
         ||W + s A B||^2 = ||W||^2 + 2 s sum_r (A' W) * B + s^2 sum_r ((A' A) B) * B
 
@@ -99,7 +99,7 @@ def dora_gains(
     known = read_cache(module, "gains")
     if known is not None:
         return known
-    # Named so that rematerialisation keeps them: they are small and slow to compute.
+    # Named so that rematerialization keeps them: they are small and slow to compute.
     norms = checkpoint_name(column_norms(kernel, lora_a, lora_b, scale), DORA_NORMS)
 
     def initial(*_: Any) -> jax.Array:

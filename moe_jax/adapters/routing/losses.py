@@ -131,7 +131,7 @@ class RouterZ(RouterLoss):
 @ROUTER_LOSSES.register("router_entropy")
 @dataclass(frozen=True, kw_only=True)
 class RouterEntropy(RouterLoss):
-    """Mean entropy of the router's distributions, in nats; minimising it raises their confidence.
+    """Mean entropy of the router's distributions, in nats; minimizing it raises their confidence.
 
     With top-p it keeps the number of experts small (arXiv:2403.07652).
     """

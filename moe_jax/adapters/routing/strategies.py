@@ -34,10 +34,10 @@ class SoftRouter(Router):
 @ROUTERS.register("top_k")
 @dataclass(frozen=True, kw_only=True)
 class TopKRouter(Router):
-    """The k most probable experts, their probabilities renormalised to sum to one.
+    """The k most probable experts, their probabilities renormalized to sum to one.
 
     MixLoRA (arXiv:2404.15159, eq. 5) and Mixtral (arXiv:2401.04088, section 2.1). With
-    renormalised weights, the order of softmax and top-k does not matter. Ties go to the expert with
+    renormalized weights, the order of softmax and top-k does not matter. Ties go to the expert with
     the lower index.
 
     Attributes:

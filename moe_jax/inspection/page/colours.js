@@ -4,7 +4,7 @@
 
 const LIGHT = { page: [255, 255, 255], ink: [27, 29, 33] };
 const DARK = { page: [22, 24, 29], ink: [232, 234, 237] };
-// Okabe and Ito (2008), distinguishable with any colour vision.
+// Okabe and Ito (2008), distinguishable with any color vision.
 const PALETTE = [
   [230, 159, 0], [86, 180, 233], [0, 158, 115], [240, 228, 66],
   [0, 114, 178], [213, 94, 0], [204, 121, 167], [153, 153, 153],

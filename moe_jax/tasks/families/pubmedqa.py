@@ -13,7 +13,7 @@ LABELS = ("yes", "no", "maybe")
 @TASKS.register("pubmedqa")
 @dataclass(frozen=True, kw_only=True)
 class PubMedQA(Task):
-    """PubMedQA: 1,000 expert-labelled questions, with the abstract except its conclusion.
+    """PubMedQA: 1,000 expert-labeled questions, with the abstract except its conclusion.
 
     All of them are in one split, called train on the hub, so there is no other split for shots.
     """

@@ -16,7 +16,7 @@ def readable(size: int) -> str:
 
 
 def parameter_count(tree: Any) -> int:
-    """Number of parameters in a tree of arrays or shapes; a quantised kernel counts unquantised."""
+    """Number of parameters in a tree of arrays or shapes; a quantized kernel counts unquantized."""
     leaves = jax.tree.leaves(tree, is_leaf=lambda leaf: isinstance(leaf, QuantizedKernel))
     return sum(math.prod(leaf.shape) for leaf in leaves)
 

@@ -34,7 +34,7 @@ def loss_unit(method: AdapterMethod) -> str:
 def loss_curves(metrics: Path, units: Mapping[str, str] | None = None) -> Figure:
     """Plots training and validation losses over the steps of a run.
 
-    A run with one adapter has a curve for each loss. With several, each adapter has a colour, with
+    A run with one adapter has a curve for each loss. With several, each adapter has a color, with
     a solid curve for its training loss and a dashed one for the mean of its validation losses.
 
     Args:
@@ -176,7 +176,7 @@ def expert_map(relative: np.ndarray, title: str, adapter: str, sites: Sequence[s
         figsize=(3.5 + 0.7 * experts, 1.5 + (0.2 if dense else 0.4) * rows), layout="constrained"
     )
     axes = figure.subplots()
-    # White is an equal share, so that the colour tells overload from underload; absent is grey.
+    # White is an equal share, so that the color tells overload from underload; absent is gray.
     axes.set_facecolor("0.8")
     image = axes.imshow(relative, cmap="RdBu_r", vmin=0.0, vmax=2.0, aspect="auto")
     size = "xx-small" if dense else "medium"

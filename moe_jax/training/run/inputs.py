@@ -171,7 +171,7 @@ def read_inputs(config: RunConfig, say: Callable[[str], None], *, resumes: bool 
 
 
 def _tokenise_in_processes(config: RunConfig, base: Path) -> None:
-    """Fills the cache of tokenised data where `num_workers` is given.
+    """Fills the cache of tokenized data where `num_workers` is given.
 
     The workers are forked from a fresh process, since they can deadlock if they are forked from
     this one, on locks that threads of JAX hold.
@@ -188,7 +188,7 @@ def _tokenise_in_processes(config: RunConfig, base: Path) -> None:
             pool.submit(_fill_token_cache, fields, base, config.tasks_folder).result()
     except BrokenProcessPool as error:
         raise ConfigError(
-            f"{next(iter(fields))}.num_workers: the process that tokenises did not start; a script "
+            f"{next(iter(fields))}.num_workers: the process that tokenizes did not start; a script "
             "that trains needs `if __name__ == '__main__':`, or set 0"
         ) from error
 
@@ -210,7 +210,7 @@ def _loading_options(
     tasks_folder: str | None,
     tokenised: dict[str, TokenisedSource],
 ) -> dict[str, Any]:
-    """Options for training and validation data of an adapter; equal sets are tokenised once."""
+    """Options for training and validation data of an adapter; equal sets are tokenized once."""
     is_classified = classification is not None
     read = functools.partial(read_source_or_task, folder=tasks_folder, classified=is_classified)
     return {"token_cache": tokenised, "reader": read, "classification": classification}

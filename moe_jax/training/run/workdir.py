@@ -44,7 +44,7 @@ RESUMABLE_FIELDS = (
     "adapters.*.data.cache_dir",
 )
 """Fields that may differ in a resumed run: none changes the adapters, except for the rounding of
-another mesh, kernel or rematerialisation."""
+another mesh, kernel or rematerialization."""
 
 
 class WorkDir:
@@ -134,7 +134,7 @@ class WorkDir:
 
 
 def is_main_process() -> bool:
-    """True in the process that writes files; does not initialise the devices of JAX."""
+    """True in the process that writes files; does not initialize the devices of JAX."""
     return not jax.distributed.is_initialized() or jax.process_index() == 0
 
 

@@ -2,7 +2,7 @@
 
     step.py            training step, evaluation of the loss, scores of a classifier
     loss.py            losses of language models and of classification heads
-    optimizer.py       optimisers and learning rates of the adapters, loss scaling for float16
+    optimizer.py       optimizers and learning rates of the adapters, loss scaling for float16
     router_metrics.py  metrics of the routers
     state.py           the training state and its shardings
     micro_batches.py   the batches of all adapters, joined and split into micro-batches

@@ -1,4 +1,4 @@
-"""Optimisers of the adapters, and dynamic loss scaling for float16.
+"""Optimizers of the adapters, and dynamic loss scaling for float16.
 
 Each adapter has its own branch of `optax.multi_transform`, with its finite check, clipping and
 update rule. Nothing outside the branches reads a gradient: reading a gradient of the frozen base
@@ -85,7 +85,7 @@ def _rule(config: OptimizerConfig) -> optax.GradientTransformation:
 def adapter_transform(config: OptimizerConfig, total_steps: int) -> optax.GradientTransformation:
     """The transform of one adapter: finite check, clipping, update rule, decay and learning rate.
 
-    A gradient that is not finite changes neither the adapter nor the optimiser's state. It is only
+    A gradient that is not finite changes neither the adapter nor the optimizer's state. It is only
     counted (`ApplyIfFiniteState`); the training loop decides after how many it stops.
     """
     schedule = learning_rate_schedule(config.schedule, config.learning_rate, total_steps)
@@ -117,7 +117,7 @@ def label_leaves(tree: Any, rules: Sequence[tuple[str, str]]) -> Any:
         for pattern, name in rules:
             if re.match(pattern, where):
                 return name
-        raise ValueError(f"no optimiser rule matches the parameter {where}")
+        raise ValueError(f"no optimizer rule matches the parameter {where}")
 
     return jax.tree_util.tree_map_with_path(label, tree)
 
@@ -125,7 +125,7 @@ def label_leaves(tree: Any, rules: Sequence[tuple[str, str]]) -> Any:
 def build_optimizer(
     adapters: Mapping[str, OptimizerConfig], total_steps: int | Mapping[str, int]
 ) -> optax.GradientTransformation:
-    """The optimiser of `{"params": base, "adapters": {name: tree}}`.
+    """The optimizer of `{"params": base, "adapters": {name: tree}}`.
 
     Args:
       adapters: settings by adapter name.

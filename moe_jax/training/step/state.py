@@ -28,7 +28,7 @@ class TrainState:
 
 
 def state_shardings(abstract_state: TrainState, adapter_shardings: Any, mesh: Mesh) -> TrainState:
-    """Shardings of a training state: an optimiser's moments are sharded like their parameters.
+    """Shardings of a training state: an optimizer's moments are sharded like their parameters.
 
     A leaf has the sharding of the adapter leaf whose path its own ends in, if the shapes are equal.
     All others (counters, factored moments) are replicated.
