@@ -90,7 +90,7 @@ def _method(shape: Shape, form: str) -> AdapterMethod:
 def case_of(part: str, form: str, shape: Shape) -> Case:
     """Returns the program of one form of one part."""
     if part == LAYER:
-        step, operands = layer_step(_method(shape, form), shape, REMAT, None)
+        step, operands = layer_step(_method(shape, form), shape, REMAT)
         return Case(step, operands, LAYERS)
     array = lambda *sizes, dtype=jnp.float32: jax.ShapeDtypeStruct(sizes, dtype)
     tokens, slots = shape.rows * shape.length, shape.top_k

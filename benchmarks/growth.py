@@ -269,7 +269,7 @@ def timed_rows(rounds: int) -> list[list[str]]:
             method = METHODS[TOP_K if name == GROUPED_FORM else name](shape)
             if name == GROUPED_FORM:
                 method = group_mixlora(method)
-            step, (adapters, frozen, *rest) = layer_step(method, shape, DEFAULT, None)
+            step, (adapters, frozen, *rest) = layer_step(method, shape, DEFAULT)
             params = random_like(frozen) if params is None else params
             compiled = jax.jit(step).lower(adapters, frozen, *rest).compile()
             arguments = (random_like(adapters), params, *random_like(rest))
