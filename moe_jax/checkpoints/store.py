@@ -1,8 +1,8 @@
-"""Training states on disk: adapters, optimiser, data position and metadata, without the base.
+"""Training states on disk: adapters, optimizer, data position and metadata, without the base.
 
 Each saved step has one folder, which Orbax writes in the background and renames when it is
 complete: a run that is killed while saving leaves the previous step as the latest. Adapters are a
-separate item, which loads without the optimiser.
+separate item, which loads without the optimizer.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ class SavedState(NamedTuple):
     """Training state of one step.
 
     Attributes:
-      step: number of optimiser steps taken.
+      step: number of optimizer steps taken.
       adapters: `{adapter name: tree}`.
       optimizer: rest of the training state, with the structure that was saved.
       data: positions of the data iterators, as JSON values.
@@ -122,7 +122,7 @@ class TrainingStore:
         It waits for the previous save first. A step that is already saved is not written again.
 
         Args:
-          step: number of optimiser steps taken.
+          step: number of optimizer steps taken.
           state: captured arrays.
           data: positions of the data iterators, as JSON values.
           metadata: other properties of the run, as JSON values.
@@ -203,7 +203,7 @@ class TrainingStore:
         )
 
     def restore_adapters(self, step: int, adapters: Any) -> Any:
-        """Reads the adapters of a saved step without the optimiser; see `restore`."""
+        """Reads the adapters of a saved step without the optimizer; see `restore`."""
         return read_adapters(self.folder, step, adapters)
 
     def kept_state(self) -> str:
