@@ -37,7 +37,6 @@ import jax
 
 from benchmarks.grouped_mixlora import group_mixlora
 from benchmarks.growth_counts import (
-    BLOCK,
     DEFAULT,
     EXPERTS,
     GROUPED_SETTINGS,
@@ -182,12 +181,12 @@ def _grouped_section(grouped: Sequence[GroupedCost]) -> list[str]:
     ratios = [row.one_hot for row in grouped]
     return [
         "## The grouped form",
-        f"""`grouped_mixlora.py` sorts the C slots of all tokens by expert into blocks of one expert
+        """`grouped_mixlora.py` sorts the C slots of all tokens by expert into blocks of one expert
         each. It computes low-rank activations, hidden activations and the update of the down
         projection block by block with that expert's pairs, and recomputes them in the backward
         pass. No row is dropped: the number of blocks suffices for any routing, and all of them are
-        computed. All figures are by default, with the one-hot form in blocks of {BLOCK} tokens;
-        `least` is the algebra of the grouped products (see the break-even above):""",
+        computed. All figures are by default; `least` is the algebra of the grouped products (see
+        the break-even above):""",
         _table(GROUPED_HEADER, [grouped_line(row) for row in grouped]),
         f"""With {of_sixteen[0].experts} experts of rank 16 the layer needs
         {of_sixteen[0].flops:.2f} times the FLOPs of LoRA with equal parameters, all of which serve

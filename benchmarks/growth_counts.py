@@ -26,9 +26,6 @@ GROUPED_SETTINGS = (
 """Experts and ranks of the grouped form."""
 
 LORA, TOP_K, SOFT = "LoRA", "MixLoRA, top-k", "MixLoRA, soft"
-BLOCK = 64
-"""Number of tokens of a block of the one-hot form, when compared with the grouped form."""
-
 DEFAULT = ComputeConfig(dtype="float32").remat
 SHARES = (0.05, 0.10, 0.25)
 
@@ -151,7 +148,7 @@ def grouped_of(experts: int, rank: int) -> GroupedCost:
     """Computes a row of the fourth table, rounded."""
     shape = shape_of(experts, rank)
     method = METHODS[TOP_K](shape)
-    one_hot = layer_cost(method, shape, DEFAULT, BLOCK)
+    one_hot = cost(TOP_K, shape, DEFAULT)
     loop, batched = (
         layer_cost(group_mixlora(method, walk), shape, DEFAULT) for walk in ("loop", "batch")
     )
