@@ -93,7 +93,7 @@ def main(arguments: list[str] | None = None, *, own_process: bool = False) -> in
             from moe_jax.commands.process import set_up_process  # imports jax
 
             set_up_process()
-        with _sigterm_unwinds(), naming_flags(chosen):
+        with _signals_unwind(), naming_flags(chosen):
             status = chosen.run(chosen)
         sys.stdout.flush()
     except UserError as error:
@@ -110,23 +110,28 @@ def main(arguments: list[str] | None = None, *, own_process: bool = False) -> in
 
 
 @contextlib.contextmanager
-def _sigterm_unwinds() -> Iterator[None]:
-    """Makes SIGTERM raise `SystemExit`, so that context managers clean up.
+def _signals_unwind() -> Iterator[None]:
+    """Makes SIGINT raise `KeyboardInterrupt` and SIGTERM `SystemExit`, so that commands clean up.
 
     Has no effect outside the main thread, where Python cannot handle signals.
     """
 
     def stop(number: int, frame: FrameType | None) -> None:
-        raise SystemExit(128 + number)
+        if frame is not None and frame.f_code.co_name == "_xla_gc_callback":
+            # Python drops an exception that is raised in jax's callback of the garbage collector.
+            threading.Timer(0.05, signal.raise_signal, [number]).start()
+            return
+        raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
 
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    former = signal.signal(signal.SIGTERM, stop)
+    former = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, former)
+        for number, handler in former.items():
+            signal.signal(number, handler)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
 """`moe-jax` as a command: export, import, signals and errors of one line."""
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
+import time
 from typing import get_args
 
 import pytest
@@ -13,7 +15,7 @@ from hf_models import save_tiny_llama
 import moe_jax
 from moe_jax.adapters.routing.router import ROUTERS
 from moe_jax.checkpoints.adapter_files import save_adapter
-from moe_jax.cli import main
+from moe_jax.cli import COMMANDS, main
 from moe_jax.commands import arguments as choices
 from moe_jax.exchange import FORMATS
 from moe_jax.exchange import api as exchange
@@ -72,6 +74,21 @@ def test_a_signal_leaves_no_files(folder, tmp_path, capsys, monkeypatch, number,
     assert capsys.readouterr().err == size + words
     assert list(tmp_path.iterdir()) == []
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_signal_in_a_callback_of_the_garbage_collector_stops_too(monkeypatch):
+    def _xla_gc_callback():  # Python drops what jax's callback raises
+        with contextlib.suppress(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0)  # the handler runs here at the latest
+
+    def run(_):
+        _xla_gc_callback()
+        time.sleep(60)
+        pytest.fail("the signal was lost")
+
+    monkeypatch.setitem(COMMANDS, "show", lambda _: run)
+    assert main(["show"]) == 130
 
 
 def test_errors_are_one_line(folder, tmp_path, capsys):
