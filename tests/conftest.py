@@ -28,6 +28,9 @@ os.environ["XLA_FLAGS"] = " ".join(
 )
 # Two pytest workers share the cores; torch's own threads would only fight over them.
 os.environ["OMP_NUM_THREADS"] = "1"
+# Mixed dtypes and ranks are errors, so that no cast or broadcast happens by accident.
+os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
+os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["MPLBACKEND"] = "Agg"
 os.environ["HF_HUB_OFFLINE"] = "1"

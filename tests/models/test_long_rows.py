@@ -44,7 +44,7 @@ def test_blocks_compute_the_same_model(tmp_path, monkeypatch):
         def loss(tree):
             variables = {"params": params, "adapters": to_collection({"default": tree})}
             logits = model(remat).apply(variables, tokens, segment_ids=segment_ids)
-            weights = jnp.asarray(SEGMENT_IDS != 0)[..., None]
+            weights = jnp.asarray(SEGMENT_IDS != 0, jnp.float32)[..., None]
             return jnp.mean(weights * jnp.sin(logits)), logits * weights
 
         (_, logits), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(tree)
