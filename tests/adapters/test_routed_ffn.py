@@ -167,7 +167,7 @@ def test_ffn_dropout_drops_each_experts_hidden_activation(transparent, router):
     calm, _ = jax.jit(ours)(tree, x)
     np.testing.assert_allclose(calm, (first + second) / 2, **ROUNDING)
     noisy, _ = jax.jit(ours)(tree, x, dropout_key=jax.random.key(0))
-    distances = np.abs(outcomes - noisy)
+    distances = np.abs(outcomes - np.asarray(noisy))
     np.testing.assert_allclose(distances.min(axis=0), 0.0, atol=1e-6)
     counts = np.bincount(distances.argmin(axis=0).ravel(), minlength=4)
     np.testing.assert_allclose(counts / counts.sum(), 0.25, atol=0.03)

@@ -55,6 +55,7 @@ def _random_tree(folder, method):
 
 
 def _next_token_loss(logits, tokens, mask):
+    mask = jnp.asarray(mask, jnp.float32)
     log_probs = jax.nn.log_softmax(logits[:, :-1])
     losses = -jnp.take_along_axis(log_probs, tokens[:, 1:, None], axis=-1)[..., 0]
     return jnp.sum(losses * mask[:, 1:]) / jnp.sum(mask[:, 1:])

@@ -118,7 +118,7 @@ def test_capacity_from_a_factor_counts_real_tokens_only(factor, tokens, capacity
     route = jax.jit(SwitchRouter(capacity_factor=factor).route)
     for place in (mask, mask[:, ::-1]):
         routing = route(logits, jnp.asarray(place))
-        served = np.sum((1 - routing.overflow) * place, axis=1)
+        served = np.sum((1 - np.asarray(routing.overflow)) * place, axis=1)
         np.testing.assert_array_equal(served, [capacity, 0])
 
 
