@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from moe_jax.data.tokenizer import first_line
+from moe_jax.data.values import without_filled_keys
 from moe_jax.errors import DataError
 
 Rows = Iterator[tuple[str, Any]]
@@ -89,7 +90,7 @@ def _read_parquet(path: Path) -> Rows:
             for batch in file.iter_batches(batch_size=1024):
                 for row in batch.to_pylist():
                     number += 1
-                    yield f"{path}: row {number}", row
+                    yield f"{path}: row {number}", without_filled_keys(row)
     except pa.ArrowException as error:
         raise DataError(
             f"{path}: not a readable Parquet file after row {number} ({first_line(error)})"

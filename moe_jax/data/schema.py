@@ -7,29 +7,44 @@ test for the presence of a key.
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from moe_jax.config.classification import ClassificationConfig
 from moe_jax.config.data import Schema, SourceConfig
 from moe_jax.config.parse import suggest
+from moe_jax.data.messages import (
+    check_chat_columns,
+    check_documents,
+    check_messages,
+    check_template_arguments,
+    check_tools,
+)
+from moe_jax.data.values import check_text, describe_value
 from moe_jax.errors import DataError
 
 FIELDS: dict[Schema, tuple[str, ...]] = {
     "instruction": ("instruction", "input", "output"),
     "completion": ("prompt", "completion"),
-    "chat": ("messages",),
+    "chat": ("messages", "system", "tools", "documents", "chat_template_kwargs"),
     "text": ("text",),
     "classification": ("text", "text_pair", "label"),
     "task": ("prompt", "completion"),
 }
 # May be missing from a row (an instruction without input, a single text), unless `columns` names
 # the column.
-OPTIONAL = ("input", "text_pair")
+OPTIONAL = ("input", "text_pair", "system", "tools", "documents", "chat_template_kwargs")
+# Fields of lists and objects, which a checked row holds as JSON text.
+_NESTED: dict[str, Callable[[Any, str], Any]] = {
+    "messages": check_messages,
+    "tools": check_tools,
+    "documents": check_documents,
+    "chat_template_kwargs": check_template_arguments,
+}
 
 
 def column_names(source: SourceConfig) -> dict[str, str]:
-    """Column name of each field of the source's schema.
+    """Column name of each field of the source's schema; empty for a field that is not read.
 
     Raises:
       DataError: a key of `columns` is not a field of the schema.
@@ -59,66 +74,33 @@ def check_row(row: Any, source: SourceConfig, where: str) -> dict[str, str]:
         raise DataError(
             f"{where}: a row must be an object with named columns, got {describe_value(row)}"
         )
+    names = column_names(source)
+    if source.schema == "chat":
+        check_chat_columns(row, set(names.values()), where)
     checked = {}
-    for field, column in column_names(source).items():
-        optional = field in OPTIONAL and field not in source.columns
+    for field, column in names.items():
+        optional = field in OPTIONAL and (field not in source.columns or not column)
         if column not in row and not optional:
             raise DataError(
                 f"{where}: no column {column!r} (it has: {', '.join(map(str, row)) or 'none'}); "
                 f"name the column of the {field} in `columns`, or fix the row"
             )
-        value = row.get(column)
-        if field == "messages":
-            checked[field] = json.dumps(_check_messages(value, f"{where}: column {column!r}"))
-        elif field == "label":
-            checked[field] = check_label(value, f"{where}: column {column!r}")
-        elif value is None and field in OPTIONAL:
+        value, place = row.get(column), f"{where}: column {column!r}"
+        if field in OPTIONAL and value in (None, "", [], {}):
             checked[field] = ""
+        elif field in _NESTED:
+            nested = _NESTED[field](value, place)
+            checked[field] = json.dumps(nested) if nested else ""
+        elif field == "label":
+            checked[field] = check_label(value, place)
         else:
-            checked[field] = _check_text(value, f"{where}: column {column!r}")
+            checked[field] = check_text(value, place)
+    if checked.get("system") and json.loads(checked["messages"])[0]["role"] == "system":
+        raise DataError(
+            f"{where}: column {names['system']!r} and message 1 are both system messages; leave "
+            "one out, or set columns.system to '' to read the messages alone"
+        )
     return checked
-
-
-def _check_text(value: Any, where: str) -> str:
-    if not isinstance(value, str):
-        raise DataError(f"{where} must be text, got {describe_value(value)}")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise DataError(f"{where} holds an unpaired surrogate, which is not a character") from None
-    return value
-
-
-def _check_messages(value: Any, where: str) -> list[dict[str, Any]]:
-    if not isinstance(value, list):
-        raise DataError(f"{where} must be a list of messages, got {describe_value(value)}")
-    messages = []
-    for number, message in enumerate(value, 1):
-        position = f"{where}, message {number}"
-        if not isinstance(message, Mapping):
-            raise DataError(
-                f"{position} must be an object with role and content, got {describe_value(message)}"
-            )
-        for key in ("role", "content"):
-            if key not in message:
-                keys = ", ".join(map(str, message)) or "none"
-                raise DataError(f"{position} has no {key!r} (it has: {keys})")
-            _check_text(message[key], f"{position}, {key!r}")
-        # Parquet fills in the keys that other messages have.
-        messages.append({key: item for key, item in message.items() if item is not None})
-    if not any(message["role"] == "assistant" for message in messages):
-        raise DataError(f"{where} holds no message of the role 'assistant' to learn from")
-    if messages[0]["role"] == "assistant":
-        raise DataError(f"{where} begins with the assistant, which then has nothing to answer")
-    return messages
-
-
-def describe_value(value: Any) -> str:
-    """Type and beginning of a value, for messages."""
-    if value is None:
-        return "null"
-    text = repr(value)
-    return f"{type(value).__name__} ({text if len(text) <= 40 else text[:37] + '...'})"
 
 
 def label_number(value: Any, classification: ClassificationConfig, where: str) -> float:

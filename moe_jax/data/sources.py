@@ -23,9 +23,10 @@ from moe_jax.config.data import SourceConfig
 from moe_jax.data.readers import READERS, read_rows
 from moe_jax.data.schema import FIELDS, check_row, column_names
 from moe_jax.data.tokenizer import first_line
+from moe_jax.data.values import without_filled_keys
 from moe_jax.errors import DataError
 
-TOKEN_CACHE_VERSION = 1
+TOKEN_CACHE_VERSION = 2
 """Version of the cached tables, part of every cache key.
 
 Raise it with every change to this package that gives equal data other checked rows, token ids, loss
@@ -189,7 +190,7 @@ def _read_hub(source: SourceConfig, cache_dir: str | None) -> RowTable:
 
 def _check_hub_row(row: Any, index: int, source: SourceConfig) -> dict[str, str]:
     where = f"{source.path}, {source.split}: row {index + 1}"
-    return {**check_row(dict(row), source, where), "where": where}
+    return {**check_row(without_filled_keys(row), source, where), "where": where}
 
 
 def select_part(table: RowTable, source: SourceConfig, split: str) -> RowTable:

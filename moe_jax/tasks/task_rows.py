@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from moe_jax.config.parse import suggest
-from moe_jax.data.schema import describe_value
+from moe_jax.data.values import describe_value
 from moe_jax.errors import DataError
 
 

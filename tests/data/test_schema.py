@@ -62,7 +62,7 @@ ANSWER = {"role": "assistant", "content": "ho"}
         ("chat", {"messages": [USER]}, "no message of the role 'assistant'"),
         ("chat", {"messages": [ANSWER]}, "begins with the assistant"),
         ("chat", {"messages": [USER, "ho"]}, "message 2 must be an object with role"),
-        ("chat", {"messages": [{"from": "x", "value": "y"}]}, "message 1 has no 'role' (it has: f"),
+        ("chat", {"messages": [{"content": "x"}]}, "message 1 has no 'role' (it has: content)"),
         ("chat", {"messages": [{**USER, "content": None}, ANSWER]}, "message 1, 'content' must be"),
     ],
 )

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 from moe_jax.config.classification import GLUE, GLUE_HUB_ID, ClassificationConfig, MetricName
-from moe_jax.data.schema import describe_value, label_number
+from moe_jax.data.schema import label_number
+from moe_jax.data.values import describe_value
 from moe_jax.errors import DataError
 from moe_jax.tasks.task import TASKS, Choice, Question, Task
 from moe_jax.tasks.task_rows import HubData, TaskRow

@@ -39,7 +39,7 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 from moe_jax.config.parse import require
-from moe_jax.data.schema import describe_value
+from moe_jax.data.values import describe_value
 from moe_jax.errors import DataError
 from moe_jax.tasks.task import LETTERS, TASKS, Choice, Question, Task, lettered_options
 from moe_jax.tasks.task_rows import HubData, TaskRow
