@@ -1,5 +1,6 @@
 """Data sets of an adapter, and the batches made from them."""
 
+import datetime
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -7,6 +8,9 @@ from moe_jax.config.classification import ClassificationConfig
 from moe_jax.config.parse import require
 
 Schema = Literal["instruction", "completion", "chat", "text", "classification", "task"]
+
+TEMPLATE_DATE = "2024-07-26"
+"""Default of `DataConfig.date`; Llama 3's template prints it where it cannot know the date."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,9 +22,10 @@ class SourceConfig:
         data set on the hub. Required without `task`. With `task`, the file or folder of its rows;
         the default is then that of `tasks_folder`, or the hub.
       schema: fields of a row. `instruction`: instruction, input, output. `completion`: prompt,
-        completion. `chat`: messages, a list of `{role, content}`. `text`: text. `classification`:
-        text, text_pair (optional), label (class name, class index or number), for adapters with
-        `method.classification`. Required without `task`; leave it out with `task`.
+        completion. `chat`: messages, a list of `{role, content}`, and optionally system, tools,
+        documents, chat_template_kwargs. `text`: text. `classification`: text, text_pair (optional),
+        label (class name, class index or number), for adapters with `method.classification`.
+        Required without `task`; leave it out with `task`.
       task: name of a task, as in `moe-jax evaluate --tasks`. Its questions are the rows, with the
         prompts of evaluation. An adapter with `method.classification` is trained on the rows of a
         GLUE task directly. Default None.
@@ -31,7 +36,8 @@ class SourceConfig:
       split: split of a data set on the hub, or of a folder with a file for each split. Parts are
         written as `train[:90%]`. Default `train`.
       revision: revision of a data set on the hub. Default None: the newest. Set it to pin the data.
-      columns: column names by field of the schema, where they differ. Default: the fields' names.
+      columns: column names by field of the schema, where they differ. An empty name leaves an
+        optional field out. Default: the fields' names.
       prompt: prompt template of `instruction` rows: the name of a file in `moe_jax/data/prompts/`
         without extension, or the path of a template file. Default `instruction`.
       weight: share of this data set among the training rows, relative to the other data sets.
@@ -86,6 +92,8 @@ class DataConfig:
       max_length: largest number of tokens of a row. Required. A longer row loses the end of its
         completion; raise it if the start-up report shows many truncated rows.
       train_on_prompt: include the prompt's tokens in the loss. Default False.
+      date: date, as YYYY-MM-DD, that chat templates take for today while the data is made, so that
+        a run has the same data on every day. Generation takes the true date. Default `2024-07-26`.
       buckets: padded row lengths in tokens, ascending and at most `max_length`, which is always
         added. Default: empty, so that every row is padded to `max_length`. Each length is one
         compilation of the step; a few short ones save the work on padding.
@@ -107,6 +115,7 @@ class DataConfig:
     max_length: int
     validation: dict[str, SourceConfig] = field(default_factory=dict)
     train_on_prompt: bool = False
+    date: str = TEMPLATE_DATE
     buckets: tuple[int, ...] = ()
     packing: Literal["none", "first_fit"] = "none"
     sort_window: int = 32
@@ -116,6 +125,7 @@ class DataConfig:
     def __post_init__(self):
         require(bool(self.train), "train", "names no data set")
         require(self.max_length > 1, "max_length", "must be at least 2 tokens")
+        require(_is_date(self.date), "date", f"must be a date as YYYY-MM-DD, got {self.date!r}")
         require(list(self.buckets) == sorted(set(self.buckets)), "buckets", "must ascend strictly")
         require(
             all(0 < b <= self.max_length for b in self.buckets),
@@ -157,3 +167,10 @@ class DataConfig:
                     f"{split}.{name}.schema",
                     "'classification' needs method.classification, which names the labels",
                 )
+
+
+def _is_date(text: str) -> bool:
+    try:
+        return datetime.date.fromisoformat(text).isoformat() == text
+    except ValueError:
+        return False

@@ -1,135 +1,204 @@
 """Conversations rendered by a chat template, divided into prompts and the assistant's turns.
 
-A chat template is a program that renders a list of messages. Rendering the messages before an
-assistant turn with `add_generation_prompt` gives exactly the prompt that the model sees at
-inference. The target is the remainder of the rendering up to and including that turn: its content
-and the template's end of turn. Two properties of the template are checked for every row:
+Rendering the messages before an assistant turn with `add_generation_prompt` gives exactly the
+prompt that the model sees at inference. The target is the remainder of the rendering up to and
+including that turn: its content and the template's end of turn. Two properties of the template are
+checked for every row:
 
 - The rendered answer begins with the generation prompt. A template without this property would
   train the model on another prompt than the one it sees at inference, and is refused.
 - A turn is rendered alike whatever follows it. A template without this property (some remove the
   reasoning from earlier turns) gives one example per assistant turn instead of one for all turns.
+
+The whole conversation is rendered once. Answers 1, 2, 3, 5, 9, 17, ... are checked against it with
+all messages before them. Every other one is rendered after the messages before the first answer and
+the answer before it: what this adds must be what the whole conversation has next. So the text to
+render grows with the length of a conversation, not with its square. An answer that fails this is
+checked with all messages before it. One example per turn takes the square, as its text does.
 """
 
+import contextlib
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import replace
 
-import jinja2
-from transformers import PreTrainedTokenizerBase
-
-from moe_jax.data.tokenizer import first_line
+from moe_jax.data.chat_template import ChatTemplate, Message, end_of_turn_texts
+from moe_jax.data.messages import UNTRAINED
 from moe_jax.errors import DataError
 
-# Spans (text, is a target) in order, and true if an end-of-text token is still to be added.
-Conversation = tuple[list[tuple[str, bool]], bool]
+Span = tuple[str, bool | None]
+"""Text, and whether it is a target; None if it is none even where prompts are targets."""
+
+# Spans in order, and true if an end-of-text token is still to be added.
+Conversation = tuple[list[Span], bool]
+
+_TALKERS = ("user", "assistant")
+_REASONING = ("reasoning_content", "thinking", "reasoning")  # names of one field in transformers
+_LOSABLE_KEYS = (("tool_calls",), _REASONING, ("name",))
 
 
-def require_chat_template(tokenizer: PreTrainedTokenizerBase, path: str) -> None:
-    """Refuses a tokenizer without a chat template for the data set at `path`.
-
-    Raises:
-      DataError: the tokenizer has no chat template.
-    """
-    if not tokenizer.chat_template:
-        raise DataError(
-            f"{path}: schema 'chat' needs a chat template, and the tokenizer "
-            f"{tokenizer.name_or_path or ''} has none; add chat_template.jinja to the base model's "
-            "folder, or use the schema 'completion'"
-        )
-
-
-def conversation_spans(
-    messages: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, where: str
-) -> list[Conversation]:
+def conversation_spans(messages: Sequence[Message], template: ChatTemplate) -> list[Conversation]:
     """Divides a conversation into spans of prompt and spans that the assistant wrote.
 
-    Messages after the last assistant turn are dropped: they hold no target.
+    Messages after the last answer to learn are dropped: they hold no target.
 
     Args:
-      messages: messages with role and content; at least one is the assistant's, and not the first.
-      tokenizer: tokenizer with a chat template.
-      where: file and row, for messages.
+      messages: messages with role and content; the first is not the assistant's. An answer with
+        `UNTRAINED` is not learned.
+      template: chat template.
+
+    Returns:
+      One conversation, or for some templates one per answer; none if no answer is to be learned.
 
     Raises:
       DataError: the template refuses the conversation, or its rendered answers do not begin with
         its generation prompt.
     """
-    turns = []
-    for number, message in enumerate(messages):
-        if message["role"] == "assistant":
-            before = render(messages[:number], tokenizer, where, answer_follows=True)
-            through = render(messages[: number + 1], tokenizer, where)
-            if not through.startswith(before):
-                raise DataError(
-                    f"{where}: message {number + 1}: the chat template renders this answer without "
-                    "its generation prompt, so training would see another prompt than inference; "
-                    "give the tokenizer another template"
-                )
-            turns.append((before, through))
-    rendered = turns[-1][1]
-    ends = _end_of_turn_texts(tokenizer)
-    if all(rendered.startswith(text) for turn in turns for text in turn):
-        return [_divide(turns, ends)]
-    return [_divide([turn], ends) for turn in turns]
+    answers = [n for n, message in enumerate(messages) if message["role"] == "assistant"]
+    while answers and UNTRAINED in messages[answers[-1]]:
+        answers.pop()
+    if not answers:
+        return []
+    targets = [None if UNTRAINED in messages[answer] else True for answer in answers]
+    messages = _unmarked(messages[: answers[-1] + 1])
+    ends = end_of_turn_texts(template.tokenizer)
+    text = template.render(messages)
+    places = _places(messages, answers, text, template)
+    if places is not None:
+        return [_divide(text, places, targets, ends)]
+    conversations = []
+    for number, answer in enumerate(answers):
+        if targets[number]:
+            before, through = _turn(messages, answer, template)
+            places = [(len(before), len(through))]
+            spans, lacks_end = _divide(through, places, [True], ends)
+            if None in targets[:number]:  # the prompt holds an answer that must not be learned
+                spans[0] = (before, None)
+            conversations.append((spans, lacks_end))
+    return conversations
 
 
-def _divide(turns: list[tuple[str, str]], ends: tuple[str, ...]) -> Conversation:
-    rendered = turns[-1][1]
-    spans, done = [], 0
-    for before, through in turns:
+def _places(
+    messages: Sequence[Message], answers: Sequence[int], text: str, template: ChatTemplate
+) -> list[tuple[int, int]] | None:
+    """Start and end of each answer in `text`; None if not every turn is rendered as in it.
+
+    Args:
+      messages: conversation.
+      answers: positions of the answers among the messages.
+      text: the rendered conversation.
+      template: chat template.
+    """
+    places: list[tuple[int, int]] = []
+    for number, answer in enumerate(answers):
+        place = None
+        if number & (number - 1):  # neither 0 nor a power of two
+            first, previous = messages[: answers[0]], answers[number - 1]
+            part = [*first, *messages[previous : answer + 1]]
+            with contextlib.suppress(DataError):  # of the shortened conversation
+                seen = template.render(part[: len(first) + 1])
+                place = _place(part, template, text, seen, places[-1][1])
+        place = place or _place(messages[: answer + 1], template, text)
+        if place is None:
+            return None
+        places.append(place)
+    return places
+
+
+def _place(
+    messages: Sequence[Message], template: ChatTemplate, text: str, seen: str = "", known: int = 0
+) -> tuple[int, int] | None:
+    """Start and end in `text` of the last message, an answer; None if it is not rendered there.
+
+    Args:
+      messages: conversation that ends with the answer.
+      template: chat template.
+      text: a longer rendering.
+      seen: beginning of the rendering of `messages` that stands for `text[:known]`.
+      known: see `seen`.
+    """
+    before = template.render(messages[:-1], answer_follows=True)
+    through = template.render(messages)
+    is_alike = before.startswith(seen) and through.startswith(before)
+    if not is_alike or not text.startswith(through[len(seen) :], known):
+        return None
+    shift = known - len(seen)
+    return shift + len(before), shift + len(through)
+
+
+def _turn(messages: Sequence[Message], answer: int, template: ChatTemplate) -> tuple[str, str]:
+    """Rendering before and through the answer at position `answer`."""
+    before = template.render(messages[:answer], answer_follows=True)
+    through = template.render(messages[: answer + 1])
+    if not through.startswith(before):
+        raise DataError(
+            f"{template.where}: message {answer + 1}: the chat template renders this answer "
+            "without its generation prompt, so training would see another prompt than inference; "
+            "give the tokenizer another template"
+        )
+    return before, through
+
+
+def _divide(
+    text: str,
+    places: Sequence[tuple[int, int]],
+    targets: Sequence[bool | None],
+    ends: tuple[str, ...],
+) -> Conversation:
+    spans: list[Span] = []
+    done, has_end = 0, False
+    for (start, end), target in zip(places, targets, strict=True):
         # Line breaks after the end of the turn belong to the template, not to the answer.
-        answer = through.rstrip()
-        stop = len(answer) if answer.endswith(ends) else len(through)
-        spans.append((rendered[done : len(before)], False))
-        spans.append((rendered[len(before) : stop], True))
+        answer = text[start:end].rstrip()
+        has_end = answer.endswith(ends)
+        stop = start + len(answer) if has_end else end
+        spans += [(text[done:start], False), (text[start:stop], target)]
         done = stop
-    return spans, not rendered.rstrip().endswith(ends)
+    return spans, not has_end
 
 
-def _end_of_turn_texts(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
-    """Texts of the tokens that can end a turn: special and added tokens."""
-    added = [token.content for token in tokenizer.added_tokens_decoder.values()]
-    return tuple({*added, *tokenizer.all_special_tokens} - {""})
+def lost_fields(messages: Sequence[Message], template: ChatTemplate) -> list[str]:
+    """Names of the fields of a conversation that its template leaves out.
 
-
-def render(
-    messages: Sequence[dict[str, Any]],
-    tokenizer: PreTrainedTokenizerBase,
-    where: str,
-    answer_follows: bool = False,
-) -> str:
-    """Renders a conversation with the tokenizer's chat template.
+    A field is left out if the rendering is the same without it. A key of messages is looked for
+    where the conversation ends with the last message that has it, since templates may keep it in
+    the last message only.
 
     Args:
       messages: messages with role and content.
-      tokenizer: tokenizer with a chat template.
-      where: file and row, for messages.
-      answer_follows: if true, the text ends with the generation prompt of the next answer.
+      template: chat template.
 
     Raises:
       DataError: the template refuses the conversation.
     """
+    messages = _unmarked(messages)
+    roles = dict.fromkeys(m["role"] for m in messages if m["role"] not in _TALKERS)
+    reduced = {name: (messages, template.without_argument(name)) for name in template.arguments}
+    if template.system:
+        reduced["a system message"] = messages, replace(template, system="")
+    for role in roles:
+        others = [message for message in messages if message["role"] != role]
+        reduced[f"messages of the role {role!r}"] = others, template
+    text = template.render(messages) if reduced else ""
+    lost = [name for name, (others, rest) in reduced.items() if _renders(others, rest, text)]
+    for keys in _LOSABLE_KEYS:
+        having = [n for n, message in enumerate(messages) if not message.keys().isdisjoint(keys)]
+        if not having:
+            continue
+        shown = messages[: having[-1] + 1]
+        rest = [{k: v for k, v in message.items() if k not in keys} for message in shown]
+        with contextlib.suppress(DataError):  # of a conversation that ends there
+            if _renders(rest, template, template.render(shown)):
+                lost.append(next(key for key in keys if key in shown[-1]))
+    return lost
+
+
+def _unmarked(messages: Sequence[Message]) -> list[Message]:
+    return [{k: v for k, v in message.items() if k != UNTRAINED} for message in messages]
+
+
+def _renders(messages: Sequence[Message], template: ChatTemplate, text: str) -> bool:
+    """True if the template renders these messages as `text`; false if it refuses them."""
     try:
-        text = tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=answer_follows
-        )
-    except (jinja2.TemplateError, TypeError, ValueError) as error:
-        raise DataError(f"{where}: the chat template refuses it ({first_line(error)})") from None
-    assert isinstance(text, str)
-    return text
-
-
-def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """Id of the token with which the chat template ends an assistant turn; None if it writes none.
-
-    Raises:
-      DataError: the template refuses a short conversation.
-    """
-    conversation = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "answer"}]
-    after = render(conversation, tokenizer, "a conversation").rpartition("answer")[2].strip()
-    ends = [text for text in _end_of_turn_texts(tokenizer) if after.startswith(text)]
-    if not ends:
-        return None
-    token = tokenizer.convert_tokens_to_ids(max(ends, key=len))
-    assert isinstance(token, int)
-    return token
+        return template.render(messages) == text
+    except DataError:
+        return False

@@ -4,6 +4,9 @@ Generation sees the prompt alone, so the ids of an example must begin with the i
 Prompt and completion encoded jointly nearly always satisfy this, and read as the model would write
 them. Where the two fuse into one token across the boundary, the completion is encoded separately,
 in a way that adds no space in front of it (SentencePiece tokenizers put one before every text).
+
+Turns of a conversation are encoded one by one, each once as a prompt and once with its answer,
+until `max_length` is passed, so that long conversations take time in proportion to their length.
 """
 
 import functools
@@ -16,8 +19,10 @@ from typing import NamedTuple
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from moe_jax.config.data import Schema
-from moe_jax.data.chat import conversation_spans
+from moe_jax.config.data import TEMPLATE_DATE, Schema
+from moe_jax.data.chat import conversation_spans, lost_fields
+from moe_jax.data.chat_template import ChatTemplate, Message, end_of_turn_texts
+from moe_jax.data.messages import UNTRAINED
 from moe_jax.data.prompt_template import PromptTemplate
 from moe_jax.data.readers import READERS, read_rows
 from moe_jax.data.tokenizer import encode, end_of_text, leading_tokens
@@ -30,25 +35,34 @@ PAIR_SEPARATOR = "\n"
 """Text between the two texts of a pair to classify."""
 
 
+BLANK_ANSWER = "a blank answer"
+"""Remark on a conversation that teaches the model to answer nothing."""
+
+
 class TextSpan(NamedTuple):
-    """A stretch of text; `is_target` if the model is trained to write it."""
+    """A stretch of text; `is_target` if the model is trained to write it.
+
+    `is_target` is None for an answer that must not be learned, not even where prompts are.
+    """
 
     text: str
-    is_target: bool
+    is_target: bool | None
 
 
 class Example(NamedTuple):
     """A row as text.
 
     Attributes:
-      spans: stretches of text, in order.
+      spans: stretches of text, in order; none if the row has nothing to learn.
       add_bos: true if the tokenizer's leading tokens (BOS) precede the text.
       add_eos: true if an end-of-text token, a target, follows the text.
+      remarks: what the report counts of the row, each as "a blank answer".
     """
 
     spans: tuple[TextSpan, ...]
     add_bos: bool
     add_eos: bool
+    remarks: tuple[str, ...] = ()
 
 
 def make_examples(
@@ -56,6 +70,7 @@ def make_examples(
     schema: Schema,
     template: PromptTemplate | None,
     tokenizer: PreTrainedTokenizerBase,
+    date: str = TEMPLATE_DATE,
 ) -> list[Example]:
     """Examples of one checked row: one, or for some chat templates one per assistant turn.
 
@@ -64,6 +79,7 @@ def make_examples(
       schema: schema of the row.
       template: prompt template, for the schema `instruction`.
       tokenizer: tokenizer whose chat template renders the schema `chat`.
+      date: date of today for chat templates that print it.
 
     Raises:
       DataError: the row does not fit the prompt template or the chat template.
@@ -71,11 +87,7 @@ def make_examples(
     if schema == "text":
         return [Example((TextSpan(row["text"], True),), add_bos=True, add_eos=True)]
     if schema == "chat":
-        conversations = conversation_spans(json.loads(row["messages"]), tokenizer, row["where"])
-        return [
-            Example(tuple(TextSpan(*span) for span in spans), add_bos=False, add_eos=add_eos)
-            for spans, add_eos in conversations
-        ]
+        return _chat_examples(row, tokenizer, date)
     if schema in ("completion", "task"):
         prompt, completion = row["prompt"], row["completion"]
     else:
@@ -87,36 +99,152 @@ def make_examples(
     ]
 
 
+def _chat_examples(
+    row: dict[str, str], tokenizer: PreTrainedTokenizerBase, date: str
+) -> list[Example]:
+    """Examples of a conversation; the first one has the remarks on it."""
+    arguments = {name: json.loads(row[name]) for name in ("tools", "documents") if row[name]}
+    arguments |= json.loads(row["chat_template_kwargs"] or "{}")
+    template = ChatTemplate(tokenizer, row["where"], date, row["system"], arguments)
+    messages = json.loads(row["messages"])
+    lost = lost_fields(messages, template)
+    remarks = [f"{name} that the chat template leaves out" for name in lost]
+    if any(_is_blank_answer(message) for message in messages):
+        remarks.append(BLANK_ANSWER)
+    examples = [
+        Example(tuple(TextSpan(*span) for span in spans), add_bos=False, add_eos=add_eos)
+        for spans, add_eos in conversation_spans(messages, template)
+    ]
+    if not examples:
+        remarks.append("answers of weight 0 only")
+        examples = [Example((), add_bos=False, add_eos=False)]
+    examples[0] = examples[0]._replace(remarks=tuple(remarks))
+    return examples
+
+
+def _is_blank_answer(message: Message) -> bool:
+    is_learned = message["role"] == "assistant" and UNTRAINED not in message
+    return is_learned and not message.get("content", "").strip() and "tool_calls" not in message
+
+
 def encode_examples(
-    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, train_on_prompt: bool
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    train_on_prompt: bool,
+    max_length: int | None = None,
 ) -> list[tuple[list[int], list[bool]]]:
-    """Token ids and loss mask of each example, in full length.
+    """Token ids and loss mask of each example.
 
     The mask is true at tokens of a target span and at the end-of-text token; with
-    `train_on_prompt` at every token, including the first one, which no token precedes.
+    `train_on_prompt` at every token, including the first one, which no token precedes, except those
+    of answers that must not be learned.
+
+    Args:
+      examples: rows as text.
+      tokenizer: tokenizer of the base model.
+      train_on_prompt: tokens of prompts are targets.
+      max_length: length beyond which tokens are not needed; a longer example may end anywhere
+        beyond it. None encodes examples in full.
     """
-    prefixes = [text for example in examples for text in accumulate(s.text for s in example.spans)]
-    prefix_ids = iter(encode(tokenizer, prefixes))
     leading, end = leading_tokens(tokenizer), end_of_text(tokenizer)
+    ends = end_of_turn_texts(tokenizer)
+    encodings = [_PartialEncoding(example, tokenizer, leading, ends) for example in examples]
+    while pending := [encoding for encoding in encodings if encoding.needs_more(max_length)]:
+        texts = [encoding.next_texts() for encoding in pending]
+        ids = iter(encode(tokenizer, [text for group in texts for text in group]))
+        for encoding, group in zip(pending, texts, strict=True):
+            encoding.add(group, [next(ids) for _ in group])
     encoded = []
-    for example in examples:
-        tokens = list(leading) if example.add_bos else []
-        loss_mask = [train_on_prompt] * len(tokens)
-        ids_before: list[int] = []
-        for span in example.spans:
-            ids = next(prefix_ids)
+    for example, encoding in zip(examples, encodings, strict=True):
+        tokens, targets = encoding.tokens, encoding.targets
+        if example.add_eos:
+            tokens, targets = [*tokens, end], [*targets, True]
+        mask = [train_on_prompt if target is False else bool(target) for target in targets]
+        encoded.append((tokens, mask))
+    return encoded
+
+
+class _PartialEncoding:
+    """Token ids of an example, encoded part by part.
+
+    The text up to the end of each span is encoded jointly with what stands before it. Where turns
+    end with a token that the tokenizer looks for before all else, that token stands for all text
+    before it: the text behind is encoded alike with no more than that in front. So parts begin
+    there. Where no such token is found in the text or in the ids, each span is a part, with all
+    text in front of it.
+
+    Attributes:
+      tokens: ids so far.
+      targets: `TextSpan.is_target` of each id.
+    """
+
+    def __init__(
+        self,
+        example: Example,
+        tokenizer: PreTrainedTokenizerBase,
+        leading: list[int],
+        ends: tuple[str, ...],
+    ):
+        self._spans = [span for span in example.spans if span.text]
+        self._tokenizer = tokenizer
+        self._leading = leading if example.add_bos else []
+        last = next((span.text for span in reversed(self._spans) if span.is_target), "")
+        self._begin(max(filter(last.endswith, ends), key=len) if last.endswith(ends) else "")
+
+    def _begin(self, end: str) -> None:
+        """Begins with parts behind each `end`, or if it is empty, with a part for each span."""
+        self._end = end
+        token = self._tokenizer.convert_tokens_to_ids(end)
+        self._end_ids = [token] if end and isinstance(token, int) else []
+        self._parts = _parts(self._spans, end) if end else [[span] for span in self._spans]
+        self._done = 0
+        self._text, self._ids = "", list[int]()  # in front of the next part
+        self.tokens = list(self._leading)
+        self.targets: list[bool | None] = [False] * len(self.tokens)
+
+    def needs_more(self, max_length: int | None) -> bool:
+        """True if text is left, and there are not more than `max_length` tokens."""
+        is_long = max_length is not None and len(self.tokens) > max_length
+        return self._done < len(self._parts) and not is_long
+
+    def next_texts(self) -> list[str]:
+        """Text of the next part up to the end of each of its spans, and what is in front of it."""
+        texts = (span.text for span in self._parts[self._done])
+        return list(accumulate(texts, initial=self._text))[1:]
+
+    def add(self, texts: list[str], encoded: list[list[int]]) -> None:
+        """Adds the ids of `next_texts()`."""
+        ids_before = self._ids
+        if self._end:
+            begins_alike = all(ids[: len(ids_before)] == ids_before for ids in encoded)
+            is_last = self._done + 1 == len(self._parts)
+            if not begins_alike or not (is_last or encoded[-1][-1:] == self._end_ids):
+                self._begin("")
+                return
+        for span, ids in zip(self._parts[self._done], encoded, strict=True):
             if ids[: len(ids_before)] == ids_before:
                 new = ids[len(ids_before) :]
             else:
-                new = _encode_continuation(ids_before, span.text, ids, tokenizer)
-            tokens += new
-            loss_mask += [span.is_target or train_on_prompt] * len(new)
+                new = _encode_continuation(ids_before, span.text, ids, self._tokenizer)
+            self.tokens += new
+            self.targets += [span.is_target] * len(new)
             ids_before = ids
-        if example.add_eos:
-            tokens.append(end)
-            loss_mask.append(True)
-        encoded.append((tokens, loss_mask))
-    return encoded
+        self._done += 1
+        self._text = self._end or texts[-1]
+        self._ids = self._end_ids or ids_before
+
+
+def _parts(spans: Sequence[TextSpan], end: str) -> list[list[TextSpan]]:
+    """Spans, divided behind each occurrence of `end`."""
+    parts: list[list[TextSpan]] = [[]]
+    for span in spans:
+        *closed, rest = span.text.split(end)
+        for text in closed:
+            parts[-1].append(span._replace(text=text + end))
+            parts.append([])
+        if rest:
+            parts[-1].append(span._replace(text=rest))
+    return [part for part in parts if part]
 
 
 def _encode_continuation(

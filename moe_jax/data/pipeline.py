@@ -205,7 +205,12 @@ def _tokenise(
     keys = []
     for name, source in sources.items():
         # The weight changes the order alone, so adapters that weight a source differently share it.
-        fields = asdict(replace(source, weight=1.0)), config.max_length, config.train_on_prompt
+        fields = (
+            asdict(replace(source, weight=1.0)),
+            config.max_length,
+            config.train_on_prompt,
+            config.date,
+        )
         labels = None if classification is None else classification.labels
         keys.append(json.dumps([name, *fields, config.cache_dir, labels]))
         with error_prefix(f"{field}.{split}.{name}"):

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from moe_jax.config.classification import ClassificationConfig
 from moe_jax.config.data import DataConfig, SourceConfig
-from moe_jax.data.chat import require_chat_template
+from moe_jax.data.chat_template import prints_date, require_chat_template
 from moe_jax.data.encoding import encode_examples, encode_texts, make_examples
 from moe_jax.data.prompt_template import PromptTemplate, load_prompt_template
 from moe_jax.data.schema import label_number
@@ -45,6 +45,7 @@ FEATURES = datasets.Features(
         "label": datasets.Value("float32"),
         "truncated": datasets.Value("bool"),
         "row": datasets.Value("int64"),
+        "remarks": datasets.List(datasets.Value("string")),
     }
 )
 
@@ -105,14 +106,16 @@ def tokenise_source(
     table = _token_table(name, rows, source, config, tokenizer, template, classification)
     columns = table.select_columns(["length", "label", "truncated", "row"]).with_format("numpy")[:]
     kept = np.flatnonzero(columns["length"] > 0)
-    dropped = np.flatnonzero(columns["length"] == 0)
     if not len(kept):
         raise DataError(
             f"{source.title}: no row has a target within max_length={config.max_length} tokens; "
             "raise it or shorten the prompts"
         )
-    first_dropped = rows.rows[int(columns["row"][dropped[0]])]["where"] if len(dropped) else None
-    table = table.select_columns(["tokens", "loss_mask", "label"]).with_format("arrow")
+    table = table.with_format("arrow")
+    report = _report(name, config.max_length, rows.rows, columns, table["remarks"])
+    if source.schema == "chat" and prints_date(tokenizer):
+        report += f", the chat template's date is {config.date} (data.date)"
+    table = table.select_columns(["tokens", "loss_mask", "label"])
     lengths = columns["length"][kept]
     digest, largest_token = _digest_and_largest(table, lengths, source.expert_group)
     if classification is not None:
@@ -126,7 +129,7 @@ def tokenise_source(
         digest=digest,
         largest_token=largest_token,
         expert_group=source.expert_group,
-        report=_report(name, config.max_length, len(rows.rows), columns, first_dropped),
+        report=report,
     )
 
 
@@ -147,6 +150,7 @@ def _token_table(
         None if template is None else (template.with_input, template.without_input),
         config.max_length,
         config.train_on_prompt,
+        config.date if source.schema == "chat" and prints_date(tokenizer) else None,
         None if classification is None else classification.labels,
     )
     if classification is None:
@@ -155,8 +159,7 @@ def _token_table(
             source=source,
             template=template,
             tokenizer=tokenizer,
-            max_length=config.max_length,
-            train_on_prompt=config.train_on_prompt,
+            config=config,
         )
     else:
         tokenise = functools.partial(
@@ -205,19 +208,30 @@ def flat_values(column: pa.ChunkedArray) -> np.ndarray:
 
 
 def _report(
-    name: str, max_length: int, rows: int, columns: dict[str, np.ndarray], first_dropped: str | None
+    name: str,
+    max_length: int,
+    rows: datasets.Dataset,
+    columns: dict[str, np.ndarray],
+    remarks: pa.ChunkedArray,
 ) -> str:
-    lengths = columns["length"]
-    kept, dropped = int((lengths > 0).sum()), int((lengths == 0).sum())
-    parts = [f"{name}: {rows} rows"]
-    if len(lengths) > rows:
+    """Line on the numbers of rows, and of those with a remark, each with the first such row."""
+    lengths, origins = columns["length"], columns["row"]
+    kept, dropped = int((lengths > 0).sum()), np.flatnonzero(lengths == 0)
+    parts = [f"{name}: {len(rows)} rows"]
+    if len(lengths) > len(rows):
         parts.append(f"{len(lengths)} after dividing long ones")
     parts.append(f"{int(columns['truncated'].sum())} truncated to {max_length} tokens")
-    if dropped:
-        parts.append(f"{dropped} dropped without a remaining target (first: {first_dropped})")
-    if dropped * 10 > len(lengths):
+    counted = {"dropped without a remaining target": dropped.tolist()} if len(dropped) else {}
+    lists = remarks.combine_chunks()
+    indices = np.repeat(np.arange(len(lists)), lists.value_lengths().to_numpy())
+    for index, remark in zip(indices.tolist(), lists.flatten().to_pylist(), strict=True):
+        counted.setdefault(f"with {remark}", []).append(index)
+    for remark, found in counted.items():
+        first = rows[int(origins[found[0]])]["where"]
+        parts.append(f"{len(found)} {remark} (first: {first})")
+    if len(dropped) * 10 > len(lengths):
         parts.append(
-            f"WARNING: {dropped / len(lengths):.0%} of the rows are lost; raise max_length"
+            f"WARNING: {len(dropped) / len(lengths):.0%} of the rows are lost; raise max_length"
         )
     parts.append(f"{lengths.sum() / kept:.1f} tokens a row")
     return ", ".join(parts)
@@ -230,20 +244,21 @@ def _tokenise_batch(
     source: SourceConfig,
     template: PromptTemplate | None,
     tokenizer: PreTrainedTokenizerBase,
-    max_length: int,
-    train_on_prompt: bool,
+    config: DataConfig,
 ) -> dict[str, list]:
     examples, origins = [], []
     for position, index in enumerate(indices):
         row = {column: values[position] for column, values in batch.items()}
-        for example in make_examples(row, source.schema, template, tokenizer):
+        for example in make_examples(row, source.schema, template, tokenizer, config.date):
             examples.append(example)
             origins.append(index)
+    max_length, divides = config.max_length, source.schema == "text"
     out: dict[str, list] = {column: [] for column in FEATURES}
-    encoded = encode_examples(examples, tokenizer, train_on_prompt)
-    for origin, (tokens, loss_mask) in zip(origins, encoded, strict=True):
-        step = max_length - 1
-        parts = range(0, max(len(tokens) - 1, 1), step) if source.schema == "text" else range(1)
+    encoded = encode_examples(
+        examples, tokenizer, config.train_on_prompt, None if divides else max_length
+    )
+    for origin, example, (tokens, loss_mask) in zip(origins, examples, encoded, strict=True):
+        parts = range(0, max(len(tokens) - 1, 1), max_length - 1) if divides else range(1)
         for start in parts:
             kept_tokens = tokens[start : start + max_length]
             # No token precedes a row's first one, so it is never a target.
@@ -253,8 +268,9 @@ def _tokenise_batch(
             out["loss_mask"].append(kept_mask if has_target else [])
             out["length"].append(len(kept_tokens) if has_target else 0)
             out["label"].append(0.0)
-            out["truncated"].append(source.schema != "text" and len(tokens) > max_length)
+            out["truncated"].append(not divides and len(tokens) > max_length)
             out["row"].append(origin)
+            out["remarks"].append(example.remarks if start == 0 else ())
     return out
 
 
@@ -280,4 +296,5 @@ def _tokenise_labelled(
         "label": labels,
         "truncated": [len(tokens) > max_length for tokens in encoded],
         "row": indices,
+        "remarks": [()] * len(kept),
     }

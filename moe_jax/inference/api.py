@@ -10,7 +10,7 @@ from moe_jax.adapters.method import require_language_model
 from moe_jax.checkpoints.adapter_files import SavedAdapter
 from moe_jax.config.model import ComputeConfig, FloatType
 from moe_jax.config.run import MeshConfig
-from moe_jax.data.chat import end_of_turn
+from moe_jax.data.chat_template import end_of_turn
 from moe_jax.data.tokenizer import load_tokenizer
 from moe_jax.errors import ConfigError
 from moe_jax.hf.base_model import BaseModel, open_base

@@ -6,14 +6,11 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from moe_jax.config.parse import FieldError
-from moe_jax.data.chat import render
+from moe_jax.data.chat_template import ChatTemplate, Message
 from moe_jax.data.prompt_template import load_prompt_template
 from moe_jax.data.tokenizer import encode, encode_prompt
 from moe_jax.errors import DataError
 from moe_jax.inference.settings import PromptFormat
-
-Message = dict[str, Any]
-"""Turn of a conversation, with the keys `role` and `content`."""
 
 
 class Prompt(NamedTuple):
@@ -83,7 +80,7 @@ class PromptEncoder:
         system = self._format.system
         if system is not None and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": system}, *messages]
-        text = render(messages, self._tokenizer, where, answer_follows=True)
+        text = ChatTemplate(self._tokenizer, where).render(messages, answer_follows=True)
         return tuple(encode(self._tokenizer, [text])[0])
 
     def _no_chat_template(self) -> str:

@@ -8,7 +8,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from moe_jax.config.data import Schema, SourceConfig
-from moe_jax.data.chat import require_chat_template
+from moe_jax.data.chat_template import require_chat_template
 from moe_jax.data.encoding import encode_examples, make_examples
 from moe_jax.data.prompt_template import PromptTemplate, load_prompt_template
 from moe_jax.data.sources import read_source

@@ -126,6 +126,10 @@ REFUSED = {
     f"{ADAPTER}.method.router.jitter": [(0.1, "did you mean 'jitter_noise'?")],
     f"{ADAPTER}.data.train": [({}, "names no data set")],
     f"{ADAPTER}.data.max_length": [(1, "at least 2 tokens")],
+    f"{ADAPTER}.data.date": [
+        ("26 Jul 2024", "as YYYY-MM-DD, got '26 Jul 2024'"),
+        ("20240726", "YYYY"),
+    ],
     f"{ADAPTER}.data.buckets": [
         ([32, 16], "must ascend strictly"),
         ([16, 16], "must ascend strictly"),

@@ -1,8 +1,11 @@
 """Targets of a conversation: every assistant turn with its end of turn, and nothing else."""
 
+import datetime
+
 import pytest
 
-from moe_jax.data.chat import conversation_spans, require_chat_template
+from moe_jax.data.chat import conversation_spans, lost_fields
+from moe_jax.data.chat_template import ChatTemplate, require_chat_template
 from moe_jax.errors import DataError
 
 TALK = [
@@ -30,14 +33,45 @@ PLAIN = (
 )
 
 
-@pytest.fixture
-def spans(byte_tokenizer, monkeypatch):
-    def cut(messages, template=None):
-        if template is not None:
-            monkeypatch.setattr(byte_tokenizer, "chat_template", template)
-        return conversation_spans(messages, byte_tokenizer, "c.json: row 1")
+# Refuses conversations without a system message, and roles that do not alternate after it.
+STRICT = (
+    "{% for m in messages %}{% set roles = ['assistant', 'user'] if loop.index0 else ['system'] %}"
+    "{% if m.role != roles[loop.index0 % 2] %}{{ raise_exception('roles') }}{% endif %}"
+    "<|start|>{{ m.role }}\n{{ m.content }}<|stop|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+)
+# Of no use, but every turn depends on all before it.
+NUMBERED = (
+    "{% for m in messages %}{{ loop.index }} {{ m.role }}: {{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}{{ messages|length + 1 }} assistant: {% endif %}"
+)
+# Its beginning depends on the number of turns, from the fifth on.
+COUNTED = (
+    "{% if messages|selectattr('role', 'equalto', 'user')|list|length > 4 %}Long.\n{% endif %}"
+) + PLAIN
+# Removes the reasoning from the turns before the last message of the user.
+REASONING_SINCE_USER = (
+    "{% set ns = namespace(user=0) %}{% for m in messages %}{% if m.role == 'user' %}"
+    "{% set ns.user = loop.index0 %}{% endif %}{% endfor %}"
+    "{% for m in messages %}<|start|>{{ m.role }}\n{% if m.thinking and loop.index0 > ns.user %}"
+    "[{{ m.thinking }}]{% endif %}{{ m.content }}<|stop|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+)
 
-    return cut
+
+@pytest.fixture
+def template(byte_tokenizer, monkeypatch):
+    def make(text=None, **fields):
+        if text is not None:
+            monkeypatch.setattr(byte_tokenizer, "chat_template", text)
+        return ChatTemplate(byte_tokenizer, "c.json: row 1", **fields)
+
+    return make
+
+
+@pytest.fixture
+def spans(template):
+    return lambda messages, text=None: conversation_spans(messages, template(text))
 
 
 def test_every_assistant_turn_with_its_end_is_a_target(spans):
@@ -106,3 +140,197 @@ def test_tokenizer_without_template(word_tokenizer, byte_tokenizer):
     require_chat_template(byte_tokenizer, "c.json")
     with pytest.raises(DataError, match=r"^c\.json: schema 'chat' needs a chat template"):
         require_chat_template(word_tokenizer, "c.json")
+
+
+def long_talk(answers):
+    talk = [{"role": "system", "content": "S"}]
+    for n in range(answers):
+        talk += [
+            {"role": "user", "content": f"U{n}"},
+            {"role": "assistant", "content": f"A{n}", "thinking": f"T{n}"},
+        ]
+    return talk
+
+
+def every_prefix(messages, tokenizer):
+    """Spans from two renderings for each answer, compared as a whole."""
+    render, turns = tokenizer.apply_chat_template, []
+    for n, message in enumerate(messages):
+        if message["role"] == "assistant":
+            before = render(messages[:n], tokenize=False, add_generation_prompt=True)
+            turns.append((before, render(messages[: n + 1], tokenize=False)))
+    if not all(turns[-1][1].startswith(text) for turn in turns for text in turn):
+        return [[(before, False), (turn[len(before) :], True)] for before, turn in turns]
+    texts = [text for turn in turns for text in turn]
+    starts = ["", *texts[:-1]]
+    cuts = [text[len(start) :] for start, text in zip(starts, texts, strict=True)]
+    return [[(cut, n % 2 == 1) for n, cut in enumerate(cuts)]]
+
+
+def without_line_breaks(conversations):
+    """Texts and targets, where line breaks after an answer are not shown."""
+    return [[(text.strip("\n"), learned) for text, learned in spans] for spans in conversations]
+
+
+@pytest.mark.parametrize("answers", [1, 2, 3, 4, 6, 9, 20])
+@pytest.mark.parametrize(
+    ("text", "is_stable"),
+    [
+        (INSTRUCT, True),
+        (PLAIN, True),
+        (STRICT, True),
+        (NUMBERED, True),
+        (COUNTED, False),
+        (REASONING, False),
+        (REASONING_SINCE_USER, False),
+    ],
+)
+def test_turns_are_those_of_every_prefix_rendered(spans, byte_tokenizer, text, is_stable, answers):
+    found = spans(long_talk(answers), text)
+    assert without_line_breaks(spans for spans, _ in found) == without_line_breaks(
+        every_prefix(long_talk(answers), byte_tokenizer)
+    )
+    if answers > 4:
+        assert len(found) == (1 if is_stable else answers)
+
+
+def test_chains_of_tool_calls_keep_their_reasoning(spans, byte_tokenizer):
+    talk = long_talk(20)
+    for message in talk[3::2]:
+        message["role"] = "tool"
+    (found,) = spans(talk, REASONING_SINCE_USER)
+    assert without_line_breaks([found[0]]) == without_line_breaks(
+        every_prefix(talk, byte_tokenizer)
+    )
+    assert "".join(text for text, learned in found[0] if learned).count("[T") == 20
+
+
+@pytest.mark.parametrize("text", [INSTRUCT, STRICT, PLAIN])
+def test_rendered_messages_grow_with_the_length(spans, byte_tokenizer, monkeypatch, text):
+    rendered, original = [], byte_tokenizer.apply_chat_template
+
+    def counted(messages, **options):
+        rendered.append(len(messages))
+        return original(messages, **options)
+
+    monkeypatch.setattr(byte_tokenizer, "apply_chat_template", counted)
+    totals = []
+    for answers in (64, 512):
+        rendered.clear()
+        spans(long_talk(answers), text)
+        totals.append(sum(rendered))
+    # The whole, prefixes of 1, 2, 3, 5, 9, ... answers, and parts of one size; all prefixes would
+    # be 512 * 1025 messages.
+    assert totals[1] < 8.5 * totals[0]
+    assert totals[1] < 512 * 20
+
+
+def test_answers_of_weight_0_are_prompts_that_are_never_learned(spans):
+    talk = [*TALK, {"role": "user", "content": "U3"}, {"role": "assistant", "content": "A3"}]
+    talk = [dict(message) for message in talk]
+    talk[2]["weight"] = talk[6]["weight"] = 0
+    ((found, _),) = spans(talk)
+    assert [text for text, target in found if target] == ["A2<|stop|>"]
+    assert [text for text, target in found if target is None] == ["A1<|stop|>"]
+    assert "".join(text for text, _ in found) == "".join(text for text, _ in spans(TALK)[0][0])
+    talk[4]["weight"] = 0
+    assert spans(talk) == []
+
+
+def test_answers_of_weight_0_in_a_template_that_rewrites_turns(spans):
+    talk = long_talk(3)
+    talk[2]["weight"] = 0
+    second, third = (found for found, _ in spans(talk, REASONING))
+    assert second[1] == ("[T1]A1<|stop|>", True)
+    assert third[1] == ("[T2]A2<|stop|>", True)
+    assert second[0][1] is third[0][1] is None  # both prompts hold the first answer
+
+
+TOOLS = [{"type": "function", "function": {"name": "rain", "parameters": {"type": "object"}}}]
+CALL = {"type": "function", "function": {"name": "rain", "arguments": {"town": "Ulm"}}}
+# Writes all that a conversation can have.
+FULL = (
+    "{% if tools %}{{ tools | tojson }}{% endif %}{% if documents %}{{ documents | tojson }}"
+    "{% endif %}{{ mood }}{% for m in messages %}<{{ m.role }}{{ m.name }}>"
+    "{% if m.reasoning_content and loop.last %}[{{ m.reasoning_content }}]{% endif %}"
+    "{{ m.content }}{% for call in m.tool_calls %}{{ call.function.name }}"
+    "{{ call.function.arguments | tojson }}{% endfor %}<|stop|>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+AGENT = [
+    {"role": "user", "content": "Wet?"},
+    {"role": "assistant", "thinking": "Hm.", "tool_calls": [CALL]},
+    {"role": "tool", "content": "22", "name": "rain"},
+    {"role": "assistant", "content": "No."},
+]
+FIELDS = {
+    "system": "Short.",
+    "arguments": {"tools": TOOLS, "documents": [{"title": "t", "text": "x"}], "mood": "calm"},
+}
+
+
+def test_all_fields_reach_the_template(template, byte_tokenizer):
+    made = template(FULL, **FIELDS)
+    expected = byte_tokenizer.apply_chat_template(
+        [{"role": "system", "content": "Short."}, *AGENT],
+        tools=TOOLS,
+        documents=[{"title": "t", "text": "x"}],
+        mood="calm",
+        tokenize=False,
+    )
+    assert made.render(AGENT) == expected
+    for part in ('"name": "rain"', '"title": "t"', "calm", "<toolrain>", 'rain{"town": "Ulm"}'):
+        assert part in expected
+    # The reasoning is removed once its turn is not the last.
+    first, second = (spans for spans, _ in conversation_spans(AGENT, made))
+    assert first[1] == ('[Hm.]rain{"town": "Ulm"}<|stop|>', True)
+    assert second[1] == ("No.<|stop|>", True)
+    assert lost_fields(AGENT, made) == []
+
+
+def test_fields_that_the_template_leaves_out_are_found(template):
+    text = (
+        "{% for m in messages if m.role in ['user', 'assistant'] %}{{ m.role + ': ' + m.content }}"
+        "\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    lost = ["tools", "documents", "mood", "a system message", "messages of the role 'tool'"]
+    assert lost_fields(AGENT, template(text, **FIELDS)) == [*lost, "tool_calls", "thinking", "name"]
+    assert lost_fields(TALK, template(PLAIN)) == []
+
+
+def test_template_that_needs_content_gets_an_empty_one(template):
+    text = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
+    rendered = "user: Wet?\nassistant: \ntool: 22\nassistant: No.\n"
+    assert template(text).render(AGENT) == rendered
+    defined = "{% for m in messages %}{{ m.content is defined }} {% endfor %}"
+    assert template(defined).render(AGENT) == "True False True True "
+
+
+DATES = ["%d %b %Y", "%Y-%m-%d", "%B %-d, %H:%M", "%A %j"]
+
+
+@pytest.mark.parametrize("lead", ["", "\n", " \n\n", "x\n", "{# note #}\n ", "{%- set x = 1 -%}\n"])
+def test_fixed_date(template, byte_tokenizer, lead):
+    shown = "".join(f"{{{{ strftime_now('{code}') }}}}|" for code in DATES)
+    text = (
+        f"{lead}[{{% macro day() %}}{shown}{{% endmacro %}}{{% if strftime_now is defined %}}"
+        f"{{{{ day() }}}}{{% endif %}}{shown}]\n{PLAIN}"
+    )
+    day = datetime.datetime(2024, 2, 9)
+    expected = "".join(f"{day.strftime(code)}|" for code in DATES) * 2
+    rendered = template(text, date="2024-02-09").render(TALK)
+    # Everything but the dates is as with the true date.
+    before, _, rest = byte_tokenizer.apply_chat_template(TALK, tokenize=False).partition("[")
+    assert rendered == f"{before}[{expected}]{rest.partition(']')[2]}"
+    assert template(text).render(TALK) == f"{before}[{rest}"
+
+
+def test_fixed_date_leaves_other_templates_alone(template):
+    assert template(PLAIN, date="2024-02-09").render(TALK) == template(PLAIN).render(TALK)
+
+
+def test_named_templates(template, byte_tokenizer, monkeypatch):
+    named = {"default": PLAIN, "tool_use": "{{ strftime_now('%Y') }} {{ tools[0].function.name }}"}
+    monkeypatch.setattr(byte_tokenizer, "chat_template", named)
+    assert template(date="2024-02-09", arguments={"tools": TOOLS}).render(TALK) == "2024 rain"
+    assert template(date="2024-02-09").render(TALK) == template().render(TALK)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from moe_jax.config.data import SourceConfig
-from moe_jax.data import sources, tokenised_source
+from moe_jax.data import encoding, sources, tokenised_source
 from moe_jax.data import tokenizer as tokenizer_module
 from moe_jax.data.encoding import Example, TextSpan, encode_examples
 from moe_jax.data.tokenised_source import tokenise_source
@@ -116,6 +116,150 @@ def test_chat_targets_are_the_assistant_turns(run, write, byte_tokenizer):
     # What generation sees for the second answer is exactly how the row goes on to it.
     prompt = byte_tokenizer.apply_chat_template(talk[:3], add_generation_prompt=True)["input_ids"]
     assert row[0][: len(prompt)] == prompt
+
+
+# `generation` marks what transformers' own mask counts as the assistant's.
+MARKED = (
+    "{% for m in messages %}<|start|>{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}"
+    "{{ m.content }}<|stop|>{% endgeneration %}{% else %}{{ m.content }}<|stop|>{% endif %}"
+    "{{ '\n' }}{% endfor %}{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+)
+WITH_EOS = (
+    "{% for m in messages %}[{{ m.role }}]{% if m.role == 'assistant' %}{% generation %}"
+    "{{ m.content + eos_token }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+TEXTS = ["The fox runs.", "naïve 🦊", " Paris ", "", "The dog\n\nsleeps", "What is </s> <|stop|>?"]
+
+
+def conversation(answers):
+    roles = ["user", "assistant"] * answers
+    return [{"role": r, "content": TEXTS[n * 5 % 6] or "."} for n, r in enumerate(roles)]
+
+
+@pytest.mark.parametrize(
+    ("fixture", "template"), [("byte_tokenizer", MARKED), ("metaspace_tokenizer", WITH_EOS)]
+)
+@pytest.mark.parametrize("answers", [1, 2, 12])
+def test_conversations_are_encoded_and_masked_as_by_transformers(
+    request, run, write, monkeypatch, fixture, template, answers
+):
+    tokenizer = request.getfixturevalue(fixture)
+    monkeypatch.setattr(tokenizer, "chat_template", template)
+    talk = conversation(answers)
+    expected = tokenizer.apply_chat_template(talk, return_assistant_tokens_mask=True)
+    ids, is_answer = expected["input_ids"], expected["assistant_masks"]
+    source = SourceConfig(path=write("c.jsonl", [{"messages": talk}]), schema="chat")
+    last = len(ids) - is_answer[::-1].index(1)  # only line breaks follow
+    for max_length in (2000, last - 2, is_answer.index(1) + 3):
+        (row,), _ = run(source, tokenizer, max_length=max_length)
+        length = min(last, max_length)
+        targets = [i for i, learned in zip(ids, is_answer, strict=True) if learned]
+        assert row[0] == ids[:length]
+        assert row[1] == targets[: sum(is_answer[:length])]
+
+
+@pytest.fixture
+def encoded_characters(monkeypatch):
+    """Number of characters of each call of the tokenizer for spans."""
+    counts = []
+
+    def counted(tokenizer, texts):
+        counts.append(sum(map(len, texts)))
+        return tokenizer_module.encode(tokenizer, texts)
+
+    monkeypatch.setattr(encoding, "encode", counted)
+    return counts
+
+
+@pytest.mark.parametrize("template", [None, "{% for m in messages %}{{ m.content }}{% endfor %}"])
+def test_encoded_text_grows_with_the_length_and_ends_with_it(
+    run, write, byte_tokenizer, monkeypatch, encoded_characters, template
+):
+    if template is not None:  # without an end of turn
+        monkeypatch.setattr(byte_tokenizer, "chat_template", template)
+    totals = []
+    for answers in (20, 80):
+        talk = conversation(answers)
+        path = write(f"{answers}.jsonl", [{"messages": talk}])
+        encoded_characters.clear()
+        run(SourceConfig(path=path, schema="chat"), byte_tokenizer, max_length=64)
+        assert sum(encoded_characters) < 64 * 50
+        encoded_characters.clear()
+        run(SourceConfig(path=path, schema="chat"), byte_tokenizer, max_length=100_000)
+        totals.append(sum(encoded_characters))
+        if template is None:
+            rendered = byte_tokenizer.apply_chat_template(talk, tokenize=False)
+            # Prompts twice, answers once, and the end of turn in front of each part.
+            assert totals[-1] < 2.5 * len(rendered)
+    assert template is not None or totals[1] < 4.2 * totals[0]
+
+
+def test_answers_of_weight_0_are_not_learned_even_with_their_prompts(run, write, byte_tokenizer):
+    talk = [
+        {"role": "user", "content": "The fox?"},
+        {"role": "assistant", "content": "Red.", "weight": 0},
+        {"role": "user", "content": "Paris?"},
+        {"role": "assistant", "content": "France.", "weight": 1},
+    ]
+    path = write("c.jsonl", [{"messages": talk}])
+    ((ids, targets),), _ = run(SourceConfig(path=path, schema="chat"), byte_tokenizer)
+    assert byte_tokenizer.decode(targets) == "France.<|stop|>"
+    ((same, targets),), _ = run(
+        SourceConfig(path=path, schema="chat"), byte_tokenizer, train_on_prompt=True
+    )
+    whole = byte_tokenizer.decode(ids)
+    assert (same, byte_tokenizer.decode(ids[:1] + targets)) == (
+        ids,
+        whole.replace("Red.<|stop|>", ""),
+    )
+
+
+def test_report_counts_what_is_lost_of_conversations(run, write, byte_tokenizer):
+    user, answer = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+    rows = [
+        {"messages": [user, answer]},
+        {"messages": [user, answer], "tools": [{"name": "f"}]},
+        {"messages": [user, {**answer, "content": " \n"}]},
+        {"messages": [user, {**answer, "content": ""}, user, answer], "tools": [{"name": "g"}]},
+        {"messages": [user, {**answer, "content": "", "weight": 0}]},
+    ]
+    path = write("c.jsonl", rows)
+    found, result = run(SourceConfig(path=path, schema="chat"), byte_tokenizer)
+    assert len(found) == 4
+    for part in (
+        "only: 5 rows, ",
+        f"1 dropped without a remaining target (first: {path}: line 5)",
+        f"2 with tools that the chat template leaves out (first: {path}: line 2)",
+        f"2 with a blank answer (first: {path}: line 3)",
+        f"1 with answers of weight 0 only (first: {path}: line 5)",
+    ):
+        assert part in result.report
+
+
+def test_data_of_a_template_with_a_date_is_the_same_every_day(
+    run, write, byte_tokenizer, monkeypatch, calls
+):
+    undated = byte_tokenizer.chat_template
+    dated = "{{ strftime_now('%d %b %Y') }} {{ tools[0].function.name }}" + undated
+    monkeypatch.setattr(byte_tokenizer, "chat_template", dated)
+    talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    rows = [{"messages": talk, "tools": [{"name": "f"}]}]
+    source = SourceConfig(path=write("c.jsonl", rows), schema="chat")
+    ((ids, _),), first = run(source, byte_tokenizer)
+    assert byte_tokenizer.decode(ids).startswith("26 Jul 2024 f<|start|>")
+    assert "the chat template's date is 2024-07-26 (data.date)" in first.report
+    ((ids, _),), other = run(source, byte_tokenizer, date="2023-01-02")
+    assert byte_tokenizer.decode(ids).startswith("02 Jan 2023 f<|start|>")
+    assert other.digest != first.digest
+    assert calls == [1, 1]
+    # Without a date in the template it changes nothing, not even the cache.
+    monkeypatch.setattr(byte_tokenizer, "chat_template", undated)
+    _, first = run(source, byte_tokenizer)
+    _, other = run(source, byte_tokenizer, date="2023-01-02")
+    assert (other.digest, other.report) == (first.digest, first.report)
+    assert "data.date" not in first.report
+    assert calls == [1, 1, 1]
 
 
 PAIRS = [

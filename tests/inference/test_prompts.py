@@ -7,7 +7,7 @@ from inference.tokenizers_to_try import byte_level, sentence_piece
 
 import moe_jax
 from moe_jax.config.classification import ClassificationConfig
-from moe_jax.data.chat import end_of_turn
+from moe_jax.data.chat_template import end_of_turn
 from moe_jax.errors import UserError
 from moe_jax.inference.limits import check_prompts
 from moe_jax.inference.prompts import Prompt, PromptEncoder
