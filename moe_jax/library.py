@@ -20,7 +20,7 @@ from moe_jax.checkpoints.adapter_files import SavedAdapter
 from moe_jax.config.model import ComputeConfig, FloatType, StorageType
 from moe_jax.config.parse import FieldError, located, suggest
 from moe_jax.config.run import RunConfig, parse_run_config
-from moe_jax.data.encoding import load_token_rows
+from moe_jax.data.token_rows import load_token_rows
 from moe_jax.data.tokenizer import load_tokenizer
 from moe_jax.errors import ConfigError, DataError
 from moe_jax.exchange import api as exchange

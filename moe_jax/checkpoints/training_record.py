@@ -33,9 +33,10 @@ class DataSet:
     """A data set for training or validation.
 
     Attributes:
-      path, schema, split, revision: see `SourceConfig`.
+      path: path of the data set; several are joined by ", ".
+      schema, split, revision: see `SourceConfig`.
       task: evaluation task of its questions; None if it belongs to no task.
-      on_hub: True if `path` is the id of a hub data set, and not a file or folder.
+      on_hub: True if `path` is on the hub, and not a local file or folder.
       weight: sampling weight, relative to the other training sets.
       rows: number of rows used.
     """
@@ -50,8 +51,9 @@ class DataSet:
     rows: int
 
     def without_local_path(self) -> "DataSet":
-        """Copy whose path is the name of the file or folder only."""
-        return dataclasses.replace(self, path=Path(self.path).name)
+        """Copy whose path is the names of the files or folders only."""
+        names = ", ".join(Path(path).name for path in self.path.split(", "))
+        return dataclasses.replace(self, path=names)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

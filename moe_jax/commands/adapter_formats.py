@@ -60,8 +60,8 @@ def add_export(parser: argparse.ArgumentParser) -> Run:
         "--data",
         type=Path,
         metavar="FILE",
-        help="llama: text on which the KL divergence from the exact model is measured, a .txt or "
-        "rows with a column `text`; required for experts",
+        help="llama: text on which the KL divergence from the exact model is measured, a "
+        "file or folder as in training; required for experts",
     )
     parser.add_argument(
         "--push-to-hub",

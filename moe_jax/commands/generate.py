@@ -20,6 +20,7 @@ from moe_jax.commands.arguments import (
     unescaped,
 )
 from moe_jax.config.parse import suggest
+from moe_jax.data.files import file_kind
 from moe_jax.errors import ConfigError, DataError, memory_errors
 from moe_jax.inference.settings import (
     GenerateSettings,
@@ -37,9 +38,10 @@ prompts:
   --template the instruction of a prompt template, as in training. --prompts FILE holds several:
 
     .txt     one prompt per line; blank lines are skipped
-    .jsonl   one object per line (.json, .parquet: one per row) with `prompt`, or `messages` for a
-             conversation of role and content; optional: `adapter` (name of a loaded adapter, or
-             `base`), `input` (for --template) and `id` (repeated in the output)
+    .jsonl   one object per line (.json, .csv, .parquet and the other kinds of training data: one
+             per row) with `prompt`, or `messages` for a conversation of role and content; optional:
+             `adapter` (name of a loaded adapter, or `base`), `input` (for --template) and `id`
+             (repeated in the output)
 
   A prompt that does not name an adapter is answered by each --adapter, side by side in a batch.
 
@@ -61,7 +63,6 @@ examples:
 """
 
 FIELDS = ("prompt", "messages", "input", "adapter", "id")
-ENDINGS = (".txt", ".jsonl", ".json", ".parquet")
 
 _HEADING_LENGTH = 60
 """Number of characters of a prompt in the heading of its answer."""
@@ -307,31 +308,16 @@ def read_prompts(path: Path) -> list[UserPrompt]:
     Raises:
       DataError: the file is unreadable or has no prompts, or a row is invalid.
     """
-    from moe_jax.data.readers import read_rows
+    from moe_jax.data.readers import read_lines, read_rows
 
-    if path.suffix.lower() not in ENDINGS:
-        raise DataError(f"{path}: must end in one of {', '.join(ENDINGS)}; see --help")
-    if path.suffix.lower() == ".txt":
-        prompts = _lines(path)
+    if file_kind(path) == ".txt":
+        lines = ((where, line.rstrip("\r\n")) for where, line in read_lines(path))
+        prompts = [UserPrompt(where, line) for where, line in lines if line.strip()]
     else:
         prompts = [_user_prompt(row, where) for where, row in read_rows(path)]
     if not prompts:
         raise DataError(f"{path}: has no prompts")
     return prompts
-
-
-def _lines(path: Path) -> list[UserPrompt]:
-    try:
-        lines = path.read_bytes().decode("utf-8-sig").split("\n")
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: byte {error.start} is not UTF-8 text") from None
-    return [
-        UserPrompt(f"{path}: line {number}", line.removesuffix("\r"))
-        for number, line in enumerate(lines, 1)
-        if line.strip()
-    ]
 
 
 def _user_prompt(row: Any, where: str) -> UserPrompt:

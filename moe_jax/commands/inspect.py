@@ -85,7 +85,7 @@ def _add_text(group: argparse._ArgumentGroup) -> None:
         action="append",
         default=[],
         metavar="[NAME=]FILE",
-        help="file, folder or hub id to read rows from; may be given several times",
+        help="file, folder, pattern or hub id to read rows from; may be given several times",
     )
     group.add_argument(
         "--tasks",
@@ -104,8 +104,7 @@ def _add_text(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--schema",
         choices=[name for name in get_args(Schema) if name not in _SCHEMAS_WITHOUT_TEXT],
-        default="text",
-        help="schema of the rows of --data, as in training (default: %(default)s)",
+        help="schema of the rows of --data, as in training (default: the one that the columns fit)",
     )
     group.add_argument(
         "--prompt",

@@ -285,7 +285,7 @@ def _add_data(
         type=Path,
         required=required,
         metavar="FILE",
-        help="text to measure on, a .txt or rows with a column `text`"
+        help="data to measure on, a file or folder as in training"
         + (f"; required {condition}".rstrip() if required or condition else ""),
     )
     if base:

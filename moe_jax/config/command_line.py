@@ -127,6 +127,8 @@ def _value(text: str, hint: Any) -> Any:
     value = _literal(text)
     if value is None and type(None) in choices:
         return None
+    if isinstance(value, list | tuple) and any(typing.get_origin(c) is tuple for c in choices):
+        return value
     is_text = str in choices or text in choices
     return text if is_text and not isinstance(value, str) else value
 

@@ -15,26 +15,33 @@ TEMPLATE_DATE = "2024-07-26"
 
 @dataclass(frozen=True, kw_only=True)
 class SourceConfig:
-    """One data set: a local file or folder, a data set on the hub, or a task.
+    """One data set: local files, a data set on the hub, or a task.
 
     Attributes:
-      path: a `.json`, `.jsonl`, `.parquet` or `.txt` file, a folder of such files, or the id of a
-        data set on the hub. Required without `task`. With `task`, the file or folder of its rows;
-        the default is then that of `tasks_folder`, or the hub.
+      path: a file, a folder, a pattern such as `data/part*.json` or `data/**/*.csv`, a tuple of
+        several of these, or the id of a data set on the hub. Files are `.json`, `.jsonl` or
+        `.ndjson` (a list of objects, or one object per line), `.csv` or `.tsv` (with a header; all
+        values are text), `.txt` (blocks between blank lines), `.parquet`, `.arrow` or `.feather`;
+        those of text may be compressed (`.gz`, `.bz2`, `.xz`, `.zst`). A folder may also be one of
+        `save_to_disk`. `hf://datasets/OWNER/NAME[@REVISION][/FILES]` names a data set on the hub,
+        or a file, a folder or a pattern of its repository. Required without `task`. With `task`,
+        the file or folder of its rows; the default is then that of `tasks_folder`, or the hub.
       schema: fields of a row. `instruction`: instruction, input, output. `completion`: prompt,
         completion. `chat`: messages, a list of `{role, content}`, and optionally system, tools,
         documents, chat_template_kwargs. `text`: text. `classification`: text, text_pair (optional),
         label (class name, class index or number), for adapters with `method.classification`.
-        Required without `task`; leave it out with `task`.
+        Default None: the only schema whose fields are all columns of the first row. Leave it out
+        with `task`.
       task: name of a task, as in `moe-jax evaluate --tasks`. Its questions are the rows, with the
         prompts of evaluation. An adapter with `method.classification` is trained on the rows of a
         GLUE task directly. Default None.
       answer: completion of a task's prompt. `label`: label of the right option, after a prompt that
         lists the options, as in the protocol `labels`. `choice`: text of the right option, as in
         the protocol `choices`. Default `label`.
-      name: configuration of a data set on the hub that has several. Default None.
-      split: split of a data set on the hub, or of a folder with a file for each split. Parts are
-        written as `train[:90%]`. Default `train`.
+      name: configuration (subset) of a data set on the hub that has several, or subfolder of a
+        folder. Default None.
+      split: split of a data set on the hub, or of a folder with a file for each split. Parts, of a
+        file or pattern too, are written as `train[:90%]`. Default `train`.
       revision: revision of a data set on the hub. Default None: the newest. Set it to pin the data.
       columns: column names by field of the schema, where they differ. An empty name leaves an
         optional field out. Default: the fields' names.
@@ -46,8 +53,8 @@ class SourceConfig:
         `localized_balance` alone. Default 0.
     """
 
-    path: str = ""
-    schema: Schema = "task"
+    path: str | tuple[str, ...] = ""
+    schema: Schema | None = None
     task: str | None = None
     answer: Literal["label", "choice"] = "label"
     name: str | None = None
@@ -61,24 +68,43 @@ class SourceConfig:
     def __post_init__(self):
         is_task = self.task is not None
         require(
-            is_task or self.path != "",
+            is_task or (bool(self.paths) and all(self.paths)),
             "path",
             "is empty; name a file, a folder or a hub data set, or give a task",
         )
         require(
+            not is_task or isinstance(self.path, str),
+            "path",
+            "names several; with a task, name one file or folder",
+        )
+        require(
             is_task or self.schema != "task",
             "schema",
-            "is not given; name the schema of a row, or a task",
+            "'task' is that of a task; give one, or leave the schema out",
         )
-        require(not is_task or self.schema == "task", "schema", "is set by the task; leave it out")
+        require(
+            not is_task or self.schema in (None, "task"),
+            "schema",
+            "is set by the task; leave it out",
+        )
+        if is_task:
+            object.__setattr__(self, "schema", "task")
         require(not is_task or not self.columns, "columns", "are set by the task; leave them out")
         require(self.weight > 0, "weight", "must be positive")
         require(self.expert_group >= 0, "expert_group", "must not be negative")
 
     @property
+    def paths(self) -> tuple[str, ...]:
+        """Paths in their order; one if `path` is a string."""
+        return (self.path,) if isinstance(self.path, str) else self.path
+
+    @property
     def title(self) -> str:
         """Name of the data set in messages."""
-        return self.path or f"task {self.task!r}"
+        if self.task is not None and not self.path:
+            return f"task {self.task!r}"
+        first, *others = self.paths
+        return first + (f" and {len(others)} more" if others else "")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,7 +183,10 @@ class DataConfig:
             for name, source in sources.items():
                 has_labels = source.schema == "classification"
                 require(
-                    has_labels or classification is None or source.task is not None,
+                    has_labels
+                    or classification is None
+                    or source.task is not None
+                    or source.schema is None,
                     f"{split}.{name}.schema",
                     f"{source.schema!r}, but method.classification learns rows of the schema "
                     "'classification' or of a GLUE task",

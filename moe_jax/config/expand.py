@@ -203,7 +203,8 @@ def _require_field(field: str, description: Any, adapter_type: type, methods: Re
 
 def _without_none(hint: Any) -> Any:
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        (hint,) = [choice for choice in typing.get_args(hint) if choice is not type(None)]
+        choices = [choice for choice in typing.get_args(hint) if choice is not type(None)]
+        return choices[0] if len(choices) == 1 else hint
     return hint
 
 

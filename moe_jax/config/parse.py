@@ -126,8 +126,8 @@ def parse(hint: Any, value: Any, path: str = ROOT) -> Any:
 
     Args:
       hint: a dataclass, the base class of a registry's members (see `Registry`), a builtin scalar,
-        `Literal`, `X | None`, `tuple[X, ...]` or `dict[str, X]`. In a `dict` of members, the key is
-        the default of a member's `name`.
+        `Literal`, `X | None`, `tuple[X, ...]`, `X | tuple[X, ...]` or `dict[str, X]`. In a `dict`
+        of members, the key is the default of a member's `name`.
       value: plain Python data: mappings, lists, tuples and scalars.
       path: path of the value in the configuration, for messages.
 
@@ -153,8 +153,11 @@ def parse(hint: Any, value: Any, path: str = ROOT) -> Any:
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in args:
             return None
-        (inner,) = [a for a in args if a is not type(None)]
-        return parse(inner, value, path)
+        inner = [a for a in args if a is not type(None)]
+        if len(inner) > 1:  # one value, or a tuple of several
+            is_tuple = isinstance(value, list | tuple)
+            inner = [a for a in inner if (typing.get_origin(a) is tuple) == is_tuple]
+        return parse(inner[0], value, path)
     if origin is tuple:
         if not isinstance(value, list | tuple):
             raise ConfigError(f"{path}: expected a tuple, got {_describe(value)}")

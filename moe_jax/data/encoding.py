@@ -13,10 +13,8 @@ import functools
 import json
 from collections.abc import Sequence
 from itertools import accumulate
-from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from moe_jax.config.data import TEMPLATE_DATE, Schema
@@ -24,12 +22,7 @@ from moe_jax.data.chat import conversation_spans, lost_fields
 from moe_jax.data.chat_template import ChatTemplate, Message, end_of_turn_texts
 from moe_jax.data.messages import UNTRAINED
 from moe_jax.data.prompt_template import PromptTemplate
-from moe_jax.data.readers import READERS, read_rows
 from moe_jax.data.tokenizer import encode, end_of_text, leading_tokens
-from moe_jax.errors import DataError
-
-TEXT_COLUMN = "text"
-"""Column that holds the text of a row, where rows are plain text."""
 
 PAIR_SEPARATOR = "\n"
 """Text between the two texts of a pair to classify."""
@@ -289,43 +282,3 @@ def encode_texts(
     leading = leading_tokens(tokenizer)
     joined = [PAIR_SEPARATOR.join((first, second)) if second else first for first, second in texts]
     return [[*leading, *ids] for ids in encode(tokenizer, joined)]
-
-
-def load_token_rows(
-    file: Path, tokenizer: PreTrainedTokenizerBase, *, length: int = 512, max_rows: int = 64
-) -> np.ndarray:
-    """Reads the texts of a file as token rows of fixed length, one text after another.
-
-    Each text begins with the tokenizer's leading tokens. Tokens that do not fill a row are dropped,
-    unless they are the only ones.
-
-    Args:
-      file: a text file, whose texts are its blocks between blank lines, or a file of another kind
-        that training reads, whose rows have a column `text`.
-      tokenizer: tokenizer of the model.
-      length: tokens of a row, S.
-      max_rows: largest number of rows, B.
-
-    Returns:
-      int32 [B, S].
-
-    Raises:
-      DataError: the file cannot be read, is of an unknown kind, has a row without text, or holds
-        fewer than two tokens.
-    """
-    if file.suffix.lower() not in READERS:
-        raise DataError(f"{file}: the kind of file is unknown; supported: {', '.join(READERS)}")
-    tokens: list[int] = []
-    leading = leading_tokens(tokenizer)
-    for where, row in read_rows(file):
-        text = row.get(TEXT_COLUMN) if isinstance(row, dict) else None
-        if not isinstance(text, str):
-            raise DataError(f"{where}: has no text in a column {TEXT_COLUMN!r}")
-        tokens += leading + encode(tokenizer, [text])[0]
-        if len(tokens) >= length * max_rows:
-            break
-    if len(tokens) < 2:
-        raise DataError(f"{file}: holds no text; give a file with at least two tokens")
-    length = min(length, len(tokens))
-    count = min(len(tokens) // length, max_rows)
-    return np.asarray(tokens[: count * length], np.int32).reshape(count, length)

@@ -13,7 +13,7 @@ import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
 from moe_jax.config.classification import ClassificationConfig
-from moe_jax.config.data import DataConfig, SourceConfig
+from moe_jax.config.data import DataConfig, Schema, SourceConfig
 from moe_jax.data.batch import Batch, TokenSequence, pack_rows, pad_rows, padded_length
 from moe_jax.data.grouping import LengthGroupedBatches, ShuffledRange
 from moe_jax.data.packing import PackedBatches
@@ -54,6 +54,7 @@ class TrainData:
         locations or library versions.
       largest_tokens: largest token id of each data set.
       source_rows: training rows of each data set.
+      source_schemas: schema of each data set.
     """
 
     iterator: grain.DatasetIterator[Batch]
@@ -65,6 +66,7 @@ class TrainData:
     fingerprint: dict[str, str]
     largest_tokens: dict[str, int]
     source_rows: dict[str, int]
+    source_schemas: dict[str, Schema]
 
 
 class ValidationData:
@@ -74,6 +76,7 @@ class ValidationData:
 
     Attributes:
       num_rows: number of rows.
+      schema: schema of the rows.
       report: line on truncated and dropped rows.
       digest: digest of the rows' tokens, in their order.
       largest_token: largest token id.
@@ -85,6 +88,7 @@ class ValidationData:
         self._batch_size = batch_size
         self._lengths = tuple(lengths)
         self.num_rows = len(source.lengths)
+        self.schema = source.schema
         self.report = source.report
         self.digest = source.digest
         self.largest_token = source.largest_token
@@ -156,6 +160,7 @@ def load_train_data(
         },
         largest_tokens={source.name: source.largest_token for source in sources},
         source_rows={source.name: len(source.lengths) for source in sources},
+        source_schemas={source.name: source.schema for source in sources},
     )
 
 

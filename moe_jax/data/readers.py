@@ -4,19 +4,30 @@
 guesses types (a column of ISO dates becomes timestamps), and gives all rows the keys of every row.
 """
 
+import bz2
+import csv
+import gzip
+import io
 import json
-from collections.abc import Callable, Iterator
+import lzma
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from moe_jax.data.files import file_kind, unknown_kind
 from moe_jax.data.tokenizer import first_line
 from moe_jax.data.values import without_filled_keys
 from moe_jax.errors import DataError
 
 Rows = Iterator[tuple[str, Any]]
+
+_BATCH_ROWS = 1024
+"""Rows of a columnar file that are converted at once."""
 
 
 def read_rows(path: Path) -> Rows:
@@ -25,76 +36,50 @@ def read_rows(path: Path) -> Rows:
     Raises:
       DataError: the file cannot be read, or its content does not match its extension.
     """
+    kind = file_kind(path)
+    if kind is None:
+        raise unknown_kind(path)
     try:
-        yield from READERS[path.suffix.lower()](path)
+        yield from READERS[kind](path)
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
 
 
-def _read_json(path: Path) -> Rows:
-    """Reads a list of objects, or one object per line: both are common in `.json` files."""
-    with path.open("rb") as file:
-        start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
-    if start != b"[":
-        yield from _read_json_lines(path)
-        return
-    try:
-        rows = json.loads(path.read_bytes().decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: byte {error.start} is not UTF-8 text") from None
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"{path}: line {error.lineno}: not valid JSON ({error.msg}, column {error.colno})"
-        ) from None
-    for number, row in enumerate(rows, 1):
-        yield f"{path}: row {number}", row
+def read_lines(path: Path) -> Iterator[tuple[str, str]]:
+    """Yields `(where, line)` for every line of a text file, decompressed, with its line break.
 
+    Lines end with a line feed: texts may hold other line separators. Byte order marks are removed,
+    which files that were joined have within.
 
-def _read_json_lines(path: Path) -> Rows:
-    # Lines are split as bytes: strings may hold line separators other than \n.
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            where = f"{path}: line {number}"
-            text = _decode(line, where).removeprefix("\ufeff")
-            if not text.strip():
-                continue
-            try:
-                yield where, json.loads(text)
-            except json.JSONDecodeError as error:
-                raise DataError(
-                    f"{where}: not valid JSON ({error.msg}, column {error.colno}); each line must "
-                    "be one object" + (", or the file one list" if path.suffix == ".json" else "")
-                ) from None
-
-
-def _read_text(path: Path) -> Rows:
-    """Reads blocks of lines between blank lines; line breaks inside a block are kept."""
-    block, first = [], 0
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            text = _decode(line, f"{path}: line {number}").removeprefix("\ufeff").rstrip("\r\n")
-            if text.strip():
-                first = first if block else number
-                block.append(text)
-            elif block:
-                yield f"{path}: line {first}", {"text": "\n".join(block)}
-                block = []
-    if block:
-        yield f"{path}: line {first}", {"text": "\n".join(block)}
-
-
-def _read_parquet(path: Path) -> Rows:
+    Raises:
+      DataError: the file cannot be read, is damaged, or is not UTF-8 text.
+    """
     number = 0
     try:
-        with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=1024):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield f"{path}: row {number}", without_filled_keys(row)
-    except pa.ArrowException as error:
-        raise DataError(
-            f"{path}: not a readable Parquet file after row {number} ({first_line(error)})"
-        ) from None
+        with _open(path) as file:
+            for number, line in enumerate(file, 1):
+                text = _decode(line, f"{path}: line {number}")
+                yield f"{path}: line {number}", text.removeprefix("\ufeff")
+    except OSError as error:
+        if error.errno is not None:
+            raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+        raise _damaged(path, number, error) from None
+    except (EOFError, zlib.error, lzma.LZMAError) as error:
+        raise _damaged(path, number, error) from None
+
+
+def _damaged(path: Path, lines: int, error: Exception) -> DataError:
+    kind = path.suffix.lower().removeprefix(".")
+    reason = f"{lines} lines could be read; {first_line(error)}"
+    return DataError(f"{path}: is incomplete or no {kind} file ({reason})")
+
+
+def _open(path: Path) -> IO[bytes]:
+    suffix = path.suffix.lower()
+    if suffix == ".zst":
+        return io.BufferedReader(pa.input_stream(str(path), compression="zstd"))
+    openers = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+    return openers.get(suffix, open)(path, "rb")
 
 
 def _decode(line: bytes, where: str) -> str:
@@ -104,9 +89,151 @@ def _decode(line: bytes, where: str) -> str:
         raise DataError(f"{where}: byte {error.start + 1} is not UTF-8 text") from None
 
 
+def _read_json(path: Path) -> Rows:
+    """Reads a list of objects, or one object per line: both are common under each name."""
+    lines, is_first = read_lines(path), True
+    for where, text in lines:
+        if not text.strip():
+            continue
+        if is_first and text.lstrip().startswith("["):
+            yield from _json_list(path, where, text, lines)
+            return
+        is_first = False
+        try:
+            yield where, json.loads(text)
+        except json.JSONDecodeError as error:
+            raise DataError(
+                f"{where}: not valid JSON ({error.msg}, column {error.colno}); each line must be "
+                "one object, or the file one list"
+            ) from None
+
+
+def _json_list(path: Path, where: str, start: str, lines: Iterator[tuple[str, str]]) -> Rows:
+    number = int(where.rpartition(" ")[2])
+    content = start + "".join(text for _, text in lines)
+    try:
+        rows = json.loads(content)
+    except json.JSONDecodeError as error:
+        line = number + error.lineno - 1
+        raise DataError(
+            f"{path}: line {line}: not valid JSON ({error.msg}, column {error.colno}); the file "
+            "begins with '[', so it must be one list"
+        ) from None
+    for number, row in enumerate(rows, 1):
+        yield f"{path}: row {number}", row
+
+
+def _read_text(path: Path) -> Rows:
+    """Reads blocks of lines between blank lines; line breaks inside a block are kept."""
+    block, first = [], ""
+    for where, line in read_lines(path):
+        text = line.rstrip("\r\n")
+        if text.strip():
+            first = first if block else where
+            block.append(text)
+        elif block:
+            yield first, {"text": "\n".join(block)}
+            block = []
+    if block:
+        yield first, {"text": "\n".join(block)}
+
+
+def _read_table(path: Path, delimiter: str) -> Rows:
+    """Reads a table with a header; cells may be quoted as in RFC 4180, and all are text."""
+    lines = read_lines(path)
+    reader = csv.reader((text for _, text in lines), delimiter=delimiter, strict=True)
+    header: list[str] | None = None
+    while True:
+        where = f"{path}: line {reader.line_num + 1}"
+        cells = _next_cells(reader, where)
+        if cells is None:
+            return
+        if not cells:  # a blank line
+            continue
+        if header is None:
+            header = _header(cells, where)
+            continue
+        if len(cells) != len(header):
+            raise DataError(
+                f"{where}: {len(cells)} cells in a row, but the header has {len(header)} columns; "
+                "quote cells that hold the delimiter, a quote or a line break"
+            )
+        yield where, dict(zip(header, cells, strict=True))
+
+
+def _next_cells(reader: Any, where: str) -> list[str] | None:
+    """Cells of the next row, of any length; None at the end of the file."""
+    limit = csv.field_size_limit(2**31 - 1)  # a setting of the process, so it is restored
+    try:
+        return next(reader, None)
+    except csv.Error as error:
+        raise DataError(
+            f"{where}: not valid CSV ({error}); a cell that begins with a quote ends with one, and "
+            "quotes within it are doubled"
+        ) from None
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _header(cells: Sequence[str], where: str) -> list[str]:
+    header = [cell.strip() for cell in cells]
+    for name in header:
+        if header.count(name) > 1:
+            raise DataError(f"{where}: the header names {name!r} twice; rename one column")
+    return header
+
+
+def _read_parquet(path: Path) -> Rows:
+    def batches() -> Iterator[pa.RecordBatch]:
+        with pq.ParquetFile(path) as file:
+            yield from file.iter_batches(batch_size=_BATCH_ROWS)
+
+    return _columnar_rows(path, "Parquet", batches())
+
+
+def _read_arrow(path: Path) -> Rows:
+    """Reads the file format of Arrow (also named Feather) or its stream format."""
+
+    def batches() -> Iterator[pa.RecordBatch]:
+        with pa.memory_map(str(path)) as source:
+            is_file = source.read(6) == b"ARROW1"
+            source.seek(0)
+            if is_file:
+                with pa.ipc.open_file(source) as file:
+                    for index in range(file.num_record_batches):
+                        yield file.get_batch(index)
+            else:
+                with pa.ipc.open_stream(source) as stream:
+                    yield from stream
+
+    return _columnar_rows(path, "Arrow", batches())
+
+
+def _columnar_rows(path: Path, kind: str, batches: Iterator[pa.RecordBatch]) -> Rows:
+    number = 0
+    try:
+        for batch in batches:
+            for start in range(0, len(batch), _BATCH_ROWS):
+                for row in batch.slice(start, _BATCH_ROWS).to_pylist():
+                    number += 1
+                    yield f"{path}: row {number}", without_filled_keys(row)
+    except (pa.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise DataError(
+            f"{path}: not a readable {kind} file after row {number} ({first_line(error)})"
+        ) from None
+
+
 READERS: dict[str, Callable[[Path], Rows]] = {
     ".json": _read_json,
-    ".jsonl": _read_json_lines,
-    ".parquet": _read_parquet,
+    ".jsonl": _read_json,
+    ".ndjson": _read_json,
+    ".csv": partial(_read_table, delimiter=","),
+    ".tsv": partial(_read_table, delimiter="\t"),
     ".txt": _read_text,
+    ".parquet": _read_parquet,
+    ".arrow": _read_arrow,
+    ".feather": _read_arrow,
 }
+"""Reader of each of `files.KINDS`."""

@@ -5,6 +5,7 @@ messages stay JSON text: Arrow would give every message the keys of all messages
 test for the presence of a key.
 """
 
+import contextlib
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -49,11 +50,12 @@ def column_names(source: SourceConfig) -> dict[str, str]:
     Raises:
       DataError: a key of `columns` is not a field of the schema.
     """
+    assert source.schema is not None
     fields = FIELDS[source.schema]
     for field in source.columns:
         if field not in fields:
             raise DataError(
-                f"{source.path}: columns.{field} is no field of the schema {source.schema!r}; "
+                f"{source.title}: columns.{field} is no field of the schema {source.schema!r}; "
                 f"{suggest(field, fields)}"
             )
     return {field: source.columns.get(field, field) for field in fields}
@@ -70,10 +72,7 @@ def check_row(row: Any, source: SourceConfig, where: str) -> dict[str, str]:
     Raises:
       DataError: a column is missing, null or of the wrong type.
     """
-    if not isinstance(row, Mapping):
-        raise DataError(
-            f"{where}: a row must be an object with named columns, got {describe_value(row)}"
-        )
+    row = row_columns(row, where)
     names = column_names(source)
     if source.schema == "chat":
         check_chat_columns(row, set(names.values()), where)
@@ -103,11 +102,24 @@ def check_row(row: Any, source: SourceConfig, where: str) -> dict[str, str]:
     return checked
 
 
+def row_columns(row: Any, where: str) -> Mapping[str, Any]:
+    """Values of a row by column.
+
+    Raises:
+      DataError: the row is not an object.
+    """
+    if not isinstance(row, Mapping):
+        raise DataError(
+            f"{where}: a row must be an object with named columns, got {describe_value(row)}"
+        )
+    return row
+
+
 def label_number(value: Any, classification: ClassificationConfig, where: str) -> float:
     """Class index of a label, or its number for regression.
 
     A string is a class name. An integer is a class index from 0, unless class names are numeric:
-    then it is a class name too.
+    then it is a class name too. A string of a number is that number: tables of text have no others.
 
     Args:
       value: label as read from the row.
@@ -118,14 +130,18 @@ def label_number(value: Any, classification: ClassificationConfig, where: str) -
       DataError: the label is not a class, or not a finite number for regression.
     """
     if classification.regression:
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not is_number or not math.isfinite(value):
+        number = math.nan
+        if isinstance(value, str | int | float) and not isinstance(value, bool):
+            with contextlib.suppress(ValueError):  # of a text that is no number
+                number = float(value)
+        if not math.isfinite(number):
             raise DataError(f"{where} must be a finite number, got {json.dumps(value)}")
-        return float(value)
+        return number
     labels = classification.labels
     if isinstance(value, str | int) and not isinstance(value, bool):
         if str(value) in labels:
             return float(labels.index(str(value)))
+        value = int(value) if isinstance(value, str) and value.isdecimal() else value
         numbered = any(label.lstrip("-").isdigit() for label in labels)
         if isinstance(value, int) and not numbered and 0 <= value < len(labels):
             return float(value)

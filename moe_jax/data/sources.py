@@ -10,8 +10,7 @@ import errno
 import hashlib
 import json
 import os
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,9 +18,12 @@ import datasets
 from datasets.config import HF_DATASETS_CACHE
 from datasets.exceptions import DatasetGenerationError
 
-from moe_jax.config.data import SourceConfig
-from moe_jax.data.readers import READERS, read_rows
-from moe_jax.data.schema import FIELDS, check_row, column_names
+from moe_jax.config.data import Schema, SourceConfig
+from moe_jax.data.files import DataFiles, find_files
+from moe_jax.data.hub import HubAddress, download_files, hub_address
+from moe_jax.data.readers import read_rows
+from moe_jax.data.schema import FIELDS, check_row, column_names, row_columns
+from moe_jax.data.schema_choice import COLUMN_SCHEMAS, choose_schema
 from moe_jax.data.tokenizer import first_line
 from moe_jax.data.values import without_filled_keys
 from moe_jax.errors import DataError
@@ -35,20 +37,21 @@ Everything else that decides a table's content (data, schema, tokenizer, prompt 
 labels, version of `datasets`) is in the key already.
 """
 
-# Words in file names for each split; the keys are the hub's names.
-SPLIT_WORDS = {
-    "train": ("train", "training"),
-    "validation": ("validation", "valid", "val", "dev"),
-    "test": ("test", "testing", "eval", "evaluation"),
-}
-HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-
 
 class RowTable(NamedTuple):
-    """Checked rows, and their cache key; equal rows may have different keys."""
+    """Checked rows, and their cache key; equal rows may have different keys.
+
+    Attributes:
+      rows: checked rows.
+      key: key of the rows in the cache.
+      files: number of data files, where a path may stand for several; None otherwise.
+      skipped: files of the folders that are not read, as in `DataFiles`.
+    """
 
     rows: datasets.Dataset
     key: str
+    files: int | None = None
+    skipped: Mapping[str, Sequence[str]] = {}
 
 
 ReadSource = Callable[[SourceConfig, str | None], RowTable]
@@ -67,68 +70,135 @@ def read_source(source: SourceConfig, cache_dir: str | None) -> RowTable:
     """
     if source.task is not None:
         raise ValueError(f"{source.title}: tasks are read by moe_jax.tasks.training_rows")
+    source = with_schema(source, cache_dir)
     column_names(source)
-    path = Path(source.path).expanduser()
-    if path.exists():
-        split, _, _ = source.split.partition("[")
-        files = _files(path, split)
-        table = _read_files(files, source, cache_dir)
-        table = select_part(table, source, split)
-    elif _looks_local(source.path):
-        raise DataError(f"{source.path}: no such file or folder")
+    address = _hub_data_set(source)
+    if address is None:
+        table = _read_files(_local_files(source), source, cache_dir)
+        table = select_part(table, source, _whole_split(source))
     else:
-        table = _read_hub(source, cache_dir)
+        table = _read_hub(address, source, cache_dir)
     if not len(table.rows):
         raise _no_rows(source)
     return table
 
 
+def with_schema(
+    source: SourceConfig,
+    cache_dir: str | None,
+    schemas: Collection[Schema] = COLUMN_SCHEMAS,
+) -> SourceConfig:
+    """The source with its schema, which is chosen by the columns of its first row if left out.
+
+    Args:
+      source: data set.
+      cache_dir: see `read_source`.
+      schemas: schemas to choose from.
+
+    Raises:
+      DataError: the first row cannot be read, or the columns do not tell the schema.
+    """
+    if source.schema is not None:
+        return source
+    where, columns = first_columns(source, cache_dir)
+    return choose_schema(source, columns, where, schemas)
+
+
+def first_columns(source: SourceConfig, cache_dir: str | None) -> tuple[str, list[str]]:
+    """Place and columns of the first row of a source.
+
+    Raises:
+      DataError: the row cannot be read, or there is none.
+    """
+    address = _hub_data_set(source)
+    if address is not None:
+        columns = _load_hub(address, source, cache_dir).column_names
+        return f"{source.title}, {source.split}", columns
+    for file in _local_files(source).files:
+        for where, row in read_rows(file):
+            return where, list(row_columns(row, where))
+    raise _no_rows(source)
+
+
+def iterate_rows(source: SourceConfig, cache_dir: str | None) -> Iterator[dict[str, str]]:
+    """Yields the checked rows of a split, of local files without reading them as a whole.
+
+    Raises:
+      DataError: see `read_source`.
+    """
+    address = _hub_data_set(source)
+    if address is not None:
+        rows: Any = _read_hub(address, source, cache_dir).rows
+        yield from rows
+    else:
+        yield from _checked_rows(_local_files(source).files, source)
+
+
 def _no_rows(source: SourceConfig) -> DataError:
-    return DataError(f"{source.path}: the split {source.split!r} holds no rows")
+    return DataError(f"{source.title}: the split {source.split!r} holds no rows")
 
 
-def _looks_local(path: str) -> bool:
-    return (
-        path.startswith((".", "/", "~"))
-        or Path(path).suffix.lower() in READERS
-        or HUB_ID.fullmatch(path) is None
-    )
+def _hub_data_set(source: SourceConfig) -> HubAddress | None:
+    """Address of a whole data set on the hub; None for files, of a hub repository too.
+
+    Raises:
+      DataError: a whole data set is one of several paths, or has two revisions.
+    """
+    for path in source.paths:
+        address = hub_address(path)
+        if address is not None and not address.files:
+            if len(source.paths) > 1:
+                raise DataError(
+                    f"{path}: is no file, folder or pattern, as several paths must be; give a data "
+                    "set of the hub alone, or files of it (hf://datasets/OWNER/NAME/FILES)"
+                )
+            return _pinned(path, address, source)
+    return None
 
 
-def _files(path: Path, split: str) -> list[Path]:
-    """Data files of one split, sorted by name."""
-    if path.is_file():
-        if path.suffix.lower() not in READERS:
-            raise DataError(f"{path}: unknown kind of file; known: {', '.join(READERS)}")
-        if split != "train":
-            raise DataError(
-                f"{path}: a single file has no split {split!r}; leave it at 'train', or use a "
-                "part of the file, for example 'train[:90%]'"
-            )
-        return [path]
-    files = sorted(f for f in path.rglob("*") if f.is_file() and f.suffix.lower() in READERS)
-    if not files:
-        raise DataError(f"{path}: the folder holds no {', '.join(READERS)} file")
-    split_files = [f for f in files if _is_named(f.relative_to(path), split)]
-    if split_files:
-        return split_files
-    splits = [s for s in SPLIT_WORDS if any(_is_named(f.relative_to(path), s) for f in files)]
-    if splits or split != "train":
-        raise DataError(
-            f"{path}: no file is named after the split {split!r}; "
-            f"splits found: {', '.join(splits) or 'none, which counts as train'}"
-        )
-    return files
+def _pinned(path: str, address: HubAddress, source: SourceConfig) -> HubAddress:
+    """Address with the source's revision."""
+    if address.revision is None or source.revision in (None, address.revision):
+        return address._replace(revision=address.revision or source.revision)
+    raise DataError(f"{path}: has a revision, and `revision` is {source.revision!r}; give one")
 
 
-def _is_named(path: Path, split: str) -> bool:
-    words = "|".join(map(re.escape, SPLIT_WORDS.get(split, (split,))))
-    return re.search(rf"(^|[-_./ ])({words})($|[-_./ 0-9])", path.as_posix()) is not None
+def _whole_split(source: SourceConfig) -> str:
+    """Split without a part such as `[:90%]`."""
+    return source.split.partition("[")[0]
 
 
-def _read_files(files: list[Path], source: SourceConfig, cache_dir: str | None) -> RowTable:
+def _local_files(source: SourceConfig) -> DataFiles:
+    return find_files(_local_paths(source), _whole_split(source))
+
+
+def _local_paths(source: SourceConfig) -> list[str]:
+    """Local files, folders and patterns of a source; files of the hub are downloaded.
+
+    Raises:
+      DataError: files on the hub cannot be read, or a local path has a revision or no such subset.
+    """
+    paths = []
+    for path in source.paths:
+        address = hub_address(path)
+        local = path
+        if address is not None:
+            local = download_files(path, _pinned(path, address, source))
+        elif source.revision is not None:
+            raise DataError(f"{path}: is local, so it has no revision; leave `revision` out")
+        if source.name is not None:
+            local = f"{local}/{source.name}"
+            if not Path(local).expanduser().is_dir():
+                raise DataError(
+                    f"{path}: has no subfolder {source.name!r}, which `name` selects; leave it out"
+                )
+        paths.append(local)
+    return paths
+
+
+def _read_files(found: DataFiles, source: SourceConfig, cache_dir: str | None) -> RowTable:
     parts = []
-    for file in files:
+    for file in found.files:
         try:
             with file.open("rb") as content:
                 parts.append((str(file), hashlib.file_digest(content, "sha256").hexdigest()))
@@ -141,10 +211,11 @@ def _read_files(files: list[Path], source: SourceConfig, cache_dir: str | None) 
             features=_features(source),
             cache_dir=cache_dir or str(HF_DATASETS_CACHE),
             # A tuple, because `datasets` takes lists for shards.
-            gen_kwargs={"files": tuple(files), "source": source},
+            gen_kwargs={"files": found.files, "source": source},
             fingerprint=key,
         )
-    return RowTable(rows, key)
+    is_file = len(source.paths) == len(found.files) == 1 and not found.skipped
+    return RowTable(rows, key, None if is_file else len(found.files), found.skipped)
 
 
 def _checked_rows(files: tuple[Path, ...], source: SourceConfig) -> Iterator[dict[str, str]]:
@@ -157,25 +228,30 @@ def _checked_rows(files: tuple[Path, ...], source: SourceConfig) -> Iterator[dic
         raise _no_rows(source)
 
 
-def _read_hub(source: SourceConfig, cache_dir: str | None) -> RowTable:
+def _load_hub(address: HubAddress, source: SourceConfig, cache_dir: str | None) -> datasets.Dataset:
     # The hub's libraries raise many types, for no network, no such id, no such split and no access.
     try:
         with progress_bars():
-            raw = datasets.load_dataset(
-                source.path,
+            return datasets.load_dataset(
+                address.dataset,
                 name=source.name,
                 split=source.split,
-                revision=source.revision,
+                revision=address.revision,
                 cache_dir=cache_dir,
             )
     except Exception as error:
+        is_id = address.dataset == source.path
         raise DataError(
-            f"{source.path}: no such file or folder, and not readable as a hub data set "
-            f"({first_line(error)})"
+            f"{source.path}: {'no such file or folder, and ' if is_id else ''}not readable as a "
+            f"hub data set ({first_line(error)})"
         ) from error
+
+
+def _read_hub(address: HubAddress, source: SourceConfig, cache_dir: str | None) -> RowTable:
+    raw = _load_hub(address, source, cache_dir)
     # `datasets` keeps downloads in folders named after the content's version.
     files = [file["filename"] for file in raw.cache_files]
-    key = cache_key(files, source.path, source.split, source.schema, column_names(source))
+    key = cache_key(files, address.dataset, source.split, source.schema, column_names(source))
     with progress_bars(), cache_errors(cache_dir):
         rows = raw.map(
             _check_hub_row,
@@ -215,10 +291,12 @@ def select_part(table: RowTable, source: SourceConfig, split: str) -> RowTable:
             f"({first_line(error)})"
         ) from None
     kept = [row for part in parts for row in range(part.from_ or 0, part.to or 0)]
-    return RowTable(table.rows.select(kept), cache_key(table.key, source.split))
+    key = cache_key(table.key, source.split)
+    return table._replace(rows=table.rows.select(kept), key=key)
 
 
 def _features(source: SourceConfig) -> datasets.Features:
+    assert source.schema is not None
     text = datasets.Value("string")
     return datasets.Features(dict.fromkeys((*FIELDS[source.schema], "where"), text))
 

@@ -11,18 +11,22 @@ import hashlib
 import json
 import sys
 from dataclasses import dataclass
+from typing import Any
 
 import datasets
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from transformers import PreTrainedTokenizerBase
 
 from moe_jax.config.classification import ClassificationConfig
-from moe_jax.config.data import DataConfig, SourceConfig
+from moe_jax.config.data import DataConfig, Schema, SourceConfig
 from moe_jax.data.chat_template import prints_date, require_chat_template
 from moe_jax.data.encoding import encode_examples, encode_texts, make_examples
+from moe_jax.data.files import skipped_text
 from moe_jax.data.prompt_template import PromptTemplate, load_prompt_template
 from moe_jax.data.schema import label_number
+from moe_jax.data.schema_choice import COLUMN_SCHEMAS
 from moe_jax.data.sources import (
     ReadSource,
     RowTable,
@@ -30,12 +34,20 @@ from moe_jax.data.sources import (
     cache_key,
     progress_bars,
     read_source,
+    with_schema,
 )
 from moe_jax.data.tokenizer import end_of_text, tokenizer_digest
 from moe_jax.errors import DataError
 
 SHOW_PROGRESS_FROM = 20_000
 """Number of rows from which tokenising shows a progress bar."""
+
+TARGET_FIELDS: dict[Schema | None, str] = {
+    "instruction": "output",
+    "completion": "completion",
+    "text": "text",
+}
+"""Field of a schema that is the whole target."""
 
 FEATURES = datasets.Features(
     {
@@ -56,6 +68,7 @@ class TokenisedSource:
 
     Attributes:
       name: name of the data set in the configuration.
+      schema: schema of its rows.
       table: columns `tokens`, `loss_mask`, `label`; a dropped row is empty.
       kept: indices into `table` of the rows that have a target.
       lengths: tokens of each kept row.
@@ -63,10 +76,12 @@ class TokenisedSource:
         group of experts; independent of file locations and library versions.
       largest_token: largest token id.
       expert_group: group of experts of the rows.
-      report: line with the numbers of rows, of truncated and of dropped rows.
+      report: line with the numbers of files and rows, of truncated, dropped and empty rows, and the
+        files that were skipped.
     """
 
     name: str
+    schema: Schema
     table: datasets.Dataset
     kept: np.ndarray
     lengths: np.ndarray
@@ -99,9 +114,13 @@ def tokenise_source(
         target within `max_length`.
     """
     end_of_text(tokenizer)
+    is_chosen = source.schema is None
+    if is_chosen:
+        source = _with_schema(source, config, classification)
+    assert source.schema is not None
     template = load_prompt_template(source.prompt) if source.schema == "instruction" else None
     if source.schema == "chat":
-        require_chat_template(tokenizer, source.path)
+        require_chat_template(tokenizer, source.title)
     rows = read(source, config.cache_dir)
     table = _token_table(name, rows, source, config, tokenizer, template, classification)
     columns = table.select_columns(["length", "label", "truncated", "row"]).with_format("numpy")[:]
@@ -112,9 +131,13 @@ def tokenise_source(
             "raise it or shorten the prompts"
         )
     table = table.with_format("arrow")
-    report = _report(name, config.max_length, rows.rows, columns, table["remarks"])
+    report = _origin(name, rows, source.schema if is_chosen else None)
+    report += _lengths_report(config.max_length, rows.rows, columns, table["remarks"])
+    report += _blank_report(rows.rows, source.schema)
     if source.schema == "chat" and prints_date(tokenizer):
         report += f", the chat template's date is {config.date} (data.date)"
+    if rows.skipped:
+        report += f"; skipped {skipped_text(rows.skipped)}"
     table = table.select_columns(["tokens", "loss_mask", "label"])
     lengths = columns["length"][kept]
     digest, largest_token = _digest_and_largest(table, lengths, source.expert_group)
@@ -123,6 +146,7 @@ def tokenise_source(
         digest = hashlib.sha256(digest.encode() + labels.tobytes()).hexdigest()[:32]
     return TokenisedSource(
         name=name,
+        schema=source.schema,
         table=table,
         kept=kept,
         lengths=lengths,
@@ -131,6 +155,19 @@ def tokenise_source(
         expert_group=source.expert_group,
         report=report,
     )
+
+
+def _with_schema(
+    source: SourceConfig, config: DataConfig, classification: ClassificationConfig | None
+) -> SourceConfig:
+    schemas = COLUMN_SCHEMAS if classification is None else ("classification",)
+    source = with_schema(source, config.cache_dir, schemas)
+    if source.schema == "classification" and classification is None:
+        raise DataError(
+            f"{source.title}: the columns are those of the schema 'classification', which needs "
+            "method.classification"
+        )
+    return source
 
 
 def _token_table(
@@ -207,17 +244,23 @@ def flat_values(column: pa.ChunkedArray) -> np.ndarray:
     return column.combine_chunks().flatten().to_numpy(zero_copy_only=False)
 
 
-def _report(
-    name: str,
+def _origin(name: str, rows: RowTable, schema: Schema | None) -> str:
+    """Numbers of rows and files, and the schema if the columns told it."""
+    files = "" if rows.files is None else f" of {rows.files} file{'s' * (rows.files != 1)}"
+    chosen = "" if schema is None else f" (schema {schema!r}, by their columns)"
+    return f"{name}: {len(rows.rows)} rows{files}{chosen}"
+
+
+def _lengths_report(
     max_length: int,
     rows: datasets.Dataset,
     columns: dict[str, np.ndarray],
     remarks: pa.ChunkedArray,
 ) -> str:
-    """Line on the numbers of rows, and of those with a remark, each with the first such row."""
+    """Numbers of rows by length, and of those with a remark, each with the first such row."""
     lengths, origins = columns["length"], columns["row"]
     kept, dropped = int((lengths > 0).sum()), np.flatnonzero(lengths == 0)
-    parts = [f"{name}: {len(rows)} rows"]
+    parts = [""]
     if len(lengths) > len(rows):
         parts.append(f"{len(lengths)} after dividing long ones")
     parts.append(f"{int(columns['truncated'].sum())} truncated to {max_length} tokens")
@@ -237,6 +280,22 @@ def _report(
     return ", ".join(parts)
 
 
+def _blank_report(rows: datasets.Dataset, schema: Schema) -> str:
+    """Number and first of the rows whose target is blank; empty if there are none."""
+    field = TARGET_FIELDS.get(schema)
+    if field is None:
+        return ""
+    count, first = 0, None
+    batches: Any = rows.select_columns([field, "where"]).with_format("arrow").iter(10_000)
+    for batch in batches:
+        trimmed = pc.call_function("utf8_trim_whitespace", [batch[field]])
+        blank = batch["where"].filter(pc.call_function("equal", [trimmed, pa.scalar("")]))
+        first = blank[0] if first is None and len(blank) else first
+        count += len(blank)
+    note = f", {count} with a blank {field} (kept: the model learns to end there; first: {first})"
+    return note if count else ""
+
+
 def _tokenise_batch(
     batch: dict[str, list[str]],
     indices: list[int],
@@ -246,6 +305,7 @@ def _tokenise_batch(
     tokenizer: PreTrainedTokenizerBase,
     config: DataConfig,
 ) -> dict[str, list]:
+    assert source.schema is not None
     examples, origins = [], []
     for position, index in enumerate(indices):
         row = {column: values[position] for column, values in batch.items()}

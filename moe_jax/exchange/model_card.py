@@ -8,6 +8,7 @@ from typing import Any
 from moe_jax.checkpoints.adapter_files import SavedAdapter
 from moe_jax.checkpoints.training_record import PICTURES, DataSet, TrainingRecord
 from moe_jax.config.parse import to_plain
+from moe_jax.data.hub import hub_address
 from moe_jax.exchange.format import ExportOptions, ExportOutcome, Format
 from moe_jax.version import __version__
 
@@ -91,11 +92,17 @@ def _header(
         fields["base_model_relation"] = "finetune" if outcome.is_whole_model else "adapter"
     if adapter.training is not None:
         sets = (*adapter.training.train.values(), *adapter.training.validation.values())
-        on_hub = list(dict.fromkeys(data.path for data in sets if data.on_hub and data.path))
+        paths = ", ".join(data.path for data in sets if data.on_hub and data.path).split(", ")
+        on_hub = list(dict.fromkeys(map(_data_set_id, filter(None, paths))))
         if on_hub:
             fields["datasets"] = on_hub
     fields["tags"] = ["moe_jax", to_plain(adapter.method)["name"]]
     return "\n".join(["---", *(f"{k}: {json.dumps(v)}" for k, v in fields.items()), "---"])
+
+
+def _data_set_id(path: str) -> str:
+    address = hub_address(path)
+    return path if address is None else address.dataset  # a local folder may have the same name
 
 
 def _introduction(adapter: SavedAdapter, options: ExportOptions, outcome: ExportOutcome) -> str:
@@ -149,7 +156,7 @@ def _data(record: TrainingRecord) -> str:
     """A table of the data sets; local paths are private and reduced to their last name."""
 
     def cells(use: str, name: str, data: DataSet) -> tuple[Any, ...]:
-        title = data.path if data.on_hub else Path(data.path).name
+        title = (data if data.on_hub else data.without_local_path()).path
         title = title or f"task {data.task}"
         schema = f"{data.schema} {data.task}" if data.task else data.schema
         return use, name, title, data.revision, data.split, schema, data.weight, data.rows

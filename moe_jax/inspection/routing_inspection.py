@@ -78,8 +78,8 @@ def inspect_routing(
 
     Args:
       adapter: folder, hub id, or result of `moe_jax.load_adapter`.
-      data: data sets by name: a path or hub id of raw text, a `SourceConfig` or its fields, a
-        `Task`, or a list of texts.
+      data: data sets by name: a path or hub id, a `SourceConfig` or its fields, a `Task`, or a
+        list of texts.
       base: folder, hub id, or result of `moe_jax.load_base`; None is the path that the adapter was
         trained with.
       revision: revision of a hub id.
@@ -146,7 +146,7 @@ def _source(name: str, value: Any) -> SourceConfig | Task | Sequence[str]:
     if isinstance(value, SourceConfig | Task):
         return value
     if isinstance(value, str | Path):
-        value = {"path": str(value), "schema": "text"}
+        value = {"path": str(value)}
     if isinstance(value, Mapping):
         return parse(SourceConfig, value, f"data.{name}")
     if not all(isinstance(text, str) for text in value):

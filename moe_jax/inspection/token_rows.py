@@ -10,8 +10,10 @@ from transformers import PreTrainedTokenizerBase
 from moe_jax.config.data import Schema, SourceConfig
 from moe_jax.data.chat_template import require_chat_template
 from moe_jax.data.encoding import encode_examples, make_examples
+from moe_jax.data.files import skipped_text
 from moe_jax.data.prompt_template import PromptTemplate, load_prompt_template
-from moe_jax.data.sources import read_source
+from moe_jax.data.schema_choice import TEXT_SCHEMAS
+from moe_jax.data.sources import read_source, with_schema
 from moe_jax.data.tokenizer import encode_prompt
 from moe_jax.errors import DataError
 from moe_jax.tasks.task import Task
@@ -71,9 +73,13 @@ def read_token_rows(
     """
     rows, report = [], []
     for name, source in data.items():
+        notes: list[str] = []
         if isinstance(source, SourceConfig):
-            encoded = _read_source(source, tokenizer, limit)
-            divide = source.schema == "text"
+            chosen = with_schema(source, None, TEXT_SCHEMAS)
+            encoded, notes = _read_source(chosen, tokenizer, limit)
+            if source.schema is None:
+                notes = [f"schema {chosen.schema!r} by their columns", *notes]
+            divide = chosen.schema == "text"
         elif isinstance(source, Task):
             questions = question_rows(source, "label")[:limit]
             encoded, divide = _encode(questions, "completion", None, tokenizer), False
@@ -89,8 +95,9 @@ def read_token_rows(
             raise DataError(f"{name}: holds no text")
         rows += data_rows
         count = sum(len(row.tokens) for row in data_rows)
-        truncated = f", {num_truncated} cut to {max_length} tokens" if num_truncated else ""
-        report.append(f"{name}: {len(data_rows)} rows, {count:,} tokens{truncated}")
+        if num_truncated:
+            notes.insert(0, f"{num_truncated} cut to {max_length} tokens")
+        report.append(", ".join([f"{name}: {len(data_rows)} rows, {count:,} tokens", *notes]))
     if not rows:
         raise DataError("no text is given; name a data set or a text")
     return TokenRows(rows, report)
@@ -98,23 +105,20 @@ def read_token_rows(
 
 def _read_source(
     source: SourceConfig, tokenizer: PreTrainedTokenizerBase, limit: int
-) -> list[tuple[str, list[int]]]:
-    if source.schema in ("task", "classification"):
+) -> tuple[list[tuple[str, list[int]]], list[str]]:
+    """Origin and tokens of each row, and notes on the files."""
+    if source.schema not in TEXT_SCHEMAS:
         raise DataError(
             f"{source.title}: rows of the schema {source.schema!r} hold no text to tokenize; give "
             "another schema, or a task itself"
         )
     if source.schema == "chat":
-        require_chat_template(tokenizer, source.path)
+        require_chat_template(tokenizer, source.title)
     template = load_prompt_template(source.prompt) if source.schema == "instruction" else None
-    try:
-        table = read_source(source, None).rows
-    except DataError as error:
-        if source.schema == "text" and "no column" in str(error):
-            raise DataError(f"{error}; if the rows have another schema, give it") from None
-        raise
-    rows: Any = table.select(range(min(limit, len(table))))
-    return _encode(rows, source.schema, template, tokenizer)
+    table = read_source(source, None)
+    rows: Any = table.rows.select(range(min(limit, len(table.rows))))
+    notes = [f"skipped {skipped_text(table.skipped)}"] if table.skipped else []
+    return _encode(rows, source.schema, template, tokenizer), notes
 
 
 def _encode(

@@ -114,7 +114,7 @@ def read_text(
 
 def tokenized_text(file: Path, base: BaseModel) -> Text:
     """Reads a text with the tokenizer of a base."""
-    from moe_jax.data.encoding import load_token_rows  # imports data libraries
+    from moe_jax.data.token_rows import load_token_rows  # imports data libraries
     from moe_jax.data.tokenizer import load_tokenizer
 
     length = min(_MAX_ROW_LENGTH, base.config.max_position_embeddings)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from moe_jax.config.parse import suggest
+from moe_jax.data.files import KINDS, file_kind, folder_files
 from moe_jax.data.values import describe_value
 from moe_jax.errors import DataError
 
@@ -111,7 +112,8 @@ class TaskRow:
         return value.strip()
 
 
-FILE_KINDS = (".json", ".jsonl", ".parquet")
+FILE_KINDS = tuple(kind for kind in KINDS if kind != ".txt")
+"""Kinds of files whose rows have columns."""
 
 
 class HubData(NamedTuple):
@@ -174,7 +176,7 @@ def read_local(path: Path, config: str | None, split: str, limit: int | None) ->
     path = path.expanduser()
     if path.is_dir():
         files = _split_files(path / config if config and (path / config).is_dir() else path, split)
-    elif path.is_file() and path.suffix.lower() in FILE_KINDS:
+    elif path.is_file() and file_kind(path) in FILE_KINDS:
         files = [path]
     else:
         problem = "unknown kind of file" if path.is_file() else "no such file or folder"
@@ -189,7 +191,8 @@ def read_local(path: Path, config: str | None, split: str, limit: int | None) ->
 
 
 def _split_files(folder: Path, split: str) -> list[Path]:
-    files = sorted(f for f in folder.rglob("*") if f.is_file() and f.suffix.lower() in FILE_KINDS)
+    """Files named after the split, of those that hold data."""
+    files = folder_files(folder, FILE_KINDS).files
     if not files:
         raise DataError(f"{folder}: the folder holds no {', '.join(FILE_KINDS)} file")
     # Only the exact name of the split: MMLU has both `dev` and `validation`.

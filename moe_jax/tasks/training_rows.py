@@ -46,10 +46,11 @@ def source_task(source: SourceConfig, folder: str | None) -> Task:
       DataError: `folder` has no folder for the task.
     """
     assert source.task is not None
+    (path,) = source.paths
     split: str | None = source.split.partition("[")[0]
-    if source.path and split == "train" and Path(source.path).expanduser().is_file():
+    if path and split == "train" and Path(path).expanduser().is_file():
         split = None  # a single file has no splits
-    return named_task(source.task, data=folder, path=source.path or None, split=split, shots=0)
+    return named_task(source.task, data=folder, path=path or None, split=split, shots=0)
 
 
 def question_rows(task: Task, answer: Literal["label", "choice"]) -> list[dict[str, str]]:

@@ -129,6 +129,20 @@ def test_string_fields_stay_strings(path, text, value):
     assert type(config) is type(value)
 
 
+@pytest.mark.parametrize("text", ["a*.csv", "8", "('a',", "a, b"])
+def test_one_path_is_a_string(text):
+    config = {}
+    apply_overrides(config, {"adapters.default.data.train.words.path": text})
+    assert config["adapters"]["default"]["data"]["train"]["words"] == {"path": text}
+
+
+@pytest.mark.parametrize("text", ["('a', 'b.csv')", "['a', 'b.csv']"])
+def test_several_paths_are_a_tuple(text):
+    config = {}
+    apply_overrides(config, {"adapters.default.data.train.words.path": text})
+    assert list(config["adapters"]["default"]["data"]["train"]["words"]["path"]) == ["a", "b.csv"]
+
+
 def test_fields_that_the_file_leaves_out():
     config = {"training": {"steps": None}}
     apply_overrides(config, {"training.steps": "5", "checkpoints.keep": "1"})

@@ -64,6 +64,15 @@ def test_only_lossless_conversions_are_made():
     assert parsed.groups == {"a": Inner(rate=1.0, kind="cosine")}
 
 
+def test_one_value_or_a_tuple_of_several():
+    hint = str | tuple[str, ...]
+    assert parse(hint, "a") == "a"
+    assert parse(hint, ["a", "b"]) == parse(hint, ("a", "b")) == ("a", "b")
+    for value, words in ((5, "config: expected str"), (["a", 5], r"config\[1\]: expected str")):
+        with pytest.raises(ConfigError, match=words):
+            parse(hint, value)
+
+
 def test_none_is_accepted_for_optional_fields():
     parsed = parse(Outer, {**MINIMAL, "limit": None, "free": None})
     assert parsed.limit is None and parsed.free is None

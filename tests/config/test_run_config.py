@@ -140,7 +140,11 @@ REFUSED = {
     f"{ADAPTER}.data.packing": [("best_fit", "not one of 'none', 'first_fit'"), (True, "one of")],
     f"{ADAPTER}.data.sort_window": [(0, "must be positive")],
     f"{ADAPTER}.data.num_workers": [(-1, "must not be negative")],
-    f"{ADAPTER}.data.train.rows.path": [("", "is empty")],
+    f"{ADAPTER}.data.train.rows.path": [
+        ("", "is empty"),
+        ((), "is empty"),
+        (("a.csv", ""), "is empty"),
+    ],
     f"{ADAPTER}.data.train.rows.schema": [("instructions", "did you mean 'instruction'?")],
     f"{ADAPTER}.data.train.rows.weight": [(0, "must be positive")],
     f"{ADAPTER}.data.train.rows.columns.text": [(3, "expected str")],

@@ -104,7 +104,10 @@ def test_other_labels_change_the_digest_and_the_cache(source, data_config, word_
         (-1, MOODS.labels, None),
         (1.0, MOODS.labels, None),
         (True, MOODS.labels, None),
-        ("1", MOODS.labels, None),
+        ("1", MOODS.labels, 1),  # as in a CSV file, whose cells are text
+        ("1", ("1", "2"), 0),
+        ("2", MOODS.labels, None),
+        ("-1", MOODS.labels, None),
     ],
 )
 def test_labels(value, labels, number):
@@ -116,6 +119,10 @@ def test_labels(value, labels, number):
         label_number(value, classification, "here")
 
 
+def test_numbers_of_a_table_are_text():
+    assert label_number("-2.5", NUMBER, "here") == -2.5
+
+
 @pytest.mark.parametrize(
     ("row", "classification", "words"),
     [
@@ -124,7 +131,8 @@ def test_labels(value, labels, number):
         ({"text": "a", "label": "gald"}, MOODS, 'line 2: the label is "gald", which is not one of'),
         ({"text": "a", "label": -1}, MOODS, "use a split whose answers are public"),
         ({"text": "a", "label": None}, MOODS, "line 2: column 'label' must be a label's name"),
-        ({"text": "a", "label": "3"}, NUMBER, "line 2: the label must be a finite number"),
+        ({"text": "a", "label": "three"}, NUMBER, "line 2: the label must be a finite number"),
+        ({"text": "a", "label": "inf"}, NUMBER, "line 2: the label must be a finite number"),
         ({"text": "a", "label": float("nan")}, NUMBER, "must be a finite number, got NaN"),
     ],
 )

@@ -1,12 +1,18 @@
 """Files are read row by row, and messages name file and line."""
 
+import bz2
+import csv
+import gzip
+import lzma
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from pyarrow import feather
 
-from moe_jax.data.readers import read_rows
+from moe_jax.data.files import KINDS
+from moe_jax.data.readers import READERS, read_rows
 from moe_jax.errors import DataError
 
 
@@ -38,7 +44,85 @@ def test_parquet_rows_and_nested_columns(tmp_path):
     assert rows_of(path) == [(f"row {i + 1}", row) for i, row in enumerate(rows)]
 
 
-@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.txt"])
+def test_tables_are_read_as_text(write):
+    """A byte order mark, quoted delimiters, quotes and line breaks, and cells of any length."""
+    long = "l" * 200_000
+    content = f'\ufeffname, note\r\n1,"a, ""b""\nc"\r\n\r\n,{long}\r\n2020-01-01,nan\r\n'
+    limit = csv.field_size_limit()
+    assert rows_of(write("a.csv", content)) == [
+        ("line 2", {"name": "1", "note": 'a, "b"\nc'}),
+        ("line 5", {"name": "", "note": long}),
+        ("line 6", {"name": "2020-01-01", "note": "nan"}),
+    ]
+    assert csv.field_size_limit() == limit
+    assert rows_of(write("a.tsv", 'x\ty\na,b\t"c\td"\n')) == [("line 2", {"x": "a,b", "y": "c\td"})]
+
+
+def test_tables_written_by_the_standard_library(tmp_path):
+    rows = [{"a": 'x "y", z', "b": "one\ntwo"}, {"a": "", "b": "\u2028\t'"}]
+    for name, dialect in (("a.csv", "excel"), ("a.tsv", "excel-tab")):
+        with (tmp_path / name).open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, ["a", "b"], dialect=dialect)
+            writer.writeheader()
+            writer.writerows(rows)
+        assert [row for _, row in read_rows(tmp_path / name)] == rows
+
+
+@pytest.mark.parametrize("kind", [".jsonl", ".ndjson", ".json"])
+def test_a_list_and_lines_are_told_by_content(write, kind):
+    assert rows_of(write("a" + kind, '[{"x": "1"},\n{"x": "2"}]'))[1] == ("row 2", {"x": "2"})
+    assert rows_of(write("b" + kind, '{"x": "1"}\n{"x": "2"}'))[1] == ("line 2", {"x": "2"})
+    assert rows_of(write("c" + kind, '{"x": "1"}\n["2"]'))[1] == ("line 2", ["2"])
+
+
+COMPRESS = {
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+    ".zst": lambda data: pa.compress(data, codec="zstd", asbytes=True),
+}
+
+
+@pytest.mark.parametrize("suffix", COMPRESS)
+def test_compressed_files(write, suffix):
+    lines = [b'{"x": "1"}\n', b'{"x": "2"}\n'] * 500
+    compress = COMPRESS[suffix]
+    # Two streams in one file, as `cat a.gz b.gz` makes.
+    data = compress(b"".join(lines)) + compress(b'{"x": "end"}')
+    rows = rows_of(write("a.jsonl" + suffix, data))
+    assert len(rows) == 1001
+    assert rows[1] == ("line 2", {"x": "2"}) and rows[-1] == ("line 1001", {"x": "end"})
+    assert rows_of(write("a.csv" + suffix.upper(), compress(b"x\n1\n"))) == [("line 2", {"x": "1"})]
+    assert rows_of(write("a.txt" + suffix, compress(b"x\n\ny"))) == [
+        ("line 1", {"text": "x"}),
+        ("line 3", {"text": "y"}),
+    ]
+    noise = "".join(f'{{"x": "{number**9}"}}\n' for number in range(3000)).encode()
+    for damaged in (compress(noise)[:-9], b"no compressed file at all"):
+        path = write("b.jsonl" + suffix, damaged)
+        with pytest.raises(DataError) as caught:
+            rows_of(path)
+        assert f"b.jsonl{suffix}: is incomplete or no {suffix[1:]} file (" in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+def test_arrow_files_and_streams(tmp_path):
+    rows = [{"m": [{"role": "user", "n": i}], "t": str(i)} for i in range(5)]
+    table = pa.Table.from_pylist(rows)
+    expected = [(f"row {i + 1}", row) for i, row in enumerate(rows)]
+    for name, writer in (("a.arrow", pa.ipc.new_stream), ("b.arrow", pa.ipc.new_file)):
+        with writer(tmp_path / name, table.schema) as file:
+            file.write_table(table, max_chunksize=2)
+        assert rows_of(tmp_path / name) == expected
+    feather.write_feather(table, tmp_path / "c.feather", compression="zstd")
+    assert rows_of(tmp_path / "c.feather") == expected
+
+
+def test_every_kind_has_a_reader():
+    assert tuple(READERS) == KINDS
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.txt", "a.csv", "a.tsv"])
 def test_empty_file_has_no_rows(write, name):
     assert rows_of(write(name, "")) == []
 
@@ -50,7 +134,17 @@ def test_empty_file_has_no_rows(write, name):
         ("a.json", '[{"x": 1},\n{"x" 2}]', "a.json: line 2: not valid JSON"),
         ("a.json", '{\n "x": 1\n}', "a.json: line 1: not valid JSON"),
         ("a.jsonl", b'{"x": "1"}\n{"x": "\xff"}\n', "a.jsonl: line 2: byte 8 is not UTF-8"),
-        ("a.json", b'[{"x": "\xff"}]', "a.json: byte 8 is not UTF-8"),
+        ("a.json", b'[{"x": "\xff"}]', "a.json: line 1: byte 9 is not UTF-8"),
+        ("a.jsonl", '[{"x": 1}]\n[{"x": 2}]', "a.jsonl: line 2: not valid JSON (Extra data"),
+        ("a.csv", "x,y\n1,2\n3\n", "a.csv: line 3: 1 cells in a row, but the header has 2"),
+        ("a.csv", 'x,y\n1,"a\nb"\n3,4,5', "a.csv: line 4: 3 cells in a row, but the header"),
+        ("a.csv", "x,y,x\n1,2,3\n", "a.csv: line 1: the header names 'x' twice"),
+        ("a.csv", 'x,y\n1,2\n3,"open\nand on\n', "a.csv: line 3: not valid CSV (unexpected end"),
+        ("a.csv", 'x,y\n1,"a"b\n', "a.csv: line 2: not valid CSV"),
+        ("a.csv", b"x\n\xff\n", "a.csv: line 2: byte 1 is not UTF-8"),
+        ("a.arrow", b"no arrow at all", "a.arrow: not a readable Arrow file after row 0"),
+        ("a.arrow", b"", "a.arrow: not a readable Arrow file after row 0"),
+        ("a.feather", b"ARROW1 cut", "a.feather: not a readable Arrow file after row 0"),
         ("a.txt", b"fine\n\xff\n", "a.txt: line 2: byte 1 is not UTF-8"),
         ("a.parquet", b"no parquet at all", "a.parquet: not a readable Parquet file after row 0"),
         ("a.parquet", b"", "a.parquet: not a readable Parquet file after row 0"),

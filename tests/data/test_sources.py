@@ -4,10 +4,12 @@ import errno
 import json
 
 import datasets
+import huggingface_hub
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from datasets.config import HF_DATASETS_CACHE
+from huggingface_hub.utils import filter_repo_objects
 
 from moe_jax.config.data import SourceConfig
 from moe_jax.data.sources import read_source
@@ -80,7 +82,7 @@ def test_parts_of_a_split_do_not_overlap(write, read):
     [
         ("train[2:2]", "the split 'train[2:2]' holds no rows"),
         ("train[x]", "cannot take the split 'train[x]' of 3 rows"),
-        ("test", "a single file has no split 'test'"),
+        ("test", "a.jsonl: a single file has no split 'test'"),
     ],
 )
 def test_splits_that_a_file_does_not_have(write, read, split, message):
@@ -97,11 +99,12 @@ def test_missing_file_is_not_requested_from_the_hub(monkeypatch, read, path):
 
 
 def test_empty_sources_are_refused(write, tmp_path, read):
-    with pytest.raises(DataError, match=r"a\.csv: unknown kind of file; known: \.json,"):
-        read(write("a.csv", "x"))
-    with pytest.raises(DataError, match=r"holds no \.json"):
+    with pytest.raises(DataError, match=r"a\.xml: unknown kind of file; known: \.json,"):
+        read(write("a.xml", "x"))
+    with pytest.raises(DataError, match=r"holds no \.json.* file; it holds 1 \(unknown kind: a\.x"):
         read(tmp_path)
-    for name, content in [("a.jsonl", "\n"), ("a.json", "[]"), ("a.txt", " \n")]:
+    empty = [("a.jsonl", "\n"), ("a.json", "[]"), ("a.txt", " \n"), ("a.csv", "text\n")]
+    for name, content in empty:
         with pytest.raises(DataError, match=rf"{name}: the split 'train' holds no rows"):
             read(write(name, content))
 
@@ -146,6 +149,107 @@ def test_hub_data_set_is_read_and_checked(write, hub, read):
     assert (hub["path"], hub["name"], hub["revision"]) == ("someone/things", "all", "abc")
     with pytest.raises(DataError, match="someone/things, train: row 1: no column 'messages'"):
         read("someone/things", schema="chat")
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "revision"),
+    [
+        ("someone/things", {}, None),
+        ("hf://datasets/someone/things", {"revision": "v1"}, "v1"),
+        ("hf://datasets/someone/things@v1", {"name": "all"}, "v1"),
+        ("hf://datasets/someone/things@refs/pr/1", {"revision": "refs/pr/1"}, "refs/pr/1"),
+    ],
+)
+def test_addresses_of_hub_data_sets(write, hub, read, path, fields, revision):
+    write("hub/train.jsonl", texts("x"))
+    assert list(read(path, None, **fields)["text"]) == ["x"]
+    asked = {key: hub[key] for key in ("path", "name", "split", "revision")}
+    name = fields.get("name")
+    assert asked == {"path": "someone/things", "name": name, "split": "train", "revision": revision}
+
+
+@pytest.fixture
+def repository(monkeypatch, tmp_path):
+    """Files in place of the hub's repository `someone/things`, and the calls for them.
+
+    As on the hub, only the files that the call allows are there.
+    """
+    files = {
+        "README.md": "",
+        "data/train-00000-of-00002.jsonl": '{"text": "a"}',
+        "data/train-00001-of-00002.jsonl": '{"text": "b"}',
+        "data/test.jsonl": '{"text": "c"}',
+        "en/deep/x.csv": "text\nd\n",
+        "en/x.csv": "text\ne\n",
+    }
+    calls = []
+
+    def download(repo_id, **arguments):
+        folder = tmp_path / f"snapshot [{len(calls)}]"
+        calls.append((repo_id, arguments["repo_type"], arguments["revision"]))
+        allowed = filter_repo_objects(files, allow_patterns=arguments["allow_patterns"])
+        for name in allowed:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text(files[name])
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "expected"),
+    [
+        ("data", {}, "ab"),
+        ("data", {"split": "test"}, "c"),
+        ("data/test.jsonl", {}, "c"),
+        ("data/*.jsonl", {}, "cab"),
+        ("**/*.csv", {}, "de"),
+        ("en/**/x.csv", {}, "de"),
+        ("en", {"name": "deep"}, "d"),
+    ],
+)
+def test_files_of_a_hub_repository(repository, read, path, fields, expected):
+    rows = read(f"hf://datasets/someone/things@v2/{path}", **fields)
+    assert list(rows["text"]) == list(expected)
+    assert set(repository) == {("someone/things", "dataset", "v2")}
+
+
+def test_hub_files_that_cannot_be_read(monkeypatch, repository, read):
+    with pytest.raises(DataError, match=r"^hf://datasets/a/b/data/x\.csv: the repository has no "):
+        read("hf://datasets/a/b/data/x.csv")
+    with pytest.raises(DataError, match="no data file matches this pattern"):
+        read("hf://datasets/a/b/data/*.csv")
+    with pytest.raises(DataError, match="has a revision, and `revision` is 'v1'; give one"):
+        read("hf://datasets/a/b@v2/data", revision="v1")
+    for address in ("hf://datasets/b", "hf://a/b", "hf://datasets/a/b@"):
+        with pytest.raises(DataError, match="write hf://datasets/OWNER/NAME"):
+            read(address)
+    monkeypatch.undo()  # the library's own answer without a network
+    with pytest.raises(DataError, match=r"/data: cannot be read from the hub \(") as caught:
+        read("hf://datasets/a/b/data")
+    assert "\n" not in str(caught.value)
+
+
+def test_several_paths_are_one_data_set(write, tmp_path, read, repository):
+    first, second = write("one.jsonl", texts("1")), write("d/two.csv", "text\n2\n")
+    paths = (second, first, str(tmp_path / "d"), "hf://datasets/someone/things/data/test.jsonl")
+    source = SourceConfig(path=paths, schema="text")
+    table = read_source(source, str(tmp_path / "cache"))
+    assert list(table.rows["text"]) == ["2", "1", "c"]
+    assert (table.files, dict(table.skipped)) == (3, {"named twice": [second]})
+    message = r"^owner/set: is no file, folder or pattern, as several paths must be"
+    with pytest.raises(DataError, match=message):
+        read_source(SourceConfig(path=(first, "owner/set"), schema="text"), None)
+
+
+def test_settings_of_the_hub_are_refused_for_local_files(write, tmp_path, read):
+    path = write("d/sub/a.jsonl", texts("x"))
+    assert list(read(tmp_path / "d", name="sub")["text"]) == ["x"]
+    with pytest.raises(DataError, match=r"d: has no subfolder 'other', which `name` selects"):
+        read(tmp_path / "d", name="other")
+    with pytest.raises(DataError, match=r"a\.jsonl: is local, so it has no revision"):
+        read(path, revision="main")
 
 
 def test_hub_rows_follow_the_content_and_the_split(write, hub, read):

@@ -37,9 +37,48 @@ def run(data_config, word_tokenizer):
 
 # In the word tokenizer <s> is 1, </s> is 2, a is 3, b is 4, c is 5, and so on.
 def test_completion_and_end_of_text_are_the_targets(run, completions):
-    rows, result = run(completions([("a b", "c d"), ("", "e"), ("f", "")]))
-    assert rows == [([1, 3, 4, 5, 6, 2], [5, 6, 2]), ([1, 7, 2], [7, 2]), ([1, 8, 2], [2])]
-    assert result.report == "only: 3 rows, 0 truncated to 64 tokens, 4.0 tokens a row"
+    rows, result = run(completions([("a b", "c d"), ("", "e"), ("f", "g")]))
+    assert rows == [([1, 3, 4, 5, 6, 2], [5, 6, 2]), ([1, 7, 2], [7, 2]), ([1, 8, 9, 2], [9, 2])]
+    assert result.report == "only: 3 rows, 0 truncated to 64 tokens, 4.3 tokens a row"
+
+
+def test_blank_targets_are_kept_and_reported(run, completions, write):
+    source = completions([("a", "b"), ("f", ""), ("", "c"), ("g", " \u3000\n")])
+    rows, result = run(source)
+    assert rows[1] == ([1, 8, 2], [2])
+    note = "2 with a blank completion (kept: the model learns to end there; first: {}: line 2)"
+    assert result.report.endswith(note.format(source.path))
+    path = write("t.jsonl", [{"text": "a"}, {"text": ""}])
+    _, result = run(SourceConfig(path=path, schema="text"))
+    assert "1 with a blank text (kept" in result.report
+
+
+def test_the_report_names_files_that_are_not_read(run, write, tmp_path):
+    for name in ("d/train-0.jsonl", "d/train-1.jsonl", "d/.old/train-0.jsonl", "d/test.jsonl"):
+        write(name, [{"prompt": "a", "completion": "b"}])
+    for name in ("d/a.docx", "d/b.docx", "d/README.md"):
+        write(name, "")
+    _, result = run(SourceConfig(path=str(tmp_path / "d")))
+    assert result.report == (
+        "only: 2 rows of 2 files (schema 'completion', by their columns), 0 truncated to 64 "
+        "tokens, 4.0 tokens a row; skipped 5 (not named after the split: test.jsonl; hidden: "
+        ".old/; metadata: README.md; unknown kind: a.docx and 1 more)"
+    )
+
+
+def test_a_schema_by_columns_gives_the_same_rows_and_digest(run, write):
+    path = write("d.jsonl", [{"prompt": "a b", "completion": "c"}])
+    rows, chosen = run(SourceConfig(path=path))
+    expected, given = run(SourceConfig(path=path, schema="completion"))
+    assert rows == expected
+    assert (chosen.digest, chosen.schema) == (given.digest, "completion")
+
+
+def test_labels_without_a_classifier_are_refused(run, write):
+    path = write("d.jsonl", [{"sentence": "a", "other": "b", "label": 1}])
+    columns = {"text": "sentence", "text_pair": "other"}
+    with pytest.raises(DataError, match=r"'classification', which needs method\.classification"):
+        run(SourceConfig(path=path, columns=columns))
 
 
 def test_train_on_prompt_makes_all_but_the_first_token_targets(run, completions):

@@ -100,6 +100,25 @@ def test_the_native_format_has_no_local_paths(mixture, tmp_path):
     assert "/home/someone" not in (tmp_path / "out" / "training.json").read_text()
 
 
+def test_several_paths_and_files_of_the_hub(mixture, tmp_path):
+    adapter = trained(mixture, LORA)
+    local, hub = adapter.training.train["words"], adapter.training.train["more"]
+    train = {
+        "local": dataclasses.replace(local, path="/home/someone/a.csv, /home/someone/b*.csv"),
+        "hub": dataclasses.replace(
+            hub, path="hf://datasets/owner/rows@v1/x.csv, hf://datasets/owner/other/*.csv"
+        ),
+    }
+    record = dataclasses.replace(adapter.training, train=train)
+    moe_jax.export_adapter(adapter._replace(training=record), "moe_jax", tmp_path / "out")
+    header = metadata_load(tmp_path / "out" / "README.md")
+    assert header["datasets"] == ["owner/rows", "owner/other"]
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert "| `a.csv, b*.csv` |" in text
+    assert "| `hf://datasets/owner/rows@v1/x.csv, hf://datasets/owner/other/*.csv` |" in text
+    assert "/home/someone" not in text + (tmp_path / "out" / "training.json").read_text()
+
+
 def test_an_adapter_without_a_training_record(mixture, tmp_path):
     adapter = adapter_of(mixture.base, LORA)._replace(step=0)
     moe_jax.export_adapter(adapter, "peft", tmp_path / "out")

@@ -266,7 +266,7 @@ def test_a_conversation_that_fills_the_context(scripted, monkeypatch, capsys):
         (["--prompt", "a", "--output", "x.txt"], "--output x.txt: must end in .jsonl"),
         (["--interactive", "--samples", "2", "--temperature", "1"], "--interactive: cannot be"),
         (["--prompts", "missing.jsonl"], "missing.jsonl: cannot be read"),
-        (["--prompts", "a.csv"], "a.csv: must end in one of .txt, .jsonl"),
+        (["--prompts", "a.xml"], "a.xml: unknown kind of file; known: .json"),
         (["--prompt", "a", "--adapter", "base=x"], "'base' is the base's name"),
         (["--prompt", "a", "--mesh", "data=99"], "data=99 .* needs 99 devices"),
     ],
@@ -318,7 +318,8 @@ def test_adapters_of_several_bases_and_no_base(scripted, adapters, capsys):
         ({}, "must have either the column 'prompt' or the column 'messages'"),
         ({"prompt": "a", "adapter": "twoo"}, "line 1: adapter 'twoo': is not loaded"),
         ({"messages": []}, "line 1: a conversation must be a list of messages"),
-        ([1], "line 1: a row must be an object"),
+        (1, "line 1: a row must be an object"),
+        ([1], "row 1: a row must be an object"),
     ],
 )
 def test_invalid_rows(scripted, tmp_path, capsys, row, message):

@@ -115,10 +115,15 @@ def test_figures_have_labels_and_mark_balance(setting):
 
 def test_the_command(setting, tmp_path, capsys):
     (tmp_path / "notes.txt").write_text("a red dog .\n\nthe bird sings .\n")
+    (tmp_path / "q").mkdir()
+    (tmp_path / "q" / "rows.csv").write_text("instruction,output\na cat,a dog\n")
+    (tmp_path / "q" / "rows.doc").touch()
     arguments = ["inspect", "--adapter", setting.folder, "--base", BASE, "--limit", 3]
     arguments += [
         "--data",
         f"notes={tmp_path / 'notes.txt'}",
+        "--data",
+        f"rows={tmp_path / 'q'}",
         "--text",
         "a cat",
         "--page-tokens",
@@ -127,7 +132,11 @@ def test_the_command(setting, tmp_path, capsys):
     output = tmp_path / "seen"
     assert main([*map(str, arguments), "--output", str(output)]) == 0
     printed = capsys.readouterr()
-    assert printed.err.startswith("notes: 2 rows, ")
+    notes, rows, text = printed.err.splitlines()
+    assert notes.startswith("notes: 2 rows, ") and notes.endswith("schema 'text' by their columns")
+    end = "schema 'instruction' by their columns, skipped 1 (unknown kind: rows.doc)"
+    assert rows.startswith("rows: 1 rows, ") and rows.endswith(end)
+    assert text.startswith("text: 1 rows, ") and "schema" not in text
     assert printed.out.startswith("router    mlp/moe of mixlora, 4 layers, 4 experts\n")
     assert all(word in printed.out for word in ("dead ", "entropy ", "most specialized: layer"))
     assert not (output / "tokens.html").exists()
@@ -147,7 +156,7 @@ def test_the_command(setting, tmp_path, capsys):
         (["--output", "{}", "--data", "{}/none.txt"], "no such file"),
         (["--output", "{}", "--data", "{}/empty.txt"], "holds no rows"),
         (["--output", "{}", "--text", ""], "text: text 1 is empty"),
-        (["--output", "{}", "--data", "{}/rows.jsonl"], "if the rows have another schema, give it"),
+        (["--output", "{}", "--data", "{}/rows.jsonl"], "'instruction' and 'text'; set `schema`"),
         (
             ["--output", "{}", "--text", "a", "--method", "lora"],
             "--method: cannot be combined with --adapter",
@@ -162,7 +171,7 @@ def test_errors_are_one_line_and_leave_nothing(setting, tmp_path, capsys, argume
     data = tmp_path / "data"
     data.mkdir()
     (data / "empty.txt").touch()
-    (data / "rows.jsonl").write_text('{"instruction": "a", "output": "b"}\n')
+    (data / "rows.jsonl").write_text('{"instruction": "a", "output": "b", "text": "c"}\n')
     for index, text in enumerate(arguments):
         target = tmp_path / "seen" if text == "{}" else data
         arguments = [*arguments[:index], text.replace("{}", str(target)), *arguments[index + 1 :]]

@@ -65,7 +65,7 @@ def test_from_a_lora_to_more_experts(world, folders, tmp_path, capsys):
         ("prune --adapter lora --keep 2 --data TEXT", "method 'lora' has no experts that can be"),
         ("prune --adapter mix --keep 4 --data TEXT", "keep: 4, but a layer has at most 4 experts"),
         ("prune --adapter mix --keep 1 --data TEXT", "num_experts: must be at least 2; for one"),
-        ("prune --adapter mix --keep 3 --data none.txt", "none.txt: cannot be read"),
+        ("prune --adapter mix --keep 3 --data none.txt", "none.txt: no such file or folder"),
         ("prune --adapter mix --keep 3 --data TEXT --base none", "none: no such folder"),
         ("grow --adapter mix --add 0 --data TEXT", "add: 0, but must be at least 1"),
         (

@@ -59,8 +59,8 @@ def test_rows_that_do_not_fit(tmp_path, name, change, message):
 def test_columns_that_are_missing(tmp_path):
     with pytest.raises(DataError, match=r"line 1: no column 'goal' \(it has: label\)"):
         questions(tmp_path, "piqa", [{"label": 0}])
-    with pytest.raises(DataError, match=r"line 1: a row must be an object .* got list"):
-        questions(tmp_path, "piqa", [["q"]])
+    with pytest.raises(DataError, match=r"line 1: a row must be an object .* got int"):
+        questions(tmp_path, "piqa", [5])
 
 
 def test_missing_data(tmp_path):
@@ -75,9 +75,16 @@ def test_missing_data(tmp_path):
     (tmp_path / "boolq" / "validation.jsonl").write_text("{\n")
     with pytest.raises(DataError, match=r"validation.jsonl: line 1: not valid JSON"):
         named_task("boolq", data=tmp_path).questions()
-    (tmp_path / "rows.csv").write_text("a")
-    with pytest.raises(DataError, match=r"rows.csv: unknown kind of file"):
-        read_local(tmp_path / "rows.csv", None, "test", None)
+    (tmp_path / "rows.txt").write_text("a")
+    with pytest.raises(DataError, match=r"rows.txt: unknown kind of file"):
+        read_local(tmp_path / "rows.txt", None, "test", None)
+
+
+def test_hidden_files_are_no_rows_and_tables_are(tmp_path):
+    for name in (".ipynb_checkpoints", "__MACOSX"):
+        write_rows(tmp_path / name / "test.jsonl", [{"a": "hidden"}])
+    (tmp_path / "test.csv").write_text("a\nseen\n")
+    assert [row.fields for row in read_local(tmp_path, None, "test", None)] == [{"a": "seen"}]
 
 
 def test_split_names_match_exactly(tmp_path):

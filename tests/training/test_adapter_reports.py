@@ -26,12 +26,25 @@ from moe_jax.training.run.inputs import Progress
         ({"task": "arc_easy", "path": "{here}/rows.jsonl"}, None, "{here}/rows.jsonl", False),
         ({"path": "owner/rows", "schema": "text"}, None, "owner/rows", True),
         ({"path": "{here}/rows.jsonl", "schema": "text"}, None, "{here}/rows.jsonl", False),
+        ({"path": "rows*.jsonl", "schema": "text"}, None, "rows*.jsonl", False),
+        (
+            {"path": "hf://datasets/a/b/x.csv", "schema": "text"},
+            None,
+            "hf://datasets/a/b/x.csv",
+            True,
+        ),
+        (
+            {"path": ("hf://datasets/a/b", "x.csv"), "schema": "text"},
+            None,
+            "hf://datasets/a/b, x.csv",
+            False,
+        ),
     ],
 )
 def test_origin_of_a_data_set(tmp_path, fields, folder, path, on_hub):
     (tmp_path / "arc_easy").mkdir()
     (tmp_path / "rows.jsonl").touch()
-    fields = {k: v.format(here=tmp_path) for k, v in fields.items()}
+    fields = {k: v.format(here=tmp_path) if isinstance(v, str) else v for k, v in fields.items()}
     folder = None if folder is None else str(tmp_path)
     record = data_set_record(SourceConfig(**fields), 7, folder)
     assert (record.path, record.on_hub, record.rows) == (path.format(here=tmp_path), on_hub, 7)

@@ -43,6 +43,19 @@ def test_data_errors_name_the_field(inputs, field, value, words):
     assert error.startswith("config.adapters.default.data." + words.format(inputs.parent))
 
 
+def test_a_data_set_may_be_given_by_its_path_alone(inputs):
+    printed: list[str] = []
+    given = read_inputs(read_config(inputs), lambda _: None)
+    chosen = read_inputs(
+        read_config(inputs, **{f"{DATA}__train__words__schema": None}), printed.append
+    )
+    assert chosen.data_fingerprint("default") == given.data_fingerprint("default")
+    assert chosen.train["default"].source_schemas == {"words": "completion"}
+    lines = "\n".join(printed).splitlines()
+    assert any(line.startswith("words: ") and "(schema 'completion', by" in line for line in lines)
+    assert not any(line.startswith("held_out: ") and "schema" in line for line in lines)
+
+
 def test_settings_are_checked_before_data_is_read(inputs):
     gone = {f"{DATA}__train__words__path": "gone.jsonl"}
     rows = {"mesh__data": 8, "adapters__default__batch_size": 4}

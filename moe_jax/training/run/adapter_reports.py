@@ -4,6 +4,7 @@ import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ from moe_jax.checkpoints.training_record import DataSet, TrainingRecord
 from moe_jax.config.data import SourceConfig
 from moe_jax.config.parse import to_plain
 from moe_jax.config.run import RunConfig
+from moe_jax.data.hub import hub_address
 from moe_jax.files.atomic import write_atomic
 from moe_jax.tasks.training_rows import source_task
 from moe_jax.training.records.metric_log import (
@@ -171,11 +173,19 @@ def build_training_record(
         step=progress.step,
         total_steps=inputs.steps[name],
         train={
-            source: data_set_record(fields, train.source_rows[source], config.tasks_folder)
+            source: data_set_record(
+                replace(fields, schema=train.source_schemas[source]),
+                train.source_rows[source],
+                config.tasks_folder,
+            )
             for source, fields in adapter.data.train.items()
         },
         validation={
-            source: data_set_record(fields, validation[source].num_rows, config.tasks_folder)
+            source: data_set_record(
+                replace(fields, schema=validation[source].schema),
+                validation[source].num_rows,
+                config.tasks_folder,
+            )
             for source, fields in adapter.data.validation.items()
         },
         training_loss=training_loss,
@@ -195,17 +205,18 @@ def data_set_record(source: SourceConfig, rows: int, tasks_folder: str | None) -
     """Record of a data set.
 
     Args:
-      source: configuration of the data set.
+      source: configuration of the data set, with its schema.
       rows: number of its rows.
       tasks_folder: `RunConfig.tasks_folder`.
     """
-    path = source.path
+    paths = source.paths
     if source.task is not None:
         task = source_task(source, tasks_folder)
-        path = task.hub.dataset if task.path is None else task.path
+        paths = (task.hub.dataset if task.path is None else task.path,)
+    assert source.schema is not None
     return DataSet(
-        path=path,
-        on_hub=not Path(path).expanduser().exists(),  # it was read, so it exists in one place
+        path=", ".join(paths),
+        on_hub=all(hub_address(path) is not None for path in paths),
         schema=source.schema,
         task=source.task,
         split=source.split,

@@ -1,0 +1,64 @@
+"""The schema that the columns of the first row tell."""
+
+import pytest
+
+from moe_jax.config.data import SourceConfig
+from moe_jax.data.schema_choice import COLUMN_SCHEMAS, TEXT_SCHEMAS, choose_schema
+from moe_jax.errors import DataError
+
+
+def choose(columns, schemas=COLUMN_SCHEMAS, **named):
+    source = SourceConfig(path="x.jsonl", columns=named)
+    return choose_schema(source, columns.split(), "x.jsonl: line 1", schemas)
+
+
+@pytest.mark.parametrize(
+    ("columns", "named", "schema", "expected"),
+    [
+        ("instruction output", {}, "instruction", {}),
+        ("id input output instruction", {}, "instruction", {}),
+        ("prompt completion", {}, "completion", {}),
+        ("prompt prompt_id messages", {}, "chat", {}),
+        ("id conversations", {}, "chat", {"messages": "conversations"}),
+        ("messages conversations", {}, "chat", {}),
+        ("text url", {}, "text", {}),
+        ("question answer", {"prompt": "question", "completion": "answer"}, "completion", None),
+        ("q output", {"instruction": "q"}, "instruction", None),
+        ("body", {"text": "body"}, "text", None),
+        ("talk", {"messages": "talk"}, "chat", None),
+        ("a b label", {"text": "a", "text_pair": "b"}, "classification", None),
+    ],
+)
+def test_the_only_schema_that_fits(columns, named, schema, expected):
+    chosen = choose(columns, **named)
+    assert chosen.schema == schema
+    assert chosen.columns == (named if expected is None else expected)
+
+
+def test_labels_are_left_out_where_they_cannot_be_used():
+    assert choose("text label", TEXT_SCHEMAS).schema == "text"
+    assert choose("text label", ("classification",)).schema == "classification"
+
+
+@pytest.mark.parametrize(
+    ("columns", "named", "words"),
+    [
+        ("text label", {}, "fit the schemas 'text' and 'classification'; set `schema`"),
+        ("instruction output text", {}, "fit the schemas 'instruction' and 'text'; set"),
+        (
+            "question answer",
+            {},
+            "question, answer fit no schema (instruction: instruction, output;",
+        ),
+        ("text", {"txt": "text"}, "fit no schema"),
+        ("instruction output", {"input": "context"}, "fit no schema"),
+        ("", {}, "the columns (none) fit no schema"),
+    ],
+)
+def test_columns_that_do_not_tell(columns, named, words):
+    with pytest.raises(DataError) as caught:
+        choose(columns, **named)
+    message = str(caught.value)
+    assert message.startswith("x.jsonl: line 1: the columns ") and words in message
+    assert "`columns`" in message and "--column FIELD=NAME" in message
+    assert "\n" not in message
