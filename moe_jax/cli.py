@@ -49,7 +49,7 @@ class Parser(argparse.ArgumentParser):
         """Prints the message and exits with status 2."""
         self.exit(2, f"error: {message} (see {self.prog} --help)\n")
 
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Refuses unknown arguments here, where the flags of the subcommand are known."""
         parsed, unknown = super().parse_known_args(args, namespace)
         if unknown:

@@ -6,7 +6,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from moe_jax.config.data import SourceConfig
-from moe_jax.data.chat import require_chat_template
+from moe_jax.data.chat_template import require_chat_template
 from moe_jax.data.encoding import encode_examples, make_examples
 from moe_jax.data.prompt_template import load_prompt_template
 from moe_jax.data.schema_choice import TEXT_SCHEMAS, choose_schema

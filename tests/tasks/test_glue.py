@@ -133,7 +133,7 @@ def test_the_hub():
         ("sst2", {"sentence": "x", "label": "good"}, "not one of the labels (negative, positive)"),
         ("sst2", {"text": "x", "label": 1}, "no column 'sentence' (it has: text, label)"),
         ("sst2", {"sentence": 3, "label": 1}, "column 'sentence' must be text, got int (3)"),
-        ("stsb", {"sentence1": "x", "sentence2": "y", "label": "3"}, "must be a finite number"),
+        ("stsb", {"sentence1": "x", "sentence2": "y", "label": "c"}, "must be a finite number"),
     ],
 )
 def test_rows_that_do_not_fit_are_named(name, fields, words):
