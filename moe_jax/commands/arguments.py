@@ -48,21 +48,26 @@ def naming_flags(arguments: argparse.Namespace) -> Iterator[None]:
     """Replaces the names of arguments in errors by the flags of the command line.
 
     Args:
-      arguments: parsed arguments; their field `flags` maps names to flags that differ from them.
+      arguments: parsed arguments; their field `flags` maps names that differ from a flag's, and
+        paths of fields such as `method.rank`, to flags.
 
     Raises:
-      ConfigError: replaces the `FieldError` of an argument that has a flag. Names in backticks in
-        the reason are replaced too.
+      ConfigError: replaces the `FieldError` of an argument that has a flag, and a `ConfigError`
+        whose message begins with a path in `flags`, or with a field below it. Names in backticks
+        in the reason are replaced too.
     """
-    flags = {name: f"--{name.replace('_', '-')}" for name in vars(arguments)}
-    flags |= getattr(arguments, "flags", {})
+    given: dict[str, str] = getattr(arguments, "flags", {})
+    flags = {name: f"--{name.replace('_', '-')}" for name in vars(arguments)} | given
     try:
         yield
-    except FieldError as error:
-        if error.field not in flags:
-            raise
-        reason = re.sub(r"`(\w+)`", lambda match: flags.get(match[1], match[0]), error.reason)
-        raise ConfigError(f"{flags[error.field]}: {reason}") from None
+    except ConfigError as error:
+        path, _, reason = str(error).partition(": ")
+        for name, flag in (flags if isinstance(error, FieldError) else given).items():
+            if path == name or path.startswith(f"{name}."):
+                below = f"{path.removeprefix(f'{name}.')}: " if path != name else ""
+                reason = re.sub(r"`(\w+)`", lambda match: flags.get(match[1], match[0]), reason)
+                raise ConfigError(f"{flag}: {below}{reason}") from None
+        raise
 
 
 def listed(text: str) -> list[str]:

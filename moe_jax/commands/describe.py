@@ -131,6 +131,9 @@ def add_adapter_fit(group: argparse._ArgumentGroup) -> None:
         "--target-modules", metavar="A,B,...", help="adapted projections (default: all seven)"
     )
     group.add_argument("--dora", action="store_true", help="use DoRA")
+    fields = ("rank", "num_experts", "target_modules", "dora")
+    flags = {f"method.{field}": f"--{field.replace('_', '-')}" for field in fields}
+    group.set_defaults(flags={"method.name": "--method", **flags, "method": "--method"})
 
 
 def show_base(arguments: argparse.Namespace) -> None:
@@ -171,7 +174,7 @@ def _methods(arguments: argparse.Namespace) -> "dict[str, AdapterMethod]":
     cls = METHODS.get(arguments.method)
     if cls is not None:
         fields |= _expert_counts(arguments, typing.get_type_hints(cls).get("num_experts"))
-    return {"default": parse_member(METHODS, fields, "--method")}
+    return {"default": parse_member(METHODS, fields, "method")}
 
 
 def _expert_counts(arguments: argparse.Namespace, hint: Any) -> dict[str, Any]:

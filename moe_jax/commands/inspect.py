@@ -168,6 +168,10 @@ def _inspect_routing(arguments: argparse.Namespace) -> None:
         raise ConfigError("--output: is missing; give a folder for the pictures and tables")
     if arguments.page_tokens < 0:
         raise ConfigError(f"--page-tokens: must not be negative, got {arguments.page_tokens}")
+    if arguments.limit < 1:
+        raise ConfigError(f"--limit: must be positive, got {arguments.limit}")
+    if not all(text.strip() for text in arguments.text):
+        raise ConfigError("--text: is empty; give a text")
     fields = {
         "schema": arguments.schema,
         "prompt": arguments.prompt,

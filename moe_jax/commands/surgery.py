@@ -86,7 +86,9 @@ def _upcycle(parser: argparse.ArgumentParser) -> Operate:
     )
     _add_seed(parser, "the routers")
     _add_data(parser, condition="if the result is not exact")
-    parser.set_defaults(flags={"num_experts": "--experts"})
+    fields = {"num_experts": "--experts", "router.name": "--router", "router": "--router"}
+    new = {f"the new {to}.{name}": flag for to in UPCYCLE_TO for name, flag in fields.items()}
+    parser.set_defaults(flags=fields | new)
     return lambda arguments: moe_jax.surgery.upcycle(
         arguments.adapter,
         arguments.to,

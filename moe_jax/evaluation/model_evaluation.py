@@ -93,6 +93,10 @@ class EvaluationOptions:
                 raise FieldError("protocols", f"there is none called {protocol!r}; {hint}")
         if not protocols or len(set(protocols)) < len(protocols):
             raise FieldError("protocols", f"give each once, of {', '.join(SCORING_PROTOCOLS)}")
+        if self.limit is not None and self.limit < 1:
+            raise FieldError("limit", f"must be positive, got {self.limit}")
+        if self.shots is not None and self.shots < 0:
+            raise FieldError("shots", f"must not be negative, got {self.shots}")
         if self.batch_size < 1:
             raise FieldError("batch_size", f"must be positive, got {self.batch_size}")
         if buckets != sorted(set(buckets)) or any(length < 1 for length in buckets):

@@ -160,8 +160,8 @@ def _select_site(site: str | None, sites: Sequence[str], adapter: str) -> str:
         return sites[0]
     matching = [known for known in sites if site in (known, known.rpartition("/")[2])]
     if not matching:
-        raise ConfigError(
-            f"site: adapter {adapter!r} has no router at {site!r}; {suggest(site, sites)}"
+        raise FieldError(
+            "site", f"adapter {adapter!r} has no router at {site!r}; {suggest(site, sites)}"
         )
     return matching[0]
 

@@ -50,7 +50,8 @@ def prune(
       output: a folder for the adapter; does not exist, or is empty.
 
     Raises:
-      UserError: the adapter has no experts or at most `keep`, or its router needs more.
+      UserError: the adapter has no experts or at most `keep`, `keep` is below 2, or the router
+        needs more.
     """
     saved = open_adapter(adapter, output)
     former = expert_method(saved)
@@ -58,6 +59,10 @@ def prune(
     if keep >= counts.max():
         raise FieldError(
             "keep", f"{keep}, but a layer has at most {counts.max()} experts; give a smaller number"
+        )
+    if keep < 2:
+        raise FieldError(
+            "keep", f"must be at least 2, got {keep}; `moe-jax surgery merge --into 1` gives a LoRA"
         )
     method = with_num_experts(former, lambda number: min(number, keep))
     text = read_text(saved, data, base, "the load of experts has to be measured")

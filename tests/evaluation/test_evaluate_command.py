@@ -49,6 +49,8 @@ def test_all_flags(setting, tmp_path, capsys):
         (["--tasks", "arc"], "error: task 'arc': unknown task; "),
         (["--tasks", "boolq", "--protocols", "x"], "error: --protocols: there is none called 'x'"),
         (["--tasks", "boolq", "--batch-size", "0"], "error: --batch-size: must be positive, got 0"),
+        (["--tasks", "boolq", "--limit", "0"], "error: --limit: must be positive, got 0"),
+        (["--tasks", "boolq", "--shots", "-1"], "error: --shots: must not be negative, got -1"),
         (["--tasks", "boolq", "--buckets", "8,4"], "error: --buckets: must be positive and ascend"),
         (["--tasks", "boolq", "--buckets", "x"], "error: --buckets: expected whole numbers"),
         (["--tasks", "boolq", "--mesh", "dat=2"], "error: --mesh.dat: unknown field; did you "),

@@ -276,7 +276,7 @@ def no_weights(monkeypatch):
         ({"shots": 1}, "arc_easy: no file is named after the split 'train'"),
         ({"split": "train", "shots": 1}, "shots are taken from the split 'train'"),
         ({"shots": -1}, "task 'arc_easy'.shots: must not be negative"),
-        ({"limit": 0}, "task 'arc_easy'.limit: must be positive"),
+        ({"limit": 0}, "limit: must be positive, got 0"),
         ({"protocols": ["label"]}, "protocols: .* 'label'; did you mean 'labels'?"),
         ({"protocols": []}, "protocols: give each once"),
         ({"batch_size": 0}, "batch_size: must be positive"),

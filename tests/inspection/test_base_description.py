@@ -85,9 +85,11 @@ def test_the_adapters_of_a_configuration(capsys):
     [
         ([], "--base to describe a checkpoint"),
         (["--base", "/nowhere"], "/nowhere: no such folder"),
-        (["--base", "{}", "--method", "mixlor"], "unknown method 'mixlor'; did you mean 'mixlora'"),
+        (["--base", "{}", "--method", "mixlor"], "--method: unknown method 'mixlor'; did you"),
         (["--base", "{}", "--method", "lora", "--num-experts", "4"], "lora has no experts"),
-        (["--base", "{}", "--method", "mixlora", "--num-experts", "1"], "num_experts: must be"),
+        (["--base", "{}", "--method", "mixlora", "--num-experts", "1"], "--num-experts: must be"),
+        (["--base", "{}", "--method", "lora", "--rank", "0"], "error: --rank: must be"),
+        (["--base", "{}", "--method", "lora", "--target-modules", "q"], "error: --target-modules:"),
         (["--base", "{}", "--method", "mola", "--num-experts", "2,4,8"], "into 3 equal groups"),
         (["--base", "{}", "--rank", "4"], "--rank: requires --method"),
         (["--base", "{}", "--data", "a.txt"], "--data: requires --adapter"),

@@ -155,7 +155,9 @@ def test_the_command(setting, tmp_path, capsys):
         (["--output", "{}", "--data", "a=x.txt", "--data", "a=y.txt"], "another one is named 'a'"),
         (["--output", "{}", "--data", "{}/none.txt"], "no such file"),
         (["--output", "{}", "--data", "{}/empty.txt"], "holds no rows"),
-        (["--output", "{}", "--text", ""], "text: text 1 is empty"),
+        (["--output", "{}", "--text", ""], "error: --text: is empty"),
+        (["--output", "{}", "--text", "a", "--limit", "0"], "error: --limit: must be positive"),
+        (["--output", "{}", "--text", "a", "--site", "mlp/foo"], "error: --site: adapter "),
         (["--output", "{}", "--data", "{}/rows.jsonl"], "'instruction' and 'text'; set `schema`"),
         (
             ["--output", "{}", "--text", "a", "--method", "lora"],
