@@ -167,12 +167,7 @@ def load_adapter(folder: Path, shardings: Any = None) -> SavedAdapter:
     """
     folder = current_folder(folder)
     description = read_description(folder)
-    file = folder / DESCRIPTION
-    try:
-        method = parse_member(METHODS, description.method, f"{file}: method")
-        model = parse(ModelConfig, description.model, f"{file}: model")
-    except ConfigError as error:
-        raise CheckpointError(f"{error}; {_CHANGED}") from None
+    method, model = described_method(folder, description)
     target = nested_dict(
         {path: jax.ShapeDtypeStruct(*spec) for path, spec in description.leaves.items()}
     )
@@ -199,10 +194,20 @@ def load_adapter(folder: Path, shardings: Any = None) -> SavedAdapter:
     )
 
 
+def described_method(folder: Path, description: Description) -> tuple[Any, ModelConfig]:
+    """Method of an adapter and architecture of its base; raises as `load_adapter` does."""
+    file = folder / DESCRIPTION
+    try:
+        method = parse_member(METHODS, description.method, f"{file}: method")
+        return method, parse(ModelConfig, description.model, f"{file}: model")
+    except ConfigError as error:
+        raise CheckpointError(f"{error}; {_CHANGED}") from None
+
+
 def read_description(folder: Path) -> Description:
     """Reads `adapter.json` and checks its version and types; raises as `load_adapter` does.
 
-    The fields of the method and the model are checked by `load_adapter`.
+    The fields of the method and the model are checked by `described_method`.
     """
     file = current_folder(folder) / DESCRIPTION
     try:

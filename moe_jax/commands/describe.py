@@ -30,7 +30,7 @@ def add_show(parser: argparse.ArgumentParser) -> Run:
 
 
 def _show(arguments: argparse.Namespace) -> None:
-    from moe_jax.checkpoints.adapter_files import read_description
+    from moe_jax.checkpoints.adapter_files import described_method, read_description
     from moe_jax.checkpoints.training_record import read_record
     from moe_jax.inspection.base_description import leaf_modules, module_lines
     from moe_jax.loaded.run_adapters import is_workdir, resolve_adapter
@@ -41,6 +41,7 @@ def _show(arguments: argparse.Namespace) -> None:
         return
     folder = resolve_adapter(arguments.folder)
     description, record = read_description(folder), read_record(folder)
+    described_method(folder, description)  # refuses unknown fields
     size = sum(math.prod(spec.shape) for spec in description.leaves.values())
     print(f"method   {description.method['name']}")
     for field, value in description.method.items():

@@ -197,6 +197,13 @@ def test_the_show_command(folder, capsys):
     shown = capsys.readouterr().out
     assert "size     64 parameters in 1 leaves" in shown
     assert "base     some/base" in shown
+    method = json.loads((folder / "adapter.json").read_text())["method"]
+    edit(folder, method={**method, "rnak": 4})
+    assert cli.main(["show", str(folder)]) == 2
+    shown = capsys.readouterr()
+    assert not shown.out
+    assert shown.err.startswith(f"error: {folder}/adapter.json: method.rnak: unknown field; did")
+    edit(folder, method=method)
     edit(folder, base={"path": "a\nb"})
     assert cli.main(["show", str(folder)]) == 2
     assert capsys.readouterr().err.startswith(f"error: {folder}/adapter.json: base.fingerprint: ")
