@@ -134,10 +134,11 @@ class AdaptedModel:
 
         Raises:
           ConfigError: there is no such adapter.
-          DataError: a token id is beyond the base's vocabulary.
+          DataError: `tokens` has another type or shape or no token, or an id is beyond the base's
+            vocabulary.
         """
-        tokens, vocab_size = np.asarray(tokens), self.base.config.vocab_size
-        if tokens.size and not 0 <= tokens.min() <= tokens.max() < vocab_size:
+        tokens, vocab_size = _token_array(tokens), self.base.config.vocab_size
+        if not 0 <= tokens.min() <= tokens.max() < vocab_size:
             # Under jit an embedding lookup out of bounds gives NaN, not an error.
             raise DataError(
                 f"tokens: ids from {tokens.min()} to {tokens.max()}, but {self.base.folder} has "
@@ -174,6 +175,19 @@ class AdaptedModel:
             hint = suggest(adapter, self.adapters)
             raise ConfigError(f"adapter {adapter!r}: is not in this model; {hint}")
         return self.adapters[adapter]
+
+
+def _token_array(tokens: Any) -> np.ndarray:
+    """The tokens as an array [B, S]; refuses other shapes and types, and no tokens."""
+    try:
+        array = np.asarray(tokens)
+    except ValueError:  # rows of different lengths
+        found = "rows of different lengths; pad them, and give segment_ids"
+    else:
+        if array.ndim == 2 and array.size and np.issubdtype(array.dtype, np.integer):
+            return array
+        found = f"{array.dtype} {list(array.shape)}"
+    raise DataError(f"tokens: expected int [rows, length], got {found}")
 
 
 def _predictions(

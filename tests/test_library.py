@@ -67,6 +67,16 @@ def test_unknown_adapters_and_tokens(tmp_path):
         model.save("other", tmp_path / "adapter")
     with pytest.raises(moe_jax.UserError, match=r"ids from 1 to 96, .* embeddings for 0 to 95"):
         model([[1, 96]], "mine")
+    for tokens, found in (
+        ([], "float64 [0]"),
+        ([[]], "float64 [1, 0]"),
+        ([1, 2], "int64 [2]"),
+        ([[1, 2], [3]], "rows of different lengths; pad them, and give segment_ids"),
+        ([["a"]], "<U1 [1, 1]"),
+    ):
+        with pytest.raises(moe_jax.UserError) as error:
+            model(tokens, "mine")
+        assert str(error.value) == f"tokens: expected int [rows, length], got {found}"
     with pytest.raises(TypeError):  # compiled functions depend on it
         model.methods["mine"] = moe_jax.LoraConfig(rank=2, alpha=4.0, target_modules=("q_proj",))
 
