@@ -293,6 +293,18 @@ def test_invalid_adapters(scripted, adapters, capsys, name, message):
     assert re.search(message, capsys.readouterr().err)
 
 
+def test_a_relative_path_of_the_base(scripted, adapters, tmp_path, capsys):
+    shutil.copytree(adapters / "moved", tmp_path / "moved")
+    file = tmp_path / "moved" / "adapter.json"
+    file.write_text(file.read_text().replace('"/gone"', '"models/old/llama"'))
+    assert generate("--prompt", "a", "--adapter", tmp_path / "moved") == 2
+    error = capsys.readouterr().err
+    assert "the base of adapter 'moved': models/old/llama: no such folder" in error
+    assert "relative to the folder in which the adapter was trained: give the base with" in error
+    assert generate("--prompt", "a", "--adapter", adapters / "moved") == 2
+    assert "relative" not in capsys.readouterr().err
+
+
 def test_a_classifier_is_rejected_only_if_it_is_asked(scripted, adapters, tmp_path, capsys):
     flags = ["--adapter", adapters / "one", "--adapter", adapters / "judge"]
     assert generate("--interactive", *flags) == 2
