@@ -169,6 +169,12 @@ def test_rows_padded_to_packed_rows_of_another_adapter(inputs):
     (warning,) = (line for line in printed if line.startswith("warning"))
     assert warning.startswith("warning: config.adapters.other.data.packing: all rows of a step")
     assert "padded to the 48 tokens of 'default'" in warning
+    # Rows of a single padded length of 48 are not padded further.
+    printed.clear()
+    other = "adapters__other__data"
+    same = {f"{other}__buckets": (), f"{other}__max_length": 48}
+    read_inputs(read_config(config, **packed, **same), printed.append)
+    assert not [line for line in printed if line.startswith("warning")]
 
 
 def test_a_warmup_longer_than_training(inputs):

@@ -145,15 +145,16 @@ def warn_of_positions(
 
 
 def warn_of_padding(config: RunConfig, say: Callable[[str], None]) -> None:
-    """Warns of adapters whose rows are padded to the longer packed rows of another adapter."""
+    """Warns of adapters whose own rows are shorter than the packed rows of another adapter."""
     packed = {
         name: adapter.data.max_length
         for name, adapter in config.adapters.items()
         if adapter.data.is_packed
     }
     longest = max(packed, key=packed.__getitem__, default="")
-    for name in config.adapters:
-        if packed and (name not in packed or packed[name] < packed[longest]):
+    for name, adapter in config.adapters.items():
+        shortest = packed.get(name, adapter.data.lengths[0])
+        if packed and shortest < packed[longest]:
             field = "packing" if name not in packed else "max_length"
             say(
                 f"warning: config.adapters.{name}.data.{field}: all rows of a step are of one "
