@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.gridspec import GridSpec
 
-from moe_jax.adapters.tree import expert_name
+from moe_jax.heat_map import MAX_WRITTEN_CELLS, write_values
 from moe_jax.inspection.routing_report import RoutingReport
 
 _MAX_COLOUR_VALUE = 2.0
@@ -30,11 +30,11 @@ def load_map(report: RoutingReport) -> Figure:
     figure = _figure(3.6 + 0.62 * experts, 1.7 + height * layers)
     axes = figure.subplots()
     size = "medium" if layers <= 16 else "small"
-    image = _heat(axes, load, size=size)
+    image = _heat(axes, load, size=size if load.size <= MAX_WRITTEN_CELLS else None)
     for layer in np.flatnonzero(~report.total.routed).tolist():
         axes.text((experts - 1) / 2, layer, "no router", ha="center", va="center", fontsize=size)
     axes.set_title(f"Expert load of {report.adapter!r}\nat {report.site}, {_tokens(report)}")
-    axes.set_xlabel(expert_name(report.adapter, "INDEX"))
+    axes.set_xlabel("expert")
     axes.set_ylabel("layer")
     axes.set_xticks(range(experts))
     axes.set_yticks(range(layers), [str(n) for n in range(layers)], fontsize=size)
@@ -193,11 +193,7 @@ def _heat(axes: Axes, values: np.ndarray, *, size: str | None) -> Any:
     axes.set_facecolor(_ABSENT_COLOUR)
     image = axes.imshow(values, cmap="RdBu_r", vmin=0.0, vmax=_MAX_COLOUR_VALUE, aspect="auto")
     if size is not None:
-        for row, column in np.argwhere(~np.isnan(values)):
-            value = values[row, column]
-            colour = "white" if abs(value - 1.0) > 0.65 else "black"
-            style: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": size}
-            axes.text(column, row, f"{value:.2f}", color=colour, **style)
+        write_values(axes, image, size)
     return image
 
 

@@ -5,6 +5,8 @@ import json
 import math
 
 import numpy as np
+import pytest
+from tolerances import FLOAT64_ROUNDING
 
 from moe_jax.adapters.lora.lora import LoraConfig
 from moe_jax.config.classification import ClassificationConfig
@@ -70,13 +72,16 @@ def test_each_unit_has_separate_axes(tmp_path):
 
 def test_expert_map_by_hand(tmp_path):
     load = np.array([[1.0, 1, 1, 1], [4, 0, 0, 0], [2, 2, 0, 0]])
-    figure = expert_map(load, "a title", "x", ["mlp/moe"])
+    figure = expert_map(load, "a title", ["mlp/moe"])
     axes = figure.axes[0]
     np.testing.assert_array_equal(axes.images[0].get_array(), load)
     texts = [text.get_text() for text in axes.texts]
     assert texts[4:6] == ["4.00", "0.00"]
     assert [text.get_text() for text in axes.get_yticklabels()] == ["0", "1", "2"]
-    assert (axes.get_xlabel(), axes.get_ylabel()) == ("moe.x.experts.INDEX", "layer")
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("expert", "layer")
+    # Loads 0, 1, 2 and above are dark blue, white and dark red.
+    colours = {text.get_text(): text.get_color() for text in axes.texts}
+    assert colours == {"1.00": "black", "4.00": "white", "0.00": "white", "2.00": "white"}
     figure.savefig(tmp_path / "map.png")
     assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
 
@@ -84,7 +89,7 @@ def test_expert_map_by_hand(tmp_path):
 def test_expert_map_of_several_routers_in_a_layer():
     nan = math.nan
     load = np.array([[1.0, 1, nan], [1, 1, 1], [2, 0, nan], [0, 1, 2]])
-    axes = expert_map(load, "a title", "x", ["mlp/up_proj", "self_attn/q_proj"]).axes[0]
+    axes = expert_map(load, "a title", ["mlp/up_proj", "self_attn/q_proj"]).axes[0]
     assert [text.get_text() for text in axes.get_yticklabels()] == [
         "mlp/up_proj 0",
         "mlp/up_proj 1",
@@ -96,6 +101,63 @@ def test_expert_map_of_several_routers_in_a_layer():
     assert len(written) == 10
     assert (2, 0) not in written and (2, 2) not in written
     assert (written[0, 2], written[2, 3]) == ("2.00", "2.00")
+
+
+def test_a_large_expert_map_has_no_numbers():
+    axes = expert_map(np.ones((30, 8)), "a title", ["mlp/moe"]).axes[0]
+    assert not axes.texts
+    assert [text.get_text() for text in axes.get_yticklabels()] == [str(n) for n in range(30)]
+    assert len(expert_map(np.ones((16, 8)), "a title", ["mlp/moe"]).axes[0].texts) == 128
+
+
+def _loss_axes(tmp_path, losses):
+    lines = [{"step": 10 * (n + 1), "x/loss": loss} for n, loss in enumerate(losses)]
+    file = tmp_path / "metrics.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    figure = loss_curves(file)
+    figure.canvas.draw()
+    return figure.axes[0]
+
+
+@pytest.mark.parametrize(
+    ("losses", "scale", "ticks"),
+    [
+        ([2.5, 1.3], "linear", {"1.4", "1.6", "1.8", "2.0", "2.2", "2.4"}),
+        ([11.0, 1.3], "log", {"2", "5", "10"}),
+        ([0.5, 0.004], "log", {"0.005", "0.01", "0.02", "0.05", "0.1", "0.2", "0.5"}),
+        ([1.0, 0.0], "linear", {"0.0", "0.2", "0.4", "0.6", "0.8", "1.0"}),
+    ],
+)
+def test_losses_have_plain_decimal_labels(tmp_path, losses, scale, ticks):
+    axes = _loss_axes(tmp_path, losses)
+    low, high = axes.get_ylim()
+    labels = [
+        text.get_text()
+        for which in ("major", "minor")
+        for text in axes.yaxis.get_ticklabels(which=which)
+        if text.get_text() and low <= text.get_position()[1] <= high
+    ]
+    assert axes.get_yscale() == scale
+    assert set(labels) == ticks and len(labels) == len(ticks)
+
+
+def test_many_losses_are_smoothed(tmp_path):
+    losses = np.random.default_rng(0).uniform(1.0, 2.0, 300).tolist()
+    axes = _loss_axes(tmp_path, losses)
+    raw, smoothed = axes.lines
+    assert raw.get_ydata().tolist() == losses and raw.get_alpha() < 0.5
+    decay = 5 / 6  # over about 300 / 50 points
+    expected = []
+    for n in range(len(losses)):
+        weights = [decay ** (n - m) for m in range(n + 1)]
+        products = [w * loss for w, loss in zip(weights, losses, strict=False)]
+        expected.append(sum(products) / sum(weights))
+    np.testing.assert_allclose(smoothed.get_ydata(), expected, **FLOAT64_ROUNDING)
+    legend = axes.get_legend()
+    assert [text.get_text() for text in legend.get_texts()] == ["training/x"]
+    title = "training: exponential moving\naverage, decay 0.833"
+    assert legend.get_title().get_text() == title
+    assert raw.get_color() == smoothed.get_color()
 
 
 def test_expert_maps_show_the_last_line(tmp_path):

@@ -6,16 +6,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from moe_jax.adapters.method import AdapterMethod
-from moe_jax.adapters.tree import expert_name
 from moe_jax.config.metric_names import METRICS
+from moe_jax.heat_map import MAX_WRITTEN_CELLS, write_values
 from moe_jax.training.records.metric_log import read_metrics
 from moe_jax.training.step.router_metrics import row_locations
 
-_READABLE_ROWS = 40
+_READABLE_ROWS = 16
 """Largest number of rows that an expert map draws in full size."""
+
+_LOG_RANGE = 5.0
+"""Ratio of the largest to the smallest loss above which the loss axis is logarithmic."""
+
+_SMOOTHED_POINTS = 20
+"""Number of points from which a training loss gets a smoothed curve."""
 
 PER_TOKEN = METRICS["loss"].unit
 """Unit of a language model's loss."""
@@ -36,6 +44,7 @@ def loss_curves(metrics: Path, units: Mapping[str, str] | None = None) -> Figure
 
     A run with one adapter has a curve for each loss. With several, each adapter has a color, with
     a solid curve for its training loss and a dashed one for the mean of its validation losses.
+    Training losses of many points are drawn faintly, under their `moving_average`.
 
     Args:
       metrics: `metrics.jsonl` of the run.
@@ -57,7 +66,7 @@ def _loss_curves(lines: Iterable[dict[str, Any]], units: Mapping[str, str]) -> F
                 validation.setdefault(adapter, {}).setdefault(data_set, []).append(point)
             else:
                 training.setdefault("/".join(parts[:-1]), []).append(point)
-    several = len(training) > 1
+    several, decay = len(training) > 1, _smoothing(max(map(len, training.values()), default=0))
     unit_of = {adapter: units.get(adapter, PER_TOKEN) for adapter in training}
     panels = list(dict.fromkeys(unit_of.values())) or [PER_TOKEN]
     height = max(5, 3.5 * len(panels), 0.25 * len(training))
@@ -68,7 +77,7 @@ def _loss_curves(lines: Iterable[dict[str, Any]], units: Mapping[str, str]) -> F
         colour, axes = f"C{number % 10}", axes_of[unit_of[adapter]]
         sets = validation.get(adapter, {})
         label = adapter if several else f"training/{adapter}"
-        axes.plot(*zip(*points, strict=True), label=label, color=colour if several else None)
+        _draw_training(axes, points, label, colour if several else None, decay)
         if several:
             mean = _mean(sets)
             if mean:
@@ -82,14 +91,62 @@ def _loss_curves(lines: Iterable[dict[str, Any]], units: Mapping[str, str]) -> F
     stacked[-1].set_xlabel("step")
     for unit, axes in axes_of.items():
         axes.set_ylabel(f"loss ({unit})")
-        # On a linear scale the first loss, often ten times the later ones, would flatten them.
-        axes.set_yscale("log")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        _scale_losses(axes)
         axes.grid(alpha=0.3)
+    style: dict[str, Any] = {"fontsize": "small", "title_fontsize": "small", "alignment": "left"}
+    if decay is not None:
+        style["title"] = f"training: exponential moving\naverage, decay {decay:.3g}"
     if several:
-        figure.legend(fontsize="small", loc="outside right upper")
+        figure.legend(loc="outside right upper", **style)
     elif training:
-        stacked[0].legend(fontsize="small")
+        stacked[0].legend(**style)
     return figure
+
+
+def _smoothing(points: int) -> float | None:
+    """Decay of the moving average of curves of so many points; None draws the losses alone."""
+    return None if points < _SMOOTHED_POINTS else 1.0 - 1.0 / max(5, points // 50)
+
+
+def _draw_training(
+    axes: Axes,
+    points: Sequence[tuple[int, float]],
+    label: str,
+    colour: str | None,
+    decay: float | None,
+) -> None:
+    steps, losses = zip(*points, strict=True)
+    if decay is None:
+        axes.plot(steps, losses, label=label, color=colour, marker="o" if len(points) == 1 else "")
+        return
+    (raw,) = axes.plot(steps, losses, color=colour, alpha=0.3, linewidth=0.8, label="_raw")
+    average = moving_average(losses, decay)
+    axes.plot(steps, average, label=label, color=raw.get_color())
+
+
+def moving_average(values: Sequence[float], decay: float) -> list[float]:
+    """Exponential moving average, whose weights at each point sum to one.
+
+    Args:
+      values: values at equal distances.
+      decay: weight of a value relative to that of the next one.
+    """
+    average, weight, averages = 0.0, 0.0, []
+    for value in values:
+        average, weight = decay * average + value, decay * weight + 1.0
+        averages.append(average / weight)
+    return averages
+
+
+def _scale_losses(axes: Axes) -> None:
+    """Logarithmic axis if the losses span much, so that the first ones do not flatten the rest."""
+    losses = np.concatenate([np.asarray(line.get_ydata(), float) for line in axes.lines] or [[1.0]])
+    if losses.min() > 0 and losses.max() > _LOG_RANGE * losses.min():
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda loss, _: f"{loss:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _mean(sets: Series) -> list[tuple[int, float]]:
@@ -155,40 +212,39 @@ def _expert_maps(lines: Iterable[dict[str, Any]]) -> dict[str, Figure]:
     figures = {}
     for adapter, line in last.items():
         load = np.array(line[f"{adapter}/expert_load"], np.float64)  # None becomes NaN
-        title = f"Expert load of {adapter!r} in training, up to step {line['step']}"
-        figures[adapter] = expert_map(load, title, adapter, line[f"{adapter}/sites"])
+        title = f"Expert load of {adapter!r}\nin training, up to step {line['step']}"
+        figures[adapter] = expert_map(load, title, line[f"{adapter}/sites"])
     return figures
 
 
-def expert_map(relative: np.ndarray, title: str, adapter: str, sites: Sequence[str]) -> Figure:
-    """Plots a heat map of expert loads.
+def expert_map(relative: np.ndarray, title: str, sites: Sequence[str]) -> Figure:
+    """Plots a heat map of expert loads; small maps state the loads as numbers too.
 
     Args:
       relative: float [sites * L, E], load of each expert as a multiple of an equal share; NaN,
         drawn blank, for an expert that the layer does not have.
       title: title of the figure.
-      adapter: name of the adapter.
       sites: modules with routers, each with L layers.
     """
     rows, experts = relative.shape
-    dense = rows > _READABLE_ROWS
+    dense, writes = rows > _READABLE_ROWS, relative.size <= MAX_WRITTEN_CELLS
     figure = Figure(
-        figsize=(3.5 + 0.7 * experts, 1.5 + (0.2 if dense else 0.4) * rows), layout="constrained"
+        figsize=(3.5 + (0.7 if writes else 0.35) * experts, 1.5 + (0.2 if dense else 0.4) * rows),
+        layout="constrained",
     )
     axes = figure.subplots()
     # White is an equal share, so that the color tells overload from underload; absent is gray.
     axes.set_facecolor("0.8")
     image = axes.imshow(relative, cmap="RdBu_r", vmin=0.0, vmax=2.0, aspect="auto")
-    size = "xx-small" if dense else "medium"
-    for row, expert in np.argwhere(~np.isnan(relative)):
-        text = f"{relative[row, expert]:.2f}"
-        axes.text(expert, row, text, ha="center", va="center", fontsize=size)
+    size = "x-small" if dense else "medium"
+    if writes:
+        write_values(axes, image, size)
     labels, name = [str(layer) for _, layer in row_locations(sites, rows)], "layer"
     if len(sites) > 1:
         labels = [f"{site} {layer}" for site, layer in row_locations(sites, rows)]
         name = "router and layer"
-    axes.set(xlabel=expert_name(adapter, "INDEX"), ylabel=name, title=title)
-    axes.set_xticks(range(experts))
+    axes.set(xlabel="expert", ylabel=name, title=title)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=16))
     axes.set_yticks(range(rows), labels, fontsize=size)
     figure.colorbar(image, label="load / equal share", extend="max")
     return figure

@@ -1,0 +1,35 @@
+"""Values written in the cells of a heat map, for the figures of training and of inspection."""
+
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+
+MAX_WRITTEN_CELLS = 16 * 8
+"""Largest number of cells whose values are written; smaller ones have no room for text."""
+
+_EQUAL_CONTRAST = 0.179
+"""Luminance at which black and white text have the same contrast, in WCAG 2.2's definition."""
+
+
+def write_values(axes: Axes, image: Any, size: str) -> None:
+    """Writes each cell's value with two digits, in black or white, whichever contrasts more.
+
+    Args:
+      axes: axes of the heat map.
+      image: result of `axes.imshow`. Cells that are NaN stay blank.
+      size: font size.
+    """
+    values = np.ma.filled(image.get_array().astype(np.float64), np.nan)
+    dark = luminance(image.cmap(image.norm(values))) < _EQUAL_CONTRAST
+    for row, column in np.argwhere(~np.isnan(values)):
+        colour = "white" if dark[row, column] else "black"
+        text, style = f"{values[row, column]:.2f}", {"ha": "center", "va": "center"}
+        axes.text(column, row, text, color=colour, fontsize=size, **style)
+
+
+def luminance(colours: np.ndarray) -> np.ndarray:
+    """Relative luminance of sRGB colours [..., 3 or 4] in 0 to 1, as WCAG 2.2 defines it."""
+    channels = colours[..., :3]
+    linear = np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
+    return linear @ np.array([0.2126, 0.7152, 0.0722])
