@@ -37,10 +37,12 @@ METRICS = {
     "mean_entropy": Metric("mean", "share of the uniform distribution's"),
     "busiest_expert": Metric("mean", "equal shares"),
     "dead_experts": Metric("mean", "experts", printed=True),
+    "effective_experts": Metric("mean", "experts per token"),
     "overflow": Metric("mean", "share of tokens", printed=True),
     # Routing of an adapter, one row for each router.
     "expert_load": Metric("mean", "equal shares"),
     "layer_entropy": Metric("mean", "share of the uniform distribution's"),
+    "layer_effective_experts": Metric("mean", "experts per token"),
     "layer_overflow": Metric("mean", "share of tokens"),
     "sites": Metric("last"),
     # The whole batch.

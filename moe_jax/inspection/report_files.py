@@ -115,6 +115,7 @@ def _numbers(statistics: RoutingStatistics) -> dict[str, Any]:
         "load": _plain(statistics.load),
         "weight": _plain(statistics.weight),
         "imbalance_bits": _plain(statistics.imbalance),
+        "effective_experts": _plain(statistics.effective_experts),
         "entropy": {
             "mean": _plain(statistics.entropy),
             "mean_nats": _plain(nats),
@@ -167,6 +168,7 @@ def _entropy_table(report: RoutingReport) -> Table:
         numbers = _numbers(statistics)["entropy"]
         for layer in np.flatnonzero(statistics.routed):
             values = {key: column[layer] for key, column in numbers.items()}
+            values["effective_experts"] = statistics.effective_experts[layer]
             yield {"data": name or "all", "layer": layer, **values}
 
 

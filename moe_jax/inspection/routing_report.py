@@ -31,6 +31,8 @@ class RoutingStatistics:
       together_sum: [L, E, E], sum of the products of the loads of two experts: the number of tokens
         that both serve.
       entropies: float32 [L, T], entropy of the router's distribution at each token, in nats.
+      weighted_tokens: [L], number of tokens with an expert.
+      effective_sum: [L], sum of the effective numbers of experts of these tokens.
     """
 
     rows: int
@@ -41,6 +43,8 @@ class RoutingStatistics:
     weight_sum: np.ndarray
     together_sum: np.ndarray
     entropies: np.ndarray
+    weighted_tokens: np.ndarray
+    effective_sum: np.ndarray
 
     @property
     def num_experts(self) -> np.ndarray:
@@ -103,6 +107,16 @@ class RoutingStatistics:
         return self.relative_entropies.mean(axis=-1, dtype=np.float64)
 
     @property
+    def effective_experts(self) -> np.ndarray:
+        """Mean over tokens of 1 / sum over experts of their squared normalised weights, [L].
+
+        1 is one expert with all the weight, k is k experts of equal weight (ReMix,
+        arXiv:2603.10160); NaN is a layer without a router. Tokens without an expert do not count.
+        """
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return self.effective_sum / np.where(self.routed, self.weighted_tokens, np.nan)
+
+    @property
     def dead_experts(self) -> list[tuple[int, int]]:
         """Layer and index of the experts without tokens."""
         return [(int(a), int(b)) for a, b in np.argwhere(self.present & (self.load_sum == 0))]
@@ -136,6 +150,7 @@ def batch_statistics(routing: TokenRouting, token_mask: np.ndarray) -> RoutingSt
         for field in (routing.weights, routing.probabilities, routing.load)
     )
     routed = np.asarray(routing.routed) > 0
+    sums, squares = weights.sum(axis=-1), np.square(weights).sum(axis=-1)
     return RoutingStatistics(
         rows=int(token_mask.any(axis=-1).sum()),
         tokens=int(token_mask.sum()),
@@ -145,6 +160,8 @@ def batch_statistics(routing: TokenRouting, token_mask: np.ndarray) -> RoutingSt
         weight_sum=weights.sum(axis=1),
         together_sum=np.einsum("lta,ltb->lab", load, load),
         entropies=entropy(probabilities).astype(np.float32),
+        weighted_tokens=(sums > 0).sum(axis=-1),
+        effective_sum=(sums**2 / np.where(squares > 0, squares, 1.0)).sum(axis=-1),
     )
 
 
@@ -166,6 +183,8 @@ def merge_statistics(statistics: Sequence[RoutingStatistics]) -> RoutingStatisti
         weight_sum=sum((data_set.weight_sum for data_set in others), first.weight_sum),
         together_sum=sum((data_set.together_sum for data_set in others), first.together_sum),
         entropies=np.concatenate([data_set.entropies for data_set in statistics], axis=1),
+        weighted_tokens=sum((s.weighted_tokens for s in others), first.weighted_tokens),
+        effective_sum=sum((s.effective_sum for s in others), first.effective_sum),
     )
 
 
@@ -246,6 +265,8 @@ class RoutingReport:
         layer, expert = np.unravel_index(np.nanargmax(total.load), total.load.shape)
         unequal, entropies = int(np.nanargmax(total.imbalance)), total.entropy
         low, high = int(np.nanargmin(entropies)), int(np.nanargmax(entropies))
+        effective = total.effective_experts
+        fewest, most = int(np.nanargmin(effective)), int(np.nanargmax(effective))
         dead = [f"{index} in layer {layer_index}" for layer_index, index in total.dead_experts]
         dead_names = f": {', '.join(dead[:_MAX_DEAD_EXPERTS])}" if dead else ""
         if len(dead) > _MAX_DEAD_EXPERTS:
@@ -253,6 +274,7 @@ class RoutingReport:
         sets = f", {len(self.data)} data sets" if len(self.data) > 1 else ""
         load = f"expert {expert} in layer {layer} has {total.load[layer, expert]:.2f} equal shares"
         unbalanced = f"layer {unequal} is the least balanced ({total.imbalance[unequal]:.3f} bits)"
+        span = f"{effective[fewest]:.2f} in layer {fewest} to {effective[most]:.2f} in layer {most}"
         extremes = f"{entropies[low]:.3f} in layer {low} to {entropies[high]:.3f} in layer {high}"
         lines = [
             f"router    {self.site} of {self.method}, {layers} layers, {experts} experts",
@@ -260,6 +282,7 @@ class RoutingReport:
             f"load      {load}, the most; {unbalanced}",
             f"dead      {len(dead)} of {int(total.present.sum())} experts{dead_names}",
             f"entropy   {np.nanmean(entropies):.3f} of a uniform router's on average; {extremes}",
+            f"effective {np.nanmean(effective):.2f} experts per token on average; {span}",
         ]
         if self.specialisation is not None:
             most = int(np.nanargmax(self.specialisation))

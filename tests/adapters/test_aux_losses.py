@@ -37,6 +37,8 @@ def _statistics(
         weight_sum=of_all(weights),
         squared_logsumexp_sum=jnp.float32(z),
         entropy_sum=jnp.float32(entropy),
+        weighted_tokens=jnp.float32(tokens),
+        effective_sum=jnp.float32(tokens),
         sequences=SequenceStatistics(real[:, None] * weight[None], jnp.zeros(1), real),
     )
 

@@ -11,8 +11,12 @@ import pytest
 import tiny_program
 
 from moe_jax.adapters import METHODS
-from moe_jax.adapters.routing import TopKRouter
-from moe_jax.adapters.routing.statistics import collect_statistics, router_statistics
+from moe_jax.adapters.routing import SoftRouter, SwitchRouter, TopKRouter, TopPRouter
+from moe_jax.adapters.routing.statistics import (
+    collect_statistics,
+    effective_experts,
+    router_statistics,
+)
 from moe_jax.adapters.rows import divide_rows
 from moe_jax.config.model import ComputeConfig
 from moe_jax.config.parse import parse_member
@@ -49,6 +53,41 @@ def test_sums_by_hand():
     entropy = 0.5 * math.log(2) + 0.3 * math.log(10 / 3) + 0.2 * math.log(5)
     entropy += 0.2 * math.log(10) + 0.8 * math.log(1.25)
     np.testing.assert_allclose(sums.entropy_sum, entropy, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "router",
+    [
+        TopKRouter(top_k=1),
+        TopKRouter(top_k=3),
+        TopPRouter(top_p=0.7, renormalise=False),
+        SoftRouter(),
+        SwitchRouter(capacity=1),
+    ],
+    ids=lambda router: type(router).__name__,
+)
+def test_effective_experts_against_a_loop_over_tokens(router):
+    rng = np.random.default_rng(0)
+    logits = jnp.asarray(rng.normal(0.0, 2.0, (2, 6, 4)), jnp.float32)
+    mask = np.arange(6)[None] < np.array([[6], [3]])
+    routing = router.route(logits, jnp.asarray(mask))
+    weights, numbers = np.asarray(routing.combine, np.float64), []
+    for row, position in np.argwhere(mask):
+        total = sum(weights[row, position])
+        if total > 0:
+            numbers.append(1 / sum((w / total) ** 2 for w in weights[row, position]))
+    sums = router_statistics(routing, jnp.asarray(mask))
+    assert float(sums.weighted_tokens) == len(numbers)
+    np.testing.assert_allclose(sums.effective_sum, sum(numbers), rtol=1e-6)
+    bound = router.top_k if isinstance(router, TopKRouter) else 4
+    assert min(numbers) >= 1 - 1e-6 and max(numbers) <= bound + 1e-6
+    if isinstance(router, SwitchRouter):  # tokens beyond the capacity have no expert
+        assert len(numbers) < mask.sum() and set(np.round(numbers, 6)) == {1.0}
+
+
+def test_effective_experts_of_tiny_and_zero_weights():
+    weights = jnp.array([[1e-30, 1e-30, 0.0], [0.0, 0.0, 0.0], [0.5, 0.0, 0.0]])
+    np.testing.assert_allclose(effective_experts(weights), [2, 0, 1], rtol=1e-6)
 
 
 def test_what_stands_in_padding_changes_nothing():

@@ -53,6 +53,8 @@ def test_statistics_by_hand():
     # KL((4, 2, 1) / 7 || 1/3) in bits.
     expected = sum(p * math.log2(3 * p) for p in (4 / 7, 2 / 7, 1 / 7))
     np.testing.assert_allclose(statistics.imbalance, [expected], **FLOAT64_ROUNDING)
+    # 2, 1 / (9/16 + 1/16) = 1.6, 2 and 1 effective experts.
+    np.testing.assert_allclose(statistics.effective_experts, [6.6 / 4], **FLOAT64_ROUNDING)
     assert statistics.dead_experts == []
 
 
@@ -66,6 +68,7 @@ def test_absent_experts_are_nan():
     np.testing.assert_array_equal(statistics.load, [[nan, nan, nan], [2, 0, nan]])
     assert statistics.dead_experts == [(1, 1)]
     assert np.isnan(statistics.entropy[0]) and statistics.entropy[1] == 0
+    np.testing.assert_array_equal(statistics.effective_experts, [nan, 1])
     assert np.isnan(statistics.coactivation).all()  # one expert a token
     np.testing.assert_array_equal(statistics.imbalance, [nan, 1])  # all on one of two: log2 2 bits
     assert np.isnan(statistics.relative_entropies[0]).all()
@@ -98,6 +101,7 @@ def test_against_a_loop_over_tokens(kind):
     weights, load = np.zeros_like(probabilities), np.zeros_like(probabilities)
     loads, pairs = np.zeros((layers, experts)), np.zeros((layers, experts, experts))
     entropies = [[] for _ in range(layers)]
+    effective = [[] for _ in range(layers)]
     for layer in range(layers):
         for row, position in np.argwhere(mask):
             probs = probabilities[layer, row, position]
@@ -112,11 +116,15 @@ def test_against_a_loop_over_tokens(kind):
                 for b in chosen:
                     token_load = load[layer, row, position]
                     pairs[layer, a, b] += token_load[a] * token_load[b]
+            effective[layer].append(1 / sum(w**2 for w in weights[layer, row, position]))
             entropies[layer].append(-sum(p * math.log(p) for p in probs))
     statistics = batch_statistics(_routing(weights, probabilities, load), mask)
     np.testing.assert_allclose(statistics.load_sum, loads, **FLOAT64_ROUNDING)
     np.testing.assert_allclose(statistics.together_sum, pairs, **FLOAT64_ROUNDING)
     np.testing.assert_allclose(statistics.entropies, entropies, **FEW_OPERATIONS)
+    np.testing.assert_allclose(
+        statistics.effective_experts, np.mean(effective, axis=1), **FLOAT64_ROUNDING
+    )
     np.testing.assert_allclose(np.nansum(statistics.load, axis=1), [4, 4], **FLOAT64_ROUNDING)
     np.testing.assert_allclose(
         np.nanmean(statistics.coactivation, axis=(1, 2)), [1, 1], **FLOAT64_ROUNDING

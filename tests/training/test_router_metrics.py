@@ -11,7 +11,7 @@ from moe_jax.adapters.routing.statistics import RouterStatistics
 from moe_jax.training.step.router_metrics import routing_summary, row_locations
 
 
-def _layer(tokens, load, entropy=0.0, present=(1, 1, 1, 1), routed=1, overflow=None):
+def _layer(tokens, load, entropy=0.0, present=(1, 1, 1, 1), routed=1, overflow=None, effective=()):
     """Statistics of one layer, with a leading axis; fields that are not read are zero."""
     nothing = jnp.zeros((1, 4))
     return RouterStatistics(
@@ -23,6 +23,8 @@ def _layer(tokens, load, entropy=0.0, present=(1, 1, 1, 1), routed=1, overflow=N
         weight_sum=nothing,
         squared_logsumexp_sum=jnp.zeros(1),
         entropy_sum=jnp.array([entropy]),
+        weighted_tokens=jnp.array([float(len(effective))]),
+        effective_sum=jnp.array([float(sum(effective))]),
         overflow_sum=None if overflow is None else jnp.array([float(overflow)]),
     )
 
@@ -55,6 +57,14 @@ def test_rows_are_sites_and_layers_and_means_are_over_routed_ones():
     np.testing.assert_allclose(summary["mean_entropy"], 0.5, rtol=1e-6)
     # Experts of a frozen layer and absent experts are not dead.
     assert float(summary["dead_experts"]) == 1.0
+
+
+def test_effective_experts_are_means_over_tokens_and_over_layers_with_tokens():
+    one = _layer(3, [3, 0, 0, 0], effective=[1.0, 2.0])  # the third token has no expert
+    layers = {"a": one, "b": FROZEN, "c": _layer(1, [1, 1, 1, 0], effective=[3.0])}
+    summary = routing_summary(layers)
+    np.testing.assert_allclose(summary["layer_effective_experts"], [1.5, 0.0, 3.0], rtol=1e-6)
+    np.testing.assert_allclose(summary["effective_experts"], 2.25, rtol=1e-6)
 
 
 def test_overflow_is_a_share_of_tokens():

@@ -52,6 +52,8 @@ class RouterStatistics(NamedTuple):
       weight_sum: [E], sum of the experts' weights.
       squared_logsumexp_sum: [], sum of squared log-partition functions of the router logits.
       entropy_sum: [], sum of the router distributions' entropies in nats.
+      weighted_tokens: [], number of tokens with an expert.
+      effective_sum: [], sum of their `effective_experts`; without gradient.
       sequences: statistics by sequence; None unless a loss of the adapter reads them.
       overflow_sum: [], number of tokens whose expert had no capacity left; None without a limit.
     """
@@ -64,6 +66,8 @@ class RouterStatistics(NamedTuple):
     weight_sum: jax.Array
     squared_logsumexp_sum: jax.Array
     entropy_sum: jax.Array
+    weighted_tokens: jax.Array
+    effective_sum: jax.Array
     sequences: SequenceStatistics | None = None
     overflow_sum: jax.Array | None = None
 
@@ -116,6 +120,7 @@ def router_statistics(
         sequences = _sequence_statistics(routing, mask, expert_groups)
     elif expert_groups is not None and segment_ids is not None:
         sequences = _packed_sequence_statistics(routing, mask, expert_groups, segment_ids)
+    effective = jax.lax.stop_gradient(effective_experts(routing.combine))
     return RouterStatistics(
         routed=routed,
         present=present,
@@ -125,9 +130,29 @@ def router_statistics(
         weight_sum=jnp.einsum("bs,bse->e", mask, routing.combine),
         squared_logsumexp_sum=jnp.sum(mask * jnp.square(logsumexp)),
         entropy_sum=jnp.sum(mask * entropy),
+        weighted_tokens=jnp.sum(mask * (effective > 0)),
+        effective_sum=jnp.sum(mask * effective),
         sequences=sequences,
         overflow_sum=None if routing.overflow is None else jnp.sum(mask * routing.overflow),
     )
+
+
+def effective_experts(weights: jax.Array) -> jax.Array:
+    """Effective number of experts of each token (ReMix, arXiv:2603.10160).
+
+    This is the inverse of the sum of the squared weights, which are normalized to sum to one: 1 if
+    one expert has all the weight, k if k experts have equal weights.
+
+    Args:
+      weights: [..., E], weights of the experts in the token's output.
+
+    Returns:
+      float32 [...], 0 for a token whose weights are all zero.
+    """
+    largest = jnp.max(weights, axis=-1, keepdims=True)
+    scaled = weights / jnp.where(largest > 0, largest, 1.0)  # no underflow of the squares
+    squares = jnp.sum(jnp.square(scaled), axis=-1)
+    return jnp.square(jnp.sum(scaled, axis=-1)) / jnp.where(squares > 0, squares, 1.0)
 
 
 def _sequence_statistics(
