@@ -24,8 +24,8 @@ def write_values(axes: Axes, image: Any, size: str) -> None:
     dark = luminance(image.cmap(image.norm(values))) < _EQUAL_CONTRAST
     for row, column in np.argwhere(~np.isnan(values)):
         colour = "white" if dark[row, column] else "black"
-        text, style = f"{values[row, column]:.2f}", {"ha": "center", "va": "center"}
-        axes.text(column, row, text, color=colour, fontsize=size, **style)
+        style: dict[str, Any] = {"ha": "center", "va": "center", "color": colour, "fontsize": size}
+        axes.text(column, row, f"{values[row, column]:.2f}", **style)
 
 
 def luminance(colours: np.ndarray) -> np.ndarray:
