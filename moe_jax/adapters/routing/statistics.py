@@ -130,7 +130,7 @@ def router_statistics(
         weight_sum=jnp.einsum("bs,bse->e", mask, routing.combine),
         squared_logsumexp_sum=jnp.sum(mask * jnp.square(logsumexp)),
         entropy_sum=jnp.sum(mask * entropy),
-        weighted_tokens=jnp.sum(mask * (effective > 0)),
+        weighted_tokens=jnp.sum(mask * (effective > 0).astype(mask.dtype)),
         effective_sum=jnp.sum(mask * effective),
         sequences=sequences,
         overflow_sum=None if routing.overflow is None else jnp.sum(mask * routing.overflow),

@@ -33,6 +33,7 @@ def routing_summary(sites: Mapping[str, RouterStatistics]) -> dict[str, jax.Arra
     is_active = layers.present * layers.routed[:, None]
     entropy = layers.entropy_sum / jnp.maximum(layers.tokens, 1.0) / jnp.log(layers.num_experts)
     effective = layers.effective_sum / jnp.maximum(layers.weighted_tokens, 1.0)
+    effective_layers = jnp.sum(effective > 0, dtype=jnp.float32)
     dead = jnp.where(layers.load_sum == 0, is_active, 0.0)
     overflow = {}
     if layers.overflow_sum is not None:
@@ -46,7 +47,7 @@ def routing_summary(sites: Mapping[str, RouterStatistics]) -> dict[str, jax.Arra
         "busiest_expert": jnp.max(load),
         "dead_experts": jnp.sum(dead),
         "layer_effective_experts": effective,
-        "effective_experts": jnp.sum(effective) / jnp.maximum(jnp.sum(effective > 0), 1.0),
+        "effective_experts": jnp.sum(effective) / jnp.maximum(effective_layers, 1.0),
         **overflow,
     }
 
