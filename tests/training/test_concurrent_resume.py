@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from tiny_run import Run, final_adapter, metric_lines, write_inputs
 
+from moe_jax.checkpoints.adapter_files import read_description
 from moe_jax.checkpoints.store import latest_step
 
 # With dropout and jitter, which are random in each step. Adapter 'short' ends in the middle of a
@@ -139,33 +140,41 @@ def test_killed_between_a_final_folder_and_the_next_state(inputs, uninterrupted,
     assert_same_outcome(workdir, uninterrupted)
 
 
-@pytest.mark.parametrize(
-    ("step", "overrides", "words"),
-    [
-        (
-            7,
-            {"adapters__short__steps": 8},
-            "config.adapters.short.steps: 8 steps for 'short', but it finished at step 6",
-        ),
-        (7, {"training__steps": 6}, "config.training.steps: 6 steps, but "),
-        (6, {"adapters__short__steps": 5}, "config.adapters.short.steps: 5 steps, but "),
-    ],
-)
-def test_numbers_of_steps_that_do_not_fit_the_state(
-    inputs, uninterrupted, tmp_path, step, overrides, words
+@pytest.fixture
+def constant():
+    """Function that makes the schedules of a run, and the overrides of the next, constant.
+
+    Resuming equals starting with another number of steps, where the schedule does not depend on it.
+    """
+
+    def apply(workdir):
+        settings = json.loads((workdir / "config.json").read_text())
+        for adapter in settings["adapters"].values():
+            adapter["optimizer"]["schedule"] |= {"kind": "constant"}
+        (workdir / "config.json").write_text(json.dumps(settings))
+        names = settings["adapters"]
+        return {f"adapters__{name}__optimizer__schedule__kind": "constant" for name in names}
+
+    return apply
+
+
+def test_more_steps_of_an_adapter_that_the_state_no_longer_holds(
+    inputs, uninterrupted, tmp_path, constant
 ):
-    workdir = after(uninterrupted, tmp_path / "run", step)
-    # Resuming equals starting with this number, with a schedule that does not depend on it.
-    settings = json.loads((workdir / "config.json").read_text())
-    for adapter in settings["adapters"].values():
-        adapter["optimizer"]["schedule"] |= {"kind": "constant"}
-    (workdir / "config.json").write_text(json.dumps(settings))
-    constant = {
-        f"adapters__{name}__optimizer__schedule__kind": "constant" for name in settings["adapters"]
-    }
-    run = Run(inputs, workdir, overrides={**constant, **overrides})
+    workdir = after(uninterrupted, tmp_path / "run", 7)
+    overrides = {**constant(workdir), "adapters__short__steps": 8}
+    run = Run(inputs, workdir, overrides=overrides)
     assert run.join() == 2, run.log.read_text()
+    words = "config.adapters.short.steps: 8 steps for 'short', but it finished at step 6"
     assert f"error: {words}" in run.log.read_text()
+
+
+def test_fewer_steps_end_the_adapters_that_still_train(inputs, uninterrupted, tmp_path, constant):
+    workdir = after(uninterrupted, tmp_path / "run", 7)
+    run = Run(inputs, workdir, overrides={**constant(workdir), "training__steps": 6})
+    assert run.join() == 0, run.log.read_text()
+    assert read_description(workdir / "adapters" / "long").step == 7
+    assert read_description(workdir / "adapters" / "short").step == 6
 
 
 def test_other_numbers_of_steps_with_a_schedule_that_depends_on_them(
