@@ -213,7 +213,7 @@ def test_a_damaged_state(inputs, halfway):
 def test_two_runs_at_once(inputs, tmp_path):
     overrides = {**CONSTANT, "training__steps": 2000, "training__eval_every": 0}
     first = Run(inputs, tmp_path / "run", overrides=overrides)
-    first.wait_until("step")
+    first.wait_until(" grad ")
     second = Run(inputs, tmp_path / "run", overrides=overrides, name="second")
     assert second.join() == 2
     assert "another run is using this work directory" in second.log.read_text()
