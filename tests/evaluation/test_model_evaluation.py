@@ -275,7 +275,7 @@ def no_weights(monkeypatch):
         ({"split": "tset"}, r"arc_easy: .* the split 'tset'; known: test.jsonl"),
         ({"shots": 1}, "arc_easy: no file is named after the split 'train'"),
         ({"split": "train", "shots": 1}, "shots are taken from the split 'train'"),
-        ({"shots": -1}, "task 'arc_easy'.shots: must not be negative"),
+        ({"shots": -1}, "shots: must not be negative, got -1"),
         ({"limit": 0}, "limit: must be positive, got 0"),
         ({"protocols": ["label"]}, "protocols: .* 'label'; did you mean 'labels'?"),
         ({"protocols": []}, "protocols: give each once"),
