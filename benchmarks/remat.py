@@ -68,7 +68,7 @@ def step_cost(method: str, policy: str, chip: Any = None) -> StepCost:
       chip: TPU to compile for, in bfloat16; None for this machine, in float32.
     """
     module = importlib.import_module(f"configs.{CONFIGS[method]}")
-    config = parse_run_config(module.get_config().to_dict(), METHODS)
+    config = parse_run_config(module.get_config(), METHODS)
     (name, adapter), *_ = config.adapters.items()
     model = model_config_from_hf(config.base.hf_config or {}, "config.base.hf_config")
     config = _one_row(config, name, adapter, policy, "float32" if chip is None else "bfloat16")
