@@ -123,10 +123,11 @@ def test_options_that_do_not_apply(tiny, mixture, tmp_path):
     assert "holds no tokenizer" in refusal(adapter, "llama", out, base=str(tiny.folder), data=text)
     (tmp_path / "rows.jsonl").write_text('{"words": "w1"}\n')
     message = refusal(adapter, "llama", out, data=tmp_path / "rows.jsonl")
-    assert "rows.jsonl: line 1: has no text in a column 'text'" in message
+    assert "rows.jsonl: line 1: the columns words fit no schema" in message
+    (tmp_path / "rows.pdf").write_text("words")
     message = refusal(adapter, "llama", out, data=tmp_path / "rows.pdf")
-    assert "the kind of file is unknown; supported: .json, " in message
-    assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
+    assert "rows.pdf: unknown kind of file; known: .json, " in message
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.jsonl", "rows.pdf"]
 
 
 @pytest.mark.parametrize(("to", "method"), [("mixtral", MIXLORA), ("llama", LORA)])
