@@ -159,13 +159,13 @@ def test_plan_needs_neither_weights_nor_data(inputs, tmp_path):
 
 
 def test_the_work_directory_has_the_name_of_the_configuration(inputs, tmp_path):
-    short = ["--config.training.steps=2", "--config.adapters.default.data.buckets=()"]
+    short = ["--config.training.steps=3", "--config.adapters.default.data.buckets=()"]
     status, out, err = finish(start(f"--config={inputs}", *short, folder=tmp_path))
     assert status == 0, err
     assert "runs/config" in out
     status, again, err = finish(start(f"--config={inputs}", *short, folder=tmp_path))
     assert status == 0, err
-    assert "already finished at step 2; its adapters are in" in again
+    assert "already finished at step 3; its adapters are in" in again
     assert again.rstrip().endswith("give another --workdir to train again")
 
 
