@@ -10,8 +10,6 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-
 from moe_jax.data.values import check_text, describe_value, parse_value
 from moe_jax.errors import DataError
 
@@ -240,6 +238,8 @@ def check_template_arguments(value: Any, where: str) -> dict[str, Any]:
       DataError: the value is no object, or has a key with a meaning of its own.
     """
     arguments = parse_value(value, dict, "an object of the template's variables", where)
+    from transformers import PreTrainedTokenizerBase  # late, since --help lists the tasks
+
     reserved = {*inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters}
     for key in arguments:
         if key in {*reserved, "messages", "strftime_now"}:

@@ -4,7 +4,6 @@ Both directions follow from the key table of the model's family: `base_leaves` l
 each leaf, `tensor_parts` the leaves of each tensor.
 """
 
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -12,9 +11,7 @@ from typing import Any
 import numpy as np
 
 from moe_jax.config.model import ModelConfig
-from moe_jax.hf.families.family import LAYER, MODEL, ROTARY_BUFFER, WeightRule, family_of
-
-_LAYER_NUMBER = re.compile(re.escape(LAYER).replace(r"\{layer\}", r"(\d+)"))
+from moe_jax.hf.families.family import MODEL, ROTARY_BUFFER, WeightRule, family_of
 
 
 @dataclass(frozen=True)
@@ -120,11 +117,13 @@ def is_beside_model(key: str, config: ModelConfig) -> bool:
 
     Such are other heads, layers beyond the last, and constants that are computed here.
     """
-    layer = _LAYER_NUMBER.match(key)
-    if layer and int(layer[1]) < config.num_layers:
-        return ROTARY_BUFFER.search(key) is not None
-    modules = {rule.key.rpartition(".")[0] for rule in family_of(config).weights}
-    return key.rpartition(".")[0] not in modules
+    rules = family_of(config).weights
+    prefixes = {rule.key.partition("{layer}")[0] for rule in rules if "{layer}" in rule.key}
+    for prefix in prefixes:
+        number = key.removeprefix(prefix).partition(".")[0]
+        if key.startswith(prefix) and number.isdecimal() and int(number) < config.num_layers:
+            return ROTARY_BUFFER.search(key) is not None
+    return key.rpartition(".")[0] not in {rule.key.rpartition(".")[0] for rule in rules}
 
 
 def unexpected_reason(key: str, config: ModelConfig) -> str:
