@@ -73,7 +73,6 @@ def add_plan(parser: argparse.ArgumentParser) -> Run:
 def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = EPILOG
-    parser.set_defaults(overrides={})
     parser.add_argument("--config", metavar="FILE", help="Python file with get_config()")
     parser.add_argument(
         "--workdir",
@@ -178,7 +177,7 @@ def _work_directory(arguments: argparse.Namespace) -> Path:
         file = Path(arguments.config)
         is_in_run = file.name == CONFIG_FILE and file.with_suffix(".json").exists()
         return file.parent if is_in_run else RUNS / file.stem
-    base, data = (Path(name).stem for name in (arguments.base, arguments.data))
+    base, data = Path(arguments.base).name, Path(arguments.data).stem
     name = f"{base}-{arguments.method or 'mixlora'}-{data}"
     return RUNS / re.sub(r"[^\w.-]+", "_", name)
 

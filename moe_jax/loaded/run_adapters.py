@@ -107,12 +107,16 @@ def _folder_of_run(workdir: Path, name: str | None, step: int | None) -> Path:
 
 
 def _stopped_adapter(workdir: Path, config: RunConfig, name: str, step: int) -> Path:
-    """Folder of an adapter as it is in a training state, which is read unless it was before."""
-    folder = workdir / STOPPED / name
-    if (current_folder(folder) / DESCRIPTION).exists() and read_description(folder).step == step:
-        return current_folder(folder)
-    states = workdir / CHECKPOINTS
+    """Folder of an adapter as it is in a training state, written unless it holds it already."""
+    folder, states = workdir / STOPPED / name, workdir / CHECKPOINTS
     metadata = read_metadata(states, step)
+    if (current_folder(folder) / DESCRIPTION).exists():
+        sums, prefix = metadata["checksums"]["adapters"], f"{name}/"
+        of_state = {p.removeprefix(prefix): s for p, s in sums.items() if p.startswith(prefix)}
+        description = read_description(folder)
+        # A run that was begun again in the same folder may have a state of the same step.
+        if (description.step, description.checksums) == (step, of_state):
+            return current_folder(folder)
     identity = BaseIdentity(**metadata["base"])
     base = open_base(config.base.path, config.base.revision)
     base.require_trained_on(str(workdir), identity, "restore that base")

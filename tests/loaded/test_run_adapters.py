@@ -1,5 +1,6 @@
 """Adapters by the paths of a run."""
 
+import json
 import shutil
 
 import numpy as np
@@ -55,6 +56,16 @@ def test_an_earlier_state(finished, stopped):
     later = final_adapter(finished)
     assert any((earlier[path] != leaf).any() for path, leaf in later.items())
     _require_equal(resolve_adapter(stopped), later)  # not the folder of step 2
+
+
+def test_an_adapter_of_another_run_of_the_same_step_is_replaced(finished, stopped):
+    folder = resolve_adapter(stopped)
+    written = folder.stat().st_ino
+    assert resolve_adapter(stopped).stat().st_ino == written  # not written again
+    description = json.loads((folder / "adapter.json").read_text())
+    description["checksums"] = dict.fromkeys(description["checksums"], 0)
+    (folder / "adapter.json").write_text(json.dumps(description))
+    _require_equal(resolve_adapter(stopped), final_adapter(finished))
 
 
 def test_a_run_without_a_state(stopped):

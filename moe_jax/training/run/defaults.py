@@ -97,7 +97,7 @@ def _row_lengths(data: str, schema: str | None, base: BaseModel) -> np.ndarray:
 
 
 def _lengths(lengths: np.ndarray) -> tuple[int, tuple[int, ...]]:
-    """`max_length` for the longest row, and a bucket each for the shorter quarter and half."""
+    """`max_length` for the longest row, and buckets for the shorter half and nine tenths."""
     longest, *shorter = (
         -(-int(length) // LENGTH_STEP) * LENGTH_STEP
         for length in (lengths.max(), *np.quantile(lengths, (0.5, 0.9)))
