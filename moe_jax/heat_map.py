@@ -23,13 +23,13 @@ def write_values(axes: Axes, image: Any, size: str) -> None:
     values = np.ma.filled(image.get_array().astype(np.float64), np.nan)
     dark = luminance(image.cmap(image.norm(values))) < _EQUAL_CONTRAST
     for row, column in np.argwhere(~np.isnan(values)):
-        colour = "white" if dark[row, column] else "black"
-        style: dict[str, Any] = {"ha": "center", "va": "center", "color": colour, "fontsize": size}
+        color = "white" if dark[row, column] else "black"
+        style: dict[str, Any] = {"ha": "center", "va": "center", "color": color, "fontsize": size}
         axes.text(column, row, f"{values[row, column]:.2f}", **style)
 
 
-def luminance(colours: np.ndarray) -> np.ndarray:
-    """Relative luminance of sRGB colours [..., 3 or 4] in 0 to 1, as WCAG 2.2 defines it."""
-    channels = colours[..., :3]
+def luminance(colors: np.ndarray) -> np.ndarray:
+    """Relative luminance of sRGB colors [..., 3 or 4] in 0 to 1, as WCAG 2.2 defines it."""
+    channels = colors[..., :3]
     linear = np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
     return linear @ np.array([0.2126, 0.7152, 0.0722])
