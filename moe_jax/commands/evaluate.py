@@ -99,8 +99,7 @@ def add(parser: argparse.ArgumentParser) -> Run:
         type=int,
         default=16,
         metavar="N",
-        help="sequences computed side by side; their logits take N x length x vocabulary x 4 bytes "
-        "(default: %(default)s)",
+        help="sequences computed side by side (default: %(default)s)",
     )
     parser.add_argument(
         "--buckets",

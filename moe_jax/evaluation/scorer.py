@@ -65,18 +65,18 @@ class SequenceBatch(NamedTuple):
 
     Attributes:
       tokens: int32 [B, S], padded on the right.
-      targets: int32 [B, S], the next token at each position; valid where `is_target`.
       is_token: bool [B, S], false at padding.
-      is_target: bool [B, S].
-      last: int32 [B], position of the last token of each row.
+      first: int32 [B], position that predicts the first target, or the candidates.
+      targets: int32 [B, S], the targets of each row from column 0 on, padded.
+      counts: int32 [B], number of targets.
       candidates: int32 [B, K], padded; the padding is not read.
     """
 
     tokens: Any
-    targets: Any
     is_token: Any
-    is_target: Any
-    last: Any
+    first: Any
+    targets: Any
+    counts: Any
     candidates: Any
 
 
@@ -86,20 +86,19 @@ def sequence_batch(
     """Batch of `rows` rows of `length` positions and at most `candidates` candidates."""
     batch = SequenceBatch(
         tokens=np.full((rows, length), PADDING_ID, np.int32),
-        targets=np.full((rows, length), PADDING_ID, np.int32),
         is_token=np.zeros((rows, length), bool),
-        is_target=np.zeros((rows, length), bool),
-        last=np.zeros(rows, np.int32),
+        first=np.zeros(rows, np.int32),
+        targets=np.full((rows, length), PADDING_ID, np.int32),
+        counts=np.zeros(rows, np.int32),
         candidates=np.zeros((rows, candidates), np.int32),
     )
     for row, sequence in enumerate(sequences):
-        size = len(sequence.tokens)
-        scored = slice(size - len(sequence.targets), size)
+        size, count = len(sequence.tokens), len(sequence.targets)
         batch.tokens[row, :size] = sequence.tokens
         batch.is_token[row, :size] = True
-        batch.targets[row, scored] = sequence.targets
-        batch.is_target[row, scored] = True
-        batch.last[row] = size - 1
+        batch.first[row] = size - max(count, 1)
+        batch.targets[row, :count] = sequence.targets
+        batch.counts[row] = count
         batch.candidates[row, : len(sequence.candidates)] = sequence.candidates
     return batch
 
@@ -262,23 +261,18 @@ def _score(
     """
     rows, length = batch.tokens.shape
 
-    def compute(module: LlamaForCausalLM) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def compute(module: LlamaForCausalLM) -> tuple[jax.Array, jax.Array, jax.Array]:
         hidden = module.hidden_states(
             batch.tokens,
             positions=jnp.where(batch.is_token, jnp.arange(length)[None], 0),
             token_mask=batch.is_token,
         )
-        return module.logits(hidden), module.scores(hidden, batch.is_token)
+        scores = module.scores(hidden, batch.is_token)
+        if scores:
+            at_labels = jnp.take_along_axis(scores[SINGLE], batch.candidates, axis=-1)
+            return jnp.zeros(rows), at_labels, jnp.zeros(rows, bool)
+        continuation = (batch.first, batch.targets, batch.counts, batch.candidates)
+        log_probs, is_greedy, at_candidates = module.continuation_scores(hidden, *continuation)
+        return log_probs, at_candidates, is_greedy
 
-    logits, scores = apply(model, params, trees, compute)
-    if scores:
-        at_labels = jnp.take_along_axis(scores[SINGLE], batch.candidates, axis=-1)
-        return jnp.zeros(rows), at_labels, jnp.zeros(rows, bool)
-    total = jax.nn.logsumexp(logits, axis=-1)  # [B, S]
-    chosen = jnp.take_along_axis(logits, batch.targets[..., None], axis=-1)[..., 0] - total
-    sums = jnp.sum(jnp.where(batch.is_target, chosen, 0.0), axis=-1)
-    is_likeliest = jnp.argmax(logits, axis=-1) == batch.targets
-    is_greedy = jnp.all(is_likeliest | ~batch.is_target, axis=-1)
-    row_index = jnp.arange(rows)
-    at_last = jnp.take_along_axis(logits[row_index, batch.last], batch.candidates, axis=-1)
-    return sums, at_last - total[row_index, batch.last][:, None], is_greedy
+    return apply(model, params, trees, compute)

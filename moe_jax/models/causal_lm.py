@@ -10,6 +10,7 @@ from moe_jax.adapters.rows import AdapterRows, take_rows_of_adapters
 from moe_jax.adapters.score_head import ScoreHeads, is_classifier
 from moe_jax.config.model import ComputeConfig, ModelConfig
 from moe_jax.layers.attention import positions_from_segments
+from moe_jax.layers.continuation_scores import ContinuationScores, continuation_scores
 from moe_jax.layers.frozen import storage_of
 from moe_jax.layers.kv_cache import CachePosition
 from moe_jax.layers.names import ADAPTERS, CACHE, CACHE_UPDATES, PARAMS, ROUTER, ROUTING
@@ -30,7 +31,7 @@ class LlamaForCausalLM(nn.Module):
 
     The layers are stacked along a leading axis, so that program size is independent of depth.
     Attributes are static and arguments of methods are arrays. `hidden_states` runs the layers;
-    `logits`, `token_losses` and `scores` are the heads on its result.
+    `logits`, `token_losses`, `continuation_scores` and `scores` are the heads on its result.
     Calling the module gives the logits of all positions.
 
     Attributes:
@@ -142,6 +143,26 @@ class LlamaForCausalLM(nn.Module):
         kernel, tied = self._head()
         cap = self.config.final_logit_softcapping
         return token_losses(hidden, kernel, targets, tied=tied, cap=cap)
+
+    def continuation_scores(
+        self,
+        hidden: jax.Array,
+        first: jax.Array,
+        targets: jax.Array,
+        counts: jax.Array,
+        candidates: jax.Array,
+    ) -> ContinuationScores:
+        """Scores of each row's continuation, without materializing all logits.
+
+        Args:
+          hidden: [B, S, D].
+          first, targets, counts, candidates: see `moe_jax.layers.continuation_scores`.
+        """
+        kernel, tied = self._head()
+        cap = self.config.final_logit_softcapping
+        return continuation_scores(
+            hidden, kernel, first, targets, counts, candidates, tied=tied, cap=cap
+        )
 
     def scores(self, hidden: jax.Array, token_mask: jax.Array) -> dict[str, jax.Array]:
         """Scores float32 [b, N] of the rows of each classification adapter, by name.

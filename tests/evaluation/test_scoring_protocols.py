@@ -139,9 +139,10 @@ def test_batch_arrays():
     batch = sequence_batch(items, rows=3, length=4, candidates=2)
     assert batch.tokens.tolist() == [[5, 6, 7, 0], [5, 0, 0, 0], [0, 0, 0, 0]]
     assert batch.is_token.sum(axis=1).tolist() == [3, 1, 0]
-    # After 6 comes 7, after 7 comes 8.
-    assert (batch.targets * batch.is_target).tolist() == [[0, 7, 8, 0], [0] * 4, [0] * 4]
-    assert batch.last.tolist() == [2, 0, 0]
+    # After 6, at position 1, comes 7.
+    assert batch.first.tolist() == [1, 0, 0]
+    assert batch.counts.tolist() == [2, 0, 0]
+    assert batch.targets[0, :2].tolist() == [7, 8]
     assert batch.candidates.tolist() == [[0, 0], [3, 4], [0, 0]]
 
 
