@@ -7,6 +7,7 @@
     frozen.py             frozen parameters and projections
     quantized.py          kernels stored in eight or four bits
     norm.py               RMSNorm
+    dropout.py            dropout with cheap random bits
     activation.py         activation functions and gating
     vocabulary.py         token embedding and language-model head
     vocab_loss.py         cross-entropy in chunks of the logits

@@ -8,8 +8,6 @@ import torch
 from adapted_ffn import AdaptedFFN, llama_mlp, mixlora, random_input
 from tolerances import ROUNDING
 
-from moe_jax.adapters.mixlora import _dropout
-
 ROWS, LENGTH, WIDTH = 2, 64, 2048
 HIDDEN_BYTES = ROWS * LENGTH * WIDTH * 4
 
@@ -62,13 +60,6 @@ def test_memory_with_dora_on_the_down_projection_is_linear_in_the_slots():
     # Of each one more: the activation and its gradient, its three projections' codes, and gradients
     # of its own weights.
     assert many - few < 12 * 4 * HIDDEN_BYTES
-
-
-def test_dropout_divides_what_it_keeps():
-    kept = _dropout(jnp.ones((6, 512)), jnp.float32(0.25), jax.random.key(3))
-    assert set(np.unique(kept)) == {0.0, np.float32(1 / 0.75)}
-    # Of 3072 draws, within four standard deviations.
-    assert abs(np.mean(np.asarray(kept) == 0) - 0.25) < 0.032
 
 
 def test_a_layer_that_is_not_routed_drops_nothing():

@@ -9,6 +9,7 @@ from jax.ad_checkpoint import checkpoint_name
 from moe_jax.adapters.lora.dora import apply_gains, dora_gains
 from moe_jax.adapters.lora.low_rank import LowRankConfig
 from moe_jax.adapters.method import METHODS, AdapterContext, AdapterMethod, FrozenProjection
+from moe_jax.layers.dropout import dropout
 from moe_jax.layers.frozen import adapter_leaf
 from moe_jax.layers.names import LOW_RANK
 from moe_jax.layers.tokens import token_product
@@ -47,7 +48,8 @@ class Lora(nn.Module):
         if config.dora:
             gains = dora_gains(self, frozen.kernel, lora_a, lora_b, config.scale, self.axes[1:])
             product, lora_b = apply_gains(product, gains), lora_b * gains[None]
-        x = nn.Dropout(config.dropout)(x, deterministic=deterministic)
+        if config.dropout and not deterministic:
+            x = dropout(x, config.dropout, self.make_rng("dropout"))
         z = checkpoint_name(token_product(x, lora_a.astype(x.dtype)) * config.scale, LOW_RANK)
         return product + token_product(z, lora_b.astype(x.dtype))
 

@@ -23,6 +23,7 @@ from moe_jax.adapters.routing.router import ROUTERS, Router, RouterLogits
 from moe_jax.adapters.routing.statistics import sow_routing
 from moe_jax.config.model import ModelConfig
 from moe_jax.config.parse import field_prefix, require
+from moe_jax.layers.dropout import dropout
 from moe_jax.layers.names import LOW_RANK
 
 
@@ -128,8 +129,9 @@ class ProjectionMixture(nn.Module):
         experts = ExpertLora(self.low_rank, num_experts, self.axes)
         nn.share_scope(self, experts)  # the leaves belong to this module, as those of `Lora` do
         pairs = experts(frozen.kernel, present)
-        # One dropout mask for all experts of a token.
-        x = nn.Dropout(self.low_rank.dropout)(x, deterministic=deterministic)
+        if self.low_rank.dropout and not deterministic:
+            # One mask for all experts of a token.
+            x = dropout(x, self.low_rank.dropout, self.make_rng("dropout"))
         flat = lambda array: array.reshape(-1, *array.shape[2:])
         z, combine = checkpoint_name((pairs.activations(flat(x)), flat(routing.combine)), LOW_RANK)
         adapted = pairs.adapt(flat(frozen.product), z, combine).reshape(frozen.product.shape)

@@ -1,6 +1,7 @@
 """Checks of a run's configuration against its base model and data, and warnings."""
 
 import fnmatch
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,7 @@ def require_specified_architecture(config: RunConfig, model: ModelConfig, folder
         return
     specified = model_config_from_hf(config.base.hf_config, "config.base.hf_config")
     for name, value in vars(model).items():
-        if getattr(specified, name) != value:
+        if not _agrees(getattr(specified, name), value):
             raise ConfigError(
                 f"config.base.hf_config: says {name} {getattr(specified, name)!r}, but {folder} "
                 f"has {value!r}; correct it, or leave hf_config out"
@@ -161,3 +162,10 @@ def warn_of_padding(config: RunConfig, say: Callable[[str], None]) -> None:
                 f"length, so these are padded to the {packed[longest]} tokens of {longest!r}; "
                 "pack them into rows of that length too, or train the adapters in separate runs"
             )
+
+
+def _agrees(specified: Any, value: Any) -> bool:
+    """True for equal values; floats may differ by their rounding to float32 in some converter."""
+    if isinstance(specified, float) and isinstance(value, float):
+        return math.isclose(specified, value, rel_tol=1e-6)
+    return specified == value
