@@ -4,8 +4,8 @@
 tokens, so that most of the FLOPs are in the layers, where methods differ: with 32,000 tokens the
 head would have two fifths of the FLOPs. `--vocab` of a benchmark sets another vocabulary size.
 
-The others are published architectures: JackFram/llama-160m, TinyLlama-1.1B, Llama-3.2-3B,
-Llama-2-7B, Llama-3-8B and Llama-2-13B.
+The others are published architectures: SmolLM2-135M, JackFram/llama-160m, TinyLlama-1.1B,
+Llama-3.2-3B, Llama-2-7B, Llama-3-8B and Llama-2-13B.
 """
 
 import dataclasses
@@ -16,6 +16,7 @@ from moe_jax.config.parse import suggest
 from moe_jax.errors import ConfigError
 
 _PLAIN_ROPE = RopeConfig(rope_type="default", rope_theta=10000.0)
+_SMOL_ROPE = RopeConfig(rope_type="default", rope_theta=100000.0)
 _LLAMA_3_ROPE = RopeConfig(rope_type="default", rope_theta=500000.0)
 _LLAMA_3_2_ROPE = RopeConfig(
     rope_type="llama3",
@@ -59,6 +60,7 @@ def _llama(
 SIZES: dict[str, ModelConfig] = {
     "tiny": _llama(64, 176, 2, 4, 2, 256),
     "d512": _llama(512, 1376, 8, 8, 8, 8192),
+    "135m": _llama(576, 1536, 30, 9, 3, 49152, 8192, _SMOL_ROPE, tied=True),
     "160m": _llama(768, 3072, 12, 12, 12, 32000, positions=2048),
     "1.1b": _llama(2048, 5632, 22, 32, 4, 32000, positions=2048),
     "3b": _llama(3072, 8192, 28, 24, 8, 128256, 131072, _LLAMA_3_2_ROPE, tied=True),
