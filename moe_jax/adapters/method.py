@@ -103,15 +103,25 @@ class AdapterMethod(LowRankConfig, abc.ABC):
       target_modules: names of the adapted projections.
       classification: labels or range of a score head that is trained with the adapter and replaces
         the language-model head; None keeps the latter.
+      new_tokens: special tokens that the base's tokenizer lacks, such as `("<tool>", "</tool>")`.
+        Each adds a row to the embedding and the head, trained and saved with the adapter. All
+        adapters of a run have the same ones. Default: none.
+      new_token_id: id of the first new token. Default None: the next id of the base's tokenizer,
+        which a run fills in.
     """
 
     registry: ClassVar[Registry] = METHODS
 
     target_modules: tuple[str, ...]
     classification: ClassificationConfig | None = None
+    new_tokens: tuple[str, ...] = ()
+    new_token_id: int | None = None
 
     def __post_init__(self):
         super().__post_init__()
+        repeated = {token for token in self.new_tokens if self.new_tokens.count(token) > 1}
+        require(all(self.new_tokens), "new_tokens", "holds an empty text")
+        require(not repeated, "new_tokens", f"names {', '.join(sorted(repeated))} more than once")
         for field in fields(self):
             value = getattr(self, field.name)
             if isinstance(value, dict):  # mappings are given as dicts, which have no hash

@@ -33,7 +33,10 @@ MOE = "moe"
 SCORE = "score"
 """Site, after the final norm, of the score heads of classification adapters."""
 
-SITES = frozenset({*TARGET_MODULES, MOE, SCORE})
+NEW_TOKENS = "new_tokens"
+"""Site, beside the layers, of the rows that adapters add to the embedding and the head."""
+
+SITES = frozenset({*TARGET_MODULES, MOE, SCORE, NEW_TOKENS})
 """Names of all sites that adapters attach to."""
 
 

@@ -6,7 +6,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from moe_jax.adapters.rows import AdapterRows, take_rows_of_adapters
+from moe_jax.adapters.new_tokens import NewTokens, embedded, extended_logits, new_logits
+from moe_jax.adapters.rows import AdapterRows, divide_rows, replace_rows, take_rows_of_adapters
 from moe_jax.adapters.score_head import ScoreHeads, is_classifier
 from moe_jax.config.model import ComputeConfig, ModelConfig
 from moe_jax.layers.attention import positions_from_segments
@@ -16,7 +17,7 @@ from moe_jax.layers.kv_cache import CachePosition
 from moe_jax.layers.names import ADAPTERS, CACHE, CACHE_UPDATES, PARAMS, ROUTER, ROUTING
 from moe_jax.layers.norm import RMSNorm
 from moe_jax.layers.rope import rotary_tables
-from moe_jax.layers.vocab_loss import token_losses
+from moe_jax.layers.vocab_loss import NewLogits, token_losses
 from moe_jax.layers.vocabulary import LanguageModelHead, TokenEmbedding, logits
 from moe_jax.models.decoder import DecoderLayer, LayerSettings, TokenContext
 from moe_jax.models.remat import REMAT_POLICIES
@@ -81,9 +82,10 @@ class LlamaForCausalLM(nn.Module):
         if not config.tie_word_embeddings:
             self.lm_head = LanguageModelHead(config.vocab_size, config.hidden_size, storage.dtype)
         self.score = ScoreHeads(self.adapter_rows)
+        self.new_tokens = NewTokens(self.adapter_rows, config.vocab_size)
 
     def __call__(self, tokens: jax.Array, **inputs: Any) -> jax.Array:
-        """Logits of the next token at every position, float32 [B, S, V]; see `hidden_states`."""
+        """Logits of the next token at every position; see `logits` and `hidden_states`."""
         return self.logits(self.hidden_states(tokens, **inputs))
 
     def hidden_states(
@@ -122,27 +124,36 @@ class LlamaForCausalLM(nn.Module):
         cos, sin = self._rotary_tables(positions)
         context = TokenContext(cos, sin, segment_ids, token_mask, expert_groups, cache_position)
         layer_indices = jnp.arange(self.config.num_layers)
-        x, _ = self.layers(self.embed_tokens(tokens), context, layer_indices)
+        x, _ = self.layers(self._embedded(tokens), context, layer_indices)
         return self.norm(x)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """Logits of the next token, float32 [..., V], of hidden states [..., D]."""
+        """Logits of the next token, float32 [B, ..., V], of hidden states [B, ..., D].
+
+        New tokens of adapters are among them, see `new_tokens.extended_logits`.
+        """
         kernel, tied = self._head()
-        cap = self.config.final_logit_softcapping
-        return logits(hidden, kernel, tied=tied, cap=cap)
+        cap, new = self.config.final_logit_softcapping, self.new_tokens.new
+        result = logits(hidden, kernel, tied=tied, cap=cap)
+        if new is None:
+            return result
+        of_new_tokens = new_logits(hidden, self.adapter_rows, self._new_rows(), cap)
+        return extended_logits(result, self.adapter_rows, new, of_new_tokens)
 
     def token_losses(self, hidden: jax.Array, targets: jax.Array) -> jax.Array:
         """Cross-entropy of each target in nats, float32 [B, S], without materializing all logits.
 
-        Gradients reach `hidden` only: the base is frozen.
+        Gradients reach `hidden` and the rows of new tokens only: the base is frozen.
 
         Args:
-          hidden: [B, S, D].
+          hidden: [B, S, D], all of `language_model_rows`.
           targets: int [B, S], the token that each position is to predict.
         """
         kernel, tied = self._head()
         cap = self.config.final_logit_softcapping
-        return token_losses(hidden, kernel, targets, tied=tied, cap=cap)
+        return token_losses(
+            hidden, kernel, targets, tied=tied, cap=cap, new=self._new_logits(hidden)
+        )
 
     def continuation_scores(
         self,
@@ -179,6 +190,34 @@ class LlamaForCausalLM(nn.Module):
         if len(others) == len(self.adapter_rows):
             return array
         return take_rows_of_adapters(others, array) if others else None
+
+    def _embedded(self, tokens: jax.Array) -> jax.Array:
+        """Embeddings [B, S, D] of tokens [B, S]."""
+        new = self.new_tokens.new
+        if new is None:
+            return self.embed_tokens(tokens)
+        return embedded(tokens, self.embed_tokens, self.adapter_rows, new, self._new_rows())
+
+    def _new_rows(self) -> Any:
+        """Rows of the new tokens, by adapter."""
+        kernel = None if self.config.tie_word_embeddings else self.lm_head.kernel
+        return self.new_tokens(self.embed_tokens.embedding, kernel)
+
+    def _new_logits(self, hidden: jax.Array) -> NewLogits | None:
+        """Logits of the new tokens for the hidden states of `language_model_rows`."""
+        new = self.new_tokens.new
+        others = [rows for rows in self.adapter_rows if not is_classifier(rows.method)]
+        if new is None or not others:
+            return None
+        methods = {rows.name: rows.method for rows in others}
+        totals = {rows.name: rows.total for rows in others}
+        divided = divide_rows(methods, totals, others[0].shards)
+        cap = self.config.final_logit_softcapping
+        found = new_logits(hidden, divided, self._new_rows(), cap)
+        if len(found) < len(others):
+            raise ValueError("all adapters of a batch that trains must have the same new tokens")
+        shape = (*hidden.shape[:-1], new.size)
+        return NewLogits(new.first, replace_rows(divided, jnp.zeros(shape), found))
 
     def _head(self) -> tuple[jax.Array, bool]:
         """The kernel of the language-model head, and whether it is the embedding's [V, D]."""

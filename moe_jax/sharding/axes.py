@@ -15,6 +15,7 @@ EXPERTS = "experts"
 RANK = "rank"
 NORM = "norm"
 LABELS = "labels"
+NEW_TOKENS = "new_tokens"
 
 BATCH = "activation_batch"
 LENGTH = "activation_length"

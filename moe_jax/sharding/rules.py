@@ -27,6 +27,7 @@ RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
     (axes.RANK, "fsdp"),
     (axes.NORM, None),
     (axes.LABELS, None),
+    (axes.NEW_TOKENS, None),
     (axes.blocks(axes.EMBED), "fsdp"),
     (axes.blocks(axes.HEADS), "tensor"),
     (axes.blocks(axes.MLP), "tensor"),
