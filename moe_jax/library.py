@@ -15,13 +15,14 @@ import numpy as np
 
 from moe_jax.adapters import METHODS
 from moe_jax.adapters.method import AdapterMethod
+from moe_jax.adapters.new_tokens import total_vocab_size
 from moe_jax.checkpoints import adapter_files
 from moe_jax.checkpoints.adapter_files import SavedAdapter
 from moe_jax.config.model import ComputeConfig, FloatType, StorageType
 from moe_jax.config.parse import FieldError, located, suggest
 from moe_jax.config.run import RunConfig, parse_run_config
+from moe_jax.data.new_tokens import load_extended_tokenizer, with_token_id
 from moe_jax.data.token_rows import load_token_rows
-from moe_jax.data.tokenizer import load_tokenizer
 from moe_jax.errors import ConfigError, DataError
 from moe_jax.exchange import api as exchange
 from moe_jax.exchange.format import Weighting
@@ -107,9 +108,12 @@ class AdaptedModel:
         for name, adapter in saved.items():
             base.require_trained_on(f"adapter {name!r}", adapter.base, "load that base")
         self.base = base
-        self.methods: Mapping[str, AdapterMethod] = MappingProxyType(
-            {n: a.method if isinstance(a, SavedAdapter) else a for n, a in adapters.items()}
-        )
+        methods: dict[str, AdapterMethod] = {}
+        for name, adapter in adapters.items():
+            with located(f"adapter {name!r}"):
+                is_saved = isinstance(adapter, SavedAdapter)
+                methods[name] = adapter.method if is_saved else with_token_id(adapter, base)
+        self.methods: Mapping[str, AdapterMethod] = MappingProxyType(methods)
         model = LlamaForCausalLM(base.config, ComputeConfig(dtype=compute_dtype))
         self._llama = CompiledLlama(model)
         self.adapters: dict[str, Any] = {name: a.tree for name, a in saved.items()}
@@ -127,6 +131,8 @@ class AdaptedModel:
     ) -> jax.Array:
         """Logits of the next token, float32 [B, S, V]; for a classifier, scores, float32 [B, N].
 
+        An adapter with N new tokens whose ids exceed V - 1 has logits for them too.
+
         Args:
           tokens: int [B, S].
           adapter: adapter of all rows; None is the base alone.
@@ -135,17 +141,18 @@ class AdaptedModel:
         Raises:
           ConfigError: there is no such adapter.
           DataError: `tokens` has another type or shape or no token, or an id is beyond the base's
-            vocabulary.
+            vocabulary and the adapter's new tokens.
         """
-        tokens, vocab_size = _token_array(tokens), self.base.config.vocab_size
+        tree = {} if adapter is None else {SINGLE: self._weights(adapter)}
+        method = None if adapter is None else self.methods[adapter]
+        tokens, methods = _token_array(tokens), [] if method is None else [method]
+        vocab_size = total_vocab_size(self.base.config.vocab_size, methods)
         if not 0 <= tokens.min() <= tokens.max() < vocab_size:
             # Under jit an embedding lookup out of bounds gives NaN, not an error.
             raise DataError(
                 f"tokens: ids from {tokens.min()} to {tokens.max()}, but {self.base.folder} has "
                 f"embeddings for 0 to {vocab_size - 1}; use that base's own tokenizer"
             )
-        tree = {} if adapter is None else {SINGLE: self._weights(adapter)}
-        method = None if adapter is None else self.methods[adapter]
         model = self._llama.with_rows(single_adapter(method, tokens.shape[0]))
         segment_ids = None if segment_ids is None else jnp.asarray(segment_ids)
         predict = self._llama.jit(_predictions, model)
@@ -262,7 +269,8 @@ def export_adapter(
         require_unused(Path(output))
         folder = resolve_checkpoint(saved.base.path if base is None else base)
         length = min(512, saved.model.max_position_embeddings)
-        tokens = load_token_rows(Path(data), load_tokenizer(folder), length=length)
+        tokenizer = load_extended_tokenizer(folder, saved.model, [saved.method])
+        tokens = load_token_rows(Path(data), tokenizer, length=length)
     notes = exchange.export_adapter(
         saved,
         to,

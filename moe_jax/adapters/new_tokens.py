@@ -1,10 +1,10 @@
 """New tokens of adapters: the rows that they add to the embedding and the head of a base.
 
-The base keeps its shape. The N new tokens of an adapter have consecutive ids from `F` on, the next
-id of the base's tokenizer. Where the base has rows that its tokenizer does not use, F is below V and
-the new tokens replace these rows; otherwise F is V and they follow them. In the rows of a batch that
-belong to the adapter, an embedding with one of these ids is taken from the adapter, and so are the
-logits of these ids. A tied base uses the one row of a token for both.
+The base keeps its shape. The N new tokens of an adapter have consecutive ids from F on, the next id
+of the base's tokenizer. Where the base has rows that its tokenizer does not use, F is below V and
+new tokens take the place of these rows; otherwise F is V and they follow. In the rows of a batch
+that belong to the adapter, the embeddings and the logits of these ids are the adapter's. On a tied
+base, the one row of a token serves both.
 """
 
 from collections.abc import Iterable, Mapping, Sequence

@@ -291,6 +291,14 @@ class RunConfig:
                 f"{adapter.batch_size} rows cannot be cut into "
                 f"training.micro_batches={self.training.micro_batches} equal parts",
             )
+        first, *others = self.adapters
+        for name in others:
+            tokens, former = (self.adapters[n].method.new_tokens for n in (name, first))
+            require(
+                tokens == former,
+                f"adapters.{name}.method.new_tokens",
+                f"{tokens}, but {first!r} has {former}; all adapters of a run have the same tokens",
+            )
         rows = sum(adapter.batch_size for adapter in self.adapters.values())
         max_rows = self.training.max_batch_rows
         require(

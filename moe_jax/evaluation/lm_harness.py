@@ -22,7 +22,8 @@ from moe_jax.checkpoints.adapter_files import SavedAdapter
 from moe_jax.config.model import FloatType
 from moe_jax.config.parse import located, suggest
 from moe_jax.config.run import MeshConfig
-from moe_jax.data.tokenizer import encode, end_of_text, leading_tokens, load_tokenizer
+from moe_jax.data.new_tokens import load_extended_tokenizer
+from moe_jax.data.tokenizer import encode, end_of_text, leading_tokens
 from moe_jax.errors import ConfigError, DataError
 from moe_jax.evaluation.scorer import ScoredSequence, Scorer, SequenceScore, complete_buckets
 from moe_jax.evaluation.scoring_protocols import encode_pairs
@@ -82,7 +83,8 @@ class HarnessModel(TemplateLM):
         loaded = load_adapters(adapters, files, model, devices)
         for named in loaded:
             require_language_model(named.saved.method, str(adapter), "score texts")
-        self.tokenizer: Any = load_tokenizer(files.folder)
+        methods = [named.saved.method for named in loaded]
+        self.tokenizer: Any = load_extended_tokenizer(files.folder, files.config, methods)
         self.max_length = files.config.max_position_embeddings
         self._adapter = loaded[0].adapter if loaded else None
         self._adapter_name = loaded[0].name if loaded else None

@@ -12,7 +12,7 @@ from moe_jax.checkpoints.adapter_files import SavedAdapter
 from moe_jax.config.model import FloatType
 from moe_jax.config.parse import FieldError, suggest
 from moe_jax.config.run import MeshConfig
-from moe_jax.data.tokenizer import load_tokenizer
+from moe_jax.data.new_tokens import load_extended_tokenizer
 from moe_jax.errors import ConfigError
 from moe_jax.evaluation.answer_journal import Journal, locked
 from moe_jax.evaluation.classifier_runner import (
@@ -37,8 +37,8 @@ from moe_jax.evaluation.question_runner import (
 from moe_jax.evaluation.scorer import Scorer, complete_buckets
 from moe_jax.evaluation.scoring_protocols import (
     SCORING_PROTOCOLS,
-    BaseLimits,
     PreparedTask,
+    base_limits,
     max_candidates,
     prepare_tasks,
 )
@@ -257,10 +257,10 @@ def _plan(
     language_models = [a for a in adapters if a.saved.method.classification is None]
     models = [*([None] if with_base else []), *language_models]
     questions = {task.name: task.questions() for task in tasks if models}
-    limits = BaseLimits(
-        base.config.vocab_size, base.config.max_position_embeddings, options.truncate
-    )
-    tokenizer = load_tokenizer(base.folder)
+    methods = [None if adapter is None else adapter.saved.method for adapter in models]
+    methods += [adapter.saved.method for adapter in classifiers]
+    limits = base_limits(base.config, methods, options.truncate)
+    tokenizer = load_extended_tokenizer(base.folder, base.config, methods)
     prepared = prepare_tasks(questions, options.protocol_names, tokenizer, limits)
     labelled = match_classifiers(
         classifiers, tasks, tokenizer, limits, has_language_model=bool(models)

@@ -14,12 +14,15 @@ characters, as in lm-evaluation-harness, are comparable between tokenizers.)
 Texts are tokenized as in training: see `moe_jax.data.encoding`.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from moe_jax.adapters.method import AdapterMethod
+from moe_jax.adapters.new_tokens import total_vocab_size
+from moe_jax.config.model import ModelConfig
 from moe_jax.data.encoding import Example, TextSpan, encode_examples
 from moe_jax.data.tokenizer import encode, leading_tokens
 from moe_jax.errors import ConfigError, DataError
@@ -78,9 +81,25 @@ class BaseLimits(NamedTuple):
         """
         if largest >= self.vocab_size:
             raise DataError(
-                f"{tokenizer.name_or_path}: the tokenizer gives the id {largest}, but the base has "
-                f"embeddings for 0 to {self.vocab_size - 1}; use that base's own tokenizer"
+                f"{tokenizer.name_or_path}: the tokenizer gives the id {largest} "
+                f"({tokenizer.convert_ids_to_tokens(largest)!r}), but a model has embeddings for 0 "
+                f"to {self.vocab_size - 1}; use the base's own tokenizer, and leave out models "
+                "without this new token"
             )
+
+
+def base_limits(
+    model: ModelConfig, methods: Iterable[AdapterMethod | None], truncate: bool
+) -> BaseLimits:
+    """Limits of a base with several adapters: what all of them can read.
+
+    Args:
+      model: architecture of the base.
+      methods: methods of the adapters; None is the base alone.
+      truncate: see `BaseLimits`.
+    """
+    sizes = [total_vocab_size(model.vocab_size, [] if m is None else [m]) for m in methods]
+    return BaseLimits(min(sizes), model.max_position_embeddings, truncate)
 
 
 class PreparedTask(NamedTuple):

@@ -9,7 +9,7 @@ import jax
 
 from moe_jax.config.parse import to_plain
 from moe_jax.config.run import EvaluationConfig, RunConfig
-from moe_jax.data.tokenizer import load_tokenizer
+from moe_jax.data.new_tokens import load_extended_tokenizer
 from moe_jax.errors import ConfigError, error_prefix
 from moe_jax.evaluation.answer_journal import Journal, locked
 from moe_jax.evaluation.evaluation_results import (
@@ -27,8 +27,8 @@ from moe_jax.evaluation.question_runner import (
 )
 from moe_jax.evaluation.scorer import Scorer, complete_buckets
 from moe_jax.evaluation.scoring_protocols import (
-    BaseLimits,
     PreparedTask,
+    base_limits,
     max_candidates,
     prepare_tasks,
 )
@@ -102,7 +102,9 @@ class TrainingTaskEvaluator:
                 "several processes; leave it out, and run `moe-jax evaluate` on the adapter "
                 "afterwards"
             )
-        tokenizer = load_tokenizer(self._base.folder)
+        methods = [adapter.method for adapter in config.adapters.values()]
+        base = self._base
+        tokenizer = load_extended_tokenizer(base.folder, base.config, methods)
         for name, evaluation in self._configs.items():
             field = f"config.adapters.{name}"
             if name == BASE:
@@ -112,11 +114,8 @@ class TrainingTaskEvaluator:
             with error_prefix(f"{field}.evaluation"):
                 self._read_tasks(evaluation)
                 if evaluation not in self._prepared:
-                    limits = BaseLimits(
-                        self._base.config.vocab_size,
-                        self._base.config.max_position_embeddings,
-                        evaluation.truncate,
-                    )
+                    evaluated = [*methods, *([None] if evaluation.with_base else [])]
+                    limits = base_limits(base.config, evaluated, evaluation.truncate)
                     questions = {task: self._questions[task] for task in evaluation.tasks}
                     self._prepared[evaluation] = prepare_tasks(
                         questions, evaluation.protocols, tokenizer, limits

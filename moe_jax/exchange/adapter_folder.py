@@ -7,10 +7,11 @@ Both tools store one matrix `[out, in]` for each layer and expert, for example
     mixlora.layers.0.mlp.moe_gate.weight                                    the router of an FFN
     mola.layers.0.self_attn.q_proj.moe_gate.weight                          a projection's router
     base_model.model.score.weight                                           a score head
+    base_model.model.lm_head.token_adapter.trainable_tokens_delta           rows of new tokens
 
 moe_jax stores `[in, out]` with layers and experts stacked: `lora_A` `[L, in, R]` or
 `[L, in, E, R]`, `lora_B` `[L, R, out]` or `[L, E, R, out]`, `router/kernel` `[L, in, E]`,
-`magnitude` `[L, out]`, `score/kernel` `[in, out]`.
+`magnitude` `[L, out]`, `score/kernel` `[in, out]`; `new_tokens/head` is [N, D] in both.
 """
 
 import json
@@ -23,7 +24,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from moe_jax.adapters.tree import MOE, SCORE
+from moe_jax.adapters.tree import MOE, NEW_TOKENS, SCORE
 from moe_jax.checkpoints.leaves import LeafSpec
 from moe_jax.config.parse import parse, suggest
 from moe_jax.errors import CheckpointError
@@ -46,6 +47,12 @@ TENSOR_PREFIXES = {
     "MOLA": "mola",
 }
 """Prefix of an adapter's tensor names, by `peft_type`."""
+
+_TOKEN_ROWS = {
+    f"{NEW_TOKENS}/{leaf}": f"base_model.model.{module}.token_adapter.trainable_tokens_delta"
+    for leaf, module in (("embedding", "model.embed_tokens"), ("head", "lm_head"))
+}
+"""Tensor of each leaf of new tokens."""
 
 _FLOATS = ("F32", "F16", "BF16")
 _REQUIRED = object()
@@ -256,12 +263,18 @@ class AdapterTensor(NamedTuple):
       path: path of the leaf.
       indices: `leaf[indices]` is the transposed tensor.
       shape: stored shape of the tensor.
+      transposed: False if `leaf[indices]` is the tensor itself.
     """
 
     name: str
     path: str
     indices: tuple[int | slice, ...]
     shape: tuple[int, ...]
+    transposed: bool = True
+
+    def stored(self, array: np.ndarray) -> np.ndarray:
+        """The tensor of its part of a leaf, or the part of a tensor."""
+        return array.T if self.transposed else array
 
 
 def adapter_tensors(leaves: Mapping[str, LeafSpec], peft_type: str) -> list[AdapterTensor]:
@@ -274,10 +287,12 @@ def adapter_tensors(leaves: Mapping[str, LeafSpec], peft_type: str) -> list[Adap
     Raises:
       ValueError: the format has no name for a leaf; the caller should have refused it.
     """
-    stacked = {path: spec for path, spec in leaves.items() if not path.startswith(f"{SCORE}/")}
+    stacked = {path: spec for path, spec in leaves.items() if path.startswith("layers/")}
     num_layers = max(spec.shape[0] for spec in stacked.values())
     tensors = [
         AdapterTensor("base_model.model.score.weight", path, (), spec.shape[::-1])
+        if path.startswith(f"{SCORE}/")
+        else AdapterTensor(_TOKEN_ROWS[path], path, (), spec.shape, transposed=False)
         for path, spec in leaves.items()
         if path not in stacked
     ]
@@ -319,7 +334,9 @@ def tensors_from_leaves(
 ) -> dict[str, np.ndarray]:
     """Contiguous tensors by name, from leaves by path."""
     return {
-        tensor.name: np.ascontiguousarray(leaves[tensor.path][tensor.indices].T.astype(dtype))
+        tensor.name: np.ascontiguousarray(
+            tensor.stored(leaves[tensor.path][tensor.indices]).astype(dtype)
+        )
         for tensor in layout
     }
 
@@ -332,5 +349,5 @@ def leaves_from_tensors(
     """Leaves by path, of the dtypes of `specs`, from tensors that match the layout."""
     leaves = {path: np.zeros(spec.shape, spec.dtype) for path, spec in specs.items()}
     for tensor in layout:
-        leaves[tensor.path][tensor.indices] = tensors[tensor.name].T
+        leaves[tensor.path][tensor.indices] = tensor.stored(tensors[tensor.name])
     return leaves

@@ -27,6 +27,7 @@ from moe_jax.exchange.format import (
     not_expressible,
     require_known,
 )
+from moe_jax.exchange.new_tokens import extended_model
 from moe_jax.exchange.whole_model import (
     LazyTensor,
     MergedWeights,
@@ -45,7 +46,10 @@ from moe_jax.loaded.adapter_measurement import AdapterMeasurement
 _FORMAT = "llama"
 
 # A score head is refused for every format without `classifies`.
-_KNOWN_OF_LORA = (*field_names(LowRankConfig), "target_modules", "classification")
+_KNOWN_OF_LORA = (
+    *field_names(LowRankConfig),
+    *("target_modules", "classification", "new_tokens", "new_token_id"),
+)
 _KNOWN_OF_MIXLORA = (
     *_KNOWN_OF_LORA,
     *("num_experts", "router", "expert_lora", "ffn_dropout", "losses"),
@@ -94,7 +98,7 @@ class DenseFormat(ModelFormat):
         method, tokens = adapter.method, options.tokens
         measuring = None if tokens is None else AdapterMeasurement(adapter, base, tokens)
         measure = None if measuring is None else measuring.divergence
-        tensors = base_tensors(base.config)
+        tensors = base_tensors(extended_model(base.config, method))
         if isinstance(method, LoraConfig):
             merged = [merged_tensor(name, parts) for name, parts in tensors]
             return Plan(config, merged, measure=measure)

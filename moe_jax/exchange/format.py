@@ -26,6 +26,7 @@ from moe_jax.exchange.adapter_folder import (
     tensors_from_leaves,
     write_adapter_folder,
 )
+from moe_jax.exchange.new_tokens import extended_tokenizer
 from moe_jax.hf.base_model import BaseModel
 from moe_jax.hf.key_table import base_leaves
 from moe_jax.loaded.adapter_base import expected_leaves
@@ -226,12 +227,20 @@ class AdapterFormat(Format):
                     f"{name}: has values too large for {dtype}; use another dtype"
                 )
 
+        tokenizer = extended_tokenizer(adapter, options.base)
+
         def write(folder: Path) -> ExportOutcome:
             write_adapter_folder(folder, config, tensors, self.weights_file)
-            return ExportOutcome(f"`{CONFIG_FILE}` and `{self.weights_file}`", is_whole_model=False)
+            files = f"`{CONFIG_FILE}` and `{self.weights_file}`"
+            if tokenizer is not None:
+                tokenizer.save_pretrained(folder)
+                files = f"`{CONFIG_FILE}`, `{self.weights_file}` and the tokenizer"
+            return ExportOutcome(files, is_whole_model=False)
 
-        # Names, shapes and file headers take a few hundred bytes a tensor.
+        # Names, shapes and file headers take a few hundred bytes a tensor; a tokenizer, about 60
+        # bytes a token twice.
         size = sum(tensor.nbytes for tensor in tensors.values()) + 1024 * (len(tensors) + 16)
+        size += 0 if tokenizer is None else 128 * len(tokenizer)
         return Export(size, dtype, write, notes)
 
     def read_leaves(

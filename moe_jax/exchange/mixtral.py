@@ -26,6 +26,7 @@ from moe_jax.exchange.format import (
     not_expressible,
     require_known,
 )
+from moe_jax.exchange.new_tokens import extended_model
 from moe_jax.exchange.whole_model import (
     LazyTensor,
     MergedWeights,
@@ -50,6 +51,8 @@ _KNOWN = (
     "expert_lora",
     "ffn_dropout",
     "losses",
+    "new_tokens",
+    "new_token_id",
 )
 _HANDLED_ROUTER_FIELDS = ("top_k", "init_std", "jitter_noise")
 
@@ -104,7 +107,8 @@ class MixtralFormat(ModelFormat):
         self, adapter: SavedAdapter, base: BaseModel, config: dict[str, Any], options: ExportOptions
     ) -> Plan:
         _check_model(base.config)
-        method, model = adapter.method, base.config
+        method = adapter.method
+        model = extended_model(base.config, method)
         copied = {name: config[name] for name in _COPIED_FIELDS if name in config}
         return Plan(copied | _config_fields(model, method), _tensors(model, method))
 

@@ -11,6 +11,7 @@ import numpy as np
 from moe_jax.adapters.lora.lora import LoraConfig
 from moe_jax.adapters.lora.low_rank import LowRankConfig
 from moe_jax.adapters.method import METHODS, AdapterMethod
+from moe_jax.adapters.new_tokens import token_range, total_vocab_size
 from moe_jax.checkpoints.adapter_files import SavedAdapter
 from moe_jax.config.model import ModelConfig
 from moe_jax.exchange.adapter_folder import (
@@ -74,10 +75,15 @@ class PeftFormat(AdapterFormat):
         classification = adapter.method.classification
         kind = "CausalLM" if classification is None else "SequenceClassification"
         labels = "" if classification is None else f", num_labels={classification.num_scores}"
+        size = total_vocab_size(adapter.model.vocab_size, [adapter.method])
+        resize = (
+            f"base.resize_token_embeddings({size})\n" if size > adapter.model.vocab_size else ""
+        )
         return (
             "from peft import PeftModel\n"
             f"from transformers import AutoModelFor{kind}\n\n"
             f'base = AutoModelFor{kind}.from_pretrained("{options.base}"{labels})\n'
+            f"{resize}"
             f'model = PeftModel.from_pretrained(base, "{options.location}").eval()'
         )
 
@@ -87,6 +93,7 @@ class PeftFormat(AdapterFormat):
             name = METHODS.name_of(method)
             raise not_expressible("peft", f"method {name!r}", "PEFT has no experts behind routers")
         known = (*field_names(LowRankConfig), "target_modules", "classification")
+        known = (*known, "new_tokens", "new_token_id")
         require_known(method, known, "", "peft")
         alpha = method.alpha
         config = {
@@ -105,6 +112,17 @@ class PeftFormat(AdapterFormat):
             "fan_in_fan_out": False,
         }
         notes = []
+        new = token_range(method, adapter.model.vocab_size)
+        if new is not None:
+            ids = list(range(*new))
+            is_tied = adapter.model.tie_word_embeddings or method.classification is not None
+            modules = ("embed_tokens",) if is_tied else ("embed_tokens", "lm_head")
+            config["trainable_token_indices"] = dict.fromkeys(modules, ids)
+            if new.stop > adapter.model.vocab_size:
+                notes.append(
+                    f"resize the base before peft loads the adapter, for the rows of its "
+                    f"{new.size} new tokens: base.resize_token_embeddings({new.stop})"
+                )
         if method.classification is not None:
             config |= {"task_type": "SEQ_CLS", "modules_to_save": ["score"]}
             count, labels = method.classification.num_scores, method.classification.describe()

@@ -30,6 +30,12 @@ from moe_jax.checkpoints.leaves import named_leaves
 from moe_jax.config.model import FloatType, ModelConfig
 from moe_jax.errors import CheckpointError
 from moe_jax.exchange.format import Export, ExportOptions, ExportOutcome, Format
+from moe_jax.exchange.new_tokens import (
+    extended_config,
+    extended_model,
+    extended_table,
+    extended_tokenizer,
+)
 from moe_jax.files.json_file import read_json_object
 from moe_jax.hf.base_model import BaseModel
 from moe_jax.hf.key_table import Leaf, TensorParts, tensor_parts
@@ -55,6 +61,10 @@ _COPIED_FILES = (
     "LICENSE*",
     "NOTICE*",
 )
+
+# Files of the base's tokenizer that transformers may read in place of the `tokenizer.json` of one
+# with new tokens.
+_FORMER_TOKENIZER_FILES = ("special_tokens_map.json", "added_tokens.json", "tokenizer.model")
 
 _TOKENIZER_PREFIXES = ("tokenizer", "vocab.json", "spiece.model")
 _DTYPES: dict[str, FloatType] = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -84,9 +94,9 @@ class MergedWeights:
         return read_leaf(leaf, self._shards, np.dtype(np.float32), layer if leaf.stacked else None)
 
     def merged(self, path: str, layer: int) -> np.ndarray:
-        """A leaf of the base with the pair of its projection, if it has one."""
+        """A leaf of the base with the pair of its projection, or new tokens, if it has any."""
         site = path.removesuffix("/kernel")
-        weight = self.frozen(path, layer)
+        weight = extended_table(path, self.frozen(path, layer), self._method, self._adapter)
         if not path.endswith("/kernel") or f"{site}/lora_A" not in self._adapter:
             return weight
         return self._with_pair(weight, site, self._method.low_rank, (layer,), (layer,))
@@ -224,6 +234,10 @@ class ModelFormat(Format):
     def prepare(self, adapter: SavedAdapter, options: ExportOptions) -> Export:
         base = open_adapter_base(adapter, options.base)
         base_config = read_json_object(base.folder / _CONFIG_FILE)
+        tokenizer = extended_tokenizer(adapter, options.base)
+        if tokenizer is not None:
+            vocab_size = extended_model(base.config, adapter.method).vocab_size
+            base_config = extended_config(base_config, vocab_size)
         plan = self.plan(adapter, base, base_config, options)
         dtype = options.dtype or stored_dtype(base)
         # transformers 5 reads `dtype`, the versions before it `torch_dtype`.
@@ -241,6 +255,10 @@ class ModelFormat(Format):
             )
             for file in sorted(copied):
                 shutil.copyfile(file, folder / file.name)
+            if tokenizer is not None:  # replaces the base's
+                for name in _FORMER_TOKENIZER_FILES:
+                    (folder / name).unlink(missing_ok=True)
+                tokenizer.save_pretrained(folder)
             with open_merged_weights(base, adapter) as weights:
                 write_weights(folder, plan.tensors, weights, dtype)
             divergence = None if plan.measure is None else plan.measure(folder)

@@ -11,7 +11,7 @@ from moe_jax.checkpoints.adapter_files import SavedAdapter
 from moe_jax.config.model import ComputeConfig, FloatType
 from moe_jax.config.run import MeshConfig
 from moe_jax.data.chat_template import end_of_turn
-from moe_jax.data.tokenizer import load_tokenizer
+from moe_jax.data.new_tokens import load_extended_tokenizer
 from moe_jax.errors import ConfigError
 from moe_jax.hf.base_model import BaseModel, open_base
 from moe_jax.inference.generator import TokenGenerator
@@ -57,6 +57,7 @@ class InferenceSession:
 
         Raises:
           CheckpointError: the base has no readable tokenizer.
+          ConfigError: the adapters have different new tokens.
         """
         self.adapters = dict(adapters)
         self.context = base.config.max_position_embeddings
@@ -65,7 +66,8 @@ class InferenceSession:
         self._base = base
         self._dtype: FloatType = dtype
         self._mesh = mesh
-        self._tokenizer = load_tokenizer(base.folder)
+        methods = [adapter.method for adapter in self.adapters.values()]
+        self._tokenizer = load_extended_tokenizer(base.folder, base.config, methods, visible=True)
         self._end_ids = end_tokens(base.folder, self._tokenizer)
         self._generator: TokenGenerator | None = None
 

@@ -10,6 +10,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from moe_jax.adapters.method import AdapterMethod, NoAdapter
+from moe_jax.adapters.new_tokens import total_vocab_size
 from moe_jax.adapters.rows import AdapterRows, divide_rows
 from moe_jax.config.model import ComputeConfig, FloatType, ModelConfig
 from moe_jax.config.parse import located
@@ -288,7 +289,9 @@ class TokenGenerator:
         prompts = np.full((len(rows), width), PADDING_ID, np.int32)
         seen = np.zeros((len(rows), 1), bool)
         if sampling.repetition_penalty != 1:
-            seen = np.zeros((len(rows), self.model.vocab_size), bool)
+            methods = [rows.method for rows in layout.adapter_rows]
+            size = total_vocab_size(self.model.vocab_size, methods)
+            seen = np.zeros((len(rows), size), bool)
         for row, (tokens, *_) in enumerate(rows):
             prompts[row, width - len(tokens) :] = tokens
             if sampling.repetition_penalty != 1:

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 
 from moe_jax.adapters.method import AdapterMethod, require_language_model
+from moe_jax.adapters.new_tokens import total_vocab_size
 from moe_jax.config.model import ModelConfig
 from moe_jax.config.parse import suggest
 from moe_jax.errors import ConfigError, DataError
@@ -74,15 +75,17 @@ def check_prompts(
                     f"{where}: adapter {adapter!r}: is not loaded; {suggest(adapter, adapters)}"
                 )
             require_language_model(adapters[adapter], adapter, "generate text")
+        embeddings = total_vocab_size(vocab_size, [] if adapter is None else [adapters[adapter]])
         length = len(tokens)
         if not length:
             raise DataError(
                 f"{where}: has no tokens; give at least one, such as the tokenizer's BOS token"
             )
-        if not 0 <= min(tokens) <= max(tokens) < vocab_size:
+        if not 0 <= min(tokens) <= max(tokens) < embeddings:
+            model = "the base has" if embeddings == vocab_size else "the base and the adapter have"
             raise DataError(
-                f"{where}: has ids from {min(tokens)} to {max(tokens)}, but the base has "
-                f"embeddings for 0 to {vocab_size - 1}; use that base's own tokenizer"
+                f"{where}: has ids from {min(tokens)} to {max(tokens)}, but {model} "
+                f"embeddings for 0 to {embeddings - 1}; use that base's own tokenizer"
             )
         if length >= context:
             raise DataError(

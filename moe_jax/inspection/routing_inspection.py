@@ -9,11 +9,12 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from moe_jax.adapters import METHODS
+from moe_jax.adapters.new_tokens import total_vocab_size
 from moe_jax.checkpoints.adapter_files import SavedAdapter, load_adapter
 from moe_jax.config.data import SourceConfig
 from moe_jax.config.model import FloatType, ModelConfig
 from moe_jax.config.parse import FieldError, parse, suggest
-from moe_jax.data.tokenizer import load_tokenizer
+from moe_jax.data.new_tokens import load_extended_tokenizer
 from moe_jax.errors import CheckpointError, ConfigError, DataError
 from moe_jax.hf.base_model import BaseModel, open_base
 from moe_jax.inspection.forward import Batches, route_rows, routing_sites
@@ -106,13 +107,12 @@ def inspect_routing(
     files = _open_base(base, saved, revision)
     model = build_model(files, options.dtype)
     load_adapters({name: saved}, files, model, None)  # rejects the adapter of another base
-    # The score head of a classifier comes after all routers.
-    method = dataclasses.replace(saved.method, classification=None)
-    tree = {"layers": saved.tree["layers"]}
+    method, tree = saved.method, saved.tree
     sites = routing_sites(model, method, tree)
     site = _select_site(site, sites, name)
-    tokenizer = load_tokenizer(files.folder)
-    rows = _token_rows(sources, tokenizer, files.config, options)
+    tokenizer = load_extended_tokenizer(files.folder, files.config, [method])
+    vocab_size = total_vocab_size(files.config.vocab_size, [method])
+    rows = _token_rows(sources, tokenizer, files.config, vocab_size, options)
     params = load_params(files, model, None)
     batches = route_rows(model, method, site, params, tree, rows.rows, options.batch_size)
     kept_lengths = _kept_lengths(rows.rows, options.keep_tokens // len(data))
@@ -170,6 +170,7 @@ def _token_rows(
     sources: Mapping[str, SourceConfig | Task | Sequence[str]],
     tokenizer: PreTrainedTokenizerBase,
     model: ModelConfig,
+    vocab_size: int,
     options: InspectionOptions,
 ) -> TokenRows:
     context = model.max_position_embeddings
@@ -181,10 +182,10 @@ def _token_rows(
     length = min(options.max_length or _MAX_LENGTH, context)
     rows = read_token_rows(sources, tokenizer, limit=options.limit, max_length=length)
     for row in rows.rows:
-        if row.tokens.max() >= model.vocab_size:
+        if row.tokens.max() >= vocab_size:
             raise DataError(
                 f"{row.where}: holds the token id {row.tokens.max()}, but the base has embeddings "
-                f"for {model.vocab_size} tokens only; give a base whose embeddings cover its "
+                f"for {vocab_size} tokens only; give a base whose embeddings cover its "
                 "tokenizer"
             )
     return rows

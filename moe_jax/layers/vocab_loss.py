@@ -118,7 +118,9 @@ def token_losses(
     axes = (VOCAB, ACTIVATION_EMBED) if tied else (ACTIVATION_EMBED, VOCAB)
     kernel = constrain(kernel.astype(x.dtype), axes)
     first, values = (None, None) if new is None else new
-    return _token_losses(_Settings(tied, cap, positions, x.dtype, first), x, kernel, targets, values)
+    return _token_losses(
+        _Settings(tied, cap, positions, x.dtype, first), x, kernel, targets, values
+    )
 
 
 def chunk_positions(rows: int, length: int, vocabulary: int) -> int:

@@ -39,7 +39,9 @@ class TokenEmbedding(nn.Module):
         # Gather whole rows before the look-up: a table split along D gives a result split along D,
         # which XLA's partitioner can only reshard to B by replicating it.
         table = constrain(self.embedding, (VOCAB, ACTIVATION_EMBED))
-        return self.scaled(constrain(jnp.take(table, tokens, axis=0).astype(self.dtype), HIDDEN_AXES))
+        return self.scaled(
+            constrain(jnp.take(table, tokens, axis=0).astype(self.dtype), HIDDEN_AXES)
+        )
 
     def scaled(self, rows: jax.Array) -> jax.Array:
         """Rows of a table, in `dtype`, times the factor of the result."""

@@ -22,6 +22,7 @@ from moe_jax.checkpoints.adapter_files import (
 from moe_jax.checkpoints.leaves import nested_dict
 from moe_jax.checkpoints.store import latest_step, read_adapters, read_metadata
 from moe_jax.config.run import RunConfig, parse_run_config
+from moe_jax.data.new_tokens import with_token_id
 from moe_jax.errors import CheckpointError, ConfigError
 from moe_jax.files.folders import current_folder
 from moe_jax.hf import base_model
@@ -126,19 +127,17 @@ def _stopped_adapter(workdir: Path, config: RunConfig, name: str, step: int) -> 
             f"{states / str(step)}: no longer holds the adapter {name!r}, which had finished; give "
             f"{workdir / ADAPTERS / name}"
         )
+    methods = {other: with_token_id(config.adapters[other].method, base) for other in names}
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     target = {
         other: nested_dict(
             {
                 leaf: jax.ShapeDtypeStruct(*spec, sharding=device)
-                for leaf, spec in expected_leaves(
-                    base.config, config.adapters[other].method
-                ).items()
+                for leaf, spec in expected_leaves(base.config, methods[other]).items()
             }
         )
         for other in names
     }
     tree: Mapping[str, Any] = read_adapters(states, step, target)
-    method = config.adapters[name].method
-    save_adapter(folder, SavedAdapter(method, tree[name], base.config, identity, step))
+    save_adapter(folder, SavedAdapter(methods[name], tree[name], base.config, identity, step))
     return current_folder(folder)

@@ -109,16 +109,17 @@ def read_text(
             raise FieldError("data", f"{needed}; give a text file with `data`")
         return None
     model = open_adapter_base(adapter, str(adapter.base.path if base is None else base))
-    return tokenized_text(Path(data), model)
+    return tokenized_text(Path(data), model, adapter.method)
 
 
-def tokenized_text(file: Path, base: BaseModel) -> Text:
-    """Reads a text with the tokenizer of a base."""
-    from moe_jax.data.token_rows import load_token_rows  # imports data libraries
-    from moe_jax.data.tokenizer import load_tokenizer
+def tokenized_text(file: Path, base: BaseModel, method: AdapterMethod | None = None) -> Text:
+    """Reads a text with the tokenizer of a base and the new tokens of an adapter."""
+    from moe_jax.data.new_tokens import load_extended_tokenizer  # imports data libraries
+    from moe_jax.data.token_rows import load_token_rows
 
     length = min(_MAX_ROW_LENGTH, base.config.max_position_embeddings)
-    return Text(file.name, base, load_token_rows(file, load_tokenizer(base.folder), length=length))
+    tokenizer = load_extended_tokenizer(base.folder, base.config, [method])
+    return Text(file.name, base, load_token_rows(file, tokenizer, length=length))
 
 
 def new_adapter(

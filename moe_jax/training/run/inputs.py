@@ -2,7 +2,7 @@
 
 import functools
 import multiprocessing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
@@ -11,9 +11,14 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
+from moe_jax.adapters.method import AdapterMethod
+from moe_jax.adapters.new_tokens import total_vocab_size
 from moe_jax.config.classification import ClassificationConfig
 from moe_jax.config.data import DataConfig
+from moe_jax.config.model import ModelConfig
+from moe_jax.config.parse import located
 from moe_jax.config.run import RunConfig
+from moe_jax.data.new_tokens import load_extended_tokenizer, with_token_id
 from moe_jax.data.pipeline import (
     ORDER,
     TrainData,
@@ -22,7 +27,6 @@ from moe_jax.data.pipeline import (
     load_validation_data,
 )
 from moe_jax.data.tokenised_source import TokenisedSource
-from moe_jax.data.tokenizer import load_tokenizer
 from moe_jax.errors import ConfigError, DataError, error_prefix
 from moe_jax.hf.base_model import BaseIdentity, BaseModel, open_base
 from moe_jax.sharding.mesh import make_mesh
@@ -127,11 +131,28 @@ class Inputs:
         return {**self.train[adapter].fingerprint, **validation}
 
 
+def with_token_ids(config: RunConfig) -> RunConfig:
+    """The configuration with the ids of the adapters' new tokens, by the base's tokenizer.
+
+    Raises:
+      UserError: the base cannot be read, or has a token already.
+    """
+    if not any(adapter.method.new_tokens for adapter in config.adapters.values()):
+        return config
+    with error_prefix("config.base.path"):
+        base = open_base(config.base.path, config.base.revision)
+    adapters = {}
+    for name, adapter in config.adapters.items():
+        with located(f"config.adapters.{name}.method"):
+            adapters[name] = replace(adapter, method=with_token_id(adapter.method, base))
+    return replace(config, adapters=adapters)
+
+
 def read_inputs(config: RunConfig, say: Callable[[str], None], *, resumes: bool = False) -> Inputs:
     """Reads the inputs of a run; quick checks come first.
 
     Args:
-      config: configuration of the run.
+      config: configuration of the run, from `with_token_ids`.
       say: prints a line.
       resumes: the run has a training state, so that `start_from` is not read.
 
@@ -153,15 +174,17 @@ def read_inputs(config: RunConfig, say: Callable[[str], None], *, resumes: bool 
     require_divisible_rows(config, make_mesh(config.mesh))
 
     say("reading the data")
-    tokenizer = load_tokenizer(base.folder)
-    _tokenise_in_processes(config, base.folder)
+    methods = [adapter.method for adapter in config.adapters.values()]
+    tokenizer = load_extended_tokenizer(base.folder, base.config, methods)
+    _tokenise_in_processes(config, base)
     train, validation = _load_data(config, tokenizer, say)
     for name, train_set in train.items():
         field = f"config.adapters.{name}.data"
         largest = {f"{field}.train.{source}": n for source, n in train_set.largest_tokens.items()}
         for source, validation_set in validation[name].items():
             largest[f"{field}.validation.{source}"] = validation_set.largest_token
-        require_embeddings(largest, tokenizer, base.config.vocab_size)
+        vocab_size = total_vocab_size(base.config.vocab_size, [config.adapters[name].method])
+        require_embeddings(largest, tokenizer, vocab_size)
         if configs[name].is_packed:  # positions count within a sequence of the row
             warn_of_positions({name: train_set.longest}, base.config, say)
     warn_of_padding(config, say)
@@ -170,7 +193,7 @@ def read_inputs(config: RunConfig, say: Callable[[str], None], *, resumes: bool 
     return Inputs(base, train, validation, steps)
 
 
-def _tokenise_in_processes(config: RunConfig, base: Path) -> None:
+def _tokenise_in_processes(config: RunConfig, base: BaseModel) -> None:
     """Fills the cache of tokenized data where `num_workers` is given.
 
     The workers are forked from a fresh process, since they can deadlock if they are forked from
@@ -183,9 +206,11 @@ def _tokenise_in_processes(config: RunConfig, base: Path) -> None:
     }
     if not fields:
         return
+    methods = [adapter.method for adapter in config.adapters.values()]
+    files = base.folder, base.config
     try:
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-            pool.submit(_fill_token_cache, fields, base, config.tasks_folder).result()
+            pool.submit(_fill_token_cache, fields, *files, methods, config.tasks_folder).result()
     except BrokenProcessPool as error:
         raise ConfigError(
             f"{next(iter(fields))}.num_workers: the process that tokenizes did not start; a script "
@@ -196,9 +221,12 @@ def _tokenise_in_processes(config: RunConfig, base: Path) -> None:
 def _fill_token_cache(
     fields: Mapping[str, tuple[DataConfig, ClassificationConfig | None]],
     base: Path,
+    model: ModelConfig,
+    methods: Sequence[AdapterMethod],
     tasks_folder: str | None,
 ) -> None:
-    tokenizer, tokenised = load_tokenizer(base), dict[str, TokenisedSource]()
+    tokenizer = load_extended_tokenizer(base, model, methods)
+    tokenised = dict[str, TokenisedSource]()
     for field, (data, classification) in fields.items():
         options = _loading_options(classification, tasks_folder, tokenised)
         load_train_data(data, tokenizer, 1, 0, field, **options)
