@@ -240,11 +240,11 @@ def _chunk(
     ids = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 2)
     # A comparison instead of a look-up, so that each device reads only its part of the vocabulary.
     is_target = ids == targets[..., None]
-    known = scores
+    known, first = scores, settings.first_new
     if new is not None:
-        assert settings.first_new is not None
-        new_ids = settings.first_new + jnp.arange(new.shape[-1])
-        is_replaced = (ids >= new_ids[0]) & (ids <= new_ids[-1])
+        assert first is not None
+        stop = first + new.shape[-1]
+        is_replaced = (ids >= first) & (ids < stop)
         is_target &= ~is_replaced
         known = jnp.where(is_replaced, -jnp.inf, scores)
     largest = jnp.max(known, axis=-1, keepdims=True)
@@ -257,6 +257,8 @@ def _chunk(
     of_target = jnp.sum(jnp.where(is_target, relative, 0.0), axis=-1)
     to_new = None
     if new is not None:
+        assert first is not None
+        new_ids = first + jax.lax.broadcasted_iota(jnp.int32, new.shape, 2)
         is_new_target = (new_ids == targets[..., None]).astype(jnp.float32)
         total += jnp.sum(jnp.exp(new - largest), axis=-1)
         of_target += jnp.sum(is_new_target * (new - largest), axis=-1)
