@@ -113,6 +113,9 @@ def _check(adapter: SavedAdapter, to: str, options: ExportOptions) -> None:
     if classification is not None and not export_format.classifies:
         feature = f"a classifier ({classification.describe()})"
         raise not_expressible(to, feature, "it has no score heads")
+    if adapter.method.new_tokens and not export_format.adds_tokens:
+        feature = f"new_tokens {', '.join(adapter.method.new_tokens)}"
+        raise not_expressible(to, feature, "it has no rows of the embedding and the head")
     export_format.check(adapter, options)
 
 

@@ -135,11 +135,13 @@ class Format(abc.ABC):
     Attributes:
       merges_experts: whether the format uses `ExportOptions.weights` and `tokens`.
       classifies: whether the format can express a score head.
+      adds_tokens: whether the format can express new tokens.
       library: the hub's `library_name` for it; empty if the hub has none.
     """
 
     merges_experts: ClassVar[bool] = False
     classifies: ClassVar[bool] = False
+    adds_tokens: ClassVar[bool] = False
     library: ClassVar[str] = ""
 
     def loading_code(self, adapter: SavedAdapter, options: ExportOptions) -> str:

@@ -52,6 +52,8 @@ _KNOWN = (
     *field_names(LowRankConfig),
     "target_modules",
     "classification",  # refused for every format without `classifies`
+    "new_tokens",  # refused for every format without `adds_tokens`
+    "new_token_id",
     "num_experts",
     "router",
     "expert_lora",

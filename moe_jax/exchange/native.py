@@ -18,6 +18,7 @@ class NativeFormat(Format):
 
     library = "moe_jax"
     classifies = True
+    adds_tokens = True
 
     def check(self, adapter: SavedAdapter, options: ExportOptions) -> None:
         if options.dtype not in (None, "float32"):

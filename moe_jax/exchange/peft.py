@@ -69,6 +69,7 @@ class PeftFormat(AdapterFormat):
     peft_types = ("LORA",)
     weights_file = SAFETENSORS_FILE
     classifies = True
+    adds_tokens = True
     library = "peft"
 
     def loading_code(self, adapter: SavedAdapter, options: ExportOptions) -> str:

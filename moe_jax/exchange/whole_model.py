@@ -207,6 +207,7 @@ class ModelFormat(Format):
     """
 
     library = "transformers"
+    adds_tokens = True
 
     def loading_code(self, adapter: SavedAdapter, options: ExportOptions) -> str:
         return (

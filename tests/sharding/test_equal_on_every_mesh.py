@@ -16,7 +16,8 @@ ROUTER = {"name": "top_k", "jitter_noise": 0.1}
 METHOD = {**tiny_program.MIXLORA, "dropout": 0.1, "router": ROUTER}
 # Here a slot is an expert, and all of them but the first are rounds of a loop.
 SOFT = {**METHOD, "router": {"name": "soft"}, "ffn_dropout": 0.1, "losses": {}}
-METHODS = {"default": METHOD, "soft": SOFT}
+NEW = {"new_tokens": ("<a>", "<b>", "<c>"), "new_token_id": 95}
+METHODS = {"default": {**METHOD, **NEW}, "soft": {**SOFT, **NEW}}
 
 
 def _run(mesh):
@@ -34,7 +35,9 @@ def _run(mesh):
     fresh = jax.tree.map(np.asarray, state.adapters)
     state = state.replace(adapters=tiny_program.random_adapters(program))
     before = jax.tree.map(np.asarray, state.adapters)
-    batch = program.put_train_batch(tiny_program.random_batch(32))
+    batch = tiny_program.random_batch(32, vocab=98)
+    assert (batch.tokens >= 95).sum() > 8, "new tokens"
+    batch = program.put_train_batch(batch)
     state, metrics = program.train_step(state, params, batch)
     gradients = jax.tree.map(lambda old, new: old - np.asarray(new), before, state.adapters)
     return program, jax.tree.map(np.asarray, metrics), gradients, fresh, state
