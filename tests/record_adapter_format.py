@@ -53,6 +53,7 @@ _PAIR = {
 _LOSSES = {"load_balance": {"coefficient": 0.01}, "router_z": {"coefficient": 0.001}}
 METHOD_CONFIGS = {
     "lora": {"name": "lora", **_PAIR},
+    "new_tokens": {"name": "lora", **_PAIR, "new_tokens": ["<a>", "</a>"], "new_token_id": 9},
     "dora": {"name": "lora", **_PAIR, "dora": True},
     "mixlora": {
         "name": "mixlora",

@@ -8,6 +8,7 @@
     rows.py         the rows of a batch that belong to each adapter
     projection.py   a frozen projection with the deltas of its adapters
     score_head.py   heads of classification adapters
+    new_tokens.py   rows of new tokens
     tree.py         names and trees of the adapters' variables
 
 A new method is one file with a dataclass derived from `AdapterMethod` and decorated with
