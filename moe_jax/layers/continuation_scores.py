@@ -6,6 +6,7 @@ longest continuation of the batch needs. The number is read at run time, so that
 program serves continuations of any length.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -49,6 +50,7 @@ def continuation_scores(
     *,
     tied: bool = False,
     cap: float | None = None,
+    extend: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
 ) -> ContinuationScores:
     """Scores each row's continuation, and candidates for its first token.
 
@@ -60,6 +62,8 @@ def continuation_scores(
       counts: int [B], number of targets of each row.
       candidates: int [B, K].
       tied, cap: see `logits`.
+      extend: function of hidden states [B, P, D] and their logits [B, P, V] that adds the logits of
+        new tokens; None without any.
     """
     rows, length, _ = x.shape
     positions = min(length, -(-CHUNK_TOKENS // rows))
@@ -74,6 +78,7 @@ def continuation_scores(
         places = jnp.minimum(first[:, None] + columns, length - 1)[..., None]
         chunk = constrain(jnp.take_along_axis(x, places, axis=1), HIDDEN_AXES)
         values = constrain(logits(chunk, kernel, tied=tied, cap=cap), (BATCH, LENGTH, VOCAB))
+        values = values if extend is None else extend(chunk, values)
         wanted = jnp.take_along_axis(targets, jnp.broadcast_to(columns, (rows, positions)), axis=1)
         total = jax.nn.logsumexp(values, axis=-1)
         log_probs = jnp.take_along_axis(values, wanted[..., None], axis=-1)[..., 0] - total

@@ -1,5 +1,6 @@
 """The language model: embedding, scanned decoder layers, final norm, and the heads on top."""
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -133,12 +134,9 @@ class LlamaForCausalLM(nn.Module):
         New tokens of adapters are among them, see `new_tokens.extended_logits`.
         """
         kernel, tied = self._head()
-        cap, new = self.config.final_logit_softcapping, self.new_tokens.new
-        result = logits(hidden, kernel, tied=tied, cap=cap)
-        if new is None:
-            return result
-        of_new_tokens = new_logits(hidden, self.adapter_rows, self._new_rows(), cap)
-        return extended_logits(result, self.adapter_rows, new, of_new_tokens)
+        result = logits(hidden, kernel, tied=tied, cap=self.config.final_logit_softcapping)
+        extend = self._logits_extension()
+        return result if extend is None else extend(hidden, result)
 
     def token_losses(self, hidden: jax.Array, targets: jax.Array) -> jax.Array:
         """Cross-entropy of each target in nats, float32 [B, S], without materializing all logits.
@@ -172,7 +170,15 @@ class LlamaForCausalLM(nn.Module):
         kernel, tied = self._head()
         cap = self.config.final_logit_softcapping
         return continuation_scores(
-            hidden, kernel, first, targets, counts, candidates, tied=tied, cap=cap
+            hidden,
+            kernel,
+            first,
+            targets,
+            counts,
+            candidates,
+            tied=tied,
+            cap=cap,
+            extend=self._logits_extension(),
         )
 
     def scores(self, hidden: jax.Array, token_mask: jax.Array) -> dict[str, jax.Array]:
@@ -202,6 +208,19 @@ class LlamaForCausalLM(nn.Module):
         """Rows of the new tokens, by adapter."""
         kernel = None if self.config.tie_word_embeddings else self.lm_head.kernel
         return self.new_tokens(self.embed_tokens.embedding, kernel)
+
+    def _logits_extension(self) -> Callable[[jax.Array, jax.Array], jax.Array] | None:
+        """Function that adds logits of new tokens, of hidden states and the base's logits."""
+        new, cap = self.new_tokens.new, self.config.final_logit_softcapping
+        if new is None:
+            return None
+        new_rows = self._new_rows()
+
+        def extended(hidden: jax.Array, result: jax.Array) -> jax.Array:
+            of_new_tokens = new_logits(hidden, self.adapter_rows, new_rows, cap)
+            return extended_logits(result, self.adapter_rows, new, of_new_tokens)
+
+        return extended
 
     def _new_logits(self, hidden: jax.Array) -> NewLogits | None:
         """Logits of the new tokens for the hidden states of `language_model_rows`."""

@@ -57,7 +57,7 @@ def _standard_promotion(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def decay_mask(adapters: Any) -> Any:
-    """True for the leaves with weight decay: A and B, but not routers, magnitudes and new tokens."""
+    """True for leaves with weight decay: A and B, not routers, magnitudes and new tokens."""
     return _leaves_named(adapters, "lora_A", "lora_B")
 
 
