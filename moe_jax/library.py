@@ -111,8 +111,11 @@ class AdaptedModel:
         methods: dict[str, AdapterMethod] = {}
         for name, adapter in adapters.items():
             with located(f"adapter {name!r}"):
-                is_saved = isinstance(adapter, SavedAdapter)
-                methods[name] = adapter.method if is_saved else with_token_id(adapter, base)
+                methods[name] = (
+                    adapter.method
+                    if isinstance(adapter, SavedAdapter)
+                    else with_token_id(adapter, base)
+                )
         self.methods: Mapping[str, AdapterMethod] = MappingProxyType(methods)
         model = LlamaForCausalLM(base.config, ComputeConfig(dtype=compute_dtype))
         self._llama = CompiledLlama(model)

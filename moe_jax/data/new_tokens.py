@@ -81,7 +81,7 @@ def add_new_tokens(
             )
     added = [AddedToken(token, special=not visible, normalized=False) for token in tokens]
     tokenizer.add_tokens(added, special_tokens=not visible)
-    ids = tokenizer.convert_tokens_to_ids(list(tokens))
+    ids = [int(tokenizer.get_vocab()[token]) for token in tokens]
     if ids != list(range(ids[0], ids[0] + len(tokens))):
         raise FieldError("new_tokens", f"the base's tokenizer gives them the ids {ids}, with gaps")
     return ids[0]

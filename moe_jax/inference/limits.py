@@ -8,6 +8,8 @@ from moe_jax.config.model import ModelConfig
 from moe_jax.config.parse import suggest
 from moe_jax.errors import ConfigError, DataError
 
+_OWN_TOKENIZER = "use that base's own tokenizer"
+
 EncodedPrompt = tuple[Sequence[int], str | None, str]
 """Token ids, name of the adapter (None is the base) and name of the prompt in error messages."""
 
@@ -82,10 +84,12 @@ def check_prompts(
                 f"{where}: has no tokens; give at least one, such as the tokenizer's BOS token"
             )
         if not 0 <= min(tokens) <= max(tokens) < embeddings:
-            model = "the base has" if embeddings == vocab_size else "the base and the adapter have"
+            is_known = max(tokens) < total_vocab_size(vocab_size, adapters.values())
+            remedy = "leave out other adapters' new tokens" if is_known else _OWN_TOKENIZER
+            model = "the base" if adapter is None else f"the base with adapter {adapter!r}"
             raise DataError(
-                f"{where}: has ids from {min(tokens)} to {max(tokens)}, but {model} "
-                f"embeddings for 0 to {embeddings - 1}; use that base's own tokenizer"
+                f"{where}: has ids from {min(tokens)} to {max(tokens)}, but {model} has "
+                f"embeddings for 0 to {embeddings - 1}; {remedy}"
             )
         if length >= context:
             raise DataError(
