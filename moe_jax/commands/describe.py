@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING, Any
 from moe_jax.commands import Run
 from moe_jax.commands.arguments import TARGETS, listed, numbers
 from moe_jax.config.command_line import load_config_file
-from moe_jax.config.parse import parse_member
+from moe_jax.config.parse import parse_member, to_plain
 from moe_jax.config.run import parse_run_config
 from moe_jax.errors import ConfigError
 
 if TYPE_CHECKING:  # jax is imported when a command runs, not for --help
-    from moe_jax.adapters.method import AdapterMethod
     from moe_jax.checkpoints.training_record import TrainingRecord
 
 
@@ -59,7 +58,6 @@ def _show(arguments: argparse.Namespace) -> None:
 
 def _show_run(workdir: Path) -> None:
     """Prints how far a run is, its adapters, and its newest losses."""
-    from moe_jax.adapters import METHODS
     from moe_jax.checkpoints.store import latest_step, read_metadata
     from moe_jax.loaded.run_adapters import ADAPTERS, CHECKPOINTS, read_run_config
     from moe_jax.training.records.metric_log import METRICS_FILE, read_metrics
@@ -83,7 +81,7 @@ def _show_run(workdir: Path) -> None:
     for name, adapter in config.adapters.items():
         finished = work.exported_step(name)
         state = "not finished" if finished is None else f"finished at step {finished}"
-        print(f"adapter  {name}: {METHODS.name_of(adapter.method)}, {state}")
+        print(f"adapter  {name}: {to_plain(adapter.method)['name']}, {state}")
         print(f"         {workdir / ADAPTERS / name} names it in other commands")
         for key, (at, value) in newest.items():
             is_loss = key == f"{name}/loss" or (
@@ -140,17 +138,20 @@ def add_adapter_fit(group: argparse._ArgumentGroup) -> None:
 def show_base(arguments: argparse.Namespace) -> None:
     """Prints the description of a base, and of the adapters that the flags state."""
     from moe_jax.inspection.base_description import adapter_lines, describe_base
+    from moe_jax.loaded.rank_match import match_ranks
 
-    methods = _methods(arguments)
+    given = _methods(arguments)
     base = describe_base(arguments.base, arguments.revision)
-    lines = base.lines()
-    for name, method in methods.items():
+    ranks, lines = match_ranks(given, base.config), base.lines()
+    for name, method in ranks.methods.items():
         lines += ["", *adapter_lines(base.adapter(name, method), base)]
+        if name in ranks.notes:
+            lines.append(ranks.notes[name])
     print("\n".join(lines))
 
 
-def _methods(arguments: argparse.Namespace) -> "dict[str, AdapterMethod]":
-    """Method of each adapter that the flags state."""
+def _methods(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Method of each adapter that the flags state, see `RunConfig.methods`."""
     from moe_jax.adapters import METHODS
 
     if arguments.method is None:
@@ -160,8 +161,7 @@ def _methods(arguments: argparse.Namespace) -> "dict[str, AdapterMethod]":
                 raise ConfigError(f"--{name.replace('_', '-')}: requires --method")
         if arguments.config is None:
             return {}
-        config = parse_run_config(load_config_file(arguments.config), METHODS)
-        return {name: adapter.method for name, adapter in config.adapters.items()}
+        return parse_run_config(load_config_file(arguments.config), METHODS).methods
     if arguments.config is not None:
         raise ConfigError("--method: --config specifies the methods of its adapters; leave one out")
     targets = arguments.target_modules

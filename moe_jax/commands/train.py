@@ -261,14 +261,18 @@ def get_config():
 
 def _plan(config: "RunConfig") -> int:
     """Compiles the step for the longest rows, and prints the memory it needs."""
+    from moe_jax.loaded.rank_match import match_ranks
     from moe_jax.training.records.plan import describe_plan
     from moe_jax.training.step.program import build_program
 
     # The number of steps only affects the schedule; that of an epoch is unknown without the data.
     steps = {name: config.length_group(name)[1].steps or 1 for name in config.adapters}
-    program = build_program(config, planned_model(config), steps)
+    model = planned_model(config)
+    ranks = match_ranks(config.methods, model)
+    config = ranks.apply(config)
+    program = build_program(config, model, steps)
     longest = max(adapter.data.max_length for adapter in config.adapters.values())
-    print(describe_plan(program, longest))
+    print(describe_plan(program, longest, ranks.notes))
     return 0
 
 

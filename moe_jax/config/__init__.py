@@ -25,6 +25,7 @@ Each group is a dataclass in this package, whose docstring describes every field
 
 From a file to a `RunConfig`: `command_line` runs the file and sets the fields that the command line
 overrides; `expand` selects the adapters of `train_only` and replaces a `sweep` by its adapters;
+`rank_match` keeps methods whose rank follows from a size until the base is known;
 `parse` checks the nested mappings against the dataclasses' types and creates them; each dataclass
 checks its own values in `__post_init__`. `to_json` writes the result, and `parse_run_config` reads
 it back to an equal `RunConfig`.

@@ -17,10 +17,10 @@ from moe_jax.config.parse import (
     Registry,
     field_prefix,
     parse,
-    parse_member,
     require,
     to_plain,
 )
+from moe_jax.config.rank_match import check_matches, parse_method
 
 ProtocolName = Literal["labels", "choices"]
 """Protocols of evaluation: the label of an option, or the text of each option, is scored."""
@@ -132,7 +132,9 @@ class AdapterConfig:
 
     Attributes:
       method: configuration of the method (for example `LoraConfig`), chosen by `method.name`.
-        Required.
+        Required. Its `rank` may also be `match:NAME`, the rank at which the adapter's number of
+        parameters is nearest to that of the adapter NAME, or `parameters:N`; its `alpha` may be a
+        multiple of the rank, such as `2*rank`.
       data: see `DataConfig`. Required.
       optimizer: see `OptimizerConfig`. Required.
       batch_size: rows of this adapter in one optimiser step, over all devices and micro-batches.
@@ -315,6 +317,11 @@ class RunConfig:
             return "training", self.training
         return f"adapters.{name}", adapter
 
+    @property
+    def methods(self) -> dict[str, Any]:
+        """Method of each adapter by name; a `MatchedMethod` until its rank is chosen."""
+        return {name: adapter.method for name, adapter in self.adapters.items()}
+
     def seed(self, name: str) -> int:
         """Seed of adapter `name`."""
         seed = self.adapters[name].seed
@@ -374,20 +381,22 @@ def parse_run_config(raw: Mapping[str, Any], methods: Registry) -> RunConfig:
     Raises:
       ConfigError: a field is invalid; the message has its path.
     """
-    raw = {**expand_sweep(select_adapters(raw), AdapterConfig, methods)}
+    selected = select_adapters(raw)
+    raw = {**expand_sweep(selected, AdapterConfig, methods)}
     adapters = raw.get("adapters")
     if isinstance(adapters, Mapping):
-        raw["adapters"] = {
+        parsed = {
             name: _with_parsed_method(adapter, methods, f"{ROOT}.adapters.{name}")
             for name, adapter in adapters.items()
         }
+        raw["adapters"] = check_matches(parsed, selected["adapters"])
     return parse(RunConfig, raw)
 
 
 def _with_parsed_method(adapter: Any, methods: Registry, path: str) -> Any:
     if not isinstance(adapter, Mapping) or "method" not in adapter:
         return adapter  # `parse` refuses it with a message
-    return {**adapter, "method": parse_member(methods, adapter["method"], f"{path}.method")}
+    return {**adapter, "method": parse_method(adapter["method"], methods, f"{path}.method")}
 
 
 def to_json(config: RunConfig) -> str:

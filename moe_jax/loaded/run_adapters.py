@@ -28,6 +28,7 @@ from moe_jax.files.folders import current_folder
 from moe_jax.hf import base_model
 from moe_jax.hf.base_model import BaseIdentity, open_base
 from moe_jax.loaded.adapter_base import expected_leaves
+from moe_jax.loaded.rank_match import match_ranks
 
 CHECKPOINTS, ADAPTERS, STOPPED = "checkpoints", "adapters", "stopped"
 _CONFIG = "config.json"
@@ -121,6 +122,7 @@ def _stopped_adapter(workdir: Path, config: RunConfig, name: str, step: int) -> 
     identity = BaseIdentity(**metadata["base"])
     base = open_base(config.base.path, config.base.revision)
     base.require_trained_on(str(workdir), identity, "restore that base")
+    methods = match_ranks(config.methods, base.config).methods
     names = [other for other, steps in metadata["steps"].items() if steps >= step]
     if name not in names:
         raise CheckpointError(

@@ -1,7 +1,9 @@
 """Memory of a run, from the compiled step alone: needs no weights, data or accelerator."""
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -71,8 +73,16 @@ def free_memory() -> int | None:
     return 1024 * kibibytes // jax.local_device_count()
 
 
-def describe_plan(program: Program, row_length: int) -> str:
-    """Formats `memory_plan` and parameter counts as a table."""
+def describe_plan(
+    program: Program, row_length: int, rank_notes: Mapping[str, str] = MappingProxyType({})
+) -> str:
+    """Formats `memory_plan` and parameter counts as a table.
+
+    Args:
+      program: program of the run.
+      row_length: length of the longest rows.
+      rank_notes: see `MatchedRanks.notes`.
+    """
     plan = memory_plan(program, row_length)
     base = parameter_count(program.abstract_params)
     lines = [
@@ -83,6 +93,8 @@ def describe_plan(program: Program, row_length: int) -> str:
         count = parameter_count(tree)
         share = f"{count / base:.2%} of the base"
         lines.append(f"adapter         {name}: {count:,} parameters ({share})")
+        if name in rank_notes:
+            lines.append(f"                {rank_notes[name]}")
     total = sum(rows.total for rows in program.adapter_rows)
     micro = program.config.training.micro_batches
     remat = program.config.compute.remat

@@ -29,6 +29,7 @@ from moe_jax.data.pipeline import (
 from moe_jax.data.tokenised_source import TokenisedSource
 from moe_jax.errors import ConfigError, DataError, error_prefix
 from moe_jax.hf.base_model import BaseIdentity, BaseModel, open_base
+from moe_jax.loaded.rank_match import match_ranks
 from moe_jax.sharding.mesh import make_mesh
 from moe_jax.tasks.training_rows import read_source_or_task
 from moe_jax.training.run.input_checks import (
@@ -108,12 +109,16 @@ class Inputs:
     """Inputs of a run besides weights.
 
     Attributes:
+      config: configuration of the run, its ranks chosen.
+      rank_notes: see `MatchedRanks.notes`.
       base: base model, its weights not loaded.
       train: training data of each adapter.
       validation: validation sets of each adapter, by name.
       steps: total optimizer steps of each adapter.
     """
 
+    config: RunConfig
+    rank_notes: dict[str, str]
     base: BaseModel
     train: TrainSets
     validation: ValidationSets
@@ -163,6 +168,8 @@ def read_inputs(config: RunConfig, say: Callable[[str], None], *, resumes: bool 
     with error_prefix("config.base.path"):
         base = open_base(config.base.path, config.base.revision)
     require_specified_architecture(config, base.config, base.folder)
+    ranks = match_ranks(config.methods, base.config)
+    config = ranks.apply(config)
     require_fitting_methods(config, base.config)
     lengths = {name: config.length_group(name)[1].steps for name in config.adapters}
     require_warmup_to_end(config, {name: n for name, n in lengths.items() if n is not None})
@@ -190,7 +197,7 @@ def read_inputs(config: RunConfig, say: Callable[[str], None], *, resumes: bool 
     warn_of_padding(config, say)
     steps = _total_steps(config, train)
     require_warmup_to_end(config, steps)
-    return Inputs(base, train, validation, steps)
+    return Inputs(config, ranks.notes, base, train, validation, steps)
 
 
 def _tokenise_in_processes(config: RunConfig, base: BaseModel) -> None:

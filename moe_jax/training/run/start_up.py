@@ -144,6 +144,7 @@ def open_session(
         config = _ended_at(saved.step, saved.metadata["steps"], config)
     config = with_token_ids(config)
     inputs = read_inputs(config, say, resumes=resumes)
+    config = inputs.config
     if saved.step is not None:
         require_same_inputs(work.folder, saved.metadata, config, inputs, saved.step)
     phase = phases_after(phases_of(inputs.steps), saved.step or 0)[0]
@@ -267,6 +268,8 @@ def start_up_table(config: RunConfig, inputs: Inputs, program: Program) -> list[
         trainable = f"{count:,} trainable parameters ({count / frozen:.3%} of the base)"
         length = f", {steps} steps of {adapter.batch_size} rows" if len(inputs.steps) > 1 else ""
         table.append(("adapter", f"{name!r}: {method}, {trainable}{length}"))
+        if name in inputs.rank_notes:
+            table.append(("", inputs.rank_notes[name]))
         modules = parameters_by_module(leaf_specs(tree)).items()
         table.append(("", "on " + ", ".join(f"{module} ({size:,})" for module, size in modules)))
         longest, positions = adapter.data.max_length, model.max_position_embeddings

@@ -12,7 +12,6 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from moe_jax.adapters.method import AdapterMethod
 from moe_jax.adapters.rows import AdapterRows, divide_rows
 from moe_jax.config.model import ModelConfig
 from moe_jax.config.parse import located
@@ -302,7 +301,7 @@ def build_program(
 def _program(config: RunConfig, llama: CompiledLlama, total_steps: Mapping[str, int]) -> Program:
     mesh, model = llama.mesh, llama.model
     assert mesh is not None
-    methods = _methods(config)
+    methods = config.methods
     rows = {name: adapter.batch_size for name, adapter in config.adapters.items()}
     optimizers = {name: adapter.optimizer for name, adapter in config.adapters.items()}
     optimizer = build_optimizer(optimizers, total_steps)
@@ -346,7 +345,7 @@ def _new_state(
         name: starts[name]
         if name in starts
         else nn.meta.unbox(untrained(model, method, params, keys[name]))
-        for name, method in _methods(config).items()
+        for name, method in config.methods.items()
     }
     scales = {}
     if config.compute.dtype == "float16":
@@ -359,10 +358,6 @@ def _new_state(
         opt_state=optimizer.init({PARAMS: shapes, ADAPTERS: adapters}),
         loss_scale=scales,
     )
-
-
-def _methods(config: RunConfig) -> dict[str, AdapterMethod]:
-    return {name: adapter.method for name, adapter in config.adapters.items()}
 
 
 def _keys(config: RunConfig) -> dict[str, jax.Array]:
