@@ -29,7 +29,7 @@ from moe_jax.exchange.format import Weighting
 from moe_jax.exchange.hub import HubTarget, push_folder, require_access
 from moe_jax.files.folders import require_unused
 from moe_jax.hf import base_model
-from moe_jax.hf.base_model import BaseModel, open_base, resolve_checkpoint
+from moe_jax.hf.base_model import BaseModel, open_base, resolve_checkpoint, resolve_recorded
 from moe_jax.hf.load import load_base_params
 from moe_jax.inference.api import InferenceSession
 from moe_jax.layers.frozen import storage_of
@@ -270,7 +270,7 @@ def export_adapter(
     tokens = None
     if data is not None:
         require_unused(Path(output))
-        folder = resolve_checkpoint(saved.base.path if base is None else base)
+        folder = resolve_recorded(saved.base) if base is None else resolve_checkpoint(base)
         length = min(512, saved.model.max_position_embeddings)
         tokenizer = load_extended_tokenizer(folder, saved.model, [saved.method])
         tokens = load_token_rows(Path(data), tokenizer, length=length)

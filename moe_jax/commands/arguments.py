@@ -10,7 +10,7 @@ from typing import get_args
 from moe_jax.config.model import FloatType
 from moe_jax.config.parse import FieldError, parse
 from moe_jax.config.run import MeshConfig
-from moe_jax.errors import CheckpointError, ConfigError, error_prefix
+from moe_jax.errors import ConfigError, error_prefix
 
 # Choices of flags, listed here so that --help and errors do not wait for the import of jax.
 # `tests/test_cli.py` compares them with the registries.
@@ -202,7 +202,7 @@ def base_path(base: str | None, adapters: Mapping[str, str], revision: str | Non
     if not adapters:
         raise ConfigError("--base: give a folder or hub id, or --adapter")
     from moe_jax.checkpoints.adapter_files import read_description
-    from moe_jax.hf.base_model import resolve_checkpoint
+    from moe_jax.hf.base_model import resolve_recorded
     from moe_jax.loaded.run_adapters import resolve_adapter
 
     bases = {
@@ -216,13 +216,5 @@ def base_path(base: str | None, adapters: Mapping[str, str], revision: str | Non
                 f"{other.path}, which differ; give adapters of one base"
             )
     with error_prefix(f"--base: the base of adapter {first!r}"):
-        try:
-            resolve_checkpoint(first_base.path, revision)
-        except CheckpointError as error:
-            if Path(first_base.path).expanduser().is_absolute():
-                raise
-            raise CheckpointError(
-                f"{error}; if it is a folder, its path is relative to the folder in which the "
-                "adapter was trained: give the base with --base"
-            ) from None
+        resolve_recorded(first_base, revision)
     return first_base.path

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from moe_jax.data.files import file_kind
 from moe_jax.errors import DataError
+from moe_jax.files.hub_log import quiet_retries
 
 HUB_SCHEME = "hf://"
 _ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -77,9 +78,13 @@ def download_files(path: str, address: HubAddress) -> str:
     wanted.append(address.files.replace("**/", ""))  # `**` may stand for no folder
     # The hub's library raises many types, for no network, no such id and no access.
     try:
-        folder = snapshot_download(
-            address.dataset, repo_type="dataset", revision=address.revision, allow_patterns=wanted
-        )
+        with quiet_retries():
+            folder = snapshot_download(
+                address.dataset,
+                repo_type="dataset",
+                revision=address.revision,
+                allow_patterns=wanted,
+            )
     except Exception as error:
         raise DataError(f"{path}: cannot be read from the hub ({first_line(error)})") from error
     if glob.has_magic(address.files):

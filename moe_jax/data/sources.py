@@ -27,6 +27,7 @@ from moe_jax.data.schema_choice import COLUMN_SCHEMAS, choose_schema
 from moe_jax.data.tokenizer import first_line
 from moe_jax.data.values import without_filled_keys
 from moe_jax.errors import DataError
+from moe_jax.files.hub_log import quiet_retries
 
 TOKEN_CACHE_VERSION = 2
 """Version of the cached tables, part of every cache key.
@@ -231,7 +232,7 @@ def _checked_rows(files: tuple[Path, ...], source: SourceConfig) -> Iterator[dic
 def _load_hub(address: HubAddress, source: SourceConfig, cache_dir: str | None) -> datasets.Dataset:
     # The hub's libraries raise many types, for no network, no such id, no such split and no access.
     try:
-        with progress_bars():
+        with progress_bars(), quiet_retries():
             return datasets.load_dataset(
                 address.dataset,
                 name=source.name,

@@ -22,7 +22,6 @@ from moe_jax.config.parse import FieldError
 from moe_jax.exchange.format import (
     FORMATS,
     ExportOptions,
-    NotExpressible,
     field_names,
     not_expressible,
     require_known,
@@ -87,9 +86,10 @@ class DenseFormat(ModelFormat):
             reason = "the FFN's output is not a mean of its experts' outputs"
             raise not_expressible(_FORMAT, f"router {name!r}", reason)
         if options.tokens is None:
-            raise NotExpressible(
-                "data: merging experts is approximate, and the divergence has to be measured; give "
-                "a text file with --data"
+            raise FieldError(
+                "data",
+                "merging experts is approximate, and the divergence has to be measured; give a "
+                "text file",
             )
 
     def plan(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from moe_jax.errors import CheckpointError
+from moe_jax.files.hub_log import quiet_retries
 
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -50,7 +51,7 @@ def require_access(target: HubTarget) -> None:
             "digits, '-', '_' and '.' only"
         ) from None
     api = HfApi()
-    with _hub_errors(f"push to hub: {name}"):
+    with _hub_errors(f"push to hub: {name}"), quiet_retries():
         user = api.whoami()
         _require_write_access(name, user)
         try:
@@ -86,7 +87,7 @@ def push_folder(folder: Path, target: HubTarget) -> str:
     command = ["hf upload", name, str(folder), "."]
     command += ["--private"] * target.private + [f"--revision {branch}"] * (branch is not None)
     failure = f"{folder} is complete, but pushing it to {name} failed"
-    with _hub_errors(failure, f"; push it with `{' '.join(command)}`"):
+    with quiet_retries(), _hub_errors(failure, f"; push it with `{' '.join(command)}`"):
         # The visibility of an existing repository does not change.
         api.create_repo(name, private=True if target.private else None, exist_ok=True)
         if branch is not None:

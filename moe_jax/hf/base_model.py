@@ -15,6 +15,7 @@ import numpy as np
 from moe_jax.config.model import ModelConfig
 from moe_jax.errors import CheckpointError
 from moe_jax.files.folders import current_folder
+from moe_jax.files.hub_log import quiet_retries
 from moe_jax.hf.config import read_model_config
 from moe_jax.hf.load import unread_tensors
 from moe_jax.hf.shards import name_list, open_shards
@@ -180,6 +181,29 @@ def resolve_checkpoint(path: str | Path, revision: str | None = None) -> Path:
     return _download(str(path), revision, _BASE_FILES, _BASE_IGNORED)
 
 
+def resolve_recorded(base: BaseIdentity, revision: str | None = None) -> Path:
+    """Local folder of a base model at the path that an adapter recorded in training.
+
+    Args:
+      base: identity of the base that the adapter stores.
+      revision: see `resolve_checkpoint`.
+
+    Raises:
+      CheckpointError: see `resolve_checkpoint`; says that the path is that of training.
+    """
+    try:
+        return resolve_checkpoint(base.path, revision)
+    except CheckpointError as error:
+        is_absolute = Path(base.path).expanduser().is_absolute()
+        reason = (
+            "the adapter was trained with this path"
+            if is_absolute
+            else "if it is a folder, its path is relative to the folder in which the adapter was "
+            "trained"
+        )
+        raise CheckpointError(f"{error}; {reason}: give the base with --base") from None
+
+
 def resolve_adapter(path: str | Path, revision: str | None = None) -> Path:
     """Local folder of an adapter; a hub id `owner/name` is downloaded, or found in the cache.
 
@@ -210,11 +234,12 @@ def _download(repo_id: str, revision: str | None, files: list[str], ignored: lis
 
     subject = f"{repo_id}: no such folder, and as a hub id:"
     try:
-        return Path(
-            snapshot_download(
-                repo_id, revision=revision, allow_patterns=files, ignore_patterns=ignored
+        with quiet_retries():
+            return Path(
+                snapshot_download(
+                    repo_id, revision=revision, allow_patterns=files, ignore_patterns=ignored
+                )
             )
-        )
     except GatedRepoError:
         raise CheckpointError(
             f"{subject} its owner grants access on request; request it on the model's page, "

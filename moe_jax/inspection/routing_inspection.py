@@ -15,8 +15,8 @@ from moe_jax.config.data import SourceConfig
 from moe_jax.config.model import FloatType, ModelConfig
 from moe_jax.config.parse import FieldError, parse, suggest
 from moe_jax.data.new_tokens import load_extended_tokenizer
-from moe_jax.errors import CheckpointError, ConfigError, DataError
-from moe_jax.hf.base_model import BaseModel, open_base
+from moe_jax.errors import ConfigError, DataError
+from moe_jax.hf.base_model import BaseModel, open_base, resolve_recorded
 from moe_jax.inspection.forward import Batches, route_rows, routing_sites
 from moe_jax.inspection.routing_report import (
     RoutedRow,
@@ -104,7 +104,10 @@ def inspect_routing(
             f"adapter {name!r}: its method {method_name!r} has no router; give an adapter with "
             "experts"
         )
-    files = _open_base(base, saved, revision)
+    if base is None:
+        resolve_recorded(saved.base, revision)
+        base = saved.base.path
+    files = open_base(base, revision)
     model = build_model(files, options.dtype)
     load_adapters({name: saved}, files, model, None)  # rejects the adapter of another base
     method, tree = saved.method, saved.tree
@@ -127,19 +130,6 @@ def inspect_routing(
         rows=_routed_rows(rows.rows, tokenizer, kept_lengths, kept_routing),
         notes=rows.report,
     )
-
-
-def _open_base(
-    base: str | Path | BaseModel | None, saved: SavedAdapter, revision: str | None
-) -> BaseModel:
-    if base is not None:
-        return open_base(base, revision)
-    try:
-        return open_base(saved.base.path, revision)
-    except CheckpointError as error:
-        raise CheckpointError(
-            f"{error}; the adapter was trained with this path: give the base's current one (--base)"
-        ) from None
 
 
 def _source(name: str, value: Any) -> SourceConfig | Task | Sequence[str]:

@@ -9,7 +9,7 @@ from moe_jax.adapters.method import AdapterMethod
 from moe_jax.checkpoints.adapter_files import SavedAdapter
 from moe_jax.checkpoints.leaves import LeafSpec, leaf_specs, require_same_leaves
 from moe_jax.config.model import ComputeConfig, ModelConfig
-from moe_jax.hf.base_model import BaseModel, open_base
+from moe_jax.hf.base_model import BaseModel, open_base, resolve_recorded
 from moe_jax.hf.load import checked_leaves
 from moe_jax.hf.shards import open_shards
 from moe_jax.models.adapted import abstract_params, untrained_adapter
@@ -39,6 +39,8 @@ def open_adapter_base(adapter: SavedAdapter, base: str) -> BaseModel:
       CheckpointError: the base is missing, damaged or another one; the adapter's leaves are not
         those of its method.
     """
+    if base == adapter.base.path:
+        resolve_recorded(adapter.base)
     opened = open_base(base)
     opened.require_trained_on("the adapter", adapter.base, "give that base")
     expected = expected_leaves(opened.config, adapter.method)

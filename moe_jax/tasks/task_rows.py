@@ -16,6 +16,7 @@ from moe_jax.config.parse import suggest
 from moe_jax.data.files import KINDS, file_kind, folder_files
 from moe_jax.data.values import describe_value
 from moe_jax.errors import DataError
+from moe_jax.files.hub_log import quiet_retries
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,7 @@ def read_hub(hub: HubData, split: str, limit: int | None) -> list[TaskRow]:
 
     # The hub's libraries raise many types, for no network, no such id, no such split and no access.
     try:
-        with progress_bars():
+        with progress_bars(), quiet_retries():
             table = datasets.load_dataset(hub.dataset, name=hub.config, split=split)
     except Exception as error:
         raise DataError(

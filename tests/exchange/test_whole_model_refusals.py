@@ -80,8 +80,7 @@ def refusal(*arguments, **keywords):
             {},
             "data: merging experts is approximate, and the divergence has to",
         ),
-        ("llama", MIXLORA, {}, "with --data; formats that can: --to mixlora, --to mixtral"),
-        ("llama", {**MIXLORA, "router": TOP_P}, {}, "with --data; formats that can: --to mixlora"),
+        ("llama", {**MIXLORA, "router": TOP_P}, {}, "be measured; give a text file"),
     ],
 )
 def test_adapters_that_cannot_be_one_model(tiny, tmp_path, to, method, changes, words):
