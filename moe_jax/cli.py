@@ -19,6 +19,7 @@ from moe_jax.commands import (
     inspect,
     surgery,
     train,
+    verify,
 )
 from moe_jax.commands.arguments import naming_flags
 from moe_jax.config.command_line import split_overrides
@@ -36,6 +37,7 @@ COMMANDS: dict[str, Callable[[argparse.ArgumentParser], Run]] = {
     "evaluate": evaluate.add,
     "inspect": inspect.add,
     "surgery": surgery.add,
+    "verify": verify.add,
 }
 
 

@@ -1,0 +1,1 @@
+"""Check of a base model on the user's machine, against transformers and peft where installed."""
