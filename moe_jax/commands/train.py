@@ -113,7 +113,7 @@ def _train(arguments: argparse.Namespace) -> int:
     if arguments.plan:
         return _plan(config)
     from moe_jax.evaluation.training_evaluator import TrainingTaskEvaluation
-    from moe_jax.training.records.recorder import print_line
+    from moe_jax.training.records.console import print_line
     from moe_jax.training.run.loop import train
 
     result = train(config, workdir, print_line, TrainingTaskEvaluation(), config_file=config_file)

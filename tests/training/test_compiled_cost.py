@@ -6,6 +6,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 import tiny_program
 
@@ -13,7 +14,12 @@ from moe_jax.adapters import METHODS
 from moe_jax.config.command_line import load_config_file
 from moe_jax.config.run import parse_run_config
 from moe_jax.hf.config import model_config_from_hf
-from moe_jax.training.records.plan import describe_plan, memory_plan
+from moe_jax.training.records.plan import (
+    describe_plan,
+    memory_plan,
+    process_plan,
+    resident_memory,
+)
 from moe_jax.training.step.program import build_program
 
 # Widths that no adapter has, so that shapes tell products of frozen kernels apart.
@@ -95,3 +101,35 @@ def test_plan_without_memory_of_the_backend(monkeypatch):
     monkeypatch.setattr(type(program), "compiled_train_step", lambda self, length: silent)
     assert memory_plan(program, row_length=16) is None
     assert describe_plan(program, row_length=16).endswith("not reported by this backend")
+
+
+def test_resident_memory_of_the_process():
+    before = resident_memory()
+    size = 256 * 2**20
+    array = np.ones(size, np.uint8)
+    during = resident_memory()
+    assert 0.9 * size < during.now - before.now < 1.2 * size
+    assert during.peak >= during.now
+    del array
+    after = resident_memory()
+    assert after.now < during.now - 0.9 * size
+    assert after.peak == pytest.approx(during.peak, rel=0.01)
+
+
+def test_process_beside_the_plan_on_one_cpu():
+    program = tiny_program.program({"default": tiny_program.LORA})
+    plan = memory_plan(program, row_length=16)
+    # LoRA of rank 4 has 4 x 704 weights a layer; Adam's moments are missing, as SGD is used.
+    assert plan.peak - plan.total == plan.adapters + plan.optimizer
+    assert plan.adapters == 4 * 3 * 4 * 704
+    process = process_plan(plan, program)
+    assert abs(process - plan.peak - resident_memory().now) < 2**26
+    last = describe_plan(program, row_length=16).splitlines()[-1]
+    assert last.startswith("  process  ") and "of libraries and compiler" in last
+
+
+def test_no_process_beside_the_plan_of_several_devices():
+    mesh = {"data": 2}
+    program = tiny_program.program({"default": tiny_program.LORA}, mesh=mesh, devices=2)
+    assert process_plan(memory_plan(program, row_length=16), program) is None
+    assert "process" not in describe_plan(program, row_length=16)

@@ -132,7 +132,13 @@ def test_the_training_record(finished, inputs):
 
 def test_every_metric_of_a_run_is_in_the_table(finished):
     lines = read_metrics(finished.workdir / "metrics.jsonl")
-    times = {"elapsed_seconds", "seconds_per_step", "tokens_per_second", "host_share"}
+    times = {
+        "peak_resident_bytes",
+        "elapsed_seconds",
+        "seconds_per_step",
+        "tokens_per_second",
+        "host_share",
+    }
     assert set().union(*(line.pop("time") for line in lines)) == times
     names = set().union(*lines) - {"step", "validation/default/held_out/loss"}
     router_losses = {"default/load_balance"}

@@ -25,7 +25,7 @@ from moe_jax.training.step.router_metrics import row_locations
 
 METRICS_FILE = "metrics.jsonl"
 TIME = "time"
-"""Field of a line that depends on the clock; all others are equal in equal runs."""
+"""Field of a line with times and memory of the process; all others are equal in equal runs."""
 
 _T = TypeVar("_T")
 

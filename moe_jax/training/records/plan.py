@@ -40,6 +40,11 @@ class MemoryPlan(NamedTuple):
     temporary: int
     total: int
 
+    @property
+    def peak(self) -> int:
+        """Bytes while a training state is saved, which the device then holds twice."""
+        return self.total + self.adapters + self.optimizer
+
 
 def memory_plan(program: Program, row_length: int) -> MemoryPlan | None:
     """Compiles the training step for rows of `row_length` tokens and reports its memory.
@@ -71,6 +76,45 @@ def free_memory() -> int | None:
         return None
     kibibytes = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
     return 1024 * kibibytes // jax.local_device_count()
+
+
+class ResidentMemory(NamedTuple):
+    """Resident memory of this process, in bytes.
+
+    Attributes:
+      now: at present.
+      peak: largest so far; that of the program alone, unlike `ru_maxrss` of `getrusage`, which a
+        process inherits from the one that started it.
+    """
+
+    now: int
+    peak: int
+
+
+def resident_memory() -> ResidentMemory | None:
+    """Resident memory of this process; None where the system does not say, which Linux does."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    fields = dict(line.split(":", 1) for line in lines)
+    return ResidentMemory(*(1024 * int(fields[name].split()[0]) for name in ("VmRSS", "VmHWM")))
+
+
+def process_plan(plan: MemoryPlan, program: Program) -> int | None:
+    """Bytes that this process will need, if a single CPU device is its host's memory; else None.
+
+    To the peak of the plan comes what the process holds before it has any array: the libraries, and
+    the compiler's memory. Call it after compiling. Measured on runs of two steps of SmolLM2-135M in
+    float32 (29 November 2026, Linux, jax 0.10.2):
+
+        adapter, rows       plan.peak    held before    sum         resident peak
+        LoRA, 4 x 128       1.06 GiB     1.07 GiB       2.13 GiB    2.17 GiB
+        MixLoRA, 8 x 256    2.48 GiB     1.18 GiB       3.66 GiB    3.54 GiB
+    """
+    held = resident_memory()
+    is_host = program.mesh.size == 1 and program.mesh.devices.flat[0].platform == "cpu"
+    return plan.peak + held.now if is_host and held is not None else None
 
 
 def describe_plan(
@@ -106,6 +150,11 @@ def describe_plan(
     if plan is None:
         return "\n".join([*lines, "  not reported by this backend"])
     lines += [f"  {name:<14}{readable(size):>12}" for name, size in plan._asdict().items()]
+    process = process_plan(plan, program)
+    if process is not None:
+        held = readable(process - plan.peak)
+        note = f"with {held} of libraries and compiler, and a copy of the state to save"
+        lines.append(f"  {'process':<14}{readable(process):>12}  {note}")
     return "\n".join(lines)
 
 

@@ -1,21 +1,19 @@
-"""Recording of a run: metric lines, console lines, the progress bar, and non-finite gradients."""
+"""Recording of a run: metric lines, console lines, and non-finite gradients."""
 
 import collections
 import contextlib
 import datetime
 import itertools
 import math
-import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol, Self
+from typing import Any, Protocol
 
 import jax
-from tqdm import tqdm
 
 from moe_jax.config.metric_names import metric_semantics
 from moe_jax.errors import TrainingError
+from moe_jax.training.records.console import ProgressBar
 from moe_jax.training.records.metric_log import (
     TIME,
     PendingMetrics,
@@ -24,6 +22,7 @@ from moe_jax.training.records.metric_log import (
     finite_or_none,
     nested_by_task,
 )
+from moe_jax.training.records.plan import resident_memory
 from moe_jax.training.step.program import Program
 
 _NAMED_ON_BAR = 3
@@ -48,67 +47,6 @@ class TaskScore(Protocol):
 
 TaskScores = Mapping[str, TaskScore]
 """Scores by `task/measure`."""
-
-
-def print_line(line: str) -> None:
-    """Prints a line above the progress bar, and flushes it."""
-    tqdm.write(line)
-    sys.stdout.flush()
-
-
-@contextlib.contextmanager
-def stage(say: Callable[[str], None], text: str) -> Iterator[None]:
-    """Announces work that takes a while, and shows its elapsed time on a terminal."""
-    say(text)
-    if not sys.stderr.isatty():
-        yield
-        return
-    start, ended = time.perf_counter(), threading.Event()
-
-    def show() -> None:
-        while not ended.wait(1.0):
-            print(f"\r{time.perf_counter() - start:.0f} s", end="", file=sys.stderr, flush=True)
-
-    thread = threading.Thread(target=show, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
-        print("\r\033[K", end="", file=sys.stderr, flush=True)
-
-
-class ProgressBar:
-    """Progress bar with steps, loss, learning rate, speed and time left."""
-
-    def __init__(self, total_steps: int, done: int, *, show: bool | None = None):
-        """Shows the bar.
-
-        Args:
-          total_steps: steps of the whole run.
-          done: steps done before, in a resumed run.
-          show: None shows it if standard error is a terminal.
-        """
-        self._bar = tqdm(
-            total=total_steps,
-            initial=done,
-            unit="step",
-            dynamic_ncols=True,
-            leave=False,
-            disable=None if show is None else not show,
-        )
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()
-
-    def update(self, step: int, values: Mapping[str, Any]) -> None:
-        """Advances the bar to `step` and shows `values` beside it."""
-        self._bar.set_postfix(values, refresh=False)
-        self._bar.update(step - self._bar.n)
 
 
 class Recorder:
@@ -320,6 +258,9 @@ class Recorder:
             self.losses[name] = finite_or_none(line[f"{name}/loss"])
         elapsed = round(time.perf_counter() - self._start, 3)
         times = {"elapsed_seconds": elapsed, **self._speed.measure()}
+        resident = resident_memory()
+        if resident is not None:
+            times["peak_resident_bytes"] = resident.peak
         self._write(step, line, times)
         for text in self._console_lines(step, line, times):
             self._say(text)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from moe_jax.checkpoints.training_record import add_accuracies
 from moe_jax.training.records.metric_log import METRICS_FILE, nested_by_task
+from moe_jax.training.records.plan import readable, resident_memory
 from moe_jax.training.records.plots import draw_run, loss_unit
 from moe_jax.training.run.adapter_reports import (
     TABLE_FILES,
@@ -62,6 +63,9 @@ def complete(session: TrainingSession) -> TrainResult:
         say(f"saved at step {progress.step}; run the same command to resume")
         return replace(result, interrupted_by=interrupts.received)
     _report_table(work, result, say)
+    resident = resident_memory()
+    if resident is not None:
+        say(f"peak memory of the process: {readable(resident.peak)} resident")
     if is_main_process():
         units = {name: loss_unit(adapter.method) for name, adapter in config.adapters.items()}
         for file in draw_run(work.folder / METRICS_FILE, work.folder, units):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from moe_jax.config.run import RunConfig
 from moe_jax.errors import memory_errors
-from moe_jax.training.records.recorder import print_line
+from moe_jax.training.records.console import print_line
 from moe_jax.training.run.completion import TrainResult, complete, repeated_result
 from moe_jax.training.run.measurement import TaskEvaluation
 from moe_jax.training.run.session import TrainingSession

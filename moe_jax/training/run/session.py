@@ -22,9 +22,10 @@ from moe_jax.config.run import RunConfig
 from moe_jax.data.batch import Batch
 from moe_jax.errors import TrainingError
 from moe_jax.files.folders import current_folder
+from moe_jax.training.records.console import stage
 from moe_jax.training.records.metric_log import METRICS_FILE
 from moe_jax.training.records.plots import adapter_pictures, loss_unit
-from moe_jax.training.records.recorder import Recorder, stage
+from moe_jax.training.records.recorder import Recorder
 from moe_jax.training.run.adapter_reports import build_training_record
 from moe_jax.training.run.background import BackgroundWriter, Interrupts
 from moe_jax.training.run.inputs import Inputs, Phase, Progress, phases_after, phases_of

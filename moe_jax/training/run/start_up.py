@@ -15,6 +15,7 @@ from moe_jax.config.run import RunConfig, to_json
 from moe_jax.errors import ConfigError, error_prefix
 from moe_jax.hf.load import load_base_params
 from moe_jax.sharding.mesh import require_platform
+from moe_jax.training.records.console import ProgressBar, stage
 from moe_jax.training.records.metric_log import (
     METRICS_FILE,
     Window,
@@ -23,8 +24,8 @@ from moe_jax.training.records.metric_log import (
     require_writers,
     training_losses,
 )
-from moe_jax.training.records.plan import memory_plan, parameter_count, readable
-from moe_jax.training.records.recorder import ProgressBar, Recorder, stage
+from moe_jax.training.records.plan import memory_plan, parameter_count, process_plan, readable
+from moe_jax.training.records.recorder import Recorder
 from moe_jax.training.run.background import BackgroundWriter, Interrupts
 from moe_jax.training.run.inputs import (
     Inputs,
@@ -287,6 +288,9 @@ def start_up_table(config: RunConfig, inputs: Inputs, program: Program) -> list[
         total = sizes.pop("total")
         terms = ", ".join(f"{name} {size}" for name, size in sizes.items())
         table.append(("memory", f"{total} a device, compiled: {terms}"))
+        process = process_plan(plan, program)
+        if process is not None:
+            table.append(("", f"about {readable(process)} for the whole process"))
     return [*table, *_step_rows(config, inputs)]
 
 
