@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from moe_jax.adapters.method import METHODS
 from moe_jax.layers.quantized import QuantizedKernel
 from moe_jax.training.step.program import Program
 
@@ -134,9 +135,9 @@ def describe_plan(
         f"base            {base:,} parameters, frozen, {program.config.base.param_dtype}",
     ]
     for name, tree in program.abstract_state.adapters.items():
-        count = parameter_count(tree)
+        method, count = METHODS.name_of(program.config.adapters[name].method), parameter_count(tree)
         share = f"{count / base:.2%} of the base"
-        lines.append(f"adapter         {name}: {count:,} parameters ({share})")
+        lines.append(f"adapter         {name}: {method}, {count:,} parameters ({share})")
         if name in rank_notes:
             lines.append(f"                {rank_notes[name]}")
     total = sum(rows.total for rows in program.adapter_rows)
