@@ -38,7 +38,7 @@ class DataSet:
       task: evaluation task of its questions; None if it belongs to no task.
       on_hub: True if `path` is on the hub, and not a local file or folder.
       weight: sampling weight, relative to the other training sets.
-      rows: number of rows used.
+      rows: number of rows used; None for streamed data.
     """
 
     path: str
@@ -48,7 +48,7 @@ class DataSet:
     split: str
     revision: str | None
     weight: float
-    rows: int
+    rows: int | None
 
     def without_local_path(self) -> "DataSet":
         """Copy whose path is the names of the files or folders only."""

@@ -99,7 +99,8 @@ def _show_record(record: "TrainingRecord") -> None:
         print(f"         began from {record.start_from}")
     for use, sets in (("train", record.train), ("validation", record.validation)):
         for name, data in sets.items():
-            print(f"data     {use} {name}: {data.rows:,} rows of {data.path or data.task}")
+            rows = "streamed rows" if data.rows is None else f"{data.rows:,} rows"
+            print(f"data     {use} {name}: {rows} of {data.path or data.task}")
     losses = {"training": record.training_loss, **record.validation_losses}
     if any(loss is not None for loss in losses.values()):
         print(f"loss     {_numbers(losses)}")

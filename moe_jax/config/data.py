@@ -135,6 +135,13 @@ class DataConfig:
       num_workers: number of processes that tokenise. Default 0: the main process, where a fast
         tokenizer uses all cores.
       cache_dir: cache folder of tokenised data sets. Default None: that of the `datasets` library.
+      streaming: read and tokenise the training rows during training, from local files or a data
+        set on the hub, and keep nothing of them on disk, for data larger than the disk. Files named
+        within a repository of the hub are downloaded first. Needs `steps`. Not for classifiers,
+        tasks and parts of splits. Default False.
+      shuffle_buffer: with `streaming`, number of consecutive rows of a data set that are shuffled
+        together; their tokens are held in memory. The order of local files is shuffled too.
+        Default 10000.
     """
 
     train: dict[str, SourceConfig]
@@ -147,6 +154,8 @@ class DataConfig:
     sort_window: int = 32
     num_workers: int = 0
     cache_dir: str | None = None
+    streaming: bool = False
+    shuffle_buffer: int = 10_000
 
     def __post_init__(self):
         require(bool(self.train), "train", "names no data set")
@@ -160,6 +169,23 @@ class DataConfig:
         )
         require(self.sort_window > 0, "sort_window", "must be positive")
         require(self.num_workers >= 0, "num_workers", "must not be negative")
+        require(self.shuffle_buffer > 0, "shuffle_buffer", "must be positive")
+        if self.streaming:
+            self._check_streaming()
+
+    def _check_streaming(self) -> None:
+        require(self.num_workers == 0, "num_workers", "must be 0 with streaming; leave it out")
+        for name, source in self.train.items():
+            require(
+                source.task is None,
+                f"train.{name}.task",
+                "cannot be streamed; leave streaming out, or give the rows as files",
+            )
+            require(
+                "[" not in source.split,
+                f"train.{name}.split",
+                f"{source.split!r} is a part of a split, which cannot be streamed",
+            )
 
     @property
     def is_packed(self) -> bool:
@@ -178,6 +204,11 @@ class DataConfig:
             "packing",
             "a classifier has one answer for each row, which can then hold one sequence only; "
             "leave packing out, and set buckets",
+        )
+        require(
+            classification is None or not self.streaming,
+            "streaming",
+            "is for language models; leave it out for a classifier",
         )
         for split, sources in (("train", self.train), ("validation", self.validation)):
             for name, source in sources.items():

@@ -281,7 +281,12 @@ class RunConfig:
         require(bool(self.adapters), "adapters", "names no adapter")
         self._check_names()
         for name, adapter in self.adapters.items():
-            _, length = self.length_group(name)
+            group, length = self.length_group(name)
+            require(
+                length.epochs is None or not adapter.data.streaming,
+                f"{group}.epochs",
+                f"adapters.{name}.data.streaming reads data of unknown length; give steps instead",
+            )
             require(
                 length.steps is not None or length.epochs is not None,
                 "training.steps",

@@ -43,7 +43,7 @@ class TrainData:
         `config.max_length` where rows are packed. Its `get_state` is a small dict of plain numbers,
         and `set_state` resumes exactly there, if `fingerprint` is the same.
       num_rows: training rows of all sources; an epoch of a weighted mixture does not pass each of
-        them once.
+        them once. None if unknown.
       longest: tokens of the longest row.
       batches_of_epochs: function from a number of epochs to the number of batches that pass that
         many times `num_rows` rows.
@@ -53,19 +53,19 @@ class TrainData:
         rows, and `ORDER` of their mixing and batching. They depend on content alone, not on file
         locations or library versions.
       largest_tokens: largest token id of each data set.
-      source_rows: training rows of each data set.
+      source_rows: training rows of each data set; None if unknown.
       source_schemas: schema of each data set.
     """
 
     iterator: grain.DatasetIterator[Batch]
-    num_rows: int
+    num_rows: int | None
     longest: int
     batches_of_epochs: Callable[[float], int]
     padding_share: float
     report: str
     fingerprint: dict[str, str]
     largest_tokens: dict[str, int]
-    source_rows: dict[str, int]
+    source_rows: dict[str, int | None]
     source_schemas: dict[str, Schema]
 
 
@@ -305,17 +305,18 @@ def _train_report(
 ) -> str:
     """Lines on the rows of each source, their shares of a batch, and the padding."""
     lines = [source.report for source in sources]
-    if len(sources) > 1:
-        shares = ", ".join(
-            f"{source.name} {weight / sum(weights):.1%}"
-            for source, weight in zip(sources, weights, strict=True)
-        )
-        lines.append(f"share of the rows of a batch: {shares}")
+    lines += share_lines([source.name for source in sources], weights)
     rows = f"padded to {', '.join(map(str, config.lengths))} tokens"
     if config.is_packed:
         packed = [len(row) for batch in sample for row in batch]
         rows = f"packed, {sum(packed) / len(packed):.1f} to a row of {config.max_length} tokens"
     return "\n".join([*lines, f"{rows}: {padding_share:.1%} of a batch is padding"])
+
+
+def share_lines(names: Sequence[str], weights: Sequence[float]) -> list[str]:
+    """Line on the data sets' shares of a batch; none for a single data set."""
+    shares = [f"{n} {w / sum(weights):.1%}" for n, w in zip(names, weights, strict=True)]
+    return [f"share of the rows of a batch: {', '.join(shares)}"] if len(names) > 1 else []
 
 
 def _row_stream(

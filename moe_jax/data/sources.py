@@ -47,12 +47,14 @@ class RowTable(NamedTuple):
       key: key of the rows in the cache.
       files: number of data files, where a path may stand for several; None otherwise.
       skipped: files of the folders that are not read, as in `DataFiles`.
+      origin: what the report says in place of the numbers of rows and files; None for those.
     """
 
     rows: datasets.Dataset
     key: str
     files: int | None = None
     skipped: Mapping[str, Sequence[str]] = {}
+    origin: str | None = None
 
 
 ReadSource = Callable[[SourceConfig, str | None], RowTable]
@@ -73,14 +75,14 @@ def read_source(source: SourceConfig, cache_dir: str | None) -> RowTable:
         raise ValueError(f"{source.title}: tasks are read by moe_jax.tasks.training_rows")
     source = with_schema(source, cache_dir)
     column_names(source)
-    address = _hub_data_set(source)
+    address = hub_data_set(source)
     if address is None:
-        table = _read_files(_local_files(source), source, cache_dir)
+        table = _read_files(local_files(source), source, cache_dir)
         table = select_part(table, source, _whole_split(source))
     else:
         table = _read_hub(address, source, cache_dir)
     if not len(table.rows):
-        raise _no_rows(source)
+        raise no_rows(source)
     return table
 
 
@@ -111,14 +113,14 @@ def first_columns(source: SourceConfig, cache_dir: str | None) -> tuple[str, lis
     Raises:
       DataError: the row cannot be read, or there is none.
     """
-    address = _hub_data_set(source)
+    address = hub_data_set(source)
     if address is not None:
         columns = _load_hub(address, source, cache_dir).column_names
         return f"{source.title}, {source.split}", columns
-    for file in _local_files(source).files:
+    for file in local_files(source).files:
         for where, row in read_rows(file):
             return where, list(row_columns(row, where))
-    raise _no_rows(source)
+    raise no_rows(source)
 
 
 def iterate_rows(source: SourceConfig, cache_dir: str | None) -> Iterator[dict[str, str]]:
@@ -127,19 +129,20 @@ def iterate_rows(source: SourceConfig, cache_dir: str | None) -> Iterator[dict[s
     Raises:
       DataError: see `read_source`.
     """
-    address = _hub_data_set(source)
+    address = hub_data_set(source)
     if address is not None:
         rows: Any = _read_hub(address, source, cache_dir).rows
         yield from rows
     else:
-        yield from _checked_rows(_local_files(source).files, source)
+        yield from _checked_rows(local_files(source).files, source)
 
 
-def _no_rows(source: SourceConfig) -> DataError:
+def no_rows(source: SourceConfig) -> DataError:
+    """Error of a split without rows."""
     return DataError(f"{source.title}: the split {source.split!r} holds no rows")
 
 
-def _hub_data_set(source: SourceConfig) -> HubAddress | None:
+def hub_data_set(source: SourceConfig) -> HubAddress | None:
     """Address of a whole data set on the hub; None for files, of a hub repository too.
 
     Raises:
@@ -169,7 +172,12 @@ def _whole_split(source: SourceConfig) -> str:
     return source.split.partition("[")[0]
 
 
-def _local_files(source: SourceConfig) -> DataFiles:
+def local_files(source: SourceConfig) -> DataFiles:
+    """Files of a source's split; those of a hub repository are downloaded.
+
+    Raises:
+      DataError: there are none, or a setting does not go with them.
+    """
     return find_files(_local_paths(source), _whole_split(source))
 
 
@@ -226,7 +234,7 @@ def _checked_rows(files: tuple[Path, ...], source: SourceConfig) -> Iterator[dic
             is_empty = False
             yield {**check_row(row, source, where), "where": where}
     if is_empty:  # the cache builder refuses a generator without rows
-        raise _no_rows(source)
+        raise no_rows(source)
 
 
 def _load_hub(address: HubAddress, source: SourceConfig, cache_dir: str | None) -> datasets.Dataset:
@@ -255,7 +263,7 @@ def _read_hub(address: HubAddress, source: SourceConfig, cache_dir: str | None) 
     key = cache_key(files, address.dataset, source.split, source.schema, column_names(source))
     with progress_bars(), cache_errors(cache_dir):
         rows = raw.map(
-            _check_hub_row,
+            check_hub_row,
             with_indices=True,
             fn_kwargs={"source": source},
             remove_columns=raw.column_names,
@@ -265,7 +273,17 @@ def _read_hub(address: HubAddress, source: SourceConfig, cache_dir: str | None) 
     return RowTable(rows, key)
 
 
-def _check_hub_row(row: Any, index: int, source: SourceConfig) -> dict[str, str]:
+def check_hub_row(row: Any, index: int, source: SourceConfig) -> dict[str, str]:
+    """Fields of a row of a hub data set, and `where`.
+
+    Args:
+      row: raw row.
+      index: number of the row in its split, from 0.
+      source: data set, with its schema.
+
+    Raises:
+      DataError: the row does not fit the schema.
+    """
     where = f"{source.path}, {source.split}: row {index + 1}"
     return {**check_row(without_filled_keys(row), source, where), "where": where}
 

@@ -192,7 +192,7 @@ def _token_table(
     )
     if classification is None:
         tokenise = functools.partial(
-            _tokenise_batch,
+            tokenise_batch,
             source=source,
             template=template,
             tokenizer=tokenizer,
@@ -246,6 +246,8 @@ def flat_values(column: pa.ChunkedArray) -> np.ndarray:
 
 def _origin(name: str, rows: RowTable, schema: Schema | None) -> str:
     """Numbers of rows and files, and the schema if the columns told it."""
+    if rows.origin is not None:
+        return f"{name}: {rows.origin}"
     files = "" if rows.files is None else f" of {rows.files} file{'s' * (rows.files != 1)}"
     chosen = "" if schema is None else f" (schema {schema!r}, by their columns)"
     return f"{name}: {len(rows.rows)} rows{files}{chosen}"
@@ -296,7 +298,7 @@ def _blank_report(rows: datasets.Dataset, schema: Schema) -> str:
     return note if count else ""
 
 
-def _tokenise_batch(
+def tokenise_batch(
     batch: dict[str, list[str]],
     indices: list[int],
     *,
@@ -305,6 +307,7 @@ def _tokenise_batch(
     tokenizer: PreTrainedTokenizerBase,
     config: DataConfig,
 ) -> dict[str, list]:
+    """Columns `FEATURES` of a batch of checked rows; `row` is one of `indices`."""
     assert source.schema is not None
     examples, origins = [], []
     for position, index in enumerate(indices):

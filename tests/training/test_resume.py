@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 from tiny_run import Run, final_adapter, metric_lines, write_inputs
 
@@ -241,3 +242,22 @@ def test_a_file_that_cannot_be_written_keeps_the_former_state(inputs, halfway, f
 def test_a_work_directory_that_is_a_file(inputs, tmp_path):
     (tmp_path / "run").write_text("")
     assert f"cannot write {tmp_path / 'run'}: file exists" in refusal(inputs, tmp_path / "run")
+
+
+def test_streamed_data_resumes_exactly(inputs, tmp_path):
+    data = "adapters__default__data"
+    streamed = {f"{data}__streaming": True, f"{data}__shuffle_buffer": 7}
+    status, log = outcome(inputs, tmp_path / "whole", **streamed)
+    assert status == 0 and "words: streamed from 1 file, of the first 100 rows, " in log
+    resumed = shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
+    shutil.rmtree(resumed / "checkpoints" / "8")
+    shutil.rmtree(resumed / "adapters")
+    assert outcome(inputs, resumed, **streamed)[0] == 0
+    assert metric_lines(resumed) == metric_lines(tmp_path / "whole")
+    mine, theirs = final_adapter(resumed), final_adapter(tmp_path / "whole")
+    for path, leaf in theirs.items():
+        np.testing.assert_array_equal(mine[path], leaf, err_msg=path)
+    record = json.loads((resumed / "adapters" / "default" / "training.json").read_text())
+    assert record["train"]["words"]["rows"] is None
+    error = refusal(inputs, resumed, **streamed, training__steps=None, training__epochs=1)
+    assert "config.training.epochs: adapters.default.data.streaming reads data of unknown" in error

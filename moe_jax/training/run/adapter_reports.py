@@ -201,12 +201,12 @@ def build_training_record(
     )
 
 
-def data_set_record(source: SourceConfig, rows: int, tasks_folder: str | None) -> DataSet:
+def data_set_record(source: SourceConfig, rows: int | None, tasks_folder: str | None) -> DataSet:
     """Record of a data set.
 
     Args:
       source: configuration of the data set, with its schema.
-      rows: number of its rows.
+      rows: number of its rows; None if unknown.
       tasks_folder: `RunConfig.tasks_folder`.
     """
     paths = source.paths

@@ -26,6 +26,7 @@ from moe_jax.data.pipeline import (
     load_train_data,
     load_validation_data,
 )
+from moe_jax.data.streaming import load_streamed_data
 from moe_jax.data.tokenised_source import TokenisedSource
 from moe_jax.errors import ConfigError, DataError, error_prefix
 from moe_jax.hf.base_model import BaseIdentity, BaseModel, open_base
@@ -184,7 +185,7 @@ def read_inputs(config: RunConfig, say: Callable[[str], None], *, resumes: bool 
     methods = [adapter.method for adapter in config.adapters.values()]
     tokenizer = load_extended_tokenizer(base.folder, base.config, methods)
     _tokenise_in_processes(config, base)
-    train, validation = _load_data(config, tokenizer, say)
+    train, validation = _load_data(config, tokenizer, base.config.vocab_size, say)
     for name, train_set in train.items():
         field = f"config.adapters.{name}.data"
         largest = {f"{field}.train.{source}": n for source, n in train_set.largest_tokens.items()}
@@ -252,7 +253,10 @@ def _loading_options(
 
 
 def _load_data(
-    config: RunConfig, tokenizer: PreTrainedTokenizerBase, say: Callable[[str], None]
+    config: RunConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    vocab_size: int,
+    say: Callable[[str], None],
 ) -> tuple[TrainSets, ValidationSets]:
     """Loads the data of all adapters; equal data sets once."""
     train, validation = TrainSets(), ValidationSets()
@@ -262,15 +266,13 @@ def _load_data(
         field, classification = f"config.adapters.{name}.data", adapter.method.classification
         options = _loading_options(classification, config.tasks_folder, tokenised)
         data = replace(adapter.data, num_workers=0)  # see `_tokenise_in_processes`
-        train[name] = load_train_data(
-            data,
-            tokenizer,
-            adapter.batch_size,
-            config.seed(name),
-            field,
-            grouping_seed=config.training.seed,
-            **options,
-        )
+        place = (data, tokenizer, adapter.batch_size, config.seed(name), field)
+        seed = config.training.seed
+        if data.streaming:
+            size = total_vocab_size(vocab_size, [adapter.method])
+            train[name] = load_streamed_data(*place, vocab_size=size, grouping_seed=seed)
+        else:
+            train[name] = load_train_data(*place, grouping_seed=seed, **options)
         micro_rows = adapter.batch_size // config.training.micro_batches
         validation[name] = load_validation_data(data, tokenizer, micro_rows, field, **options)
         data_sets = [train[name], *validation[name].values()]
