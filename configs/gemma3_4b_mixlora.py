@@ -4,7 +4,7 @@
 
 Settings are those of `llama7b_mixlora.py`; the learning rate follows from the width
 (`learning_rate_for` in `moe_jax/config/recipe.py`, with its source). The weights take 7.8 GB in
-bfloat16: every device holds a copy. The vision tower of the checkpoint is not loaded.
+bfloat16: every device holds a copy. The vision tower of the checkpoint is not read.
 """
 
 from typing import Any

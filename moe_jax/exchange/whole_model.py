@@ -36,11 +36,12 @@ from moe_jax.exchange.new_tokens import (
     extended_table,
     extended_tokenizer,
 )
-from moe_jax.files.json_file import read_json_object
 from moe_jax.hf.base_model import BaseModel
+from moe_jax.hf.config import read_config_file
 from moe_jax.hf.key_table import Leaf, TensorParts, tensor_parts
 from moe_jax.hf.load import checked_leaves, read_leaf
 from moe_jax.hf.shards import INDEX_FILE, SINGLE_FILE, Shards, open_shards
+from moe_jax.hf.wrapper import language_model_fields
 from moe_jax.loaded.adapter_base import open_adapter_base
 
 MAX_SHARD_BYTES = 5 * 10**9
@@ -225,7 +226,7 @@ class ModelFormat(Format):
         Args:
           adapter: an adapter that passed `check`, with the leaves of its method.
           base: the base that the adapter was trained on.
-          config: the base's `config.json`.
+          config: the base's `config.json`; of its language model only, if it also reads images.
           options: options of the export.
 
         Raises:
@@ -234,7 +235,7 @@ class ModelFormat(Format):
 
     def prepare(self, adapter: SavedAdapter, options: ExportOptions) -> Export:
         base = open_adapter_base(adapter, options.base)
-        base_config = read_json_object(base.folder / _CONFIG_FILE)
+        base_config = dict(language_model_fields(read_config_file(base.folder), str(base.folder)))
         tokenizer = extended_tokenizer(adapter, options.base)
         if tokenizer is not None:
             vocab_size = extended_model(base.config, adapter.method).vocab_size

@@ -17,6 +17,7 @@ from moe_jax.errors import CheckpointError
 from moe_jax.files.folders import current_folder
 from moe_jax.files.hub_log import quiet_retries
 from moe_jax.hf.config import read_model_config
+from moe_jax.hf.key_table import module_counts
 from moe_jax.hf.load import unread_tensors
 from moe_jax.hf.shards import name_list, open_shards
 
@@ -87,9 +88,8 @@ class BaseModel:
         """One line on stored tensors that are not read; None if all are."""
         if not self.unread:
             return None
-        return (
-            f"not read from {self.folder}, as no part of the model: {name_list([*self.unread], 1)}"
-        )
+        modules = name_list(module_counts(self.unread))
+        return f"not read from {self.folder}, as no part of the model: {modules}"
 
     def require_trained_on(self, subject: str, trained_on: BaseIdentity, remedy: str) -> None:
         """Requires that this is the base model that an adapter or a run was trained on.

@@ -12,6 +12,7 @@ from moe_jax.files.json_file import read_json_object
 from moe_jax.hf.families import FAMILIES, Family
 from moe_jax.hf.fields import HF_NAMES, HFFields
 from moe_jax.hf.rope import SECTIONS
+from moe_jax.hf.wrapper import GROUP, language_model_fields
 
 # Fields that change the computation in some architecture, with the value at which they do not. A
 # family that does not read a field accepts only this value. (Not `sliding_window`: many files of
@@ -44,6 +45,15 @@ def read_model_config(folder: Path) -> ModelConfig:
       CheckpointError: the file is missing or invalid, its architecture is not supported, or a field
         is missing or contradicts another.
     """
+    return model_config_from_hf(read_config_file(folder), str(Path(folder) / "config.json"))
+
+
+def read_config_file(folder: Path) -> dict[str, Any]:
+    """Fields of `folder/config.json`.
+
+    Raises:
+      CheckpointError: the file is missing or invalid.
+    """
     path = Path(folder) / "config.json"
     if not path.is_file():
         if (Path(folder) / "adapter_config.json").is_file():
@@ -55,11 +65,13 @@ def read_model_config(folder: Path) -> ModelConfig:
             f"{path}: no such file; give a folder with a Hugging Face checkpoint "
             f"(config.json and *.safetensors)"
         )
-    return model_config_from_hf(read_json_object(path), str(path))
+    return read_json_object(path)
 
 
 def model_config_from_hf(mapping: Mapping[str, Any], where: str) -> ModelConfig:
     """Architecture described by the fields of a Hugging Face `config.json`.
+
+    Of a model that also reads images or audio, it is that of the language model.
 
     Args:
       mapping: fields as read from JSON.
@@ -69,6 +81,9 @@ def model_config_from_hf(mapping: Mapping[str, Any], where: str) -> ModelConfig:
       CheckpointError: the architecture is not supported; a field is missing, of the wrong type,
         contradicts another, or has a value that is not supported.
     """
+    own = language_model_fields(mapping, where)
+    if own is not mapping:
+        mapping, where = own, f"{where}: {GROUP}"
     family = _family(mapping, where)
     fields = HFFields(mapping, where, family.defaults)
     _require_constants(fields, family)

@@ -12,6 +12,7 @@ import numpy as np
 
 from moe_jax.config.model import ModelConfig
 from moe_jax.hf.families.family import MODEL, ROTARY_BUFFER, WeightRule, family_of
+from moe_jax.hf.wrapper import PREFIX
 
 
 @dataclass(frozen=True)
@@ -101,13 +102,16 @@ def by_tensor_name(stored: Iterable[str], config: ModelConfig) -> dict[str, list
     """Stored names by the name of their tensor in the key table, or else their own name.
 
     As transformers does, `model.` is added to names of a decoder that was saved alone, and a
-    doubled one is taken off.
+    doubled one is taken off; so is the prefix of a language model within a larger one.
     """
     known = {key for rule in family_of(config).weights for key in tensor_names(rule.key, config)}
+    modules = {key.removeprefix(MODEL).partition(".")[0] for key in known if key.startswith(MODEL)}
     names: dict[str, list[str]] = {}
     for key in stored:
-        shorter, longer = key.removeprefix(MODEL), MODEL + key
-        name = shorter if shorter in known else longer if longer in known else key
+        bare = PREFIX.sub("", key)
+        shorter = bare.removeprefix(MODEL)
+        name = MODEL + bare if bare.partition(".")[0] in modules else bare
+        name = shorter if shorter in known else name
         names.setdefault(name, []).append(key)
     return names
 
@@ -124,6 +128,21 @@ def is_beside_model(key: str, config: ModelConfig) -> bool:
         if key.startswith(prefix) and number.isdecimal() and int(number) < config.num_layers:
             return ROTARY_BUFFER.search(key) is not None
     return key.rpartition(".")[0] not in {rule.key.rpartition(".")[0] for rule in rules}
+
+
+def module_counts(tensors: Iterable[str]) -> list[str]:
+    """Modules of tensors, each with the number of its tensors; a single tensor by its name.
+
+    A module is the first part of the names behind `model.`, and of layers also their number.
+    """
+    modules: dict[str, list[str]] = {}
+    for name in tensors:
+        path = PREFIX.sub("", name).removeprefix(MODEL).split(".")
+        modules.setdefault(".".join(path[: 2 if path[0] == "layers" else 1]), []).append(name)
+    return [
+        names[0] if len(names) == 1 else f"{module} ({len(names)} tensors)"
+        for module, names in modules.items()
+    ]
 
 
 def unexpected_reason(key: str, config: ModelConfig) -> str:

@@ -15,6 +15,7 @@ from moe_jax.config.model import ModelConfig, RopeConfig
 from moe_jax.config.parse import located
 from moe_jax.hf.base_model import open_base
 from moe_jax.hf.families.family import family_of
+from moe_jax.hf.key_table import module_counts
 from moe_jax.hf.load import checked_leaves
 from moe_jax.hf.shards import name_list, open_shards
 from moe_jax.loaded.adapter_base import expected_leaves
@@ -119,7 +120,8 @@ class BaseDescription:
             ("parameters", f"{self.parameters:,}"),
         ]
         if self.unread:
-            table.append(("not read", f"{name_list([*self.unread])}, as no part of the model"))
+            modules = name_list(module_counts(self.unread))
+            table.append(("not read", f"{modules}, as no part of the model"))
         return [*_columns(table), *module_lines(self.modules)]
 
 

@@ -277,9 +277,3 @@ def test_sizes_have_no_defaults(model_type, field):
     del mapping[field]
     with pytest.raises(CheckpointError, match=rf"config.json: {field}: this field is required"):
         model_config_from_hf(mapping, "config.json")
-
-
-def test_image_models_are_refused():
-    mapping = dict(architectures=["Gemma3ForConditionalGeneration"], model_type="gemma3")
-    with pytest.raises(CheckpointError, match=r"Gemma3ForConditionalGeneration.*not supported"):
-        model_config_from_hf(mapping | dict(text_config=_file("gemma3_text", {})), "config.json")

@@ -30,5 +30,5 @@ def test_tensors_beside_the_base_model_are_named(tmp_path):
     base = dataclasses.replace(inputs.base, unread=("mtp.norm.weight", "score.weight"))
     program = build_program(config, base.config, inputs.steps, jax.devices()[:1])
     table = start_up_table(config, dataclasses.replace(inputs, base=base), program)
-    note = f"not read from {base.folder}, as no part of the model: mtp.norm.weight and 1 more"
+    note = f"not read from {base.folder}, as no part of the model: mtp.norm.weight, score.weight"
     assert table[:2] == [start_up_table(config, inputs, program)[0], ("", note)]

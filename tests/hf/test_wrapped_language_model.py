@@ -1,0 +1,263 @@
+"""Language models inside models that read images, against transformers' whole models."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from tolerances import FLOAT32_LOGITS
+from transformers import (
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
+)
+from whole_models import adapter_of
+
+import moe_jax
+from moe_jax.cli import main
+from moe_jax.config.command_line import load_config_file
+from moe_jax.errors import CheckpointError
+from moe_jax.hf.base_model import open_base
+from moe_jax.hf.config import model_config_from_hf, read_model_config
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+TOKENS = np.random.default_rng(0).integers(0, 59, (2, 16))
+TEXT = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+}
+VISION = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+GEMMA = {
+    "text_config": {
+        **TEXT,
+        "sliding_window": 5,
+        "sliding_window_pattern": 2,
+        "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+    },
+    "vision_config": VISION,
+    "mm_tokens_per_image": 4,
+    "image_token_index": 60,
+}
+WRAPPERS = {
+    "gemma3": (Gemma3ForConditionalGeneration, Gemma3Config(**GEMMA)),
+    "mistral3": (
+        Mistral3ForConditionalGeneration,
+        Mistral3Config(
+            text_config={"model_type": "mistral", **TEXT},
+            vision_config={"model_type": "pixtral", **VISION, "head_dim": 8},
+            image_token_index=60,
+            tie_word_embeddings=False,
+        ),
+    ),
+    "llava": (
+        LlavaForConditionalGeneration,
+        LlavaConfig(
+            text_config={"model_type": "llama", **TEXT},
+            vision_config={"model_type": "clip_vision_model", **VISION},
+            image_token_index=60,
+        ),
+    ),
+}
+
+
+def saved(folder, name, **changes):
+    """A random model with all parameters distinct, also written to `folder`."""
+    cls, config = WRAPPERS[name]
+    torch.manual_seed(0)
+    model = cls(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    change_config(folder, **changes)
+    return model
+
+
+def change_config(folder, **fields):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | fields))
+
+
+def rename(folder, change):
+    file = folder / "model.safetensors"
+    save_file({change(name): tensor for name, tensor in load_file(file).items()}, file)
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(input_ids=torch.tensor(TOKENS)).logits.numpy()
+
+
+def later_name(name):
+    """Name in the layout `model.language_model.`, in which the head is outside."""
+    head = name.removeprefix("language_model.")
+    if head.startswith("lm_head"):
+        return head
+    inner = name.replace("language_model.model.", "language_model.")
+    return inner if inner.startswith("model.") else f"model.{inner}"
+
+
+@pytest.mark.parametrize("layout", ["language_model.model.", "model.language_model."])
+@pytest.mark.parametrize("name", list(WRAPPERS))
+def test_text_has_the_logits_of_the_whole_model(name, layout, tmp_path):
+    model = saved(tmp_path, name)
+    if layout == "model.language_model.":
+        rename(tmp_path, later_name)
+    assert any(key.startswith(layout) for key in load_file(tmp_path / "model.safetensors"))
+    base = moe_jax.load_base(tmp_path)
+    found = np.asarray(moe_jax.AdaptedModel(base, {})(TOKENS))
+    np.testing.assert_allclose(found, logits(model), rtol=0, atol=FLOAT32_LOGITS)
+
+
+def test_what_is_left_out_is_named(tmp_path, capsys):
+    saved(tmp_path, "gemma3")
+    stored = load_file(tmp_path / "model.safetensors")
+    vision = sum(key.startswith("vision_tower.") for key in stored)
+    left_out = f"multi_modal_projector (2 tensors), vision_tower ({vision} tensors)"
+    note = open_base(tmp_path).unread_note
+    assert note == f"not read from {tmp_path}, as no part of the model: {left_out}"
+    assert main(["inspect", "--base", str(tmp_path)]) == 0
+    assert f"not read   {left_out}, as no part of the model" in capsys.readouterr().out
+
+
+def test_unknown_tensors_of_the_language_model_are_refused(tmp_path):
+    saved(tmp_path, "gemma3")
+    rename(tmp_path, lambda name: name.replace("layers.1.mlp.gate_proj", "layers.1.mlp.w1"))
+    with pytest.raises(CheckpointError, match=r"lack model\.layers\.1\.mlp\.gate_proj"):
+        moe_jax.load_base(tmp_path)
+    saved(tmp_path, "gemma3")
+    file = tmp_path / "model.safetensors"
+    for prefix in ("language_model.model.", "model.language_model."):
+        extra = {f"{prefix}layers.1.mlp.router.weight": torch.ones(2)}
+        save_file(load_file(file) | extra, file)
+        with pytest.raises(CheckpointError, match=r"hold model\.layers\.1\.mlp\.router\.weight, "):
+            moe_jax.load_base(tmp_path)
+        saved(tmp_path, "gemma3")
+
+
+# Published files, whose groups leave out what equals the defaults of their class.
+PUBLISHED = {
+    "gemma-3-4b-it": {
+        "architectures": ["Gemma3ForConditionalGeneration"],
+        "eos_token_id": [1, 106],
+        "model_type": "gemma3",
+        "text_config": {
+            "hidden_size": 2560,
+            "intermediate_size": 10240,
+            "model_type": "gemma3_text",
+            "num_hidden_layers": 34,
+            "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+            "sliding_window": 1024,
+        },
+    },
+    "gemma-3-27b-it": {
+        "architectures": ["Gemma3ForConditionalGeneration"],
+        "model_type": "gemma3",
+        "text_config": {
+            "head_dim": 128,
+            "hidden_size": 5376,
+            "intermediate_size": 21504,
+            "model_type": "gemma3_text",
+            "num_attention_heads": 32,
+            "num_hidden_layers": 62,
+            "num_key_value_heads": 16,
+            "query_pre_attn_scalar": 168,
+            "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+            "sliding_window": 1024,
+        },
+    },
+    "llava-1.5-7b-hf": {
+        "architectures": ["LlavaForConditionalGeneration"],
+        "model_type": "llava",
+        "tie_word_embeddings": False,
+        "text_config": {
+            "architectures": ["LlamaForCausalLM"],
+            "max_position_embeddings": 4096,
+            "model_type": "llama",
+            "rms_norm_eps": 1e-05,
+            "vocab_size": 32064,
+        },
+    },
+}
+
+
+@pytest.mark.parametrize("name", list(PUBLISHED))
+def test_omitted_fields_are_those_of_transformers(name):
+    fields = PUBLISHED[name]
+    whole = transformers.AutoConfig.for_model(**fields)
+    # transformers' complete fields, as the file of a language model of its own.
+    complete = whole.text_config.to_dict()
+    complete["tie_word_embeddings"] = whole.tie_word_embeddings
+    complete["architectures"] = None
+    assert model_config_from_hf(fields, "c") == model_config_from_hf(complete, "c")
+
+
+def test_the_shipped_plan_of_gemma_3_4b_is_the_published_model():
+    hf_config = load_config_file(str(CONFIGS / "gemma3_4b_mixlora.py"))["base"]["hf_config"]
+    published = model_config_from_hf(PUBLISHED["gemma-3-4b-it"], "c")
+    assert model_config_from_hf(hf_config, "c") == published
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"model_type": "qwen2_vl_text"}, r"c: text_config\.model_type: .*'qwen2_vl_text' is not"),
+        ({"model_type": None}, r"c: text_config\.model_type: a language model of type None"),
+        ({"hidden_size": "wide"}, r"c: text_config: "),
+        ({"num_attention_heads": 3}, r"c: text_config: "),
+        ({"use_bidirectional_attention": True}, r"c: text_config: use_bidirectional_attention: "),
+    ],
+)
+def test_refusals_are_one_line(fields, words):
+    whole = PUBLISHED["gemma-3-4b-it"]
+    changed = whole | {"text_config": whole["text_config"] | fields}
+    with pytest.raises(CheckpointError, match=words) as caught:
+        model_config_from_hf(changed, "c")
+    assert "\n" not in str(caught.value)
+
+
+def test_wrappers_with_other_attention_or_quantised_weights_are_refused():
+    whole = PUBLISHED["gemma-3-4b-it"]
+    with pytest.raises(CheckpointError, match="c: model_type 'paligemma' is not supported"):
+        model_config_from_hf(whole | {"model_type": "paligemma"}, "c")
+    with pytest.raises(CheckpointError, match="quantised checkpoints are not supported"):
+        model_config_from_hf(whole | {"quantization_config": {"quant_method": "awq"}}, "c")
+
+
+@pytest.mark.parametrize("name", ["gemma3", "llava"])
+def test_an_export_is_a_text_model(name, tmp_path):
+    saved(tmp_path / "base", name, eos_token_id=[1, 7])
+    base = moe_jax.load_base(tmp_path / "base")
+    method = {"name": "lora", "rank": 2, "alpha": 4.0, "target_modules": ["q_proj", "down_proj"]}
+    adapter = adapter_of(base, method)
+    notes = moe_jax.export_adapter(adapter, "llama", tmp_path / "out")
+    assert any("vision_tower" in note for note in notes)
+    assert read_model_config(tmp_path / "out") == base.config
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", dtype=torch.float32, output_loading_info=True
+    )
+    assert not any(info.values()) and "ForCausalLM" in type(model).__name__
+    assert model.config.eos_token_id == [1, 7]
+    adapted = np.asarray(moe_jax.AdaptedModel(base, {"x": adapter})(TOKENS, "x"))
+    np.testing.assert_allclose(logits(model), adapted, rtol=0, atol=FLOAT32_LOGITS)
+    plain = np.asarray(moe_jax.AdaptedModel(base, {})(TOKENS))
+    assert np.abs(adapted - plain).max() > 0.01
