@@ -112,7 +112,7 @@ def folder_files(folder: Path, kinds: Collection[str] = KINDS) -> DataFiles:
     caches.
 
     Raises:
-      DataError: a file that a state lists is missing.
+      DataError: a file that a state lists is missing, or the target of a link.
     """
     files, skipped = list[Path](), Skipped()
     listed_in = functools.cache(_listed_files)
@@ -120,6 +120,8 @@ def folder_files(folder: Path, kinds: Collection[str] = KINDS) -> DataFiles:
         listed = listed_in(file.parent)
         if reason is None and file_kind(file) not in kinds:
             reason = "unknown kind"
+        if reason is None and not _is_regular(file):
+            reason = "no regular file"
         if reason is None and listed is not None and file.name not in listed:
             reason = f"not in {DATASET_STATE}"
         if reason is None:
@@ -172,14 +174,16 @@ def _matching(path: str, pattern: Path) -> DataFiles:
     files, skipped = list[Path](), Skipped()
     for name in sorted(glob.glob(str(pattern), recursive=True)):
         file = Path(name)
-        if not file.is_file():
+        if file.is_dir():
             continue
         if file_kind(file) is None:
             skipped.setdefault("unknown kind", []).append(name)
         elif any(_HIDDEN.fullmatch(p) for p in file.parts if p not in pattern.parts):
             skipped.setdefault("hidden", []).append(name)
-        else:
+        elif _is_regular(file):
             files.append(file)
+        else:
+            skipped.setdefault("no regular file", []).append(name)
     if not files:
         others = f"; it matches only {skipped_text(skipped)}" if skipped else ""
         raise DataError(f"{path}: no data file matches this pattern{others}")
@@ -252,8 +256,22 @@ def _walk(folder: Path) -> Iterator[tuple[Path, str | None]]:
         for name in sorted(names):
             if _HIDDEN.fullmatch(name):
                 yield place / name, "hidden"
-            elif (place / name).is_file():
+            else:
                 yield place / name, "metadata" if _METADATA.fullmatch(name) else None
+
+
+def _is_regular(file: Path) -> bool:
+    """True for a file with content, not a pipe or a socket.
+
+    Raises:
+      DataError: it is a link to nothing, as tools leave that keep data elsewhere.
+    """
+    if not file.exists():
+        raise DataError(
+            f"{file}: is a link to {file.readlink()}, which does not exist; fetch the file "
+            "(`git annex get`, `dvc checkout`, ...), or remove the link"
+        )
+    return file.is_file()
 
 
 def _listed_files(folder: Path) -> set[str] | None:

@@ -73,7 +73,10 @@ def check_messages(value: Any, where: str) -> list[dict[str, Any]]:
         )
     ]
     if not any(message["role"] == "assistant" for message in messages):
-        raise DataError(f"{where} holds no message of the role 'assistant' to learn from")
+        roles = ", ".join(dict.fromkeys(message["role"] for message in messages)) or "none"
+        raise DataError(
+            f"{where} holds no message of the role 'assistant' to learn from (roles: {roles})"
+        )
     if messages[0]["role"] == "assistant":
         raise DataError(f"{where} begins with the assistant, which then has nothing to answer")
     return messages

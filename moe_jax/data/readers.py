@@ -106,6 +106,8 @@ def _read_json(path: Path) -> Rows:
                 f"{where}: not valid JSON ({error.msg}, column {error.colno}); each line must be "
                 "one object, or the file one list"
             ) from None
+        except (ValueError, RecursionError) as error:
+            raise _beyond_limits(where, error) from None
 
 
 def _json_list(path: Path, where: str, start: str, lines: Iterator[tuple[str, str]]) -> Rows:
@@ -119,8 +121,15 @@ def _json_list(path: Path, where: str, start: str, lines: Iterator[tuple[str, st
             f"{path}: line {line}: not valid JSON ({error.msg}, column {error.colno}); the file "
             "begins with '[', so it must be one list"
         ) from None
+    except (ValueError, RecursionError) as error:
+        raise _beyond_limits(str(path), error) from None
     for number, row in enumerate(rows, 1):
         yield f"{path}: row {number}", row
+
+
+def _beyond_limits(where: str, error: Exception) -> DataError:
+    """Error of JSON with a number too long, or nested too deep, for Python."""
+    return DataError(f"{where}: cannot be read ({first_line(error)}); correct or remove the value")
 
 
 def _read_text(path: Path) -> Rows:
@@ -213,8 +222,9 @@ def _columnar_rows(path: Path, kind: str, batches: Iterator[pa.RecordBatch]) -> 
     number = 0
     try:
         for batch in batches:
+            _require_distinct(batch.schema.names, path)
             for start in range(0, len(batch), _BATCH_ROWS):
-                for row in batch.slice(start, _BATCH_ROWS).to_pylist():
+                for row in _python_rows(batch.slice(start, _BATCH_ROWS), path, number):
                     number += 1
                     yield f"{path}: row {number}", without_filled_keys(row)
     except (pa.ArrowException, OSError) as error:
@@ -223,6 +233,29 @@ def _columnar_rows(path: Path, kind: str, batches: Iterator[pa.RecordBatch]) -> 
         raise DataError(
             f"{path}: not a readable {kind} file after row {number} ({first_line(error)})"
         ) from None
+
+
+def _require_distinct(names: Sequence[str], path: Path) -> None:
+    for name in names:
+        if names.count(name) > 1:
+            raise DataError(f"{path}: has two columns {name!r}; rename or remove one")
+
+
+def _python_rows(batch: pa.RecordBatch, path: Path, before: int) -> list[dict[str, Any]]:
+    """Rows of a batch; `before` is the number of rows in front of it."""
+    try:
+        return batch.to_pylist()
+    except (ValueError, OverflowError, LookupError):  # dates, text and time zones beyond Python's
+        for name, column in zip(batch.schema.names, batch.columns, strict=True):
+            for number, value in enumerate(column, before + 1):
+                try:
+                    value.as_py()
+                except (ValueError, OverflowError, LookupError) as error:
+                    raise DataError(
+                        f"{path}: row {number}: column {name!r} holds a value that cannot be read "
+                        f"({first_line(error)}); correct it, or leave the column out of the file"
+                    ) from None
+        raise
 
 
 READERS: dict[str, Callable[[Path], Rows]] = {

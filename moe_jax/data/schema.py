@@ -92,6 +92,11 @@ def check_row(row: Any, source: SourceConfig, where: str) -> dict[str, str]:
             checked[field] = json.dumps(nested) if nested else ""
         elif field == "label":
             checked[field] = check_label(value, place)
+        elif isinstance(value, list) and value and isinstance(value[0], Mapping):
+            raise DataError(
+                f"{place} must be text, got a list of objects; the schema 'chat' reads messages, "
+                "those of prompt and answer in one column"
+            )
         else:
             checked[field] = check_text(value, place)
     if checked.get("system") and json.loads(checked["messages"])[0]["role"] == "system":

@@ -46,7 +46,7 @@ def parse_value(value: Any, kind: type | tuple[type, ...], expected: str, where:
     """
     parsed = value
     if isinstance(value, str):
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, RecursionError):
             parsed = json.loads(value)
     if not isinstance(parsed, kind):
         raise DataError(f"{where} must be {expected}, got {describe_value(value)}")

@@ -164,7 +164,9 @@ def read_adapter_folder(folder: Path) -> AdapterFolder:
             raise CheckpointError(
                 f"{folder}: is already an adapter of this library; use it directly"
             )
-        raise CheckpointError(f"{folder}: no adapter here, {CONFIG_FILE} is missing")
+        inner = sorted(file.parent.name for file in folder.glob(f"*/{CONFIG_FILE}"))
+        remedy = f"; give its subfolder {' or '.join(inner)}" if inner else ""
+        raise CheckpointError(f"{folder}: no adapter here, {CONFIG_FILE} is missing{remedy}")
     config = read_json_object(config_file)
     for name, read in ((SAFETENSORS_FILE, _read_safetensors), (TORCH_FILE, read_torch_file)):
         if (folder / name).is_file():

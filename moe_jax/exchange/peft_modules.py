@@ -12,6 +12,7 @@ from moe_jax.config.model import ModelConfig
 from moe_jax.config.parse import parse
 from moe_jax.exchange.adapter_folder import ConfigFields
 from moe_jax.hf.key_table import Leaf, base_leaves
+from moe_jax.hf.wrapper import wrapped_names
 
 _ALL_LINEAR = "all-linear"
 _ANY_LIST = "[^.]*"
@@ -104,7 +105,7 @@ def _require_patterns(fields: ConfigFields, name: str, patterns: Iterable[str]) 
 
 def _matches(module: str, names: str | tuple[str, ...]) -> bool:
     if isinstance(names, str):
-        return re.fullmatch(names, module) is not None
+        return any(re.fullmatch(names, name) for name in (module, *wrapped_names(module)))
     return any(module == name or module.endswith(f".{name}") for name in names)
 
 

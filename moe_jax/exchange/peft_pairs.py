@@ -7,7 +7,8 @@ PEFT stores a pair for each module that it adapts, for example
     base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector DoRA's magnitude, [out]
 
 State dicts of peft's model also have the adapter's name, `lora_A.default.weight`, a model that was
-wrapped twice a doubled `base_model.model.`, and a compiled one `_orig_mod.`.
+wrapped twice a doubled `base_model.model.`, a compiled one `_orig_mod.`, and a model that also
+reads images the prefix of the language model in it.
 
 Here a method has one rank R and one scale s. A smaller pair is padded with zeros, another scale is
 folded into B, and a module without a pair gets one of zeros, with DoRA the norms of its base as
@@ -32,6 +33,7 @@ from moe_jax.hf.families.family import MODEL
 from moe_jax.hf.key_table import Leaf
 from moe_jax.hf.load import checked_leaves, read_leaf
 from moe_jax.hf.shards import name_list, open_shards
+from moe_jax.hf.wrapper import PREFIX
 
 MERGE = (
     "merge it with peft, PeftModel.from_pretrained(base, adapter).merge_and_unload()"
@@ -182,7 +184,8 @@ def _pairs(source: AdapterFolder) -> Pairs:
         if match is None or match["kind"] == "bias" or match["module"] == "lm_head":
             others.append(name)
             continue
-        module = MODEL + match["module"].removeprefix(MODEL)  # absent where a decoder was adapted
+        # `model.` is absent where a decoder was adapted.
+        module = MODEL + PREFIX.sub("", match["module"]).removeprefix(MODEL)
         tensors = pairs.setdefault(module, {})
         adapters.add(match["adapter"] or "")
         if len(adapters) > 1 or match["leaf"] in tensors:

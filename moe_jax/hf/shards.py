@@ -1,5 +1,6 @@
 """The safetensors files of a checkpoint folder as one collection of lazily read tensors."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,10 @@ from moe_jax.files.json_file import read_json_object
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+
+_INTEGERS = ("I8", "I16", "I32", "I64", "U8", "U16", "U32", "U64")
+# Types that NumPy has, or has with ml_dtypes, by safetensors' names.
+_DTYPES = ("F64", "F32", "F16", "BF16", "BOOL", *_INTEGERS)
 
 
 @dataclass(frozen=True)
@@ -79,6 +84,11 @@ def open_shards(folder: Path) -> Iterator[Shards]:
         for name, file in files.items():
             for key in file.keys():  # noqa: SIM118  # not a mapping
                 view = file.get_slice(key)
+                if view.get_dtype() not in _DTYPES:
+                    raise CheckpointError(
+                        f"{folder / name}: {key}: is stored as {view.get_dtype()}, which is not "
+                        "supported; use the float checkpoint that it was made from"
+                    )
                 if key in tensors:
                     other = tensors[key].file
                     if not np.array_equal(view[:], files[other].get_slice(key)[:]):
@@ -121,8 +131,11 @@ def _indexed_files(folder: Path) -> list[str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path}: has no weight_map; download it again")
     for key, name in weight_map.items():
-        if not isinstance(name, str) or Path(name).name != name:
+        if not isinstance(name, str) or not name:
             raise CheckpointError(f"{path}: weight_map.{key}: {name!r} is not a file name")
+        weight_map[key] = os.path.relpath(os.path.join(folder, name), folder)
+        if weight_map[key].startswith(os.pardir):
+            raise CheckpointError(f"{path}: weight_map.{key}: {name!r} is outside the folder")
     return sorted(set(weight_map.values()))
 
 
@@ -136,6 +149,12 @@ def _no_weights(folder: Path) -> str:
             f"can run arbitrary code; convert it: {_conversion(folder)}"
         )
     other = [name for name in names if name.endswith(".safetensors")]
+    for path in (folder / name for name in other):
+        if not path.exists():
+            return (
+                f"{path}: is a link to {path.readlink()}, which does not exist; download the "
+                "checkpoint again"
+            )
     if "adapter_model.safetensors" in other:
         return f"{folder}: holds an adapter, not a base model; give the model it was trained on"
     if other:

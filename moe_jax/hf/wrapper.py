@@ -12,6 +12,7 @@ from typing import Any
 from moe_jax.config.parse import suggest
 from moe_jax.errors import CheckpointError
 from moe_jax.hf.families import FAMILIES
+from moe_jax.hf.families.family import MODEL
 
 GROUP = "text_config"
 
@@ -81,3 +82,8 @@ def _sizes(inner: Mapping[str, Any], model_type: str, where: str) -> dict[str, A
         reason = str(error).strip().splitlines()[-1].strip()
         raise CheckpointError(f"{where}: {GROUP}: {reason}") from error
     return {key: getattr(complete, key) for key in _SIZES if getattr(complete, key, None)}
+
+
+def wrapped_names(module: str) -> tuple[str, str]:
+    """Names of a language model's module, such as `model.layers.0.mlp`, inside a wrapper."""
+    return f"language_model.{module}", f"model.language_model.{module.removeprefix(MODEL)}"

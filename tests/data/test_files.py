@@ -1,5 +1,6 @@
 """Files of folders, patterns and folders of `save_to_disk`, and what is skipped."""
 
+import os
 from pathlib import Path
 
 import datasets
@@ -106,6 +107,23 @@ def test_linked_folders_are_read_once(make):
     found = folder_files(folder)
     assert names(folder, found) == ["a/x.jsonl", "b/y.jsonl"]
     assert found.skipped == {"linked twice": ["a/back/"]}
+
+
+def test_links_to_nothing_are_refused(make):
+    folder = make("a.jsonl")
+    (folder / "b.jsonl").symlink_to("../objects/b")
+    for path in (str(folder), str(folder / "*.jsonl")):
+        with pytest.raises(DataError, match=r"b\.jsonl: is a link to \.\./objects/b, which does"):
+            find_files([path], "train")
+
+
+def test_pipes_are_skipped_by_name(make):
+    folder = make("a.jsonl")
+    os.mkfifo(folder / "b.jsonl")
+    assert find_files([str(folder)], "train").skipped == {"no regular file": ["b.jsonl"]}
+    path = str(folder / "*.jsonl")
+    skipped = find_files([path], "train").skipped
+    assert skipped == {"no regular file": [str(folder / "b.jsonl")]}
 
 
 def test_other_splits_are_named(make):

@@ -136,6 +136,10 @@ def test_empty_file_has_no_rows(write, name):
         ("a.jsonl", b'{"x": "1"}\n{"x": "\xff"}\n', "a.jsonl: line 2: byte 8 is not UTF-8"),
         ("a.json", b'[{"x": "\xff"}]', "a.json: line 1: byte 9 is not UTF-8"),
         ("a.jsonl", '[{"x": 1}]\n[{"x": 2}]', "a.jsonl: line 2: not valid JSON (Extra data"),
+        ("a.jsonl", '{"x": 1}\n{"x": %s}\n' % ("9" * 5000), "a.jsonl: line 2: cannot be read (V"),
+        ("a.jsonl", "[1]\n" + "[" * 200_000, "a.jsonl: line 2: not valid JSON (Extra data"),
+        ("a.jsonl", '{"x": %s}' % ("[" * 200_000), "a.jsonl: line 1: cannot be read (Recursion"),
+        ("a.json", '[{"x": %s}]' % ("9" * 5000), "a.json: cannot be read (ValueError: Exceeds"),
         ("a.csv", "x,y\n1,2\n3\n", "a.csv: line 3: 1 cells in a row, but the header has 2"),
         ("a.csv", 'x,y\n1,"a\nb"\n3,4,5', "a.csv: line 4: 3 cells in a row, but the header"),
         ("a.csv", "x,y,x\n1,2,3\n", "a.csv: line 1: the header names 'x' twice"),
@@ -155,6 +159,28 @@ def test_damage_is_named_by_file_and_line(write, name, content, message):
         rows_of(write(name, content))
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+TEXT = pa.array(["fine", "too"])
+NOT_UTF8 = pa.array([b"ok", b"\xff"]).view(pa.string())
+FAR_DATE = pa.array([0, 10**7], pa.date32())  # days; Python's dates end with the year 9999
+
+
+@pytest.mark.parametrize(
+    ("column", "cause"), [(NOT_UTF8, "UnicodeDecodeError"), (FAR_DATE, "OverflowError")]
+)
+def test_values_that_python_cannot_hold_are_named_by_row_and_column(tmp_path, column, cause):
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": TEXT, "other": column}), path)
+    with pytest.raises(DataError, match=rf"a\.parquet: row 2: column 'other' .*\({cause}"):
+        rows_of(path)
+
+
+def test_columns_of_one_name_are_refused(tmp_path):
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.Table.from_arrays([TEXT, TEXT], names=["x", "x"]), path)
+    with pytest.raises(DataError, match=r"a\.parquet: has two columns 'x'; rename or remove one"):
+        rows_of(path)
 
 
 def test_file_that_cannot_be_opened(tmp_path):

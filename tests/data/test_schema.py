@@ -59,7 +59,12 @@ ANSWER = {"role": "assistant", "content": "ho"}
         ("text", {"text": "\ud800"}, "an unpaired surrogate"),
         ("chat", {"messages": "hi"}, "'messages' must be a list of messages, got str"),
         ("chat", {"messages": []}, "no message of the role 'assistant'"),
-        ("chat", {"messages": [USER]}, "no message of the role 'assistant'"),
+        ("chat", {"messages": [USER]}, "'assistant' to learn from (roles: user)"),
+        (
+            "completion",
+            {"prompt": [USER], "completion": [ANSWER]},
+            "'prompt' must be text, got a list of objects; the schema 'chat' reads messages",
+        ),
         ("chat", {"messages": [ANSWER]}, "begins with the assistant"),
         ("chat", {"messages": [USER, "ho"]}, "message 2 must be an object with role"),
         ("chat", {"messages": [{"content": "x"}]}, "message 1 has no 'role' (it has: content)"),

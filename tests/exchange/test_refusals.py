@@ -289,6 +289,10 @@ def test_another_base(written, tmp_path):
 def test_invalid_folders(tiny, written, tmp_path):
     message = refusal(moe_jax.import_adapter, tmp_path / "gone", tiny.folder)
     assert "no adapter here, adapter_config.json is missing" in message
+    for step in (20, 40):
+        with_config(written / "MIXLORA", tmp_path / "run" / f"checkpoint-{step}")
+    message = refusal(moe_jax.import_adapter, tmp_path / "run", tiny.folder)
+    assert message.endswith("is missing; give its subfolder checkpoint-20 or checkpoint-40")
     source = with_config(written / "MIXLORA", tmp_path / "in")
     (source / "adapter_model.bin").unlink()
     message = refusal(moe_jax.import_adapter, source, tiny.folder)

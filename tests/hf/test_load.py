@@ -265,6 +265,27 @@ def test_what_transformers_loads_is_loaded_and_the_rest_named(tmp_path, change, 
         assert base_model.unread_note is None
 
 
+@pytest.mark.parametrize("form", ["./{name}", "weights/{name}", "{folder}/{name}"])
+def test_files_that_an_index_names_by_path(tmp_path, form):
+    state = save_llama(tmp_path, shard_size="40KB")
+    index = tmp_path / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    names = {
+        name: form.format(name=name, folder=tmp_path) for name in content["weight_map"].values()
+    }
+    (tmp_path / "weights").mkdir()
+    for name, path in names.items():
+        (tmp_path / name).rename(tmp_path / path)
+    content["weight_map"] = {key: names[name] for key, name in content["weight_map"].items()}
+    index.write_text(json.dumps(content))
+    assert len(names) > 1
+    config = read_model_config(tmp_path)
+    params = load_base_params(tmp_path, config, "float32")
+    assert_equal(params, expected_tree(state, config, "float32"))
+    _, info = LlamaForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"]
+
+
 def change_config(folder, **fields) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | fields))

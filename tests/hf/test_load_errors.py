@@ -11,9 +11,12 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
+from safetensors.torch import load_file as load_torch_file
+from safetensors.torch import save_file as save_torch_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from moe_jax.errors import CheckpointError
+from moe_jax.hf.base_model import open_base
 from moe_jax.hf.config import read_model_config
 from moe_jax.hf.load import load_base_params
 
@@ -167,6 +170,22 @@ def test_git_lfs_pointer(single):
     refused(single, r"Git LFS pointer.*git lfs pull")
 
 
+def test_weights_that_are_a_link_to_nothing(single):
+    (single / "model.safetensors").unlink()
+    (single / "model.safetensors").symlink_to("../../blobs/1")
+    refused(single, r"model\.safetensors: is a link to \.\./\.\./blobs/1, which does not exist")
+
+
+def test_types_that_numpy_lacks(single):
+    file, name = single / "model.safetensors", "model.layers.1.mlp.up_proj.weight"
+    tensors = load_torch_file(file)
+    tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+    save_torch_file(tensors, file)
+    refused(single, rf"{name}: is stored as F8_E4M3, which is not supported")
+    with pytest.raises(CheckpointError, match=name):
+        open_base(single)
+
+
 def test_missing_shard(sharded):
     path = sorted(sharded.glob("model-*.safetensors"))[1]
     path.unlink()
@@ -187,7 +206,8 @@ def test_two_files_that_differ_in_a_tensor(sharded):
         ('{"weight_map": {', r"not valid JSON"),
         ("[]", r"expected an object, got list"),
         ('{"weight_map": {}}', r"has no weight_map"),
-        ('{"weight_map": {"a": "../b.safetensors"}}', r"weight_map\.a: .* is not a file name"),
+        ('{"weight_map": {"a": "../b.safetensors"}}', r"weight_map\.a: .* is outside the folder"),
+        ('{"weight_map": {"a": 1}}', r"weight_map\.a: 1 is not a file name"),
     ],
 )
 def test_malformed_index(sharded, content: str, message: str):

@@ -4,11 +4,12 @@ import json
 from pathlib import Path
 
 import numpy as np
+import peft
 import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from tolerances import FLOAT32_LOGITS
+from tolerances import FLOAT32_LOGITS, FLOAT32_LOGITS_OF_LARGEST
 from transformers import (
     Gemma3Config,
     Gemma3ForConditionalGeneration,
@@ -261,3 +262,25 @@ def test_an_export_is_a_text_model(name, tmp_path):
     np.testing.assert_allclose(logits(model), adapted, rtol=0, atol=FLOAT32_LOGITS)
     plain = np.asarray(moe_jax.AdaptedModel(base, {})(TOKENS))
     assert np.abs(adapted - plain).max() > 0.01
+
+
+@pytest.mark.parametrize(
+    "targets", [["q_proj", "down_proj"], r".*language_model.*\.(q_proj|down_proj)"]
+)
+def test_adapters_that_peft_trained_on_the_whole_model(targets, tmp_path):
+    model = saved(tmp_path / "base", "gemma3")
+    excluded = None if isinstance(targets, str) else r".*vision_tower.*"
+    config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=targets, exclude_modules=excluded)
+    adapted = peft.get_peft_model(model, config).eval()
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(std=0.3)
+    adapted.save_pretrained(tmp_path / "adapter")
+    base = moe_jax.load_base(tmp_path / "base")
+    adapter = moe_jax.import_adapter(tmp_path / "adapter", base)
+    found = np.asarray(moe_jax.AdaptedModel(base, {"x": adapter})(TOKENS, "x"))
+    expected = logits(adapted)
+    largest = np.abs(expected).max()
+    np.testing.assert_allclose(found, expected, rtol=0, atol=FLOAT32_LOGITS_OF_LARGEST * largest)
+    assert np.abs(found - np.asarray(moe_jax.AdaptedModel(base, {})(TOKENS))).max() > 0.1
