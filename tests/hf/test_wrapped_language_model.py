@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import peft
@@ -250,6 +251,8 @@ def test_an_export_is_a_text_model(name, tmp_path):
     base = moe_jax.load_base(tmp_path / "base")
     method = {"name": "lora", "rank": 2, "alpha": 4.0, "target_modules": ["q_proj", "down_proj"]}
     adapter = adapter_of(base, method)
+    with pytest.raises(CheckpointError, match=r"base: is a language model inside .* --to llama"):
+        moe_jax.export_adapter(adapter, "peft", tmp_path / "out")
     notes = moe_jax.export_adapter(adapter, "llama", tmp_path / "out")
     assert any("vision_tower" in note for note in notes)
     assert read_model_config(tmp_path / "out") == base.config
@@ -271,7 +274,7 @@ def test_adapters_that_peft_trained_on_the_whole_model(targets, tmp_path):
     model = saved(tmp_path / "base", "gemma3")
     excluded = None if isinstance(targets, str) else r".*vision_tower.*"
     config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=targets, exclude_modules=excluded)
-    adapted = peft.get_peft_model(model, config).eval()
+    adapted: Any = peft.get_peft_model(model, config).eval()
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
             if "lora_" in name:
