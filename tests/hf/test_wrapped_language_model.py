@@ -246,13 +246,19 @@ def test_wrappers_with_other_attention_or_quantised_weights_are_refused():
 
 
 @pytest.mark.parametrize("name", ["gemma3", "llava"])
-def test_an_export_is_a_text_model(name, tmp_path):
+def test_an_export_is_a_text_model(name, tmp_path, monkeypatch):
     saved(tmp_path / "base", name, eos_token_id=[1, 7])
     base = moe_jax.load_base(tmp_path / "base")
     method = {"name": "lora", "rank": 2, "alpha": 4.0, "target_modules": ["q_proj", "down_proj"]}
     adapter = adapter_of(base, method)
     with pytest.raises(CheckpointError, match=r"base: is a language model inside .* --to llama"):
         moe_jax.export_adapter(adapter, "peft", tmp_path / "out")
+    with monkeypatch.context() as cache:  # a hub id
+        cache.setattr(
+            "huggingface_hub.try_to_load_from_cache", lambda _, file: str(tmp_path / "base" / file)
+        )
+        with pytest.raises(CheckpointError, match="owner/name: is a language model inside"):
+            moe_jax.export_adapter(adapter, "peft", tmp_path / "out", base="owner/name")
     notes = moe_jax.export_adapter(adapter, "llama", tmp_path / "out")
     assert any("vision_tower" in note for note in notes)
     assert read_model_config(tmp_path / "out") == base.config
