@@ -15,7 +15,6 @@ SEED = 10
 
 def get_config() -> dict[str, Any]:
     config = smollm2_tasks.run()
-    config["training"] |= {"steps": 30, "eval_every": 30}
     config["adapters"] = {
         f"{method}-{rate:g}": smollm2_tasks.adapter(method, rate, SEED)
         for method in smollm2_tasks.METHODS

@@ -221,6 +221,27 @@ class Evaluation:
         variance = sum(cell.standard_error**2 for cell in known)
         return sum(cell.value for cell in known) / len(known), math.sqrt(variance) / len(known)
 
+    def difference(self, model: str, task: str, measure: str) -> tuple[float, float] | None:
+        """Mean difference to the first model over the questions, and its standard error.
+
+        Both models answer the same questions, so that the error is that of the differences, which
+        is smaller than that of two separate samples. None if the task has no such measure.
+        """
+        right = [
+            [example["picked"][measure] == example["answer"] for example in outcome.examples]
+            for name in (self.models[0], model)
+            for outcome in self.outcomes
+            if (outcome.model, outcome.task) == (name, task)
+            and isinstance(outcome.accuracies.get(measure), Accuracy)
+        ]
+        if len(right) != 2:
+            return None
+        differences = [int(ours) - int(first) for first, ours in zip(*right, strict=True)]
+        count = len(differences)
+        mean = sum(differences) / count
+        variance = sum((d - mean) ** 2 for d in differences) / max(count - 1, 1)
+        return mean, math.sqrt(variance / count)
+
     def measures(self) -> list[str]:
         """All measures, in the order of `MEASURE_DESCRIPTIONS`."""
         names = {measure for outcome in self.outcomes for measure in outcome.accuracies}
@@ -242,18 +263,38 @@ class Evaluation:
                             "standard_error": mean[1],
                         }
                     )
+        differences = [
+            {
+                "model": model,
+                "to": self.models[0],
+                "task": task,
+                "measure": measure,
+                "difference": difference[0],
+                "standard_error": difference[1],
+            }
+            for measure in self.measures()
+            for model in self.models[1:]
+            for task in self.tasks
+            if (difference := self.difference(model, task, measure)) is not None
+        ]
         return {
             "moe_jax": __version__,
             **self.settings,
             "results": [_outcome_to_plain(outcome) for outcome in self.outcomes],
             "averages": averages,
+            "differences": differences,
         }
 
     def to_markdown(self) -> str:
         """Content of `results.md`: tables with models as rows and tasks as columns, by measure."""
         tables = [self._table(measure) for measure in self.measures()]
         notes = [f"Note: {note}.\n" for note in self.one_answer_notes()]
-        return "\n".join(["In percent, ± one standard error.\n", *tables, *notes])
+        paired = (
+            ""
+            if len(self.models) == 1
+            else " Differences are between answers to the same questions."
+        )
+        return "\n".join([f"In percent, ± one standard error.{paired}\n", *tables, *notes])
 
     def one_answer_notes(self) -> list[str]:
         """Notes on models that give nearly all questions of a task the same answer.
@@ -301,6 +342,11 @@ class Evaluation:
             cells = [None if r is None else (r.value, r.standard_error) for r in results]
             cells.append(self.average(model, measure))
             rows.append([model, *map(_percent, cells)])
+        for model in self.models[1:]:
+            cells = [self.difference(model, task, measure) for task in self.tasks]
+            if any(cells):
+                title = f"{model} - {self.models[0]}"
+                rows.append([title, *(_percent(cell, sign="+") for cell in cells), ""])
         ruler = ["---", *["---:"] * (len(header) - 1)]
         lines = [f"| {' | '.join(cells)} |" for cells in (header, ruler, *rows)]
         description = MEASURE_DESCRIPTIONS.get(measure)
@@ -308,11 +354,11 @@ class Evaluation:
         return "\n".join([f"{title}.\n", *lines, ""])
 
 
-def _percent(value_and_error: tuple[float, float] | None) -> str:
+def _percent(value_and_error: tuple[float, float] | None, sign: str = "-") -> str:
     if value_and_error is None:
         return "-"
     value, error = value_and_error
-    return f"{100 * value:.1f} ± {100 * error:.1f}"
+    return f"{100 * value:{sign}.1f} ± {100 * error:.1f}"
 
 
 def _outcome_to_plain(outcome: TaskOutcome) -> dict[str, Any]:

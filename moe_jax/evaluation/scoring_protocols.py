@@ -77,14 +77,16 @@ class BaseLimits(NamedTuple):
         """Rejects the largest id of a text if the base has no embedding for it.
 
         Raises:
-          DataError: the tokenizer belongs to another base.
+          DataError: the tokenizer belongs to another base, or an adapter lacks a new token.
         """
         if largest >= self.vocab_size:
+            token = tokenizer.convert_ids_to_tokens(largest)
+            remedy = "use the base's own tokenizer"
+            if token in tokenizer.get_added_vocab():
+                remedy = "evaluate the base and adapters without this token separately"
             raise DataError(
-                f"{tokenizer.name_or_path}: the tokenizer gives the id {largest} "
-                f"({tokenizer.convert_ids_to_tokens(largest)!r}), but a model has embeddings for 0 "
-                f"to {self.vocab_size - 1}; use the base's own tokenizer, and leave out models "
-                "without this new token"
+                f"{tokenizer.name_or_path}: the tokenizer gives the id {largest} ({token!r}), but "
+                f"one of the models has embeddings for 0 to {self.vocab_size - 1} only; {remedy}"
             )
 
 

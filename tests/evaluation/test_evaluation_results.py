@@ -48,7 +48,7 @@ def test_results_table(evaluation):
     # their mean 0.53125, error sqrt(0.1240^2 + 0.25^2) / 2 = 0.1395.
     # base: mean 0.375, error sqrt(0.125^2 + 0.2165^2) / 2 = 0.125. 4 / 16: error 0.1083.
     assert evaluation.to_markdown() == (
-        "In percent, ± one standard error.\n"
+        "In percent, ± one standard error. Differences are between answers to the same questions.\n"
         "\n"
         "**label_acc**: accuracy of the most likely label after a prompt that lists the options.\n"
         "\n"
@@ -57,6 +57,7 @@ def test_results_table(evaluation):
         "| questions | 16 | 4 |  |\n"
         "| base | 25.0 ± 10.8 | - | - |\n"
         "| mine | 25.0 ± 10.8 | - | - |\n"
+        "| mine - base | +0.0 ± 0.0 | - |  |\n"
         "\n"
         "**acc**: accuracy of the most likely option after the question.\n"
         "\n"
@@ -65,7 +66,21 @@ def test_results_table(evaluation):
         "| questions | 16 | 4 |  |\n"
         "| base | 50.0 ± 12.5 | 25.0 ± 21.7 | 37.5 ± 12.5 |\n"
         "| mine | 56.2 ± 12.4 | 50.0 ± 25.0 | 53.1 ± 14.0 |\n"
+        "| mine - base | +6.2 ± 6.2 | +25.0 ± 25.0 |  |\n"
     )
+
+
+def test_differences_are_paired(evaluation):
+    # One more right answer of 16: mean 1/16, variance (15/16)^2 + 15 / 16^2 over 15 = 1/16.
+    assert evaluation.difference("mine", "easy", "acc") == pytest.approx((1 / 16, 1 / 16))
+    assert evaluation.difference("mine", "hard", "acc") == pytest.approx((1 / 4, 1 / 4))
+    assert evaluation.difference("mine", "hard", "label_acc") is None
+    saved = evaluation.to_plain()["differences"]
+    assert [(d["model"], d["to"], d["task"], d["measure"]) for d in saved] == [
+        ("mine", "base", "easy", "label_acc"),
+        ("mine", "base", "easy", "acc"),
+        ("mine", "base", "hard", "acc"),
+    ]
 
 
 def test_saved_files(evaluation, tmp_path):

@@ -302,7 +302,10 @@ def test_mismatched_adapter_or_tokenizer_is_rejected(setting, arc, tmp_path):
         evaluate_with(tmp_path / "other", ["arc_easy"], {"tuned": setting.adapter}, data=arc)
     save_tiny_llama(tmp_path / "small", vocab_size=96)
     save_tokenizer(train_tokenizer(["a"], 258), tmp_path / "small")
-    with pytest.raises(UserError, match=r"gives the id \d+, but the base has .* 0 to 95"):
+    with pytest.raises(
+        UserError,
+        match=r"gives the id \d+ .*, but one of the models has .* 0 to 95 only; use the base's",
+    ):
         evaluate_with(tmp_path / "small", ["arc_easy"], data=arc)
 
 

@@ -52,7 +52,9 @@ def test_the_base_beside_the_adapter_limits_the_tokens(base):
     limits = base_limits(base.config, [method, None], False)
     assert limits.vocab_size == USED
     tokenizer = HarnessModel(base, adapter_of(base, LORA)).tokenizer
-    with pytest.raises(moe_jax.UserError, match=r"id 265 \('</a>'\).* leave out models without"):
+    with pytest.raises(
+        moe_jax.UserError, match=r"id 265 \('</a>'\).* without this token separately"
+    ):
         limits.check_id(USED + 1, tokenizer)
 
 

@@ -158,7 +158,8 @@ def test_results_table(run):
     assert table == result.evaluation.to_markdown()
     assert table in lines
     rows = [line.split(" | ")[0].lstrip("| ") for line in table.splitlines() if line[:1] == "|"]
-    assert rows == 2 * ["model", "---", "questions", *MODELS]
+    differences = [f"{model} - {MODELS[0]}" for model in MODELS[1:]]
+    assert rows == 2 * ["model", "---", "questions", *MODELS, *differences]
     assert f"| questions | {LIMIT} | {LIMIT} |  |" in table
     saved = json.loads((workdir / "evaluation" / "results.json").read_text())
     assert saved["evaluation"]["mixlora"]["tasks"] == list(TASKS)
