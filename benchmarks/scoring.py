@@ -5,8 +5,9 @@
 Random questions of four options are scored by `Scorer`, as `moe-jax evaluate` does, and by the
 script that a user of transformers would write: batches of sequences sorted by length and padded to
 the longest, one forward pass each, `log_softmax` of all logits, and a sum over the option's tokens.
-Both have the same weights, sequences and batch size, are timed alternately in one process, and must
-give the same scores. Compilation is not in the seconds; it is a column of its own.
+Both have the same base, sequences and batch size, are timed alternately in one process, and must
+give the same scores of the base. The script has no adapter: its seconds are those of the base in
+every row. Compilation is not in the seconds; it is a column of its own.
 
 Needs torch and transformers, as the tests do.
 """

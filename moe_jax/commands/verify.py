@@ -8,7 +8,7 @@ from moe_jax.errors import ConfigError, memory_errors
 
 EPILOG = """\
 checks:
-  logits and greedy text against transformers, one training step of LoRA and MixLoRA, the frozen
+  logits and greedy text against transformers, two training steps of LoRA and MixLoRA, the frozen
   base, and the export to peft and to a whole model, each read back. Comparisons with transformers
   and peft need torch, and are left out without it. The output can be pasted into a bug report.
 
@@ -27,6 +27,7 @@ def add(parser: argparse.ArgumentParser) -> Run:
     parser.add_argument(
         "--base", required=True, metavar="DIR_OR_ID", help="folder or hub id of the model"
     )
+    parser.add_argument("--revision", metavar="REVISION", help="revision of a hub id")
     parser.add_argument(
         "--max-tokens",
         type=int,
@@ -46,6 +47,7 @@ def _run(arguments: argparse.Namespace) -> int:
     with memory_errors("a smaller --max-tokens, or --dtype bfloat16"):
         checks = verify_base(
             arguments.base,
+            arguments.revision,
             max_tokens=arguments.max_tokens,
             dtype=arguments.dtype,
             say=lambda line: print(line, flush=True),

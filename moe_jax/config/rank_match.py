@@ -21,7 +21,7 @@ class MatchedMethod(Mapping[str, Any]):
     Attributes:
       adapter: name of the adapter whose number of parameters is matched; None with `parameters`.
       parameters: number of parameters that is matched; None with `adapter`.
-      classification: see `AdapterMethod`.
+      classification, new_tokens: see `AdapterMethod`.
     """
 
     def __init__(self, methods: Registry, fields: Mapping[str, Any], path: str):
@@ -50,7 +50,7 @@ class MatchedMethod(Mapping[str, Any]):
         smallest = self.with_rank(1)
         given = {name: fields[name] for name in (_RANK, _ALPHA) if name in fields}
         self._plain = {**to_plain(smallest), **given}
-        self.classification = smallest.classification
+        self.classification, self.new_tokens = smallest.classification, smallest.new_tokens
         self.check_expert_groups = smallest.check_expert_groups
 
     def with_rank(self, rank: int) -> Any:

@@ -42,6 +42,7 @@ from moe_jax.data.sources import (
 from moe_jax.data.tokenised_source import TokenisedSource, tokenise_batch, tokenise_source
 from moe_jax.data.tokenizer import first_line
 from moe_jax.errors import DataError, error_prefix
+from moe_jax.files.hub_log import quiet_retries
 
 SAMPLED_ROWS = 256
 """First rows of a data set that the report and the fingerprint describe."""
@@ -140,12 +141,14 @@ def load_streamed_data(
     *,
     vocab_size: int,
     grouping_seed: int | None = None,
+    say: Callable[[str], None] = print,
 ) -> TrainData:
     """Opens the data sets of `config.train` for reading during training.
 
     Args:
       config, tokenizer, batch_size, seed, field, grouping_seed: see `pipeline.load_train_data`.
       vocab_size: number of embeddings of the base; larger token ids are refused when they come.
+      say: prints a line, for each data set about the first row that is cut or left out.
 
     Returns:
       Training data whose number of rows is unknown. Report, largest tokens and fingerprint are of
@@ -164,7 +167,7 @@ def load_streamed_data(
             source = _open_source(source_config)
             samples.append(_sample(name, source, config, tokenizer))
         digests[f"train/{name}"] = _digest([samples[-1].digest, source.files])
-        encode = _encoder(source.config, config, tokenizer, vocab_size)
+        encode = _encoder(source.config, config, tokenizer, vocab_size, say)
         seeds = [seed, zlib.crc32(name.encode())]
         blocks = _Blocks(place, source.rows, encode, config.shuffle_buffer, seeds)
         streams.append(grain.experimental.FlatMapIterDataset(blocks, _Flat()))
@@ -273,8 +276,19 @@ def _sample(
 
 
 def _encoder(
-    source: SourceConfig, config: DataConfig, tokenizer: PreTrainedTokenizerBase, vocab_size: int
+    source: SourceConfig,
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    vocab_size: int,
+    say: Callable[[str], None],
 ) -> Encode:
+    said: set[str] = set()
+
+    def say_once(row: Row, what: str) -> None:
+        if what not in said:
+            said.add(what)
+            say(f"{row['where']}: {what}; further rows like it are not named")
+
     template = load_prompt_template(source.prompt) if source.schema == "instruction" else None
 
     def encode(rows: list[Row]) -> list[TokenSequence]:
@@ -287,11 +301,13 @@ def _encoder(
             config=config,
         )
         found = []
-        for tokens, mask, row in zip(
-            columns["tokens"], columns["loss_mask"], columns["row"], strict=True
-        ):
+        names = ("tokens", "loss_mask", "row", "truncated")
+        for tokens, mask, row, truncated in zip(*(columns[name] for name in names), strict=True):
             if not tokens:
+                say_once(rows[row], "is left out, as no target remains")
                 continue
+            if truncated:
+                say_once(rows[row], f"is truncated to {config.max_length} tokens")
             if max(tokens) >= vocab_size:
                 raise DataError(
                     f"{rows[row]['where']}: holds the token id {max(tokens)}, but the base has "
@@ -343,13 +359,14 @@ def _hub_rows(
 def _raw_hub_rows(address: HubAddress, source: SourceConfig, start: int) -> Iterator[dict]:
     # The hub's libraries raise many types, for no network, no such id, no such split and no access.
     try:
-        stream: Any = datasets.load_dataset(
-            address.dataset,
-            name=source.name,
-            split=source.split,
-            revision=address.revision,
-            streaming=True,
-        )
+        with quiet_retries():
+            stream: Any = datasets.load_dataset(
+                address.dataset,
+                name=source.name,
+                split=source.split,
+                revision=address.revision,
+                streaming=True,
+            )
         yield from stream.skip(start)
     except Exception as error:
         raise DataError(

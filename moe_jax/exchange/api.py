@@ -27,7 +27,7 @@ from moe_jax.files.folders import new_folder
 from moe_jax.files.json_file import read_json_object
 from moe_jax.hf.base_model import BaseModel, open_base
 from moe_jax.hf.config import read_model_config
-from moe_jax.hf.wrapper import GROUP
+from moe_jax.hf.wrapper import is_wrapper
 
 _NATIVE = "moe_jax"
 """Name of the format that can express every adapter."""
@@ -95,7 +95,8 @@ def export_adapter(
     if base is not None and names_base(to):
         _require_same_architecture(adapter, base)
     if isinstance(export_format, AdapterFormat):
-        _require_text_model(known_base, to)
+        revision = None if adapter.training is None else adapter.training.base.get("revision")
+        _require_text_model(known_base, revision if base is None else None, to)
     export = export_format.prepare(adapter, options)
     left_out, pictures = list(export.notes), card_pictures(adapter)
     num_bytes = export.num_bytes + _CARD_BYTES + sum(map(len, pictures.values()))
@@ -149,7 +150,7 @@ def _require_same_architecture(adapter: SavedAdapter, base: str) -> None:
         )
 
 
-def _require_text_model(base: str, to: str) -> None:
+def _require_text_model(base: str, revision: str | None, to: str) -> None:
     """Refuses a base that also reads images: in other tools its modules have other names.
 
     A hub id is looked up in the local cache alone.
@@ -159,9 +160,9 @@ def _require_text_model(base: str, to: str) -> None:
     folder, cached = Path(base).expanduser(), None
     if not folder.is_dir():
         with contextlib.suppress(ValueError):  # of a path that is no hub id
-            cached = try_to_load_from_cache(base, "config.json")
+            cached = try_to_load_from_cache(base, "config.json", revision=revision)
     file = Path(cached) if isinstance(cached, str) else folder / "config.json"
-    if file.is_file() and GROUP in read_json_object(file):
+    if file.is_file() and is_wrapper(read_json_object(file)):
         raise CheckpointError(
             f"{base}: is a language model inside a larger model, in which the modules have other "
             f"names than the {to} format writes; write a whole text model with --to llama"

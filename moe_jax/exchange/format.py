@@ -27,7 +27,7 @@ from moe_jax.exchange.adapter_folder import (
     write_adapter_folder,
 )
 from moe_jax.exchange.new_tokens import extended_tokenizer
-from moe_jax.hf.base_model import BaseModel
+from moe_jax.hf.base_model import BaseModel, resolve_checkpoint
 from moe_jax.hf.key_table import base_leaves
 from moe_jax.loaded.adapter_base import expected_leaves
 
@@ -229,7 +229,11 @@ class AdapterFormat(Format):
                     f"{name}: has values too large for {dtype}; use another dtype"
                 )
 
-        tokenizer = extended_tokenizer(adapter, options.base)
+        tokenizer = None
+        if adapter.method.new_tokens:  # a hub id in `options.base` need not be downloaded
+            former = Path(adapter.base.path).expanduser()
+            folder = former if former.is_dir() else resolve_checkpoint(options.base)
+            tokenizer = extended_tokenizer(adapter, folder)
 
         def write(folder: Path) -> ExportOutcome:
             write_adapter_folder(folder, config, tensors, self.weights_file)

@@ -159,7 +159,8 @@ def _data(record: TrainingRecord) -> str:
         title = (data if data.on_hub else data.without_local_path()).path
         title = title or f"task {data.task}"
         schema = f"{data.schema} {data.task}" if data.task else data.schema
-        return use, name, title, data.revision, data.split, schema, data.weight, data.rows
+        rows = "streamed" if data.rows is None else data.rows
+        return use, name, title, data.revision, data.split, schema, data.weight, rows
 
     header = ("Use", "Name", "Data set", "Revision", "Split", "Schema", "Weight", "Rows")
     rows = [cells("training", *item) for item in record.train.items()]

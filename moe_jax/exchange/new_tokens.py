@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -14,7 +13,6 @@ from moe_jax.adapters.tree import NEW_TOKENS
 from moe_jax.checkpoints.adapter_files import SavedAdapter
 from moe_jax.config.model import ModelConfig
 from moe_jax.data.new_tokens import load_extended_tokenizer
-from moe_jax.hf.base_model import resolve_checkpoint
 from moe_jax.hf.families.family import EMBEDDING_PATH, HEAD_PATH
 
 TABLES = {f"{NEW_TOKENS}/embedding": EMBEDDING_PATH, f"{NEW_TOKENS}/head": HEAD_PATH}
@@ -25,14 +23,6 @@ def extended_model(model: ModelConfig, method: AdapterMethod) -> ModelConfig:
     """Architecture of a base whose tables have the rows of an adapter's new tokens."""
     size = total_vocab_size(model.vocab_size, [method])
     return dataclasses.replace(model, vocab_size=size)
-
-
-def extended_config(config: Mapping[str, Any], vocab_size: int) -> dict[str, Any]:
-    """Fields of a `config.json` with another number of tokens."""
-    text = config.get("text_config")  # the group of the text model, where others are beside it
-    if "vocab_size" in config or not isinstance(text, dict):
-        return {**config, "vocab_size": vocab_size}
-    return {**config, "text_config": {**text, "vocab_size": vocab_size}}
 
 
 def extended_table(
@@ -56,18 +46,12 @@ def extended_table(
     return np.concatenate([before, rows if axis == 0 else rows.T, after], axis)
 
 
-def extended_tokenizer(adapter: SavedAdapter, base: str) -> PreTrainedTokenizerBase | None:
-    """Tokenizer of the base with the new tokens of an adapter; None without new tokens.
-
-    Args:
-      adapter: the adapter.
-      base: folder or hub id of the base, where the folder of its training does not exist any more.
+def extended_tokenizer(adapter: SavedAdapter, folder: Path) -> PreTrainedTokenizerBase | None:
+    """Tokenizer of the base in `folder` with the new tokens of an adapter; None without any.
 
     Raises:
-      CheckpointError: the base or its tokenizer is missing.
+      CheckpointError: the tokenizer is missing, or gives the tokens other ids than in training.
     """
     if not adapter.method.new_tokens:
         return None
-    former = Path(adapter.base.path).expanduser()
-    folder = former if former.is_dir() else resolve_checkpoint(base)
     return load_extended_tokenizer(folder, adapter.model, [adapter.method])

@@ -80,12 +80,16 @@ class PeftFormat(AdapterFormat):
         resize = (
             f"base.resize_token_embeddings({size})\n" if size > adapter.model.vocab_size else ""
         )
+        names, tokenizer = f"AutoModelFor{kind}", ""
+        if adapter.method.new_tokens:
+            names += ", AutoTokenizer"
+            tokenizer = f'\ntokenizer = AutoTokenizer.from_pretrained("{options.location}")'
         return (
             "from peft import PeftModel\n"
-            f"from transformers import AutoModelFor{kind}\n\n"
+            f"from transformers import {names}\n\n"
             f'base = AutoModelFor{kind}.from_pretrained("{options.base}"{labels})\n'
             f"{resize}"
-            f'model = PeftModel.from_pretrained(base, "{options.location}").eval()'
+            f'model = PeftModel.from_pretrained(base, "{options.location}").eval(){tokenizer}'
         )
 
     def adapter_config(self, adapter: SavedAdapter, base: str) -> tuple[dict[str, Any], list[str]]:

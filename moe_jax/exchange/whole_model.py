@@ -31,7 +31,6 @@ from moe_jax.config.model import FloatType, ModelConfig
 from moe_jax.errors import CheckpointError
 from moe_jax.exchange.format import Export, ExportOptions, ExportOutcome, Format
 from moe_jax.exchange.new_tokens import (
-    extended_config,
     extended_model,
     extended_table,
     extended_tokenizer,
@@ -236,10 +235,9 @@ class ModelFormat(Format):
     def prepare(self, adapter: SavedAdapter, options: ExportOptions) -> Export:
         base = open_adapter_base(adapter, options.base)
         base_config = dict(language_model_fields(read_config_file(base.folder), str(base.folder)))
-        tokenizer = extended_tokenizer(adapter, options.base)
+        tokenizer = extended_tokenizer(adapter, base.folder)
         if tokenizer is not None:
-            vocab_size = extended_model(base.config, adapter.method).vocab_size
-            base_config = extended_config(base_config, vocab_size)
+            base_config["vocab_size"] = extended_model(base.config, adapter.method).vocab_size
         plan = self.plan(adapter, base, base_config, options)
         dtype = options.dtype or stored_dtype(base)
         # transformers 5 reads `dtype`, the versions before it `torch_dtype`.

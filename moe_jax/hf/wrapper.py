@@ -34,6 +34,11 @@ _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _OTHER_ATTENTION = ("paligemma",)
 
 
+def is_wrapper(mapping: Mapping[str, Any]) -> bool:
+    """True for the fields of the `config.json` of a model with a language model inside it."""
+    return isinstance(mapping.get(GROUP), Mapping)
+
+
 def language_model_fields(mapping: Mapping[str, Any], where: str) -> Mapping[str, Any]:
     """Fields of the language model, as in a `config.json` of its own.
 
@@ -48,9 +53,9 @@ def language_model_fields(mapping: Mapping[str, Any], where: str) -> Mapping[str
     Raises:
       CheckpointError: the language model is of no supported family, or its sizes are invalid.
     """
-    inner = mapping.get(GROUP)
-    if not isinstance(inner, Mapping):
+    if not is_wrapper(mapping):
         return mapping
+    inner = mapping[GROUP]
     model_type, outer_type = inner.get("model_type"), mapping.get("model_type")
     if model_type not in FAMILIES:
         raise CheckpointError(

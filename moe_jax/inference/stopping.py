@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from moe_jax.errors import CheckpointError
 from moe_jax.files.json_file import read_json_object
+from moe_jax.hf.wrapper import GROUP
 
 _FIELD = "eos_token_id"
 
@@ -30,8 +31,7 @@ def end_tokens(folder: Path, tokenizer: PreTrainedTokenizerBase) -> frozenset[in
         if not file.is_file():
             continue
         fields = read_json_object(file)
-        # Models that also read images keep the fields of their text model in a group.
-        for group in (fields, fields.get("text_config")):
+        for group in (fields, fields.get(GROUP)):
             if isinstance(group, dict):
                 ids |= _ids(group.get(_FIELD), file)
     return frozenset(ids)

@@ -11,7 +11,8 @@
     activation.py         activation functions and gating
     vocabulary.py         token embedding and language-model head
     vocab_loss.py         cross-entropy in chunks of the logits
-    continuation_scores.py  log-probabilities of continuations in chunks of the logits
+    continuation_scores.py
+                          log-probabilities of continuations in chunks of the logits
     tokens.py             products with all tokens, sums over sequences
     names.py              names of variable collections and of rematerialized arrays
 

@@ -122,14 +122,14 @@ def _stopped_adapter(workdir: Path, config: RunConfig, name: str, step: int) -> 
     identity = BaseIdentity(**metadata["base"])
     base = open_base(config.base.path, config.base.revision)
     base.require_trained_on(str(workdir), identity, "restore that base")
-    methods = match_ranks(config.methods, base.config).methods
+    matched = match_ranks(config.methods, base.config).methods
     names = [other for other, steps in metadata["steps"].items() if steps >= step]
     if name not in names:
         raise CheckpointError(
             f"{states / str(step)}: no longer holds the adapter {name!r}, which had finished; give "
             f"{workdir / ADAPTERS / name}"
         )
-    methods = {other: with_token_id(config.adapters[other].method, base) for other in names}
+    methods = {other: with_token_id(matched[other], base) for other in names}
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     target = {
         other: nested_dict(

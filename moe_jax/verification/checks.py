@@ -25,6 +25,8 @@ from moe_jax.data.tokenizer import load_tokenizer
 from moe_jax.errors import CheckpointError, UserError
 from moe_jax.exchange.api import export_adapter, import_adapter
 from moe_jax.hf.base_model import BaseModel, open_base
+from moe_jax.hf.config import read_config_file
+from moe_jax.hf.wrapper import is_wrapper
 from moe_jax.inference.generator import Request, TokenGenerator
 from moe_jax.inference.settings import SamplingConfig
 from moe_jax.library import AdaptedModel, Base, load_base
@@ -84,12 +86,18 @@ class Ours(NamedTuple):
 
 
 def verify_base(
-    path: str, *, max_tokens: int, dtype: FloatType, say: Callable[[str], None]
+    path: str,
+    revision: str | None = None,
+    *,
+    max_tokens: int,
+    dtype: FloatType,
+    say: Callable[[str], None],
 ) -> list[Check]:
     """Checks that a base computes, trains and is exported as it should.
 
     Args:
       path: folder or hub id.
+      revision: branch, tag or commit of a hub id.
       max_tokens: largest number of tokens of the text, and of those generated.
       dtype: dtype of weights and computation.
       say: receives a line for each check.
@@ -106,7 +114,7 @@ def verify_base(
         checks.append(Check(name, passed, detail))
         say(checks[-1].line())
 
-    base = open_base(path)
+    base = open_base(path, revision)
     for line in _description(base, dtype):
         say(line)
     tolerance = TOLERANCES[dtype]
@@ -182,8 +190,11 @@ def _run_ours(base: BaseModel, work: Path, max_tokens: int, dtype: FloatType, ad
     del loaded
     gc.collect()
     if adapted is not None:
-        with _reported("peft export", add):
-            _export_to_peft(saved, base, work / "peft", add)
+        if is_wrapper(read_config_file(base.folder)):
+            add("peft export", None, "not made: in a model that also reads images, names differ")
+        else:
+            with _reported("peft export", add):
+                _export_to_peft(saved, base, work / "peft", add)
         with _reported("model export", add):
             export_adapter(saved, "llama", work / "llama", dtype=dtype)
             whole = load_base(work / "llama", dtype=dtype)

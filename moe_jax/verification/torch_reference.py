@@ -37,12 +37,14 @@ def reference_model(
       CheckpointError: transformers or peft cannot load it.
     """
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
     # The libraries raise many types.
     try:
         with _quiet():
-            model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+            is_wrapper = hasattr(AutoConfig.from_pretrained(folder), "text_config")
+            loader: Any = AutoModelForImageTextToText if is_wrapper else AutoModelForCausalLM
+            model: Any = loader.from_pretrained(folder, dtype=getattr(torch, dtype))
             if adapter is not None:
                 from peft import PeftModel
 

@@ -11,7 +11,7 @@ from tiny_run import WORDS, final_adapter, read_config, write_inputs
 from transformers import AutoTokenizer
 
 import moe_jax
-from moe_jax.training.run.inputs import read_inputs, with_token_ids
+from moe_jax.training.run.inputs import read_inputs
 from moe_jax.training.run.loop import train
 
 TOKENS = ("<w>", "</w>")
@@ -99,10 +99,10 @@ def test_generation_emits_new_tokens(inputs, finished):
 
 def test_start_from_requires_the_same_tokens(inputs, finished):
     start = {"adapters__default__start_from": finished / "adapters" / "default"}
-    read_inputs(with_token_ids(read_config(inputs, **OVERRIDES, **start)), lambda _: None)
+    read_inputs(read_config(inputs, **OVERRIDES, **start), lambda _: None)
     other = {**OVERRIDES, **start, f"{METHOD}__new_tokens": ("<w>",)}
     with pytest.raises(moe_jax.UserError, match=r"start_from: .*has method\.new_tokens"):
-        read_inputs(with_token_ids(read_config(inputs, **other)), lambda _: None)
+        read_inputs(read_config(inputs, **other), lambda _: None)
 
 
 @pytest.mark.parametrize(
@@ -114,8 +114,9 @@ def test_start_from_requires_the_same_tokens(inputs, finished):
     ],
 )
 def test_refused_tokens(inputs, tokens, words):
+    given = {**OVERRIDES, f"{METHOD}__new_tokens": tokens}
     with pytest.raises(moe_jax.UserError, match=rf"config\.adapters\.default\.{words}"):
-        with_token_ids(read_config(inputs, **{**OVERRIDES, f"{METHOD}__new_tokens": tokens}))
+        read_inputs(read_config(inputs, **given), lambda _: None)
 
 
 def test_adapters_of_a_run_have_the_same_tokens(inputs):

@@ -1,1 +1,1 @@
-"""Records of a run: metric_log, recorder (of steps), plots, and the memory plan."""
+"""Records of a run: metric_log, recorder (of steps), console, plots, and the memory plan."""

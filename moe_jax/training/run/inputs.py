@@ -110,7 +110,7 @@ class Inputs:
     """Inputs of a run besides weights.
 
     Attributes:
-      config: configuration of the run, its ranks chosen.
+      config: configuration of the run, with the ranks and the ids of new tokens.
       rank_notes: see `MatchedRanks.notes`.
       base: base model, its weights not loaded.
       train: training data of each adapter.
@@ -137,16 +137,8 @@ class Inputs:
         return {**self.train[adapter].fingerprint, **validation}
 
 
-def with_token_ids(config: RunConfig) -> RunConfig:
-    """The configuration with the ids of the adapters' new tokens, by the base's tokenizer.
-
-    Raises:
-      UserError: the base cannot be read, or has a token already.
-    """
-    if not any(adapter.method.new_tokens for adapter in config.adapters.values()):
-        return config
-    with error_prefix("config.base.path"):
-        base = open_base(config.base.path, config.base.revision)
+def _with_token_ids(config: RunConfig, base: BaseModel) -> RunConfig:
+    """The configuration with the ids of the adapters' new tokens, by the base's tokenizer."""
     adapters = {}
     for name, adapter in config.adapters.items():
         with located(f"config.adapters.{name}.method"):
@@ -158,7 +150,7 @@ def read_inputs(config: RunConfig, say: Callable[[str], None], *, resumes: bool 
     """Reads the inputs of a run; quick checks come first.
 
     Args:
-      config: configuration of the run, from `with_token_ids`.
+      config: configuration of the run.
       say: prints a line.
       resumes: the run has a training state, so that `start_from` is not read.
 
@@ -170,7 +162,7 @@ def read_inputs(config: RunConfig, say: Callable[[str], None], *, resumes: bool 
         base = open_base(config.base.path, config.base.revision)
     require_specified_architecture(config, base.config, base.folder)
     ranks = match_ranks(config.methods, base.config)
-    config = ranks.apply(config)
+    config = _with_token_ids(ranks.apply(config), base)
     require_fitting_methods(config, base.config)
     lengths = {name: config.length_group(name)[1].steps for name in config.adapters}
     require_warmup_to_end(config, {name: n for name, n in lengths.items() if n is not None})
@@ -270,7 +262,7 @@ def _load_data(
         seed = config.training.seed
         if data.streaming:
             size = total_vocab_size(vocab_size, [adapter.method])
-            train[name] = load_streamed_data(*place, vocab_size=size, grouping_seed=seed)
+            train[name] = load_streamed_data(*place, vocab_size=size, grouping_seed=seed, say=say)
         else:
             train[name] = load_train_data(*place, grouping_seed=seed, **options)
         micro_rows = adapter.batch_size // config.training.micro_batches

@@ -34,7 +34,6 @@ from moe_jax.training.run.inputs import (
     phases_of,
     read_inputs,
     require_same_inputs,
-    with_token_ids,
 )
 from moe_jax.training.run.measurement import EVALUATION_FOLDER, TaskEvaluation, has_evaluation
 from moe_jax.training.run.session import TrainingSession, restore
@@ -143,7 +142,6 @@ def open_session(
     resumes, settings = saved.step is not None, json.loads(to_json(config))
     if saved.step is not None:
         config = _ended_at(saved.step, saved.metadata["steps"], config)
-    config = with_token_ids(config)
     inputs = read_inputs(config, say, resumes=resumes)
     config = inputs.config
     if saved.step is not None:
