@@ -121,6 +121,12 @@ class AdapterMethod(LowRankConfig, abc.ABC):
         super().__post_init__()
         repeated = {token for token in self.new_tokens if self.new_tokens.count(token) > 1}
         require(all(self.new_tokens), "new_tokens", "holds an empty text")
+        spaced = [token for token in self.new_tokens if token != token.strip()]
+        require(
+            not spaced,
+            "new_tokens",
+            f"{spaced} begin or end with whitespace, which texts hold everywhere; leave it out",
+        )
         require(not repeated, "new_tokens", f"names {', '.join(sorted(repeated))} more than once")
         for field in fields(self):
             value = getattr(self, field.name)

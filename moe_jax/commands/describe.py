@@ -82,7 +82,8 @@ def _show_run(workdir: Path) -> None:
         finished = work.exported_step(name)
         state = "not finished" if finished is None else f"finished at step {finished}"
         print(f"adapter  {name}: {to_plain(adapter.method)['name']}, {state}")
-        print(f"         {workdir / ADAPTERS / name} names it in other commands")
+        if step is not None or finished is not None:
+            print(f"         {workdir / ADAPTERS / name} names it in other commands")
         for key, (at, value) in newest.items():
             is_loss = key == f"{name}/loss" or (
                 key.startswith(f"validation/{name}/") and key.endswith("/loss")

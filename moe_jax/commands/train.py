@@ -102,8 +102,10 @@ def _train(arguments: argparse.Namespace) -> int:
     _check(arguments)
     _set_up_jax(arguments)
     workdir = _work_directory(arguments)
-    raw, config_file = _raw_config(arguments, workdir)
-    apply_overrides(raw, {**arguments.overrides, **_assignments(arguments.set)})
+    overrides = {**arguments.overrides, **_assignments(arguments.set)}
+    raw, command = _raw_config(arguments, workdir, overrides)
+    apply_overrides(raw, overrides)
+    config_file = None if command is None else _config_file(raw, command, overrides)
 
     # After the set-up of jax, since these modules import libraries that query devices.
     from moe_jax.adapters import METHODS
@@ -182,8 +184,10 @@ def _work_directory(arguments: argparse.Namespace) -> Path:
     return RUNS / re.sub(r"[^\w.-]+", "_", name)
 
 
-def _raw_config(arguments: argparse.Namespace, workdir: Path) -> tuple[dict[str, Any], str | None]:
-    """The configuration before overrides, and the text of `CONFIG_FILE` for a new run."""
+def _raw_config(
+    arguments: argparse.Namespace, workdir: Path, overrides: Mapping[str, str]
+) -> tuple[dict[str, Any], str | None]:
+    """The configuration before overrides, and for a new run the command for `CONFIG_FILE`."""
     if arguments.config is not None:
         raw = load_config_file(arguments.config)
         _replace_base_and_data(raw, arguments.base, arguments.data)
@@ -197,6 +201,11 @@ def _raw_config(arguments: argparse.Namespace, workdir: Path) -> tuple[dict[str,
                 f"train from the file with --config {file}"
             )
         return load_config_file(str(file)), None
+    if any(field.endswith("data.streaming") for field in overrides):
+        raise ConfigError(
+            "streaming: lengths and held-out rows are chosen from all of the data; write a "
+            "configuration file that streams, with steps and max_length, and give it to --config"
+        )
     from moe_jax.training.run.defaults import default_config
 
     raw = default_config(
@@ -206,7 +215,9 @@ def _raw_config(arguments: argparse.Namespace, workdir: Path) -> tuple[dict[str,
         method=arguments.method or "mixlora",
         say=lambda line: print(line, flush=True),
     )
-    return raw, _config_file(raw, command)
+    if "training.steps" in overrides and "training.epochs" not in overrides:
+        raw["training"]["epochs"] = None
+    return raw, command
 
 
 def _replace_base_and_data(raw: dict[str, Any], base: str | None, data: str | None) -> None:
@@ -241,12 +252,13 @@ def _command(arguments: argparse.Namespace) -> str:
     return " ".join(["moe-jax train", *flags])
 
 
-def _config_file(raw: Mapping[str, Any], command: str) -> str:
+def _config_file(raw: Mapping[str, Any], command: str, overrides: Mapping[str, str]) -> str:
     """Text of a configuration file that returns `raw`."""
+    flags = "".join(f"\n  --set {shlex.quote(f'{k}={v}')}" for k, v in overrides.items())
     fields = pprint.pformat(raw, width=92, sort_dicts=False)
     return f'''"""Configuration made by the command
 
-{command}
+{command}{flags}
 
 To train with other settings, copy the file and give it to --config, with another --workdir.
 """

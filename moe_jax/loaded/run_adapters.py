@@ -6,6 +6,7 @@ and written to `WORKDIR/stopped/NAME`, in the same format as a finished one.
 """
 
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,7 @@ def _folder_of_run(workdir: Path, name: str | None, step: int | None) -> Path:
             f"{workdir}: the run has saved no training state yet; wait for the first one, or lower "
             "config.checkpoints.every"
         )
+    print(f"{workdir}: adapter {name!r} has not finished; taken at step {step}", file=sys.stderr)
     return _stopped_adapter(workdir, config, name, step)
 
 
