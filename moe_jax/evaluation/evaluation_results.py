@@ -225,7 +225,8 @@ class Evaluation:
         """Mean difference to the first model over the questions, and its standard error.
 
         Both models answer the same questions, so that the error is that of the differences, which
-        is smaller than that of two separate samples. None if the task has no such measure.
+        is smaller than that of two separate samples. None if the task has no such measure, and for
+        classifiers.
         """
         right = [
             [example["picked"][measure] == example["answer"] for example in outcome.examples]
@@ -233,6 +234,7 @@ class Evaluation:
             for outcome in self.outcomes
             if (outcome.model, outcome.task) == (name, task)
             and isinstance(outcome.accuracies.get(measure), Accuracy)
+            and all(isinstance(example["picked"], Mapping) for example in outcome.examples)
         ]
         if len(right) != 2:
             return None

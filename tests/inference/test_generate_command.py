@@ -74,7 +74,7 @@ def test_tensors_beside_the_model_are_named(scripted, tmp_path, capsys):
     captured = capsys.readouterr()
     assert captured.out == " base 0 to hello\n"
     assert captured.err == (
-        f"not read from {folder}, as no part of the model: v_head.bias and 1 more\n"
+        f"not read from {folder}, as no part of the model: v_head (2 tensors)\n"
     )
 
 
