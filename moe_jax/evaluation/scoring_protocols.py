@@ -15,7 +15,7 @@ Texts are tokenized as in training: see `moe_jax.data.encoding`.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -82,7 +82,8 @@ class BaseLimits(NamedTuple):
         if largest >= self.vocab_size:
             token = tokenizer.convert_ids_to_tokens(largest)
             remedy = "use the base's own tokenizer"
-            if token in tokenizer.get_added_vocab():
+            added: Any = tokenizer  # the base class does not declare the method
+            if token in added.get_added_vocab():
                 remedy = "evaluate the base and adapters without this token separately"
             raise DataError(
                 f"{tokenizer.name_or_path}: the tokenizer gives the id {largest} ({token!r}), but "

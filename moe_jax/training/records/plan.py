@@ -98,7 +98,7 @@ def resident_memory() -> ResidentMemory | None:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:
         return None
-    fields = dict(line.partition(":")[::2] for line in lines)
+    fields = {name: value for name, _, value in (line.partition(":") for line in lines)}
     if not {"VmRSS", "VmHWM"} <= fields.keys():  # some sandboxes state less
         return None
     return ResidentMemory(*(1024 * int(fields[name].split()[0]) for name in ("VmRSS", "VmHWM")))
