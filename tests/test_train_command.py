@@ -100,7 +100,7 @@ def only_line(status, err):
         ),
         (
             ["--config=CONFIG", "--workdir=w", "--config.adapters.default.method.rank=x"],
-            "config.adapters.default.method.rank: expected int, got str ('x')",
+            "config.adapters.default.method.rank: expected a number, 'match:NAME' with the name of",
         ),
         (
             ["--config=CONFIG", "--workdir=w", "--config.adapters.default.method.name=mixlra"],

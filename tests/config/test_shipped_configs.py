@@ -1,5 +1,6 @@
 """Every file in configs/ parses, and describes the model in its name."""
 
+import math
 from pathlib import Path
 
 import jax
@@ -9,6 +10,7 @@ from moe_jax.adapters import METHODS
 from moe_jax.config.command_line import load_config_file
 from moe_jax.config.run import RunConfig, parse_run_config
 from moe_jax.hf.config import model_config_from_hf
+from moe_jax.loaded.adapter_base import expected_leaves
 from moe_jax.training.step.program import build_program
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -22,10 +24,12 @@ def _config(name: str) -> RunConfig:
 @pytest.mark.parametrize("name", NAMES)
 def test_parses_and_opens_with_its_command(name):
     adapters = _config(name).adapters
-    # 3 learning rates times 2 ranks; 2 methods times 3 seeds; 2 methods, 3 rates, 2 seeds.
+    # 3 learning rates times 2 ranks; 2 methods times 3 seeds; 2 methods, 3 rates, 2 seeds; on a
+    # real model, 2 methods times 3 seeds, or 4 rates.
     # The README's commands name the single adapter of the other files.
     several = {"tiny_sweep": 6, "tiny_comparison": 6, "tiny_comparison_rates": 12}
     several |= {"tiny_multitask": 1, "llama7b_mixlora_multitask": 1}
+    several |= {"smollm2_tasks": 6, "smollm2_tasks_rates": 8}
     assert list(adapters) == ["default"] or len(adapters) == several[name]
     text = (CONFIGS / f"{name}.py").read_text()
     assert f"python train.py --config configs/{name}.py" in text
@@ -37,6 +41,18 @@ def _mixlora_layer(
     """Rank 16: pairs on q and o, on k and v, 8 experts of three pairs, and a router."""
     attention = 2 * 16 * (width + (query_width or width)) + 2 * 16 * (width + kv_width)
     return attention + 8 * 3 * 16 * (width + ffn_width) + width * 8
+
+
+def test_compared_methods_have_equal_numbers_of_parameters():
+    config = _config("smollm2_tasks")
+    model = model_config_from_hf(config.base.hf_config, "smollm2_tasks")
+    sizes = {
+        name: sum(math.prod(shape) for shape, _ in expected_leaves(model, method).values())
+        for name, method in config.methods.items()
+    }
+    # A unit of rank has 10,176 weights a layer; an expert's has 6,336, and the router 576 x 8.
+    assert sizes["lora-0"] == 30 * 43 * 10176
+    assert sizes["mixlora-0"] == 30 * (8 * (3840 + 8 * 6336) + 4608)
 
 
 # Parameters of the checkpoints, from their model cards and safetensors indices.

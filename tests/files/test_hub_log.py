@@ -12,6 +12,8 @@ def test_repeated_requests_are_hidden_within_the_context_only(monkeypatch, caplo
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     logger = logging.getLogger("huggingface_hub")  # does not propagate to the root logger
     logger.addHandler(caplog.handler)
+    for name in ("huggingface_hub", "huggingface_hub.utils._http"):  # other tests may have set it
+        caplog.set_level(logging.WARNING, logger=name)
     options = {"max_retries": 1, "base_wait_time": 0.001}
 
     def request():

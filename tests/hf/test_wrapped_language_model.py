@@ -255,7 +255,8 @@ def test_an_export_is_a_text_model(name, tmp_path, monkeypatch):
         moe_jax.export_adapter(adapter, "peft", tmp_path / "out")
     with monkeypatch.context() as cache:  # a hub id
         cache.setattr(
-            "huggingface_hub.try_to_load_from_cache", lambda _, file: str(tmp_path / "base" / file)
+            "huggingface_hub.try_to_load_from_cache",
+            lambda _, file, revision: str(tmp_path / "base" / file),
         )
         with pytest.raises(CheckpointError, match="owner/name: is a language model inside"):
             moe_jax.export_adapter(adapter, "peft", tmp_path / "out", base="owner/name")
