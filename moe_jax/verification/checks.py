@@ -171,7 +171,7 @@ def _description(base: BaseModel, dtype: str) -> Iterator[str]:
 
 def _run_ours(base: BaseModel, work: Path, max_tokens: int, dtype: FloatType, add: Add) -> Ours:
     """Computes, trains and exports with this library; frees the base's weights."""
-    loaded = load_base(base.identity.path, dtype=dtype)
+    loaded = load_base(base.folder, dtype=dtype)  # of the revision that was opened
     tokens = _tokens(base, max_tokens)
     add("weights", True, f"{parameter_count(loaded.params):,} parameters")
     logits = np.asarray(AdaptedModel(loaded, {}, compute_dtype=dtype)(tokens))

@@ -105,7 +105,7 @@ def resident_memory() -> ResidentMemory | None:
 
 
 LIBRARIES_BYTES = int(1.2 * 2**30)
-"""What a process holds before it has any array, at least; see `process_plan`."""
+"""Least memory of a process before it has any array, in bytes; see `process_plan`."""
 
 
 def process_plan(plan: MemoryPlan, program: Program) -> int | None:
