@@ -203,8 +203,9 @@ def _raw_config(
         return load_config_file(str(file)), None
     if any(field.endswith("data.streaming") for field in overrides):
         raise ConfigError(
-            "config.adapters.default.data.streaming: lengths and held-out rows are chosen from all of the data; write a "
-            "configuration file that streams, with steps and max_length, and give it to --config"
+            "config.adapters.default.data.streaming: lengths and held-out rows are chosen from all "
+            "of the data; write a configuration file that streams, with steps and max_length, and "
+            "give it to --config"
         )
     from moe_jax.training.run.defaults import default_config
 
