@@ -1,5 +1,6 @@
 """Tiny random transformers models, saved as checkpoints; what ours is compared with."""
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,24 +68,37 @@ def tiny_model(model_type: str, seed: int = 0, **overrides: Any) -> PreTrainedMo
         for parameter in model.parameters():
             centre = 1.0 if parameter.dim() == 1 and parameter.mean() == 1.0 else 0.0
             parameter.copy_(centre + 0.15 * torch.randn_like(parameter))
+        for name, buffer in model.named_buffers():
+            if name.endswith("layer_scalar"):
+                buffer.copy_(1.0 + 0.15 * torch.randn_like(buffer))
     return model.eval()
 
 
 FUSED = {
-    "q_proj": ("qkv_proj", ("q_proj", "k_proj", "v_proj")),
-    "k_proj": ("qkv_proj", ("q_proj", "k_proj", "v_proj")),
-    "v_proj": ("qkv_proj", ("q_proj", "k_proj", "v_proj")),
-    "gate_proj": ("gate_up_proj", ("gate_proj", "up_proj")),
-    "up_proj": ("gate_up_proj", ("gate_proj", "up_proj")),
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+    "input_linear": ("gate_proj", "up_proj"),
+    "output_linear": ("down_proj",),
 }
-"""Fused projections of some families, by target: name of the fused one, and the order in it."""
+"""Targets in the order of storage in projections of some families, by their names."""
 
 
-def merge_lora(model: PreTrainedModel, tree: dict[str, Any], scale: float) -> None:
-    """Adds the deltas of a LoRA adapter, a tree as in `TrainState.adapters[name]`, to weights."""
-    for index, layer in enumerate(model.model.layers):
-        for block, targets in tree["layers"].items():
-            module = getattr(layer, block)
+def merge_lora(
+    model: PreTrainedModel,
+    tree: dict[str, Any],
+    scale: float,
+    layers_with: Callable[[str], Sequence[int]] | None = None,
+) -> None:
+    """Adds the deltas of a LoRA adapter, a tree as in `TrainState.adapters[name]`, to weights.
+
+    `layers_with` gives the layers that have a block; by default all have it.
+    """
+    for block, targets in tree["layers"].items():
+        layers = range(len(model.model.layers)) if layers_with is None else layers_with(block)
+        for index, number in enumerate(layers):
+            layer = model.model.layers[number]
+            module = getattr(layer, block if hasattr(layer, block) else f"shared_{block}", None)
+            module = layer.self_attn if block == "global_attn" else module
             delta = {
                 name: scale * (torch.tensor(leaves["lora_A"][index] @ leaves["lora_B"][index])).T
                 for name, leaves in targets.items()
@@ -93,7 +107,11 @@ def merge_lora(model: PreTrainedModel, tree: dict[str, Any], scale: float) -> No
                 if hasattr(module, name):
                     getattr(module, name).weight.data += delta[name]
                 else:
-                    fused, order = FUSED[name]
+                    fused, order = next(
+                        (fused, order)
+                        for fused, order in FUSED.items()
+                        if name in order and hasattr(module, fused)
+                    )
                     first = sum(len(delta[other]) for other in order[: order.index(name)])
                     rows = slice(first, first + len(delta[name]))
                     getattr(module, fused).weight.data[rows] += delta[name]

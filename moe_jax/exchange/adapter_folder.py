@@ -26,6 +26,8 @@ from safetensors.numpy import save_file
 
 from moe_jax.adapters.tree import MOE, NEW_TOKENS, SCORE
 from moe_jax.checkpoints.leaves import LeafSpec
+from moe_jax.config.attention import GLOBAL_ATTENTION, SELF_ATTENTION
+from moe_jax.config.model import ModelConfig
 from moe_jax.config.parse import parse, suggest
 from moe_jax.errors import CheckpointError
 from moe_jax.exchange.torch_files import read_torch_file, write_torch_file
@@ -279,18 +281,20 @@ class AdapterTensor(NamedTuple):
         return array.T if self.transposed else array
 
 
-def adapter_tensors(leaves: Mapping[str, LeafSpec], peft_type: str) -> list[AdapterTensor]:
+def adapter_tensors(
+    leaves: Mapping[str, LeafSpec], peft_type: str, model: ModelConfig
+) -> list[AdapterTensor]:
     """All stored tensors of an adapter with the given leaves, layer by layer.
 
     Args:
       leaves: leaf shapes by path.
       peft_type: a key of `TENSOR_PREFIXES`.
+      model: architecture of the base.
 
     Raises:
       ValueError: the format has no name for a leaf; the caller should have refused it.
     """
     stacked = {path: spec for path, spec in leaves.items() if path.startswith("layers/")}
-    num_layers = max(spec.shape[0] for spec in stacked.values())
     tensors = [
         AdapterTensor("base_model.model.score.weight", path, (), spec.shape[::-1])
         if path.startswith(f"{SCORE}/")
@@ -298,15 +302,20 @@ def adapter_tensors(leaves: Mapping[str, LeafSpec], peft_type: str) -> list[Adap
         for path, spec in leaves.items()
         if path not in stacked
     ]
-    for layer in range(num_layers):
+    for layer in range(model.num_layers):
         for path, spec in stacked.items():
             root, block, *rest = path.split("/")
+            layers = model.layers_with(block)
+            if layer not in layers:
+                continue
+            place = layers.index(layer)
             # Experts that share a router have no module of their own in the other tools.
             rest = [part for part in rest if part != MOE]
+            block = SELF_ATTENTION if block == GLOBAL_ATTENTION else block
             names = [TENSOR_PREFIXES[peft_type], root, str(layer), block, *rest]
             for name, indices in _layer_tensors(names, spec.shape):
-                shape = np.broadcast_to(0, spec.shape)[(layer, *indices)].T.shape
-                tensors.append(AdapterTensor(name, path, (layer, *indices), shape))
+                shape = np.broadcast_to(0, spec.shape)[(place, *indices)].T.shape
+                tensors.append(AdapterTensor(name, path, (place, *indices), shape))
     return tensors
 
 

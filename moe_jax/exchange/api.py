@@ -27,7 +27,7 @@ from moe_jax.files.folders import new_folder
 from moe_jax.files.json_file import read_json_object
 from moe_jax.hf.base_model import BaseModel, open_base
 from moe_jax.hf.config import read_model_config
-from moe_jax.hf.wrapper import is_wrapper
+from moe_jax.hf.wrapper import LOADED_ALONE, is_wrapper
 
 _NATIVE = "moe_jax"
 """Name of the format that can express every adapter."""
@@ -162,7 +162,9 @@ def _require_text_model(base: str, revision: str | None, to: str) -> None:
         with contextlib.suppress(ValueError):  # of a path that is no hub id
             cached = try_to_load_from_cache(base, "config.json", revision=revision)
     file = Path(cached) if isinstance(cached, str) else folder / "config.json"
-    if file.is_file() and is_wrapper(read_json_object(file)):
+    fields = read_json_object(file) if file.is_file() else {}
+    loads_alone = to == "peft" and fields.get("model_type") in LOADED_ALONE
+    if is_wrapper(fields) and not loads_alone:
         raise CheckpointError(
             f"{base}: is a language model inside a larger model, in which the modules have other "
             f"names than the {to} format writes; write a whole text model with --to llama"

@@ -26,18 +26,17 @@ from moe_jax.exchange.format import (
     not_expressible,
     require_known,
 )
-from moe_jax.exchange.new_tokens import extended_model
-from moe_jax.exchange.whole_model import (
+from moe_jax.exchange.merged_weights import (
     LazyTensor,
     MergedWeights,
-    ModelFormat,
-    Plan,
     base_tensors,
     ffn_projection,
     merged_tensor,
     stored_shape,
     stored_tensor,
 )
+from moe_jax.exchange.new_tokens import extended_model
+from moe_jax.exchange.whole_model import ModelFormat, Plan
 from moe_jax.hf.base_model import BaseModel
 from moe_jax.hf.key_table import TensorParts
 from moe_jax.loaded.adapter_measurement import AdapterMeasurement

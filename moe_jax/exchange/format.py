@@ -220,7 +220,7 @@ class AdapterFormat(Format):
         specs = expected_leaves(adapter.model, adapter.method)
         require_same_leaves(leaf_specs(adapter.tree), specs, "its weights")
         leaves = {path: np.asarray(leaf) for path, leaf in named_leaves(adapter.tree).items()}
-        layout = adapter_tensors(specs, config["peft_type"])
+        layout = adapter_tensors(specs, config["peft_type"], adapter.model)
         with np.errstate(over="ignore"):
             tensors = tensors_from_leaves(leaves, layout, jnp.dtype(dtype))
         for name, tensor in tensors.items():
@@ -264,9 +264,9 @@ class AdapterFormat(Format):
           CheckpointError: a tensor is missing, unexpected, of another shape, or not finite.
         """
         specs = expected_leaves(base.config, method)
-        layout = adapter_tensors(specs, fields.take("peft_type", str))
+        layout = adapter_tensors(specs, fields.take("peft_type", str), base.config)
         shapes = {tensor.name: tensor.shape for tensor in layout}
-        require_tensors(source, shapes, base.identity.path)
+        require_tensors(source, shapes, base.path)
         return leaves_from_tensors(source.tensors, layout, specs)
 
     def read(self, source: AdapterFolder, base: BaseModel) -> tuple[AdapterMethod, dict[str, Any]]:

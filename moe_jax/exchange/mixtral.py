@@ -18,7 +18,8 @@ from moe_jax.adapters.mixlora import MixLoraConfig
 from moe_jax.adapters.routing.router import ROUTERS
 from moe_jax.adapters.routing.strategies import TopKRouter
 from moe_jax.checkpoints.adapter_files import SavedAdapter
-from moe_jax.config.model import ModelConfig, RopeConfig
+from moe_jax.config.model import ModelConfig
+from moe_jax.config.rope import RopeConfig
 from moe_jax.exchange.format import (
     FORMATS,
     ExportOptions,
@@ -26,17 +27,16 @@ from moe_jax.exchange.format import (
     not_expressible,
     require_known,
 )
-from moe_jax.exchange.new_tokens import extended_model
-from moe_jax.exchange.whole_model import (
+from moe_jax.exchange.merged_weights import (
     LazyTensor,
     MergedWeights,
-    ModelFormat,
-    Plan,
     base_tensors,
     ffn_projection,
     merged_tensor,
     stored_shape,
 )
+from moe_jax.exchange.new_tokens import extended_model
+from moe_jax.exchange.whole_model import ModelFormat, Plan
 from moe_jax.hf.base_model import BaseModel
 
 _FORMAT = "mixtral"

@@ -148,6 +148,7 @@ def _settings(record: TrainingRecord) -> list[tuple[str, Any]]:
         *([] if record.step == record.total_steps else [("steps of the run", record.total_steps)]),
         *((name, getattr(record, name)) for name in (*names, "compute_dtype", "seed")),
         *_flat(record.optimizer, "optimizer."),
+        *_flat(record.preference or {}, "preference."),
         ("moe_jax", record.package_version),
     ]
 
@@ -174,7 +175,7 @@ def _metrics(record: TrainingRecord) -> str:
     rows += [(f"validation: {name}", loss) for name, loss in sets]
     parts = [_table(("Loss", _unit(record)), [(name, _number(loss)) for name, loss in rows])]
     if record.best_loss is not None:
-        parts.append(f"The lowest mean validation loss so far was {record.best_loss:.4f}.")
+        parts.append(f"The mean validation loss of the best adapter was {record.best_loss:.4f}.")
     if record.validation_metrics:
         parts.append(_table(("Validation", "Metric", "Value"), _values(record.validation_metrics)))
     if record.accuracies:
@@ -197,6 +198,8 @@ def _number(value: float | None) -> str:
 
 
 def _unit(record: TrainingRecord) -> str:
+    if record.preference is not None:
+        return "Preference loss per example"
     classification = record.method.get("classification")
     if classification is None:
         return "Nats per target token"

@@ -25,7 +25,7 @@ from moe_jax.adapters.mixtures.mola import MolaConfig
 from moe_jax.adapters.routing import SoftRouter, SwitchRouter, TopKRouter, TopPRouter
 from moe_jax.adapters.routing.losses import LoadBalance, RouterLoss, RouterZ
 from moe_jax.adapters.routing.router import ROUTERS, Router
-from moe_jax.adapters.tree import ATTENTION_MODULES
+from moe_jax.adapters.tree import MLP_MODULES
 from moe_jax.checkpoints.adapter_files import SavedAdapter
 from moe_jax.config.model import ModelConfig
 from moe_jax.exchange.adapter_folder import (
@@ -157,7 +157,7 @@ def _is_readable_by_package(adapter: SavedAdapter) -> bool:
         and isinstance(method.router, TopKRouter)
         and (
             method.expert_low_rank == method.low_rank
-            or not any(target in ATTENTION_MODULES for target in method.target_modules)
+            or not any(target not in MLP_MODULES for target in method.target_modules)
         )
     )
 
@@ -182,7 +182,7 @@ def _low_rank_fields(pairs: LowRankConfig) -> dict[str, Any]:
 
 
 def _mixlora_fields(method: MixLoraConfig, model: ModelConfig, notes: list[str]) -> dict[str, Any]:
-    attention = any(target in ATTENTION_MODULES for target in method.target_modules)
+    attention = any(target not in MLP_MODULES for target in method.target_modules)
     experts = _low_rank_fields(method.expert_low_rank)
     # Without attention, only experts have pairs.
     common = _low_rank_fields(method.low_rank) if attention else experts

@@ -180,7 +180,7 @@ class PeftFormat(AdapterFormat):
         self, fields: ConfigFields, source: AdapterFolder, method: AdapterMethod, base: BaseModel
     ) -> dict[str, np.ndarray]:
         adapted, low_rank = adapted_modules(fields, base.config), method.low_rank
-        pairs = checked_pairs(source, adapted, low_rank, base.config, base.identity.path)
+        pairs = checked_pairs(source, adapted, low_rank, base.config, base.path)
         specs = expected_leaves(base.config, method)
         return leaves_from_pairs(source, pairs, adapted, low_rank, specs, base)
 
@@ -202,11 +202,11 @@ def _target_modules(
     fields: ConfigFields, adapted: Mapping[str, PairSize], model: ModelConfig
 ) -> tuple[str, ...]:
     """Projections with a pair in any layer, in the order of a list in the configuration."""
-    targets = [
-        target
-        for target, kernel in kernels(model).items()
+    targets = dict.fromkeys(
+        kernel.path[-2]
+        for kernel in kernels(model)
         if any(module in adapted for module in modules_of(kernel))
-    ]
+    )
     listed = fields.take("target_modules", Any)
     names = [] if isinstance(listed, str) else [name.rpartition(".")[2] for name in listed]
     return tuple(sorted(targets, key=lambda name: names.index(name) if name in names else 0))

@@ -25,10 +25,9 @@ class PairSize(NamedTuple):
     alpha: float
 
 
-def kernels(model: ModelConfig) -> dict[str, Leaf]:
-    """Kernels of the layers' projections by target, such as `q_proj`."""
-    leaves = (leaf for leaf in base_leaves(model) if leaf.stacked and leaf.path[-1] == "kernel")
-    return {leaf.path[-2]: leaf for leaf in leaves}
+def kernels(model: ModelConfig) -> list[Leaf]:
+    """Kernels of the layers' projections; several have a target such as `q_proj` in some models."""
+    return [leaf for leaf in base_leaves(model) if leaf.stacked and leaf.path[-1] == "kernel"]
 
 
 def modules_of(kernel: Leaf) -> list[str]:
@@ -64,7 +63,7 @@ def adapted_modules(fields: ConfigFields, model: ModelConfig) -> dict[str, PairS
         number = next((int(match[1]) for match in found if match), None)
         return number in layers and _matches(module, targets)
 
-    everything = [m for kernel in kernels(model).values() for m in modules_of(kernel)]
+    everything = [m for kernel in kernels(model) for m in modules_of(kernel)]
     adapted = {
         module: PairSize(
             ranks.get(_pattern(ranks, module), size.rank),

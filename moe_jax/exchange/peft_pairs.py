@@ -146,7 +146,7 @@ def leaves_from_pairs(
       base: the base; its weights are read if DoRA leaves modules out.
     """
     leaves = {path: np.zeros(spec.shape, spec.dtype) for path, spec in specs.items()}
-    for kernel in kernels(base.config).values():
+    for kernel in kernels(base.config):
         site = "/".join(kernel.path[:-1])
         if f"{site}/{_A}" not in leaves:
             continue
@@ -219,7 +219,7 @@ def _module_shapes(model: ModelConfig) -> dict[str, tuple[int, int]]:
     """Inputs and outputs of all modules with kernels."""
     return {
         module: (kernel.shape[1], kernel.stored_rows)
-        for kernel in kernels(model).values()
+        for kernel in kernels(model)
         for module in modules_of(kernel)
     }
 

@@ -47,6 +47,7 @@ _DAMAGE_ERRORS = (
     NotImplementedError,
     OSError,
     RuntimeError,
+    StopIteration,
     TypeError,
     ValueError,
 )
@@ -77,6 +78,8 @@ _CONSTANTS: dict[str, Callable[[], Any]] = {
     "NEWTRUE": lambda: True,
     "NONE": lambda: None,
 }
+# torch.save writes about 35 instructions for a tensor. Tensors may share an entry of the archive.
+_INSTRUCTIONS, _INSTRUCTIONS_OF_ENTRY = 50_000, 100
 _LITERALS = ("BINUNICODE", "BININT", "BININT1", "BININT2", "LONG1")
 
 
@@ -135,7 +138,10 @@ class _Reader:
         """The value that the pickle describes, made of plain values and tensors."""
         stack: list[Any] = []
         memo: dict[int, Any] = {}
-        for opcode, argument, _ in pickletools.genops(pickle):
+        most = _INSTRUCTIONS + _INSTRUCTIONS_OF_ENTRY * len(self._entries)
+        for count, (opcode, argument, _) in enumerate(pickletools.genops(pickle)):
+            if count > most:
+                raise _Refused(f"holds a pickle of more than {most:,} instructions")
             name = opcode.name
             if name in _CONSTANTS:
                 stack.append(_CONSTANTS[name]())
@@ -230,7 +236,7 @@ def _view(
 
 def _pop_to_mark(stack: list[Any]) -> list[Any]:
     """Removes the values above the topmost mark, and the mark, from the stack."""
-    position = max(i for i, value in enumerate(stack) if value is _MARK)
+    position = next(i for i in range(len(stack) - 1, -1, -1) if stack[i] is _MARK)
     values = stack[position + 1 :]
     del stack[position:]
     return values

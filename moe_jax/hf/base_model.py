@@ -4,18 +4,16 @@ An adapter stores the identity of the base model that it was trained on, a hash 
 content, so that it is not used with another one.
 """
 
-import hashlib
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
-
-import numpy as np
 
 from moe_jax.config.model import ModelConfig
 from moe_jax.errors import CheckpointError
 from moe_jax.files.folders import current_folder
 from moe_jax.files.hub_log import quiet_retries
+from moe_jax.hf.base_content import BaseContent
 from moe_jax.hf.config import read_model_config
 from moe_jax.hf.key_table import module_counts
 from moe_jax.hf.load import unread_tensors
@@ -50,7 +48,6 @@ _ADAPTER_FILES = [
 ]
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-_SAMPLED_ROWS = 4
 
 
 class BaseIdentity(NamedTuple):
@@ -58,11 +55,16 @@ class BaseIdentity(NamedTuple):
 
     Attributes:
       path: folder or hub id as the user gave it; for messages, never compared.
-      fingerprint: hash of the content, see `base_fingerprint`.
+      fingerprint: hash of the content, see `BaseContent.fingerprint`.
     """
 
     path: str
     fingerprint: str
+
+    @property
+    def sample(self) -> str:
+        """Part of the fingerprint that is known at once, see `BaseContent.sample`."""
+        return self.fingerprint.partition(":")[2]
 
 
 @dataclass(frozen=True)
@@ -71,17 +73,25 @@ class BaseModel:
 
     Attributes:
       folder: folder of the checkpoint.
-      identity: identity that adapters store.
+      path: folder or hub id as the user gave it.
+      content: content of the weights.
       config: architecture.
       params: parameter tree; None if the weights are not loaded.
       unread: names of stored tensors beside the model, such as other heads.
     """
 
     folder: Path
-    identity: BaseIdentity
+    path: str
+    content: BaseContent
     config: ModelConfig
     params: Any = None
     unread: tuple[str, ...] = ()
+    _expected: list[tuple[str, CheckpointError]] = field(default_factory=list, repr=False)
+
+    @property
+    def identity(self) -> BaseIdentity:
+        """Identity that adapters store; waits until all weights are hashed."""
+        return BaseIdentity(self.path, self.content.fingerprint)
 
     @property
     def unread_note(self) -> str | None:
@@ -91,26 +101,47 @@ class BaseModel:
         modules = name_list(module_counts(self.unread))
         return f"not read from {self.folder}, as no part of the model: {modules}"
 
-    def require_trained_on(self, subject: str, trained_on: BaseIdentity, remedy: str) -> None:
+    def require_trained_on(
+        self, subject: str, trained_on: BaseIdentity, remedy: str, *, later: bool = False
+    ) -> None:
         """Requires that this is the base model that an adapter or a run was trained on.
 
         Args:
           subject: adapter or run, for the message.
           trained_on: identity of its base model.
           remedy: what to do otherwise, for the message.
+          later: compare only samples of the weights now if the rest is not hashed yet, and the rest
+            in `require_expected`, so that both can load meanwhile.
 
         Raises:
           CheckpointError: the weights differ.
         """
-        if trained_on.fingerprint != self.identity.fingerprint:
-            raise CheckpointError(
-                f"{subject}: was trained on the base {trained_on.path}, and the weights in "
-                f"{self.folder} differ from it; {remedy}"
-            )
+        error = CheckpointError(
+            f"{subject}: was trained on the base {trained_on.path}, and the weights in "
+            f"{self.folder} differ from it; {remedy}"
+        )
+        if trained_on.sample != self.content.sample:
+            raise error
+        self._expected.append((trained_on.fingerprint, error))
+        if not later or self.content.is_hashed:
+            self.require_expected()
+
+    def require_expected(self) -> None:
+        """Completes the comparisons that `require_trained_on` left; waits if there are any.
+
+        Raises:
+          CheckpointError: the weights differ.
+        """
+        while self._expected:
+            fingerprint, error = self._expected.pop()
+            if fingerprint != self.content.fingerprint:
+                raise error
 
 
 def open_base(base: str | Path | BaseModel, revision: str | None = None) -> BaseModel:
-    """Locates a base model and reads its architecture and identity, without loading its weights.
+    """Locates a base model and reads its architecture, without loading its weights.
+
+    Their hash is computed in the background, unless it is known.
 
     Args:
       base: folder or hub id; a `BaseModel` is returned unchanged.
@@ -123,34 +154,9 @@ def open_base(base: str | Path | BaseModel, revision: str | None = None) -> Base
         return base
     folder = resolve_checkpoint(base, revision)
     config = read_model_config(folder)
-    identity = BaseIdentity(str(base), base_fingerprint(folder))
     with open_shards(folder) as shards:
-        return BaseModel(folder, identity, config, unread=unread_tensors(shards, config))
-
-
-def base_fingerprint(folder: Path) -> str:
-    """Hash of the tensors' names, types and shapes, and of samples of their values.
-
-    It reads four evenly spaced rows of every tensor: any training changes some of them, and a 7B
-    checkpoint takes well under a second. The hash depends neither on the distribution of the
-    tensors over files nor on the folder's name.
-
-    Args:
-      folder: checkpoint with safetensors weights.
-
-    Raises:
-      CheckpointError: the files are missing, truncated or damaged.
-    """
-    digest = hashlib.sha256()
-    with open_shards(folder) as shards:
-        for name, info in sorted(shards.tensors.items()):
-            digest.update(f"{name} {info.dtype} {list(info.shape)}\n".encode())
-            view = shards.get_slice(name)
-            rows = info.shape[0] if info.shape else 0
-            samples = range(_SAMPLED_ROWS if rows else 0)
-            for row in dict.fromkeys(rows * i // _SAMPLED_ROWS for i in samples):
-                digest.update(np.ascontiguousarray(view[row : row + 1]).tobytes())
-    return digest.hexdigest()
+        unread = unread_tensors(shards, config)
+        return BaseModel(folder, str(base), BaseContent(shards), config, unread=unread)
 
 
 def resolve_checkpoint(path: str | Path, revision: str | None = None) -> Path:

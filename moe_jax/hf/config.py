@@ -5,37 +5,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from moe_jax.config.model import ModelConfig
-from moe_jax.config.parse import FieldError
+from moe_jax.config.model import MAX_LAYERS, ModelConfig
+from moe_jax.config.parse import FieldError, parse
 from moe_jax.errors import CheckpointError, ConfigError
 from moe_jax.files.json_file import read_json_object
 from moe_jax.hf.families import FAMILIES, Family
-from moe_jax.hf.fields import HF_NAMES, HFFields
+from moe_jax.hf.fields import HF_NAMES, NEUTRAL_VALUES, HFFields
+from moe_jax.hf.nearest_family import unsupported
 from moe_jax.hf.rope import SECTIONS
 from moe_jax.hf.wrapper import GROUP, language_model_fields
-
-# Fields that change the computation in some architecture, with the value at which they do not. A
-# family that does not read a field accepts only this value. (Not `sliding_window`: many files of
-# families without windows have it, and transformers ignores it there too.)
-_NEUTRAL_VALUES: dict[str, Any] = {
-    "attn_logit_softcapping": None,
-    "final_logit_softcapping": None,
-    "query_pre_attn_scalar": None,
-    "use_bidirectional_attention": False,
-    "layer_types": "full_attention",  # in every layer
-    "use_qk_norm": False,
-    "qk_layernorm": False,
-    "no_rope_layers": None,
-    "rope_interleaved": False,
-    "lm_head_bias": False,
-    "attention_multiplier": None,
-    "embedding_multiplier": 1,
-    "residual_multiplier": 1,
-    "logits_scaling": 1,
-    "logit_scale": 1,
-    "num_experts": None,
-    "num_local_experts": None,
-}
 
 
 def read_model_config(folder: Path) -> ModelConfig:
@@ -81,6 +59,10 @@ def model_config_from_hf(mapping: Mapping[str, Any], where: str) -> ModelConfig:
       CheckpointError: the architecture is not supported; a field is missing, of the wrong type,
         contradicts another, or has a value that is not supported.
     """
+    for group in (mapping, mapping.get(GROUP)):
+        layers = group.get("num_hidden_layers") if isinstance(group, Mapping) else None
+        if isinstance(layers, int) and layers > MAX_LAYERS:  # before lists of layers are made
+            raise CheckpointError(f"{where}: num_hidden_layers: must be at most {MAX_LAYERS:,}")
     own = language_model_fields(mapping, where)
     if own is not mapping:
         mapping, where = own, f"{where}: {GROUP}"
@@ -93,7 +75,7 @@ def model_config_from_hf(mapping: Mapping[str, Any], where: str) -> ModelConfig:
         raise fields.error(_hf_name(error.field, mapping), error.reason) from None
     except ConfigError as error:
         raise CheckpointError(str(error)) from None
-    for key, neutral in _NEUTRAL_VALUES.items():
+    for key, neutral in NEUTRAL_VALUES.items():
         neutral = [neutral] * config.num_layers if key == "layer_types" else neutral
         if key not in fields.seen and mapping.get(key) not in (None, neutral):
             raise fields.error(
@@ -105,7 +87,10 @@ def model_config_from_hf(mapping: Mapping[str, Any], where: str) -> ModelConfig:
 def _family(mapping: Mapping[str, Any], where: str) -> Family:
     """Family of the checkpoint's model class."""
     model_type = mapping.get("model_type")
-    architectures = mapping.get("architectures") or []
+    architectures = parse(
+        tuple[str, ...] | None, mapping.get("architectures"), f"{where}: architectures"
+    )
+    architectures = architectures or ()
     for family in FAMILIES.values():
         # Early Llama files have no model_type; a different one is a different architecture. Files
         # written by hand may have no architectures.
@@ -113,12 +98,9 @@ def _family(mapping: Mapping[str, Any], where: str) -> Family:
             family.architecture in architectures and model_type in (None, family.model_type)
         ):
             return family
-    supported = ", ".join(f"{f.architecture} ({f.model_type})" for f in FAMILIES.values())
-    specified = ", ".join(str(name) for name in architectures) or "none"
-    raise CheckpointError(
-        f"{where}: architecture {specified} of model_type {model_type!r} is not supported; "
-        f"supported: {supported}"
-    )
+    specified = ", ".join(architectures) or "none"
+    subject = f"architecture {specified} of model_type {model_type!r}"
+    raise unsupported(mapping, where, subject)
 
 
 def _require_constants(fields: HFFields, family: Family) -> None:

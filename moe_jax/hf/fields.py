@@ -67,6 +67,7 @@ class HFFields:
 
     def group(self, key: str) -> Mapping[str, Any]:
         """Group of fields without nulls; empty if it is missing or null."""
+        self.seen.add(key)
         value = self.mapping.get(key)
         if value is None:
             return {}
@@ -74,6 +75,35 @@ class HFFields:
             raise self.error(key, f"expected a group of fields, got {type(value).__name__}")
         return {name: item for name, item in value.items() if item is not None}
 
+
+# Fields that change the computation in some architecture, with the value at which they do not. A
+# family that does not read a field accepts only this value. (Not `sliding_window`: many files of
+# families without windows have it, and transformers ignores it there too.)
+NEUTRAL_VALUES: dict[str, Any] = {
+    "attn_logit_softcapping": None,
+    "final_logit_softcapping": None,
+    "query_pre_attn_scalar": None,
+    "use_bidirectional_attention": False,
+    "layer_types": "full_attention",  # in every layer
+    "use_qk_norm": False,
+    "qk_layernorm": False,
+    "no_rope_layers": None,
+    "rope_interleaved": False,
+    "lm_head_bias": False,
+    "attention_multiplier": None,
+    "embedding_multiplier": 1,
+    "residual_multiplier": 1,
+    "logits_scaling": 1,
+    "logit_scale": 1,
+    "num_experts": None,
+    "num_local_experts": None,
+    "num_kv_shared_layers": 0,
+    "clip_qkv": None,
+    "use_cla": False,
+    "use_mla": False,
+    "use_parallel_residual": False,
+    "attention_chunk_size": None,
+}
 
 LAYER_TYPES: tuple[LayerType, ...] = ("full_attention", "sliding_attention")
 
@@ -84,20 +114,30 @@ _COMMON: dict[str, tuple[str, type]] = {
     "num_layers": ("num_hidden_layers", int),
     "num_heads": ("num_attention_heads", int),
     "max_position_embeddings": ("max_position_embeddings", int),
-    "rms_norm_eps": ("rms_norm_eps", float),
     "tie_word_embeddings": ("tie_word_embeddings", bool),
 }
 
 HF_NAMES = {name: key for name, (key, _) in _COMMON.items()} | {
     "num_kv_heads": "num_key_value_heads",
     "qkv_bias": "attention_bias",
+    "num_key_heads": "linear_num_key_heads",
+    "num_value_heads": "linear_num_value_heads",
+    "key_head_dim": "linear_key_head_dim",
+    "value_head_dim": "linear_value_head_dim",
+    "filter_width": "linear_conv_kernel_dim",
 }
 """Names in `config.json` of fields of `ModelConfig`, for messages."""
 
 
-def common(fields: HFFields) -> dict[str, Any]:
-    """Fields of `ModelConfig` that all families state in the same way."""
-    return {name: fields.get(key, kind) for name, (key, kind) in _COMMON.items()}
+def common(fields: HFFields, norm_eps: str = "rms_norm_eps") -> dict[str, Any]:
+    """Fields of `ModelConfig` that all families state in the same way.
+
+    Args:
+      fields: fields of the file.
+      norm_eps: key of `ModelConfig.rms_norm_eps`.
+    """
+    values = {name: fields.get(key, kind) for name, (key, kind) in _COMMON.items()}
+    return values | {"rms_norm_eps": fields.get(norm_eps, float)}
 
 
 def activation(fields: HFFields, key: str = "hidden_act") -> str:
@@ -157,13 +197,45 @@ def sliding(
     return {"sliding_window": window, "layer_types": tuple(layer_types)}
 
 
-def specified_layer_types(fields: HFFields) -> tuple[LayerType, ...] | None:
-    """`layer_types`, which files of transformers 5 have; None if it is missing."""
+def sliding_everywhere(fields: HFFields) -> dict[str, Any]:
+    """Fields of `ModelConfig` for a `sliding_window` of all layers; null is full attention."""
+    window = fields.nullable("sliding_window", int)
+    kind: LayerType = "full_attention" if window is None else "sliding_attention"
+    return sliding(fields, window, [kind] * fields.get("num_hidden_layers", int))
+
+
+def alternating(fields: HFFields, period: int) -> list[LayerType]:
+    """Sliding layers, with full attention in the last of every `period` layers."""
+    if period < 1:
+        raise fields.error("sliding_window_pattern", "must be positive")
+    return [
+        "sliding_attention" if (layer + 1) % period else "full_attention"
+        for layer in range(fields.get("num_hidden_layers", int))
+    ]
+
+
+def factor(fields: HFFields, key: str) -> float | None:
+    """Positive number by which something is multiplied; None if it is 1."""
+    value = fields.get(key, float)
+    if value <= 0:
+        raise fields.error(key, "must be positive")
+    return None if value == 1 else value
+
+
+def specified_layer_types(
+    fields: HFFields, known: tuple[LayerType, ...] = LAYER_TYPES
+) -> tuple[LayerType, ...] | None:
+    """`layer_types`, which files of transformers 5 have; None if it is missing.
+
+    Args:
+      fields: fields of the file.
+      known: types that the family has.
+    """
     types = fields.optional("layer_types", tuple[str, ...])
     for kind in types or ():
-        if kind not in LAYER_TYPES:
+        if kind not in known:
             raise fields.error(
-                "layer_types", f"{kind!r} is not supported; supported: {', '.join(LAYER_TYPES)}"
+                "layer_types", f"{kind!r} is not supported; supported: {', '.join(known)}"
             )
     if types is not None and len(types) != fields.get("num_hidden_layers", int):
         raise fields.error(

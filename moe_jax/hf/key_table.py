@@ -22,7 +22,7 @@ class Leaf:
     Attributes:
       path: names from the root of the tree to the leaf.
       shape: shape of the leaf, with a leading layer axis if it is `stacked`.
-      keys: names of the tensors: one per layer if the leaf is `stacked`, else one.
+      keys: names of the tensors: one per layer that has the leaf if it is `stacked`, else one.
       stacked: True if tensor i is `leaf[i]`.
       transposed: True if the tensors are stored with their two axes swapped.
       first_row: offset of the leaf along the first axis of the stored tensors.
@@ -52,6 +52,36 @@ def _axis_sizes(config: ModelConfig) -> dict[str, int]:
         "Q": config.num_heads * config.head_dim,
         "K": config.num_kv_heads * config.head_dim,
         "W": config.head_dim,
+        "1": 1,
+        **_gated_sizes(config),
+        **_global_sizes(config),
+    }
+
+
+def _gated_sizes(config: ModelConfig) -> dict[str, int]:
+    """Sizes of a family with gated attention and Gated DeltaNet."""
+    net = config.delta_net
+    if net is None:
+        return {}
+    return {
+        "G": 2 * config.num_heads * config.head_dim,
+        "C": net.mixed_dim,
+        "Z": net.value_dim,
+        "H": net.num_value_heads,
+        "Y": net.value_head_dim,
+        "T": net.filter_width,
+    }
+
+
+def _global_sizes(config: ModelConfig) -> dict[str, int]:
+    """Sizes of layers whose full attention differs from sliding attention."""
+    sizes = config.global_attention
+    if sizes is None:
+        return {}
+    return {
+        "A": config.num_heads * sizes.head_dim,
+        "B": sizes.num_kv_heads * sizes.head_dim,
+        "X": sizes.head_dim,
     }
 
 
@@ -71,11 +101,13 @@ def _exists(rule: WeightRule, config: ModelConfig) -> bool:
 def _leaf(rule: WeightRule, config: ModelConfig) -> Leaf:
     sizes = _axis_sizes(config)
     shape, stacked = tuple(sizes[axis] for axis in rule.axes), "{layer}" in rule.key
+    path = tuple(rule.path.split("/"))
+    layers = config.layers_with(path[1]) if stacked else ()
     rows = [sizes[axis] for axis in rule.fused] or [shape[-1] if rule.transposed else shape[0]]
     return Leaf(
-        path=tuple(rule.path.split("/")),
-        shape=(config.num_layers, *shape) if stacked else shape,
-        keys=tensor_names(rule.key, config),
+        path=path,
+        shape=(len(layers), *shape) if stacked else shape,
+        keys=tuple(rule.key.format(layer=layer) for layer in layers) if stacked else (rule.key,),
         stacked=stacked,
         transposed=rule.transposed,
         first_row=sum(rows[: rule.part]),

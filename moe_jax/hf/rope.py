@@ -7,8 +7,8 @@ versions had `rope_theta` and `rope_scaling`.
 from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
-from moe_jax.config.model import RopeConfig
 from moe_jax.config.parse import FieldError, parse, suggest
+from moe_jax.config.rope import RopeConfig
 from moe_jax.errors import CheckpointError
 from moe_jax.hf.fields import HFFields
 from moe_jax.layers.rope import ROPE_TYPES
@@ -19,6 +19,7 @@ _FIELDS: dict[str, dict[str, Any]] = {
     "default": {},
     "linear": {"factor": float},
     "dynamic": {"factor": float},
+    "proportional": {"factor": float},
     "llama3": {
         "factor": float,
         "low_freq_factor": float,
@@ -58,12 +59,16 @@ class RopeRules(NamedTuple):
       interleaved: see `RopeConfig`.
       types: supported values of `rope_type`.
       renamed: map from former names of types to current ones.
+      own_fields: types of fields that this family alone computes, by key.
+      ignored: fields of the section that do not change the positions of text.
     """
 
     partial_rotary_factor: float | None = None
     interleaved: bool = False
     types: Collection[str] = tuple(ROPE_TYPES)
     renamed: Mapping[str, str] = {}
+    own_fields: Mapping[str, Any] = {}
+    ignored: Collection[str] = ()
 
 
 WHOLE_HEADS = RopeRules()
@@ -103,13 +108,14 @@ def rope_of_section(
     """
     location = f"{fields.where}: {name}"
     known = {field for names in _FIELDS.values() for field in names} | _NOTES
+    known |= rules.own_fields.keys()
     for field in section:
-        if field not in known:
+        if field not in known and field not in rules.ignored:
             raise CheckpointError(f"{location}.{field}: unknown field; {suggest(field, known)}")
     rope_type = _rope_type(section, location, rules)
     values = {
         field: parse(kind, section[field], f"{location}.{field}")
-        for field, kind in _FIELDS[rope_type].items()
+        for field, kind in {**_FIELDS[rope_type], **rules.own_fields}.items()
         if field in section
     }
     if "original_max_position_embeddings" in _FIELDS[rope_type]:
@@ -127,14 +133,16 @@ def rope_of_section(
 
 
 def _rope_type(section: Mapping[str, Any], location: str, rules: RopeRules) -> str:
-    specified, former = section.get("rope_type"), section.get("type")
+    specified, former = (
+        parse(str | None, section.get(key), f"{location}.{key}") for key in ("rope_type", "type")
+    )
     if former is not None and specified not in (None, former):
         raise CheckpointError(
             f"{location}: type {former!r} contradicts rope_type {specified!r}; keep one of them"
         )
     rope_type = specified or former
     if rope_type is None:
-        if set(section) - _NOTES:
+        if set(section) - _NOTES - set(rules.ignored):
             raise CheckpointError(
                 f"{location}: has no rope_type; give one of {', '.join(rules.types)}"
             )

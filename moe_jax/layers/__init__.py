@@ -11,8 +11,8 @@
     activation.py         activation functions and gating
     vocabulary.py         token embedding and language-model head
     vocab_loss.py         cross-entropy in chunks of the logits
-    continuation_scores.py
-                          log-probabilities of continuations in chunks of the logits
+    target_scores.py      log-probabilities of scored tokens, in chunks of the logits
+    split_product.py      products of bfloat16 tokens with a float32 matrix
     tokens.py             products with all tokens, sums over sequences
     names.py              names of variable collections and of rematerialized arrays
 

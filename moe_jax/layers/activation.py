@@ -1,4 +1,4 @@
-"""Activation functions, by Hugging Face's names for `hidden_act`, and gated linear units."""
+"""Activation functions by Hugging Face's names for `hidden_act`, gated units, and scales."""
 
 from collections.abc import Callable
 from functools import partial
@@ -64,6 +64,11 @@ def _gated_silu_jvp(
         tangent = weight * up * slope * gate_dot + weight * gate * sigmoid * up_dot
         tangent += gate * up * sigmoid * weight_dot
     return _gated_silu(gate, up, weight), tangent
+
+
+def scaled(x: jax.Array, factor: float) -> jax.Array:
+    """`factor * x` in the dtype of `x`; rounded once, since 0.22 itself is not a bfloat16."""
+    return (x.astype(jnp.float32) * factor).astype(x.dtype)
 
 
 def soft_cap(x: jax.Array, cap: float) -> jax.Array:

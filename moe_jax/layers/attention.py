@@ -8,19 +8,21 @@ import jax.numpy as jnp
 from moe_jax.layers.activation import soft_cap
 from moe_jax.layers.blocked_attention import BLOCK, BlockSettings, blocked_attention
 from moe_jax.layers.kv_cache import CachePosition
+from moe_jax.layers.tokens import in_sequence
 
 
 def attention_mask(segment_ids: jax.Array) -> jax.Array:
     """Mask that separates the sequences of packed rows; it is not causal by itself.
 
     Args:
-      segment_ids: int [B, S]; 0 is padding, equal numbers are one sequence.
+      segment_ids: int [B, S]; 0 is padding, equal numbers are one sequence. A branch also attends
+        to the sequence that it continues, see `moe_jax.layers.tokens.BRANCH`.
 
     Returns:
       bool [B, 1, S, S], query by key: true within a sequence. Padding attends to padding, so that
       no row of the softmax is empty. No real position attends to padding, on either side.
     """
-    return segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
+    return in_sequence(segment_ids[:, None, :, None], segment_ids[:, None, None, :])
 
 
 def causal_attention(
@@ -29,7 +31,7 @@ def causal_attention(
     value: jax.Array,
     *,
     segment_ids: jax.Array | None,
-    implementation: Literal["xla", "cudnn"],
+    implementation: Literal["auto", "xla", "cudnn"],
     scale: float | None = None,
     window: int | None = None,
     slides: jax.Array | None = None,
@@ -47,7 +49,8 @@ def causal_attention(
       value: [B, S, K, Q].
       segment_ids: int [B, S], see `attention_mask`. None: each row is a single sequence, padded on
         the right at most; causality hides that padding.
-      implementation: see `ComputeConfig.attention`. The softmax is float32 in both.
+      implementation: see `ComputeConfig.attention`; `auto` is `xla` here, where the devices are not
+        known. The softmax is float32 in both.
       scale: factor of the scores; by default 1 / sqrt(Q).
       window: number of positions that each position attends to, itself included
         (arXiv:2004.05150, section 3.1); None for all before it.
@@ -87,6 +90,12 @@ def _fused_attention(
     # JAX's public API takes segments only as a mask, which becomes a bias (0.10 to 0.12). The
     # kernel's packed layout is private, needs a Hopper GPU, and reads wrong keys with grouped heads
     # (jax issue 39521, fixed after 0.10).
+    length = query.shape[1]
+    if length % 2:  # refused by jax if there are gradients; causality hides the padding
+        query, key, value = (
+            jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) for x in (query, key, value)
+        )
+        segment_ids = None if segment_ids is None else jnp.pad(segment_ids, ((0, 0), (0, 1)))
     mask = None if segment_ids is None else attention_mask(segment_ids)
 
     def kernel(window: int | None) -> jax.Array:
@@ -102,9 +111,11 @@ def _fused_attention(
         )
 
     if slides is None or window is None:
-        return kernel(window)
-    # With a static window the kernel skips the scores outside it; with a mask it computes them.
-    return jax.lax.cond(slides, lambda: kernel(window), lambda: kernel(None))
+        attended = kernel(window)
+    else:
+        # With a static window the kernel skips the scores outside it; with a mask it computes them.
+        attended = jax.lax.cond(slides, lambda: kernel(window), lambda: kernel(None))
+    return attended[:, :length]
 
 
 def _within_window(distance: jax.Array, window: int, slides: jax.Array | None) -> jax.Array:

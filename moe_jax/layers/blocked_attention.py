@@ -23,6 +23,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from moe_jax.layers.activation import soft_cap
 from moe_jax.layers.names import ATTENTION
+from moe_jax.layers.tokens import in_sequence
 
 BLOCK = 256
 """Maximum positions of a block. The scores of 32 heads then take 8 MiB for each row of a batch."""
@@ -77,8 +78,8 @@ def blocked_attention(
       query: [B, S, H, Q].
       key: [B, S, K, Q].
       value: [B, S, K, Q].
-      segment_ids: int [B, S]; positions attend to positions of the same number only. None: each row
-        is a single sequence.
+      segment_ids: int [B, S], see `moe_jax.layers.attention.attention_mask`. None: each row is a
+        single sequence.
       slides: bool [], true if the window applies; None means true. Only the blocks that it leaves
         are computed.
 
@@ -244,7 +245,8 @@ def _scores(
     if settings.window is not None:
         allowed &= distance < settings.window
     if blocks.segment_ids is not None:
-        same = _at(blocks.segment_ids, i)[:, :, None] == _at(blocks.segment_ids, j)[:, None, :]
+        queries, keys = (_at(blocks.segment_ids, index) for index in (i, j))
+        same = in_sequence(queries[:, :, None], keys[:, None, :])
         allowed = allowed[None, None, None] & same[:, None, None]
     return scores, allowed
 

@@ -20,15 +20,26 @@ def dropout(x: jax.Array, rate: float | jax.Array, key: jax.Array) -> jax.Array:
       rate: in [0, 1); may be traced.
       key: random key.
     """
-    token_key, feature_key = jax.random.split(key)
-    tokens = jax.random.bits(token_key, (*x.shape[:-1], 1), jnp.uint32)
-    features = jax.random.bits(feature_key, (1,) * (x.ndim - 1) + x.shape[-1:], jnp.uint32)
-    limit = (jnp.float32(rate) * 2.0**32).astype(jnp.uint32)
-    kept = _mixed(tokens + features) >= limit
+    tokens, features, limit = dropout_words(x.shape, rate, key)
+    kept = mixed(tokens + features) >= limit
     return jnp.where(kept, x / jnp.asarray(1.0 - rate, x.dtype), jnp.zeros_like(x))
 
 
-def _mixed(x: jax.Array) -> jax.Array:
+def dropout_words(
+    shape: tuple[int, ...], rate: float | jax.Array, key: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Words of tokens [..., 1] and features [1, ..., F], and a limit; uint32.
+
+    `dropout` keeps the elements of `shape` [..., F] whose `mixed` sum of both words is not below
+    the limit.
+    """
+    token_key, feature_key = jax.random.split(key)
+    tokens = jax.random.bits(token_key, (*shape[:-1], 1), jnp.uint32)
+    features = jax.random.bits(feature_key, (1,) * (len(shape) - 1) + shape[-1:], jnp.uint32)
+    return tokens, features, (jnp.float32(rate) * 2.0**32).astype(jnp.uint32)
+
+
+def mixed(x: jax.Array) -> jax.Array:
     """A bijection of uint32 in which every input bit changes half of the output bits.
 
     `lowbias32` of C. Wellons, "Prospecting for Hash Functions", 2018.

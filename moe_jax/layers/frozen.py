@@ -62,6 +62,8 @@ def check_storage(storage: Storage, model: ModelConfig) -> None:
         "intermediate_size": model.intermediate_size,
         "heads times head_dim": model.num_heads * model.head_dim,
     }
+    if model.delta_net is not None:
+        inputs["value heads times head_dim"] = model.delta_net.value_dim
     for name, size in inputs.items():
         require(
             size % 2 == 0,
@@ -80,7 +82,7 @@ def frozen_leaf(
     name: str,
     init: nn.initializers.Initializer,
     shape: tuple[int, ...],
-    axes: tuple[str, ...],
+    axes: tuple[str | None, ...],
     dtype: jnp.dtype | str,
 ) -> jax.Array:
     """The leaf `name` of `module` in the `params` collection.
@@ -90,7 +92,7 @@ def frozen_leaf(
       name: name of the leaf.
       init: initializer, for models that are not loaded.
       shape: shape of the leaf.
-      axes: logical axes, one for each dimension.
+      axes: logical axes, one for each dimension; None where it is never divided.
       dtype: dtype in which the leaf is stored.
     """
     # Linen types the result as the box of the initializer, but returns the array in it.
@@ -214,5 +216,8 @@ class FrozenLinear(nn.Module):
 
     def product(self, x: jax.Array) -> jax.Array:
         """`x @ kernel`, without the bias."""
-        name = WIDE_PRODUCT if self.axes[1] == MLP else NARROW_PRODUCT
-        return checkpoint_name(frozen_product(x.astype(self.dtype), self.kernel), name)
+        return frozen_product(x.astype(self.dtype), self.kernel)
+
+    def kept(self, product: jax.Array) -> jax.Array:
+        """Names the product, or what adapters made of it, for rematerialization."""
+        return checkpoint_name(product, WIDE_PRODUCT if self.axes[1] == MLP else NARROW_PRODUCT)

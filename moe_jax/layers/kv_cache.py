@@ -24,10 +24,15 @@ import jax.numpy as jnp
 from moe_jax.layers.names import CACHE, CACHE_UPDATES
 from moe_jax.sharding.axes import BATCH, CACHE_KV_HEADS, HEAD_WIDTH, LENGTH, constrain
 
-_BY_POSITION = ("key", "value")
+BY_POSITION = ("key", "value")
+"""Names of the values that each token adds to the cache."""
+
+BY_ROW = ("expert_counts",)
+"""Names of the values that each row of the batch has, [L, B, ...]. Any other is of an adapter."""
+
 _AXES = (BATCH, CACHE_KV_HEADS, LENGTH, HEAD_WIDTH)
-_POSITION_AXIS = 3
-"""Axis of the cache positions in arrays with a leading axis of layers."""
+_POSITION_AXIS = -2
+"""Axis of the cache positions, with and without a leading axis of layers."""
 
 
 class CachePosition(NamedTuple):
@@ -68,8 +73,8 @@ def fill_cache(module: nn.Module, key: jax.Array, value: jax.Array, length: int)
     rest = length - key.shape[1]
     if rest < 0:
         raise ValueError(f"{key.shape[1]} tokens do not fit into a cache of {length}")
-    for name, array in zip(_BY_POSITION, (key, value), strict=True):
-        padded = jnp.pad(_heads_first(array), ((0, 0), (0, 0), (0, rest), (0, 0)))
+    for name, array in zip(BY_POSITION, (key, value), strict=True):
+        padded = jnp.pad(heads_first(array), ((0, 0), (0, 0), (0, rest), (0, 0)))
         write_cache(module, name, constrain(padded, _AXES))
 
 
@@ -83,9 +88,9 @@ def extend_cache(
       key: [B, S, K, Q] of the new tokens, rotated.
       value: [B, S, K, Q].
     """
-    earlier = [read_cache(module, name) for name in _BY_POSITION]
-    for name, array in zip(_BY_POSITION, (key, value), strict=True):
-        write_cache(module, name, constrain(_heads_first(array), _AXES))
+    earlier = [read_cache(module, name) for name in BY_POSITION]
+    for name, array in zip(BY_POSITION, (key, value), strict=True):
+        write_cache(module, name, constrain(heads_first(array), _AXES))
     cached_key, cached_value = earlier
     if cached_key is None or cached_value is None:
         raise ValueError("decoding needs a cache; apply the model with cache_length first")
@@ -104,7 +109,7 @@ def apply_cache_updates(cache: Any, updates: Any, position: CachePosition) -> An
     for name, new in updates.items():
         if isinstance(new, Mapping):
             merged[name] = apply_cache_updates(cache[name], new, position)
-        elif name in _BY_POSITION:
+        elif name in BY_POSITION:
             merged[name] = jax.lax.dynamic_update_slice_in_dim(
                 cache[name], new, position.offset, axis=_POSITION_AXIS
             )
@@ -113,5 +118,6 @@ def apply_cache_updates(cache: Any, updates: Any, position: CachePosition) -> An
     return merged
 
 
-def _heads_first(array: jax.Array) -> jax.Array:
+def heads_first(array: jax.Array) -> jax.Array:
+    """[B, S, K, Q] to [B, K, S, Q], as attention's products read keys and values."""
     return jnp.swapaxes(array, 1, 2)

@@ -19,10 +19,12 @@ CACHE_UPDATES = "cache_updates"
 """Collection of the entries that a decoding step adds to the cache or replaces in it."""
 
 NARROW_PRODUCT = "narrow_product"
-"""Product of a frozen projection whose output is not as wide as the FFN: attention, down."""
+"""Product of a frozen projection whose output is not as wide as the FFN (attention, down), with the
+deltas of the adapters."""
 
 WIDE_PRODUCT = "wide_product"
-"""Product of a frozen projection whose output is as wide as the FFN: gate, up."""
+"""Product of a frozen projection whose output is as wide as the FFN (gate, up), with the deltas of
+the adapters."""
 
 ATTENTION = "attention"
 """Output and log-sum-exps of blocked attention. If kept, the backward pass computes the scores once

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.config.model import RopeConfig
+from moe_jax.config.rope import RopeConfig
 from moe_jax.errors import ConfigError
 
 # Defaults of the YaRN paper for the Llama family (arXiv:2309.00071, section 3.2), which checkpoints
@@ -159,6 +159,16 @@ def _longrope(
     return inv_freq, math.sqrt(1 + math.log(factor) / math.log(length))
 
 
+def _proportional(
+    config: RopeConfig, head_dim: int, max_position_embeddings: int, positions: jax.Array
+) -> tuple[np.ndarray, float]:
+    """Gemma 4: the default rule for a share of the pairs of channels; the others do not turn."""
+    inv_freq, scaling = _default(config, head_dim, max_position_embeddings, positions)
+    turning = int(config.partial_rotary_factor * head_dim // 2)
+    kept = np.where(np.arange(head_dim // 2) < turning, inv_freq, np.float32(0.0))
+    return kept / np.float32(config.factor or 1.0), scaling
+
+
 ROPE_TYPES: dict[str, FrequencyRule] = {
     "default": _default,
     "linear": _linear,
@@ -166,6 +176,7 @@ ROPE_TYPES: dict[str, FrequencyRule] = {
     "llama3": _llama3,
     "yarn": _yarn,
     "longrope": _longrope,
+    "proportional": _proportional,
 }
 
 
@@ -209,6 +220,23 @@ def rotary_tables(
     else:
         angles = jnp.concatenate([angles, angles], axis=-1)
     return jnp.cos(angles) * attention_scaling, jnp.sin(angles) * attention_scaling
+
+
+def query_scales(config: RopeConfig, positions: jax.Array) -> jax.Array | None:
+    """Factor of the query at each position, float32 `[B, S]`; None if there is none.
+
+    It is Llama 4's temperature of attention, which grows with the position; see
+    `RopeConfig.llama_4_scaling_beta`.
+
+    Args:
+      config: rotary embedding of the model.
+      positions: int `[B, S]`.
+    """
+    beta, length = config.llama_4_scaling_beta, config.original_max_position_embeddings
+    if beta is None:
+        return None
+    assert length is not None
+    return 1.0 + beta * jnp.log1p((positions // length).astype(jnp.float32))
 
 
 def apply_rope(

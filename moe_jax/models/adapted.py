@@ -23,6 +23,7 @@ from moe_jax.adapters.tree import split_by_adapter, to_collection
 from moe_jax.layers.names import ADAPTERS, CACHE, PARAMS, ROUTER
 from moe_jax.models.causal_lm import LlamaForCausalLM
 from moe_jax.sharding import axes
+from moe_jax.sharding.platform import resolve_attention
 from moe_jax.sharding.rules import RULES
 
 SINGLE = "fresh"
@@ -64,6 +65,8 @@ def apply(
     Returns:
       The result of `function`; with `mutable`, a pair of it and these collections.
     """
+    dtype = jnp.dtype(model.compute.dtype)
+    adapters = {name: _pairs_in(dtype, tree) for name, tree in adapters.items()}
     variables = {PARAMS: params, ADAPTERS: to_collection(adapters)}
     if cache is not None:
         variables[CACHE] = cache
@@ -71,6 +74,23 @@ def apply(
     collections: Any = list(mutable) if mutable else False
     options: Any = {"method": function, "mutable": collections, "rngs": rngs, **kwargs}
     return model.apply(variables, *args, **options)
+
+
+def _pairs_in(dtype: jnp.dtype, tree: Any) -> Any:
+    """The tree with its low-rank pairs in `dtype`, once for all layers.
+
+    In the layers, each would be converted by a kernel of its own, forward and backward. DoRA
+    computes the norms of its pairs in float32.
+    """
+    if not isinstance(tree, Mapping):
+        return tree
+    has_norms = "magnitude" in tree
+    return {
+        name: leaf.astype(dtype)
+        if name in ("lora_A", "lora_B") and not has_norms
+        else _pairs_in(dtype, leaf)
+        for name, leaf in tree.items()
+    }
 
 
 def untrained_adapter(
@@ -114,13 +134,19 @@ class CompiledLlama:
     """A model on a mesh, with the functions compiled for it.
 
     Attributes:
-      model: the model, without adapter rows.
+      model: the model, without adapter rows, with the attention kernel of the devices.
       mesh: mesh of the arrays; None for one device.
       compilations: number of programs traced for compilation so far.
     """
 
     def __init__(self, model: LlamaForCausalLM, mesh: Mesh | None = None):
-        self.model = model
+        """Chooses the attention kernel if it is `auto`.
+
+        Raises:
+          DeviceError: the devices do not have the attention kernel.
+        """
+        device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+        self.model = model.clone(compute=resolve_attention(model.compute, model.config, device))
         self.mesh = mesh
         self.compilations = 0
         self._functions: dict[Any, Callable[..., Any]] = {}
@@ -186,6 +212,10 @@ class CompiledLlama:
     def _rules(self) -> tuple[tuple[str, Any], ...]:
         """Sharding rules; heads of the cache that the mesh cannot split are replicated."""
         parts = 1 if self.mesh is None else self.mesh.shape["tensor"]
-        if self.model.config.num_kv_heads % parts == 0:
+        config = self.model.config
+        kv_heads = [config.num_kv_heads]
+        if config.global_attention is not None:
+            kv_heads.append(config.global_attention.num_kv_heads)
+        if all(heads % parts == 0 for heads in kv_heads):
             return RULES
         return ((axes.CACHE_KV_HEADS, None), *RULES)

@@ -17,10 +17,12 @@ METRICS = """| Loss | Nats per target token |
 | validation: held_out | `1.5000` |"""
 
 
-def trained(mixture, method):
+def trained(mixture, method, preference=None):
     """An adapter with a training record and pictures."""
     adapter = adapter_of(mixture.base, method)
-    record = dataclasses.replace(example_record(), method=to_plain(adapter.method))
+    record = dataclasses.replace(
+        example_record(), method=to_plain(adapter.method), preference=preference
+    )
     return adapter._replace(training=record, pictures=PICTURES)
 
 
@@ -54,7 +56,7 @@ def test_every_format_has_a_card(mixture, tmp_path, to, method, library, code):
         "| training | `words` | `words.jsonl` |  | `train` | `completion` | `2.0` | `100` |",
         "| training | `more` | `owner/rows` | `v1` | `train` | `text` | `1.0` | `20` |",
         METRICS,
-        "The lowest mean validation loss so far was 1.4000.",
+        "The mean validation loss of the best adapter was 1.4000.",
         "| held_out | `accuracy` | `0.7500` |\n| held_out | `f1` | `unknown` |",
         "Evaluation tasks, after step 5:",
         "| boolq | `label_acc` | `0.5000` |\n| boolq | `acc` | `0.6250` |",
@@ -79,6 +81,14 @@ def test_unit_of_a_classifiers_losses(mixture, tmp_path, classification, unit):
     assert (
         METRICS.replace("Nats per target token", unit) in (tmp_path / "out/README.md").read_text()
     )
+
+
+def test_preference_training(mixture, tmp_path):
+    adapter = trained(mixture, LORA, {"name": "dpo", "beta": 0.1})
+    moe_jax.export_adapter(adapter, "moe_jax", tmp_path / "out")
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert METRICS.replace("Nats per target token", "Preference loss per example") in text
+    assert "| preference.name | `dpo` |\n| preference.beta | `0.1` |" in text
 
 
 def test_a_hub_base_is_linked(mixture, tmp_path):

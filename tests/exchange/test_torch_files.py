@@ -4,6 +4,7 @@ import os
 import pickle
 import struct
 import sys
+import time
 import zipfile
 from collections import OrderedDict
 
@@ -205,3 +206,20 @@ def test_inconsistent_pickles_are_refused(tmp_path):
     short = {"data/0": entries["data/0"][:4]}
     file = archive(tmp_path, raw(b"}(" + item + FLOATS % (2, 1) + b"u."), **short)
     assert "data/0 has 4 bytes" in refusal(file)
+
+
+def test_a_pickle_of_two_million_instructions_ends_early(tmp_path):
+    file = tmp_path / "long.bin"
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("archive/data.pkl", b"\x80\x02}" + b"(t" * 10**6 + b".")
+    start = time.process_time()
+    with pytest.raises(CheckpointError, match=r"a pickle of more than 50,\d00 instructions"):
+        read_torch_file(file)
+    assert time.process_time() - start < 5  # 20 s without the bound
+
+
+def test_an_adapter_of_many_tensors(tmp_path):
+    tensors = {f"layer {i}": np.full((1, 2), i, np.float32) for i in range(3000)}
+    write_torch_file(tmp_path / "w.bin", tensors)  # 90,000 instructions
+    loaded = read_torch_file(tmp_path / "w.bin")
+    assert loaded.keys() == tensors.keys() and loaded["layer 7"].tolist() == [[7.0, 7.0]]

@@ -16,7 +16,8 @@ from safetensors.numpy import load_file, save_file
 
 from moe_jax.demo.tiny_llama import write_checkpoint
 from moe_jax.errors import CheckpointError
-from moe_jax.hf.base_model import base_fingerprint, open_base, resolve_checkpoint
+from moe_jax.hf.base_content import base_fingerprint
+from moe_jax.hf.base_model import open_base, resolve_checkpoint
 from moe_jax.hf.config import read_model_config
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

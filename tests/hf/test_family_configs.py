@@ -6,7 +6,8 @@ import json
 import pytest
 from transformers import AutoConfig
 
-from moe_jax.config.model import ModelConfig, RopeConfig
+from moe_jax.config.model import ModelConfig
+from moe_jax.config.rope import RopeConfig
 from moe_jax.errors import CheckpointError
 from moe_jax.hf.config import model_config_from_hf, read_model_config
 from moe_jax.hf.families import FAMILIES
@@ -109,6 +110,126 @@ OLD_FILES = {
     ),
     "glm": ("glm", dict(rope_theta=10000.0, partial_rotary_factor=0.5)),
     "glm4": ("glm4", dict(attention_bias=True, rms_norm_eps=1e-5)),
+    "smollm3": (
+        "smollm3",
+        dict(
+            no_rope_layers=[1, 1, 1, 0],
+            layer_types=[FULL] * 4,
+            use_sliding_window=False,
+            rope_theta=5e6,
+        ),
+    ),
+    "smollm3_pattern": ("smollm3", dict(no_rope_layer_interval=2, no_rope_layers=None)),
+    "smollm3_sliding": ("smollm3", dict(use_sliding_window=True, sliding_window=64)),
+    "olmo2": ("olmo2", dict(rope_theta=500000, rms_norm_eps=1e-6)),
+    "olmo3": (
+        "olmo3",
+        dict(
+            rope_theta=500000,
+            rope_scaling=dict(
+                rope_type="yarn",
+                factor=8.0,
+                original_max_position_embeddings=8192,
+                attention_factor=1.2079441541679836,
+                beta_fast=32.0,
+                beta_slow=1.0,
+            ),
+            max_position_embeddings=65536,
+        ),
+    ),
+    "olmo3_defaults": ("olmo3", {}),
+    "ministral3_defaults": ("ministral3", {}),
+    "ministral3": (
+        "ministral3",
+        dict(
+            rope_scaling=dict(
+                type="yarn",
+                factor=16.0,
+                original_max_position_embeddings=16384,
+                beta_fast=32.0,
+                beta_slow=1.0,
+                llama_4_scaling_beta=0.1,
+            ),
+            rope_theta=1e6,
+        ),
+    ),
+    "granite": (
+        "granite",
+        dict(
+            attention_multiplier=0.0078125,
+            embedding_multiplier=12.0,
+            residual_multiplier=0.22,
+            logits_scaling=8.0,
+            rope_theta=1e7,
+            tie_word_embeddings=True,
+        ),
+    ),
+    "granite_defaults": ("granite", {}),
+    "granite4_micro": (
+        "granitemoehybrid",
+        dict(
+            attention_multiplier=0.015625,
+            embedding_multiplier=12,
+            residual_multiplier=0.22,
+            logits_scaling=10,
+            layer_types=["attention"] * 4,
+            num_local_experts=0,
+            num_experts_per_tok=0,
+            position_embedding_type="rope",
+            rope_theta=1e7,
+            shared_intermediate_size=80,
+            mamba_n_heads=8,
+        ),
+    ),
+    "exaone4_32b": (
+        "exaone4",
+        dict(
+            sliding_window=4096,
+            sliding_window_pattern="LLLG",
+            layer_types=[SLIDING, SLIDING, SLIDING, FULL],
+            rope_theta=1e6,
+        ),
+    ),
+    "exaone4_1.2b": (
+        "exaone4",
+        dict(
+            sliding_window=None,
+            sliding_window_pattern=None,
+            layer_types=[FULL] * 4,
+            tie_word_embeddings=True,
+        ),
+    ),
+    "exaone4_pattern": ("exaone4", dict(sliding_window=64, sliding_window_pattern=2)),
+    "seed_oss": ("seed_oss", dict(rope_scaling=dict(rope_type="default"), rope_theta=1e7)),
+    "cohere2": (
+        "cohere2",
+        dict(
+            logit_scale=0.25,
+            sliding_window_pattern=2,
+            rope_theta=50000,
+            rotary_pct=1.0,
+            use_gated_activation=True,
+            use_parallel_block=True,
+            use_qk_norm=False,
+        ),
+    ),
+    "hunyuan": (
+        "hunyuan_v1_dense",
+        dict(
+            num_experts=1,
+            use_cla=False,
+            use_qk_norm=True,
+            rope_scaling=dict(
+                type="dynamic",
+                alpha=1000.0,
+                factor=1.0,
+                beta_fast=32,
+                beta_slow=1,
+                mscale=1.0,
+                mscale_all_dim=1.0,
+            ),
+        ),
+    ),
     "glm4_no_biases": ("glm4", dict(attention_bias=False, partial_rotary_factor=1.0)),
 }
 
@@ -162,6 +283,39 @@ def test_sliding_layers():
     assert pattern("gemma3_text", sliding_window_pattern=3) == (4096, (True, True, False, True))
     assert pattern("gemma3_text") == (4096, (True,) * 4)  # the first of a pattern of six
     assert pattern("llama", sliding_window=4) == none  # ignored by transformers
+    assert pattern("olmo3") == (4096, (True, True, True, False))
+    assert pattern("cohere2", sliding_window_pattern=2) == (4096, (True, False, True, False))
+
+
+def test_layers_that_do_not_rotate():
+    def rotated(model_type: str, **fields) -> tuple | None:
+        return _read(model_type, **fields).rotated_layers
+
+    first_three = (True, True, True, False)
+    assert rotated("smollm3") == rotated("exaone4") == rotated("cohere2") == first_three
+    assert rotated("smollm3", no_rope_layers=[0, 1, 0, 1, 1]) == (False, True, False, True)
+    assert rotated("smollm3", no_rope_layers=[1] * 4) is None
+    assert rotated("exaone4", sliding_window=None) is None  # without windows all layers rotate
+    assert rotated("exaone4", layer_types=[FULL] * 4) == (False,) * 4
+    assert rotated("cohere2", layer_types=[SLIDING] * 4) is None
+    sliding = _read("smollm3", use_sliding_window=True, sliding_window=8)
+    assert sliding.sliding_layers == (False, False, False, True)  # those that do not rotate
+
+
+def test_factors_of_granite():
+    config = _read(
+        "granite",
+        attention_multiplier=0.125,
+        embedding_multiplier=12,
+        residual_multiplier=0.22,
+        logits_scaling=8,
+    )
+    assert config.query_pre_attn_scalar == 64.0  # its root divides scores
+    assert (config.embedding_multiplier, config.residual_multiplier) == (12.0, 0.22)
+    assert config.logit_scale == 0.125
+    plain = _read("granite")
+    factors = plain.embedding_multiplier, plain.residual_multiplier, plain.logit_scale
+    assert factors == (None, None, None) and plain.query_pre_attn_scalar == 1.0
 
 
 def test_gemma_3_has_a_rope_for_each_layer_type():
@@ -259,6 +413,65 @@ LONGROPE = dict(type="longrope", short_factor=[1.0] * 8, long_factor=[2.0] * 8)
                 rope_parameters=dict(rope_type="default", partial_rotary_factor=0.75),
             ),
             r"partial_rotary_factor: 0.75 contradicts partial_rotary_factor 0.5",
+        ),
+        (
+            "smollm3",
+            dict(no_rope_layers=[1, 0]),
+            r"no_rope_layers: must be 0 or 1 for each",
+        ),
+        ("smollm3", dict(no_rope_layers=[1, 2, 1, 1]), r"no_rope_layers: must be 0 or 1"),
+        ("smollm3", dict(no_rope_layer_interval=0), r"no_rope_layer_interval: must be positive"),
+        ("smollm3", dict(layer_types=[SLIDING] * 4), r"sliding_window: must be given"),
+        ("olmo2", dict(clip_qkv=8.0), r"clip_qkv: 8.0 is not supported in .* 'olmo2'"),
+        ("olmo3", dict(sliding_window=None), r"sliding_window: must be given"),
+        (
+            "ministral3",
+            dict(rope_scaling=dict(type="yarn", factor=16.0)),
+            r"rope_scaling.llama_4_scaling_beta: this field is required",
+        ),
+        (
+            "ministral3",
+            dict(rope_parameters=dict(rope_type="default", llama_4_scaling_beta=0.1)),
+            r"rope_type: 'default' is not supported; supported: yarn",
+        ),
+        (
+            "mistral",
+            dict(rope_scaling=dict(type="yarn", factor=16.0, llama_4_scaling_beta=0.1)),
+            r"rope_scaling.llama_4_scaling_beta: unknown field",
+        ),
+        ("granite", dict(logits_scaling=0), r"logits_scaling: must be positive"),
+        ("granite", dict(num_local_experts=8), r"num_local_experts: 8 is not supported"),
+        ("granitemoehybrid", {}, r"num_local_experts: 8 is not supported; only 0, dense models"),
+        (
+            "granitemoehybrid",
+            dict(num_local_experts=0, layer_types=["mamba", "attention", "mamba", "mamba"]),
+            r"layer_types: 'mamba' is not supported; all layers must be 'full_attention'",
+        ),
+        (
+            "granitemoehybrid",
+            dict(num_local_experts=0, layer_types=[FULL] * 3),
+            r"layer_types: must name 4 layers",
+        ),
+        (
+            "granitemoehybrid",
+            dict(num_local_experts=0, layer_types=[FULL] * 4, position_embedding_type="alibi"),
+            r"position_embedding_type: 'alibi' is not supported",
+        ),
+        ("exaone4", dict(sliding_window_pattern="LLLG"), r"'LLLG' is not read; give layer_types"),
+        ("exaone4", dict(sliding_window_pattern=0), r"sliding_window_pattern: must be positive"),
+        (
+            "seed_oss",
+            dict(attention_bias=False, attention_out_bias=True),
+            r"attention_out_bias: True is not supported without attention_bias",
+        ),
+        ("cohere2", dict(use_qk_norm=True), r"use_qk_norm: True is not supported"),
+        ("cohere2", dict(use_parallel_block=False), r"use_parallel_block: False is not supported"),
+        ("cohere2", dict(sliding_window=None), r"sliding_window: must be given"),
+        ("hunyuan_v1_dense", dict(num_experts=64), r"num_experts: 64 is not supported"),
+        (
+            "hunyuan_v1_dense",
+            dict(rope_scaling=dict(type="dynamic", factor=1.0, alpha=-1.0)),
+            r"rope_scaling.alpha: must be positive",
         ),
         ("glm4", dict(partial_rotary_factor=0.01), r"partial_rotary_factor: 0.01 of head_dim 16"),
         ("glm4", dict(tie_word_embeddings="no"), r"tie_word_embeddings: expected bool"),

@@ -8,7 +8,8 @@ import torch
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from moe_jax.config.model import ModelConfig, RopeConfig
+from moe_jax.config.model import ModelConfig
+from moe_jax.config.rope import RopeConfig
 from moe_jax.errors import CheckpointError
 from moe_jax.hf.config import model_config_from_hf, read_model_config
 from moe_jax.layers.rope import rotary_tables
@@ -152,7 +153,7 @@ def test_round_trip_of_a_file_that_transformers_wrote(tmp_path):
         (dict(architectures=["LlamaForCausalLM"], model_type="mistral"), r"'mistral'.*supported: "),
         (
             dict(architectures=["LlamaForSequenceClassification"]),
-            r"supported: .*LlamaForCausalLM \(llama\)",
+            r"the nearest is llama \(LlamaForCausalLM\).*; supported: .*llama",
         ),
         (dict(architectures=None, model_type=None), r"architecture none"),
         (dict(quantization_config=dict(quant_method="gptq")), r"quantization_config"),
@@ -170,6 +171,7 @@ def test_round_trip_of_a_file_that_transformers_wrote(tmp_path):
         (dict(rope_scaling=dict(type="su", factor=2)), r"rope_type: 'su'.*supported: default"),
         (dict(rope_scaling=dict(rope_type="longrope")), r"short_factor: .*'longrope' needs it"),
         (dict(attn_logit_softcapping=50.0), r"attn_logit_softcapping: 50.0 .* type 'llama'"),
+        (dict(attention_chunk_size=8192), r"attention_chunk_size: 8192 is not supported"),
         (dict(residual_multiplier=0.22), r"residual_multiplier: 0.22 is not supported"),
         (dict(layer_types=["sliding_attention"] * 2), r"layer_types: .* is not supported"),
         (dict(rope_scaling=dict(factor=2.0)), r"rope_scaling: has no rope_type"),

@@ -12,12 +12,20 @@ import transformers
 from safetensors.torch import load_file, save_file
 from tolerances import FLOAT32_LOGITS, FLOAT32_LOGITS_OF_LARGEST
 from transformers import (
+    Cohere2VisionConfig,
+    Cohere2VisionForConditionalGeneration,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
     LlavaConfig,
     LlavaForConditionalGeneration,
     Mistral3Config,
     Mistral3ForConditionalGeneration,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen3_5Config,
+    Qwen3_5ForConditionalGeneration,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
 )
 from whole_models import adapter_of
 
@@ -59,6 +67,20 @@ GEMMA = {
     "mm_tokens_per_image": 4,
     "image_token_index": 60,
 }
+MINISTRAL_ROPE = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 4,
+    "llama_4_scaling_beta": 0.5,
+}
+MROPE = {"rope_type": "default", "rope_theta": 5000.0, "mrope_section": [2, 1, 1]}
+IMAGE_IDS = {
+    "image_token_id": 60,
+    "video_token_id": 61,
+    "vision_start_token_id": 62,
+    "vision_end_token_id": 63,
+}
 WRAPPERS = {
     "gemma3": (Gemma3ForConditionalGeneration, Gemma3Config(**GEMMA)),
     "mistral3": (
@@ -70,12 +92,83 @@ WRAPPERS = {
             tie_word_embeddings=False,
         ),
     ),
+    "ministral3": (
+        Mistral3ForConditionalGeneration,
+        Mistral3Config(
+            text_config={"model_type": "ministral3", **TEXT, "rope_parameters": MINISTRAL_ROPE},
+            vision_config={"model_type": "pixtral", **VISION, "head_dim": 8},
+            image_token_index=60,
+            tie_word_embeddings=False,
+        ),
+    ),
+    "cohere2_vision": (
+        Cohere2VisionForConditionalGeneration,
+        Cohere2VisionConfig(
+            text_config={
+                **TEXT,
+                "model_type": "cohere2",
+                "sliding_window": 5,
+                "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+                "pad_token_id": 0,
+                "logit_scale": 1.0,  # transformers' whole model does not apply it
+            },
+            vision_config={"model_type": "siglip_vision_model", **VISION},
+            image_token_id=60,
+        ),
+    ),
+    "qwen2_5_vl": (
+        Qwen2_5_VLForConditionalGeneration,
+        Qwen2_5_VLConfig(
+            text_config={**TEXT, "rope_parameters": MROPE},
+            vision_config={"depth": 1, "hidden_size": 16, "num_heads": 2, "out_hidden_size": 32},
+            tie_word_embeddings=True,
+            **IMAGE_IDS,
+        ),
+    ),
+    "qwen3_vl": (
+        Qwen3VLForConditionalGeneration,
+        Qwen3VLConfig(
+            text_config={**TEXT, "rope_parameters": {**MROPE, "mrope_interleaved": True}},
+            vision_config={"depth": 1, "hidden_size": 16, "num_heads": 2, "out_hidden_size": 32},
+            **IMAGE_IDS,
+        ),
+    ),
     "llava": (
         LlavaForConditionalGeneration,
         LlavaConfig(
             text_config={"model_type": "llama", **TEXT},
             vision_config={"model_type": "clip_vision_model", **VISION},
             image_token_index=60,
+        ),
+    ),
+    "qwen3_5": (
+        Qwen3_5ForConditionalGeneration,
+        Qwen3_5Config(
+            text_config={
+                **TEXT,
+                "num_hidden_layers": 4,
+                "linear_num_key_heads": 2,
+                "linear_num_value_heads": 4,
+                "linear_key_head_dim": 8,
+                "rope_parameters": {
+                    "rope_type": "default",
+                    "rope_theta": 10000.0,
+                    "partial_rotary_factor": 0.25,
+                    "mrope_section": [1, 0, 0],
+                },
+            },
+            vision_config={
+                "hidden_size": 16,
+                "intermediate_size": 16,
+                "depth": 1,
+                "num_heads": 2,
+                "out_hidden_size": 32,
+                "num_position_embeddings": 4,
+            },
+            image_token_id=60,
+            video_token_id=61,
+            vision_start_token_id=62,
+            vision_end_token_id=63,
         ),
     ),
 }
@@ -118,13 +211,22 @@ def later_name(name):
     return inner if inner.startswith("model.") else f"model.{inner}"
 
 
-@pytest.mark.parametrize("layout", ["language_model.model.", "model.language_model."])
-@pytest.mark.parametrize("name", list(WRAPPERS))
+LAYOUTS = ("language_model.model.", "model.language_model.")
+
+
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [(name, layout) for name in ("gemma3", "mistral3", "llava") for layout in LAYOUTS]
+    + [(name, None) for name in ("ministral3", "cohere2_vision", "qwen2_5_vl", "qwen3_vl")]
+    + [("qwen3_5", "model.language_model.")],
+)
 def test_text_has_the_logits_of_the_whole_model(name, layout, tmp_path):
     model = saved(tmp_path, name)
     if layout == "model.language_model.":
         rename(tmp_path, later_name)
-    assert any(key.startswith(layout) for key in load_file(tmp_path / "model.safetensors"))
+    assert layout is None or any(
+        key.startswith(layout) for key in load_file(tmp_path / "model.safetensors")
+    )
     base = moe_jax.load_base(tmp_path)
     found = np.asarray(moe_jax.AdaptedModel(base, {})(TOKENS))
     np.testing.assert_allclose(found, logits(model), rtol=0, atol=FLOAT32_LOGITS)
@@ -222,7 +324,7 @@ def test_the_shipped_plan_of_gemma_3_4b_is_the_published_model():
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"model_type": "qwen2_vl_text"}, r"c: text_config\.model_type: .*'qwen2_vl_text' is not"),
+        ({"model_type": "glm4v_text"}, r"c: text_config\.model_type: .*'glm4v_text' is not"),
         ({"model_type": None}, r"c: text_config\.model_type: a language model of type None"),
         ({"hidden_size": "wide"}, r"c: text_config: "),
         ({"num_attention_heads": 3}, r"c: text_config: "),
@@ -245,7 +347,34 @@ def test_wrappers_with_other_attention_or_quantised_weights_are_refused():
         model_config_from_hf(whole | {"quantization_config": {"quant_method": "awq"}}, "c")
 
 
-@pytest.mark.parametrize("name", ["gemma3", "llava"])
+def test_a_published_file_without_a_group(tmp_path):
+    """Fields and tensors of Qwen2.5-VL as its authors wrote them."""
+    model = saved(tmp_path, "qwen2_5_vl")
+    grouped = read_model_config(tmp_path)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    text = fields.pop("text_config")
+    rope = text.pop("rope_parameters")
+    flat = {key: value for key, value in text.items() if key in {*TEXT, "rms_norm_eps"}}
+    flat |= {
+        "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+        "model_type": "qwen2_5_vl",
+        "rope_scaling": {"type": "mrope", "mrope_section": rope["mrope_section"]},
+        "rope_theta": rope["rope_theta"],
+        "tie_word_embeddings": True,
+        "vision_config": fields["vision_config"],
+    }
+    (tmp_path / "config.json").write_text(json.dumps(flat))
+    rename(
+        tmp_path,
+        lambda name: name.replace("model.language_model.", "model.").replace("model.visual.", "v."),
+    )
+    assert read_model_config(tmp_path) == grouped and grouped.model_type == "qwen2"
+    base = moe_jax.load_base(tmp_path)
+    found = np.asarray(moe_jax.AdaptedModel(base, {})(TOKENS))
+    np.testing.assert_allclose(found, logits(model), rtol=0, atol=FLOAT32_LOGITS)
+
+
+@pytest.mark.parametrize("name", ["gemma3", "llava", "qwen3_vl"])
 def test_an_export_is_a_text_model(name, tmp_path, monkeypatch):
     saved(tmp_path / "base", name, eos_token_id=[1, 7])
     base = moe_jax.load_base(tmp_path / "base")
@@ -261,7 +390,8 @@ def test_an_export_is_a_text_model(name, tmp_path, monkeypatch):
         with pytest.raises(CheckpointError, match="owner/name: is a language model inside"):
             moe_jax.export_adapter(adapter, "peft", tmp_path / "out", base="owner/name")
     notes = moe_jax.export_adapter(adapter, "llama", tmp_path / "out")
-    assert any("vision_tower" in note for note in notes)
+    vision = "visual" if name == "qwen3_vl" else "vision_tower"
+    assert any(vision in note for note in notes)
     assert read_model_config(tmp_path / "out") == base.config
     model, info = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "out", dtype=torch.float32, output_loading_info=True
@@ -272,6 +402,20 @@ def test_an_export_is_a_text_model(name, tmp_path, monkeypatch):
     np.testing.assert_allclose(logits(model), adapted, rtol=0, atol=FLOAT32_LOGITS)
     plain = np.asarray(moe_jax.AdaptedModel(base, {})(TOKENS))
     assert np.abs(adapted - plain).max() > 0.01
+
+
+def test_peft_reads_an_adapter_of_a_model_that_transformers_loads_alone(tmp_path):
+    saved(tmp_path / "base", "qwen3_5")
+    base = moe_jax.load_base(tmp_path / "base")
+    targets = ["q_proj", "in_proj_qkv", "out_proj", "down_proj"]
+    adapter = adapter_of(base, {"name": "lora", "rank": 2, "alpha": 4.0, "target_modules": targets})
+    moe_jax.export_adapter(adapter, "peft", tmp_path / "out")
+    text_model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    found = logits(peft.PeftModel.from_pretrained(text_model, str(tmp_path / "out")).eval())
+    adapted = np.asarray(moe_jax.AdaptedModel(base, {"x": adapter})(TOKENS, "x"))
+    np.testing.assert_allclose(found, adapted, rtol=0, atol=FLOAT32_LOGITS)
+    plain = np.asarray(moe_jax.AdaptedModel(base, {})(TOKENS))
+    assert np.abs(adapted - plain).max() > 0.1
 
 
 @pytest.mark.parametrize(

@@ -23,10 +23,10 @@ def _cudnn(monkeypatch):
     monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
 
 
-def _program(*, segments=False, **options):
+def _program(*, length=LENGTH, segments=False, **options):
     """The program for CUDA of the attention and its gradients, as text."""
-    heads = [jax.ShapeDtypeStruct((2, LENGTH, count, 64), jnp.bfloat16) for count in (4, 2, 2)]
-    segment_ids = jax.ShapeDtypeStruct((2, LENGTH), jnp.int32) if segments else None
+    heads = [jax.ShapeDtypeStruct((2, length, count, 64), jnp.bfloat16) for count in (4, 2, 2)]
+    segment_ids = jax.ShapeDtypeStruct((2, length), jnp.int32) if segments else None
     slides = jax.ShapeDtypeStruct((), jnp.bool) if options.pop("traced", False) else None
 
     def gradients(query, key, value, segment_ids, slides):
@@ -65,6 +65,15 @@ def test_the_kernels_of_a_program(options, calls, windows):
     assert _windows(program) == windows
     quadratic = f"{LENGTH}x{LENGTH}"
     assert (quadratic in program) == options.get("segments", False)
+
+
+@pytest.mark.parametrize(("segments", "calls"), [(False, PLAIN), (True, WITH_BIAS)])
+def test_rows_of_odd_length_are_padded(segments, calls):
+    program = _program(length=LENGTH - 1, segments=segments)
+    assert sorted(re.findall(r"__cudnn\$(\w+)", program)) == sorted(calls)
+    assert f"tensor<2x{LENGTH - 1}x4x64xbf16>" in program
+    assert (f"{LENGTH}x{LENGTH}" in program) == segments
+    assert f"{LENGTH - 1}x{LENGTH - 1}" not in program
 
 
 def test_layers_of_a_scan_do_not_keep_the_bias():
@@ -110,9 +119,10 @@ def test_policies_that_keep_attention_run_its_kernel_once(remat, times):
     assert kernels.count("fmhaSoftmax") == times
 
 
+@pytest.mark.parametrize("length", [5, 6])
 @pytest.mark.parametrize("segments", [False, True])
 @pytest.mark.parametrize("slides", [None, False, True])
-def test_the_kernels_compute_the_same_attention(slides, segments, monkeypatch):
+def test_the_kernels_compute_the_same_attention(slides, segments, length, monkeypatch):
     # The kernel needs a GPU; jax's own path for CPUs takes the same arguments.
     reference = jax.nn.dot_product_attention
 
@@ -122,9 +132,10 @@ def test_the_kernels_compute_the_same_attention(slides, segments, monkeypatch):
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", kernel)
     rng = np.random.default_rng(0)
-    inputs = [rng.standard_normal((2, 6, heads, 8)).astype(np.float32) for heads in (4, 2, 2)]
+    inputs = [rng.standard_normal((2, length, heads, 8)).astype(np.float32) for heads in (4, 2, 2)]
+    segment_ids = jnp.array([[1, 1, 1, 2, 2, 0], [0, 0, 1, 1, 1, 1]])
     options = {
-        "segment_ids": jnp.array([[1, 1, 1, 2, 2, 0], [0, 0, 1, 1, 1, 1]]) if segments else None,
+        "segment_ids": segment_ids[:, :length] if segments else None,
         "window": 3,
         "slides": slides,
         "scale": 0.3,

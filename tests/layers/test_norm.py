@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from tolerances import ROUNDING
+from transformers.models.cohere2.modeling_cohere2 import Cohere2LayerNorm
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
@@ -28,6 +29,17 @@ def test_equals_transformers(epsilon):
     reference.weight.data = torch.tensor(SCALE)
     expected = reference(torch.tensor(X)).detach().numpy()
     np.testing.assert_allclose(_ours(X, "float32", epsilon), expected, **ROUNDING)
+
+
+def test_centered_equals_cohere():
+    reference = Cohere2LayerNorm(16, eps=1e-5)
+    reference.weight.data = torch.tensor(SCALE)
+    expected = reference(torch.tensor(X)).detach().numpy()
+    float32 = jnp.dtype("float32")
+    norm = RMSNorm(1e-5, float32, float32, centered=True)
+    found = norm.apply({"params": {"scale": jnp.asarray(SCALE)}}, X)
+    np.testing.assert_allclose(found, expected, **ROUNDING)
+    assert np.abs(found - _ours(X, "float32")).max() > 0.01
 
 
 def test_unit_offset_equals_gemma():

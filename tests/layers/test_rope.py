@@ -8,20 +8,28 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from tolerances import FEW_OPERATIONS
 from transformers import AutoConfig, LlamaConfig
 from transformers.models.glm4 import modeling_glm4
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
+from transformers.models.ministral3.modeling_ministral3 import get_llama_4_attn_scale
 from transformers.models.phi3 import modeling_phi3
 
-from moe_jax.config.model import RopeConfig
 from moe_jax.config.parse import parse
+from moe_jax.config.rope import RopeConfig
 from moe_jax.errors import ConfigError
-from moe_jax.layers.rope import ROPE_TYPES, apply_rope, rope_frequencies, rotary_tables
+from moe_jax.layers.rope import (
+    ROPE_TYPES,
+    apply_rope,
+    query_scales,
+    rope_frequencies,
+    rotary_tables,
+)
 
 # Relative errors of a float32 inverse frequency: two units in the last place, and more where the
 # rule subtracts near-equal numbers (llama3's blend) or recomputes theta in float32 (dynamic).
 FREQUENCY_RTOL = dict(default=2.5e-7, linear=2.5e-7, yarn=2.5e-7, llama3=1.5e-6, dynamic=1.5e-6)
-FREQUENCY_RTOL |= dict(longrope=2.5e-7)
+FREQUENCY_RTOL |= dict(longrope=2.5e-7, proportional=2.5e-7)
 # Two implementations of cos and sin of the same float32 angle.
 TABLE_ATOL = 1e-6
 
@@ -56,6 +64,8 @@ CASES: dict[str, dict] = {
     "yarn_betas_equal": YARN | dict(beta_fast=2.0, beta_slow=2.0, truncate=False),
     "yarn_no_truncate": YARN | dict(truncate=False, rope_theta=150_000.0),
     "yarn_factor_1": YARN | dict(factor=1.0),
+    "proportional": dict(rope_type="proportional", partial_rotary_factor=0.5, rope_theta=1e6),
+    "proportional_2": dict(rope_type="proportional", partial_rotary_factor=0.8, factor=2.0),
     "longrope": LONGROPE,
     "longrope_factor": LONGROPE | dict(factor=3.0, rope_theta=50_000.0),
     "longrope_factor_below_1": LONGROPE | dict(original_max_position_embeddings=2 * MAX_POSITIONS),
@@ -256,3 +266,19 @@ def test_dynamic_refuses_a_head_too_small_for_it():
     config = RopeConfig(rope_type="dynamic", rope_theta=10_000.0, factor=4.0)
     with pytest.raises(ConfigError, match=r"head_dim.*'dynamic'"):
         rope_frequencies(config, 2, 64, jnp.arange(4))
+
+
+def test_scales_of_queries_equal_those_of_ministral_3():
+    positions = np.array([[0, 1, 7, 8, 15, 16], [100, 2000, 65535, 65536, 262143, 3]])
+    config = RopeConfig(
+        rope_type="default",
+        rope_theta=1e4,
+        llama_4_scaling_beta=0.1,
+        original_max_position_embeddings=8,
+    )
+    expected = get_llama_4_attn_scale(torch.as_tensor(positions), 0.1, 8)[:, 0, :, 0].numpy()
+    scales = query_scales(config, jnp.asarray(positions))
+    assert scales is not None and scales.dtype == jnp.float32
+    np.testing.assert_allclose(scales, expected, **FEW_OPERATIONS)
+    np.testing.assert_array_equal(scales[0, :3], np.ones(3))  # below the original length
+    assert query_scales(dataclasses.replace(config, llama_4_scaling_beta=None), positions) is None

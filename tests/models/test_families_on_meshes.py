@@ -1,13 +1,16 @@
-"""A model with the features of all families on eight devices, against one device."""
+"""Models with the features of all families on eight devices, against one device."""
 
 import dataclasses
 
 import jax
 import numpy as np
+import pytest
 import tiny_program
-from tolerances import GRADIENT_ROUNDING, ROUNDING
+from tolerances import DELTA_NET_GRADIENT_OF_LARGEST, GRADIENT_ROUNDING, ROUNDING
 
-from moe_jax.config.model import RopeConfig
+from moe_jax.adapters.tree import DELTA_NET_MODULES
+from moe_jax.config.attention import DeltaNetConfig, GlobalAttentionConfig
+from moe_jax.config.rope import RopeConfig
 
 ROPE = RopeConfig(
     rope_type="longrope",
@@ -18,7 +21,7 @@ ROPE = RopeConfig(
     partial_rotary_factor=0.5,
     interleaved=True,
 )
-FEATURES = {
+GEMMA_AND_GLM = {
     "qkv_bias": True,
     "qk_norm": True,
     "post_norms": True,
@@ -32,14 +35,50 @@ FEATURES = {
     "rope": ROPE,
     "sliding_rope": dataclasses.replace(ROPE, rope_theta=500.0),
 }
+OLMO_TO_COHERE = {
+    "qk_norm": True,
+    "qk_norm_of": "projection",
+    "pre_norms": False,
+    "post_norms": True,
+    "parallel_block": True,
+    "norm_centered": True,
+    "embedding_multiplier": 3.0,
+    "residual_multiplier": 0.7,
+    "logit_scale": 0.5,
+    "rotated_layers": (True, False),
+    "rope": dataclasses.replace(ROPE, llama_4_scaling_beta=0.5),
+}
+DELTA_NET = {
+    "qk_norm": True,
+    "norm_unit_offset": True,
+    "attention_gate": True,
+    "layer_types": ("linear_attention", "full_attention"),
+    "delta_net": DeltaNetConfig(
+        num_key_heads=2, num_value_heads=4, key_head_dim=8, value_head_dim=6, filter_width=3
+    ),
+}
+GLOBAL_ATTENTION = {
+    "qk_norm": True,
+    "value_norm": True,
+    "layer_scale": True,
+    "post_norms": True,
+    "query_pre_attn_scalar": 1.0,
+    "sliding_window": 4,
+    "layer_types": ("sliding_attention", "full_attention"),
+    "rope": RopeConfig(rope_type="proportional", rope_theta=1e6, partial_rotary_factor=0.25),
+    "sliding_rope": RopeConfig(rope_type="default", rope_theta=10000.0),
+    "global_attention": GlobalAttentionConfig(num_kv_heads=2, head_dim=16, key_as_value=True),
+}
+MIXLORA = tiny_program.MIXLORA
+ON_DELTA_NET = {**MIXLORA, "target_modules": (*MIXLORA["target_modules"], *DELTA_NET_MODULES)}
 
 
-def _step(mesh):
+def _step(method, features, mesh):
     """Metrics and gradients of one step."""
     program = tiny_program.program(
-        {"default": tiny_program.MIXLORA},
+        {"default": method},
         mesh=mesh,
-        config=tiny_program.model_config(num_layers=2, **FEATURES),
+        config=tiny_program.model_config(num_layers=2, **features),
     )
     params = tiny_program.random_params(program)
     adapters = tiny_program.random_adapters(program)
@@ -51,13 +90,29 @@ def _step(mesh):
     return jax.tree.map(np.asarray, metrics), gradients
 
 
-def test_a_step_equals_that_of_one_device():
-    metrics, gradients = _step(None)
-    sharded_metrics, sharded_gradients = _step({"data": 2, "fsdp": 2, "tensor": 2})
+def _rounding(leaf):
+    """Tolerance of gradients that are small beside the largest of their leaf."""
+    largest = float(np.abs(leaf).max())
+    return {"rtol": 0, "atol": DELTA_NET_GRADIENT_OF_LARGEST * largest}
+
+
+@pytest.mark.parametrize(
+    ("method", "features", "tolerance"),
+    [
+        pytest.param(MIXLORA, GEMMA_AND_GLM, lambda _: GRADIENT_ROUNDING, id="gemma_and_glm"),
+        pytest.param(MIXLORA, OLMO_TO_COHERE, lambda _: GRADIENT_ROUNDING, id="olmo_to_cohere"),
+        pytest.param(ON_DELTA_NET, DELTA_NET, _rounding, id="delta_net"),
+        pytest.param(MIXLORA, GLOBAL_ATTENTION, lambda _: GRADIENT_ROUNDING, id="gemma4"),
+    ],
+)
+def test_a_step_equals_that_of_one_device(method, features, tolerance):
+    metrics, gradients = _step(method, features, None)
+    mesh = {"data": 2, "fsdp": 2, "tensor": 2}
+    sharded_metrics, sharded_gradients = _step(method, features, mesh)
     for name, value in metrics.items():
         np.testing.assert_allclose(sharded_metrics[name], value, **ROUNDING, err_msg=name)
     jax.tree.map(
-        lambda one, many: np.testing.assert_allclose(many, one, **GRADIENT_ROUNDING),
+        lambda one, many: np.testing.assert_allclose(many, one, **tolerance(one)),
         gradients,
         sharded_gradients,
     )

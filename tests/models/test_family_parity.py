@@ -13,18 +13,17 @@ import numpy as np
 import pytest
 import torch
 from hf_models import merge_lora, tiny_model
-from tiny_program import ALL_TARGETS
 from tolerances import FLOAT32_LOGITS
 
 from moe_jax.adapters.lora.lora import LoraConfig
 from moe_jax.adapters.mixlora import MixLoraConfig
 from moe_jax.adapters.rows import AdapterRows
-from moe_jax.adapters.tree import to_collection
+from moe_jax.adapters.tree import DELTA_NET_MODULES, to_collection
 from moe_jax.config.model import ComputeConfig, ModelConfig
 from moe_jax.config.parse import parse
 from moe_jax.config.run import MeshConfig
 from moe_jax.hf.config import read_model_config
-from moe_jax.hf.key_table import hf_tensors
+from moe_jax.hf.key_table import base_leaves, hf_tensors
 from moe_jax.hf.load import abstract_base_params, load_base_params
 from moe_jax.models.adapted import untrained_adapter
 from moe_jax.models.causal_lm import LlamaForCausalLM
@@ -33,7 +32,6 @@ from moe_jax.sharding.rules import shardings_of
 
 LENGTH, WINDOW = 24, 5
 RANK, ALPHA = 2, 3.0
-ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
 class Case(NamedTuple):
@@ -74,6 +72,47 @@ LLAMA_3 = {
 GEMMA_3_ROPE = {
     "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1000000.0},
     "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+}
+MINISTRAL_3_ROPE = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 8,
+    "llama_4_scaling_beta": 0.5,
+}
+GRANITE_4 = {
+    "layer_types": ["full_attention"] * 3,
+    "num_local_experts": 0,
+    "shared_intermediate_size": 40,
+    "mamba_n_heads": 8,
+}
+FULL = "full_attention"
+GEMMA_4 = {
+    "num_hidden_layers": 4,
+    "layer_types": ["sliding_attention", FULL] * 2,
+    "head_dim": 8,
+    "global_head_dim": 16,
+    "num_global_key_value_heads": 1,
+    "attention_k_eq_v": True,
+    "sliding_window": WINDOW,
+    "hidden_size_per_layer_input": 0,
+    "final_logit_softcapping": 2.5,
+}
+QWEN3_5 = {
+    "num_hidden_layers": 4,
+    "full_attention_interval": 2,
+    "head_dim": 16,
+    "rope_parameters": {
+        **DEFAULT_ROPE,
+        "partial_rotary_factor": 0.25,
+        "mrope_section": [1, 1, 0],
+        "mrope_interleaved": True,
+    },
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 6,
+    "linear_conv_kernel_dim": 4,
 }
 CASES = {
     "llama_1": Case("llama", {"num_key_value_heads": 4}),
@@ -123,6 +162,11 @@ CASES = {
         },
         {"rope_parameters": {**GEMMA_3_ROPE, "full_attention": DEFAULT_ROPE}},
     ),
+    "gemma4": Case("gemma4_text", GEMMA_4, {"sliding_window": 64}),
+    "gemma4_with_values": Case(
+        "gemma4_text",
+        {**GEMMA_4, "attention_k_eq_v": False, "layer_types": [*["sliding_attention"] * 3, FULL]},
+    ),
     "phi3": Case("phi3", {"sliding_window": WINDOW}, {"sliding_window": None}),
     "phi3_long": Case(
         "phi3",
@@ -143,9 +187,97 @@ CASES = {
         {"head_dim": 8},
         {"rope_parameters": {**DEFAULT_ROPE, "partial_rotary_factor": 0.25}},
     ),
+    "qwen3_5": Case("qwen3_5_text", QWEN3_5),
+    "qwen3_5_other_pattern": Case(
+        "qwen3_5_text",
+        {
+            **QWEN3_5,
+            "num_hidden_layers": 3,
+            "layer_types": ["linear_attention", "linear_attention", "full_attention"],
+            "linear_num_key_heads": 4,
+            "tie_word_embeddings": True,
+        },
+    ),
     "glm4_unbiased": Case("glm4", {"head_dim": 8, "attention_bias": False}),
+    "smollm3": Case(
+        "smollm3",
+        {"no_rope_layers": [1, 0, 1], "use_sliding_window": True, "sliding_window": WINDOW},
+        {"no_rope_layers": [1, 1, 1]},
+    ),
+    "olmo2": Case("olmo2", {"num_key_value_heads": 4, "attention_bias": True}),
+    "olmo3": Case(
+        "olmo3",
+        {
+            "sliding_window": WINDOW,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "rope_parameters": GEMMA_3_ROPE,
+        },
+        {"sliding_window": LENGTH},
+    ),
+    "ministral3": Case(
+        "ministral3",
+        {"head_dim": 8, "rope_parameters": MINISTRAL_3_ROPE},
+        {"rope_parameters": {**MINISTRAL_3_ROPE, "llama_4_scaling_beta": 0.0}},
+    ),
+    "granite": Case(
+        "granite",
+        {
+            "embedding_multiplier": 3.0,
+            "attention_multiplier": 0.2,
+            "residual_multiplier": 0.7,
+            "logits_scaling": 0.5,
+        },
+        {"residual_multiplier": 1.0},
+    ),
+    "granite4": Case(
+        "granitemoehybrid",
+        {**GRANITE_4, "position_embedding_type": "rope", "residual_multiplier": 0.7},
+        {"position_embedding_type": None},
+    ),
+    "granite4_no_positions": Case("granitemoehybrid", {**GRANITE_4, "logits_scaling": 0.5}),
+    "exaone4": Case(
+        "exaone4",
+        {"sliding_window": WINDOW, "sliding_window_pattern": 2},
+        {"sliding_window": None, "layer_types": ["full_attention"] * 3},
+    ),
+    "seed_oss": Case("seed_oss", {"head_dim": 12, "mlp_bias": True}),
+    "seed_oss_output_bias": Case("seed_oss", {"head_dim": 8, "attention_out_bias": True}),
+    "cohere2": Case(
+        "cohere2",
+        {"sliding_window": WINDOW, "sliding_window_pattern": 2, "logit_scale": 0.25},
+        {"layer_types": ["sliding_attention"] * 3},
+    ),
+    "hunyuan": Case(
+        "hunyuan_v1_dense",
+        {
+            "head_dim": 8,
+            "rope_parameters": {
+                "rope_type": "dynamic",
+                "rope_theta": 10000.0,
+                "factor": 1.0,
+                "alpha": 1000.0,
+            },
+        },
+        {"rope_parameters": DEFAULT_ROPE},
+    ),
 }
-FAMILIES = ("mistral", "qwen2_sliding", "qwen3", "gemma", "gemma2", "gemma3", "phi3_long", "glm4")
+FAMILIES = (
+    "mistral",
+    "qwen2_sliding",
+    "qwen3",
+    "gemma",
+    "gemma2",
+    "gemma3",
+    "phi3_long",
+    "glm4",
+    "olmo3",
+    "ministral3",
+    "granite",
+    "cohere2",
+    "hunyuan",
+    "qwen3_5",
+    "gemma4",
+)
 """Cases of the gradient test, which have every feature that no other test covers."""
 
 
@@ -193,25 +325,17 @@ def _largest_difference(ours, expected: list[np.ndarray]) -> float:
 
 
 def _lora_tree(config) -> dict:
-    """A LoRA with large weights on all seven projections."""
+    """A LoRA with large weights on every projection."""
     rng = np.random.default_rng(2)
-    narrow, wide = config.hidden_size, config.intermediate_size
-    query, key = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    widths = {
-        "q_proj": (narrow, query),
-        "k_proj": (narrow, key),
-        "v_proj": (narrow, key),
-        "o_proj": (query, narrow),
-        "gate_proj": (narrow, wide),
-        "up_proj": (narrow, wide),
-        "down_proj": (wide, narrow),
-    }
-    tree: dict = {"self_attn": {}, "mlp": {}}
-    for name, (inputs, outputs) in widths.items():
-        shapes = {"lora_A": (inputs, RANK), "lora_B": (RANK, outputs)}
-        tree["self_attn" if name in ATTENTION else "mlp"][name] = {
-            leaf: 0.3 * rng.standard_normal((config.num_layers, *shape)).astype(np.float32)
-            for leaf, shape in shapes.items()
+    tree: dict = {}
+    for leaf in base_leaves(config):
+        if not leaf.stacked or leaf.path[-1] != "kernel":
+            continue
+        _, block, name, _ = leaf.path
+        layers, inputs, outputs = leaf.shape
+        tree.setdefault(block, {})[name] = {
+            "lora_A": 0.3 * rng.standard_normal((layers, inputs, RANK)).astype(np.float32),
+            "lora_B": 0.3 * rng.standard_normal((layers, RANK, outputs)).astype(np.float32),
         }
     return {"layers": tree}
 
@@ -230,7 +354,9 @@ def test_equals_transformers_with_and_without_an_adapter(case, tmp_path):
     assert config.model_type == CASES[case].model_type
     params = load_base_params(tmp_path, config, "float32")
     assert parse(ModelConfig, json.loads(json.dumps(dataclasses.asdict(config)))) == config
-    method = LoraConfig(rank=RANK, alpha=ALPHA, target_modules=ALL_TARGETS)
+    tree = _lora_tree(config)
+    targets = tuple({name: None for block in tree["layers"].values() for name in block})
+    method = LoraConfig(rank=RANK, alpha=ALPHA, target_modules=targets)
     adapter_rows = (AdapterRows("default", method, 0, 3),)
     model = LlamaForCausalLM(config, ComputeConfig(dtype="float32"), adapter_rows)
 
@@ -239,14 +365,13 @@ def test_equals_transformers_with_and_without_an_adapter(case, tmp_path):
         variables = {"params": params, "adapters": to_collection({"default": tree})}
         return model.apply(variables, tokens, segment_ids=jnp.asarray(segment_ids))
 
-    tree = _lora_tree(config)
     untrained = jax.tree_util.tree_map_with_path(
         lambda path, leaf: leaf * (path[-1].key != "lora_B"), tree
     )
     assert _largest_difference(logits(untrained), expected) <= FLOAT32_LOGITS
 
     merged = copy.deepcopy(reference)
-    merge_lora(merged, tree, ALPHA / RANK)
+    merge_lora(merged, tree, ALPHA / RANK, config.layers_with)
     adapted = logits(tree)
     assert _largest_difference(adapted, _reference_logits(merged, tokens)) <= FLOAT32_LOGITS
     assert _largest_difference(adapted, expected) > 0.1
@@ -278,10 +403,10 @@ def test_the_key_table_is_the_models_tree(case, devices, tmp_path):
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2), devices)
     for path, sharding in jax.tree_util.tree_leaves_with_path(shardings_of(boxed, mesh)):
         names, spec = [part.key for part in path], sharding.spec
-        if names[-1] == "scale":
+        if names[-1] in ("scale", "filters", "A_log", "dt_bias", "layer_scalar"):
             assert not any(spec), names
         elif names[-1] == "bias":
-            assert spec[-1] == ("fsdp" if "o_proj" in names else "tensor"), names
+            assert spec[-1] == ("fsdp" if {"o_proj", "down_proj"} & set(names) else "tensor"), names
         else:
             assert {"fsdp", "tensor"} <= set(spec), names
 
@@ -292,6 +417,7 @@ def test_experts_get_gradients(case, tmp_path):
     config = read_model_config(tmp_path)
     params = load_base_params(tmp_path, config, "float32")
     targets = ("q_proj", "gate_proj", "up_proj", "down_proj")
+    targets += DELTA_NET_MODULES if config.delta_net else ()
     method = MixLoraConfig(rank=RANK, alpha=ALPHA, target_modules=targets, num_experts=3)
     adapter_rows = (AdapterRows("default", method, 0, 3),)
     model = LlamaForCausalLM(config, ComputeConfig(dtype="float32"), adapter_rows)

@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import pytest
 import tiny_program
 
-from moe_jax.config.model import ComputeConfig, RopeConfig
+from moe_jax.config.model import ComputeConfig
 from moe_jax.config.parse import FieldError
+from moe_jax.config.rope import RopeConfig
 from moe_jax.errors import ConfigError
 from moe_jax.models.causal_lm import LlamaForCausalLM
 
@@ -27,6 +28,13 @@ LONG = dict(rope_type="longrope", rope_theta=1e4, original_max_position_embeddin
         (dict(layer_types=(SLIDING,) * 2, sliding_window=4), "layer_types", "each of the 3"),
         (dict(layer_types=(FULL,) * 3), "layer_types", "leave it out"),
         (dict(sliding_rope=ROPE), "sliding_rope", "requires layer_types"),
+        (dict(rotated_layers=(True,) * 2), "rotated_layers", "each of the 3 layers"),
+        (dict(residual_multiplier=0.0), "residual_multiplier", "must be positive"),
+        (
+            dict(scale_embeddings=True, embedding_multiplier=2.0),
+            "embedding_multiplier",
+            "contradicts scale_embeddings",
+        ),
         (
             dict(sliding_rope=HALF, layer_types=(FULL, SLIDING, FULL), sliding_window=4),
             "sliding_rope.partial_rotary_factor",
@@ -49,10 +57,13 @@ def test_the_fused_kernel_refuses_unsupported_models():
     compute = ComputeConfig(dtype="bfloat16", attention="cudnn")
     tokens = jnp.zeros((1, 2), jnp.int32)
     model = LlamaForCausalLM(tiny_program.model_config(attn_logit_softcapping=50.0), compute)
-    message = r"^attention: 'cudnn' cannot cap .*softcapping 50\.0\); use 'xla'"
+    message = r"^attention: 'cudnn' cannot cap .*softcapping 50\.0\); use 'auto' or 'xla'"
     with pytest.raises(ConfigError, match=message):
         jax.eval_shape(model.init, jax.random.key(0), tokens)
     # The cap of the logits is none of its business.
     compute.check_model(tiny_program.model_config(final_logit_softcapping=30.0))
     window = tiny_program.model_config(sliding_window=4, layer_types=(SLIDING,) * 3)
     compute.check_model(window)
+    for width in (12, 264):
+        with pytest.raises(FieldError, match=f"a multiple of 8 up to 256, and .* is {width}"):
+            compute.check_model(tiny_program.model_config(head_dim=width))

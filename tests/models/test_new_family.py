@@ -26,7 +26,8 @@ FAMILY = '''
 from moe_jax.hf.families import model_family
 from moe_jax.hf.fields import supported_activation
 from moe_jax.hf.families.family import WeightRule
-from moe_jax.config.model import ModelConfig, RopeConfig
+from moe_jax.config.model import ModelConfig
+from moe_jax.config.rope import RopeConfig
 
 NAMES = {
     "attention.q": ("self_attn/q_proj", "DQ"),

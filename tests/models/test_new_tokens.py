@@ -70,6 +70,9 @@ def small_chunks(monkeypatch):
         pytest.param(
             "gemma2", True, 0, {"head_dim": 8, "final_logit_softcapping": 2.0}, id="cap and scale"
         ),
+        pytest.param(
+            "granite", True, 0, {"logits_scaling": 0.5, "embedding_multiplier": 3.0}, id="factors"
+        ),
     ],
 )
 def test_logits_and_gradients_equal_a_resized_model(

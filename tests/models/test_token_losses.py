@@ -18,21 +18,25 @@ HEADS = {"num_heads": 2, "num_kv_heads": 2}
 
 def _logits_and_losses(model, tokens, targets):
     hidden = model.hidden_states(tokens)
-    return model.logits(hidden), model.token_losses(hidden, targets)
+    rows, length = tokens.shape
+    places = jnp.broadcast_to(jnp.arange(length)[None], (rows, length))
+    counts = jnp.full(rows, length)
+    scores, _ = model.target_scores(hidden, places, targets, counts)
+    return model.logits(hidden), model.token_losses(hidden, targets), scores
 
 
 def test_a_tied_head_with_a_cap(monkeypatch):
-    """Losses of a Gemma 2 head, against those of the model's logits."""
+    """Losses and scores of a scaled Gemma 2 head, against those of the model's logits."""
     monkeypatch.setattr(vocab_loss, "CHUNK_BYTES", 0)
     monkeypatch.setattr(vocab_loss, "MIN_CHUNK_TOKENS", 6)
-    ends = {"tie_word_embeddings": True, "final_logit_softcapping": 0.5}
+    ends = {"tie_word_embeddings": True, "final_logit_softcapping": 0.5, "logit_scale": 1.5}
     config = tiny_program.model_config(**SMALL, **HEADS, **ends)
     model = LlamaForCausalLM(config, ComputeConfig(dtype="float32"))
     tokens, targets = np.random.default_rng(0).integers(0, config.vocab_size, (2, 2, 8))
     variables = jax.jit(model.init)(jax.random.key(0), tokens)
     # The embedding alone decides how large logits are: large enough for the cap to matter.
     variables = jax.tree.map(lambda leaf: 5.0 * leaf, variables)
-    scores, losses = jax.jit(
+    scores, losses, log_probs = jax.jit(
         lambda: model.apply(variables, tokens, targets, method=_logits_and_losses)
     )()
     scores = np.asarray(scores, np.float64)
@@ -41,6 +45,7 @@ def test_a_tied_head_with_a_cap(monkeypatch):
     expected = -np.log(np.take_along_axis(probs, targets[..., None], axis=-1)[..., 0])
     assert chunk_positions(2, 8, config.vocab_size) == 3
     np.testing.assert_allclose(losses, expected, **ROUNDING)
+    np.testing.assert_allclose(log_probs, -expected, **ROUNDING)
 
 
 def test_a_training_step_without_the_logits(monkeypatch):

@@ -52,7 +52,10 @@ class WeightRule:
       path: path of the leaf in the parameter tree.
       axes: axes of the leaf without the leading layer axis, one letter each: V vocabulary, D hidden
         size, F FFN size, Q query channels (heads x head_dim), K key and value channels (kv heads x
-        head_dim), W channels of one head.
+        head_dim), W channels of one head. Of Gated DeltaNet: G query channels and their gates, C
+        channels of queries, keys and values, Z value channels, H value heads, Y channels of one, T
+        width of the convolution's filters. Of `global_attn`: A query channels, B key and value
+        channels, X channels of one head. And 1.
       transposed: True if the tensor is stored `[out, in]` and the leaf is `[in, out]`.
       fused: letters of the sizes of all leaves, if the tensor concatenates several leaves along its
         first axis.
@@ -86,14 +89,17 @@ def projection(
     return WeightRule(f"{key}.weight", f"{path}/kernel", axes, True, condition=condition)
 
 
-def fused_projections(name: str, parts: dict[str, str]) -> tuple[WeightRule, ...]:
+def fused_projections(
+    name: str, parts: dict[str, str], block: str | None = None
+) -> tuple[WeightRule, ...]:
     """Rows for the kernels of several projections that are stored as one tensor.
 
     Args:
       name: block and name of the tensor, for example `mlp.gate_up_proj`.
       parts: projections and the axes of their kernels, in the order of storage.
+      block: name of the block here, if it is not that of `name`.
     """
-    block, fused = name.split(".")[0], "".join(axes[-1] for axes in parts.values())
+    block, fused = block or name.split(".")[0], "".join(axes[-1] for axes in parts.values())
     return tuple(
         WeightRule(
             f"{LAYER}{name}.weight", f"layers/{block}/{part}/kernel", axes, True, fused, index
@@ -123,6 +129,11 @@ HEAD = (
     ),
 )
 PRE_NORMS = (norm("input_layernorm"), norm("post_attention_layernorm"))
+# Of families without norms before attention and FFN; `post_attention_layernorm` follows attention.
+OUTPUT_NORMS = (
+    norm("post_attention_layernorm", "post_self_attn_layernorm"),
+    norm("post_feedforward_layernorm", "post_mlp_layernorm"),
+)
 QK_NORMS = (norm("self_attn.q_norm", axes="W"), norm("self_attn.k_norm", axes="W"))
 
 _QKV = {"self_attn.q_proj": "DQ", "self_attn.k_proj": "DK", "self_attn.v_proj": "DK"}

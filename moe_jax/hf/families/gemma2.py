@@ -1,6 +1,6 @@
 """Gemma 2: Gemma with norms on both sides of a block, soft caps and alternating windows."""
 
-from moe_jax.config.model import LayerType, ModelConfig
+from moe_jax.config.model import ModelConfig
 from moe_jax.hf import fields as hf_fields
 from moe_jax.hf.families.family import (
     ATTENTION,
@@ -43,7 +43,8 @@ CONSTANTS = {"mlp_bias": False, "use_bidirectional_attention": False}
 )
 def read_gemma2(fields: HFFields) -> ModelConfig:
     """Reads the architecture; see `Family.read`."""
-    layer_types = hf_fields.specified_layer_types(fields) or alternating(fields, 2)
+    layer_types = hf_fields.specified_layer_types(fields)
+    layer_types = layer_types or hf_fields.alternating(fields, 2)
     return ModelConfig(
         hidden_act=activation(fields),
         num_kv_heads=hf_fields.specified_kv_heads(fields),
@@ -69,11 +70,3 @@ def activation(fields: HFFields) -> str:
     if other not in (None, name):
         raise fields.error("hidden_act", f"{other!r} contradicts hidden_activation {name!r}")
     return name
-
-
-def alternating(fields: HFFields, period: int) -> list[LayerType]:
-    """Sliding layers, with full attention in the last of every `period` layers."""
-    return [
-        "sliding_attention" if (layer + 1) % period else "full_attention"
-        for layer in range(fields.get("num_hidden_layers", int))
-    ]

@@ -47,10 +47,7 @@ def read_gemma3(fields: HFFields) -> ModelConfig:
     """Reads the architecture; see `Family.read`."""
     layer_types = hf_fields.specified_layer_types(fields)
     if layer_types is None:
-        period = fields.get("sliding_window_pattern", int)
-        if period < 1:
-            raise fields.error("sliding_window_pattern", "must be positive")
-        layer_types = gemma2.alternating(fields, period)
+        layer_types = hf_fields.alternating(fields, fields.get("sliding_window_pattern", int))
     return ModelConfig(
         hidden_act=gemma2.activation(fields),
         num_kv_heads=hf_fields.specified_kv_heads(fields),
@@ -63,19 +60,28 @@ def read_gemma3(fields: HFFields) -> ModelConfig:
         scale_embeddings=True,
         query_pre_attn_scalar=fields.get("query_pre_attn_scalar", float),
         final_logit_softcapping=fields.nullable("final_logit_softcapping", float),
-        **_ropes(fields, layer_types),
+        **ropes(fields, layer_types, sliding_theta="rope_local_base_freq"),
         **hf_fields.sliding(fields, fields.nullable("sliding_window", int), layer_types),
         **hf_fields.common(fields),
     )
 
 
-def _ropes(
-    fields: HFFields, layer_types: tuple[LayerType, ...] | list[LayerType]
+def ropes(
+    fields: HFFields,
+    layer_types: tuple[LayerType, ...] | list[LayerType],
+    *,
+    sliding_theta: str,
 ) -> dict[str, Any]:
-    """`rope` and `sliding_rope`; a model with one type of layer has `rope` only."""
-    full, local = _sections(fields)
+    """`rope` and `sliding_rope`; a model with one type of layer has `rope` only.
+
+    Args:
+      fields: fields of the file.
+      layer_types: type of each layer.
+      sliding_theta: key of the theta of sliding layers in files of transformers 4.
+    """
+    full, local = _sections(fields, sliding_theta)
     rope = rope_of_section(fields, *full, WHOLE_HEADS)
-    sliding_rope = rope_of_section(fields, *local, WHOLE_HEADS, theta_key="rope_local_base_freq")
+    sliding_rope = rope_of_section(fields, *local, WHOLE_HEADS, theta_key=sliding_theta)
     kinds = set(layer_types)
     if kinds == {"full_attention"} or rope == sliding_rope:
         return {"rope": rope}
@@ -87,7 +93,7 @@ def _ropes(
 Section = tuple[str, Mapping[str, Any]]
 
 
-def _sections(fields: HFFields) -> tuple[Section, Section]:
+def _sections(fields: HFFields, sliding_theta: str) -> tuple[Section, Section]:
     """Names and fields of the sections for full and for sliding layers.
 
     transformers 5 has both in `rope_parameters`; in earlier versions `rope_scaling` applies to the
@@ -95,7 +101,7 @@ def _sections(fields: HFFields) -> tuple[Section, Section]:
     """
     nested, former = fields.group("rope_parameters"), fields.group("rope_scaling")
     if not nested:
-        return ("rope_scaling", former), ("rope_local_base_freq", {})
+        return ("rope_scaling", former), (sliding_theta, {})
     if former:
         raise fields.error("rope_scaling", "stands beside rope_parameters; keep one of them")
     for name, section in nested.items():

@@ -1,6 +1,6 @@
 """Mistral 7B and its successors: Llama with one sliding window in all layers, or none."""
 
-from moe_jax.config.model import LayerType, ModelConfig
+from moe_jax.config.model import ModelConfig
 from moe_jax.hf import fields as hf_fields
 from moe_jax.hf.families.family import ATTENTION, EMBEDDING, HEAD, MLP, PRE_NORMS, model_family
 from moe_jax.hf.fields import HFFields
@@ -27,8 +27,6 @@ WEIGHTS = (*EMBEDDING, *PRE_NORMS, *ATTENTION, *MLP, *HEAD)
 )
 def read_mistral(fields: HFFields) -> ModelConfig:
     """Reads the architecture; see `Family.read`."""
-    window = fields.nullable("sliding_window", int)
-    kind: LayerType = "full_attention" if window is None else "sliding_attention"
     return ModelConfig(
         hidden_act=hf_fields.activation(fields),
         num_kv_heads=hf_fields.specified_kv_heads(fields),
@@ -36,6 +34,6 @@ def read_mistral(fields: HFFields) -> ModelConfig:
         rope=read_rope(fields),
         attention_bias=False,
         mlp_bias=False,
-        **hf_fields.sliding(fields, window, [kind] * fields.get("num_hidden_layers", int)),
+        **hf_fields.sliding_everywhere(fields),
         **hf_fields.common(fields),
     )

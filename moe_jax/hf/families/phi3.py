@@ -1,6 +1,6 @@
 """Phi-3, Phi-3.5, Phi-4 and Phi-4-mini: fused projections, partial RoPE and LongRoPE."""
 
-from moe_jax.config.model import LayerType, ModelConfig
+from moe_jax.config.model import ModelConfig
 from moe_jax.hf import fields as hf_fields
 from moe_jax.hf.families.family import (
     DOWN,
@@ -44,8 +44,6 @@ ROPE = RopeRules(
 )
 def read_phi3(fields: HFFields) -> ModelConfig:
     """Reads the architecture; see `Family.read`."""
-    window = fields.nullable("sliding_window", int)
-    kind: LayerType = "full_attention" if window is None else "sliding_attention"
     return ModelConfig(
         hidden_act=hf_fields.activation(fields),
         num_kv_heads=hf_fields.kv_heads_or_heads(fields),
@@ -53,6 +51,6 @@ def read_phi3(fields: HFFields) -> ModelConfig:
         rope=read_rope(fields, ROPE),
         attention_bias=False,
         mlp_bias=False,
-        **hf_fields.sliding(fields, window, [kind] * fields.get("num_hidden_layers", int)),
+        **hf_fields.sliding_everywhere(fields),
         **hf_fields.common(fields),
     )

@@ -1,0 +1,128 @@
+"""Gemma 4 beyond the checks of all families: exchange with peft, sizes in two layouts, refusals."""
+
+import functools
+import json
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import torch
+import transformers
+from foreign_adapters import LORA, peft_logits
+from hf_models import tiny_model
+from tolerances import FLOAT32_LOGITS
+from whole_models import adapter_of
+
+import moe_jax
+from moe_jax.adapters.mixtures.mola import MolaConfig
+from moe_jax.config.attention import GlobalAttentionConfig
+from moe_jax.errors import CheckpointError, ConfigError
+from moe_jax.hf.config import model_config_from_hf
+
+FIELDS: dict[str, Any] = {
+    "num_hidden_layers": 4,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "head_dim": 8,
+    "global_head_dim": 16,
+    "num_global_key_value_heads": 1,
+    "attention_k_eq_v": True,
+    "sliding_window": 5,
+    "hidden_size_per_layer_input": 0,
+}
+TOKENS = np.random.default_rng(0).integers(0, 64, (2, 16))
+
+
+def test_adapters_and_merged_models_in_other_libraries(tmp_path):
+    reference = tiny_model("gemma4_text", **FIELDS)
+    reference.save_pretrained(tmp_path / "base")
+    base = moe_jax.load_base(tmp_path / "base")
+    adapter = adapter_of(base, LORA)
+    assert adapter.tree["layers"]["global_attn"].keys() == {"q_proj", "k_proj", "o_proj"}
+    expected = np.asarray(moe_jax.AdaptedModel(base, {"x": adapter})(TOKENS, "x"))
+    plain = np.asarray(moe_jax.AdaptedModel(base, {})(TOKENS))
+    assert np.abs(expected - plain).max() > 0.5
+
+    moe_jax.export_adapter(adapter, "peft", tmp_path / "adapter")
+    found = peft_logits(reference, tmp_path / "adapter", TOKENS)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=FLOAT32_LOGITS)
+    read = moe_jax.import_adapter(tmp_path / "adapter", base)
+    jax.tree.map(np.testing.assert_array_equal, read.tree, adapter.tree)
+
+    moe_jax.export_adapter(adapter, "llama", tmp_path / "merged")
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "merged", dtype=torch.float32, output_loading_info=True
+    )
+    assert not any(info.values()), info
+    with torch.no_grad():
+        merged = model.eval()(torch.tensor(TOKENS)).logits.numpy()
+    np.testing.assert_allclose(merged, expected, rtol=0, atol=FLOAT32_LOGITS)
+
+
+@functools.cache
+def _written() -> str:
+    return tiny_model("gemma4_text", **FIELDS).config.to_json_string(use_diff=False)
+
+
+def _fields(**changes: Any) -> dict[str, Any]:
+    """Fields as transformers writes them; None takes one out."""
+    fields = json.loads(_written()) | {"architectures": ["Gemma4ForCausalLM"]} | changes
+    return {key: value for key, value in fields.items() if value is not None}
+
+
+def test_sizes_of_full_layers_in_published_files_and_in_written_ones():
+    written = model_config_from_hf(_fields(), "x")
+    sizes = {"global_head_dim": 16, "num_global_key_value_heads": 1}
+    published = model_config_from_hf(_fields(per_layer_config=None, **sizes), "x")
+    assert written == published
+    assert written.global_attention == GlobalAttentionConfig(
+        num_kv_heads=1, head_dim=16, key_as_value=True
+    )
+    assert written.layers_with("self_attn") == (0, 2)
+    assert written.layers_with("global_attn") == (1, 3)
+    # Without shared keys and values the number of heads is that of the other layers.
+    separate = _fields(per_layer_config=None, **sizes, attention_k_eq_v=False)
+    assert model_config_from_hf(separate, "x").global_attention == GlobalAttentionConfig(
+        num_kv_heads=2, head_dim=16, key_as_value=False
+    )
+
+
+@pytest.mark.parametrize(
+    "layer_types", [None, ["sliding_attention", "full_attention"] + ["sliding_attention"] * 6]
+)
+def test_the_last_layer_has_full_attention_whatever_the_file_names(layer_types):
+    fields = _fields(num_hidden_layers=8, layer_types=layer_types, per_layer_config=None)
+    given = {key: value for key, value in fields.items() if key != "architectures"}
+    expected = transformers.Gemma4TextConfig(**given).layer_types
+    assert expected[-1] == "full_attention" and expected.count("full_attention") == 2
+    assert model_config_from_hf(fields, "x").layer_types == tuple(expected)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_size_per_layer_input": 256}, "hidden_size_per_layer_input: 256 is not supported"),
+        ({"hidden_size_per_layer_input": None}, "hidden_size_per_layer_input: only 0 is supported"),
+        ({"num_kv_shared_layers": 2}, "num_kv_shared_layers: 2 is not supported"),
+        ({"enable_moe_block": True}, "enable_moe_block: True is not supported"),
+        ({"use_bidirectional_attention": "all"}, "use_bidirectional_attention: 'all' is not"),
+        ({"layer_types": ["full_attention"] * 4}, "layer_types: must name both full and sliding"),
+        ({"per_layer_config": {"1": {"head_dim": 16}}}, "per_layer_config: must have the same"),
+        ({"per_layer_config": {"x": {}, "3": {}}}, "per_layer_config: must have the same"),
+        ({"per_layer_config": {"1": 16, "3": 16}}, "per_layer_config: 1: expected a group"),
+        (
+            {"per_layer_config": {"1": {"head_dim": 8, "x": 1}, "3": {"head_dim": 8, "x": 1}}},
+            "per_layer_config: x is not supported",
+        ),
+    ],
+)
+def test_fields_that_are_not_computed_are_refused(changes, message):
+    with pytest.raises(CheckpointError, match=r"config\.json") as error:
+        model_config_from_hf(_fields(**changes), "config.json")
+    assert message in str(error.value)
+
+
+def test_experts_on_attention_are_refused():
+    mola = MolaConfig(rank=2, alpha=2.0, num_experts=(2,), target_modules=("q_proj", "up_proj"))
+    with pytest.raises(ConfigError, match="target_modules: experts on q_proj need attention of"):
+        mola.check_model(model_config_from_hf(_fields(), "x"))
