@@ -23,12 +23,21 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.generated_run import ROWS, run_config, write_rows, write_tokenizer
-from benchmarks.report import check_output, machine, one_line, refuse, say, table, write_json
+from benchmarks.report import (
+    check_output,
+    check_positive,
+    machine,
+    one_line,
+    refuse,
+    say,
+    table,
+    write_json,
+)
 from benchmarks.timing import spread
 from moe_jax.config.data import DataConfig
 from moe_jax.data.pipeline import TrainData, load_train_data
 from moe_jax.data.tokenised_source import tokenise_source
-from moe_jax.errors import ConfigError, UserError
+from moe_jax.errors import UserError
 from moe_jax.training.step.micro_batches import join_rows
 
 WARM_UP = 16
@@ -127,9 +136,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         check_output(args.output)
-        for name in ("examples", "rows", "length", "batches", "repeats", "consumed"):
-            if getattr(args, name) <= 0:
-                raise ConfigError(f"--{name}: must be positive")
+        check_positive(args, ("examples", "rows", "length", "batches", "repeats", "consumed"))
         facts = machine()
         print(
             f"{args.examples:,} rows, batches of {args.rows} x up to {args.length} tokens; "

@@ -22,7 +22,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.random_inputs import random_like, random_params
-from benchmarks.report import MEBIBYTE, check_output, machine, one_line, refuse, write_json
+from benchmarks.report import (
+    MEBIBYTE,
+    check_output,
+    check_positive,
+    check_transformers,
+    machine,
+    one_line,
+    refuse,
+    write_json,
+)
 from benchmarks.sizes import SIZE_HELP, hf_fields, model_of
 from benchmarks.timing import OUT_OF_MEMORY
 from moe_jax.adapters import METHODS
@@ -229,21 +237,15 @@ def check(args: argparse.Namespace) -> ModelConfig:
       ConfigError: a flag is invalid.
     """
     check_output(args.output)
-    for flag in ("prompt", "new_tokens", "repeats"):
-        if getattr(args, flag) < 1:
-            raise ConfigError(f"--{flag.replace('_', '-')}: must be positive")
+    check_positive(args, ("prompt", "new_tokens", "repeats"))
     if args.new_tokens < 5:
         raise ConfigError("--new-tokens: must be at least 5; all but the first are timed")
     sizes = args.batches.split(",")
     if not all(size.isdigit() and int(size) for size in sizes):
         raise ConfigError(f"--batches {args.batches}: expected whole numbers, separated by commas")
     args.batches = [int(size) for size in sizes]
-    missing = [name for name in ("torch", "transformers") if find_spec(name) is None]
-    if missing and not args.alone:
-        raise ConfigError(
-            f"not installed: {', '.join(missing)}; pip install -e '.[test]', or leave transformers "
-            "out with --alone"
-        )
+    if not args.alone:
+        check_transformers()
     return model_of(args.size, args.vocab)
 
 

@@ -1,20 +1,22 @@
-"""Estimated time of a training step on an H200, from the program compiled for it.
+"""Estimated time of a training step on a GPU or TPU, from the program compiled for it.
 
     python benchmarks/gpu_step.py
     python benchmarks/gpu_step.py --methods mixlora,lora,frozen --rows 4 --kinds --output FILE.json
+    python benchmarks/gpu_step.py --compile-for v5p --attention xla --rows 4 --devices 4
 
-The step of each method is compiled from shapes for the GPU that `benchmarks/gpu_chip.py` describes,
-and `benchmarks/roofline.py` models its time kernel by kernel. Nothing runs on a GPU: the times are
-estimates that rank programs for the same chip. `benchmarks/train_step.py` measures a step.
+The step of each method is compiled from shapes for a chip that need not be present, and
+`moe_jax.compiled.roofline` models its time kernel by kernel. Nothing runs on the chip: the times
+are estimates that rank programs for the same chip. `benchmarks/train_step.py` measures a step;
+`moe-jax plan --compile-for` prints the same estimate for the step of a configuration.
 
 Columns: estimated milliseconds of a step; the share of this time that the operations of
-`needed_flops` take at the rate of a large product; kernel launches; TFLOP of matrix products and
-attention, with recomputation; GB that kernels read and write by the model, and by XLA's coarser
-count; GiB of the program's arguments and temporaries; seconds of tracing and compiling. The
-temporaries do not include the workspaces that cuDNN allocates at run time.
+`needed_of_frozen` take at the rate of a large product; kernel launches; TFLOP of matrix products
+and attention, with recomputation; GB that kernels read and write by the model, and by XLA's coarser
+count; GiB of the program's arguments, temporaries and peak; seconds of tracing and compiling. All
+are of one chip. The temporaries do not include the workspaces that cuDNN allocates at run time.
 
-Needs Linux, jax with its CUDA plugin (`pip install 'jax[cuda13]'`), flax and optax. Runs without a
-GPU and without a network.
+Needs Linux, flax, optax, and jax with its CUDA plugin (`pip install 'jax[cuda13]'`) or with libtpu
+(`pip install 'jax[tpu]'`). Runs without an accelerator and without a network.
 """
 
 import argparse
@@ -29,11 +31,12 @@ import jax
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+
 from benchmarks import training_steps
 from benchmarks.compiled_flops import compiled_flops
-from benchmarks.gpu_chip import CHIPS, gpu_chip, plugin_version
 from benchmarks.report import (
     check_output,
+    check_positive,
     machine,
     one_line,
     refuse,
@@ -42,12 +45,24 @@ from benchmarks.report import (
     without_compilation_cache,
     write_json,
 )
-from benchmarks.roofline import H200, Roofline, Totals, grouped, roofline
 from benchmarks.sizes import SIZE_HELP, model_of
-from benchmarks.training_steps import FROZEN, LORA, NAMES, method_named, needed_flops, run_config
+from benchmarks.training_steps import (
+    FROZEN,
+    LORA,
+    NAMES,
+    method_named,
+    needed_of_frozen,
+    run_config,
+)
+from moe_jax.compiled.chips import CHIPS, chip_named
+from moe_jax.compiled.estimate import estimate as estimate_program
+from moe_jax.compiled.roofline import Roofline, Totals, grouped
+from moe_jax.compiled.target import compiler_version, target_devices
 from moe_jax.config.model import ComputeConfig, StorageType
 from moe_jax.config.run import RunConfig
 from moe_jax.errors import ConfigError, UserError
+from moe_jax.sharding.mesh import platform_of
+from moe_jax.training.step.compiler_options import compiler_options
 from moe_jax.training.step.program import build_program
 
 
@@ -68,22 +83,27 @@ def parser() -> argparse.ArgumentParser:
     add("--rank", type=int, default=16, help="rank on attention and of each expert (16)")
     add("--experts", type=int, default=8, help="number of experts, and factor of LoRA's rank (8)")
     add("--top-k", type=int, default=2, help="number of experts of a token (2)")
+    add("--dropout", type=float, default=0.0, help="dropout of the pairs (0)")
     default = ComputeConfig(dtype="bfloat16")
     add("--remat", default=default.remat, help="ComputeConfig.remat (%(default)s)")
     add("--attention", default="cudnn", help="ComputeConfig.attention (%(default)s)")
+    add("--expert-kernel", default=default.experts, help="ComputeConfig.experts (%(default)s)")
     add(
-        "--compile-for", default="h200", metavar="CHIP", help=f"GPU among {', '.join(CHIPS)} (h200)"
+        "--compile-for",
+        default="h200",
+        metavar="CHIP",
+        help=f"chip among {', '.join(CHIPS)} (h200)",
     )
     add(
         "--dynamic-slice-fusion",
-        action="store_true",
-        help="keep XLA's fusion of products with slices of the stacked layers",
+        choices=("on", "off"),
+        help="XLA's fusion of products with slices of the stacked layers (as in training)",
     )
     add("--kinds", action="store_true", help="table of the kinds of kernels of each method")
     add("--top", type=int, default=0, metavar="N", help="table of the N longest groups of kernels")
     add("--hlo", type=Path, metavar="FOLDER", help="folder for the compiled programs")
     add("--output", type=Path, help="JSON file for the figures")
-    parser.set_defaults(mesh=None)  # one device
+    add("--devices", type=int, default=1, help="number of chips, which share the weights (1)")
     return parser
 
 
@@ -96,9 +116,8 @@ def check(args: argparse.Namespace) -> list[str]:
     check_output(args.output)
     if args.hlo and not args.hlo.is_dir():
         raise ConfigError(f"--hlo {args.hlo}: there is no such folder")
-    for flag in ("rows", "length", "rank", "experts", "top_k", "micro_batches"):
-        if getattr(args, flag) < 1:
-            raise ConfigError(f"--{flag.replace('_', '-')}: must be positive")
+    check_positive(args, ("rows", "length", "rank", "experts", "top_k", "micro_batches", "devices"))
+    args.mesh = f"data=1,fsdp={args.devices}"
     if args.top < 0:
         raise ConfigError("--top: must not be negative")
     names = list(dict.fromkeys(filter(None, args.methods.split(","))))
@@ -114,61 +133,60 @@ def _config_of(name: str, args: argparse.Namespace) -> RunConfig:
     return run_config(method_named(LORA if name == FROZEN else name, args), args)
 
 
-def lowered_step(name: str, args: argparse.Namespace, chip: Any) -> jax.stages.Lowered:
-    """Traces the step of a method, or of the frozen model without adapters, for `chip`.
+def lowered_step(name: str, args: argparse.Namespace, devices: Sequence[Any]) -> jax.stages.Lowered:
+    """Traces the step of a method, or of the frozen model without adapters.
 
     Raises:
       UserError: the chip does not support the flags.
     """
     config = _config_of(name, args)
     steps = config.training.steps or 1
-    program = build_program(config, model_of(args.size, args.vocab), steps, [chip])
+    program = build_program(config, model_of(args.size, args.vocab), steps, devices)
     if name == FROZEN:
         return training_steps._lower_frozen(program, args)
     return program.lower_train_step(args.length)
 
 
-def compile_options(args: argparse.Namespace) -> dict[str, Any]:
-    """Returns XLA's compiler options for all programs.
-
-    In jaxlib 0.11, XLA fuses a product with the slice of the stacked layers that it reads or
-    writes, and computes a product twice if it is both kept for the backward pass and used in the
-    forward pass: a quarter more operations at 7B. jaxlib 0.12 computes it once. Without the fusion,
-    programs of both versions are comparable.
-    """
-    return {} if args.dynamic_slice_fusion else {"xla_gpu_enable_dynamic_slice_fusion": False}
+def compile_options(args: argparse.Namespace, chip: Any) -> dict[str, Any]:
+    """Returns XLA's compiler options for all programs: those of training, unless a flag differs."""
+    options = compiler_options(chip)
+    if args.dynamic_slice_fusion and platform_of([chip]) == "gpu":
+        options["xla_gpu_enable_dynamic_slice_fusion"] = args.dynamic_slice_fusion == "on"
+    return options
 
 
-def estimate(name: str, args: argparse.Namespace, chip: Any) -> tuple[dict[str, Any], Roofline]:
+def estimate(
+    name: str, args: argparse.Namespace, devices: Sequence[Any]
+) -> tuple[dict[str, Any], Roofline]:
     """Returns the figures of one method and its roofline model."""
     start = time.perf_counter()
-    lowered = lowered_step(name, args, chip)
+    lowered = lowered_step(name, args, devices)
     middle = time.perf_counter()
-    compiled = lowered.compile(compiler_options=compile_options(args))
+    compiled = lowered.compile(compiler_options=compile_options(args, devices[0]))
     end = time.perf_counter()
-    text, memory = compiled.as_text(), compiled.memory_analysis()
-    assert text is not None
-    assert memory is not None
+    chip = chip_named(args.compile_for)
     if args.hlo:
-        (args.hlo / f"{name}.hlo").write_text(text)
-    model = roofline(text)
-    total = model.total
-    needed = needed_flops(model_of(args.size, args.vocab), args.rows, args.length)
+        (args.hlo / f"{name}.hlo").write_text(compiled.as_text() or "")
+    program = estimate_program(compiled, chip, args.dtype)
+    total = program.model.total
+    needed = needed_of_frozen(model_of(args.size, args.vocab), args.rows, args.length)
+    needed_seconds = needed / args.devices / chip.rates_of(args.dtype).product
     return {
         "method": name,
         "modelled_seconds": total.seconds,
-        "needed_share": needed / H200.product / total.seconds,
+        "needed_share": needed_seconds / total.seconds,
         "kernels": total.kernels,
         "flops": total.flops,
         "moved_bytes": total.moved,
         "moved_bytes_by_xla": compiled_flops(compiled, fixed_loops=True).moved,
-        "loops_of_unknown_length": model.unknown_loops,
-        "argument_bytes": memory.argument_size_in_bytes,
-        "temporary_bytes": memory.temp_size_in_bytes,
+        "loops_of_unknown_length": program.model.unknown_loops,
+        "argument_bytes": program.arguments,
+        "temporary_bytes": program.temporary,
+        "peak_bytes": program.peak,
         "trace_seconds": middle - start,
         "compile_seconds": end - middle,
-        "kinds": {kind: sums._asdict() for kind, sums in model.kinds.items()},
-    }, model
+        "kinds": {kind: sums._asdict() for kind, sums in program.model.kinds.items()},
+    }, program.model
 
 
 COLUMNS: tuple[tuple[str, Callable[[dict[str, Any]], str]], ...] = (
@@ -181,6 +199,7 @@ COLUMNS: tuple[tuple[str, Callable[[dict[str, Any]], str]], ...] = (
     ("by XLA", lambda row: f"{row['moved_bytes_by_xla'] / 1e9:.1f}"),
     ("arg. GiB", lambda row: f"{row['argument_bytes'] / 2**30:.2f}"),
     ("temp. GiB", lambda row: f"{row['temporary_bytes'] / 2**30:.2f}"),
+    ("peak GiB", lambda row: f"{row['peak_bytes'] / 2**30:.2f}"),
     ("trace s", lambda row: f"{row['trace_seconds']:.1f}"),
     ("compile s", lambda row: f"{row['compile_seconds']:.1f}"),
 )
@@ -239,20 +258,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
         names = check(args)
-        chip = gpu_chip(args.compile_for)
+        devices = target_devices(args.compile_for, args.devices)
         rows, tables = [], []
         with without_compilation_cache():
             for name in names:
                 say(f"{name}: compiling")
-                row, model = estimate(name, args, chip)
+                row, model = estimate(name, args, devices)
                 rows.append(row)
                 tables += details(name, model, args)
         facts = machine()
-        compiler = {"chip": chip.device_kind, "plugin": plugin_version()}
+        chip = chip_named(args.compile_for)
+        plugin = compiler_version(chip.platform)
+        compiler = {"chip": devices[0].device_kind, "devices": len(devices), "plugin": plugin}
         print(
-            f"estimate for {compiler['chip']}, compiled by {compiler['plugin']}, nothing was run: "
-            f"{args.size} in {args.dtype}, {args.rows} x {args.length} tokens, remat {args.remat}, "
-            f"attention {args.attention}; {one_line(facts)}"
+            f"estimate for {len(devices)} x {compiler['chip']}, compiled by {compiler['plugin']}, "
+            f"nothing was run: {args.size} in {args.dtype}, {args.rows} x {args.length} tokens, "
+            f"remat {args.remat}, attention {args.attention}; {one_line(facts)}"
         )
         print("\n\n".join([as_table(rows), *tables]))
         write_json(
@@ -261,7 +282,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             benchmark="gpu_step",
             is_estimate=True,
             compiled_for=compiler,
-            rates=H200._asdict(),
+            rates=vars(chip.rates_of(args.dtype)),
             machine=facts,
             rows=rows,
         )

@@ -36,6 +36,7 @@ from benchmarks.random_inputs import random_like
 from benchmarks.report import (
     MEBIBYTE,
     check_output,
+    check_positive,
     machine,
     one_line,
     refuse,
@@ -258,9 +259,7 @@ def settings(args: argparse.Namespace) -> list[tuple[str, list[str], Shape]]:
     """
     check_output(args.output)
     model = model_of(args.size)
-    for flag in ("rows", "length", "top_k", "rounds"):
-        if getattr(args, flag) < 1:
-            raise ConfigError(f"--{flag.replace('_', '-')}: must be positive")
+    check_positive(args, ("rows", "length", "top_k", "rounds"))
     parts, names = (
         _names("parts", args.parts, list(FORMS_OF_PART)),
         _names("forms", args.forms, ALL_FORMS),

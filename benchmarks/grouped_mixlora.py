@@ -44,6 +44,10 @@ class GroupedMixLora(MixLoraConfig):
         for field, value in unsupported.items():
             require(not value, field, "not supported by the grouped form; leave it out")
 
+    @property
+    def is_additive(self) -> bool:
+        return False  # the gradients of a block read its rows of the frozen products
+
     def mlp_adapter(self) -> nn.Module | None:
         return GroupedMLP(self)
 

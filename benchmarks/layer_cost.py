@@ -33,11 +33,13 @@ from moe_jax.adapters.mixtures.mola import MolaConfig
 from moe_jax.adapters.routing import SoftRouter, SwitchRouter, TopKRouter, TopPRouter
 from moe_jax.adapters.rows import divide_rows
 from moe_jax.adapters.tree import ATTENTION_MODULES, TARGET_MODULES
-from moe_jax.config.model import ComputeConfig, ModelConfig, RopeConfig
+from moe_jax.config.model import ComputeConfig, ModelConfig
+from moe_jax.config.rope import RopeConfig
 from moe_jax.errors import UserError
 from moe_jax.layers.blocked_attention import BLOCK, block_pairs
 from moe_jax.layers.frozen import storage_of
-from moe_jax.models.decoder import DecoderLayer, LayerSettings, TokenContext
+from moe_jax.models.decoder import DecoderLayer
+from moe_jax.models.layer_inputs import LayerSettings, TokenContext
 from moe_jax.models.remat import REMAT_POLICIES
 
 

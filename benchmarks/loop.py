@@ -27,7 +27,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import jax
 
 from benchmarks.generated_run import BASE, ROWS, run_config, write_base, write_rows
-from benchmarks.report import check_output, machine, one_line, refuse, say, table, write_json
+from benchmarks.report import (
+    check_output,
+    check_positive,
+    machine,
+    one_line,
+    refuse,
+    say,
+    table,
+    write_json,
+)
 from benchmarks.sizes import SIZE_HELP, model_of
 from benchmarks.timing import spread
 from moe_jax.config.run import RunConfig
@@ -162,9 +171,7 @@ def table_cells(figure: dict[str, Any]) -> list[str]:
 
 
 def require_whole_numbers(args: argparse.Namespace) -> None:
-    for name in ("rows", "length", "adapters", "log_every", "save_every", "repeats"):
-        if getattr(args, name) < 1:
-            raise ConfigError(f"--{name.replace('_', '-')}: must be positive")
+    check_positive(args, ("rows", "length", "adapters", "log_every", "save_every", "repeats"))
     if args.steps < 2 * args.log_every:
         raise ConfigError(f"--steps: must be at least {2 * args.log_every}, twice --log-every")
 

@@ -36,6 +36,7 @@ from benchmarks.compiled_flops import compiled_flops
 from benchmarks.random_inputs import params_of
 from benchmarks.report import (
     check_output,
+    check_positive,
     machine,
     one_line,
     refuse,
@@ -84,7 +85,7 @@ def parser() -> argparse.ArgumentParser:
         choices=get_args(FloatType),
         help="dtype of the base and of the computation",
     )
-    add("--attention", default="xla", help="ComputeConfig.attention (xla)")
+    add("--attention", default="auto", help="ComputeConfig.attention (auto)")
     add("--rank", type=int, default=8, help="rank of every pair (8)")
     add("--steps", type=int, default=4, help="number of steps of each variant in a round (4)")
     add("--rounds", type=int, default=5, help="number of timed rounds (5)")
@@ -99,9 +100,7 @@ def check(args: argparse.Namespace) -> None:
       ConfigError: a flag is invalid.
     """
     check_output(args.output)
-    for flag in ("rows", "length", "rank", "steps", "rounds"):
-        if getattr(args, flag) < 1:
-            raise ConfigError(f"--{flag}: must be positive")
+    check_positive(args, ("rows", "length", "rank", "steps", "rounds"))
     if args.data is not None and not args.data.is_file():
         raise ConfigError(f"--data {args.data}: there is no such file")
     if args.buckets is None:

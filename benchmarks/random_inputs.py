@@ -96,7 +96,7 @@ def random_batch(model: ModelConfig, rows: int, length: int, seed: int = 0) -> B
     tokens = np.random.default_rng(seed).integers(0, model.vocab_size, shape)
     fields["tokens"] = tokens.astype(np.int32)
     fields["loss_mask"] = np.ones(shape, bool)
-    fields["labels"] = np.zeros(shape, np.float32)
+    fields["labels"] = fields["reference_log_probs"] = np.zeros(shape, np.float32)
     fields["segment_ids"] = np.ones(shape, np.int32)
     fields["positions"] = np.broadcast_to(np.arange(length, dtype=np.int32), shape)
     return Batch(**fields)

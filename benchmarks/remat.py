@@ -32,8 +32,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.compiled_flops import compiled_flops
 from benchmarks.report import check_output, refuse, say
-from benchmarks.tpu_chip import GENERATIONS, tpu_chip
 from moe_jax.adapters import METHODS
+from moe_jax.compiled.chips import CHIPS
+from moe_jax.compiled.target import target_devices
 from moe_jax.config.run import MeshConfig, RunConfig, parse_run_config
 from moe_jax.errors import DeviceError, UserError, is_out_of_memory
 from moe_jax.hf.config import model_config_from_hf
@@ -43,6 +44,7 @@ from moe_jax.training.step.program import build_program
 LENGTH = 2048
 CONFIGS = {"LoRA": "llama7b_lora", "MixLoRA": "llama7b_mixlora"}
 POLICIES = ("none", *REMAT_POLICIES)
+TPUS = [name for name, chip in CHIPS.items() if chip.platform == "tpu"]
 
 
 class StepCost(NamedTuple):
@@ -152,7 +154,7 @@ def as_markdown(costs: dict[str, list[StepCost] | None], generation: str | None 
             jax=jax.__version__,
             libtpu=importlib.metadata.version("libtpu"),
             length=LENGTH,
-            memory=GENERATIONS[generation],
+            memory=CHIPS[generation].memory_bytes // 2**30,
             lora_arguments=arguments[0],
             arguments=arguments[1],
         )
@@ -175,9 +177,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, help="Markdown file for the table")
     parser.add_argument(
         "--compile-for",
-        choices=GENERATIONS,
+        choices=TPUS,
         metavar="CHIP",
-        help=f"TPU to compile for with libtpu: {', '.join(GENERATIONS)} (this machine)",
+        help=f"TPU to compile for with libtpu: {', '.join(TPUS)} (this machine)",
     )
     parser.add_argument(
         "--policies",
@@ -189,7 +191,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         check_output(args.output)
-        chip = tpu_chip(args.compile_for) if args.compile_for else None
+        chip = target_devices(args.compile_for)[0] if args.compile_for else None
     except UserError as error:
         return refuse(error)
     costs: dict[str, list[StepCost] | None] = {}

@@ -10,6 +10,7 @@ import shlex
 import sys
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,31 @@ def check_output(output: Path | None) -> None:
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
         raise ConfigError(f"--output {output}: {reason}; name another file") from None
+
+
+def check_positive(args: Namespace, names: Sequence[str]) -> None:
+    """Checks that the numbers of these names in `args` are at least 1.
+
+    Raises:
+      ConfigError: one of them is not.
+    """
+    for name in names:
+        if getattr(args, name) < 1:
+            raise ConfigError(f"--{name.replace('_', '-')}: must be positive")
+
+
+def check_transformers() -> None:
+    """Checks that torch and transformers are installed, for benchmarks with `--alone`.
+
+    Raises:
+      ConfigError: one of them is not.
+    """
+    missing = [name for name in ("torch", "transformers") if find_spec(name) is None]
+    if missing:
+        raise ConfigError(
+            f"not installed: {', '.join(missing)}; pip install -e '.[test]', or leave transformers "
+            "out with --alone"
+        )
 
 
 _FLAG_OF_FIELD = {

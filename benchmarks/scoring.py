@@ -5,8 +5,8 @@
 Random questions of four options are scored by `Scorer`, as `moe-jax evaluate` does, and by the
 script that a user of transformers would write: batches of sequences sorted by length and padded to
 the longest, one forward pass each, `log_softmax` of all logits, and a sum over the option's tokens.
-Both have the same base, sequences and batch size, are timed alternately in one process, and must
-give the same scores of the base. The script has no adapter: its seconds are those of the base in
+Both have the same base and sequences, are timed alternately in one process, and must give the same
+scores of the base. The script has no adapter: its seconds are those of the base in
 every row. Compilation is not in the seconds; it is a column of its own.
 
 Needs torch and transformers, as the tests do.
@@ -32,7 +32,8 @@ from benchmarks.torch_llama import torch_llama
 from moe_jax.checkpoints.leaves import named_leaves
 from moe_jax.config.model import ComputeConfig, ModelConfig
 from moe_jax.errors import UserError
-from moe_jax.evaluation.scorer import ScoredSequence, Scorer, complete_buckets
+from moe_jax.evaluation.packed_sequences import ScoredSequence
+from moe_jax.evaluation.scorer import ROW_LENGTH, Scorer
 from moe_jax.loaded.inference_model import Adapter
 from moe_jax.models.causal_lm import LlamaForCausalLM
 
@@ -82,7 +83,7 @@ def score_with_scorer(
     scores = np.zeros((len(questions), OPTIONS))
     for batch in scorer.scores(questions, adapter, [False] * len(questions)):
         for question, option, score in batch:
-            (scores[question, option],) = score.values
+            scores[question, option] = score.log_prob
     return scores
 
 
@@ -101,7 +102,6 @@ def measure(args: argparse.Namespace, model: ModelConfig) -> list[dict[str, Any]
     peer = torch_llama(hf_fields(model), arrays, args.dtype, "cpu").eval()
     questions = random_questions(model, args.questions)
     llama = LlamaForCausalLM(model, ComputeConfig(dtype=args.dtype), (), args.dtype)
-    longest = max(len(s.tokens) for group in questions for s in group)
     adapters = {
         kind: Adapter(*random_adapter(fields, model)) if fields else None
         for kind, fields in KINDS.items()
@@ -112,8 +112,8 @@ def measure(args: argparse.Namespace, model: ModelConfig) -> list[dict[str, Any]
         scorer = Scorer(
             llama,
             generator.params,
-            batch_size=args.batch_size,
-            buckets=complete_buckets((), longest),
+            batch_size=args.rows,
+            row_length=args.row_length,
         )
         first, scores = timed(score_with_scorer, scorer, questions, adapter)
         ours, theirs = [], []
@@ -149,7 +149,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--size", default="d512", help=SIZE_HELP)
     parser.add_argument("--vocab", type=int, help="number of tokens of the vocabulary (the size's)")
     parser.add_argument("--questions", type=int, default=64, help="number of questions (64)")
-    parser.add_argument("--batch-size", type=int, default=16, help="sequences of a batch (16)")
+    parser.add_argument("--rows", type=int, default=16, help="rows of a batch of ours (16)")
+    parser.add_argument(
+        "--row-length", type=int, default=ROW_LENGTH, help=f"tokens of such a row ({ROW_LENGTH})"
+    )
+    parser.add_argument(
+        "--batch-size", type=int, default=16, help="sequences of a batch of the script (16)"
+    )
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--repeats", type=int, default=5, help="number of timed pairs (5)")
     parser.add_argument("--output", type=Path, help="JSON file for the figures")

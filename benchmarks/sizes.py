@@ -11,8 +11,9 @@ Llama-3.2-3B, Llama-2-7B, Llama-3-8B and Llama-2-13B.
 import dataclasses
 from typing import Any
 
-from moe_jax.config.model import ModelConfig, RopeConfig
+from moe_jax.config.model import ModelConfig
 from moe_jax.config.parse import suggest
+from moe_jax.config.rope import RopeConfig
 from moe_jax.errors import ConfigError
 
 _PLAIN_ROPE = RopeConfig(rope_type="default", rope_theta=10000.0)

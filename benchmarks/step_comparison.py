@@ -9,7 +9,6 @@ from typing import Any
 import jax
 
 from benchmarks.compiled_flops import Flops, compiled_flops
-from benchmarks.matrix_product import MatrixProduct
 from benchmarks.peft_process import PeftProcess, peft_process
 from benchmarks.random_inputs import params_of, random_batch
 from benchmarks.report import say, usable_cores
@@ -22,10 +21,11 @@ from benchmarks.training_steps import (
     CompiledStep,
     compiled_step,
     method_named,
-    needed_flops,
+    needed_of_frozen,
     ranks_of,
     run_config,
 )
+from moe_jax.compiled.matrix_rate import MatrixProduct
 from moe_jax.errors import is_out_of_memory
 
 PEFT = "peft"
@@ -182,7 +182,7 @@ def speed_figures(
     """
     seconds = spread(samples)
     ratios = [time / base for time, base in zip(samples, lora, strict=bool(lora))]
-    needed = needed_flops(model_of(args.size, args.vocab), args.rows, args.length)
+    needed = needed_of_frozen(model_of(args.size, args.vocab), args.rows, args.length)
     return {
         "seconds": seconds._asdict(),
         "samples": list(samples),

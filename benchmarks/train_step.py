@@ -13,9 +13,9 @@ in a separate process; its first loss must equal that of `lora`. It checkpoints 
 
 Columns: trainable parameters; seconds of a step, median and range; median ratio to LoRA; tokens per
 second; FLOP/s and their share of the matrix product's, counted by XLA (with recomputation and
-adapters) and as needed by every method (`needed_flops`); seconds of tracing and compiling; compiled
-FLOPs; MiB of the compiled program's arguments and temporaries; peak memory of a process with only
-these steps.
+adapters) and as needed by every method (`needed_of_frozen`); seconds of tracing and compiling;
+compiled FLOPs; MiB of the compiled program's arguments and temporaries; peak memory of a process
+with only these steps.
 
 Needs jax, flax, optax and numpy; for `--peft` also torch, transformers and peft.
 """
@@ -38,6 +38,7 @@ from benchmarks.random_inputs import params_of
 from benchmarks.report import (
     MEBIBYTE,
     check_output,
+    check_positive,
     machine,
     one_line,
     refuse,
@@ -55,7 +56,7 @@ from benchmarks.training_steps import (
     NAMES,
     compiled_step,
     method_named,
-    needed_flops,
+    needed_of_frozen,
     run_config,
 )
 from moe_jax.config.model import ComputeConfig, FloatType, StorageType
@@ -102,9 +103,7 @@ def check(args: argparse.Namespace) -> list[str]:
       UserError: a flag or field is invalid.
     """
     check_output(args.output)
-    for flag in ("rows", "length", "rank", "experts", "top_k", "rounds", "micro_batches"):
-        if getattr(args, flag) < 1:
-            raise ConfigError(f"--{flag.replace('_', '-')}: must be positive")
+    check_positive(args, ("rows", "length", "rank", "experts", "top_k", "rounds", "micro_batches"))
     names = list(dict.fromkeys(filter(None, args.methods.split(","))))
     if not names:
         raise ConfigError("--methods: names no method")
@@ -174,7 +173,7 @@ def measure(args: argparse.Namespace, names: Sequence[str], argv: Sequence[str])
         "benchmark": "train_step",
         "machine": facts,
         "tokens": args.rows * args.length,
-        "needed_flops": needed_flops(model_of(args.size, args.vocab), args.rows, args.length),
+        "needed_flops": needed_of_frozen(model_of(args.size, args.vocab), args.rows, args.length),
         "matrix_product": {
             "width": comparison.product.width,
             "flops_per_second": comparison.rate._asdict(),

@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from benchmarks import layer_cost
 from benchmarks.random_inputs import random_batch
 from benchmarks.sizes import model_of
-from moe_jax.adapters.method import AdapterMethod
+from moe_jax.adapters.method import AdapterMethod, NoAdapter
 from moe_jax.adapters.routing.losses import LoadBalance
 from moe_jax.adapters.tree import ATTENTION_MODULES, TARGET_MODULES
 from moe_jax.config.model import ModelConfig
@@ -28,6 +28,7 @@ from moe_jax.layers.vocabulary import TokenEmbedding
 from moe_jax.sharding.rules import BATCH_SPEC
 from moe_jax.training.records.plan import parameter_count
 from moe_jax.training.step import step
+from moe_jax.training.step.needed_flops import needed_flops
 from moe_jax.training.step.program import BATCH_TYPES, Program, build_program
 
 FROZEN = "frozen"
@@ -48,7 +49,7 @@ def method_named(name: str, args: Namespace) -> AdapterMethod:
     """Returns the adapter method named `name`, with the ranks and experts of the flags.
 
     LoRA's and DoRA's rank on the FFN is the joint rank of all experts, for equal trainable
-    parameters except for routers.
+    parameters except for routers. Without a flag for dropout there is none.
 
     Raises:
       ConfigError: the method is unknown, or the flags are invalid for it.
@@ -71,7 +72,7 @@ def method_named(name: str, args: Namespace) -> AdapterMethod:
         if any(field.name == "losses" for field in dataclasses.fields(method)):
             losses: Any = {"losses": {"load_balance": LoadBalance(coefficient=0.01)}}
             method = dataclasses.replace(method, **losses)
-    return method
+    return dataclasses.replace(method, dropout=getattr(args, "dropout", 0.0))
 
 
 def ranks_of(method: AdapterMethod) -> dict[str, int]:
@@ -96,9 +97,16 @@ def run_config(method: AdapterMethod, args: Namespace) -> RunConfig:
         "optimizer": OPTIMIZER,
         "batch_size": args.rows,
     }
+    has_experts = method.mlp_adapter() is not None
+    experts = getattr(args, "expert_kernel", "einsum") if has_experts else "einsum"
     raw = {
         "base": {"path": "random", "param_dtype": args.param_dtype or args.dtype},
-        "compute": {"dtype": args.dtype, "attention": args.attention, "remat": args.remat},
+        "compute": {
+            "dtype": args.dtype,
+            "attention": args.attention,
+            "remat": args.remat,
+            "experts": experts,
+        },
         "mesh": _mesh(args.mesh),
         "training": {"steps": 10**6, "micro_batches": args.micro_batches},
         "adapters": {_ADAPTER: adapter},
@@ -145,12 +153,16 @@ class CompiledStep:
     compile_seconds: float = 0.0
     first_adapter: Any = None
 
-    def compile(self) -> jax.stages.Compiled:
-        """Traces and compiles the step, and records the seconds of both."""
+    def compile(self, options: dict[str, Any] | None = None) -> jax.stages.Compiled:
+        """Traces and compiles the step, and records the seconds of both.
+
+        Args:
+          options: compiler options beside those of the program.
+        """
         start = time.perf_counter()
         lowered = self.lower()
         middle = time.perf_counter()
-        self.compiled = lowered.compile()
+        self.compiled = lowered.compile(compiler_options=options)
         self.trace_seconds = middle - start
         self.compile_seconds = time.perf_counter() - middle
         return self.compiled
@@ -244,17 +256,10 @@ def _begin_frozen(step: CompiledStep, params: Any) -> Callable[[], float]:
     return lambda: float(jax.block_until_ready(compiled(params, batch))[0])
 
 
-def needed_flops(model: ModelConfig, rows: int, length: int) -> float:
-    """FLOPs that every step on the frozen model needs, 2 for each multiply-add.
+def needed_of_frozen(model: ModelConfig, rows: int, length: int) -> float:
+    """FLOPs that every step on the frozen model needs; see `training.step.needed_flops`.
 
-    4 for each token and frozen weight of a matrix product: 2 forward and 2 for the gradient of its
-    input (the embedding is a look-up). Causal attention adds 2 S per query channel forward (half of
-    Q K' and of P V), and twice as many backward. Adapters and recomputation are not counted, so
-    that methods and policies are compared by time.
+    Adapters and recomputation are not counted, so that methods and policies are compared by time.
     """
-    width, ffn_width = model.hidden_size, model.intermediate_size
-    query, kv = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
-    layer = 2 * width * query + 2 * width * kv + 3 * width * ffn_width
-    weights = model.num_layers * layer + width * model.vocab_size
-    attention = 6 * model.num_layers * length * query
-    return float(rows * length) * (4 * weights + attention)
+    needed = needed_flops(model, {FROZEN: NoAdapter()}, {FROZEN: {}})
+    return needed.of_full_rows({FROZEN: rows}, length)

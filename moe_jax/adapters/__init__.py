@@ -3,6 +3,8 @@
     method.py       the interface of an adapter method
     lora/           LoRA, rsLoRA and DoRA; low-rank pairs of one or of E experts
     mixlora.py      MixLoRA: experts on the FFN as a whole
+    expert_slots.py the hidden activations of its experts, and their sum
+    fused_slots.py  the same in GPU kernels; fused_slot_arrays.py, fused_slot_kernels.py
     mixtures/       LoRAMoE and MoLA: experts on each projection
     routing/        routers, their statistics and auxiliary losses
     rows.py         the rows of a batch that belong to each adapter

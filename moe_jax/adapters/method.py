@@ -17,7 +17,8 @@ from flax.core import FrozenDict
 
 from moe_jax.adapters.lora.low_rank import LowRankConfig
 from moe_jax.adapters.routing.losses import RouterLoss
-from moe_jax.adapters.tree import TARGET_MODULES
+from moe_jax.adapters.row_window import RowWindow
+from moe_jax.adapters.tree import ALL_MODULES, DELTA_NET_MODULES, TARGET_MODULES
 from moe_jax.config.classification import ClassificationConfig
 from moe_jax.config.model import ModelConfig
 from moe_jax.config.parse import Registry, require, suggest
@@ -84,6 +85,12 @@ class AdapterContext(NamedTuple):
         padding (see `SourceConfig.expert_group`); None unless a loss of the adapter reads it.
       segment_ids: int32 [b, S] as in `Batch`; None where every row is one sequence. Anything that
         counts by sequence must use it.
+      dropout_key: random key of the dropout of the module's input, so that projections of one input
+        share a mask; None without dropout.
+      fused_experts: True if `ComputeConfig.experts` is `fused`.
+      window: the adapter's rows, where they change from call to call; None where they are static.
+      prompt_length: int32 [b], number of tokens of the row's sequence, where a call has a part of
+        a prompt only; None where the tokens so far are all that are known.
     """
 
     token_mask: jax.Array
@@ -91,6 +98,22 @@ class AdapterContext(NamedTuple):
     num_layers: int
     expert_groups: jax.Array | None = None
     segment_ids: jax.Array | None = None
+    dropout_key: jax.Array | None = None
+    fused_experts: bool = False
+    window: RowWindow | None = None
+    prompt_length: jax.Array | None = None
+
+    def input_key(self) -> jax.Array:
+        """`dropout_key`, where the module is not deterministic."""
+        if self.dropout_key is None:
+            raise ValueError("dropout needs a random key: give the model a random stream `dropout`")
+        return self.dropout_key
+
+
+def windows_of(contexts: Mapping[str, AdapterContext]) -> dict[str, RowWindow] | None:
+    """Windows of the adapters with these contexts; None where their rows are static."""
+    windows = {name: context.window for name, context in contexts.items()}
+    return {name: w for name, w in windows.items() if w is not None} or None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,9 +158,9 @@ class AdapterMethod(LowRankConfig, abc.ABC):
         require(bool(self.target_modules), "target_modules", "names no module")
         for name in self.target_modules:
             require(
-                name in TARGET_MODULES,
+                name in ALL_MODULES,
                 "target_modules",
-                f"{name!r} matches no module of the model; {suggest(name, TARGET_MODULES)}",
+                f"{name!r} matches no module of the model; {suggest(name, ALL_MODULES)}",
             )
 
     @property
@@ -148,6 +171,20 @@ class AdapterMethod(LowRankConfig, abc.ABC):
     @property
     def routes(self) -> bool:
         """True if the method has routers; these must sow their statistics."""
+        return False
+
+    @property
+    def routes_by_sequence(self) -> bool:
+        """True if a token's routing depends on other tokens of its sequence."""
+        return False
+
+    @property
+    def is_additive(self) -> bool:
+        """True if frozen products are needed for nothing but sums with deltas, not for gradients.
+
+        Rematerialization then keeps the sums in their place. A module of `mlp_adapter` has to name
+        them, see `FrozenLinear.kept`. Methods from outside may leave it false.
+        """
         return False
 
     @property
@@ -167,6 +204,13 @@ class AdapterMethod(LowRankConfig, abc.ABC):
 
     def check_model(self, model: ModelConfig) -> None:
         """Refuses, with `require`, settings that do not go with this model, such as its depth."""
+        absent = [name for name in self.target_modules if name in DELTA_NET_MODULES]
+        require(
+            not absent or model.delta_net is not None,
+            "target_modules",
+            f"{', '.join(absent)} are projections of linear attention, which a model of type "
+            f"{model.model_type!r} does not have",
+        )
 
     @abc.abstractmethod
     def projection_adapter(self, target: str, axes: tuple[str, str]) -> "nn.Module | None":
@@ -177,7 +221,7 @@ class AdapterMethod(LowRankConfig, abc.ABC):
         [b, S, out]; the bias is added after it.
 
         Args:
-          target: one of `TARGET_MODULES`.
+          target: one of `ALL_MODULES`.
           axes: logical axes of the projection's kernel, (in, out).
         """
 
@@ -219,6 +263,10 @@ class NoAdapter(AdapterMethod):
     rank: int = 1
     alpha: float = 1.0
     target_modules: tuple[str, ...] = TARGET_MODULES
+
+    @property
+    def is_additive(self) -> bool:
+        return True
 
     def projection_adapter(self, target: str, axes: tuple[str, str]) -> nn.Module | None:
         return None

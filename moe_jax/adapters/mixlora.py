@@ -22,16 +22,12 @@ dispatch acts on the low-rank activations z, E R numbers a token, and not on the
 static and no token is gathered, sorted or dropped. `tests/adapters/test_routed_ffn.py` compares it
 with whole experts in PyTorch.
 
-Two slots are unrolled. For a 7B step compiled for an H200, `benchmarks/gpu_step.py` estimates 147.9
-ms with two unrolled slots, 149.1 ms with a loop over the slots, and 152.0 ms with an axis C in the
-hidden activations (29 November 2026).
+`moe_jax.adapters.expert_slots` computes the slots, `moe_jax.adapters.fused_slots` in GPU kernels.
 """
 
 import dataclasses
-import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -39,10 +35,11 @@ import jax.numpy as jnp
 from flax.core import FrozenDict
 from jax.ad_checkpoint import checkpoint_name
 
+from moe_jax.adapters.expert_slots import SlotInputs, expert_slots
+from moe_jax.adapters.fused_slots import fused_expert_slots, require_fusible
 from moe_jax.adapters.lora.lora import Lora
 from moe_jax.adapters.lora.low_rank import (
     ExpertLora,
-    ExpertPairs,
     LowRankConfig,
     joint_activations,
 )
@@ -51,19 +48,13 @@ from moe_jax.adapters.routing.losses import RouterLoss, check_losses
 from moe_jax.adapters.routing.router import Router, RouterLogits, Routing, route_with_cache
 from moe_jax.adapters.routing.statistics import sow_routing
 from moe_jax.adapters.routing.strategies import TopKRouter
-from moe_jax.adapters.tree import ATTENTION_MODULES, MLP_MODULES
+from moe_jax.adapters.tree import MLP_MODULES
 from moe_jax.config.model import ModelConfig
 from moe_jax.config.parse import field_prefix, require
-from moe_jax.layers.activation import gated
 from moe_jax.layers.dropout import dropout
-from moe_jax.layers.frozen import frozen_product
-from moe_jax.layers.names import LOW_RANK, NARROW_PRODUCT
+from moe_jax.layers.names import LOW_RANK
 from moe_jax.layers.quantized import Kernel
 from moe_jax.sharding.axes import EMBED, MLP
-
-MAX_UNROLLED_SLOTS = 2
-"""Largest number of slots that the program holds side by side. More slots are the steps of a loop,
-whose backward pass recomputes each step, so that memory does not grow with their number."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,12 +111,21 @@ class MixLoraConfig(AdapterMethod):
         check_losses(self.losses, self.num_experts)
 
     def check_model(self, model: ModelConfig) -> None:
+        super().check_model(model)
         with field_prefix("router"):
             self.router.check_depth(model.num_layers)
 
     @property
+    def is_additive(self) -> bool:
+        return not self.dora and not self.expert_low_rank.dora
+
+    @property
     def routes(self) -> bool:
         return True
+
+    @property
+    def routes_by_sequence(self) -> bool:
+        return self.router.limits_load
 
     @property
     def router_losses(self) -> Mapping[str, RouterLoss]:
@@ -138,132 +138,11 @@ class MixLoraConfig(AdapterMethod):
         return dataclasses.replace(self.low_rank, **changed)
 
     def projection_adapter(self, target: str, axes: tuple[str, str]) -> nn.Module | None:
-        adapted = target in self.target_modules and target in ATTENTION_MODULES
+        adapted = target in self.target_modules and target not in MLP_MODULES
         return Lora(self.low_rank, axes) if adapted else None
 
     def mlp_adapter(self) -> nn.Module | None:
         return MixLoraFFN(self)
-
-
-@dataclass(frozen=True)
-class SlotInputs:
-    """Inputs that all expert slots share; see the letters above.
-
-    Attributes:
-      gate: frozen product x W_gate, [T, F], without its bias.
-      up: frozen product x W_up, [T, F], without its bias.
-      gate_bias, up_bias: [F]; None without a bias.
-      activation: activation function of the gate.
-      down_kernel: frozen W_down [F, D], for DoRA on `down_proj`; None without it.
-      hidden_dropout: share of h_c that is dropped, a scalar; None for none.
-      down_dropout: share of h_c that the pair of `down_proj` does not see, a scalar; None for none.
-    """
-
-    gate: jax.Array
-    up: jax.Array
-    gate_bias: jax.Array | None
-    up_bias: jax.Array | None
-    activation: Callable[[jax.Array], jax.Array]
-    down_kernel: Kernel | None
-    hidden_dropout: jax.Array | None
-    down_dropout: jax.Array | None
-
-
-def expert_slot(
-    inputs: SlotInputs,
-    pairs: Mapping[str, ExpertPairs],
-    z: Mapping[str, jax.Array],
-    dispatch: jax.Array,
-    weights: jax.Array,
-    keys: jax.Array | None,
-) -> tuple[jax.Array, jax.Array | None]:
-    """One slot of every token.
-
-    Args:
-      inputs: inputs of all slots.
-      pairs: low-rank pairs that the slot selects from, by projection.
-      z: low-rank activations [T, E, R] of the adapted ones of `gate_proj` and `up_proj`.
-      dispatch: [T, E], one-hot; zero for a token whose slot has no expert, which then is the frozen
-        FFN.
-      weights: [T].
-      keys: two dropout keys; None drops nothing.
-
-    Returns:
-      The weighted hidden activation h_c [T, F], and the low-rank activations of the slot's expert
-      on `down_proj`, [T, E, R], None if it is not adapted. With DoRA on `down_proj` the first is
-      the slot's output [T, D] instead, since DoRA rescales the down projection of each expert.
-    """
-
-    def adapt(target: str, product: jax.Array, bias: jax.Array | None) -> jax.Array:
-        if target in pairs:
-            selected = jnp.einsum("ter,te->ter", z[target], dispatch.astype(product.dtype))
-            lora_b = pairs[target].lora_b.astype(product.dtype)
-            # With DoRA, `lora_b` contains the gains already; without, `rescale` changes nothing.
-            product = pairs[target].rescale(product, dispatch)
-            product = product + jnp.einsum("ter,erf->tf", selected, lora_b)
-        return product if bias is None else product + bias[None]
-
-    gate = adapt("gate_proj", inputs.gate, inputs.gate_bias)
-    up = adapt("up_proj", inputs.up, inputs.up_bias)
-    hidden = gated(inputs.activation, gate, up, weights.astype(gate.dtype)[:, None])
-    if keys is not None and inputs.hidden_dropout is not None:
-        hidden = dropout(hidden, inputs.hidden_dropout, keys[0])
-    if "down_proj" not in pairs:
-        return hidden, None
-    down, dropped = pairs["down_proj"], hidden
-    if keys is not None and inputs.down_dropout is not None:
-        dropped = dropout(hidden, inputs.down_dropout, keys[1])
-    z_down = down.activations(dropped)
-    z_down = jnp.einsum("ter,te->ter", z_down, dispatch.astype(hidden.dtype))
-    if inputs.down_kernel is None:
-        return hidden, z_down
-    product = checkpoint_name(frozen_product(hidden, inputs.down_kernel), NARROW_PRODUCT)
-    return down.rescale(product, dispatch), z_down
-
-
-def expert_slots(
-    inputs: SlotInputs,
-    pairs: Mapping[str, ExpertPairs],
-    z: Mapping[str, jax.Array],
-    dispatch: jax.Array | None,
-    weights: jax.Array,
-    keys: jax.Array | None,
-) -> tuple[jax.Array, jax.Array | None]:
-    """The sum of all slots; see `expert_slot` for the two results, the second for all E experts.
-
-    Args:
-      inputs, pairs, z: see `expert_slot`.
-      dispatch: [T, C, E]; None where slot c is expert c for every token (C = E).
-      weights: [T, C].
-      keys: two dropout keys for each slot, [C, 2]; None drops nothing.
-    """
-    stacked: dict[str, Any] = {"weights": weights.T, "keys": keys}
-    if dispatch is None:  # each slot selects from one pair, always that pair
-        stacked["pairs"] = {target: pair.experts_first() for target, pair in pairs.items()}
-        stacked["z"] = {target: jnp.moveaxis(z[target], 1, 0)[:, :, None] for target in z}
-        stacked["dispatch"] = jnp.ones_like(stacked["weights"])[..., None]
-        slot = functools.partial(expert_slot, inputs)
-    else:  # one-hot vectors have no gradient
-        stacked["dispatch"] = jax.lax.stop_gradient(jnp.moveaxis(dispatch, 1, 0))
-        slot = functools.partial(expert_slot, inputs, pairs, z)
-
-    def add_slot(total: jax.Array, slot_inputs: Any) -> tuple[jax.Array, jax.Array | None]:
-        output, z_down = slot(**slot_inputs)
-        return total + output, z_down
-
-    num_slots = weights.shape[1]
-    if num_slots > MAX_UNROLLED_SLOTS:
-        policy = jax.checkpoint_policies.save_only_these_names(NARROW_PRODUCT)
-        add_slot = jax.checkpoint(add_slot, policy=policy)
-    wide = inputs.gate if inputs.down_kernel is None else inputs.down_kernel
-    zeros = jnp.zeros((len(inputs.gate), wide.shape[-1]), inputs.gate.dtype)
-    unroll = num_slots if num_slots <= MAX_UNROLLED_SLOTS else 1
-    total, z_down = jax.lax.scan(add_slot, zeros, stacked, unroll=unroll)
-    if z_down is None:
-        return total, None
-    if dispatch is None:
-        return total, jnp.moveaxis(jnp.squeeze(z_down, 2), 0, 1)
-    return total, jnp.sum(z_down, axis=0)
 
 
 class MixLoraFFN(nn.Module):
@@ -294,7 +173,7 @@ class MixLoraFFN(nn.Module):
         # One dropout mask for all experts of a token, and one product for gate and up.
         dropped = x
         if low_rank.dropout and not deterministic:
-            dropped = dropout(x, low_rank.dropout, self.make_rng("dropout"))
+            dropped = dropout(x, low_rank.dropout, context.input_key())
         inputs = {target: pair for target, pair in pairs.items() if target != "down_proj"}
         z = checkpoint_name(joint_activations(_flat(dropped), inputs), LOW_RANK)
         dispatch = None if routing.dispatch is None else _flat(routing.dispatch)
@@ -313,7 +192,12 @@ class MixLoraFFN(nn.Module):
             hidden_dropout=hidden_dropout,
             down_dropout=down_dropout,
         )
-        total, z_down = expert_slots(slot_inputs, pairs, z, dispatch, weights, keys)
+        if context.fused_experts:
+            drops = bool(method.ffn_dropout)
+            require_fusible(slot_inputs, pairs, dispatch, drops_hidden=drops)
+            total, z_down = fused_expert_slots(slot_inputs, pairs, z, dispatch, weights, keys)
+        else:
+            total, z_down = expert_slots(slot_inputs, pairs, z, dispatch, weights, keys)
 
         output = _bias_and_bypass(x, ffn, routing)
         if z_down is not None:
@@ -329,7 +213,9 @@ class MixLoraFFN(nn.Module):
         logits = RouterLogits(router, self.method.num_experts, EMBED, name="router")(
             x, deterministic=deterministic
         )
-        routing = route_with_cache(self, router, logits, mask, context.segment_ids)
+        routing = route_with_cache(
+            self, router, logits, mask, context.segment_ids, context.prompt_length
+        )
         routed = router.routes_layer(context.layer_index)
         sow_routing(
             self,

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.adapters.method import AdapterMethod
-from moe_jax.adapters.rows import AdapterRows, replace_rows, take_rows
+from moe_jax.adapters.rows import AdapterRows, Windows, replace_rows, take_rows, window_of
 from moe_jax.layers.frozen import adapter_leaf
 from moe_jax.layers.vocabulary import TokenEmbedding, logits
 from moe_jax.sharding.axes import EMBED, HIDDEN_AXES, NEW_TOKENS, constrain
@@ -148,6 +148,7 @@ def embedded(
     adapter_rows: Sequence[AdapterRows],
     new: TokenRange,
     new_rows: Mapping[str, NewTokenRows],
+    windows: Windows | None = None,
 ) -> jax.Array:
     """Embeddings [B, S, D] of tokens [B, S], those of new tokens from their adapters.
 
@@ -157,12 +158,13 @@ def embedded(
       adapter_rows: rows of all adapters of the batch.
       new: ids of the new tokens.
       new_rows: rows of the new tokens, by adapter.
+      windows: windows of all adapters; None where their rows are static.
     """
     extended = [rows for rows in adapter_rows if rows.name in new_rows]
-    own = {rows.name: take_rows(rows, tokens) for rows in extended}
+    own = {rows.name: take_rows(rows, tokens, window_of(rows, windows)) for rows in extended}
     is_new = {name: (ids >= new.first) & (ids < new.stop) for name, ids in own.items()}
     known = {name: jnp.where(is_new[name], 0, ids) for name, ids in own.items()}
-    x = embedding(replace_rows(adapter_rows, tokens, known))
+    x = embedding(replace_rows(adapter_rows, tokens, known, windows))
     changed = {}
     for rows in extended:
         # A product, since the sums of a scattered gradient have no fixed order on GPUs.
@@ -170,8 +172,9 @@ def embedded(
         table = new_rows[rows.name].embedding.astype(x.dtype)
         found = jnp.einsum("bsn,nd->bsd", one_hot, table, precision=jax.lax.Precision.HIGHEST)
         where = is_new[rows.name][..., None]
-        changed[rows.name] = jnp.where(where, embedding.scaled(found), take_rows(rows, x))
-    return constrain(replace_rows(adapter_rows, x, changed), HIDDEN_AXES)
+        former = take_rows(rows, x, window_of(rows, windows))
+        changed[rows.name] = jnp.where(where, embedding.scaled(found), former)
+    return constrain(replace_rows(adapter_rows, x, changed, windows), HIDDEN_AXES)
 
 
 def new_logits(
@@ -179,6 +182,7 @@ def new_logits(
     adapter_rows: Sequence[AdapterRows],
     new_rows: Mapping[str, NewTokenRows],
     cap: float | None,
+    windows: Windows | None = None,
 ) -> dict[str, jax.Array]:
     """Logits of the new tokens, float32 [b, ..., N], by adapter; classifiers have none.
 
@@ -187,12 +191,14 @@ def new_logits(
       adapter_rows: rows of adapters.
       new_rows: rows of the new tokens, by adapter.
       cap: see `layers.vocabulary.logits`.
+      windows: as in `embedded`.
     """
     result = {}
     for rows in adapter_rows:
         head = new_rows[rows.name].head if rows.name in new_rows else None
         if head is not None:
-            result[rows.name] = logits(take_rows(rows, hidden), head, tied=True, cap=cap)
+            own = take_rows(rows, hidden, window_of(rows, windows))
+            result[rows.name] = logits(own, head, tied=True, cap=cap)
     return result
 
 
@@ -201,6 +207,7 @@ def extended_logits(
     adapter_rows: Sequence[AdapterRows],
     new: TokenRange,
     of_new_tokens: Mapping[str, jax.Array],
+    windows: Windows | None = None,
 ) -> jax.Array:
     """Logits of the base with those of the new tokens at their ids, [B, ..., max(V, F + N)].
 
@@ -211,9 +218,11 @@ def extended_logits(
       adapter_rows: rows of all adapters of the batch.
       new: ids of the new tokens.
       of_new_tokens: logits of the new tokens, float32 [b, ..., N], by adapter.
+      windows: as in `embedded`.
     """
     beyond = max(0, new.stop - base.shape[-1])
     padding = [(0, 0)] * (base.ndim - 1) + [(0, beyond)]
     padded = jnp.pad(base, padding, constant_values=-jnp.inf)
-    middle = replace_rows(adapter_rows, padded[..., new.first : new.stop], of_new_tokens)
+    middle = padded[..., new.first : new.stop]
+    middle = replace_rows(adapter_rows, middle, of_new_tokens, windows)
     return jnp.concatenate([padded[..., : new.first], middle, padded[..., new.stop :]], axis=-1)

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import flax.linen as nn
 import jax
 
-from moe_jax.adapters.method import AdapterContext, FrozenProjection
+from moe_jax.adapters.method import AdapterContext, FrozenProjection, windows_of
 from moe_jax.adapters.rows import AdapterRows, replace_rows, take_rows
 from moe_jax.layers.frozen import FrozenLinear
 
@@ -42,15 +42,19 @@ class AdaptedLinear(FrozenLinear):
           deterministic: turns dropout and jitter off.
         """
         product = self.product(x) if product is None else product
+        # Where only sums with deltas are kept, no delta is computed again.
+        keeps_sums = all(rows.method.is_additive for rows in self.adapter_rows)
+        product = product if keeps_sums else self.kept(product)
         adapted = {}
         for rows in self.adapter_rows:
             adapter = rows.method.projection_adapter(str(self.name), self.axes)
             if adapter is None:
                 continue
             module = adapter.clone(parent=self, name=rows.module_name)
-            frozen = FrozenProjection(take_rows(rows, product), self.kernel)
-            adapted[rows.name] = module(
-                take_rows(rows, x), frozen, contexts[rows.name], deterministic=deterministic
-            )
-        y = replace_rows(self.adapter_rows, product, adapted)
+            context = contexts[rows.name]
+            frozen = FrozenProjection(take_rows(rows, product, context.window), self.kernel)
+            own = take_rows(rows, x, context.window)
+            adapted[rows.name] = module(own, frozen, context, deterministic=deterministic)
+        y = replace_rows(self.adapter_rows, product, adapted, windows_of(contexts))
+        y = self.kept(y) if keeps_sums else y
         return y if self.bias is None else y + self.bias[None, None]

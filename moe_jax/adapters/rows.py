@@ -6,6 +6,9 @@ changes its own rows. The division is static, so that it costs slices and nothin
 Where devices share the rows of a batch, each device holds rows of every adapter: the batch is a
 number of equal shards, one after the other, and an adapter has the same range of rows in each of
 them. Taking its rows therefore moves nothing between devices.
+
+Where the division changes from call to call, an adapter has a window instead; see
+`moe_jax.adapters.row_window`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.adapters.method import AdapterMethod
+from moe_jax.adapters.row_window import RowWindow, replace_window, take_window
 from moe_jax.layers.names import MODULE_PREFIX
 
 
@@ -45,6 +49,15 @@ class AdapterRows(NamedTuple):
         return (self.stop - self.start) * self.shards
 
 
+Windows = Mapping[str, RowWindow]
+"""Windows of all adapters of a batch, by name."""
+
+
+def window_of(rows: AdapterRows, windows: Windows | None) -> RowWindow | None:
+    """Window of an adapter; None where the division is static."""
+    return None if windows is None else windows[rows.name]
+
+
 def divide_rows(
     methods: Mapping[str, AdapterMethod], counts: Mapping[str, int], shards: int = 1
 ) -> tuple[AdapterRows, ...]:
@@ -68,8 +81,10 @@ def divide_rows(
     return tuple(ranges)
 
 
-def take_rows(rows: AdapterRows, array: jax.Array) -> jax.Array:
-    """The adapter's rows of `array` [B, ...], shard after shard."""
+def take_rows(rows: AdapterRows, array: jax.Array, window: RowWindow | None = None) -> jax.Array:
+    """The adapter's rows of `array` [B, ...], shard after shard; or those of its window."""
+    if window is not None:
+        return take_window(window, array)
     sharded = array.reshape(rows.shards, -1, *array.shape[1:])
     if (rows.start, rows.stop) == (0, sharded.shape[1]):
         return array
@@ -86,7 +101,10 @@ def take_rows_of_adapters(adapter_rows: Sequence[AdapterRows], array: jax.Array)
 
 
 def replace_rows(
-    adapter_rows: Sequence[AdapterRows], array: jax.Array, new: Mapping[str, jax.Array]
+    adapter_rows: Sequence[AdapterRows],
+    array: jax.Array,
+    new: Mapping[str, jax.Array],
+    windows: Windows | None = None,
 ) -> jax.Array:
     """`array` [B, ...] with the rows of each adapter in `new` replaced.
 
@@ -94,8 +112,13 @@ def replace_rows(
       adapter_rows: rows of all adapters of the batch, which they fill.
       array: an array of the batch.
       new: new rows of an adapter, as `take_rows` orders them, by name; the others' rows stay.
+      windows: windows of all adapters; None where the division is static.
     """
     if not new:
+        return array
+    if windows is not None:
+        for name, part in new.items():
+            array = replace_window(windows[name], array, part)
         return array
     parts = []
     for rows in adapter_rows:

@@ -8,6 +8,8 @@ adapters are optimized, saved and exchanged one by one, the tree is keyed by ada
                       "mlp": {"moe": {"router": {"kernel": [L, D, E]},
                                       "gate_proj": {"lora_A": [L, D, E, R], ...}, ...}}}}}
 
+L counts the layers that have the module, see `ModelConfig.layers_with`.
+
 `to_collection` and `split_by_adapter` convert between the two.
 """
 
@@ -25,7 +27,13 @@ MLP_MODULES = ("gate_proj", "up_proj", "down_proj")
 """Names of the FFN projections that adapters can target."""
 
 TARGET_MODULES = ATTENTION_MODULES + MLP_MODULES
-"""Names of all projections that adapters can target."""
+"""Names of the projections that adapters can target in models of every family."""
+
+DELTA_NET_MODULES = ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj")
+"""Names of the projections of linear attention that adapters can target."""
+
+ALL_MODULES = TARGET_MODULES + DELTA_NET_MODULES
+"""Names of all projections that adapters can target in some model."""
 
 MOE = "moe"
 """Site, inside `mlp`, of adapters that replace the FFN as a whole."""
@@ -36,7 +44,7 @@ SCORE = "score"
 NEW_TOKENS = "new_tokens"
 """Site, beside the layers, of the rows that adapters add to the embedding and the head."""
 
-SITES = frozenset({*TARGET_MODULES, MOE, SCORE, NEW_TOKENS})
+SITES = frozenset({*ALL_MODULES, MOE, SCORE, NEW_TOKENS})
 """Names of all sites that adapters attach to."""
 
 

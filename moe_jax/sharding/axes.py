@@ -33,7 +33,7 @@ def blocks(inputs: str) -> str:
     return f"{inputs}_blocks"
 
 
-def constrain(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+def constrain(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
     """Constrains an activation's sharding over the ambient mesh (`jax.set_mesh`), if any."""
     return nn.with_logical_constraint(x, axes)
 

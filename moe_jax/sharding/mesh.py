@@ -7,7 +7,6 @@ from typing import Any
 import jax
 from jax.sharding import AxisType, Mesh
 
-from moe_jax.config.model import ComputeConfig
 from moe_jax.config.run import MeshConfig
 from moe_jax.errors import DeviceError
 
@@ -39,17 +38,11 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=auto, devices=devices)
 
 
-def require_platform(compute: ComputeConfig, devices: Sequence[Any] | None = None) -> None:
-    """Checks that the attention implementation runs on the devices, all by default.
+def platform_of(devices: Sequence[Any] | None = None) -> str:
+    """Platform of devices, by default of all: `cpu`, `gpu`, `tpu` or another name of JAX.
 
-    Raises:
-      DeviceError: it needs another platform.
+    The devices may be absent chips that a program is only compiled for, whose platform may be
+    called `cuda`.
     """
-    if compute.attention != "cudnn":
-        return
     platform = (jax.devices() if devices is None else devices)[0].platform
-    if platform != "gpu":
-        raise DeviceError(
-            "config.compute.attention: 'cudnn' needs an NVIDIA GPU, and jax runs on a "
-            f"{platform}; use 'xla'"
-        )
+    return "gpu" if platform in ("cuda", "rocm") else platform

@@ -308,9 +308,8 @@ def test_dropout_leaves_the_frozen_product_alone():
         {"adapters": adapter},
         x,
         FrozenProjection(x @ kernel, kernel),
-        CONTEXT,
+        CONTEXT._replace(dropout_key=jax.random.key(0)),
         deterministic=False,
-        rngs={"dropout": jax.random.key(0)},
     )
     np.testing.assert_allclose(y, 3.0 * (x @ kernel), rtol=1e-5)
 

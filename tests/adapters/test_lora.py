@@ -1,5 +1,6 @@
 """LoRA against peft, and its dropout in both directions."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,7 +17,7 @@ from moe_jax.adapters.lora.low_rank import LowRankConfig
 from moe_jax.adapters.method import FrozenProjection
 from moe_jax.adapters.mixlora import ExpertLoraConfig, MixLoraConfig, MixLoraFFN
 from moe_jax.adapters.routing import TopKRouter
-from moe_jax.adapters.rows import AdapterRows
+from moe_jax.adapters.rows import AdapterRows, divide_rows
 from moe_jax.adapters.tree import to_collection
 from moe_jax.config.model import ComputeConfig
 from moe_jax.hf.config import read_model_config
@@ -70,7 +71,7 @@ def test_logits_equal_peft_and_differ_from_the_base(tmp_path, targets):
 
 def _apply(config, adapters, x, product, key=None):
     """LoRA of one projection, on a frozen product of `x`; with dropout if a key is given."""
-    context = tiny_program.adapter_context(np.ones(x.shape[:-1], bool))
+    context = tiny_program.adapter_context(np.ones(x.shape[:-1], bool), dropout_key=key)
     frozen = FrozenProjection(product, jnp.zeros((x.shape[-1], product.shape[-1])))
     return Lora(config, ("embed", "heads")).apply(
         {"adapters": adapters},
@@ -78,7 +79,6 @@ def _apply(config, adapters, x, product, key=None):
         frozen,
         context,
         deterministic=key is None,
-        rngs={} if key is None else {"dropout": key},
     )
 
 
@@ -133,6 +133,31 @@ def test_the_gradient_sees_the_mask_of_the_forward_pass():
     assert np.abs(gradient["lora_A"] - undropped).max() > 0.1
 
 
+def test_projections_of_one_input_share_their_dropout():
+    config = tiny_program.model_config()
+    method = LoraConfig(rank=2, alpha=4.0, target_modules=tiny_program.ALL_TARGETS, dropout=0.1)
+    rows = divide_rows({"one": method, "two": method}, {"one": 1, "two": 1})
+    model = LlamaForCausalLM(config, ComputeConfig(dtype="float32"), rows, deterministic=False)
+    keys = {}  # by adapter and projection
+
+    def watch(call, args, kwargs, context):
+        if isinstance(context.module, Lora):
+            key = args[2].dropout_key
+            keys.setdefault(context.module.name, {})[context.module.parent.name] = key
+        return call(*args, **kwargs)
+
+    streams = {name: jax.random.key(0) for name in ("params", "adapters", "dropout")}
+    with nn.intercept_methods(watch):
+        jax.eval_shape(lambda: model.init(streams, jnp.zeros((2, 4), jnp.int32)))
+    assert len(keys) == 2
+    for own in keys.values():
+        assert own.keys() == set(tiny_program.ALL_TARGETS)
+        same = [{a for a in own if own[a] is own[b]} for b in ("q_proj", "o_proj", "up_proj")]
+        assert same == [{"q_proj", "k_proj", "v_proj"}, {"o_proj"}, {"gate_proj", "up_proj"}]
+    one, two = keys.values()
+    assert one["q_proj"] is not two["q_proj"]
+
+
 def test_no_dropout_when_deterministic():
     x, y = jnp.asarray(RNG.standard_normal((2, 3, 4))), jnp.zeros((2, 3, 4))
     eye = {"lora_A": jnp.eye(4), "lora_B": jnp.eye(4)}
@@ -159,7 +184,7 @@ class TestExpertDropout:
             {"adapters": adapters},
             x,
             tiny_program.frozen_ffn(gate, up, self.D),
-            tiny_program.adapter_context(np.ones(x.shape[:2], bool)),
+            tiny_program.adapter_context(np.ones(x.shape[:2], bool), dropout_key=key),
             deterministic=key is None,
             rngs={} if key is None else {"dropout": key},
             mutable=["router"],

@@ -186,8 +186,9 @@ def test_a_recorded_trajectory_is_followed_to_its_weights():
     ones = real.astype(np.int32)
     positions = np.where(real, np.arange(24), 0).astype(np.int32)
     zeros = np.zeros_like(ones)
+    floats = zeros.astype(np.float32)
     batch = program.put_train_batch(
-        Batch(case["right/tokens"], real, ones, positions, zeros, zeros.astype(np.float32))
+        Batch(case["right/tokens"], real, ones, positions, zeros, floats, floats)
     )
     for loss in case["traj_loss"]:
         state, metrics = program.train_step(state, params, batch)

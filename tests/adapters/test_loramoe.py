@@ -74,14 +74,15 @@ class TestOneProjection:
         """The adapted product and its statistics; None makes fresh leaves."""
         low_rank = LowRankConfig(rank=2, alpha=3.0, dropout=dropout)
         module = ProjectionMixture(low_rank, router or SoftRouter(), (3,), ("embed", "mlp"))
-        context = AdapterContext(jnp.ones((2, 5), bool), jnp.int32(layer), num_layers=2)
+        mask, key = jnp.ones((2, 5), bool), jax.random.key(1)
+        context = AdapterContext(mask, jnp.int32(layer), num_layers=2, dropout_key=key)
         y, made = module.apply(
             {} if leaves is None else {"adapters": leaves},
             jnp.asarray(X),
             FrozenProjection(jnp.asarray(X @ KERNEL), jnp.asarray(KERNEL)),
             context,
             deterministic=deterministic,
-            rngs={"adapters": jax.random.key(0), "dropout": jax.random.key(1)},
+            rngs={"adapters": jax.random.key(0), "dropout": key},
             mutable=["adapters", "router"],
         )
         return np.asarray(y), made["router"]["statistics"]

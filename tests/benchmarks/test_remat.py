@@ -6,11 +6,11 @@ from pathlib import Path
 import jax
 import optax
 import pytest
-from jax.experimental import topologies
 from tolerances import COMPILED_BYTES, COMPILED_COUNTS
 
 from benchmarks import remat
 from benchmarks.remat import COLUMNS, POLICIES, StepCost, step_cost
+from moe_jax.compiled import target
 from moe_jax.layers.vocabulary import logits
 from moe_jax.models import causal_lm
 
@@ -75,18 +75,13 @@ def test_peak_memory_excludes_the_loss(monkeypatch):
     assert calls  # the step has gone through the logits
 
 
-def test_a_missing_tpu_compiler_names_the_package(monkeypatch, capsys):
-    def refuse(*_, **__):
-        raise RuntimeError("JAX TPU support not installed")
-
-    for name in ("TPU_SKIP_MDS_QUERY", "ALLOW_MULTIPLE_LIBTPU_LOAD"):  # put back afterwards
-        monkeypatch.setenv(name, "")
-    monkeypatch.setattr(topologies, "get_topology_desc", refuse)
-    monkeypatch.setattr(remat, "step_cost", refuse)
+def test_a_missing_tpu_compiler_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(target, "compiler_version", lambda platform: None)
+    monkeypatch.setattr(remat, "step_cost", None)  # nothing is compiled
     assert remat.main(["--compile-for", "v5p"]) == 2
     printed = capsys.readouterr()
     assert printed.out == ""
-    assert printed.err.startswith("error: --compile-for: needs the package libtpu")
+    assert printed.err.startswith("error: --compile-for v5p: needs libtpu")
     assert printed.err.count("\n") == 1
 
 
@@ -97,7 +92,7 @@ def test_a_table_for_a_tpu_says_so_and_what_does_not_fit(monkeypatch, tmp_path):
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Ran out of memory in hbm")
         return StepCost(64e12, (8 if method == "LoRA" else 9) * 2**30, 15 * 2**30)
 
-    monkeypatch.setattr(remat, "tpu_chip", lambda generation: f"chip of {generation}")
+    monkeypatch.setattr(remat, "target_devices", lambda name: [f"chip of {name}"])
     monkeypatch.setattr(remat, "step_cost", cost)
     monkeypatch.setattr(importlib.metadata, "version", lambda package: f"1.2 of {package}")
     output = tmp_path / "table.md"

@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 from tolerances import COMPILED_COUNTS, FEW_OPERATIONS_GRADIENT, OF_RANDOM_NUMBERS
 
-from benchmarks import matrix_product, step_comparison, train_step
+from benchmarks import step_comparison, train_step
 from benchmarks.compiled_flops import compiled_flops
 from benchmarks.peak_memory import PeakMemory
 from benchmarks.random_inputs import random_params
 from benchmarks.sizes import SIZES, model_of
 from benchmarks.timing import interleaved
-from benchmarks.training_steps import needed_flops
+from benchmarks.training_steps import needed_of_frozen
+from moe_jax.compiled import matrix_rate
 from moe_jax.config.model import ComputeConfig
 from moe_jax.layers.quantized import dense_kernel
 from moe_jax.models.causal_lm import LlamaForCausalLM
@@ -156,9 +157,9 @@ def test_random_weights_are_of_the_given_type_and_size():
 
 def test_needed_operations_of_llama_2_7b():
     # Without the embedding and the norms 6,607,077,376 weights, 4 operations each; and 32 layers of
-    # attention with 4096 query channels, 6 S each.
-    token = 4 * 6_607_077_376 + 32 * 6 * 2048 * 4096
-    assert needed_flops(model_of("7b"), rows=2, length=2048) == 2 * 2048 * token
+    # attention with 4096 query channels, of which each has 12 for each of (S + 1) / 2 positions.
+    token = 4 * 6_607_077_376 + 32 * 6 * 2049 * 4096
+    assert needed_of_frozen(model_of("7b"), rows=2, length=2048) == 2 * 2048 * token
 
 
 def test_loops_are_counted_as_often_as_they_run():
@@ -227,7 +228,7 @@ def test_a_method_out_of_memory_is_reported_and_the_run_continues(monkeypatch, t
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes")
 
     monkeypatch.setattr(step_comparison, "compiled_step", refuse)
-    monkeypatch.setitem(matrix_product._WIDTHS, "cpu", 256)
+    monkeypatch.setitem(matrix_rate._WIDTHS, "cpu", 256)
     output = tmp_path / "figures.json"
     assert train_step.main(["--size", "tiny", "--no-peak", "--rounds=1", f"--output={output}"]) == 0
     printed = capsys.readouterr().out
@@ -277,8 +278,8 @@ def test_an_interpreter_without_torch_names_the_extra(tmp_path, capsys):
 
 
 def test_a_kernel_of_gpus_is_refused_elsewhere(monkeypatch, capsys):
-    monkeypatch.setitem(matrix_product._WIDTHS, "cpu", 256)
+    monkeypatch.setitem(matrix_rate._WIDTHS, "cpu", 256)
     flags = ["--size=tiny", "--no-peak", "--dtype=bfloat16", "--attention=cudnn"]
     assert train_step.main(flags) == 2
-    words = "error: --attention: 'cudnn' needs an NVIDIA GPU, and jax runs on a cpu; use 'xla'"
-    assert capsys.readouterr().err.splitlines()[-1] == words
+    words = "'cudnn' needs an NVIDIA GPU, and jax runs on a cpu; use 'auto' or 'xla'"
+    assert capsys.readouterr().err.splitlines()[-1] == f"error: --attention: {words}"

@@ -1,11 +1,13 @@
 """Meshes of the devices, and errors for meshes of the wrong size."""
 
+import types
+
 import pytest
 from jax.sharding import AxisType
 
 from moe_jax.config.run import MeshConfig
 from moe_jax.errors import DeviceError
-from moe_jax.sharding.mesh import make_mesh
+from moe_jax.sharding.mesh import make_mesh, platform_of
 
 
 @pytest.mark.parametrize(
@@ -56,3 +58,8 @@ def test_devices_that_do_not_fit(config, count, message, devices):
     assert message in str(error.value)
     assert "change mesh.data, mesh.fsdp or mesh.tensor" in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("name", "platform"), [("cuda", "gpu"), ("gpu", "gpu"), ("tpu", "tpu")])
+def test_the_platform_of_devices(name, platform):
+    assert platform_of([types.SimpleNamespace(platform=name)]) == platform

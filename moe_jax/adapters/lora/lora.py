@@ -49,7 +49,7 @@ class Lora(nn.Module):
             gains = dora_gains(self, frozen.kernel, lora_a, lora_b, config.scale, self.axes[1:])
             product, lora_b = apply_gains(product, gains), lora_b * gains[None]
         if config.dropout and not deterministic:
-            x = dropout(x, config.dropout, self.make_rng("dropout"))
+            x = dropout(x, config.dropout, context.input_key())
         z = checkpoint_name(token_product(x, lora_a.astype(x.dtype)) * config.scale, LOW_RANK)
         return product + token_product(z, lora_b.astype(x.dtype))
 
@@ -58,6 +58,10 @@ class Lora(nn.Module):
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig(AdapterMethod):
     """Plain LoRA on any of the seven projections; `rslora` and `dora` make it rsLoRA and DoRA."""
+
+    @property
+    def is_additive(self) -> bool:
+        return not self.dora
 
     def projection_adapter(self, target: str, axes: tuple[str, str]) -> nn.Module | None:
         return Lora(self.low_rank, axes) if target in self.target_modules else None

@@ -52,6 +52,10 @@ class MixtureConfig(AdapterMethod):
     losses: Mapping[str, RouterLoss] = field(default_factory=FrozenDict)
 
     @property
+    def is_additive(self) -> bool:
+        return not self.dora
+
+    @property
     def routes(self) -> bool:
         return True
 
@@ -131,7 +135,7 @@ class ProjectionMixture(nn.Module):
         pairs = experts(frozen.kernel, present)
         if self.low_rank.dropout and not deterministic:
             # One mask for all experts of a token.
-            x = dropout(x, self.low_rank.dropout, self.make_rng("dropout"))
+            x = dropout(x, self.low_rank.dropout, context.input_key())
         flat = lambda array: array.reshape(-1, *array.shape[2:])
         z, combine = checkpoint_name((pairs.activations(flat(x)), flat(routing.combine)), LOW_RANK)
         adapted = pairs.adapt(flat(frozen.product), z, combine).reshape(frozen.product.shape)

@@ -8,6 +8,7 @@ from moe_jax.adapters.method import METHODS
 from moe_jax.adapters.mixtures.mixture import MixtureConfig, ProjectionMixture
 from moe_jax.adapters.routing.router import Router
 from moe_jax.adapters.routing.strategies import TopKRouter
+from moe_jax.adapters.tree import MLP_MODULES
 from moe_jax.config.model import ModelConfig
 from moe_jax.config.parse import require
 
@@ -55,6 +56,13 @@ class MolaConfig(MixtureConfig):
             "num_experts",
             f"the model's {model.num_layers} layers cannot be divided into {groups} equal groups; "
             f"give a number of entries that divides {model.num_layers}",
+        )
+        attention = [name for name in self.target_modules if name not in MLP_MODULES]
+        require(
+            not attention or model.has_equal_layers,
+            "target_modules",
+            f"experts on {', '.join(attention)} need attention of one kind, and a model of type "
+            f"{model.model_type!r} has two; name {', '.join(MLP_MODULES)} only",
         )
 
     def projection_adapter(self, target: str, axes: tuple[str, str]) -> nn.Module | None:

@@ -13,6 +13,7 @@ from moe_jax.config.parse import Registry, require
 from moe_jax.layers.frozen import adapter_leaf
 from moe_jax.layers.kv_cache import read_cache, write_cache
 from moe_jax.layers.names import LOW_RANK
+from moe_jax.layers.split_product import split_product
 from moe_jax.sharding.axes import EXPERTS
 
 ROUTERS = Registry("router")
@@ -130,6 +131,7 @@ class Router(abc.ABC):
         *,
         segment_ids: jax.Array | None = None,
         earlier: jax.Array | None = None,
+        prompt_length: jax.Array | None = None,
     ) -> Routing:
         """Routes every token.
 
@@ -140,6 +142,7 @@ class Router(abc.ABC):
             None where every row is one sequence. Only routers that limit load read it.
           earlier: int32 [B, E], number of each row's earlier tokens that chose each expert, in
             decoding; None for none. Only routers that limit load read it.
+          prompt_length: see `AdapterContext`; read by the same routers.
         """
 
 
@@ -177,8 +180,9 @@ class RouterLogits(nn.Module):
 
         shape = (x.shape[-1], self.num_experts)
         kernel = adapter_leaf(self, "kernel", init, shape, (self.axis, EXPERTS))
-        x, jitter = x.astype(jnp.float32), self.router.jitter_noise
+        jitter = self.router.jitter_noise
         if jitter > 0.0 and not deterministic:
+            x = x.astype(jnp.float32)
             noise = jax.random.uniform(
                 self.make_rng("dropout"), x.shape, x.dtype, 1.0 - jitter, 1.0 + jitter
             )
@@ -186,7 +190,7 @@ class RouterLogits(nn.Module):
         # Tokens along one axis: over two, XLA transposes the wide operand for the kernel's
         # gradient.
         flat = x.reshape(-1, x.shape[-1])
-        logits = jnp.dot(flat, kernel, precision=jax.lax.Precision.HIGHEST)
+        logits = split_product(flat, kernel)
         logits = logits.reshape(*x.shape[:-1], self.num_experts)
         logits = checkpoint_name(logits, LOW_RANK)
         return logits if present is None else jnp.where(present, logits, ABSENT)
@@ -198,6 +202,7 @@ def route_with_cache(
     router_logits: jax.Array,
     token_mask: jax.Array,
     segment_ids: jax.Array | None,
+    prompt_length: jax.Array | None = None,
 ) -> Routing:
     """Routes tokens, and in decoding after the earlier tokens of their rows.
 
@@ -210,13 +215,20 @@ def route_with_cache(
       router_logits: float32 [B, S, E].
       token_mask: bool [B, S], false at padding.
       segment_ids: int [B, S], see `Router.route`; a cache is filled from rows of one sequence each.
+      prompt_length: see `AdapterContext`.
     """
     if not router.limits_load:
         return router.route(router_logits, token_mask)
     earlier = read_cache(module, "expert_counts")
     if earlier is not None:
         segment_ids = None
-    routing = router.route(router_logits, token_mask, segment_ids=segment_ids, earlier=earlier)
+    routing = router.route(
+        router_logits,
+        token_mask,
+        segment_ids=segment_ids,
+        earlier=earlier,
+        prompt_length=prompt_length,
+    )
     # The load counts what tokens chose, whether the expert had capacity or not.
     counted = routing.load * token_mask[..., None].astype(routing.load.dtype)
     counts = jnp.sum(counted, axis=1).astype(jnp.int32)

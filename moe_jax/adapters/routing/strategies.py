@@ -26,6 +26,7 @@ class SoftRouter(Router):
         *,
         segment_ids: jax.Array | None = None,
         earlier: jax.Array | None = None,
+        prompt_length: jax.Array | None = None,
     ) -> Routing:
         probs = jax.nn.softmax(router_logits, axis=-1)
         return Routing(router_logits, probs, None, probs, probs)
@@ -64,6 +65,7 @@ class TopKRouter(Router):
         *,
         segment_ids: jax.Array | None = None,
         earlier: jax.Array | None = None,
+        prompt_length: jax.Array | None = None,
     ) -> Routing:
         probs = jax.nn.softmax(router_logits, axis=-1)
         weights, experts = jax.lax.top_k(probs, self.top_k)
@@ -106,6 +108,7 @@ class TopPRouter(Router):
         *,
         segment_ids: jax.Array | None = None,
         earlier: jax.Array | None = None,
+        prompt_length: jax.Array | None = None,
     ) -> Routing:
         router_logits = router_logits / self.temperature
         probs = jax.nn.softmax(router_logits, axis=-1)

@@ -87,6 +87,7 @@ class SwitchRouter(Router):
         *,
         segment_ids: jax.Array | None = None,
         earlier: jax.Array | None = None,
+        prompt_length: jax.Array | None = None,
     ) -> Routing:
         chosen, counts = _choices(router_logits, token_mask)
         if segment_ids is None:
@@ -94,6 +95,8 @@ class SwitchRouter(Router):
             if earlier is not None:  # each earlier token chose one expert: the sum counts all
                 tokens = tokens + jnp.sum(earlier, axis=1, keepdims=True)
                 counts = counts + earlier[:, None]
+            if prompt_length is not None:
+                tokens = prompt_length[:, None]
             return self._serve(router_logits, chosen, counts, tokens)
         first, last = (bound[..., None] for bound in sequence_bounds(segment_ids))
         # Counts of the row before the sequence; in integers, so that nothing is lost to rounding.

@@ -10,10 +10,12 @@ _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 _INSTRUCTION = re.compile(r"^\s*(ROOT )?%?([\w.\-]+) = (.*)$")
 _OPCODE = re.compile(r"\s*([\w\-]+)\(")
 _OPERAND = re.compile(r"%([\w.\-]+)")
-_ARRAY = re.compile(r"\b(pred|bf16|[suf]\d+\w*|c64|c128)\[([\d,]*)\]")
+_ARRAY = re.compile(r"\b(pred|bf16|[suf]\d+\w*|c64|c128)\[([\d,]*)\](?:\{([^}]*)\})?")
+_SPACE = re.compile(r"S\((\d+)\)")
 _BITS = re.compile(r"\d+")
 _ORIGIN = re.compile(r'op_name="([^"]*)"')
 _CALLED = re.compile(r"(?:calls|to_apply|body|true_computation|false_computation)=%?([\w.\-]+)")
+_CONDITION = re.compile(r"condition=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 
 
@@ -23,10 +25,12 @@ class Array(NamedTuple):
     Attributes:
       dtype: element type in HLO's spelling.
       shape: dimensions.
+      space: memory space; 0 is the memory of the chip, and 1 the fast memory within a TPU.
     """
 
     dtype: str
     shape: tuple[int, ...]
+    space: int = 0
 
     @property
     def bytes(self) -> float:
@@ -44,6 +48,7 @@ class Instruction:
       type: type of the result with layouts; a tuple is in parentheses.
       opcode: operation code, such as `fusion`.
       operands: names of the operands.
+      literal: text of a constant's value; empty for other instructions.
       attributes: text after the operands.
       is_root: True if its result is the result of the computation.
     """
@@ -52,6 +57,7 @@ class Instruction:
     type: str
     opcode: str
     operands: tuple[str, ...]
+    literal: str
     attributes: str
     is_root: bool
 
@@ -74,6 +80,12 @@ class Instruction:
             names += [branch.strip().removeprefix("%") for branch in branches.split(",")]
         return names
 
+    @property
+    def condition(self) -> str | None:
+        """Name of the condition's computation of a loop; None for other instructions."""
+        match = _CONDITION.search(self.attributes)
+        return match[1] if match else None
+
 
 Computation = Mapping[str, Instruction]
 """Instructions by name, in the order of the text (the order of execution if scheduled)."""
@@ -91,12 +103,22 @@ class Module(NamedTuple):
     entry: str
 
 
+def root(computation: Computation) -> Instruction:
+    """The instruction whose result is that of the computation."""
+    return next(instruction for instruction in computation.values() if instruction.is_root)
+
+
 def arrays_of(type_text: str) -> list[Array]:
     """Arrays of a type."""
     return [
-        Array(dtype, tuple(int(size) for size in shape.split(",") if size))
-        for dtype, shape in _ARRAY.findall(type_text)
+        Array(dtype, tuple(int(size) for size in shape.split(",") if size), _space(layout))
+        for dtype, shape, layout in _ARRAY.findall(type_text)
     ]
+
+
+def _space(layout: str) -> int:
+    found = _SPACE.search(layout)
+    return int(found[1]) if found else 0
 
 
 def parse_module(text: str) -> Module:
@@ -134,8 +156,10 @@ def _instruction(name: str, text: str, is_root: bool) -> Instruction:
         raise ValueError(f"the instruction {name} of the program has no opcode")
     start = opcode.end() - 1
     operands_end = _closing(text, start)
-    operands = tuple(_OPERAND.findall(text[start:operands_end]))
-    return Instruction(name, text[:end], opcode[1], operands, text[operands_end:], is_root)
+    arguments, attributes = text[start + 1 : operands_end - 1], text[operands_end:]
+    literal = arguments if opcode[1] == "constant" else ""
+    operands = tuple(_OPERAND.findall(arguments))
+    return Instruction(name, text[:end], opcode[1], operands, literal, attributes, is_root)
 
 
 def _closing(text: str, start: int) -> int:

@@ -2,11 +2,13 @@
 
 import pytest
 
-from benchmarks.hlo_text import arrays_of, parse_module
-from benchmarks.roofline import H200, Rates, grouped, roofline
+from moe_jax.compiled.chips import CHIPS, Rates
+from moe_jax.compiled.hlo import arrays_of, parse_module
+from moe_jax.compiled.roofline import grouped, roofline
 
 # Round figures: an operation a second, ten bytes a second, a launch of half a second.
-ROUND = Rates(product=1.0, attention=2.0, attention_backward=4.0, memory=10.0, launch=0.5)
+ROUND = Rates(product=1.0, attention=2.0, attention_backward=4.0, memory=10.0, link=5.0, launch=0.5)
+H200 = CHIPS["h200"].rates
 
 
 def _program(*lines, before=""):
@@ -45,6 +47,17 @@ def test_a_large_product_takes_the_time_of_its_operations():
     assert kernel.seconds == pytest.approx(235.78e-6, rel=1e-4)
     assert kernel.result == "bf16[2048,11008]"
     assert kernel.origin == "jit(f)/mlp/dot_general"
+
+
+def test_a_pallas_kernel_takes_what_its_metadata_states():
+    kernel = _only(
+        "%x = f32[8]{0} parameter(0)",
+        'ROOT %y = f32[8]{0} custom-call(%x), custom_call_target="__gpu$xla.gpu.triton", '
+        'metadata={op_name="jit(f)/pallas_call"}, backend_config={debug = false, ir = "ML\\EFR", '
+        'serialized_metadata = "{\\22flops\\22: \\227\\22, \\22bytes\\22: \\22120\\22}"}',
+    )
+    assert (kernel.kind, kernel.flops, kernel.moved) == ("Pallas kernel", 7.0, 120.0)
+    assert kernel.seconds == 12.5  # 120 bytes at ten a second, and the launch
 
 
 def test_a_thin_product_takes_the_time_of_its_bytes():
@@ -130,6 +143,58 @@ def test_of_stacked_layers_only_the_slices_are_moved():
     assert kernel.flops == 120
     # x, one layer of w, the index, and one layer of y; no stack, and not the workspace.
     assert kernel.moved == 4 * (12 + 20 + 1 + 15)
+
+
+@pytest.mark.parametrize(
+    ("left", "right", "attributes", "result", "flops"),
+    [
+        # [3, 4] x [4, 5], and [4, 3]' x [5, 4]'.
+        ("3,4", "4,5", "dim_labels=bf_io->bf", "3,5", 2 * 3 * 4 * 5),
+        ("4,3", "5,4", "dim_labels=fb_oi->bf", "3,5", 2 * 3 * 4 * 5),
+        # Seven products [3, 4] x [4, 5].
+        ("3,4,7", "7,5,4", "window={size=7}, dim_labels=bf0_0oi->b0f", "3,7,5", 2 * 7 * 3 * 4 * 5),
+        # Contracted over 4 and 6; rows of 3 and 6; columns of 5 and 6.
+        ("3,4,6", "6,5,4", "window={size=6}, dim_labels=bf0_0oi->b0f", "3,1,5", 2 * 3 * 4 * 6 * 5),
+        ("3,4,6", "1,5,4", "window={size=1}, dim_labels=bf0_0oi->b0f", "3,6,5", 2 * 3 * 6 * 4 * 5),
+        ("3,4,1", "6,5,4", "window={size=6}, dim_labels=bf0_0oi->b0f", "3,6,5", 2 * 3 * 4 * 5 * 6),
+    ],
+)
+def test_a_product_of_a_tpu_is_a_convolution(left, right, attributes, result, flops):
+    kernel = _only(
+        f"%x = f32[{left}]{{1,0}} parameter(0)",
+        f"%w = f32[{right}]{{1,0}} parameter(1)",
+        f"ROOT %y = f32[{result}]{{1,0}} convolution(%x, %w), {attributes}",
+    )
+    assert (kernel.kind, kernel.flops) == ("thin product", flops)
+
+
+def test_arrays_in_the_fast_memory_of_a_tpu_are_free():
+    text = _program(
+        "%p = f32[10]{0} parameter(0)",
+        "%b = (f32[10]{0:T(128)S(1)}, f32[10]{0}, u32[]{:S(2)}) copy-start(%p)",
+        "%c = f32[10]{0:T(128)S(1)} copy-done(%b)",
+        'ROOT %a = f32[10]{0:T(128)S(1)} custom-call(), custom_call_target="AllocateBuffer"',
+        "%n = f32[10]{0} negate(%c)",
+    )
+    moved = {kernel.kind: kernel.moved for kernel in roofline(text, ROUND).kernels}
+    assert moved == {"asynchronous copy": 40, "negate": 40}  # one read, one written
+
+
+@pytest.mark.parametrize(
+    ("call", "sent"),
+    [
+        # Of eight chips each sends seven eighths of the whole array, of 40 bytes.
+        ("f32[10]{0} all-gather(%p), replica_groups=[1,8]<=[8], dimensions={0}", 35),
+        ("f32[10]{0} all-reduce(%p), replica_groups={{0,1,2,3,4,5,6,7}}, to_apply=%sum", 70),
+        ("f32[10]{0} all-reduce-start(%p), replica_groups={{0,1},{2,3}}, to_apply=%sum", 40),
+        ("f32[1]{0} reduce-scatter(%p), replica_groups=[2,4]<=[8], to_apply=%sum", 30),
+        ("(f32[10]{0}, f32[20]{0}) all-gather-start(%p), replica_groups=[4,2]<=[8]", 40),
+    ],
+)
+def test_a_collective_takes_the_time_of_what_it_sends(call, sent):
+    kernel = _only("%p = f32[10]{0} parameter(0)", f"ROOT %y = {call}")
+    assert kernel.kind == "collective"
+    assert kernel.seconds == pytest.approx(kernel.moved / 10 + 0.5 + sent / 5)
 
 
 SLICES = """
@@ -239,11 +304,21 @@ def test_loops_within_loops_run_as_often_as_both_say():
     assert model.unknown_loops == 0
 
 
-def test_a_loop_of_unknown_length_counts_once_and_is_reported():
+def test_a_loop_without_a_stated_length_has_that_of_its_condition():
     text = _program(
         "%s = (s32[], f32[10]{0}) parameter(0)",
         "ROOT %loop = (s32[], f32[10]{0}) while(%s), condition=%condition, body=%inner_body",
         before=SLICES + LOOPS,
+    )
+    model = roofline(text, ROUND)
+    assert (model.total.kernels, model.unknown_loops) == (3, 0)
+
+
+def test_a_loop_of_unknown_length_counts_once_and_is_reported():
+    text = _program(
+        "%s = (s32[], f32[10]{0}) parameter(0)",
+        "ROOT %loop = (s32[], f32[10]{0}) while(%s), condition=%condition, body=%inner_body",
+        before=SLICES + LOOPS.replace("direction=LT", "direction=GT"),
     )
     model = roofline(text, ROUND)
     assert (model.total.kernels, model.unknown_loops) == (1, 1)
