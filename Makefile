@@ -8,13 +8,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN_STAMP := $(VENV)/.installed
 TEST_STAMP := $(VENV)/.installed-test
+BROWSER_STAMP := $(VENV)/.installed-browser
 DOCS_STAMP := $(VENV)/.installed-docs
 
 .DEFAULT_GOAL := help
-.PHONY: help demo compare test docs lint format clean
+.PHONY: help demo compare test test-browser fuzz docs lint format clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(RUN_STAMP) ## train MixLoRA on a tiny Llama and show what it learned
 	$(BIN)/python -m moe_jax.demo --output demo_output
@@ -26,6 +27,14 @@ compare: $(RUN_STAMP) ## compare MixLoRA with LoRA of the same size, three seeds
 # because they share fixtures.
 test: lint docs ## format check, lint, types, import layers, documentation, tests
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
+test-browser: $(BROWSER_STAMP) ## the page of `moe-jax serve` in Debian's Chromium
+	@command -v chromium > /dev/null || \
+	    { echo 'test-browser needs the program chromium: apt-get install chromium' >&2; exit 1; }
+	$(BIN)/python -m pytest tests/browser
+
+fuzz: $(TEST_STAMP) ## 100,000 almost valid inputs: configurations, rows, checkpoints (an hour on two cores)
+	$(BIN)/python tests/fuzz/run.py
 
 docs: $(DOCS_STAMP) ## build the documentation in docs/_build/html, with warnings as errors
 	$(BIN)/python -m sphinx --fail-on-warning --keep-going --fresh-env --quiet docs docs/_build/html
@@ -60,6 +69,11 @@ $(TEST_STAMP): pyproject.toml
 	$(make_venv)
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
 	@touch $(RUN_STAMP) $@
+
+$(BROWSER_STAMP): pyproject.toml
+	$(make_venv)
+	$(BIN)/python -m pip install --quiet --editable '.[browser]'
+	@touch $(RUN_STAMP) $(TEST_STAMP) $@
 
 $(DOCS_STAMP): pyproject.toml
 	$(make_venv)

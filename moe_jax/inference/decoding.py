@@ -228,7 +228,7 @@ def filtered_logits(logits: jax.Array, seen: jax.Array, config: SamplingConfig) 
         smallest = jax.lax.top_k(logits, config.top_k)[0][:, -1:]
         logits = jnp.where(logits < smallest, -jnp.inf, logits)
     if config.top_p < 1:
-        logits = jnp.where(_nucleus_mask(logits, config.top_p), logits, -jnp.inf)
+        logits = jnp.where(nucleus_mask(logits, config.top_p), logits, -jnp.inf)
     if config.min_p > 0:
         probs = jax.nn.softmax(logits, axis=-1)
         is_unlikely = probs < config.min_p * jnp.max(probs, axis=-1, keepdims=True)
@@ -236,7 +236,7 @@ def filtered_logits(logits: jax.Array, seen: jax.Array, config: SamplingConfig) 
     return logits
 
 
-def _nucleus_mask(logits: jax.Array, top_p: float) -> jax.Array:
+def nucleus_mask(logits: jax.Array, top_p: float | jax.Array) -> jax.Array:
     """Mask of the most likely tokens whose cumulative probability passes `top_p`, bool [B, V].
 
     Among equally likely tokens at the boundary, larger ids come first, as in transformers.

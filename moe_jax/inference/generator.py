@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -22,6 +23,7 @@ from moe_jax.inference.limits import check_buckets, check_requests, context_of
 from moe_jax.inference.settings import SamplingConfig
 from moe_jax.models.adapted import CompiledLlama
 from moe_jax.models.causal_lm import LlamaForCausalLM
+from moe_jax.models.layer_views import layer_views, split_layers
 from moe_jax.sharding.rules import BATCH_SPEC, num_row_shards
 
 _SHORTEST_BUCKET = 16
@@ -168,6 +170,11 @@ class TokenGenerator:
         self.adapters = {name: tree for name, (_, tree) in adapters.items()}
         self._llama = CompiledLlama(LlamaForCausalLM(model, replace(compute, remat="none")), mesh)
         self._methods = {name: method for name, (method, _) in adapters.items()}
+        # On a mesh and on other devices the scan over the layers copies nothing.
+        self._scans_layers = mesh is not None or jax.devices()[0].platform != "cpu"
+        views = (lambda tree: tree) if self._scans_layers else partial(layer_views, model)
+        self._decoding_params = views(params)
+        self._decoding_adapters = {name: views(tree) for name, tree in self.adapters.items()}
 
     def stream(
         self,
@@ -257,9 +264,9 @@ class TokenGenerator:
         The caller sets `ended` between steps; rows of ended requests are no longer computed.
         """
         layout = batch.layout
-        adapters = {label: self.adapters[name] for label, name in layout.adapters.items()}
-        state, constants = self._prefill(batch, adapters)
-        model = self._llama.with_rows(layout.adapter_rows)
+        adapters = {label: self._decoding_adapters[name] for label, name in layout.adapters.items()}
+        state, constants = self._prefill(batch)
+        model = self._llama.with_rows(layout.adapter_rows, scan_layers=self._scans_layers)
         decode = self._llama.jit(decoding.decode, model, batch.sampling, donate=(2,))
         eos_ids = np.array(batch.eos_ids, np.int32)
         yield np.asarray(state.tokens)
@@ -269,7 +276,9 @@ class TokenGenerator:
             state = state._replace(done=self._put(done))
             begin = time.perf_counter()
             now = np.int32(min(steps, left))
-            state, tokens, count = decode(self.params, adapters, state, constants, eos_ids, now)
+            state, tokens, count = decode(
+                self._decoding_params, adapters, state, constants, eos_ids, now
+            )
             yield from np.asarray(tokens)[: int(count)]
             left -= int(count)
             seconds = time.perf_counter() - begin
@@ -278,11 +287,10 @@ class TokenGenerator:
             elif seconds > 2 * _SECONDS_PER_CALL:
                 steps = max(steps // 2, 1)
 
-    def _prefill(
-        self, batch: _Batch, adapters: Mapping[str, Any]
-    ) -> tuple[DecodeState, RowConstants]:
+    def _prefill(self, batch: _Batch) -> tuple[DecodeState, RowConstants]:
         """Computes the prompts and samples the first token of each row."""
         sampling, layout = batch.sampling, batch.layout
+        adapters = {label: self.adapters[name] for label, name in layout.adapters.items()}
         padding = Request((PADDING_ID,))
         rows = [padding if i is None else batch.requests[i] for i in layout.requests]
         width = padded_length(max(len(row.tokens) for row in rows), self.buckets)
@@ -308,6 +316,8 @@ class TokenGenerator:
         prefill = self._llama.jit(decoding.prefill, model)
         first_tokens = self._llama.jit(decoding.first_tokens, sampling, donate=(1,))
         logits, cache = prefill(self.params, adapters, self._put(prompts), constants.start)
+        if not self._scans_layers:
+            cache = self._llama.jit(split_layers, self.model)(cache)
         state = first_tokens(
             logits,
             cache,

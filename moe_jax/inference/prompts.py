@@ -1,6 +1,7 @@
 """Prompts as token ids, in the format that training used."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
@@ -9,6 +10,7 @@ from moe_jax.config.parse import FieldError
 from moe_jax.data.chat_template import ChatTemplate, Message
 from moe_jax.data.prompt_template import load_prompt_template
 from moe_jax.data.tokenizer import encode, encode_prompt
+from moe_jax.data.values import check_text
 from moe_jax.errors import DataError
 from moe_jax.inference.settings import PromptFormat
 
@@ -34,12 +36,14 @@ class PromptEncoder:
         """Loads the prompt template, if the format has one.
 
         Raises:
-          ConfigError: the tokenizer has no chat template.
+          ConfigError: the tokenizer has no chat template, or the prompt template is named 'none'.
           DataError: the prompt template does not exist.
         """
         self._tokenizer = tokenizer
         self._format = prompt_format
         name = prompt_format.template
+        if name is not None and name.lower() == "none" and not Path(name).exists():
+            raise FieldError("template", "leave it out for none: the text is then given as it is")
         self._template = None if name is None else load_prompt_template(name)
         if prompt_format.chat and not tokenizer.chat_template:
             raise FieldError("chat", self._no_chat_template())
@@ -53,7 +57,7 @@ class PromptEncoder:
           material: input of the instruction; for prompt templates only.
 
         Raises:
-          DataError: the text is empty, or does not fit the format.
+          DataError: the text is empty or not Unicode, or does not fit the format.
         """
         if not text.strip():
             raise DataError(f"{where}: is empty; give some text")
@@ -65,6 +69,7 @@ class PromptEncoder:
             return self.conversation([{"role": "user", "content": text}], where)
         if self._template is not None:
             text = self._template.fill(text, material, where)
+        check_text(text, where)
         return tuple(encode_prompt(self._tokenizer, text))
 
     def conversation(self, messages: Sequence[Message], where: str) -> tuple[int, ...]:
@@ -81,6 +86,7 @@ class PromptEncoder:
         if system is not None and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": system}, *messages]
         text = ChatTemplate(self._tokenizer, where).render(messages, answer_follows=True)
+        check_text(text, where)
         return tuple(encode(self._tokenizer, [text])[0])
 
     def _no_chat_template(self) -> str:

@@ -1,6 +1,6 @@
 """End of an answer: end tokens and stop strings."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,28 @@ def _ids(value: Any, file: Path) -> set[int]:
                 f"{file}: {_FIELD}: expected a token id or a list of them, got {value!r}"
             )
     return set(ids)
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """Ids of a tokenizer's special tokens, by their text."""
+    return {
+        token.content: token_id
+        for token_id, token in tokenizer.added_tokens_decoder.items()
+        if token.special
+    }
+
+
+def divide_stops(
+    stops: Sequence[str], special: Mapping[str, int]
+) -> tuple[list[str], frozenset[int]]:
+    """Stop strings to look for in the text, and ids of those that are special tokens.
+
+    Args:
+      stops: stop strings of a request.
+      special: see `special_tokens`; these have no text.
+    """
+    texts = [text for text in stops if text not in special]
+    return texts, frozenset(special[text] for text in stops if text in special)
 
 
 class StopStrings:

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from moe_jax.inference.generator import Request, TokenGenerator
 from moe_jax.inference.prompts import Prompt
 from moe_jax.inference.settings import GenerationConfig
-from moe_jax.inference.stopping import StopStrings
+from moe_jax.inference.stopping import StopStrings, divide_stops, special_tokens
 
 FinishReason = Literal["stop", "length"]
 """`stop`: an end token or a stop string; `length`: the largest number of tokens."""
@@ -80,11 +80,7 @@ class TextGenerator:
         self._end_ids = end_ids
         self._decode_without_prompt = decode_without_prompt
         self._switch_length = switch_length
-        self._special = {
-            token.content: token_id
-            for token_id, token in tokenizer.added_tokens_decoder.items()
-            if token.special
-        }
+        self._special = special_tokens(tokenizer)
 
     def answers(
         self, prompts: Sequence[Prompt], config: GenerationConfig, batch_size: int
@@ -137,10 +133,10 @@ class TextGenerator:
         self, requests: Sequence[Request], config: GenerationConfig
     ) -> Iterator[list[Piece | None]]:
         """Answers requests side by side; yields the pieces of each step, None for ended rows."""
-        stops = [text for text in config.stop if text not in self._special]
-        end_ids = self._end_ids | {self._special[t] for t in config.stop if t in self._special}
+        stops, stop_ids = divide_stops(config.stop, self._special)
+        end_ids = self._end_ids | stop_ids
         rows = [
-            _Row(
+            AnswerText(
                 Detokeniser(self._tokenizer, before),
                 StopStrings(stops),
                 end_ids,
@@ -224,7 +220,7 @@ class Detokeniser:
         return text
 
 
-class _Row:
+class AnswerText:
     """Text of one answer while it is generated."""
 
     def __init__(
@@ -232,8 +228,16 @@ class _Row:
         detokeniser: Detokeniser,
         stops: StopStrings,
         end_ids: frozenset[int],
-        keeps_partial_character: bool,
+        keeps_partial_character: bool = False,
     ):
+        """Starts an empty answer.
+
+        Args:
+          detokeniser: detokenizer after the prompt.
+          stops: stop strings of the answer.
+          end_ids: token ids that end it.
+          keeps_partial_character: half a character at the end becomes U+FFFD, and is not dropped.
+        """
         self._detokeniser = detokeniser
         self._stops = stops
         self._end_ids = end_ids

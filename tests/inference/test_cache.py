@@ -14,8 +14,9 @@ from moe_jax.adapters import METHODS
 from moe_jax.adapters.method import NoAdapter
 from moe_jax.adapters.rows import AdapterRows
 from moe_jax.adapters.tree import to_collection
-from moe_jax.config.model import ComputeConfig, RopeConfig
+from moe_jax.config.model import ComputeConfig
 from moe_jax.config.parse import parse_member
+from moe_jax.config.rope import RopeConfig
 from moe_jax.layers.kv_cache import CachePosition, apply_cache_updates
 from moe_jax.models.adapted import untrained_adapter
 from moe_jax.models.causal_lm import LlamaForCausalLM
@@ -55,6 +56,15 @@ MODEL = tiny_program.model_config(
     sliding_window=5,
     layer_types=("sliding_attention", "full_attention"),
     sliding_rope=RopeConfig(rope_type="default", rope_theta=500.0),
+    rope=RopeConfig(
+        rope_type="default",
+        rope_theta=10000.0,
+        llama_4_scaling_beta=0.5,
+        original_max_position_embeddings=4,
+    ),
+    rotated_layers=(True, False),
+    residual_multiplier=0.8,
+    logit_scale=1.5,
 )
 LENGTH, PROMPT, SLOTS = 18, 7, 20
 

@@ -43,6 +43,50 @@ CASES = {
             "rope_parameters": GEMMA_3_ROPE,
         },
     ),
+    "cohere2": (
+        "cohere2",
+        {"tie_word_embeddings": False, "sliding_window": WINDOW, "sliding_window_pattern": 2},
+    ),
+    # The scale of queries grows with every fourth position.
+    "ministral3": (
+        "ministral3",
+        {
+            "head_dim": 8,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 10000.0,
+                "factor": 4.0,
+                "original_max_position_embeddings": 4,
+                "llama_4_scaling_beta": 0.5,
+            },
+        },
+    ),
+    "olmo3": ("olmo3", {"sliding_window": WINDOW, "num_key_value_heads": 4}),
+    "qwen3_5": (
+        "qwen3_5_text",
+        {
+            "num_hidden_layers": 4,
+            "head_dim": 16,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 6,
+            "linear_conv_kernel_dim": 4,
+        },
+    ),
+    "gemma4": (
+        "gemma4_text",
+        {
+            **UNTIED,
+            "num_hidden_layers": 4,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "global_head_dim": 16,
+            "num_global_key_value_heads": 1,
+            "attention_k_eq_v": True,
+            "sliding_window": WINDOW,
+            "hidden_size_per_layer_input": 0,
+        },
+    ),
     # Rows of up to 4 tokens would have the short factors.
     "phi3_long": (
         "phi3",
@@ -62,7 +106,8 @@ def test_base_and_adapter_equal_transformers(case, tmp_path):
     base = moe_jax.load_base(tmp_path)
     adapter = adapter_of(base, LORA)
     merged = copy.deepcopy(reference)
-    merge_lora(merged, jax.tree.map(np.asarray, adapter.tree), adapter.method.scale)
+    tree = jax.tree.map(np.asarray, adapter.tree)
+    merge_lora(merged, tree, adapter.method.scale, base.config.layers_with)
 
     prompts = [
         tuple(np.random.default_rng(n).integers(1, 64, length).tolist())

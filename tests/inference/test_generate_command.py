@@ -34,7 +34,7 @@ def adapters(tmp_path_factory):
     description = json.loads((folder / "one" / "adapter.json").read_text())
     for name, change in (("moved", {"path": "/gone"}), ("other", {"fingerprint": "0" * 64})):
         model.save("one", folder / name)
-        changed = {**description, "base": {**description["base"], **change}}
+        changed = {**description, "digest": None, "base": {**description["base"], **change}}
         (folder / name / "adapter.json").write_text(json.dumps(changed))
     return folder
 
@@ -262,6 +262,10 @@ def test_a_conversation_that_fills_the_context(scripted, monkeypatch, capsys):
             "--template: .* it or --chat, not both",
         ),
         (["--prompt", "a", "--template", "qestion"], "did you mean 'question'"),
+        (
+            ["--prompt", "a", "--template", "none"],
+            "error: --template: leave it out for none: the text is then given as it is",
+        ),
         (["--prompt", "a", "--batch-size", "0"], "--batch-size: must be positive"),
         (["--prompt", "a", "--output", "x.txt"], "--output x.txt: must end in .jsonl"),
         (["--interactive", "--samples", "2", "--temperature", "1"], "--interactive: cannot be"),

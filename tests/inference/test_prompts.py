@@ -103,6 +103,12 @@ def test_an_empty_prompt(text):
         PromptEncoder(CHAT, PromptFormat(chat=True)).text(text, "prompt 2")
 
 
+@pytest.mark.parametrize("chat", [False, True])
+def test_a_prompt_that_is_not_unicode(chat):  # a byte of the command line that is not UTF-8
+    with pytest.raises(UserError, match="prompt 2 holds an unpaired surrogate"):
+        PromptEncoder(CHAT, PromptFormat(chat=chat)).text("caf\udce9", "prompt 2")
+
+
 def test_an_input_requires_a_template():
     with pytest.raises(UserError, match="prompt 2: has an input, which only a prompt template"):
         PromptEncoder(CHAT, PromptFormat()).text("a", "prompt 2", "material")

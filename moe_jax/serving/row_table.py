@@ -1,0 +1,87 @@
+"""The rows that the engine computes, and the blocks of the cache that each of them owns."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from moe_jax.layers.block_cache import SPARE_BLOCK
+from moe_jax.serving.answer import OngoingAnswer
+
+
+class Row:
+    """An answer that is computed.
+
+    Attributes:
+      answer: the answer.
+      slot: index of the row in the engine's rows.
+      blocks: its blocks of the cache, in the order of its positions.
+      cached: number of its tokens that are in the cache.
+    """
+
+    def __init__(self, answer: OngoingAnswer, slot: int, blocks: Sequence[int]):
+        self.answer = answer
+        self.slot = slot
+        self.blocks = tuple(blocks)
+        self.cached = 0
+
+    @property
+    def is_prefilled(self) -> bool:
+        """True if the whole prompt is in the cache."""
+        return self.cached >= len(self.answer.request.tokens)
+
+
+class RowTable:
+    """Rows in use, with a fixed number of slots and of blocks.
+
+    A row owns the blocks for its longest possible answer from the start, so that no row has to wait
+    for memory in the middle.
+
+    Attributes:
+      rows: rows in use, the oldest first.
+      block: positions of a block.
+      longest: number of entries of a row's table.
+    """
+
+    def __init__(self, num_rows: int, num_blocks: int, block: int, max_length: int):
+        """Starts without rows.
+
+        Args:
+          num_rows: number of slots.
+          num_blocks: number of blocks, besides the spare one.
+          block: positions of a block.
+          max_length: largest number of tokens of a row.
+        """
+        self.rows: list[Row] = []
+        self.block = block
+        self.longest = -(-max_length // block)
+        self._num_blocks = num_blocks
+        self._free_slots = list(range(num_rows))[::-1]
+        self._free_blocks = [b for b in range(num_blocks + 1) if b != SPARE_BLOCK][::-1]
+
+    @property
+    def blocks_in_use(self) -> int:
+        """Number of blocks that rows own."""
+        return self._num_blocks - len(self._free_blocks)
+
+    def add(self, answer: OngoingAnswer) -> Row | None:
+        """Gives an answer a row; None if there is none free, or too few blocks."""
+        needed = -(-answer.request.total_length // self.block)
+        if not self._free_slots or needed > len(self._free_blocks):
+            return None
+        blocks = [self._free_blocks.pop() for _ in range(needed)]
+        row = Row(answer, self._free_slots.pop(), blocks)
+        self.rows.append(row)
+        return row
+
+    def remove(self, row: Row) -> None:
+        """Frees a row's slot and blocks."""
+        self.rows.remove(row)
+        self._free_slots.append(row.slot)
+        self._free_blocks += row.blocks
+
+    def tables(self, rows: Sequence[Row], size: int) -> np.ndarray:
+        """Tables of rows, int32 [size, N], padded with the spare block."""
+        tables = np.full((size, self.longest), SPARE_BLOCK, np.int32)
+        for index, row in enumerate(rows):
+            tables[index, : len(row.blocks)] = row.blocks
+        return tables

@@ -1,0 +1,73 @@
+"""Between the engine's rows and a call: settings as arrays, and results as records of tokens."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from moe_jax.serving.adapter_slots import FilledSlots
+from moe_jax.serving.answer import AnswerRequest, TokenExperts, TokenRecord
+from moe_jax.serving.model_calls import Routed
+from moe_jax.serving.row_sampling import Chosen, RowSettings
+
+
+def row_settings(requests: Sequence[AnswerRequest], size: int, vocab_size: int) -> RowSettings:
+    """Settings of a call's rows; rows of padding are greedy."""
+    padding = size - len(requests)
+
+    def array(values: Sequence[Any], filler: Any, dtype: Any) -> np.ndarray:
+        return np.array([*values, *[filler] * padding], dtype)
+
+    def floats(name: str, filler: float) -> np.ndarray:
+        return array([getattr(request, name) for request in requests], filler, np.float32)
+
+    return RowSettings(
+        temperature=floats("temperature", 0),
+        top_k=array(
+            [min(r.top_k or vocab_size, vocab_size) for r in requests], vocab_size, np.int32
+        ),
+        top_p=floats("top_p", 1),
+        min_p=floats("min_p", 0),
+        repetition_penalty=floats("repetition_penalty", 1),
+        presence_penalty=floats("presence_penalty", 0),
+        frequency_penalty=floats("frequency_penalty", 0),
+        seed=array([request.seed for request in requests], 0, np.uint32),
+        sample=array([request.sample for request in requests], 0, np.int32),
+        wants_logprobs=array([r.logprobs is not None for r in requests], False, bool),
+    )
+
+
+def chosen_record(chosen: Chosen, place: int, wanted: int) -> TokenRecord:
+    """The token of the row at `place` of a call, with `wanted` alternatives."""
+    return _record(int(chosen.tokens[place]), tuple(field[place] for field in chosen[1:]), wanted)
+
+
+def scored_record(scores: tuple[np.ndarray, ...], place: int, wanted: int) -> TokenRecord:
+    """The token of a prompt at `place` of the results of `ServingModel.score`."""
+    targets, *fields = scores
+    return _record(int(targets[0, place]), tuple(field[0, place] for field in fields), wanted)
+
+
+def _record(token: int, scores: tuple[Any, ...], wanted: int) -> TokenRecord:
+    logprob, top_tokens, top_logprobs = scores
+    top = zip(top_tokens[:wanted].tolist(), top_logprobs[:wanted].tolist(), strict=True)
+    return TokenRecord(token, float(logprob), tuple(top))
+
+
+def token_routing(
+    slots: FilledSlots, routing: Mapping[str, Routed], place: int
+) -> TokenExperts | None:
+    """Routing of the row at `place` of a call; None if its adapter has no router."""
+    for name, window in slots.windows.items():
+        row = place - int(window.first)
+        if name not in routing or not 0 <= row < len(window.mask) or not window.mask[row]:
+            continue
+        weights, load = (part[:, row] for part in routing[name])
+        experts, shares = [], []
+        for layer_weights, layer_load in zip(weights, load, strict=True):
+            order = np.argsort(-layer_weights, kind="stable")
+            chosen = order[layer_load[order] > 0]
+            experts.append(chosen.tolist())
+            shares.append(layer_weights[chosen].tolist())
+        return TokenExperts(experts, shares)
+    return None
