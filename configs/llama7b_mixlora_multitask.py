@@ -52,14 +52,12 @@ def get_config() -> dict[str, Any]:
     }
     mixlora["evaluation"] = {
         "tasks": tuple(TRAINING_ROWS),
-        # As in training. "choices" takes a forward pass for each option.
+        # As in training.
         "protocols": ("labels",),
         "every": 500,
         # Shows the trend: the standard error is at most 3.2 points.
         "limit_between": 250,
-        "batch_size": 32,
-        # Few prompts are longer; the base's context is always the last bucket.
-        "buckets": (128, 256, 512),
+        "row_length": 1024,
         "with_base": True,
     }
 

@@ -44,8 +44,6 @@ def get_config() -> dict[str, Any]:
         fields["evaluation"] = {
             "tasks": ("openbookqa", "boolq", "arc_challenge"),
             "protocols": ("choices",),
-            "batch_size": 32,
-            "buckets": (24, 32, 48, 64, 128),
             "with_base": True,
         }
     return config

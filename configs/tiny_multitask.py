@@ -41,7 +41,7 @@ def get_config() -> ml_collections.ConfigDict:
         "every": 100,
         "limit_between": 20,
         "batch_size": 32,
-        "buckets": (32,),
+        "row_length": 32,
         "with_base": True,
     }
     methods = tiny_comparison.methods()

@@ -28,7 +28,10 @@ class Batch(NamedTuple):
       expert_groups: int32, group of experts of the token's sequence, equal for all of its tokens;
         0 at padding. See `SourceConfig.expert_group`.
       labels: float32, class index or number at the last token of a row to classify, where
-        `loss_mask` is true; 0 elsewhere.
+        `loss_mask` is true, and 1 at the last token of a desirable answer of `feedback` data;
+        0 elsewhere.
+      reference_log_probs: float32, log-probability of the row's answer under a reference model, at
+        the row's last token; 0 elsewhere, and where none was computed.
     """
 
     tokens: Any
@@ -37,6 +40,7 @@ class Batch(NamedTuple):
     positions: Any
     expert_groups: Any
     labels: Any
+    reference_log_probs: Any
 
 
 class TokenSequence(NamedTuple):
@@ -46,13 +50,15 @@ class TokenSequence(NamedTuple):
       tokens: int32 token ids, [n].
       loss_mask: bool [n], as in `Batch`.
       expert_group: group of experts of the sequence's data set; see `SourceConfig.expert_group`.
-      label: class index or number of a sequence to classify; see `Batch.labels`.
+      label: class index or number of the sequence, or label of the answer; see `Batch.labels`.
+      reference_log_prob: see `Batch.reference_log_probs`.
     """
 
     tokens: np.ndarray
     loss_mask: np.ndarray
     expert_group: int
     label: float = 0.0
+    reference_log_prob: float = 0.0
 
 
 def padded_length(longest: int, lengths: Sequence[int]) -> int:
@@ -112,6 +118,7 @@ def _padding(shape: tuple[int, int]) -> Batch:
         positions=np.zeros(shape, np.int32),
         expert_groups=np.zeros(shape, np.int32),
         labels=np.zeros(shape, np.float32),
+        reference_log_probs=np.zeros(shape, np.float32),
     )
 
 
@@ -125,3 +132,4 @@ def _write(batch: Batch, number: int, start: int, segment: int, sequence: TokenS
     batch.positions[span] = np.arange(stop - start)
     batch.expert_groups[span] = sequence.expert_group
     batch.labels[number, stop - 1] = sequence.label
+    batch.reference_log_probs[number, stop - 1] = sequence.reference_log_prob

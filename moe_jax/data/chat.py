@@ -1,6 +1,8 @@
 """Conversations rendered by a chat template, divided into prompts and the assistant's turns.
 
-Rendering the messages before an assistant turn with `add_generation_prompt` gives exactly the
+A template that marks the assistant's text with `{% generation %}` blocks, as transformers'
+`return_assistant_tokens_mask` reads them, says itself what the targets are. For all others:
+rendering the messages before an assistant turn with `add_generation_prompt` gives exactly the
 prompt that the model sees at inference. The target is the remainder of the rendering up to and
 including that turn: its content and the template's end of turn. Two properties of the template are
 checked for every row:
@@ -17,6 +19,7 @@ render grows with the length of a conversation, not with its square. An answer t
 checked with all messages before it. One example per turn takes the square, as its text does.
 """
 
+import bisect
 import contextlib
 from collections.abc import Sequence
 from dataclasses import replace
@@ -61,6 +64,8 @@ def conversation_spans(messages: Sequence[Message], template: ChatTemplate) -> l
     targets = [None if UNTRAINED in messages[answer] else True for answer in answers]
     messages = _unmarked(messages[: answers[-1] + 1])
     ends = end_of_turn_texts(template.tokenizer)
+    if template.has_generation_blocks:
+        return [_divide_at_blocks(messages, targets, template, ends)]
     text = template.render(messages)
     places = _places(messages, answers, text, template)
     if places is not None:
@@ -123,6 +128,35 @@ def _place(
         return None
     shift = known - len(seen)
     return shift + len(before), shift + len(through)
+
+
+def _divide_at_blocks(
+    messages: Sequence[Message],
+    targets: Sequence[bool | None],
+    template: ChatTemplate,
+    ends: tuple[str, ...],
+) -> Conversation:
+    """Divides a conversation at the template's `generation` blocks, any number for each answer."""
+    text, blocks = template.generation_blocks(messages)
+    numbers = [len(blocks)]
+    if not all(targets):  # to know whose answer each block is
+        ends_of_answers = [n for n, m in enumerate(messages, 1) if m["role"] == "assistant"]
+        numbers = [len(template.generation_blocks(messages[:end])[1]) for end in ends_of_answers]
+    some_each = numbers == sorted({0, *numbers})[1:] and numbers[-1:] == [len(blocks)]
+    if len(blocks) < len(targets) or not some_each:
+        raise DataError(
+            f"{template.where}: the chat template writes {len(blocks)} generation blocks for "
+            f"{len(targets)} answers, and not some for each; correct the template, or leave its "
+            "generation blocks out"
+        )
+    spans: list[Span] = []
+    done = 0
+    for number, (start, stop) in enumerate(blocks):
+        target = targets[bisect.bisect_right(numbers, number)]
+        spans += [(text[done:start], False), (text[start:stop], target)]
+        done = stop
+    # An end of turn behind the last block is the template's choice: it is not learned.
+    return spans, not text[blocks[-1][0] :].rstrip().endswith(ends)
 
 
 def _turn(messages: Sequence[Message], answer: int, template: ChatTemplate) -> tuple[str, str]:

@@ -3,21 +3,27 @@
 import datetime
 import functools
 import json
+import re
 import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import jinja2
 from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
 
+from moe_jax.config.data import Schema
 from moe_jax.data.tokenizer import first_line
 from moe_jax.errors import DataError
 
 Message = dict[str, Any]
 """Turn of a conversation, with the keys `role` and `content`."""
 
+_T = TypeVar("_T")
+
 _DATE_FUNCTION = "strftime_now"
+_GENERATION = re.compile(r"{%-?\s*generation\s*-?%}")
 
 
 @dataclass(frozen=True)
@@ -51,40 +57,67 @@ class ChatTemplate:
         Raises:
           DataError: the template refuses the conversation.
         """
-        if self.system:
-            messages = [{"role": "system", "content": self.system}, *messages]
-        try:
-            try:
-                return self._apply(messages, answer_follows)
-            except (jinja2.UndefinedError, TypeError):
-                complete = [{"content": "", **message} for message in messages]
-                if complete == list(messages):
-                    raise
-                return self._apply(complete, answer_follows)
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
-            raise DataError(
-                f"{self.where}: the chat template refuses it ({first_line(error)})"
-            ) from None
+        return self._applied(functools.partial(self._text, answer_follows=answer_follows), messages)
+
+    def generation_blocks(self, messages: Sequence[Message]) -> tuple[str, list[tuple[int, int]]]:
+        """Text of `render`, and start and end in it of each `generation` block.
+
+        Raises:
+          DataError: the template refuses the conversation.
+        """
+        return self._applied(self._text_and_blocks, messages)
+
+    @property
+    def has_generation_blocks(self) -> bool:
+        """True if the template marks what the assistant writes with `{% generation %}`."""
+        return _GENERATION.search(self._source()) is not None
 
     def without_argument(self, name: str) -> "ChatTemplate":
         """The same template with one variable less."""
         rest = {key: value for key, value in self.arguments.items() if key != name}
         return replace(self, arguments=rest)
 
-    def _apply(self, messages: Sequence[Message], answer_follows: bool) -> str:
-        template = None
-        if self.date is not None:
-            chosen = self.tokenizer.get_chat_template(tools=self.arguments.get("tools"))
-            template = _with_fixed_date(chosen, self.date)
+    def _applied(self, apply: Callable[[list[Message]], _T], messages: Sequence[Message]) -> _T:
+        """Result of `apply`, with empty contents if the template refuses messages without any."""
+        if self.system:
+            messages = [{"role": "system", "content": self.system}, *messages]
+        try:
+            try:
+                return apply(list(messages))
+            except (jinja2.UndefinedError, TypeError):
+                complete = [{"content": "", **message} for message in messages]
+                if complete == list(messages):
+                    raise
+                return apply(complete)
+        except Exception as error:  # a template is a program, which can fail in any way
+            raise DataError(
+                f"{self.where}: the chat template refuses it ({first_line(error)})"
+            ) from error
+
+    def _text_and_blocks(self, messages: list[Message]) -> tuple[str, list[tuple[int, int]]]:
+        rendered: Any = render_jinja_template(
+            conversations=[messages],
+            chat_template=self._source(),
+            return_assistant_tokens_mask=True,
+            **{**self.tokenizer.special_tokens_map, **self.arguments},
+        )
+        (text,), (blocks,) = rendered
+        return text, [(start, stop) for start, stop in blocks]
+
+    def _text(self, messages: list[Message], answer_follows: bool) -> str:
         text = self.tokenizer.apply_chat_template(
-            list(messages),
-            chat_template=template,
+            messages,
+            chat_template=self._source(),
             tokenize=False,
             add_generation_prompt=answer_follows,
             **self.arguments,
         )
         assert isinstance(text, str)
         return text
+
+    def _source(self) -> str:
+        chosen = self.tokenizer.get_chat_template(tools=self.arguments.get("tools"))
+        return chosen if self.date is None else _with_fixed_date(chosen, self.date)
 
 
 @functools.lru_cache(maxsize=16)
@@ -114,17 +147,22 @@ def prints_date(tokenizer: PreTrainedTokenizerBase) -> bool:
     return _DATE_FUNCTION in json.dumps(tokenizer.chat_template)
 
 
+def reads_date(schema: Schema | None, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """True if rows of the schema can hold messages, and the chat template prints today's date."""
+    return schema in ("chat", "preference", "feedback") and prints_date(tokenizer)
+
+
 def require_chat_template(tokenizer: PreTrainedTokenizerBase, path: str) -> None:
-    """Refuses a tokenizer without a chat template for the data set at `path`.
+    """Refuses a tokenizer without a chat template for the data set or row at `path`.
 
     Raises:
       DataError: the tokenizer has no chat template.
     """
     if not tokenizer.chat_template:
         raise DataError(
-            f"{path}: schema 'chat' needs a chat template, and the tokenizer "
+            f"{path}: rendering messages needs a chat template, and the tokenizer "
             f"{tokenizer.name_or_path or ''} has none; add chat_template.jinja to the base model's "
-            "folder, or use the schema 'completion'"
+            "folder, or give prompts and completions as texts"
         )
 
 

@@ -19,17 +19,23 @@ from transformers import PreTrainedTokenizerBase
 
 from moe_jax.config.data import TEMPLATE_DATE, Schema
 from moe_jax.data.chat import conversation_spans, lost_fields
-from moe_jax.data.chat_template import ChatTemplate, Message, end_of_turn_texts
+from moe_jax.data.chat_template import (
+    ChatTemplate,
+    Message,
+    end_of_turn_texts,
+    require_chat_template,
+)
 from moe_jax.data.messages import UNTRAINED
 from moe_jax.data.prompt_template import PromptTemplate
 from moe_jax.data.tokenizer import encode, end_of_text, leading_tokens
+from moe_jax.errors import DataError
 
 PAIR_SEPARATOR = "\n"
 """Text between the two texts of a pair to classify."""
 
 
 BLANK_ANSWER = "a blank answer"
-"""Remark on a conversation that teaches the model to answer nothing."""
+"""Remark on a conversation with an empty answer."""
 
 
 class TextSpan(NamedTuple):
@@ -67,6 +73,8 @@ def make_examples(
 ) -> list[Example]:
     """Examples of one checked row: one, or for some chat templates one per assistant turn.
 
+    A row of the schema `preference` gives two: the chosen answer, and the rejected one.
+
     Args:
       row: fields of the schema, and `where`.
       schema: schema of the row.
@@ -81,6 +89,10 @@ def make_examples(
         return [Example((TextSpan(row["text"], True),), add_bos=True, add_eos=True)]
     if schema == "chat":
         return _chat_examples(row, tokenizer, date)
+    if schema == "preference":
+        return _preference_examples(row, ("chosen", "rejected"), tokenizer, date)
+    if schema == "feedback":
+        return _preference_examples(row, ("completion",), tokenizer, date)
     if schema in ("completion", "task"):
         prompt, completion = row["prompt"], row["completion"]
     else:
@@ -109,10 +121,67 @@ def _chat_examples(
         for spans, add_eos in conversation_spans(messages, template)
     ]
     if not examples:
-        remarks.append("answers of weight 0 only")
+        remarks.append("answers of weight 0 only, left out")
         examples = [Example((), add_bos=False, add_eos=False)]
     examples[0] = examples[0]._replace(remarks=tuple(remarks))
     return examples
+
+
+def _preference_examples(
+    row: dict[str, str],
+    fields: tuple[str, ...],
+    tokenizer: PreTrainedTokenizerBase,
+    date: str,
+) -> list[Example]:
+    """An example for each answer of a row; all without text if the row is left out."""
+    prompt, answers = json.loads(row["prompt"]), [json.loads(row[field]) for field in fields]
+    what = _reason_to_leave_out(answers)
+    if what:
+        empty = Example((), add_bos=False, add_eos=False)
+        return [empty._replace(remarks=(what,)), *[empty] * (len(answers) - 1)]
+    if isinstance(prompt, str):
+        examples = [
+            Example((TextSpan(prompt, False), TextSpan(answer, True)), add_bos=True, add_eos=True)
+            for answer in answers
+        ]
+    else:
+        require_chat_template(tokenizer, row["where"])
+        examples = [
+            _preference_chat_example(row, prompt, field, answer, tokenizer, date)
+            for field, answer in zip(fields, answers, strict=True)
+        ]
+    remarks = tuple(dict.fromkeys(remark for example in examples for remark in example.remarks))
+    first, *others = (example._replace(remarks=()) for example in examples)
+    return [first._replace(remarks=remarks), *others]
+
+
+def _reason_to_leave_out(answers: Sequence[str | list[Message]]) -> str:
+    """Remark on a row that is left out; empty for others."""
+    for answer in answers:
+        is_text = isinstance(answer, str)
+        if not answer.strip() if is_text else any(map(_is_blank_answer, answer)):
+            return "an empty answer, left out"
+    return "two equal answers, left out" if answers[1:] == answers[:1] else ""
+
+
+def _preference_chat_example(
+    row: dict[str, str],
+    prompt: list[Message],
+    field: str,
+    answer: list[Message],
+    tokenizer: PreTrainedTokenizerBase,
+    date: str,
+) -> Example:
+    """The conversation with one answer, whose assistant turns alone are targets."""
+    asked = [{**m, UNTRAINED: 0} if m["role"] == "assistant" else m for m in prompt]
+    examples = _chat_examples({**row, "messages": json.dumps([*asked, *answer])}, tokenizer, date)
+    if len(examples) > 1:
+        raise DataError(
+            f"{row['where']}: the chat template renders the turns of {field} differently once "
+            "others follow, so that they are no single answer; give one turn of the assistant"
+        )
+    (example,) = examples
+    return example._replace(remarks=tuple(r for r in example.remarks if r != BLANK_ANSWER))
 
 
 def _is_blank_answer(message: Message) -> bool:

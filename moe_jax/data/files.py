@@ -5,7 +5,6 @@ Everything in a folder that is not read is listed with the reason, so that a rep
 
 import functools
 import glob
-import json
 import os
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from moe_jax.errors import DataError
+from moe_jax.files.json_file import parse_json
 
 KINDS = (
     ".json",
@@ -279,7 +279,10 @@ def _listed_files(folder: Path) -> set[str] | None:
     listed = _state(folder).get("_data_files")
     if not isinstance(listed, list):
         return None
-    names = {file["filename"] for file in listed}
+    try:
+        names = {str(file["filename"]) for file in listed}
+    except (TypeError, KeyError):
+        raise DataError(f"{folder / DATASET_STATE}: lists no files; it is damaged") from None
     missing = sorted(name for name in names if not (folder / name).is_file())
     if missing:
         raise DataError(f"{folder}: lacks {missing[0]}, which its {DATASET_STATE} lists")
@@ -288,7 +291,7 @@ def _listed_files(folder: Path) -> set[str] | None:
 
 def _state(folder: Path) -> dict[str, Any]:
     try:
-        state = json.loads((folder / DATASET_STATE).read_bytes())
+        state = parse_json((folder / DATASET_STATE).read_bytes())
     except (OSError, ValueError):
         return {}
     return state if isinstance(state, dict) else {}
@@ -300,6 +303,6 @@ def _splits_of_dict(folder: Path) -> list[str] | None:
     if not file.is_file():
         return None
     try:
-        return [str(name) for name in json.loads(file.read_bytes())["splits"]]
+        return [str(name) for name in parse_json(file.read_bytes())["splits"]]
     except (OSError, ValueError, KeyError, TypeError):
         raise DataError(f"{file}: lists no splits; the file is damaged") from None

@@ -7,7 +7,7 @@ applied or refused by name. All other keys of a message go to the chat template.
 """
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from moe_jax.data.values import check_text, describe_value, parse_value
@@ -60,26 +60,46 @@ def check_messages(value: Any, where: str) -> list[dict[str, Any]]:
       where: file, row and column, for messages.
 
     Returns:
-      Messages with `role`, `content` (unless null beside `tool_calls`), the other keys of the row,
-      and `UNTRAINED` where an answer is not to be learned.
+      See `check_turns`.
 
     Raises:
       DataError: a message has a wrong form, or there is no answer.
     """
-    messages = [
+    messages = check_turns(value, where)
+    require_answer(messages, where)
+    if messages[0]["role"] == "assistant":
+        raise DataError(f"{where} begins with the assistant, which then has nothing to answer")
+    return messages
+
+
+def check_turns(value: Any, where: str) -> list[dict[str, Any]]:
+    """Checks messages that may be a part of a conversation.
+
+    Args:
+      value: list of messages, or its JSON text; OpenAI's or ShareGPT's.
+      where: file, row and column, for messages.
+
+    Returns:
+      Messages with `role`, `content` (unless null beside `tool_calls`), the other keys of the row,
+      and `UNTRAINED` where an answer is not to be learned.
+
+    Raises:
+      DataError: a message has a wrong form.
+    """
+    messages = parse_value(value, list, "a list of messages", where)
+    return [
         _check_message(message, f"{where}, message {number}")
-        for number, message in enumerate(
-            parse_value(value, list, "a list of messages", where), start=1
-        )
+        for number, message in enumerate(messages, start=1)
     ]
+
+
+def require_answer(messages: Sequence[Mapping[str, Any]], where: str) -> None:
+    """Raises `DataError` if no message is the assistant's."""
     if not any(message["role"] == "assistant" for message in messages):
         roles = ", ".join(dict.fromkeys(message["role"] for message in messages)) or "none"
         raise DataError(
             f"{where} holds no message of the role 'assistant' to learn from (roles: {roles})"
         )
-    if messages[0]["role"] == "assistant":
-        raise DataError(f"{where} begins with the assistant, which then has nothing to answer")
-    return messages
 
 
 def _check_message(value: Any, where: str) -> dict[str, Any]:
@@ -117,7 +137,7 @@ def _missing(key: str, message: Mapping[str, Any], where: str) -> DataError:
 def _converted_from_sharegpt(message: dict[str, Any], where: str) -> dict[str, Any]:
     """A message in OpenAI's form, from one with `from` and `value`."""
     sender = message.pop("from")
-    if sender not in SHAREGPT_ROLES:
+    if not isinstance(sender, str) or sender not in SHAREGPT_ROLES:
         raise DataError(
             f"{where}, 'from': unknown sender {sender!r}; known: {', '.join(SHAREGPT_ROLES)}"
         )

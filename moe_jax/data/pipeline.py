@@ -9,16 +9,17 @@ from dataclasses import asdict, dataclass, replace
 
 import grain
 import numpy as np
-import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
 from moe_jax.config.classification import ClassificationConfig
 from moe_jax.config.data import DataConfig, Schema, SourceConfig
-from moe_jax.data.batch import Batch, TokenSequence, pack_rows, pad_rows, padded_length
+from moe_jax.config.preference import PreferenceConfig
+from moe_jax.data.batch import Batch, pack_rows, pad_rows, padded_length
+from moe_jax.data.examples import Examples, ExampleStore
 from moe_jax.data.grouping import LengthGroupedBatches, ShuffledRange
 from moe_jax.data.packing import PackedBatches
 from moe_jax.data.sources import ReadSource, read_source
-from moe_jax.data.tokenised_source import TokenisedSource, flat_values, tokenise_source
+from moe_jax.data.tokenised_source import TokenisedSource, tokenise_source
 from moe_jax.errors import error_prefix
 
 SAMPLED_BATCHES = 256
@@ -42,8 +43,8 @@ class TrainData:
       iterator: iterator of `Batch`es of NumPy arrays [batch_size, S], S in `config.lengths`, or
         `config.max_length` where rows are packed. Its `get_state` is a small dict of plain numbers,
         and `set_state` resumes exactly there, if `fingerprint` is the same.
-      num_rows: training rows of all sources; an epoch of a weighted mixture does not pass each of
-        them once. None if unknown.
+      num_rows: training examples of all sources; an epoch of a weighted mixture does not pass each
+        of them once. None if unknown.
       longest: tokens of the longest row.
       batches_of_epochs: function from a number of epochs to the number of batches that pass that
         many times `num_rows` rows.
@@ -55,6 +56,9 @@ class TrainData:
       largest_tokens: largest token id of each data set.
       source_rows: training rows of each data set; None if unknown.
       source_schemas: schema of each data set.
+      found_tokens: function to those of some token ids that occur in the rows; None if unknown.
+      examples: examples of each data set; None of streamed data. The log-probabilities of a
+        reference may be set in them before the first batch is drawn.
     """
 
     iterator: grain.DatasetIterator[Batch]
@@ -67,27 +71,40 @@ class TrainData:
     largest_tokens: dict[str, int]
     source_rows: dict[str, int | None]
     source_schemas: dict[str, Schema]
+    found_tokens: Callable[[Sequence[int]], set[int]] | None
+    examples: tuple[Examples, ...] | None
 
 
 class ValidationData:
     """Batches of one validation set: every row exactly once, in the same order every time.
 
-    Rows are sorted by length. The last batch is filled up with empty rows (segment 0, no target).
+    Rows are sorted by length, and those of an example stay together. The last batch is filled up
+    with empty rows (segment 0, no target).
 
     Attributes:
-      num_rows: number of rows.
+      examples: examples of the set.
+      num_rows: number of examples.
       schema: schema of the rows.
       report: line on truncated and dropped rows.
       digest: digest of the rows' tokens, in their order.
       largest_token: largest token id.
     """
 
-    def __init__(self, source: TokenisedSource, batch_size: int, lengths: Sequence[int]):
-        self._rows = _RowStore([source])
-        self._order = np.argsort(source.lengths, kind="stable")
+    def __init__(self, examples: Examples, batch_size: int, lengths: Sequence[int]):
+        """Sorts a set.
+
+        Args:
+          examples: examples of the set.
+          batch_size: rows of a batch.
+          lengths: padded lengths of rows, ascending.
+        """
+        source = examples.source
+        self.examples = examples
+        self.order = np.argsort(examples.lengths, kind="stable")
+        """Numbers of the examples in the order of their rows."""
         self._batch_size = batch_size
         self._lengths = tuple(lengths)
-        self.num_rows = len(source.lengths)
+        self.num_rows = len(examples)
         self.schema = source.schema
         self.report = source.report
         self.digest = source.digest
@@ -95,12 +112,17 @@ class ValidationData:
 
     def __len__(self) -> int:
         """Number of batches of a pass."""
-        return math.ceil(self.num_rows / self._batch_size)
+        return math.ceil(self.num_rows / self._examples_of_batch)
 
     def __iter__(self) -> Iterator[Batch]:
-        for start in range(0, self.num_rows, self._batch_size):
-            rows = self._rows.fetch(self._order[start : start + self._batch_size])
+        count = self._examples_of_batch
+        for start in range(0, self.num_rows, count):
+            rows = self.examples.rows(self.order[start : start + count])
             yield pad_rows(rows, self._batch_size, self._lengths)
+
+    @property
+    def _examples_of_batch(self) -> int:
+        return self._batch_size // self.examples.rows_per_example
 
 
 def load_train_data(
@@ -114,6 +136,7 @@ def load_train_data(
     token_cache: dict[str, TokenisedSource] | None = None,
     reader: ReadSource = read_source,
     classification: ClassificationConfig | None = None,
+    preference: PreferenceConfig | None = None,
 ) -> TrainData:
     """Reads, tokenises and mixes `config.train`.
 
@@ -133,19 +156,21 @@ def load_train_data(
       token_cache: data sets tokenised before, which are reused; new ones are added.
       reader: reader of a data set's rows.
       classification: classes of the rows' labels, for rows to classify.
+      preference: loss of preference data, for data sets of it.
 
     Raises:
       DataError: a source is invalid; the message names its field, file, row and column.
     """
+    heads = classification, preference
     sources = _tokenise(
-        "train", config.train, config, tokenizer, field, token_cache, reader, classification
+        "train", config.train, config, tokenizer, field, token_cache, reader, *heads
     )
     weights = [source.weight for source in config.train.values()]
-    store = _RowStore(sources)
+    store = ExampleStore(_examples(sources, config.max_length, f"{field}.train"))
     group_seed = seed if grouping_seed is None else grouping_seed
-    batches = _batch_order(sources, weights, store.lengths, config, batch_size, seed, group_seed)
+    batches = _batch_order(store, weights, config, batch_size, seed, group_seed)
     sample = [batches[index] for index in range(SAMPLED_BATCHES)]
-    padding_share = _padding_share(sample, store.lengths, config.lengths)
+    padding_share = _padding_share(sample, store, config.lengths)
     collated = batches.map(lambda numbers: _collate(numbers, store, config, batch_size))
     return TrainData(
         iterator=iter(collated.to_iter_dataset(PREFETCH)),
@@ -153,14 +178,16 @@ def load_train_data(
         longest=int(store.lengths.max()),
         batches_of_epochs=lambda epochs: batches.batches_of(epochs * len(store.lengths)),
         padding_share=padding_share,
-        report=_train_report(sources, weights, sample, config, padding_share),
+        report=_train_report(store, weights, sample, config, padding_share),
         fingerprint={
             **{f"train/{source.name}": source.digest for source in sources},
             ORDER: _order_digest(sample, weights, config, batch_size, seed),
         },
         largest_tokens={source.name: source.largest_token for source in sources},
-        source_rows={source.name: len(source.lengths) for source in sources},
+        source_rows={part.source.name: len(part) for part in store.parts},
         source_schemas={source.name: source.schema for source in sources},
+        found_tokens=lambda ids: set().union(*(source.found_tokens(ids) for source in sources)),
+        examples=store.parts,
     )
 
 
@@ -173,11 +200,12 @@ def load_validation_data(
     token_cache: dict[str, TokenisedSource] | None = None,
     reader: ReadSource = read_source,
     classification: ClassificationConfig | None = None,
+    preference: PreferenceConfig | None = None,
 ) -> dict[str, ValidationData]:
     """Reads and tokenises each data set of `config.validation`; ignores weights.
 
     Args:
-      config, tokenizer, batch_size, field, token_cache, reader, classification: see
+      config, tokenizer, batch_size, field, token_cache, reader, classification, preference: see
         `load_train_data`.
 
     Raises:
@@ -192,8 +220,21 @@ def load_validation_data(
         token_cache,
         reader,
         classification,
+        preference,
     )
-    return {s.name: ValidationData(s, batch_size, config.lengths) for s in sources}
+    return {
+        examples.source.name: ValidationData(examples, batch_size, config.lengths)
+        for examples in _examples(sources, config.max_length, f"{field}.validation")
+    }
+
+
+def _examples(sources: Sequence[TokenisedSource], max_length: int, field: str) -> list[Examples]:
+    """Examples of each data set; messages name its field."""
+    found = []
+    for source in sources:
+        with error_prefix(f"{field}.{source.name}"):
+            found.append(Examples(source, max_length))
+    return found
 
 
 def _tokenise(
@@ -205,6 +246,7 @@ def _tokenise(
     token_cache: dict[str, TokenisedSource] | None,
     reader: ReadSource,
     classification: ClassificationConfig | None,
+    preference: PreferenceConfig | None,
 ) -> list[TokenisedSource]:
     tokenised = {} if token_cache is None else token_cache
     keys = []
@@ -217,62 +259,30 @@ def _tokenise(
             config.date,
         )
         labels = None if classification is None else classification.labels
-        keys.append(json.dumps([name, *fields, config.cache_dir, labels]))
+        schema = None if preference is None else preference.schema
+        keys.append(json.dumps([name, *fields, config.cache_dir, labels, schema]))
         with error_prefix(f"{field}.{split}.{name}"):
             if keys[-1] not in tokenised:
                 tokenised[keys[-1]] = tokenise_source(
-                    name, source, config, tokenizer, reader, classification
+                    name, source, config, tokenizer, reader, classification, preference
                 )
     return [tokenised[key] for key in keys]
 
 
-class _RowStore:
-    """Rows of several sources, numbered consecutively, source after source.
-
-    Attributes:
-      lengths: tokens of every row.
-    """
-
-    def __init__(self, sources: Sequence[TokenisedSource]):
-        self._sources = tuple(sources)
-        self._starts = np.cumsum([0, *(len(source.kept) for source in sources)])
-        self.lengths = np.concatenate([source.lengths for source in sources])
-
-    def fetch(self, rows: np.ndarray) -> list[TokenSequence]:
-        """Rows of these numbers, in their order."""
-        out: list[TokenSequence | None] = [None] * len(rows)
-        owners = np.searchsorted(self._starts, rows, side="right") - 1
-        for number in np.unique(owners):
-            indices = np.flatnonzero(owners == number)
-            source = self._sources[number]
-            table = source.table[source.kept[rows[indices] - self._starts[number]].tolist()]
-            tokens, masks = _arrays(table["tokens"]), _arrays(table["loss_mask"])
-            labels = table["label"].to_pylist()
-            for index, ids, mask, label in zip(indices, tokens, masks, labels, strict=True):
-                out[index] = TokenSequence(ids, mask, source.expert_group, label)
-        return [row for row in out if row is not None]
-
-
-def _arrays(column: pa.ChunkedArray) -> list[np.ndarray]:
-    lengths = column.combine_chunks().value_lengths().to_numpy()
-    return np.split(flat_values(column), np.cumsum(lengths)[:-1])
-
-
 def _batch_order(
-    sources: Sequence[TokenisedSource],
+    store: ExampleStore,
     weights: Sequence[float],
-    lengths: np.ndarray,
     config: DataConfig,
     batch_size: int,
     seed: int,
     grouping_seed: int,
 ) -> PackedBatches | LengthGroupedBatches:
-    """Endless stream of the row numbers of each batch."""
-    stream, epoch_rows = _row_stream(sources, weights, seed), _epoch_rows(sources, weights)
+    """Endless stream of the example numbers of each batch."""
+    stream, epoch_rows = _row_stream(store, weights, seed), _epoch_rows(store, weights)
     if config.is_packed:
         return PackedBatches(
             stream,
-            lengths=lengths,
+            lengths=store.lengths,
             row_length=config.max_length,
             batch_size=batch_size,
             sort_window=config.sort_window,
@@ -281,15 +291,17 @@ def _batch_order(
         )
     return LengthGroupedBatches(
         stream,
-        lengths=lengths,
-        batch_size=batch_size,
+        lengths=store.lengths,
+        batch_size=batch_size // store.rows_per_example,
         sort_window=config.sort_window,
         epoch_rows=epoch_rows,
         seed=grouping_seed,
     )
 
 
-def _collate(numbers: RowNumbers, store: _RowStore, config: DataConfig, batch_size: int) -> Batch:
+def _collate(
+    numbers: RowNumbers, store: ExampleStore, config: DataConfig, batch_size: int
+) -> Batch:
     if isinstance(numbers, np.ndarray):
         return pad_rows(store.fetch(numbers), batch_size, config.lengths)
     fetched = iter(store.fetch(np.concatenate(numbers)))
@@ -297,15 +309,15 @@ def _collate(numbers: RowNumbers, store: _RowStore, config: DataConfig, batch_si
 
 
 def _train_report(
-    sources: Sequence[TokenisedSource],
+    store: ExampleStore,
     weights: Sequence[float],
     sample: Sequence[RowNumbers],
     config: DataConfig,
     padding_share: float,
 ) -> str:
     """Lines on the rows of each source, their shares of a batch, and the padding."""
-    lines = [source.report for source in sources]
-    lines += share_lines([source.name for source in sources], weights)
+    lines = [part.source.report for part in store.parts]
+    lines += share_lines([part.source.name for part in store.parts], weights)
     rows = f"padded to {', '.join(map(str, config.lengths))} tokens"
     if config.is_packed:
         packed = [len(row) for batch in sample for row in batch]
@@ -319,29 +331,27 @@ def share_lines(names: Sequence[str], weights: Sequence[float]) -> list[str]:
     return [f"share of the rows of a batch: {', '.join(shares)}"] if len(names) > 1 else []
 
 
-def _row_stream(
-    sources: Sequence[TokenisedSource], weights: Sequence[float], seed: int
-) -> grain.MapDataset[int]:
-    """Endless stream of row numbers, numbered as in `_RowStore`."""
+def _row_stream(store: ExampleStore, weights: Sequence[float], seed: int) -> grain.MapDataset[int]:
+    """Endless stream of example numbers, numbered as in `ExampleStore`."""
     streams, start = [], 0
-    for source in sources:
+    for part in store.parts:
         # Seeded by name: sources of equal size get different orders, and adding a source leaves
         # the others' orders unchanged.
-        stop = start + len(source.kept)
-        streams.append(ShuffledRange(start, stop, [seed, zlib.crc32(source.name.encode())]))
+        stop = start + len(part)
+        streams.append(ShuffledRange(start, stop, [seed, zlib.crc32(part.source.name.encode())]))
         start = stop
     return grain.MapDataset.mix(streams, weights)
 
 
-def _epoch_rows(sources: Sequence[TokenisedSource], weights: Sequence[float]) -> int:
-    """Rows of the mixture until the first source is exhausted."""
+def _epoch_rows(store: ExampleStore, weights: Sequence[float]) -> int:
+    """Examples of the mixture until the first data set is exhausted."""
     total = sum(weights)
     return max(
         1,
         int(
             min(
-                len(source.kept) * total / weight
-                for source, weight in zip(sources, weights, strict=True)
+                len(part) * total / weight
+                for part, weight in zip(store.parts, weights, strict=True)
             )
         ),
     )
@@ -367,12 +377,12 @@ def _order_digest(
 
 
 def _padding_share(
-    sample: Sequence[RowNumbers], row_lengths: np.ndarray, padded_lengths: Sequence[int]
+    sample: Sequence[RowNumbers], store: ExampleStore, padded_lengths: Sequence[int]
 ) -> float:
     tokens = padded = 0
     for rows in sample:
-        lengths = np.array([row_lengths[row].sum() for row in rows])
-        tokens += int(lengths.sum())
-        longest = lengths.max() if isinstance(rows, np.ndarray) else padded_lengths[-1]
-        padded += padded_length(int(longest), padded_lengths) * len(lengths)
+        tokens += sum(store.mean_lengths[row].sum() for row in rows)
+        is_padded = isinstance(rows, np.ndarray)
+        longest = store.lengths[rows].max() if is_padded else padded_lengths[-1]
+        padded += padded_length(int(longest), padded_lengths) * len(rows)
     return 1.0 - tokens / padded

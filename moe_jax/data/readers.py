@@ -23,6 +23,7 @@ from moe_jax.data.files import file_kind, unknown_kind
 from moe_jax.data.tokenizer import first_line
 from moe_jax.data.values import without_filled_keys
 from moe_jax.errors import DataError
+from moe_jax.files.json_file import parse_json
 
 Rows = Iterator[tuple[str, Any]]
 
@@ -100,13 +101,13 @@ def _read_json(path: Path) -> Rows:
             return
         is_first = False
         try:
-            yield where, json.loads(text)
+            yield where, parse_json(text)
         except json.JSONDecodeError as error:
             raise DataError(
                 f"{where}: not valid JSON ({error.msg}, column {error.colno}); each line must be "
                 "one object, or the file one list"
             ) from None
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             raise _beyond_limits(where, error) from None
 
 
@@ -114,14 +115,14 @@ def _json_list(path: Path, where: str, start: str, lines: Iterator[tuple[str, st
     number = int(where.rpartition(" ")[2])
     content = start + "".join(text for _, text in lines)
     try:
-        rows = json.loads(content)
+        rows = parse_json(content)
     except json.JSONDecodeError as error:
         line = number + error.lineno - 1
         raise DataError(
             f"{path}: line {line}: not valid JSON ({error.msg}, column {error.colno}); the file "
             "begins with '[', so it must be one list"
         ) from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise _beyond_limits(str(path), error) from None
     for number, row in enumerate(rows, 1):
         yield f"{path}: row {number}", row
@@ -129,7 +130,7 @@ def _json_list(path: Path, where: str, start: str, lines: Iterator[tuple[str, st
 
 def _beyond_limits(where: str, error: Exception) -> DataError:
     """Error of JSON with a number too long, or nested too deep, for Python."""
-    return DataError(f"{where}: cannot be read ({first_line(error)}); correct or remove the value")
+    return DataError(f"{where}: cannot be read ({error}); correct or remove the value")
 
 
 def _read_text(path: Path) -> Rows:
@@ -215,7 +216,12 @@ def _read_arrow(path: Path) -> Rows:
                 with pa.ipc.open_stream(source) as stream:
                     yield from stream
 
-    return _columnar_rows(path, "Arrow", batches())
+    def checked() -> Iterator[pa.RecordBatch]:
+        for batch in batches():
+            batch.validate(full=True)  # Arrow trusts offsets; a damaged one would end the process
+            yield batch
+
+    return _columnar_rows(path, "Arrow", checked())
 
 
 def _columnar_rows(path: Path, kind: str, batches: Iterator[pa.RecordBatch]) -> Rows:

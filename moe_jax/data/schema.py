@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from moe_jax.config.classification import ClassificationConfig
-from moe_jax.config.data import Schema, SourceConfig
+from moe_jax.config.data import PREFERENCE_SCHEMAS, Schema, SourceConfig
 from moe_jax.config.parse import suggest
 from moe_jax.data.messages import (
     check_chat_columns,
@@ -21,20 +21,30 @@ from moe_jax.data.messages import (
     check_template_arguments,
     check_tools,
 )
+from moe_jax.data.preference_answers import (
+    check_answer,
+    check_feedback_label,
+    check_forms,
+    normalized_answer,
+    normalized_pair,
+)
 from moe_jax.data.values import check_text, describe_value
 from moe_jax.errors import DataError
+
+_CHAT_FIELDS = ("system", "tools", "documents", "chat_template_kwargs")
+"""Fields beside messages that go to the chat template."""
 
 FIELDS: dict[Schema, tuple[str, ...]] = {
     "instruction": ("instruction", "input", "output"),
     "completion": ("prompt", "completion"),
-    "chat": ("messages", "system", "tools", "documents", "chat_template_kwargs"),
+    "chat": ("messages", *_CHAT_FIELDS),
     "text": ("text",),
     "classification": ("text", "text_pair", "label"),
+    "preference": ("prompt", "chosen", "rejected", *_CHAT_FIELDS),
+    "feedback": ("prompt", "completion", "label", *_CHAT_FIELDS),
     "task": ("prompt", "completion"),
 }
-# May be missing from a row (an instruction without input, a single text), unless `columns` names
-# the column.
-OPTIONAL = ("input", "text_pair", "system", "tools", "documents", "chat_template_kwargs")
+_OPTIONAL = ("input", "text_pair", *_CHAT_FIELDS)
 # Fields of lists and objects, which a checked row holds as JSON text.
 _NESTED: dict[str, Callable[[Any, str], Any]] = {
     "messages": check_messages,
@@ -42,6 +52,11 @@ _NESTED: dict[str, Callable[[Any, str], Any]] = {
     "documents": check_documents,
     "chat_template_kwargs": check_template_arguments,
 }
+
+
+def is_optional(field: str, schema: Schema) -> bool:
+    """True if the field may be missing from a row, unless `columns` names its column."""
+    return field in _OPTIONAL or (schema == "preference" and field == "prompt")
 
 
 def column_names(source: SourceConfig) -> dict[str, str]:
@@ -72,26 +87,34 @@ def check_row(row: Any, source: SourceConfig, where: str) -> dict[str, str]:
     Raises:
       DataError: a column is missing, null or of the wrong type.
     """
+    assert source.schema is not None
     row = row_columns(row, where)
     names = column_names(source)
-    if source.schema == "chat":
+    has_answers = source.schema in PREFERENCE_SCHEMAS
+    if source.schema == "chat" or has_answers:
         check_chat_columns(row, set(names.values()), where)
-    checked = {}
+    checked, answers = dict[str, str](), dict[str, Any]()
     for field, column in names.items():
-        optional = field in OPTIONAL and (field not in source.columns or not column)
+        may_miss = is_optional(field, source.schema)
+        optional = may_miss and (field not in source.columns or not column)
         if column not in row and not optional:
             raise DataError(
                 f"{where}: no column {column!r} (it has: {', '.join(map(str, row)) or 'none'}); "
                 f"name the column of the {field} in `columns`, or fix the row"
             )
-        value, place = row.get(column), f"{where}: column {column!r}"
-        if field in OPTIONAL and value in (None, "", [], {}):
+        value = row.get(column) if column else None
+        place = f"{where}: column {column!r}"
+        if may_miss and value in (None, "", [], {}) and field != "prompt":
             checked[field] = ""
         elif field in _NESTED:
             nested = _NESTED[field](value, place)
             checked[field] = json.dumps(nested) if nested else ""
         elif field == "label":
-            checked[field] = check_label(value, place)
+            check = check_feedback_label if has_answers else check_label
+            checked[field] = check(value, place)
+        elif has_answers and field not in _CHAT_FIELDS:
+            is_absent = may_miss and value is None
+            answers[field] = None if is_absent else check_answer(value, place)
         elif isinstance(value, list) and value and isinstance(value[0], Mapping):
             raise DataError(
                 f"{place} must be text, got a list of objects; the schema 'chat' reads messages, "
@@ -99,10 +122,26 @@ def check_row(row: Any, source: SourceConfig, where: str) -> dict[str, str]:
             )
         else:
             checked[field] = check_text(value, place)
+    if has_answers:
+        return _with_answers(checked, answers, where)
     if checked.get("system") and json.loads(checked["messages"])[0]["role"] == "system":
         raise DataError(
             f"{where}: column {names['system']!r} and message 1 are both system messages; leave "
             "one out, or set columns.system to '' to read the messages alone"
+        )
+    return checked
+
+
+def _with_answers(checked: dict[str, str], answers: dict[str, Any], where: str) -> dict[str, str]:
+    """A row of preference data, with prompt and answers in one form."""
+    normalize = normalized_pair if "chosen" in answers else normalized_answer
+    checked |= normalize(**answers, where=where)
+    check_forms(checked, _CHAT_FIELDS, where)
+    prompt = json.loads(checked["prompt"])
+    if checked["system"] and prompt[0]["role"] == "system":
+        raise DataError(
+            f"{where}: the column 'system' and the first message are both system messages; leave "
+            "one out"
         )
     return checked
 

@@ -3,8 +3,8 @@
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 
-from moe_jax.config.data import Schema, SourceConfig
-from moe_jax.data.schema import FIELDS, OPTIONAL
+from moe_jax.config.data import PREFERENCE_SCHEMAS, Schema, SourceConfig
+from moe_jax.data.schema import FIELDS, is_optional
 from moe_jax.errors import DataError
 
 TEXT_SCHEMAS: tuple[Schema, ...] = ("instruction", "completion", "chat", "text")
@@ -13,8 +13,11 @@ TEXT_SCHEMAS: tuple[Schema, ...] = ("instruction", "completion", "chat", "text")
 COLUMN_SCHEMAS: tuple[Schema, ...] = (*TEXT_SCHEMAS, "classification")
 """Schemas that columns can tell."""
 
-_OTHER_NAMES = {"messages": "conversations"}
-"""Second usual name of a field's column."""
+_OTHER_NAMES: dict[str, tuple[str, tuple[Schema, ...]]] = {
+    "messages": ("conversations", ("chat",)),
+    "prompt": ("conversations", PREFERENCE_SCHEMAS),
+}
+"""Second usual name of a field's column, and the schemas of which it is."""
 
 
 def choose_schema(
@@ -46,8 +49,14 @@ def choose_schema(
     if fitting:
         names = " and ".join(repr(one.schema) for one in fitting)
         raise DataError(f"{found} fit the schemas {names}; {remedy}")
+    for schema in PREFERENCE_SCHEMAS:
+        if schema not in schemas and _with_columns(replace(source, schema=schema), columns):
+            raise DataError(
+                f"{found} are those of the schema {schema!r}, which an adapter learns from with a "
+                "preference loss; name one in its field `preference`, or with --preference NAME"
+            )
     known = "; ".join(
-        f"{schema}: {', '.join(field for field in FIELDS[schema] if field not in OPTIONAL)}"
+        f"{schema}: {', '.join(f for f in FIELDS[schema] if not is_optional(f, schema))}"
         for schema in schemas
     )
     raise DataError(f"{found} fit no schema ({known}); {remedy}")
@@ -60,9 +69,11 @@ def _with_columns(source: SourceConfig, columns: Sequence[str]) -> SourceConfig 
     if any(field not in fields for field in named):
         return None
     for field in fields:
-        other = _OTHER_NAMES.get(field)
-        if field not in named and field not in columns and other in columns:
-            named[field] = str(other)
-        if named.get(field, field) not in columns and (field in named or field not in OPTIONAL):
+        other, schemas = _OTHER_NAMES.get(field, ("", ()))
+        has_other = source.schema in schemas and other in columns
+        if field not in named and field not in columns and has_other:
+            named[field] = other
+        is_needed = bool(named.get(field)) or not is_optional(field, source.schema)
+        if named.get(field, field) not in columns and is_needed:
             return None
     return replace(source, columns=named)

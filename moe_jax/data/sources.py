@@ -5,18 +5,12 @@ memory-mapped `datasets.Dataset` whose columns are the fields of the schema plus
 and line of a row.
 """
 
-import contextlib
-import errno
 import hashlib
-import json
-import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
-from datasets.config import HF_DATASETS_CACHE
-from datasets.exceptions import DatasetGenerationError
 
 from moe_jax.config.data import Schema, SourceConfig
 from moe_jax.data.files import DataFiles, find_files
@@ -24,19 +18,11 @@ from moe_jax.data.hub import HubAddress, download_files, hub_address
 from moe_jax.data.readers import read_rows
 from moe_jax.data.schema import FIELDS, check_row, column_names, row_columns
 from moe_jax.data.schema_choice import COLUMN_SCHEMAS, choose_schema
+from moe_jax.data.table_cache import cache_key, cached_table, progress_bars
 from moe_jax.data.tokenizer import first_line
 from moe_jax.data.values import without_filled_keys
 from moe_jax.errors import DataError
 from moe_jax.files.hub_log import quiet_retries
-
-TOKEN_CACHE_VERSION = 2
-"""Version of the cached tables, part of every cache key.
-
-Raise it with every change to this package that gives equal data other checked rows, token ids, loss
-masks or labels, or that changes a table's columns: tables in users' caches are then made again.
-Everything else that decides a table's content (data, schema, tokenizer, prompt template, lengths,
-labels, version of `datasets`) is in the key already.
-"""
 
 
 class RowTable(NamedTuple):
@@ -44,14 +30,14 @@ class RowTable(NamedTuple):
 
     Attributes:
       rows: checked rows.
-      key: key of the rows in the cache.
+      key: key of the rows in the cache; None for rows in memory, whose tokens are not kept either.
       files: number of data files, where a path may stand for several; None otherwise.
       skipped: files of the folders that are not read, as in `DataFiles`.
       origin: what the report says in place of the numbers of rows and files; None for those.
     """
 
     rows: datasets.Dataset
-    key: str
+    key: str | None
     files: int | None = None
     skipped: Mapping[str, Sequence[str]] = {}
     origin: str | None = None
@@ -214,15 +200,19 @@ def _read_files(found: DataFiles, source: SourceConfig, cache_dir: str | None) -
         except OSError as error:
             raise DataError(f"{file}: cannot be read ({error.strerror or error})") from error
     key = cache_key(parts, source.schema, column_names(source))
-    with progress_bars(), cache_errors(cache_dir):
-        rows = datasets.Dataset.from_generator(
+
+    def make(folder: Path) -> Any:
+        return datasets.Dataset.from_generator(
             _checked_rows,
             features=_features(source),
-            cache_dir=cache_dir or str(HF_DATASETS_CACHE),
+            cache_dir=str(folder),
             # A tuple, because `datasets` takes lists for shards.
             gen_kwargs={"files": found.files, "source": source},
             fingerprint=key,
         )
+
+    with progress_bars():
+        rows = cached_table(cache_dir, key, make)
     is_file = len(source.paths) == len(found.files) == 1 and not found.skipped
     return RowTable(rows, key, None if is_file else len(found.files), found.skipped)
 
@@ -261,16 +251,20 @@ def _read_hub(address: HubAddress, source: SourceConfig, cache_dir: str | None) 
     # `datasets` keeps downloads in folders named after the content's version.
     files = [file["filename"] for file in raw.cache_files]
     key = cache_key(files, address.dataset, source.split, source.schema, column_names(source))
-    with progress_bars(), cache_errors(cache_dir):
-        rows = raw.map(
+
+    def make(folder: Path) -> datasets.Dataset:
+        return raw.map(
             check_hub_row,
             with_indices=True,
             fn_kwargs={"source": source},
             remove_columns=raw.column_names,
             features=_features(source),
+            cache_file_name=str(folder / "rows.arrow"),
             new_fingerprint=key,
         )
-    return RowTable(rows, key)
+
+    with progress_bars():
+        return RowTable(cached_table(cache_dir, key, make), key)
 
 
 def check_hub_row(row: Any, index: int, source: SourceConfig) -> dict[str, str]:
@@ -318,55 +312,3 @@ def _features(source: SourceConfig) -> datasets.Features:
     assert source.schema is not None
     text = datasets.Value("string")
     return datasets.Features(dict.fromkeys((*FIELDS[source.schema], "where"), text))
-
-
-def cache_key(*parts: Any) -> str:
-    """Cache key of a table made from `parts`, plain data; see `TOKEN_CACHE_VERSION`."""
-    versions = [TOKEN_CACHE_VERSION, datasets.__version__]
-    content = json.dumps([*versions, parts], sort_keys=True, default=str)
-    return hashlib.sha256(content.encode()).hexdigest()[:32]
-
-
-@contextlib.contextmanager
-def progress_bars(show: bool = False) -> Iterator[None]:
-    """Shows the progress bars of `datasets` within this context only if `show`."""
-    hidden_before = datasets.are_progress_bars_disabled()
-    if not show:
-        datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        if not hidden_before:
-            datasets.enable_progress_bars()
-
-
-_ADVICE = {
-    errno.ENOSPC: "free some space there",
-    errno.EDQUOT: "free some space there",
-    errno.EEXIST: "move that file away",
-    errno.ENOTDIR: "move that file away",
-}
-
-
-@contextlib.contextmanager
-def cache_errors(cache_dir: str | None) -> Iterator[None]:
-    """Unwraps a DataError that `datasets` wraps, and names a cache folder that is not writable."""
-    try:
-        yield
-    except (DatasetGenerationError, OSError) as error:
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, DataError | OSError):
-            cause = cause.__cause__
-        if isinstance(cause, DataError):
-            raise cause from None
-        if isinstance(cause, OSError):
-            reason = os.strerror(cause.errno).lower() if cause.errno else first_line(cause)
-            advice = _ADVICE.get(cause.errno or 0, "make that folder writable")
-            setting = "data.cache_dir" + (
-                "" if cache_dir else ", or the environment's HF_DATASETS_CACHE,"
-            )
-            raise DataError(
-                f"cannot keep the tokenised data in {cache_dir or HF_DATASETS_CACHE}: {reason}; "
-                f"{advice}, or set {setting} to another one"
-            ) from error
-        raise

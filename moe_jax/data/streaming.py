@@ -39,7 +39,13 @@ from moe_jax.data.sources import (
     no_rows,
     with_schema,
 )
-from moe_jax.data.tokenised_source import TokenisedSource, tokenise_batch, tokenise_source
+from moe_jax.data.token_table import encode_batch
+from moe_jax.data.tokenised_source import (
+    TokenisedSource,
+    cut_rows,
+    target_mask,
+    tokenise_source,
+)
 from moe_jax.data.tokenizer import first_line
 from moe_jax.errors import DataError, error_prefix
 from moe_jax.files.hub_log import quiet_retries
@@ -201,6 +207,8 @@ def load_streamed_data(
         largest_tokens={sample.name: sample.largest_token for sample in samples},
         source_rows=dict.fromkeys(config.train),
         source_schemas={sample.name: sample.schema for sample in samples},
+        found_tokens=None,
+        examples=None,
     )
 
 
@@ -271,7 +279,7 @@ def _sample(
     if not rows:
         raise no_rows(source.config)
     origin = f"streamed from {source.origin}, of the first {len(rows)} rows"
-    table = RowTable(datasets.Dataset.from_list(rows), name, None, source.skipped, origin)
+    table = RowTable(datasets.Dataset.from_list(rows), None, None, source.skipped, origin)
     return tokenise_source(name, source.config, config, tokenizer, lambda *_: table)
 
 
@@ -282,7 +290,8 @@ def _encoder(
     vocab_size: int,
     say: Callable[[str], None],
 ) -> Encode:
-    said: set[str] = set()
+    assert source.schema is not None
+    schema, said = source.schema, set[str]()
 
     def say_once(row: Row, what: str) -> None:
         if what not in said:
@@ -292,28 +301,34 @@ def _encoder(
     template = load_prompt_template(source.prompt) if source.schema == "instruction" else None
 
     def encode(rows: list[Row]) -> list[TokenSequence]:
-        columns = tokenise_batch(
+        columns = encode_batch(
             {column: [row[column] for row in rows] for column in rows[0]},
             list(range(len(rows))),
             source=source,
             template=template,
             tokenizer=tokenizer,
             config=config,
+            stored=None if source.schema == "text" else config.max_length,
         )
         found = []
-        names = ("tokens", "loss_mask", "row", "truncated")
-        for tokens, mask, row, truncated in zip(*(columns[name] for name in names), strict=True):
-            if not tokens:
-                say_once(rows[row], "is left out, as no target remains")
+        lengths = np.array(columns["length"])
+        for index, start, length, truncated in zip(
+            *cut_rows(lengths, config.max_length, schema), strict=True
+        ):
+            row = rows[columns["row"][index]]
+            ids = np.asarray(columns["tokens"][index][start : start + length], np.int32)
+            is_target = np.asarray(columns["is_target"][index][start : start + length], bool)
+            targets = target_mask(is_target)
+            if not targets.any():
+                say_once(row, "is left out, as no target remains")
                 continue
             if truncated:
-                say_once(rows[row], f"is truncated to {config.max_length} tokens")
-            if max(tokens) >= vocab_size:
+                say_once(row, f"is truncated to {config.max_length} tokens")
+            if ids.max() >= vocab_size:
                 raise DataError(
-                    f"{rows[row]['where']}: holds the token id {max(tokens)}, but the base has "
+                    f"{row['where']}: holds the token id {ids.max()}, but the base has "
                     f"embeddings for {vocab_size} tokens only"
                 )
-            ids, targets = np.asarray(tokens, np.int32), np.asarray(mask, bool)
             found.append(TokenSequence(ids, targets, source.expert_group))
         return found
 

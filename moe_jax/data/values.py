@@ -5,15 +5,14 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from moe_jax import terminal
 from moe_jax.errors import DataError
+from moe_jax.files.json_file import parse_json
 
 
 def describe_value(value: Any) -> str:
-    """Type and beginning of a value, for messages."""
-    if value is None:
-        return "null"
-    text = repr(value)
-    return f"{type(value).__name__} ({text if len(text) <= 40 else text[:37] + '...'})"
+    """Type and beginning of a value of a row, for messages."""
+    return "null" if value is None else terminal.describe_value(value)
 
 
 def check_text(value: Any, where: str) -> str:
@@ -46,8 +45,8 @@ def parse_value(value: Any, kind: type | tuple[type, ...], expected: str, where:
     """
     parsed = value
     if isinstance(value, str):
-        with contextlib.suppress(ValueError, RecursionError):
-            parsed = json.loads(value)
+        with contextlib.suppress(ValueError):
+            parsed = parse_json(value)
     if not isinstance(parsed, kind):
         raise DataError(f"{where} must be {expected}, got {describe_value(value)}")
     try:

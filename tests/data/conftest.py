@@ -2,12 +2,14 @@
 
 import json
 
+import numpy as np
 import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from moe_jax.config.data import DataConfig, SourceConfig
+from moe_jax.data.tokenised_source import tokenise_source
 
 CORPUS = [
     "Carry out the task below.\n\n## Task\nName three colours.\n\n## Answer\nRed, green and blue.",
@@ -147,3 +149,22 @@ def completions(write):
         return SourceConfig(path=write(name, rows), schema="completion", **fields)
 
     return make
+
+
+@pytest.fixture
+def run(data_config, word_tokenizer):
+    """Tokenised rows as (ids, targets), where targets are the ids that the mask marks."""
+
+    def tokenise_rows(source, tokenizer=word_tokenizer, **fields):
+        result = tokenise_source("only", source, data_config(source, **fields), tokenizer)
+        rows = result.sequences(np.arange(len(result.kept)))
+        ids = [row.tokens.tolist() for row in rows]
+        masks = [row.loss_mask.tolist() for row in rows]
+        assert [len(row) for row in ids] == [len(mask) for mask in masks] == list(result.lengths)
+        targets = [
+            [token for token, is_target in zip(row, mask, strict=True) if is_target]
+            for row, mask in zip(ids, masks, strict=True)
+        ]
+        return list(zip(ids, targets, strict=True)), result
+
+    return tokenise_rows

@@ -2,10 +2,12 @@
 
 import datetime
 
+import numpy as np
 import pytest
 
 from moe_jax.data.chat import conversation_spans, lost_fields
 from moe_jax.data.chat_template import ChatTemplate, require_chat_template
+from moe_jax.data.messages import UNTRAINED
 from moe_jax.errors import DataError
 
 TALK = [
@@ -138,7 +140,7 @@ def test_refusal_of_the_template_names_the_row(spans):
 
 def test_tokenizer_without_template(word_tokenizer, byte_tokenizer):
     require_chat_template(byte_tokenizer, "c.json")
-    with pytest.raises(DataError, match=r"^c\.json: schema 'chat' needs a chat template"):
+    with pytest.raises(DataError, match=r"^c\.json: rendering messages needs a chat template"):
         require_chat_template(word_tokenizer, "c.json")
 
 
@@ -334,3 +336,67 @@ def test_named_templates(template, byte_tokenizer, monkeypatch):
     monkeypatch.setattr(byte_tokenizer, "chat_template", named)
     assert template(date="2024-02-09", arguments={"tools": TOOLS}).render(TALK) == "2024 rain"
     assert template(date="2024-02-09").render(TALK) == template().render(TALK)
+
+
+MARKED = (
+    "{% for m in messages %}<|start|>{{ m.role }}\n{% if m.role == 'assistant' %}"
+    "{% generation %}{{ m.content }}<|stop|>{% endgeneration %}{% else %}{{ m.content }}<|stop|>"
+    "{% endif %}{{ '\n' }}{% endfor %}{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+)
+
+
+def test_generation_blocks_are_the_targets(spans):
+    unmarked = spans(TALK)
+    assert spans(TALK, MARKED) == unmarked
+    # A block that leaves the end of the turn out, and begins with the role.
+    odd = MARKED.replace("<|stop|>{% endgeneration %}", "{% endgeneration %}<|stop|>")
+    (found, lacks_end) = spans(TALK[1:3], odd)[0]
+    assert found == [("<|start|>user\nU1<|stop|>\n<|start|>assistant\n", False), ("A1", True)]
+    assert not lacks_end
+
+
+def test_generation_blocks_of_answers_of_weight_0(spans):
+    talk = [{**TALK[2], UNTRAINED: 0} if m is TALK[2] else m for m in TALK]
+    (found, _) = spans(talk, MARKED)[0]
+    assert [target for _, target in found] == [False, None, False, True]
+
+
+def test_generation_blocks_are_those_of_transformers(template, byte_tokenizer):
+    made = template(MARKED)
+    encoded = byte_tokenizer.apply_chat_template(
+        TALK, return_assistant_tokens_mask=True, return_dict=True
+    )
+    (found, _) = conversation_spans(TALK, made)[0]
+    learned = "".join(text for text, target in found if target)
+    ids, mask = np.array(encoded["input_ids"]), np.array(encoded["assistant_masks"])
+    assert byte_tokenizer.decode(ids[mask == 1]) == learned == "A1<|stop|>A2<|stop|>"
+
+
+TWICE = MARKED.replace("{% generation %}", "{% generation %}<{% endgeneration %}>{% generation %}")
+
+
+def test_several_generation_blocks_of_an_answer(spans):
+    (found, _) = spans(TALK, TWICE)[0]
+    assert [text for text, target in found if target] == ["<", "A1<|stop|>", "<", "A2<|stop|>"]
+    talk = [{**TALK[2], UNTRAINED: 0} if m is TALK[2] else m for m in TALK]
+    (found, _) = spans(talk, TWICE)[0]
+    assert [target for _, target in found] == [False, None, False, None, *[False, True] * 2]
+
+
+@pytest.mark.parametrize("weight", [0, 1])
+def test_answers_without_a_generation_block(spans, weight):
+    last_only = MARKED.replace("m.role == 'assistant'", "m.role == 'assistant' and loop.last")
+    talk = [{**TALK[2], UNTRAINED: 0} if m is TALK[2] and not weight else m for m in TALK]
+    with pytest.raises(DataError, match=r"c\.json: row 1: .* 1 generation blocks for 2 answers"):
+        spans(talk, last_only)
+
+
+def test_generation_blocks_of_an_answer_that_holds_tool_calls(spans):
+    calls = [{"type": "function", "function": {"name": "f", "arguments": {}}}]
+    added = MARKED.replace("m.content }}<|stop|>{% endg", "m.content + '' }}<|stop|>{% endg")
+    talk = [TALK[1], {"role": "assistant", "tool_calls": calls}]
+    (found, _) = spans(talk, added)[0]
+    assert found[1] == ("<|stop|>", True)
+    named = added.replace("m.content + ''", "m.content + m.tool_calls[0].function.name")
+    (found, _) = spans(talk, named)[0]
+    assert found[1] == ("f<|stop|>", True)

@@ -253,7 +253,7 @@ def test_validation_is_empty_without_sources_and_names_bad_ones(
 IN_PROCESSES = """
 import sys
 from moe_jax.config.data import DataConfig, SourceConfig
-from moe_jax.data import tokenised_source
+from moe_jax.data import token_table
 from moe_jax.data.pipeline import load_train_data
 from moe_jax.data.tokenizer import load_tokenizer
 from moe_jax.errors import DataError
@@ -267,7 +267,7 @@ def load(source):
     return load_train_data(config, load_tokenizer(folder), 4, 0)
 
 if workers == "0":
-    tokenised_source.encode_examples = None  # the cache has every row
+    token_table.encode_examples = None  # the cache has every row
 data = load(SourceConfig(path=good, schema="completion"))
 print(data.fingerprint, [next(data.iterator).tokens.tolist() for _ in range(5)])
 try:

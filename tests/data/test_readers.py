@@ -6,6 +6,7 @@ import gzip
 import lzma
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -136,10 +137,18 @@ def test_empty_file_has_no_rows(write, name):
         ("a.jsonl", b'{"x": "1"}\n{"x": "\xff"}\n', "a.jsonl: line 2: byte 8 is not UTF-8"),
         ("a.json", b'[{"x": "\xff"}]', "a.json: line 1: byte 9 is not UTF-8"),
         ("a.jsonl", '[{"x": 1}]\n[{"x": 2}]', "a.jsonl: line 2: not valid JSON (Extra data"),
-        ("a.jsonl", '{"x": 1}\n{"x": %s}\n' % ("9" * 5000), "a.jsonl: line 2: cannot be read (V"),
+        (
+            "a.jsonl",
+            '{"x": 1}\n{"x": %s}\n' % ("9" * 5000),
+            "a.jsonl: line 2: cannot be read (an integer has",
+        ),
         ("a.jsonl", "[1]\n" + "[" * 200_000, "a.jsonl: line 2: not valid JSON (Extra data"),
-        ("a.jsonl", '{"x": %s}' % ("[" * 200_000), "a.jsonl: line 1: cannot be read (Recursion"),
-        ("a.json", '[{"x": %s}]' % ("9" * 5000), "a.json: cannot be read (ValueError: Exceeds"),
+        (
+            "a.jsonl",
+            '{"x": %s}' % ("[" * 200_000),
+            "a.jsonl: line 1: cannot be read (nested deeper",
+        ),
+        ("a.json", '[{"x": %s}]' % ("9" * 5000), "a.json: cannot be read (an integer has"),
         ("a.csv", "x,y\n1,2\n3\n", "a.csv: line 3: 1 cells in a row, but the header has 2"),
         ("a.csv", 'x,y\n1,"a\nb"\n3,4,5', "a.csv: line 4: 3 cells in a row, but the header"),
         ("a.csv", "x,y,x\n1,2,3\n", "a.csv: line 1: the header names 'x' twice"),
@@ -187,3 +196,18 @@ def test_file_that_cannot_be_opened(tmp_path):
     (tmp_path / "folder.txt").mkdir()
     with pytest.raises(DataError, match=r"folder\.txt: cannot be read"):
         rows_of(tmp_path / "folder.txt")
+
+
+def test_an_arrow_file_with_a_damaged_offset(tmp_path):
+    """Arrow itself reads beyond its buffers, which ends the process."""
+    table = pa.table({"prompt": ["abc"] * 5})
+    file = tmp_path / "a.arrow"
+    with pa.ipc.new_stream(str(file), table.schema) as writer:
+        writer.write_table(table)
+    content = file.read_bytes()
+    offsets = np.arange(0, 18, 3, dtype=np.int32).tobytes()
+    assert content.count(offsets) == 1
+    file.write_bytes(content.replace(offsets, np.int32([0, 3, 2**30, 9, 12, 15]).tobytes()))
+
+    with pytest.raises(DataError, match=r"a\.arrow: not a readable Arrow file after row 0"):
+        list(read_rows(file))

@@ -62,3 +62,13 @@ def test_columns_that_do_not_tell(columns, named, words):
     assert message.startswith("x.jsonl: line 1: the columns ") and words in message
     assert "`columns`" in message and "--column FIELD=NAME" in message
     assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("columns", "schema"),
+    [("chosen rejected", "preference"), ("prompt chosen rejected id", "preference")],
+)
+def test_columns_of_preference_data(columns, schema):
+    assert choose(columns, (schema,)).schema == schema
+    with pytest.raises(DataError, match=f"those of the schema '{schema}', which an adapter learns"):
+        choose(columns)

@@ -272,7 +272,7 @@ def test_cache_that_cannot_be_written(write):
     with pytest.raises(DataError) as error:
         read_source(source, file)
     assert str(error.value) == (
-        f"cannot keep the tokenised data in {file}: file exists; move that file away, or set "
+        f"cannot keep the tokenised data in {file}: not a directory; move that file away, or set "
         "data.cache_dir to another one"
     )
 

@@ -1,38 +1,16 @@
-"""Token ids, loss masks, truncation and the cache, against counting by hand."""
+"""Token ids, loss masks and truncation, against counting by hand."""
 
 import datetime
-from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from moe_jax.config.data import SourceConfig
-from moe_jax.data import encoding, sources, tokenised_source
+from moe_jax.data import encoding, token_table
 from moe_jax.data import tokenizer as tokenizer_module
 from moe_jax.data.encoding import Example, TextSpan, encode_examples
-from moe_jax.data.tokenised_source import tokenise_source
 from moe_jax.data.tokenizer import encode_prompt
 from moe_jax.errors import DataError
-
-
-@pytest.fixture
-def run(data_config, word_tokenizer):
-    """Tokenised rows as (ids, targets), where targets are the ids that the mask marks."""
-
-    def tokenise_rows(source, tokenizer=word_tokenizer, **fields):
-        result = tokenise_source("only", source, data_config(source, **fields), tokenizer)
-        rows = [result.table[int(i)] for i in result.kept]
-        ids = [row["tokens"].to_pylist()[0] for row in rows]
-        masks = [row["loss_mask"].to_pylist()[0] for row in rows]
-        assert [len(row) for row in ids] == [len(mask) for mask in masks] == list(result.lengths)
-        targets = [
-            [token for token, is_target in zip(row, mask, strict=True) if is_target]
-            for row, mask in zip(ids, masks, strict=True)
-        ]
-        return list(zip(ids, targets, strict=True)), result
-
-    return tokenise_rows
 
 
 # In the word tokenizer <s> is 1, </s> is 2, a is 3, b is 4, c is 5, and so on.
@@ -111,6 +89,17 @@ def test_row_without_target_left_is_dropped_and_reported(run, completions):
     assert rows == [([1, 3, 5], [5])]
     assert "3 rows, 3 truncated to 3 tokens, 2 dropped" in result.report
     assert "rows.jsonl: line 2)" in result.report
+
+
+def test_tokens_are_found_where_they_are_not_cut_off(run, completions, write):
+    source = completions([("z y x w", "v"), ("a", "b c d"), ("", "e"), ("f", "g")])
+    _, result = run(source, max_length=4)  # <s> a b c, <s> e </s>, <s> f g </s>
+    assert result.found_tokens([2, 5, 6, 9, 28, 99]) == {2, 5, 9}
+    _, result = run(source)
+    assert result.found_tokens([2, 5, 6, 9, 28, 99]) == {2, 5, 6, 9, 28}
+    source = SourceConfig(path=write("a.txt", "a b c d e f\n\ng h"), schema="text")
+    _, result = run(source, max_length=3)
+    assert result.found_tokens(range(30)) == set(range(1, 11))
 
 
 def test_all_rows_dropped_is_an_error(run, completions):
@@ -217,6 +206,7 @@ def test_encoded_text_grows_with_the_length_and_ends_with_it(
 ):
     if template is not None:  # without an end of turn
         monkeypatch.setattr(byte_tokenizer, "chat_template", template)
+    monkeypatch.setattr(token_table, "STORED_LENGTH", 64)
     totals = []
     for answers in (20, 80):
         talk = conversation(answers)
@@ -268,37 +258,11 @@ def test_report_counts_what_is_lost_of_conversations(run, write, byte_tokenizer)
     assert len(found) == 4
     for part in (
         "only: 5 rows, ",
-        f"1 dropped without a remaining target (first: {path}: line 5)",
         f"2 with tools that the chat template leaves out (first: {path}: line 2)",
         f"2 with a blank answer (first: {path}: line 3)",
-        f"1 with answers of weight 0 only (first: {path}: line 5)",
+        f"1 with answers of weight 0 only, left out (first: {path}: line 5)",
     ):
         assert part in result.report
-
-
-def test_data_of_a_template_with_a_date_is_the_same_every_day(
-    run, write, byte_tokenizer, monkeypatch, calls
-):
-    undated = byte_tokenizer.chat_template
-    dated = "{{ strftime_now('%d %b %Y') }} {{ tools[0].function.name }}" + undated
-    monkeypatch.setattr(byte_tokenizer, "chat_template", dated)
-    talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    rows = [{"messages": talk, "tools": [{"name": "f"}]}]
-    source = SourceConfig(path=write("c.jsonl", rows), schema="chat")
-    ((ids, _),), first = run(source, byte_tokenizer)
-    assert byte_tokenizer.decode(ids).startswith("26 Jul 2024 f<|start|>")
-    assert "the chat template's date is 2024-07-26 (data.date)" in first.report
-    ((ids, _),), other = run(source, byte_tokenizer, date="2023-01-02")
-    assert byte_tokenizer.decode(ids).startswith("02 Jan 2023 f<|start|>")
-    assert other.digest != first.digest
-    assert calls == [1, 1]
-    # Without a date in the template it changes nothing, not even the cache.
-    monkeypatch.setattr(byte_tokenizer, "chat_template", undated)
-    _, first = run(source, byte_tokenizer)
-    _, other = run(source, byte_tokenizer, date="2023-01-02")
-    assert (other.digest, other.report) == (first.digest, first.report)
-    assert "data.date" not in first.report
-    assert calls == [1, 1, 1]
 
 
 PAIRS = [
@@ -342,94 +306,6 @@ def test_pairs_do_fuse_across_the_boundary(byte_tokenizer, metaspace_tokenizer):
     assert min(fused.values()) >= 1
 
 
-@pytest.fixture
-def calls(monkeypatch):
-    """Counts the batches that are tokenised, not read from the cache."""
-    counted = []
-    original = tokenised_source.encode_examples
-    monkeypatch.setattr(
-        tokenised_source,
-        "encode_examples",
-        lambda *arguments: counted.append(len(arguments[0])) or original(*arguments),
-    )
-    return counted
-
-
-def test_second_call_is_served_from_the_cache(run, completions, calls):
-    source = completions([("a", "b"), ("c", "d")])
-    first, result = run(source)
-    second, again = run(source)
-    assert calls == [2]
-    assert first == second
-    assert (again.report, again.digest) == (result.report, result.digest)
-
-
-def test_tables_are_made_again_for_another_version_data_or_tokenizer_alone(
-    run, completions, calls, monkeypatch, tmp_path, word_tokenizer
-):
-    source = completions([("a", "b"), ("c", "d")])
-    run(source)
-    assert calls == [2]
-
-    with monkeypatch.context() as unreadable:  # a key does not depend on the package's own files
-        unreadable.setattr(Path, "read_text", None)
-        unreadable.setattr(Path, "read_bytes", None)
-        run(replace(source, weight=2.0, expert_group=1))
-        run(source, sort_window=1, buckets=(8,), packing="first_fit", num_workers=1)
-    assert calls == [2]
-
-    for module, name, value in [
-        (sources, "TOKEN_CACHE_VERSION", sources.TOKEN_CACHE_VERSION + 1),
-        # The modules that the code sees: another test may have imported a library again.
-        (sources.datasets, "__version__", "99"),
-        (tokenizer_module.transformers, "__version__", "99"),
-        (tokenizer_module.tokenizers, "__version__", "99"),
-    ]:
-        with monkeypatch.context() as other:
-            other.setattr(module, name, value)
-            run(source)
-            assert calls == [2, 2], name
-            calls.pop()
-    run(source)
-    assert calls == [2]
-
-    word_tokenizer.save_pretrained(tmp_path / "other")
-    tokenizer = type(word_tokenizer).from_pretrained(tmp_path / "other")
-    tokenizer.add_tokens(["new"])
-    run(source, tokenizer)
-    assert calls == [2, 2]
-    run(completions([("a", "b"), ("c", "e")]))
-    assert calls == [2, 2, 2]
-
-
-def test_every_input_of_the_tokens_changes_the_cache(run, write, calls, tmp_path, word_tokenizer):
-    row = {"instruction": "b", "input": "", "output": "c", "other": "d"}
-    path = write("d.jsonl", [row])
-    template = write("t.txt", "a {instruction}")
-    source = {"path": path, "schema": "instruction", "prompt": template}
-    rows, _ = run(SourceConfig(**source))
-    assert rows == [([1, 3, 4, 5, 2], [5, 2])]
-
-    rows, _ = run(SourceConfig(**source, columns={"output": "other"}))
-    assert rows == [([1, 3, 4, 6, 2], [6, 2])]
-    rows, _ = run(SourceConfig(**source), max_length=4)
-    assert rows == [([1, 3, 4, 5], [5])]
-    rows, _ = run(SourceConfig(**source), train_on_prompt=True)
-    assert rows == [([1, 3, 4, 5, 2], [3, 4, 5, 2])]
-    word_tokenizer.save_pretrained(tmp_path / "other")
-    other = type(word_tokenizer).from_pretrained(tmp_path / "other")
-    other.eos_token = "z"
-    rows, _ = run(SourceConfig(**source), other)
-    assert rows == [([1, 3, 4, 5, 28], [5, 28])]
-    write("t.txt", "z {instruction}")
-    rows, _ = run(SourceConfig(**source))
-    assert rows == [([1, 28, 4, 5, 2], [5, 2])]
-    write("d.jsonl", [{**row, "instruction": "e"}])
-    rows, _ = run(SourceConfig(**source))
-    assert rows == [([1, 28, 7, 5, 2], [5, 2])]
-    assert len(calls) == 7
-
-
 def test_dates_stay_text(run, write, byte_tokenizer):
     day = datetime.date(2020, 1, 1).isoformat()
     path = write("d.jsonl", [{"prompt": day, "completion": day}])
@@ -453,5 +329,6 @@ def test_problems_of_template_and_tokenizer_come_before_the_data(run, word_token
 def test_tokenizer_needs_no_pad_token(run, completions, word_tokenizer):
     assert word_tokenizer.pad_token is None
     _, result = run(completions([("a", "b")]))
-    assert result.table[0]["tokens"].to_pylist() == [[1, 3, 4, 2]]
+    (row,) = result.sequences(np.array([0]))
+    assert row.tokens.tolist() == [1, 3, 4, 2]
     assert np.array_equal(result.lengths, [4])

@@ -1,6 +1,9 @@
 """The training step.
 
     step.py            training step, evaluation of the loss, scores of a classifier
+    forward.py         the model applied to a batch
+    preference_loss.py losses and metrics of preference training
+    frozen_pass.py     scores of answers by references, without gradients
     loss.py            losses of language models and of classification heads
     optimizer.py       optimizers and learning rates of the adapters, loss scaling for float16
     router_metrics.py  metrics of the routers

@@ -12,12 +12,12 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from moe_jax.adapters.method import AdapterMethod
 from moe_jax.adapters.rows import AdapterRows, divide_rows
 from moe_jax.config.model import ModelConfig
 from moe_jax.config.parse import located
 from moe_jax.config.run import RunConfig
 from moe_jax.data.batch import Batch
-from moe_jax.errors import ConfigError
 from moe_jax.layers.frozen import check_storage, storage_of
 from moe_jax.layers.names import ADAPTERS, PARAMS
 from moe_jax.models.adapted import (
@@ -28,14 +28,21 @@ from moe_jax.models.adapted import (
     untrained_adapter,
 )
 from moe_jax.models.causal_lm import LlamaForCausalLM
-from moe_jax.sharding.mesh import make_mesh, require_platform
+from moe_jax.sharding.mesh import make_mesh
+from moe_jax.sharding.platform import require_platform
 from moe_jax.sharding.rules import BATCH_SPEC, num_row_shards, shardings_of
 from moe_jax.training.step import step
+from moe_jax.training.step.compiler_options import compiler_options
 from moe_jax.training.step.micro_batches import require_single_sequences, split_into_micro_batches
 from moe_jax.training.step.optimizer import (
     build_optimizer,
     initial_loss_scale,
     learning_rate_schedule,
+)
+from moe_jax.training.step.program_checks import (
+    require_divisible_rows,
+    require_fitting_methods,
+    require_fusible_experts,
 )
 from moe_jax.training.step.state import TrainState, state_shardings
 
@@ -46,6 +53,7 @@ BATCH_TYPES = Batch(
     positions=jnp.int32,
     expert_groups=jnp.int32,
     labels=jnp.float32,
+    reference_log_probs=jnp.float32,
 )
 
 
@@ -168,6 +176,21 @@ class Program:
         """
         return self._evaluate(step.score_step, name, adapters, params, batch)
 
+    def answer_step(
+        self, method: AdapterMethod | None, tree: Any, params: Any, batch: Batch
+    ) -> tuple[jax.Array, jax.Array]:
+        """Log-probability and number of tokens of each row's answer; see `step.answer_step`.
+
+        Args:
+          method: method of the adapter of all rows; None for the base model.
+          tree: weights of the adapter; not read for the base.
+          params: the frozen base.
+          batch: batch from `put_eval_batch`.
+        """
+        model = self.llama.with_rows(single_adapter(method, batch.tokens.shape[0]))
+        trees = {} if method is None else {SINGLE: tree}
+        return self.llama.jit(step.answer_step, model, replicate=True)(trees, params, batch)
+
     def put_train_batch(self, batch: Batch) -> Batch:
         """Splits a batch of NumPy arrays [B, S] into micro-batches, as global arrays [M, b, S].
 
@@ -253,7 +276,12 @@ class Program:
         model = self.model.clone(adapter_rows=self.micro_rows)
         seed = self.config.training.seed
         function = functools.partial(
-            step.train_step, model, self.optimizer, seed, packed=self.packed
+            step.train_step,
+            model,
+            self.optimizer,
+            seed,
+            packed=self.packed,
+            preferences=self.config.preferences,
         )
         batch_sharding = NamedSharding(self.mesh, PartitionSpec(None, *BATCH_SPEC))
         return jax.jit(
@@ -261,6 +289,7 @@ class Program:
             in_shardings=(self.state_shardings, self.param_shardings, batch_sharding),
             out_shardings=(self.state_shardings, NamedSharding(self.mesh, PartitionSpec())),
             donate_argnums=0,
+            compiler_options=compiler_options(self.mesh.devices.flat[0]),
         )
 
 
@@ -280,13 +309,14 @@ def build_program(
       devices: devices of the mesh, which may be abstract; by default all of all processes.
 
     Raises:
-      DeviceError: the devices do not fit the mesh or the attention, or the mesh does not fit the
+      DeviceError: the devices do not fit the mesh or the kernels, or the mesh does not fit the
         model.
       ConfigError: a batch does not divide over the mesh, or the settings cannot compute the model.
     """
     require_platform(config.compute, devices)
     mesh = make_mesh(config.mesh, devices)
     require_fitting_methods(config, model_config)
+    require_fusible_experts(config, mesh)
     require_divisible_rows(config, mesh)
     with located("config.compute"):
         config.compute.check_model(model_config)
@@ -352,9 +382,15 @@ def _new_state(
         scale = config.training.initial_loss_scale
         scales = {name: initial_loss_scale(scale) for name in adapters}
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
+    references = {
+        name: adapters[name]
+        for name, preference in config.preferences.items()
+        if preference.step_reference == "start"
+    }
     return TrainState(
         step=jnp.int32(0),
         adapters=adapters,
+        references=references,
         opt_state=optimizer.init({PARAMS: shapes, ADAPTERS: adapters}),
         loss_scale=scales,
     )
@@ -363,22 +399,3 @@ def _new_state(
 def _keys(config: RunConfig) -> dict[str, jax.Array]:
     """Random key of each adapter's initialization."""
     return {name: jax.random.key(config.seed(name)) for name in config.adapters}
-
-
-def require_fitting_methods(config: RunConfig, model: ModelConfig) -> None:
-    """Raises `ConfigError` if an adapter's method is invalid for the model, e.g. for its depth."""
-    for name, adapter in config.adapters.items():
-        with located(f"config.adapters.{name}.method"):
-            adapter.method.check_model(model)
-
-
-def require_divisible_rows(config: RunConfig, mesh: Mesh) -> None:
-    """Raises `ConfigError` if an adapter's rows do not divide evenly over the devices."""
-    shards, micro = num_row_shards(mesh), config.training.micro_batches
-    for name, adapter in config.adapters.items():
-        if adapter.batch_size // micro % shards:
-            raise ConfigError(
-                f"config.adapters.{name}.batch_size: a micro-batch of "
-                f"{adapter.batch_size // micro} rows does not divide over {shards} devices "
-                f"(mesh data x fsdp); make it a multiple of {shards * micro}"
-            )

@@ -19,12 +19,15 @@ class TrainState:
       adapters: `{name: tree}`, float32.
       opt_state: state of `build_optimizer`'s transform.
       loss_scale: `{name: LossScale}`; empty unless computing in float16.
+      references: adapters that are the references of others in each step, by the adapter that
+        learns; they do not change.
     """
 
     step: jax.Array
     adapters: dict[str, Any]
     opt_state: Any
     loss_scale: dict[str, LossScale]
+    references: dict[str, Any] = flax.struct.field(default_factory=dict)
 
 
 def state_shardings(abstract_state: TrainState, adapter_shardings: Any, mesh: Mesh) -> TrainState:
