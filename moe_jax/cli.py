@@ -17,6 +17,7 @@ from moe_jax.commands import (
     evaluate,
     generate,
     inspect,
+    serve,
     surgery,
     train,
     verify,
@@ -25,12 +26,14 @@ from moe_jax.commands.arguments import naming_flags
 from moe_jax.config.command_line import split_overrides
 from moe_jax.config.parse import suggest
 from moe_jax.errors import UserError, report
+from moe_jax.terminal import shortened, shown
 from moe_jax.version import __version__
 
 COMMANDS: dict[str, Callable[[argparse.ArgumentParser], Run]] = {
     "train": train.add_train,
     "plan": train.add_plan,
     "generate": generate.add,
+    "serve": serve.add,
     "show": describe.add_show,
     "export": adapter_formats.add_export,
     "import": adapter_formats.add_import,
@@ -49,13 +52,18 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Prints the message and exits with status 2."""
-        self.exit(2, f"error: {message} (see {self.prog} --help)\n")
+        self.exit(2, shown(f"error: {shortened(message)} (see {self.prog} --help)\n"))
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Refuses unknown arguments here, where the flags of the subcommand are known."""
         parsed, unknown = super().parse_known_args(args, namespace)
         if unknown:
             flag = unknown[0].partition("=")[0]
+            if flag == "--distributed":
+                self.error(
+                    "--distributed goes with `moe-jax train` only: other commands run in one "
+                    "process, on its own devices"
+                )
             if not flag.startswith("-"):
                 self.error(f"unexpected argument {flag!r}; values follow a flag: --flag VALUE")
             self.error(f"unknown flag {flag}; {suggest(flag, self._option_string_actions)}")
@@ -66,8 +74,8 @@ def main(arguments: list[str] | None = None, *, own_process: bool = False) -> in
     """Runs a subcommand and returns the exit status.
 
     The status is 0 on success, 2 for invalid input (one line on stderr), 130 after Ctrl-C and 143
-    after SIGTERM (unfinished output is removed; a training run saves its state), and 141 if the
-    reader of the output, such as `head`, has closed it.
+    after SIGTERM (unfinished output is removed; a training run saves its state once it has made a
+    step), and 141 if the reader of the output, such as `head`, has closed it.
 
     Args:
       arguments: arguments of the command line; None takes those of the process.
@@ -95,7 +103,7 @@ def main(arguments: list[str] | None = None, *, own_process: bool = False) -> in
             from moe_jax.commands.process import set_up_process  # imports jax
 
             set_up_process()
-        with _signals_unwind(), naming_flags(chosen):
+        with _signals_unwind(own_process), naming_flags(chosen):
             status = chosen.run(chosen)
         sys.stdout.flush()
     except UserError as error:
@@ -112,10 +120,11 @@ def main(arguments: list[str] | None = None, *, own_process: bool = False) -> in
 
 
 @contextlib.contextmanager
-def _signals_unwind() -> Iterator[None]:
+def _signals_unwind(own_process: bool) -> Iterator[None]:
     """Makes SIGINT raise `KeyboardInterrupt` and SIGTERM `SystemExit`, so that commands clean up.
 
-    Has no effect outside the main thread, where Python cannot handle signals.
+    A second signal ends the process. Has no effect outside the main thread, where Python cannot
+    handle signals.
     """
 
     def stop(number: int, frame: FrameType | None) -> None:
@@ -123,17 +132,22 @@ def _signals_unwind() -> Iterator[None]:
             # Python drops an exception that is raised in jax's callback of the garbage collector.
             threading.Timer(0.05, signal.raise_signal, [number]).start()
             return
+        for each in former:  # also a second signal while this process cleans up
+            signal.signal(each, signal.SIG_DFL)
         raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
 
+    former: dict[signal.Signals, Any] = {}
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    former = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        former[number] = signal.signal(number, stop)
     try:
         yield
     finally:
-        for number, handler in former.items():
-            signal.signal(number, handler)
+        if not own_process:
+            for number, handler in former.items():
+                signal.signal(number, handler)
 
 
 if __name__ == "__main__":

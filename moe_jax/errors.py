@@ -9,9 +9,14 @@ import contextlib
 import sys
 from collections.abc import Iterator
 
+from moe_jax.terminal import print_shown, shortened
+
 
 class UserError(Exception):
-    """An input of the user is invalid."""
+    """An input of the user is invalid. The middle of a very long message is left out."""
+
+    def __str__(self) -> str:
+        return shortened(super().__str__())
 
 
 class ConfigError(UserError):
@@ -36,7 +41,7 @@ class TrainingError(UserError):
 
 def report(error: UserError) -> int:
     """Prints the error as one line on stderr; returns the exit status."""
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    print_shown(f"error: {' '.join(str(error).split())}", file=sys.stderr)
     return 2
 
 

@@ -37,6 +37,7 @@ from moe_jax.loaded.inference_model import Adapter
 from moe_jax.loaded.run_adapters import resolve_adapter
 from moe_jax.models.adapted import SINGLE, CompiledLlama, apply, single_adapter, untrained_adapter
 from moe_jax.models.causal_lm import LlamaForCausalLM
+from moe_jax.processes.agreement import require_one_process
 from moe_jax.training.run import loop
 from moe_jax.training.run.completion import TrainResult
 
@@ -70,10 +71,12 @@ def load_base(
 
     Raises:
       CheckpointError: the checkpoint is missing or damaged, or its architecture is not supported.
+      ConfigError: this process is one of several.
     """
+    require_one_process()
     base = open_base(path, revision)
     params = load_base_params(base.folder, base.config, dtype)
-    return Base(base.folder, base.identity, base.config, params, base.unread, dtype)
+    return Base(**{**vars(base), "params": params}, param_dtype=dtype)
 
 
 class AdaptedModel:

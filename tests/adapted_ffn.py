@@ -20,7 +20,8 @@ from moe_jax.adapters.tree import MOE, split_by_adapter, to_collection
 from moe_jax.config.model import ComputeConfig
 from moe_jax.config.parse import parse_member
 from moe_jax.layers.frozen import storage_of
-from moe_jax.models.decoder import GatedMLP, LayerSettings
+from moe_jax.models.decoder import GatedMLP
+from moe_jax.models.layer_inputs import LayerSettings
 
 NAME = "x"
 TARGETS = ("gate_proj", "up_proj", "down_proj")

@@ -262,7 +262,7 @@ def assert_equals_recorded_figures(name: str, method: AdapterMethod, coefficient
         ones = real.astype(np.int32)
         positions = np.where(real, np.arange(real.shape[1]), 0).astype(np.int32)
         zeros = np.zeros_like(ones)
-        batch = Batch(case[f"{part}/tokens"], real, ones, positions, zeros, zeros)
+        batch = Batch(case[f"{part}/tokens"], real, ones, positions, *[zeros] * 3)
         gradient, (logits, loss, aux_loss) = run(adapter, params, batch)
         expected = case[f"{part}/logits"]
         np.testing.assert_allclose(logits[real], expected[real], rtol=0, atol=FLOAT32_LOGITS)

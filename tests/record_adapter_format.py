@@ -19,8 +19,9 @@ import jax.numpy as jnp
 from moe_jax.adapters import METHODS
 from moe_jax.checkpoints.adapter_files import FORMAT_VERSION, SavedAdapter, save_adapter
 from moe_jax.checkpoints.leaves import LeafSpec, nested_dict
-from moe_jax.config.model import ModelConfig, RopeConfig
+from moe_jax.config.model import ModelConfig
 from moe_jax.config.parse import parse_member, to_plain
+from moe_jax.config.rope import RopeConfig
 from moe_jax.hf.base_model import BaseIdentity
 from moe_jax.loaded.adapter_base import expected_leaves
 

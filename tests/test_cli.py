@@ -11,6 +11,7 @@ from typing import get_args
 import pytest
 from foreign_adapters import LORA, MIXLORA, random_adapter, require_same_bits
 from hf_models import save_tiny_llama
+from tiny_run import fork_server
 
 import moe_jax
 from moe_jax.adapters.routing.router import ROUTERS
@@ -74,6 +75,26 @@ def test_a_signal_leaves_no_files(folder, tmp_path, capsys, monkeypatch, number,
     assert capsys.readouterr().err == size + words
     assert list(tmp_path.iterdir()) == []
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_second_signal_ends_the_process_while_it_cleans_up():
+    process = fork_server().Process(target=_interrupted_twice)
+    process.start()
+    process.join(60)
+    assert process.exitcode == -signal.SIGINT
+
+
+def _interrupted_twice():
+    def run(_):
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(600)
+        finally:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(600)
+
+    COMMANDS["show"] = lambda _: run
+    main(["show"], own_process=True)
 
 
 def test_a_signal_in_a_callback_of_the_garbage_collector_stops_too(monkeypatch):

@@ -3,7 +3,10 @@
 import os
 
 import jax
+import jax.numpy as jnp
 import pytest
+import xxhash
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 from moe_jax.commands import process
 from moe_jax.commands.process import default_folder, keep_compiled_programs, prune
@@ -23,9 +26,11 @@ def clean(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     former = {name: jax.config.values[name] for name in SETTINGS}
     jax.config.update("jax_enable_compilation_cache", True)
+    monkeypatch.setattr(process.compilation_cache, "get_file_cache", None)
     yield
     for name, value in former.items():
         jax.config.update(name, value)
+    reset_cache()
 
 
 def settings():
@@ -89,3 +94,31 @@ def test_the_oldest_programs_are_removed(tmp_path):
         "old-cache",
         "oldest-but-not-ours",
     ]
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "empty"])
+def test_a_damaged_program_is_replaced(damage, monkeypatch, recwarn):
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    keep_compiled_programs()
+    reset_cache()
+
+    def run():
+        jax.clear_caches()
+        return float(jax.jit(lambda x: jnp.sin(x) * 3)(jnp.float32(2.0)))
+
+    expected = run()
+    entries = {file: file.read_bytes() for file in default_folder().glob("*-cache")}
+    assert entries
+    for file, content in entries.items():
+        middle = len(content) // 2
+        flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+        file.write_bytes({"flip": flipped, "cut": content[:middle], "empty": b""}[damage])
+
+    assert run() == expected
+    for file in entries:
+        content = file.read_bytes()
+        assert xxhash.xxh3_128_digest(content[:-16]) == content[-16:], file
+    monkeypatch.setattr(process._CheckedCache, "put", None)  # would warn
+    assert run() == expected
+    assert not [warning for warning in recwarn if "cache" in str(warning.message)]

@@ -2,20 +2,21 @@
 
 import os
 import runpy
-import socket
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
 from pathlib import Path
 
-import numpy as np
 import pytest
-from tiny_run import final_adapter, fork_server, metric_lines, write_inputs
-from tolerances import GRADIENT_ROUNDING
+from tiny_run import fork_server, write_inputs
 from xla_flags import xla_flags
 
+from moe_jax.cli import main
 from moe_jax.config.command_line import load_config_file
+from moe_jax.training.run import start_up
 
 TRAIN = Path(__file__).parents[1] / "train.py"
 
@@ -93,6 +94,8 @@ def only_line(status, err):
         (["--confg=CONFIG"], "unknown flag --confg; did you mean '--config'?"),
         (["CONFIG", "--workdir=w"], "unexpected argument"),
         (["--config=CONFIG", "--workdir=w", "--devices=8"], "--devices goes with a plan only"),
+        (["--config=CONFIG", "--compile-for=h200"], "--compile-for goes with a plan only; add"),
+        (["--config=CONFIG", "--plan", "--compile-for=h20"], "--compile-for: no chip is called"),
         (["--config=CONFIG", "--plan", "--devices=0"], "devices"),
         (
             ["--config=CONFIG", "--workdir=w", "--config.adapters.default.method.rnk=8"],
@@ -205,8 +208,8 @@ def test_a_damaged_state_leaves_no_traceback(inputs, tmp_path):
         file.write_bytes(file.read_bytes()[:100])
     status, _, err = finish(start(*command, *short))
     error = only_line(status, err)
-    assert "checkpoints/3/adapters is damaged" in error
-    assert "to resume from the start" in error
+    assert "checkpoints/3 is damaged (adapters/ocdbt.process_0/d/" in error
+    assert "and no earlier state is intact; copy it from a backup, or delete" in error
 
 
 def test_ctrl_c_saves(inputs, tmp_path):
@@ -219,32 +222,26 @@ def test_ctrl_c_saves(inputs, tmp_path):
     process.send_signal(2)
     status, out, err = finish(process)
     assert status == 130
-    assert "SIGINT: saving after this step" in err
+    assert "SIGINT: stopping after this step" in err
     assert "run the same command to resume" in out
 
 
-def test_two_processes_are_one_run(inputs, tmp_path):
-    short = [
-        "--config.training.steps=4",
-        "--config.training.log_every=1",
-        "--config.adapters.default.data.buckets=()",
-        "--config.adapters.default.optimizer.name=sgd",
-        "--config.adapters.default.optimizer.learning_rate=0.1",
-    ]
-    alone = start(f"--config={inputs}", f"--workdir={tmp_path / 'one'}", *short, devices=2)
-    status, _, err = finish(alone)
-    assert status == 0, err
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        address = f"localhost:{probe.getsockname()[1]}"
-    together = [f"--config={inputs}", f"--workdir={tmp_path / 'two'}", *short, "--distributed"]
-    together += [f"--coordinator={address}", "--num_processes=2"]
-    processes = [start(*together, f"--process_id={i}") for i in range(2)]
-    results = [finish(process) for process in processes]
-    assert [status for status, _, _ in results] == [0, 0], results
-    assert "2 x cpu (data 2, fsdp 1, tensor 1)" in results[0][1]
-    assert "loss" not in results[1][1], "only the first process speaks"
-    assert len(metric_lines(tmp_path / "two")) == len(metric_lines(tmp_path / "one"))
-    expected, actual = final_adapter(tmp_path / "one"), final_adapter(tmp_path / "two")
-    for path, leaf in expected.items():
-        np.testing.assert_allclose(actual[path], leaf, **GRADIENT_ROUNDING, err_msg=path)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_before_the_first_step_says_that_nothing_is_saved(
+    inputs, tmp_path, monkeypatch, capsys, number
+):
+    def signalled(*_):  # while the step compiles
+        os.kill(os.getpid(), number)
+        time.sleep(60)
+
+    monkeypatch.setattr(start_up, "start_up_table", signalled)
+    arguments = ["train", f"--config={inputs}", f"--workdir={tmp_path / 'run'}"]
+    if number == signal.SIGTERM:
+        with pytest.raises(SystemExit) as caught:
+            main(arguments)
+        assert caught.value.code == 143
+    else:
+        assert main(arguments) == 130
+    out = capsys.readouterr().out
+    assert out.endswith("stopped before a step was made; nothing is saved\n")
+    assert not (tmp_path / "run").exists()

@@ -8,7 +8,9 @@ import numpy as np
 
 from moe_jax.adapters import METHODS
 from moe_jax.adapters.method import AdapterContext, FrozenFFN, FrozenProjection
-from moe_jax.config.model import ModelConfig, RopeConfig
+from moe_jax.config.model import ModelConfig
+from moe_jax.config.preference import PREFERENCES
+from moe_jax.config.rope import RopeConfig
 from moe_jax.config.run import parse_run_config
 from moe_jax.data.batch import Batch
 from moe_jax.training.step.program import Program, build_program
@@ -68,16 +70,25 @@ def program(
     param_dtype: str = "float32",
     total_steps: int = 10,
     packing: str = "none",
+    preferences: dict[str, dict[str, Any]] | None = None,
 ) -> Program:
     """A program with `rows` rows for each adapter of `methods`; on one device by default.
 
-    A mesh is of the first `devices` devices, or of all.
+    A mesh is of the first `devices` devices, or of all. `preferences` are the preference losses of
+    some of the adapters.
     """
+    preferences = preferences or {}
     source = {"path": "unused", "schema": "text"}
     # Two groups of data, as LoRAMoE's balance wants them.
     train = {"unused": source, "of_group_1": {**source, "expert_group": 1}}
-    labelled = {name: {**each, "schema": "classification"} for name, each in train.items()}
     data = {"max_length": 16, "packing": packing}
+
+    def sources(name: str) -> dict[str, Any]:
+        schema = "classification" if "classification" in methods[name] else "text"
+        if name in preferences:
+            schema = PREFERENCES[preferences[name]["name"]].schema
+        return {key: {**each, "schema": schema} for key, each in train.items()}
+
     raw = {
         "base": {"path": "unused", "param_dtype": param_dtype},
         # What is computed again is compiled again; tests of rematerialisation say what they want.
@@ -87,9 +98,13 @@ def program(
         "adapters": {
             name: {
                 "method": method,
-                "data": {"train": labelled if "classification" in method else train, **data},
+                "data": {"train": sources(name), **data},
                 "optimizer": optimizer,
                 "batch_size": rows,
+                "preference": preferences.get(name),
+                "start_from": "unused"
+                if preferences.get(name, {}).get("reference") == "start"
+                else None,
             }
             for name, method in methods.items()
         },
@@ -139,6 +154,7 @@ def random_batch(rows: int, length: int = 16, vocab: int = 96, seed: int = 2) ->
         positions=np.where(real, index, 0).astype(np.int32),
         expert_groups=(groups * real).astype(np.int32),
         labels=np.zeros(real.shape, np.float32),
+        reference_log_probs=np.zeros(real.shape, np.float32),
     )
 
 
@@ -147,9 +163,10 @@ def logits_head(model: Any, hidden: jax.Array, batch: Batch) -> jax.Array:
     return model.logits(hidden)
 
 
-def adapter_context(token_mask: Any) -> AdapterContext:
+def adapter_context(token_mask: Any, dropout_key: jax.Array | None = None) -> AdapterContext:
     """Context of the only layer of a model with one layer."""
-    return AdapterContext(jnp.asarray(token_mask), jnp.int32(0), num_layers=1)
+    mask = jnp.asarray(token_mask)
+    return AdapterContext(mask, jnp.int32(0), num_layers=1, dropout_key=dropout_key)
 
 
 def frozen_ffn(gate: Any, up: Any, width: int) -> FrozenFFN:

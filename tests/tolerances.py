@@ -22,6 +22,14 @@ GRADIENT_ROUNDING = {"rtol": 1e-4, "atol": 1e-6}
 # six of the bits that float32 has.
 GRADIENT_OF_LARGEST = 2**-18
 
+# Relative to the largest: the delta rule in chunks against a loop over tokens. Its decays are
+# differences of float32 sums over a chunk.
+DELTA_RULE_OF_LARGEST = 2**-16
+
+# Relative to the largest gradient of a leaf: a model with linear attention against transformers'
+# in float32. Queries and keys of unit length, made of small numbers, magnify rounding.
+DELTA_NET_GRADIENT_OF_LARGEST = 2**-13
+
 # A float64 oracle against float64 code.
 FLOAT64_ROUNDING = {"rtol": 1e-10, "atol": 1e-12}
 

@@ -6,7 +6,7 @@ PICTURES = {"loss.png": b"\x89PNG of losses", "experts.png": b"\x89PNG of expert
 
 
 def example_record() -> TrainingRecord:
-    """Record with a value in every field, as in `data/adapter_format/training_record_3.json`."""
+    """Record with a value in every field, as in `data/adapter_format/training_record_5.json`."""
     words = DataSet(
         path="/home/someone/data/words.jsonl",
         on_hub=False,
@@ -44,6 +44,7 @@ def example_record() -> TrainingRecord:
         base={"path": "some/base", "revision": "main", "param_dtype": "bfloat16"},
         compute_dtype="float32",
         optimizer={"name": "adamw", "learning_rate": 0.001, "schedule": {"kind": "cosine"}},
+        preference={"name": "dpo", "beta": 0.1},
         batch_size=8,
         micro_batches=2,
         max_length=24,
@@ -59,6 +60,7 @@ def example_record() -> TrainingRecord:
         validation_losses={"held_out": 1.5},
         validation_metrics={"held_out": {"accuracy": 0.75, "f1": None}},
         best_loss=1.4,
+        best_accuracy=0.75,
         accuracies={"boolq": {"label_acc": 0.5, "acc": 0.625}, "arc_easy": {"acc": 0.25}},
         accuracies_step=5,
     )

@@ -1,5 +1,9 @@
 """Folders of trained adapters: weights, and `adapter.json`, which describes them.
 
+The description holds a digest of its other fields, among them the checksums of the weights, so that
+an adapter loads as it was saved or not at all. One that was edited by hand on purpose loads if its
+`digest` is null.
+
 They may also hold the record of the training, see `training_record`.
 """
 
@@ -38,14 +42,17 @@ from moe_jax.config.model import ModelConfig
 from moe_jax.config.parse import parse, parse_member, to_plain
 from moe_jax.errors import CheckpointError, ConfigError
 from moe_jax.files.atomic import write_atomic
+from moe_jax.files.digests import content_digest
 from moe_jax.files.disk import disk_errors, require_space, resolve_link
 from moe_jax.files.folders import current_folder, replace_folder, restore_former_folder
+from moe_jax.files.json_file import parse_json
 from moe_jax.hf.base_model import BaseIdentity
 from moe_jax.version import __version__
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 DESCRIPTION = "adapter.json"
 _WEIGHTS = "weights"
+_DIGEST = "digest"
 _CHANGED = "the file was changed or is damaged"
 
 
@@ -132,6 +139,7 @@ def _write(folder: Path, adapter: SavedAdapter, weights: Snapshot) -> None:
         "leaves": {path: list(spec) for path, spec in leaf_specs(adapter.tree).items()},
         "checksums": weights.checksums(),
     }
+    description[_DIGEST] = content_digest(description)
     require_space(folder, sum(leaf.nbytes for leaf in jax.tree.leaves(adapter.tree)))
     incomplete = folder.with_name(f".{folder.name}.incomplete")
     register_folder(incomplete)
@@ -211,7 +219,7 @@ def read_description(folder: Path) -> Description:
     """
     file = current_folder(folder) / DESCRIPTION
     try:
-        description = json.loads(file.read_text())
+        description = parse_json(file.read_bytes())
     except FileNotFoundError:
         if (folder / "adapter_config.json").is_file():
             raise CheckpointError(
@@ -221,13 +229,15 @@ def read_description(folder: Path) -> Description:
             f"{folder}: no adapter here, {DESCRIPTION} is missing; a finished run has its adapters "
             "in WORKDIR/adapters/NAME"
         ) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} cannot be read: {error}") from None
     version = description.get("format_version") if isinstance(description, dict) else None
     if version != FORMAT_VERSION:
         raise CheckpointError(
-            f"{file}: format version {version!r}, this release reads {FORMAT_VERSION}"
+            f"{file}: format version {version!r}, this release reads {FORMAT_VERSION}; load it "
+            "with the release that wrote it, or train it again"
         )
+    _require_digest(description, file)
     fields = {}
     for field, hint in _TYPES.items():
         if field not in description:
@@ -243,6 +253,17 @@ def read_description(folder: Path) -> Description:
     fields["base"] = BaseIdentity(**{key: fields["base"][key] for key in BaseIdentity._fields})
     fields["leaves"] = _leaf_specs(fields["leaves"], file)
     return Description(**fields)
+
+
+def _require_digest(description: dict[str, Any], file: Path) -> None:
+    """Requires that the fields are those that were saved, or that their digest is null."""
+    content = dict(description)
+    digest = content.pop(_DIGEST, "")
+    if digest is not None and digest != content_digest(content):
+        raise CheckpointError(
+            f"{file}: differs from its digest, so it is damaged or was edited; copy the folder "
+            f'again, or, to load it as it is, set "{_DIGEST}": null in the file'
+        )
 
 
 _TYPES: dict[str, Any] = {

@@ -2,11 +2,13 @@
 
 Each saved step has one folder, which Orbax writes in the background and renames when it is
 complete: a run that is killed while saving leaves the previous step as the latest. Adapters are a
-separate item, which loads without the optimizer.
+separate item, which loads without the optimizer. The digests of all files are written before the
+folder is renamed, so that every complete state can be checked without a device.
 """
 
 import contextlib
-import json
+import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -17,11 +19,14 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from moe_jax.checkpoints.late_errors import register_folder
 from moe_jax.checkpoints.leaves import Snapshot, named_leaves, nested_dict, take_snapshot
-from moe_jax.checkpoints.restored_tree import error_summary, restore_tree
+from moe_jax.checkpoints.restored_tree import restore_tree
 from moe_jax.errors import CheckpointError
+from moe_jax.files.digests import DIGESTS_FILE, find_damage, write_digests
 from moe_jax.files.disk import disk_errors
+from moe_jax.files.json_file import parse_json
 
-STATE_FORMAT_VERSION = 1
+STATE_FORMAT_VERSION = 2
+ITEMS = ("adapters", "optimizer", "data", "metadata")
 
 
 class SavedState(NamedTuple):
@@ -79,16 +84,19 @@ class TrainingStore:
           CheckpointError: `folder` cannot be created or written.
         """
         self.folder = folder.absolute()
+        self._writing: int | None = None
         register_folder(self.folder)
         with disk_errors(self.folder):
             self._manager = ocp.CheckpointManager(
                 self.folder,
-                item_names=("adapters", "optimizer", "data", "metadata"),
+                item_names=ITEMS,
                 options=ocp.CheckpointManagerOptions(
                     save_decision_policy=policies.FixedIntervalPolicy(every),
                     preservation_policy=policies.LatestN(keep),
                     cleanup_tmp_directories=True,
                     enable_async_checkpointing=True,
+                    # Called in the process that renames the folder, just before it does.
+                    async_options=ocp.AsyncOptions(post_finalization_callback=self._write_digests),
                     lightweight_initialize=True,  # does not read old steps, which may be damaged
                 ),
             )
@@ -135,8 +143,10 @@ class TrainingStore:
             return
         state.adapters.require_finite(step)
         sums = {name: snapshot.checksums() for name, snapshot in state._asdict().items()}
-        header = {"format_version": STATE_FORMAT_VERSION, "checksums": sums}
+        header = {"format_version": STATE_FORMAT_VERSION, "step": step, "checksums": sums}
         with disk_errors(self.folder / str(step), self.kept_state()):
+            self._manager.wait_until_finished()
+            self._writing = step
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
@@ -147,6 +157,10 @@ class TrainingStore:
                 ),
                 force=True,
             )
+
+    def _write_digests(self) -> None:
+        suffix = ocp.path.atomicity.TMP_DIR_SUFFIX
+        write_digests(self.folder / f"{self._writing}{suffix}", ITEMS)
 
     def wait(self) -> None:
         """Waits for the write in the background.
@@ -218,17 +232,56 @@ def latest_step(folder: Path) -> int | None:
     return max(_steps(folder), default=None)
 
 
+def newest_intact_step(
+    folder: Path, items: Iterable[str] = ITEMS
+) -> tuple[int | None, dict[int, str]]:
+    """Newest complete step whose files are as they were written; uses no device.
+
+    Args:
+      folder: folder of a `TrainingStore`.
+      items: items of a state that are checked, which are read once.
+
+    Returns:
+      The step, None if there is none, and what is wrong with each newer one.
+    """
+    damage = {}
+    for step in sorted(_steps(folder), reverse=True):
+        found = _find_damage(folder / str(step), [f"{item}/" for item in items])
+        if found is None:
+            return step, damage
+        damage[step] = found
+    return None, damage
+
+
+def set_aside(folder: Path, step: int) -> Path:
+    """Renames a damaged state, so that none is read or counted in its place; returns its path.
+
+    Only the run that holds the lock of the work directory may call this.
+    """
+    state = folder / str(step)
+    aside = state.with_name(f"{step}.damaged")
+    with disk_errors(aside):
+        shutil.rmtree(aside, ignore_errors=True)
+        state.rename(aside)
+    return aside
+
+
 def read_metadata(folder: Path, step: int) -> dict[str, Any]:
     """Reads the metadata of a saved step without its arrays; uses no device.
 
     Raises:
-      CheckpointError: the file is missing or damaged, or has another format version.
+      CheckpointError: the file is missing or damaged, has another format version, or is of another
+        step.
     """
     metadata = _read_json(folder, step, "metadata")
     if (version := metadata.get("format_version")) != STATE_FORMAT_VERSION:
         raise CheckpointError(
             f"{folder / str(step)} has format version {version!r}, this release reads "
             f"{STATE_FORMAT_VERSION}; resume with the release that wrote it"
+        )
+    if metadata["step"] != step:
+        raise CheckpointError(
+            f"{folder / str(step)} holds the state of step {metadata['step']}; rename it back"
         )
     return metadata
 
@@ -258,13 +311,19 @@ def _steps(folder: Path) -> list[int]:
 
 
 def _read_json(folder: Path, step: int, item: str) -> dict[str, Any]:
-    file = folder / str(step) / item / "metadata"  # Orbax's name for JSON items
-    try:
-        return dict(json.loads(file.read_text()))
-    except (OSError, ValueError, TypeError) as error:
+    name = f"{item}/metadata"  # Orbax's name for JSON items
+    damage = _find_damage(folder / str(step), [name])
+    if damage is not None:
         raise CheckpointError(
-            f"{file} is damaged ({error_summary(error)}); {_advice(folder, step)}"
-        ) from None
+            f"{folder / str(step)} is damaged ({damage}); {_advice(folder, step)}"
+        )
+    return dict(parse_json((folder / str(step) / name).read_bytes()))
+
+
+def _find_damage(state: Path, parts: list[str]) -> str | None:
+    found = find_damage(state, parts)
+    is_old = found == f"{DIGESTS_FILE} is missing"
+    return f"{found}, as in states of earlier releases" if is_old else found
 
 
 def _advice(folder: Path, step: int) -> str:

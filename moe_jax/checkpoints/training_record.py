@@ -14,17 +14,17 @@ from typing import Any
 from moe_jax.config.parse import parse
 from moe_jax.errors import CheckpointError, ConfigError
 from moe_jax.files.atomic import write_atomic
+from moe_jax.files.digests import content_digest
+from moe_jax.files.json_file import parse_json
 
-RECORD_VERSION = 3
+RECORD_VERSION = 5
 RECORD = "training.json"
 
-_ADDED = {
-    2: {"start_from": None, "validation_metrics": {}, "accuracies": {}, "accuracies_step": None},
-    3: {"packing": "none"},
+PICTURES = {
+    "loss.png": "Losses",
+    "rewards.png": "Rewards",
+    "experts.png": "Load of the experts",
 }
-"""Fields that a version added, with their values for records of earlier versions."""
-
-PICTURES = {"loss.png": "Losses", "experts.png": "Load of the experts"}
 """Titles of the picture files that an adapter's folder may hold."""
 
 
@@ -67,23 +67,26 @@ class TrainingRecord:
       base: `path`, `revision` and `param_dtype` of the base model.
       compute_dtype: see `ComputeConfig.dtype`.
       optimizer: fields of `OptimizerConfig`.
+      preference: fields of the preference loss, and its `name`; None without one.
       batch_size: rows per optimizer step.
       micro_batches: number of parts of each batch.
       max_length: maximum number of tokens of a row.
       packing: see `DataConfig.packing`.
       train_on_prompt: True if the tokens of the prompt count in the loss.
       seed: seed of the initialization and of the order of the rows.
-      start_from: folder of the initial adapter; None for a fresh adapter, and in records of version
-        1, which lack the field.
+      start_from: folder of the initial adapter; None for a fresh adapter.
       step: optimizer step after which the weights were saved.
       total_steps: number of steps planned.
       train, validation: data sets by their names in the run.
       training_loss: loss in the last line of metrics up to `step`: nats per target token, nats per
-        row for classification, mean squared error for regression. None if missing or not finite.
+        row for classification, mean squared error for regression, preference loss per example.
+        None if missing or not finite.
       validation_losses: losses at `step` by data set, in the same unit; None as above.
-      validation_metrics: metrics of a classifier at `step`, by data set and name.
-      best_loss: lowest mean validation loss up to `step`; None if the run does not keep the best
-        adapter.
+      validation_metrics: metrics of a classifier or of preference training at `step`, by data set
+        and name.
+      best_loss: mean validation loss of the best adapter up to `step`; None if the run does not
+        keep it.
+      best_accuracy: its mean validation accuracy, where that chose it (`preference.keep_best`).
       accuracies: latest accuracies on evaluation tasks, by task and measure.
       accuracies_step: step of `accuracies`; None if there are none.
     """
@@ -94,6 +97,7 @@ class TrainingRecord:
     base: dict[str, Any]
     compute_dtype: str
     optimizer: dict[str, Any]
+    preference: dict[str, Any] | None
     batch_size: int
     micro_batches: int
     max_length: int
@@ -109,6 +113,7 @@ class TrainingRecord:
     validation_losses: dict[str, float | None]
     validation_metrics: dict[str, dict[str, float | None]]
     best_loss: float | None
+    best_accuracy: float | None
     accuracies: dict[str, dict[str, float]]
     accuracies_step: int | None
 
@@ -147,6 +152,7 @@ def write_record(
 
 def _text(record: TrainingRecord) -> str:
     content = {"record_version": RECORD_VERSION, **dataclasses.asdict(record)}
+    content["digest"] = content_digest(content)
     return json.dumps(content, indent=2, allow_nan=False) + "\n"
 
 
@@ -179,20 +185,22 @@ def read_record(folder: Path) -> TrainingRecord | None:
     file = folder / RECORD
     remedy = "delete the file to use the adapter without it"
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = parse_json(file.read_bytes())
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{file}: cannot be read ({error}); {remedy}") from None
-    version = content.pop("record_version", None) if isinstance(content, dict) else None
-    if type(version) is not int or not 1 <= version <= RECORD_VERSION:
+    version = content.get("record_version") if isinstance(content, dict) else None
+    if version != RECORD_VERSION:
         raise CheckpointError(
-            f"{file}: record version {version!r}, this release reads 1 to {RECORD_VERSION}; "
-            f"{remedy}"
+            f"{file}: record version {version!r}, this release reads {RECORD_VERSION}; {remedy}"
         )
-    for added, fields in _ADDED.items():
-        if version < added:
-            content = {**fields, **content}
+    digest = content.pop("digest", "")
+    if digest is not None and digest != content_digest(content):
+        raise CheckpointError(
+            f'{file}: differs from its digest; set "digest": null to keep an edit, or {remedy}'
+        )
+    del content["record_version"]
     try:
         return parse(TrainingRecord, content, str(file))
     except ConfigError as error:

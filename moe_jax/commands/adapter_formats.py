@@ -9,12 +9,13 @@ import moe_jax
 from moe_jax.commands import Run
 from moe_jax.commands.arguments import EXPORT_FORMATS, EXPORT_WEIGHTS, add_output
 from moe_jax.config.model import FloatType
+from moe_jax.terminal import print_shown
 
 _EXAMPLES = """
-  peft and mixlora take adapters on all bases; on Phi-3, Phi-4 and GLM-4, whose checkpoints store
-  fused projections, only those on the projections that are not fused. Whole models are written one
-  matrix at a time, in the dtype of their base, and include the tokenizer. Merged weights are
-  computed in float32 and rounded once; --dtype float32 keeps them as computed.
+  peft and mixlora take adapters on all bases; on Phi-3, Phi-4, GLM-4 and Granite 4, whose
+  checkpoints store fused projections, only those on the projections that are not fused. Whole
+  models are written one matrix at a time, in the dtype of their base, and include the tokenizer.
+  Merged weights are computed in float32 and rounded once; --dtype float32 keeps them as computed.
 
 examples:
   moe-jax export --adapter runs/mine/adapters/default --to peft --output exported
@@ -93,11 +94,11 @@ def _export(arguments: argparse.Namespace) -> None:
         private=arguments.private,
         revision=arguments.revision,
         commit_message=arguments.commit_message,
-        say=lambda line: print(line, file=sys.stderr, flush=True),
+        say=lambda line: print_shown(line, file=sys.stderr),
     )
     for note in notes:
-        print(f"note: {note}")
-    print(f"wrote {arguments.output} ({arguments.to})")
+        print_shown(f"note: {note}")
+    print_shown(f"wrote {arguments.output} ({arguments.to})")
 
 
 def add_import(parser: argparse.ArgumentParser) -> Run:
@@ -127,7 +128,7 @@ def add_import(parser: argparse.ArgumentParser) -> Run:
 def _import(arguments: argparse.Namespace) -> None:
     output = arguments.output / arguments.name if arguments.name else arguments.output
     adapter = moe_jax.import_adapter(arguments.source, arguments.base, output)
-    print(f"wrote {output} ({type(adapter.method).registry.name_of(adapter.method)})")
+    print_shown(f"wrote {output} ({type(adapter.method).registry.name_of(adapter.method)})")
 
 
 def _folder_name(text: str) -> str:

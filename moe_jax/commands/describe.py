@@ -13,6 +13,7 @@ from moe_jax.config.command_line import load_config_file
 from moe_jax.config.parse import parse_member, to_plain
 from moe_jax.config.run import parse_run_config
 from moe_jax.errors import ConfigError
+from moe_jax.terminal import print_shown
 
 if TYPE_CHECKING:  # jax is imported when a command runs, not for --help
     from moe_jax.checkpoints.training_record import TrainingRecord
@@ -42,37 +43,37 @@ def _show(arguments: argparse.Namespace) -> None:
     description, record = read_description(folder), read_record(folder)
     described_method(folder, description)  # refuses unknown fields
     size = sum(math.prod(spec.shape) for spec in description.leaves.values())
-    print(f"method   {description.method['name']}")
+    print_shown(f"method   {description.method['name']}")
     for field, value in description.method.items():
         if field != "name":
-            print(f"         {field} = {value}")
-    print(f"size     {size:,} parameters in {len(description.leaves)} leaves")
+            print_shown(f"         {field} = {value}")
+    print_shown(f"size     {size:,} parameters in {len(description.leaves)} leaves")
     for line in module_lines(leaf_modules(description.leaves)):
-        print(f"       {line}")
-    print(f"trained  {description.step} steps, moe_jax {description.package_version}")
+        print_shown(f"       {line}")
+    print_shown(f"trained  {description.step} steps, moe_jax {description.package_version}")
     if record is not None:
         _show_record(record)
-    print(f"base     {description.base.path}")
-    print(f"         fingerprint {description.base.fingerprint[:16]}")
+    print_shown(f"base     {description.base.path}")
+    print_shown(f"         fingerprint {description.base.fingerprint[:16]}")
 
 
 def _show_run(workdir: Path) -> None:
     """Prints how far a run is, its adapters, and its newest losses."""
     from moe_jax.checkpoints.store import latest_step, read_metadata
     from moe_jax.loaded.run_adapters import ADAPTERS, CHECKPOINTS, read_run_config
-    from moe_jax.training.records.metric_log import METRICS_FILE, read_metrics
+    from moe_jax.training.records.metric_lines import METRICS_FILE, read_metrics
     from moe_jax.training.run.workdir import WorkDir
 
     config, work = read_run_config(workdir), WorkDir(workdir)
     step = latest_step(workdir / CHECKPOINTS)
-    print(f"run      {workdir}")
-    print(f"base     {config.base.path}")
+    print_shown(f"run      {workdir}")
+    print_shown(f"base     {config.base.path}")
     if step is None:
-        print("state    none saved yet")
+        print_shown("state    none saved yet")
         total = {}
     else:
         total = read_metadata(workdir / CHECKPOINTS, step)["steps"]
-        print(
+        print_shown(
             f"state    step {step} of {max(total.values())}, in {workdir / CHECKPOINTS / str(step)}"
         )
     newest: dict[str, tuple[int, Any]] = {}
@@ -81,33 +82,33 @@ def _show_run(workdir: Path) -> None:
     for name, adapter in config.adapters.items():
         finished = work.exported_step(name)
         state = "not finished" if finished is None else f"finished at step {finished}"
-        print(f"adapter  {name}: {to_plain(adapter.method)['name']}, {state}")
+        print_shown(f"adapter  {name}: {to_plain(adapter.method)['name']}, {state}")
         if step is not None or finished is not None:
-            print(f"         {workdir / ADAPTERS / name} names it in other commands")
+            print_shown(f"         {workdir / ADAPTERS / name} names it in other commands")
         for key, (at, value) in newest.items():
             is_loss = key == f"{name}/loss" or (
                 key.startswith(f"validation/{name}/") and key.endswith("/loss")
             )
             if is_loss and value is not None:
-                print(f"         {key} {value:.4f} at step {at}")
+                print_shown(f"         {key} {value:.4f} at step {at}")
 
 
 def _show_record(record: "TrainingRecord") -> None:
     name, rate = record.optimizer.get("name"), record.optimizer.get("learning_rate")
-    print(f"         {name}, learning rate {rate}, ", end="")
-    print(f"{record.batch_size} rows a step, seed {record.seed}")
+    print_shown(f"         {name}, learning rate {rate}, ", end="")
+    print_shown(f"{record.batch_size} rows a step, seed {record.seed}")
     if record.start_from is not None:
-        print(f"         began from {record.start_from}")
+        print_shown(f"         began from {record.start_from}")
     for use, sets in (("train", record.train), ("validation", record.validation)):
         for name, data in sets.items():
             rows = "streamed rows" if data.rows is None else f"{data.rows:,} rows"
-            print(f"data     {use} {name}: {rows} of {data.path or data.task}")
+            print_shown(f"data     {use} {name}: {rows} of {data.path or data.task}")
     losses = {"training": record.training_loss, **record.validation_losses}
     if any(loss is not None for loss in losses.values()):
-        print(f"loss     {_numbers(losses)}")
+        print_shown(f"loss     {_numbers(losses)}")
     for kind, groups in (("metrics", record.validation_metrics), ("tasks", record.accuracies)):
         for name, metrics in groups.items():
-            print(f"{kind:9}{name}: {_numbers(metrics)}")
+            print_shown(f"{kind:9}{name}: {_numbers(metrics)}")
 
 
 def _numbers(values: Mapping[str, float | None]) -> str:
@@ -149,7 +150,7 @@ def show_base(arguments: argparse.Namespace) -> None:
         lines += ["", *adapter_lines(base.adapter(name, method), base)]
         if name in ranks.notes:
             lines.append(ranks.notes[name])
-    print("\n".join(lines))
+    print_shown("\n".join(lines))
 
 
 def _methods(arguments: argparse.Namespace) -> dict[str, Any]:

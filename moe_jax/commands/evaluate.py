@@ -14,12 +14,12 @@ from moe_jax.commands.arguments import (
     listed,
     mesh_config,
     named_folders,
-    numbers,
 )
 from moe_jax.errors import ConfigError, memory_errors
 from moe_jax.tasks.families import TASKS
 from moe_jax.tasks.families.glue import ClassificationTask
 from moe_jax.tasks.selection import task_names, template_task
+from moe_jax.terminal import print_shown
 
 EPILOG = """\
 tasks:
@@ -99,13 +99,14 @@ def add(parser: argparse.ArgumentParser) -> Run:
         type=int,
         default=16,
         metavar="N",
-        help="sequences computed side by side (default: %(default)s)",
+        help="rows computed side by side (default: %(default)s)",
     )
     parser.add_argument(
-        "--buckets",
-        default="",
-        metavar="N,N,...",
-        help="lengths to pad to, one compilation each (default: 32, 64, ... up to the context)",
+        "--row-length",
+        type=int,
+        default=256,
+        metavar="N",
+        help="tokens of a row, into which questions are packed (default: %(default)s)",
     )
     add_dtype(parser)
     add_mesh(parser)
@@ -130,7 +131,7 @@ def _run(arguments: argparse.Namespace) -> None:
         protocols=listed(arguments.protocols),
         dtype=arguments.dtype,
         batch_size=arguments.batch_size,
-        buckets=numbers(arguments.buckets, "--buckets"),
+        row_length=arguments.row_length,
         truncate=arguments.truncate,
         mesh=mesh_config(arguments.mesh),
     )
@@ -151,10 +152,10 @@ def _run(arguments: argparse.Namespace) -> None:
                 output=arguments.output,
                 revision=arguments.revision,
                 options=options,
-                say=lambda line: print(line, file=sys.stderr, flush=True),
+                say=lambda line: print_shown(line, file=sys.stderr),
             )
     except KeyboardInterrupt:
         result = "the same command resumes" if arguments.output else "no results are kept"
-        print(f"stopped; {result}", file=sys.stderr)
+        print_shown(f"stopped; {result}", file=sys.stderr)
         sys.exit(130)
-    print(evaluation.to_markdown())
+    print_shown(evaluation.to_markdown())

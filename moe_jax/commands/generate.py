@@ -28,6 +28,7 @@ from moe_jax.inference.settings import (
     SamplingConfig,
     parse_settings,
 )
+from moe_jax.terminal import print_shown
 
 if TYPE_CHECKING:  # jax and transformers are imported when the command runs, not for --help
     from moe_jax.inference.prompts import PromptEncoder
@@ -90,7 +91,9 @@ def add(parser: argparse.ArgumentParser) -> Run:
     )
     prompt_format.add_argument("--system", metavar="TEXT", help="system message, with --chat")
     prompt_format.add_argument(
-        "--template", metavar="NAME", help="prompt template: bare, instruction, question, or a file"
+        "--template",
+        metavar="NAME",
+        help="prompt template: bare, instruction, question, or a file (default: the text as it is)",
     )
     _add_sampling(parser.add_argument_group("sampling"))
     _add_answers(parser.add_argument_group("answers"))
@@ -232,7 +235,7 @@ def generate(arguments: argparse.Namespace) -> None:
         mesh=mesh_config(arguments.mesh),
     )
     if session.unread_note is not None:
-        print(session.unread_note, file=sys.stderr)
+        print_shown(session.unread_note, file=sys.stderr)
     encoder = session.encoder(prompt_format)
     names = [*([None] if arguments.with_base or not adapters else []), *adapters]
     if arguments.interactive:
@@ -253,8 +256,8 @@ def generate(arguments: argparse.Namespace) -> None:
     try:
         if arguments.output is None and len(prompts) == config.samples == 1:
             for piece in session.text_generator(is_chat=is_chat).stream(prompts[0], config):
-                print(piece.text, end="", flush=True)
-            print()
+                print_shown(piece.text, end="")
+            print_shown()
             return
         if arguments.output is None:
             printer = AnswerPrinter(_headings(queries, BASE), config.samples)
@@ -266,7 +269,7 @@ def generate(arguments: argparse.Namespace) -> None:
             for answers in generator.answers(prompts, config, arguments.batch_size):
                 output.add(answers)
     except KeyboardInterrupt:
-        print(file=sys.stderr)
+        print_shown(file=sys.stderr)
         sys.exit(130)
 
 

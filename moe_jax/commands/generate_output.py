@@ -20,6 +20,7 @@ from moe_jax.inference.prompts import Message, Prompt, PromptEncoder
 from moe_jax.inference.settings import GenerationConfig, PromptFormat
 from moe_jax.inference.text_generator import Answer, TextGenerator
 from moe_jax.loaded.inference_model import BASE
+from moe_jax.terminal import print_shown
 
 HELP = """\
 /adapter NAME  changes the adapter; `base` is the base alone
@@ -53,7 +54,7 @@ class AnswerPrinter:
             label, text = self._headings[prompt]
             if self._samples > 1:
                 label += f", sample {sample + 1}"
-            print(f"[{label}] {text}\n{self._waiting.pop((prompt, sample)).text}\n", flush=True)
+            print_shown(f"[{label}] {text}\n{self._waiting.pop((prompt, sample)).text}\n")
 
 
 class AnswerFile:
@@ -92,7 +93,7 @@ class AnswerFile:
                 self._lines[prompt, sample] = line
                 self._open.write(line)
             self._open.flush()
-        print(f"{len(self._lines)} of {self._total} answers", file=sys.stderr, flush=True)
+        print_shown(f"{len(self._lines)} of {self._total} answers", file=sys.stderr)
 
     def __exit__(
         self,
@@ -106,9 +107,9 @@ class AnswerFile:
         elif kind is None:
             ordered = "".join(self._lines[key] for key in sorted(self._lines))
             write_atomic(self._file, ordered, "all answers are in the file, but not sorted")
-            print(f"wrote {self._file}", file=sys.stderr)
+            print_shown(f"wrote {self._file}", file=sys.stderr)
         elif isinstance(error, KeyboardInterrupt):
-            print(
+            print_shown(
                 f"stopped; {len(self._lines)} of {self._total} answers are in {self._file}",
                 file=sys.stderr,
             )
@@ -160,10 +161,10 @@ class Conversation:
             try:
                 line = input("> " if sys.stdin.isatty() else "")
             except EOFError:
-                print()
+                print_shown()
                 return
             except KeyboardInterrupt:
-                print()
+                print_shown()
                 _note("Ctrl-D ends")
                 continue
             try:
@@ -214,12 +215,12 @@ class Conversation:
         with contextlib.suppress(KeyboardInterrupt), _deferred_interrupt() as is_interrupted:
             with contextlib.closing(generator.stream(prompt, config, self._turns)) as pieces:
                 for piece in pieces:
-                    print(piece.text, end="", flush=True)
+                    print_shown(piece.text, end="")
                     answer += piece.text
                     is_cut = piece.finish == "length"
                     if is_interrupted():
                         break
-        print()
+        print_shown()
         if is_cut:
             _note(self._reason_for_cut(room))
         self._turns += 1
@@ -236,7 +237,7 @@ class Conversation:
 
 def _note(text: str) -> None:
     """Prints something that is not part of an answer."""
-    print(text, file=sys.stderr, flush=True)
+    print_shown(text, file=sys.stderr)
 
 
 @contextlib.contextmanager

@@ -12,9 +12,10 @@ from moe_jax.commands.describe import add_adapter_fit, show_base
 from moe_jax.config.data import Schema
 from moe_jax.errors import ConfigError, memory_errors
 from moe_jax.tasks.selection import named_task
+from moe_jax.terminal import print_shown
 
-_SCHEMAS_WITHOUT_TEXT = ("task", "classification")
-"""Schemas whose rows are not text; tasks have their own flag."""
+_SCHEMAS_WITHOUT_TEXT = ("task", "classification", "preference", "feedback")
+"""Schemas whose rows are not one text; tasks have their own flag."""
 
 EPILOG = """\
 routing of an adapter:
@@ -215,10 +216,10 @@ def _inspect_routing(arguments: argparse.Namespace) -> None:
             ),
         )
     for note in report.notes:
-        print(note, file=sys.stderr)
+        print_shown(note, file=sys.stderr)
     written = save_routing_report(report, arguments.output)
-    print("\n".join(report.summary()))
-    print(f"wrote     {arguments.output}: {', '.join(path.name for path in written)}")
+    print_shown("\n".join(report.summary()))
+    print_shown(f"wrote     {arguments.output}: {', '.join(path.name for path in written)}")
 
 
 def _data(values: list[str]) -> dict[str, str]:

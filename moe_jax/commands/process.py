@@ -8,14 +8,20 @@ import zlib
 from pathlib import Path
 
 import jax
+import xxhash
+from jax._src import compilation_cache, lru_cache
 
 from moe_jax.checkpoints.late_errors import silence_late_errors
+from moe_jax.files.cache import cache_folder
 
 MIN_SECONDS = 0.1
 """Shortest compile time of a cached program; reading it back takes about as long."""
 
 MAX_BYTES = 2 * 2**30
 """Largest size of the folder when a command starts; JAX itself never removes programs."""
+
+
+_HASH_BYTES = 16
 
 
 def set_up_process() -> None:
@@ -29,7 +35,8 @@ def keep_compiled_programs() -> None:
 
     The folder is `JAX_COMPILATION_CACHE_DIR`, or `default_folder`. The key of a program contains
     its operations, its options, the devices and the version of JAX, so results are the same with
-    and without the cache. `JAX_ENABLE_COMPILATION_CACHE=false` turns it off. If the folder is not
+    and without the cache. In the default folder a damaged program is compiled again and replaced.
+    `JAX_ENABLE_COMPILATION_CACHE=false` turns it off. If the folder is not
     writable, one line on stderr says so, and the cache is off.
     """
     chosen = os.environ.get("JAX_COMPILATION_CACHE_DIR")
@@ -56,6 +63,36 @@ def keep_compiled_programs() -> None:
     jax.config.update("jax_compilation_cache_dir", folder)
     if not chosen:
         prune(Path(folder), MAX_BYTES)
+        compilation_cache.get_file_cache = _checked_cache
+
+
+class _CheckedCache(lru_cache.LRUCache):
+    """JAX's folder of programs, with a hash at the end of each, so that damage is seen.
+
+    JAX itself warns of an entry that it cannot read, compiles, and keeps the entry. One that it can
+    read may be another program.
+    """
+
+    def get(self, key: str) -> bytes | None:
+        """The program of a key; None if there is none, or after removing a damaged one."""
+        entry = super().get(key)
+        if entry is None:
+            return None
+        program, checksum = entry[:-_HASH_BYTES], entry[-_HASH_BYTES:]
+        if xxhash.xxh3_128_digest(program) == checksum:
+            return program
+        Path(self.path, f"{key}-cache").unlink(missing_ok=True)
+        return None
+
+    def put(self, key: str, value: bytes) -> None:
+        """Adds a program."""
+        super().put(key, value + xxhash.xxh3_128_digest(value))
+
+
+def _checked_cache(path: str) -> tuple[_CheckedCache, str]:
+    """Replaces `get_file_cache` of JAX, which has no setting for it."""
+    max_size = jax.config.values["jax_compilation_cache_max_size"]
+    return _CheckedCache(path, max_size=max_size), path
 
 
 def default_folder() -> Path:
@@ -64,9 +101,8 @@ def default_folder() -> Path:
     Several machines may share a home folder, and a compiled program may use instructions that
     another CPU lacks.
     """
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     kind = f"{platform.machine()}-{zlib.crc32(_instructions().encode()):08x}"
-    return Path(cache) / "moe_jax" / "compiled" / kind
+    return cache_folder("compiled") / kind
 
 
 def prune(folder: Path, max_bytes: int) -> None:

@@ -20,6 +20,7 @@ from moe_jax.commands.arguments import (
     numbers,
 )
 from moe_jax.errors import ConfigError
+from moe_jax.terminal import print_shown
 
 if TYPE_CHECKING:
     from moe_jax.surgery import SurgeryOutcome
@@ -56,9 +57,9 @@ Operate: TypeAlias = Callable[[argparse.Namespace], "SurgeryOutcome"]
 def _run(arguments: argparse.Namespace) -> None:
     outcome = arguments.operate(arguments)
     for note in outcome.notes:
-        print(note)
+        print_shown(note)
     method = outcome.adapter.method
-    print(f"wrote {arguments.output} ({type(method).registry.name_of(method)})")
+    print_shown(f"wrote {arguments.output} ({type(method).registry.name_of(method)})")
 
 
 def _upcycle(parser: argparse.ArgumentParser) -> Operate:

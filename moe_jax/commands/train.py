@@ -1,16 +1,20 @@
 """`moe-jax train` and `moe-jax plan`; `train.py` is the former."""
 
 import argparse
+import contextlib
+import math
 import pprint
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe_jax.commands import Run
+from moe_jax.compiled.chips import CHIPS
 from moe_jax.config.command_line import apply_overrides, load_config_file
 from moe_jax.errors import ConfigError
+from moe_jax.terminal import print_shown
 
 if TYPE_CHECKING:  # jax is imported when the command runs, not for --help
     from moe_jax.config.model import ModelConfig
@@ -18,6 +22,9 @@ if TYPE_CHECKING:  # jax is imported when the command runs, not for --help
 
 RUNS = Path("runs")
 """Parent of the work directories that the command line does not name."""
+
+WAIT_SECONDS = 300.0
+"""Default time for which a process waits for the others to start."""
 
 CONFIG_FILE = "config.py"
 """File in the work directory with the configuration of a run without `--config`."""
@@ -36,10 +43,12 @@ examples:
   moe-jax train --base HuggingFaceTB/SmolLM2-135M-Instruct --data train.jsonl
   moe-jax train --config configs/llama7b_mixlora.py
   moe-jax plan --config configs/llama7b_mixlora.py --devices 8
+  moe-jax plan --config configs/llama7b_mixlora.py --compile-for h200
 
 exit status:
-  0 done; 2 invalid input, one line on stderr; 130 and 143 stopped by Ctrl-C or SIGTERM, with the
-  state saved.
+  0 done; 2 invalid input, one line on stderr; 130 and 143 stopped by Ctrl-C or SIGTERM. The state
+  is then saved after the present step; before the first step there is none to save. When one of
+  several processes ends early, the others end with its status, or with 1 if it was killed.
 """
 
 
@@ -59,6 +68,13 @@ def add_train(parser: argparse.ArgumentParser) -> Run:
     )
     processes.add_argument(
         "--process-id", "--process_id", type=int, metavar="I", help="index of this process, from 0"
+    )
+    processes.add_argument(
+        "--wait",
+        type=float,
+        default=WAIT_SECONDS,
+        metavar="SECONDS",
+        help=f"time to wait for the other processes to start (default: {WAIT_SECONDS:.0f})",
     )
     return _train
 
@@ -87,6 +103,11 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--schema", help="schema of the rows (default: found from the columns)")
     parser.add_argument("--method", metavar="NAME", help="mixlora, lora, ... (default: mixlora)")
     parser.add_argument(
+        "--preference",
+        metavar="NAME",
+        help="preference loss: dpo, orpo, simpo or kto (default: none, supervised fine-tuning)",
+    )
+    parser.add_argument(
         "--set",
         action="append",
         default=[],
@@ -96,14 +117,30 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--devices", type=int, metavar="N", help="with a plan: number of simulated devices"
     )
+    parser.add_argument(
+        "--compile-for",
+        metavar="CHIP",
+        help="with a plan: compile for a chip that need not be present, and estimate the time of a "
+        f"step on it; {', '.join(CHIPS)}",
+    )
 
 
 def _train(arguments: argparse.Namespace) -> int:
     _check(arguments)
-    _set_up_jax(arguments)
-    workdir = _work_directory(arguments)
+    with contextlib.ExitStack() as opened:
+        if arguments.distributed:
+            from moe_jax.processes.join import joined
+
+            given = arguments.coordinator, arguments.num_processes, arguments.process_id
+            opened.enter_context(joined(*given, arguments.wait, print_shown))
+        return _train_or_plan(arguments)
+
+
+def _train_or_plan(arguments: argparse.Namespace) -> int:
     overrides = {**arguments.overrides, **_assignments(arguments.set)}
-    raw, command = _raw_config(arguments, workdir, overrides)
+    devices = _set_up_jax(arguments, overrides)
+    workdir = _work_directory(arguments)
+    raw, command = _raw_config(arguments, workdir, overrides, devices)
     apply_overrides(raw, overrides)
     config_file = None if command is None else _config_file(raw, command, overrides)
 
@@ -113,7 +150,7 @@ def _train(arguments: argparse.Namespace) -> int:
 
     config = parse_run_config(raw, METHODS)
     if arguments.plan:
-        return _plan(config)
+        return _plan(config, arguments.compile_for, devices)
     from moe_jax.evaluation.training_evaluator import TrainingTaskEvaluation
     from moe_jax.training.records.console import print_line
     from moe_jax.training.run.loop import train
@@ -130,16 +167,20 @@ def _check(arguments: argparse.Namespace) -> None:
                     f"--{name} is missing; give --config FILE, for example "
                     "configs/tiny_mixlora.py, or --base and --data"
                 )
-    elif arguments.method is not None or arguments.schema is not None:
-        flag = "method" if arguments.method is not None else "schema"
-        raise ConfigError(
-            f"--{flag}: the file of --config sets it; change it there, or with --config.FIELD=VALUE"
-        )
+    else:
+        for flag in ("method", "schema", "preference"):
+            if getattr(arguments, flag) is not None:
+                raise ConfigError(
+                    f"--{flag}: the file of --config sets it; change it there, or with "
+                    "--config.FIELD=VALUE"
+                )
     if arguments.devices is not None:
         if not arguments.plan:
             raise ConfigError("--devices goes with a plan only; a run uses all devices")
         if arguments.devices < 1:
             raise ConfigError("--devices: must be at least 1")
+    if arguments.compile_for is not None and not arguments.plan:
+        raise ConfigError("--compile-for goes with a plan only; add --plan, or use `moe-jax plan`")
     if arguments.plan and arguments.distributed:
         raise ConfigError("--plan: cannot be combined with --distributed")
 
@@ -155,21 +196,36 @@ def _assignments(given: list[str]) -> dict[str, str]:
     return fields
 
 
-def _set_up_jax(arguments: argparse.Namespace) -> None:
-    """Sets up devices and processes, before the first array."""
+def _set_up_jax(
+    arguments: argparse.Namespace, overrides: Mapping[str, str]
+) -> Sequence[Any] | None:
+    """Sets up devices, before the first array.
+
+    Returns:
+      The devices of `--compile-for`; None without it, for those of the process.
+    """
     import jax
 
+    if arguments.compile_for is not None:
+        from moe_jax.compiled.target import target_devices
+
+        return target_devices(arguments.compile_for, _planned_devices(arguments, overrides))
     if arguments.devices is not None:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", arguments.devices)
-    if arguments.distributed:
-        processes = arguments.coordinator, arguments.num_processes, arguments.process_id
-        try:
-            jax.distributed.initialize(*processes)
-        except (ValueError, RuntimeError) as error:
-            raise ConfigError(
-                f"--distributed: {error}; give --coordinator, --num-processes and --process-id"
-            ) from error
+    return None
+
+
+def _planned_devices(arguments: argparse.Namespace, overrides: Mapping[str, str]) -> int:
+    """`--devices`, or else as many as the mesh of the configuration needs."""
+    if arguments.devices is not None:
+        return arguments.devices
+    if arguments.config is None:
+        return 1
+    raw = load_config_file(arguments.config)
+    apply_overrides(raw, overrides)
+    sizes = raw.get("mesh", {}).values()
+    return math.prod(size for size in sizes if isinstance(size, int) and size > 0)
 
 
 def _work_directory(arguments: argparse.Namespace) -> Path:
@@ -180,12 +236,16 @@ def _work_directory(arguments: argparse.Namespace) -> Path:
         is_in_run = file.name == CONFIG_FILE and file.with_suffix(".json").exists()
         return file.parent if is_in_run else RUNS / file.stem
     base, data = Path(arguments.base).name, Path(arguments.data).stem
-    name = f"{base}-{arguments.method or 'mixlora'}-{data}"
+    loss = "" if arguments.preference is None else f"-{arguments.preference}"
+    name = f"{base}-{arguments.method or 'mixlora'}{loss}-{data}"
     return RUNS / re.sub(r"[^\w.-]+", "_", name)
 
 
 def _raw_config(
-    arguments: argparse.Namespace, workdir: Path, overrides: Mapping[str, str]
+    arguments: argparse.Namespace,
+    workdir: Path,
+    overrides: Mapping[str, str],
+    devices: Sequence[Any] | None,
 ) -> tuple[dict[str, Any], str | None]:
     """The configuration before overrides, and for a new run the command for `CONFIG_FILE`."""
     if arguments.config is not None:
@@ -208,13 +268,20 @@ def _raw_config(
             "give it to --config"
         )
     from moe_jax.training.run.defaults import default_config
+    from moe_jax.training.run.workdir import is_main_process
 
+    length = overrides.get("adapters.default.data.max_length", "")
     raw = default_config(
         arguments.base,
         arguments.data,
         schema=arguments.schema,
         method=arguments.method or "mixlora",
-        say=lambda line: print(line, flush=True),
+        preference=arguments.preference,
+        say=print_shown if is_main_process() else lambda _: None,
+        devices=devices,
+        memory=None if arguments.compile_for is None else CHIPS[arguments.compile_for].memory_bytes,
+        # Anything else is refused later.
+        max_length=int(length) if re.fullmatch("[0-9]{1,9}", length) else None,
     )
     if "training.steps" in overrides and "training.epochs" not in overrides:
         raw["training"]["epochs"] = None
@@ -247,7 +314,7 @@ def _sources(adapter: Any, split: str) -> list[dict[str, Any]]:
 
 def _command(arguments: argparse.Namespace) -> str:
     """The flags that decide the configuration of a run without `--config`."""
-    names = ("base", "data", "schema", "method")
+    names = ("base", "data", "schema", "method", "preference")
     given = {name: getattr(arguments, name) for name in names}
     flags = [f"--{name} {shlex.quote(value)}" for name, value in given.items() if value is not None]
     return " ".join(["moe-jax train", *flags])
@@ -272,10 +339,19 @@ def get_config():
 '''
 
 
-def _plan(config: "RunConfig") -> int:
-    """Compiles the step for the longest rows, and prints the memory it needs."""
+def _plan(config: "RunConfig", chip_name: str | None, devices: Sequence[Any] | None) -> int:
+    """Compiles the step for the longest rows, and prints the memory it needs.
+
+    Args:
+      config: configuration of the run.
+      chip_name: chip to compile for; None for the devices of the process.
+      devices: devices of the mesh; None for those of the process.
+    """
+    from moe_jax.errors import memory_errors
     from moe_jax.loaded.rank_match import match_ranks
+    from moe_jax.training.records.chip_plan import describe_chip_plan
     from moe_jax.training.records.plan import describe_plan
+    from moe_jax.training.run.start_up import MEMORY_ADVICE
     from moe_jax.training.step.program import build_program
 
     # The number of steps only affects the schedule; that of an epoch is unknown without the data.
@@ -283,9 +359,12 @@ def _plan(config: "RunConfig") -> int:
     model = planned_model(config)
     ranks = match_ranks(config.methods, model)
     config = ranks.apply(config)
-    program = build_program(config, model, steps)
+    program = build_program(config, model, steps, devices)
     longest = max(adapter.data.max_length for adapter in config.adapters.values())
-    print(describe_plan(program, longest, ranks.notes))
+    with memory_errors(MEMORY_ADVICE):  # the compiler for TPUs refuses what does not fit
+        print_shown(describe_plan(program, longest, ranks.notes))
+        if chip_name is not None:
+            print_shown(describe_chip_plan(program, longest, chip_name))
     return 0
 
 

@@ -5,6 +5,7 @@ import argparse
 from moe_jax.commands import Run
 from moe_jax.commands.arguments import add_dtype
 from moe_jax.errors import ConfigError, memory_errors
+from moe_jax.terminal import print_shown
 
 EPILOG = """\
 checks:
@@ -50,12 +51,12 @@ def _run(arguments: argparse.Namespace) -> int:
             arguments.revision,
             max_tokens=arguments.max_tokens,
             dtype=arguments.dtype,
-            say=lambda line: print(line, flush=True),
+            say=print_shown,
         )
     failed = [check.name for check in checks if check.passed is False]
     skipped = sum(check.passed is None for check in checks)
     passed = len(checks) - len(failed) - skipped
-    print(f"{passed} passed, {len(failed)} failed, {skipped} skipped")
+    print_shown(f"{passed} passed, {len(failed)} failed, {skipped} skipped")
     if failed:
-        print(f"failed: {', '.join(failed)}")
+        print_shown(f"failed: {', '.join(failed)}")
     return 1 if failed else 0

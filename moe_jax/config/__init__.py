@@ -15,8 +15,8 @@ A configuration file has a function `get_config()` that returns nested groups of
     training                 steps or epochs, micro_batches, max_batch_rows, seed, log_every,
                              eval_every, ...
     mesh                     data, fsdp, tensor: number of devices along each axis
-    checkpoints              every, keep
-    logging                  tensorboard, wandb_project
+    checkpoints              every, minutes, keep
+    logging                  tensorboard, wandb_project, matrix_tflops
     sweep                    adapter, grid: one adapter for each combination of values
     train_only               names of the adapters to train; None trains all
     tasks_folder             folder with the rows of tasks; None reads them from the hub

@@ -138,8 +138,8 @@ def _literal(text: str) -> Any:
         return _WORDS[text.lower()]
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        return text  # `{[]: 1}` raises a TypeError, and deep nesting the last two
 
 
 def _require_distinct_keys(file: Path, path: str) -> None:

@@ -6,8 +6,21 @@ from typing import Literal
 
 from moe_jax.config.classification import ClassificationConfig
 from moe_jax.config.parse import require
+from moe_jax.config.preference import PreferenceConfig
 
-Schema = Literal["instruction", "completion", "chat", "text", "classification", "task"]
+Schema = Literal[
+    "instruction",
+    "completion",
+    "chat",
+    "text",
+    "classification",
+    "preference",
+    "feedback",
+    "task",
+]
+
+PREFERENCE_SCHEMAS: tuple[Schema, ...] = ("preference", "feedback")
+"""Schemas of preference data, for adapters with `preference`."""
 
 TEMPLATE_DATE = "2024-07-26"
 """Default of `DataConfig.date`; Llama 3's template prints it where it cannot know the date."""
@@ -30,8 +43,9 @@ class SourceConfig:
         completion. `chat`: messages, a list of `{role, content}`, and optionally system, tools,
         documents, chat_template_kwargs. `text`: text. `classification`: text, text_pair (optional),
         label (class name, class index or number), for adapters with `method.classification`.
-        Default None: the only schema whose fields are all columns of the first row. Leave it out
-        with `task`.
+        `preference`: prompt, chosen, rejected, as texts or messages; and `feedback`: prompt,
+        completion, label (true or false); for adapters with `preference`. Default None: the only
+        schema whose fields are all columns of the first row. Leave it out with `task`.
       task: name of a task, as in `moe-jax evaluate --tasks`. Its questions are the rows, with the
         prompts of evaluation. An adapter with `method.classification` is trained on the rows of a
         GLUE task directly. Default None.
@@ -226,6 +240,41 @@ class DataConfig:
                     not has_labels or classification is not None,
                     f"{split}.{name}.schema",
                     "'classification' needs method.classification, which names the labels",
+                )
+
+    def check_preference(self, preference: PreferenceConfig | None) -> None:
+        """Refuses, with `require`, data sets that do not fit the adapter's preference loss."""
+        if preference is not None:
+            require(
+                not self.is_packed,
+                "packing",
+                "each answer of preference data has a row of its own; leave packing out, and set "
+                "buckets",
+            )
+            require(
+                not self.streaming, "streaming", "is not for preference data; leave it out there"
+            )
+            require(
+                not self.train_on_prompt,
+                "train_on_prompt",
+                "preference losses compare answers alone; leave it out",
+            )
+        for split, sources in (("train", self.train), ("validation", self.validation)):
+            for name, source in sources.items():
+                if preference is None:
+                    require(
+                        source.schema not in PREFERENCE_SCHEMAS,
+                        f"{split}.{name}.schema",
+                        f"{source.schema!r} needs the adapter's preference, which names the loss",
+                    )
+                    continue
+                registry = preference.registry
+                require(
+                    source.schema in (None, preference.schema),
+                    f"{split}.{name}.{'task' if source.task else 'schema'}",
+                    f"{source.task or source.schema!r}, but the preference loss "
+                    f"{registry.name_of(preference)!r} learns rows of the schema "
+                    f"{preference.schema!r}",
                 )
 
 

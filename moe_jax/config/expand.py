@@ -17,6 +17,7 @@ from typing import Any
 
 from moe_jax.config.parse import NAME, ROOT, Registry, parse, registry_of, suggest, to_plain
 from moe_jax.errors import ConfigError
+from moe_jax.terminal import value_text
 
 TRAIN_ONLY = "train_only"
 """Field of a configuration that names the adapters to train."""
@@ -50,12 +51,13 @@ def select_adapters(raw: Mapping[str, Any]) -> Mapping[str, Any]:
     names = [names] if isinstance(names, str) else names
     if not isinstance(names, list | tuple) or not names:
         raise ConfigError(
-            f"{ROOT}.{TRAIN_ONLY}: expected names of adapters, or None, got {names!r}"
+            f"{ROOT}.{TRAIN_ONLY}: expected names of adapters, or None, got {value_text(names)}"
         )
     for name in names:
-        if name not in adapters:
+        if not isinstance(name, str) or name not in adapters:
             raise ConfigError(
-                f"{ROOT}.{TRAIN_ONLY}: unknown adapter {name!r}; {suggest(str(name), adapters)}"
+                f"{ROOT}.{TRAIN_ONLY}: unknown adapter {value_text(name)}; "
+                f"{suggest(name, adapters)}"
             )
     raw["adapters"] = {name: adapter for name, adapter in adapters.items() if name in names}
     return raw
@@ -135,7 +137,9 @@ def _checked_grid(
     for field, values in grid.items():
         _require_field(field, description, adapter_type, methods)
         if not isinstance(values, list | tuple):
-            raise ConfigError(f"{_GRID}.{field}: expected a tuple of values, got {values!r}")
+            raise ConfigError(
+                f"{_GRID}.{field}: expected a tuple of values, got {value_text(values)}"
+            )
         if not values:
             raise ConfigError(f"{_GRID}.{field}: names no value")
     sizes = [len(values) for values in grid.values()]
@@ -154,7 +158,7 @@ def _template(sweep: SweepConfig, adapters: Mapping[str, Any]) -> str:
         return next(iter(adapters))
     if name is None or name not in adapters:
         problem = "is not given" if name is None else f"unknown adapter {name!r}"
-        hint = suggest(name or "", map(str, adapters))
+        hint = suggest(name or "", adapters)
         raise ConfigError(f"{ROOT}.{SWEEP}.adapter: {problem}; {hint}")
     return name
 

@@ -33,6 +33,17 @@ METRICS = {
     "skipped_total": Metric("last", "steps"),
     "sequences": Metric("sum", "sequences"),
     "target_tokens": Metric("sum", "tokens"),
+    # Preference training of an adapter; see training.step.preference_loss.
+    "preference_loss": Metric("mean", "per example"),
+    "sft_loss": Metric("mean", "nats per token of a chosen answer"),
+    "reward_chosen": Metric("mean"),
+    "reward_rejected": Metric("mean"),
+    "reward_margin": Metric("mean", printed=True),
+    "reward_accuracy": Metric("mean", "share of examples", printed=True),
+    "log_prob_chosen": Metric("mean", "nats per answer"),
+    "log_prob_rejected": Metric("mean", "nats per answer"),
+    "kl": Metric("mean", "nats per answer", printed=True),
+    "reference_kl": Metric("mean", "nats per answer", printed=True),
     # Routing of an adapter, over all of its routers.
     "mean_entropy": Metric("mean", "share of the uniform distribution's"),
     "busiest_expert": Metric("mean", "equal shares"),

@@ -1,9 +1,17 @@
 """Architecture of the frozen base model, and settings of its computation."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
+from moe_jax.config.attention import (
+    GLOBAL_ATTENTION,
+    LINEAR_ATTENTION,
+    SELF_ATTENTION,
+    DeltaNetConfig,
+    GlobalAttentionConfig,
+)
 from moe_jax.config.parse import field_prefix, require
+from moe_jax.config.rope import RopeConfig
 
 FloatType = Literal["float32", "bfloat16", "float16"]
 StorageType = Literal["float32", "bfloat16", "float16", "int8", "fp8", "nf4", "nf4_double"]
@@ -13,99 +21,15 @@ A quantized type applies to the kernels of the decoder layers' projections; the 
 (embedding, head, norms, biases) are then bfloat16.
 """
 
-LayerType = Literal["full_attention", "sliding_attention"]
+LayerType = Literal["full_attention", "sliding_attention", "linear_attention"]
 
-_ROPE_NEEDS: dict[str, tuple[str, ...]] = {
-    "default": (),
-    "linear": ("factor",),
-    "dynamic": ("factor",),
-    "yarn": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-    "longrope": ("short_factor", "long_factor", "original_max_position_embeddings"),
-}
+NormalizedQK = Literal["head", "projection", "rotated_head"]
 
+MAX_LAYERS = 10_000
+"""Largest number of decoder layers, far above that of any model; one of 2**31 would fill memory."""
 
-@dataclass(frozen=True, kw_only=True)
-class RopeConfig:
-    """Rotary position embedding, with the fields of the Hugging Face `rope_parameters`.
-
-    Only the fields of the chosen `rope_type` are read; the others stay None. The types are those of
-    transformers' `modeling_rope_utils`: `default` (RoFormer, arXiv:2104.09864), `linear` (position
-    interpolation, arXiv:2306.15595), `dynamic` (NTK-aware), `yarn` (arXiv:2309.00071), `llama3` and
-    `longrope` (arXiv:2402.13753).
-
-    Attributes:
-      rope_type: type of the embedding.
-      rope_theta: base of the geometric series of wavelengths.
-      factor: factor by which the context is extended, for `linear`, `dynamic`, `yarn`, `llama3`.
-      original_max_position_embeddings: context in tokens before the extension.
-      low_freq_factor, high_freq_factor: bounds of the interpolated band, for `llama3`.
-      attention_factor: factor of the rotated channels, for `yarn` and `longrope`; None derives it.
-      beta_fast, beta_slow: bounds of the interpolated band, for `yarn`.
-      mscale, mscale_all_dim: terms of the attention factor, for `yarn`.
-      truncate: round the bounds of the band to whole channels, for `yarn`.
-      short_factor, long_factor: factor of the wavelength of each rotated pair of channels, for
-        `longrope`, in rows up to `original_max_position_embeddings` and in longer rows.
-      partial_rotary_factor: share of a head's channels, from the first on, that is rotated.
-      interleaved: rotate channels 2i and 2i + 1 together, in place of i and i + half.
-    """
-
-    rope_type: Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"]
-    rope_theta: float
-    factor: float | None = None
-    original_max_position_embeddings: int | None = None
-    low_freq_factor: float | None = None
-    high_freq_factor: float | None = None
-    attention_factor: float | None = None
-    beta_fast: float | None = None
-    beta_slow: float | None = None
-    mscale: float | None = None
-    mscale_all_dim: float | None = None
-    truncate: bool = True
-    short_factor: tuple[float, ...] | None = None
-    long_factor: tuple[float, ...] | None = None
-    partial_rotary_factor: float = 1.0
-    interleaved: bool = False
-
-    def __post_init__(self):
-        for field in _ROPE_NEEDS[self.rope_type]:
-            require(
-                getattr(self, field) is not None, field, f"rope_type {self.rope_type!r} needs it"
-            )
-        require(self.rope_theta > 1, "rope_theta", "must be greater than 1")
-        require(self.factor is None or self.factor > 0, "factor", "must be positive")
-        length = self.original_max_position_embeddings
-        require(
-            length is None or length > 0, "original_max_position_embeddings", "must be positive"
-        )
-        require(
-            self.rope_type != "llama3" or self.low_freq_factor != self.high_freq_factor,
-            "high_freq_factor",
-            "must differ from low_freq_factor",
-        )
-        require(0 < self.partial_rotary_factor <= 1, "partial_rotary_factor", "must lie in (0, 1]")
-
-    def rotary_dim(self, head_dim: int) -> int:
-        """Number of rotated channels of a head of `head_dim`."""
-        return int(head_dim * self.partial_rotary_factor)
-
-    def check_head_dim(self, head_dim: int) -> None:
-        """Refuses, with `require`, settings that do not fit heads of this width."""
-        rotated = self.rotary_dim(head_dim)
-        require(
-            rotated > 0 and rotated % 2 == 0,
-            "partial_rotary_factor",
-            f"{self.partial_rotary_factor} of head_dim {head_dim} must be an even number of "
-            f"channels, got {rotated}",
-        )
-        for field in ("short_factor", "long_factor"):
-            factors = getattr(self, field)
-            require(
-                factors is None or len(factors) == rotated // 2,
-                field,
-                f"must have {rotated // 2} numbers, one for each rotated pair of channels",
-            )
-            require(factors is None or all(n > 0 for n in factors), field, "must be positive")
+_WIDEST_FUSED_HEAD = 256
+"""Largest `head_dim` of cuDNN's attention."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +49,7 @@ class ModelConfig:
       head_dim: channels of a head.
       hidden_act: activation of the FFN.
       max_position_embeddings: context in tokens.
-      rms_norm_eps: term added to the mean square in RMS norms.
+      rms_norm_eps: term added to the mean square in norms.
       rope: rotary position embedding.
       attention_bias: all four attention projections have a bias.
       mlp_bias: all three FFN projections have a bias.
@@ -133,17 +57,36 @@ class ModelConfig:
       model_type: model family, as in `config.json`; it decides the names of the tensors.
       qkv_bias: the query, key and value projections have a bias, and the output projection does
         not.
-      qk_norm: query and key heads are normalized before they are rotated (arXiv:2302.05442).
+      qk_norm: queries and keys are normalized (arXiv:2302.05442).
+      qk_norm_of: what `qk_norm` normalizes: each head (`head`) or the whole projection
+        (`projection`) before they are rotated, or each head after that (`rotated_head`).
+      pre_norms: the inputs of attention and FFN are normalized, as in Llama.
       post_norms: the outputs of attention and FFN are normalized before they are added.
+      parallel_block: the FFN reads the input of attention, and both outputs are added to it.
+      norm_centered: norms subtract the mean first, which makes them layer norms without a bias
+        (arXiv:1607.06450).
       norm_unit_offset: norms scale by one plus their weight.
       scale_embeddings: token embeddings are multiplied by sqrt(hidden_size).
+      embedding_multiplier: another factor of token embeddings.
+      residual_multiplier: factor of the outputs of attention and FFN before they are added.
+      logit_scale: factor of the logits over the vocabulary, before their soft cap.
       query_pre_attn_scalar: number whose square root divides attention scores; None is `head_dim`.
       attn_logit_softcapping: c of the soft cap c tanh(s / c) of attention scores s.
       final_logit_softcapping: c of the same soft cap of the logits over the vocabulary.
       sliding_window: number of positions, including its own, that a token of a sliding layer
         attends to.
-      layer_types: kind of attention of each layer; None if no layer slides.
+      layer_types: kind of attention of each layer; None if all layers have full attention.
       sliding_rope: rotary embedding of the sliding layers, if it differs from `rope`.
+      rotated_layers: True for each layer that rotates queries and keys, False for layers without
+        positions (NoPE, arXiv:2305.19466); None if all layers rotate them.
+      attention_gate: the output of attention is multiplied by the sigmoid of a gate, which the
+        query projection computes too (arXiv:2505.06708).
+      delta_net: sizes of the layers with linear attention; None if there are none.
+      global_attention: sizes of the layers with full attention if they differ from those of sliding
+        layers, which `num_kv_heads` and `head_dim` then are.
+      key_as_value: see `GlobalAttentionConfig`.
+      value_norm: values are divided by their root mean square.
+      layer_scale: the output of each layer is multiplied by a number.
     """
 
     vocab_size: int
@@ -163,17 +106,32 @@ class ModelConfig:
     model_type: str = "llama"
     qkv_bias: bool = False
     qk_norm: bool = False
+    qk_norm_of: NormalizedQK = "head"
+    pre_norms: bool = True
     post_norms: bool = False
+    parallel_block: bool = False
+    norm_centered: bool = False
     norm_unit_offset: bool = False
     scale_embeddings: bool = False
+    embedding_multiplier: float | None = None
+    residual_multiplier: float | None = None
+    logit_scale: float | None = None
     query_pre_attn_scalar: float | None = None
     attn_logit_softcapping: float | None = None
     final_logit_softcapping: float | None = None
     sliding_window: int | None = None
     layer_types: tuple[LayerType, ...] | None = None
     sliding_rope: RopeConfig | None = None
+    rotated_layers: tuple[bool, ...] | None = None
+    attention_gate: bool = False
+    delta_net: DeltaNetConfig | None = None
+    global_attention: GlobalAttentionConfig | None = None
+    key_as_value: bool = False
+    value_norm: bool = False
+    layer_scale: bool = False
 
     def __post_init__(self):
+        require(self.num_layers <= MAX_LAYERS, "num_layers", f"must be at most {MAX_LAYERS:,}")
         for field in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads"):
             require(getattr(self, field) > 0, field, "must be positive")
         require(self.head_dim > 0 and self.head_dim % 2 == 0, "head_dim", "must be even")
@@ -185,7 +143,15 @@ class ModelConfig:
         require(
             not (self.attention_bias and self.qkv_bias), "qkv_bias", "is part of attention_bias"
         )
+        require(
+            not (self.scale_embeddings and self.embedding_multiplier is not None),
+            "embedding_multiplier",
+            "contradicts scale_embeddings",
+        )
         for field in (
+            "embedding_multiplier",
+            "residual_multiplier",
+            "logit_scale",
             "query_pre_attn_scalar",
             "attn_logit_softcapping",
             "final_logit_softcapping",
@@ -205,29 +171,119 @@ class ModelConfig:
             f"must name the kind of attention of each of the {self.num_layers} layers",
         )
         slides = types is not None and "sliding_attention" in types
-        require(types is None or slides, "layer_types", "names no sliding layer; leave it out")
+        linear = types is not None and "linear_attention" in types
+        require(
+            types is None or slides or linear,
+            "layer_types",
+            "names full attention only; leave it out",
+        )
+        require(
+            linear == (self.delta_net is not None),
+            "delta_net",
+            "requires layer_types with linear attention",
+        )
+        require(
+            not linear or set(types or ()) != {"linear_attention"},
+            "layer_types",
+            "names linear attention only; at least one layer must have full attention",
+        )
         require(
             slides == (self.sliding_window is not None),
             "sliding_window",
             "requires layer_types with sliding layers",
         )
+        rotated = self.rotated_layers
+        require(
+            rotated is None or len(rotated) == self.num_layers,
+            "rotated_layers",
+            f"must say of each of the {self.num_layers} layers whether it rotates",
+        )
+        self._check_global_attention()
         local = self.sliding_rope
         if local is not None:
             require(slides, "sliding_rope", "requires layer_types with sliding layers")
             with field_prefix("sliding_rope"):
                 local.check_head_dim(self.head_dim)
                 require(
-                    (local.rotary_dim(self.head_dim), local.interleaved)
+                    self.global_attention is not None
+                    or (local.rotary_dim(self.head_dim), local.interleaved)
                     == (self.rope.rotary_dim(self.head_dim), self.rope.interleaved),
                     "partial_rotary_factor",
                     "must rotate the same channels as rope",
                 )
+
+    def _check_global_attention(self) -> None:
+        sizes = self.global_attention
+        if sizes is None:
+            return
+        require(
+            set(self.layer_types or ()) == {"sliding_attention", "full_attention"},
+            "global_attention",
+            "requires layer_types with sliding and full attention",
+        )
+        with field_prefix("global_attention"):
+            require(
+                self.num_heads % sizes.num_kv_heads == 0,
+                "num_kv_heads",
+                f"must divide num_heads ({self.num_heads})",
+            )
 
     @property
     def sliding_layers(self) -> tuple[bool, ...]:
         """True for each layer with sliding attention."""
         types = self.layer_types or ("full_attention",) * self.num_layers
         return tuple(kind == "sliding_attention" for kind in types)
+
+    @property
+    def has_equal_layers(self) -> bool:
+        """True if all layers have the same modules."""
+        return self.delta_net is None and self.global_attention is None
+
+    def attention_module(self, layer: int) -> str:
+        """Name of the module of a layer's attention."""
+        kind = "full_attention" if self.layer_types is None else self.layer_types[layer]
+        if kind == "linear_attention":
+            return LINEAR_ATTENTION
+        is_global = kind == "full_attention" and self.global_attention is not None
+        return GLOBAL_ATTENTION if is_global else SELF_ATTENTION
+
+    def layers_with(self, module: str) -> tuple[int, ...]:
+        """Indices of the layers that have a module, such as `mlp`.
+
+        Stacked variables of the module are those of these layers, in this order.
+        """
+        layers = range(self.num_layers)
+        if module not in (SELF_ATTENTION, LINEAR_ATTENTION, GLOBAL_ATTENTION):
+            return tuple(layers)
+        return tuple(layer for layer in layers if self.attention_module(layer) == module)
+
+    @property
+    def global_layers(self) -> "ModelConfig":
+        """The architecture as layers with `global_attn` see it: as if all layers were alike."""
+        sizes = self.global_attention
+        assert sizes is not None
+        alike = {"layer_types": None, "sliding_window": None, "sliding_rope": None}
+        return replace(self, **alike, global_attention=None, **vars(sizes))
+
+    @property
+    def local_layers(self) -> "ModelConfig":
+        """The architecture as layers with `self_attn` see it: as if all layers were alike."""
+        if self.global_attention is None:
+            return self
+        types: tuple[LayerType, ...] = ("sliding_attention",) * self.num_layers
+        rope = self.sliding_rope or self.rope
+        return replace(self, layer_types=types, rope=rope, sliding_rope=None, global_attention=None)
+
+    @property
+    def widest_head(self) -> int:
+        """Largest number of channels of a head of softmax attention."""
+        sizes = self.global_attention
+        return self.head_dim if sizes is None else max(self.head_dim, sizes.head_dim)
+
+    @property
+    def global_key_as_value(self) -> bool:
+        """True if layers with `global_attn` have no value projection."""
+        return self.global_attention is not None and self.global_attention.key_as_value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,9 +295,10 @@ class ComputeConfig:
         `bfloat16` on accelerators. Norms, rotary angles, routers, softmax and losses are always
         float32.
       attention: attention kernel. `xla` runs everywhere; `cudnn` is the fused kernel of NVIDIA GPUs
-        and needs a half-precision `dtype`. The memory of both grows linearly with a row's length,
-        except that packed rows take two bytes for each pair of positions with `cudnn`. Default
-        `xla`.
+        and needs a half-precision `dtype`, heads of at most 256 channels, a multiple of 8, and a
+        model that does not cap its attention scores. `auto` is `cudnn` where it can be, and `xla`
+        elsewhere. The memory of both grows linearly with a row's length, except that packed rows
+        take two bytes for each pair of positions with `cudnn`. Default `auto`.
       remat: values that a decoder layer keeps for its backward pass, which computes the others
         again. `none` keeps all values. `dots` keeps the outputs of matrix products with weights.
         `frozen` keeps the products of frozen projections and the low-rank activations of adapters,
@@ -249,11 +306,18 @@ class ComputeConfig:
         `dots` for 1% more work). `narrow` is as `frozen`, without FFN-wide products. `full`
         keeps the layer's input alone. Default `frozen`; use `narrow` or `full` if a step runs out
         of memory.
+      experts: computation of MixLoRA's experts. `einsum` runs everywhere and on every mesh. `fused`
+        keeps the activations of a token's experts within GPU kernels, whose tiles read and write
+        fewer arrays as wide as the FFN. It needs an NVIDIA GPU of compute capability 8.0, a mesh of
+        one device, a router that chooses single experts (`top_k`, `switch`), and experts on all
+        three projections without DoRA and `ffn_dropout`. It was compiled for GPUs and not measured
+        on one yet. Default `einsum`.
     """
 
     dtype: FloatType
-    attention: Literal["xla", "cudnn"] = "xla"
+    attention: Literal["auto", "xla", "cudnn"] = "auto"
     remat: Literal["none", "dots", "frozen", "narrow", "full"] = "frozen"
+    experts: Literal["einsum", "fused"] = "einsum"
 
     def __post_init__(self):
         require(
@@ -264,9 +328,21 @@ class ComputeConfig:
 
     def check_model(self, model: ModelConfig) -> None:
         """Refuses, with `require`, settings that do not support this model."""
+        limit = self.fused_attention_limit(model)
         require(
-            self.attention != "cudnn" or model.attn_logit_softcapping is None,
+            self.attention != "cudnn" or limit is None,
             "attention",
-            "'cudnn' cannot cap attention scores, as this model does "
-            f"(attn_logit_softcapping {model.attn_logit_softcapping}); use 'xla'",
+            f"'cudnn' {limit}; use 'auto' or 'xla'",
         )
+
+    def fused_attention_limit(self, model: ModelConfig) -> str | None:
+        """Why cuDNN's attention cannot compute this model in `dtype`; None if it can."""
+        if self.dtype == "float32":
+            return "needs compute.dtype 'bfloat16' or 'float16'"
+        if model.attn_logit_softcapping is not None:
+            cap = f"attn_logit_softcapping {model.attn_logit_softcapping}"
+            return f"cannot cap attention scores, as this model does ({cap})"
+        if model.head_dim % 8 or model.widest_head > _WIDEST_FUSED_HEAD:
+            sizes = f"a multiple of 8 up to {_WIDEST_FUSED_HEAD}"
+            return f"needs heads whose head_dim is {sizes}, and this model's is {model.widest_head}"
+        return None

@@ -8,6 +8,7 @@ full path of the field (`config.adapters.default.rank`). The only conversions ar
 import contextlib
 import dataclasses
 import difflib
+import functools
 import math
 import types
 import typing
@@ -15,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 from moe_jax.errors import ConfigError
+from moe_jax.terminal import describe_value, value_text
 
 T = TypeVar("T", bound=type)
 
@@ -112,10 +114,10 @@ def to_plain(value: Any) -> Any:
     return value
 
 
-def suggest(name: str, known: Iterable[str]) -> str:
+def suggest(name: Any, known: Iterable[str]) -> str:
     """Hint for an unknown name: the nearest known name, or else the list of all known names."""
-    known = sorted(known)
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    known = sorted(map(str, known))
+    near = difflib.get_close_matches(name, known, n=1) if isinstance(name, str) else []
     if near:
         return f"did you mean {near[0]!r}?"
     return f"known: {', '.join(known)}" if known else "none are known here"
@@ -142,13 +144,13 @@ def parse(hint: Any, value: Any, path: str = ROOT) -> Any:
         return _parse_dataclass(hint, value, path)
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is typing.Literal:
-        if not any(value == choice and type(value) is type(choice) for choice in args):
+        if not any(type(value) is type(choice) and value == choice for choice in args):
             choices = ", ".join(repr(choice) for choice in args)
             hint_text = ""
             if isinstance(value, str):
                 near = difflib.get_close_matches(value, [a for a in args if isinstance(a, str)], 1)
                 hint_text = f" (did you mean {near[0]!r}?)" if near else ""
-            raise ConfigError(f"{path}: {value!r} is not one of {choices}{hint_text}")
+            raise ConfigError(f"{path}: {value_text(value)} is not one of {choices}{hint_text}")
         return value
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in args:
@@ -160,13 +162,13 @@ def parse(hint: Any, value: Any, path: str = ROOT) -> Any:
         return parse(inner[0], value, path)
     if origin is tuple:
         if not isinstance(value, list | tuple):
-            raise ConfigError(f"{path}: expected a tuple, got {_describe(value)}")
+            raise ConfigError(f"{path}: expected a tuple, got {describe_value(value)}")
         return tuple(parse(args[0], item, f"{path}[{i}]") for i, item in enumerate(value))
     if origin in (dict, Mapping):
         mapping = _as_mapping(value, path)
         for key in mapping:
             if not isinstance(key, str):
-                raise ConfigError(f"{path}: expected names as keys, got {_describe(key)}")
+                raise ConfigError(f"{path}: expected names as keys, got {describe_value(key)}")
         if registry_of(args[1]) is not None:
             mapping = {
                 key: {NAME: key, **item} if isinstance(item, Mapping) else item
@@ -192,30 +194,56 @@ def parse_member(registry: Registry, value: Any, path: str) -> Any:
     name = fields.pop(NAME)
     if not isinstance(name, str) or name not in registry:
         raise ConfigError(
-            f"{path}.{NAME}: unknown {registry.kind} {name!r}; {suggest(str(name), registry)}"
+            f"{path}.{NAME}: unknown {registry.kind} {value_text(name)}; {suggest(name, registry)}"
         )
     return _parse_dataclass(registry[name], fields, path)
 
 
 def _parse_scalar(hint: Any, value: Any, path: str) -> Any:
     if hint is Any:
-        return value
-    if hint is float and isinstance(value, float) and not math.isfinite(value):
-        raise ConfigError(f"{path}: expected a finite number, got {value!r}")
+        return _plain(value, path)
+    if hint in (int, float):
+        _require_number_in_range(value, path)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
-        raise ConfigError(f"{path}: expected {hint.__name__}, got {_describe(value)}")
+        raise ConfigError(f"{path}: expected {hint.__name__}, got {describe_value(value)}")
     return value
+
+
+def _require_number_in_range(value: Any, path: str) -> None:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{path}: expected a finite number, got {value!r}")
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise ConfigError(f"{path}: expected a number of 64 bits, got {describe_value(value)}")
+
+
+def _plain(value: Any, path: str) -> Any:
+    """Checks a field of any type, which must have a form in JSON or be a parsed dataclass."""
+    if isinstance(value, dict):
+        return parse(dict[str, Any], value, path)
+    if isinstance(value, list | tuple):
+        items = [_plain(item, f"{path}[{i}]") for i, item in enumerate(value)]
+        return items if isinstance(value, list) else tuple(items)
+    if isinstance(value, int | float):
+        _require_number_in_range(value, path)
+    elif not isinstance(value, str | Mapping | None) and not dataclasses.is_dataclass(value):
+        raise ConfigError(
+            f"{path}: expected text, a number, a list or a group, got {describe_value(value)}"
+        )
+    return value
+
+
+_type_hints = functools.cache(typing.get_type_hints)
 
 
 def _parse_dataclass(cls: Any, value: Any, path: str) -> Any:
     mapping = _as_mapping(value, path)
-    hints = typing.get_type_hints(cls)
+    hints = _type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
     for name in mapping:
         if name not in fields:
-            raise ConfigError(f"{path}.{name}: unknown field; {suggest(str(name), fields)}")
+            raise ConfigError(f"{path}.{name}: unknown field; {suggest(name, fields)}")
     missing = [
         name
         for name, f in fields.items()
@@ -239,12 +267,8 @@ def _parse_dataclass(cls: Any, value: Any, path: str) -> Any:
 
 def _as_mapping(value: Any, path: str) -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
-        raise ConfigError(f"{path}: expected a group of fields, got {_describe(value)}")
+        raise ConfigError(f"{path}: expected a group of fields, got {describe_value(value)}")
     return value
-
-
-def _describe(value: Any) -> str:
-    return "None" if value is None else f"{type(value).__name__} ({value!r})"
 
 
 class FieldError(ConfigError):

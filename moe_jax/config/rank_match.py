@@ -5,7 +5,7 @@ the method; `moe_jax.loaded.rank_match` replaces it.
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from moe_jax.config.parse import ROOT, Registry, parse_member, suggest, to_plain
@@ -39,7 +39,8 @@ class MatchedMethod(Mapping[str, Any]):
         rank = fields[_RANK]
         adapter = rank.removeprefix(_OF_ADAPTER) if rank.startswith(_OF_ADAPTER) else None
         count = rank.removeprefix(_OF_NUMBER).replace(",", "").replace("_", "")
-        is_number = rank.startswith(_OF_NUMBER) and count.isdecimal() and int(count) > 0
+        is_count = re.fullmatch(r"\d{1,18}", count) is not None and int(count) > 0
+        is_number = rank.startswith(_OF_NUMBER) and is_count
         if not adapter and not is_number:
             raise ConfigError(
                 f"{path}.{_RANK}: expected a number, 'match:NAME' with the name of another adapter "
@@ -101,12 +102,16 @@ def parse_method(method: Any, methods: Registry, path: str) -> Any:
                     f"'2*rank', got {alpha!r}"
                 )
             # The check of the rank's type is that of `parse_member`.
-            multiple = float(factor[1]) * rank if isinstance(rank, int) else 1.0
+            multiple = 1.0
+            if isinstance(rank, int) and abs(rank) < 2**63:
+                multiple = float(factor[1]) * rank
             method = {**method, _ALPHA: multiple}
     return parse_member(methods, method, path)
 
 
-def check_matches(adapters: Mapping[str, Any], unswept: Mapping[str, Any]) -> dict[str, Any]:
+def check_matches(
+    adapters: Mapping[str, Any], unswept: Mapping[str, Any], left_out: Collection[str]
+) -> dict[str, Any]:
     """Requires that each matched adapter is in the run and that no adapters match each other.
 
     A match with the template of a sweep becomes one with the first adapter of the sweep.
@@ -114,16 +119,22 @@ def check_matches(adapters: Mapping[str, Any], unswept: Mapping[str, Any]) -> di
     Args:
       adapters: fields of the adapters of the run by name, their methods parsed.
       unswept: the same before the sweep replaced its template.
+      left_out: adapters of the configuration that `train_only` leaves out.
 
     Raises:
-      ConfigError: an adapter matches an unknown adapter, itself, one that matches it, or a template
-        whose method is swept.
+      ConfigError: an adapter matches one that is unknown or left out, itself, one that matches it,
+        or a template whose method is swept.
     """
     checked = dict(adapters)
     for name, fields in adapters.items():
         target = _target(fields)
         if target is not None and target not in adapters:
             field = f"{ROOT}.adapters.{name}.method.{_RANK}"
+            if target in left_out:
+                raise ConfigError(
+                    f"{field}: {_OF_ADAPTER}{target} is the size of an adapter that "
+                    f"{ROOT}.train_only leaves out; add {target!r} to train_only, or give a number"
+                )
             member = _member(target, adapters, unswept, field)
             checked[name] = {**fields, "method": fields["method"].matching(member)}
     for name, fields in checked.items():

@@ -13,17 +13,26 @@ ALPACA = "yahma/alpaca-cleaned"
 
 ALL_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
+DELTA_NET_PROJECTIONS = ("in_proj_qkv", "in_proj_z", "out_proj")
+"""The wide projections of linear attention. The narrow ones have fewer outputs than most ranks."""
+
 _WIDTH, _RATE, _EXPONENT = 4096, 2e-4, 0.78
 
 
-def learning_rate_for(width: int) -> float:
+_PREFERENCE_SHARE = 1 / 40
+
+
+def learning_rate_for(width: int, preference: str | None = None) -> float:
     """Peak learning rate for a base of this width, with two significant digits.
 
     It is the MixLoRA paper's 2e-4 at the width 4096 of Llama-2-7B, and grows as the width falls:
     the best learning rate of LoRA on Llama models is proportional to width to the power -0.78
     (J. Schulman et al., "LoRA Without Regret", Thinking Machines Lab, 2025).
+    With a preference loss it is a fortieth: the Alignment Handbook trains the same low-rank
+    adapters with 2e-4 and with 5e-6 (`recipes/zephyr-7b-beta/{sft,dpo}/config_qlora.yaml`).
     """
-    return float(f"{_RATE * (_WIDTH / width) ** _EXPONENT:.1e}")
+    share = 1.0 if preference is None else _PREFERENCE_SHARE
+    return float(f"{share * _RATE * (_WIDTH / width) ** _EXPONENT:.1e}")
 
 
 def llama_config(
@@ -78,7 +87,7 @@ def recipe(
     *,
     hf_config: Mapping[str, Any] | None = None,
     dtype: str = "bfloat16",
-    attention: str = "xla",
+    attention: str = "auto",
     remat: str = "frozen",
     data_axis: int = 1,
     fsdp: int = -1,
@@ -87,6 +96,7 @@ def recipe(
     num_experts: int = 8,
     top_k: int = 2,
     dropout: float = 0.05,
+    target_modules: tuple[str, ...] = ALL_PROJECTIONS,
     data: str = ALPACA,
     schema: str | None = "instruction",
     held_out: str | None = "2%",
@@ -99,6 +109,7 @@ def recipe(
     steps: int | None = None,
     learning_rate: float | None = None,
     warmup_ratio: float = 0.03,
+    preference: str | None = None,
 ) -> dict[str, Any]:
     """Configuration of a run that trains one adapter, `default`, as nested dicts.
 
@@ -112,32 +123,29 @@ def recipe(
       rank: rank of the pairs on attention and of each expert; alpha is twice the rank.
       num_experts: number of experts of an FFN, for methods with experts.
       top_k: number of experts of a token, for MixLoRA.
+      target_modules: names of the adapted projections.
       data: file, folder or hub id of the training data.
       schema: see `SourceConfig`; None finds it from the columns.
       held_out: part at the end of the data that is kept for validation, `2%` or a number of rows;
         None trains on all rows.
       learning_rate: peak learning rate; None is `learning_rate_for` the width in `hf_config`.
       warmup_ratio: see `ScheduleConfig`; the schedule is a cosine to a tenth of the peak.
+      preference: name of a preference loss; None for supervised fine-tuning.
       attention, remat, dropout, max_length, buckets, packing, batch_size, micro_batches, epochs,
         steps: fields of the same name.
     """
     if learning_rate is None:
-        learning_rate = learning_rate_for((hf_config or {}).get("hidden_size", _WIDTH))
+        width = (hf_config or {}).get("hidden_size", _WIDTH)
+        learning_rate = learning_rate_for(width, preference)
     adapter = {
-        "method": method_fields(method, rank, num_experts, top_k, dropout),
-        "data": {
-            **_data_sets(data, schema, held_out),
-            "max_length": max_length,
-            "buckets": buckets,
-            "packing": packing,
-        },
-        "optimizer": {
-            "name": "adamw",
-            "learning_rate": learning_rate,
-            "schedule": {"kind": "cosine", "warmup_ratio": warmup_ratio, "final_fraction": 0.1},
-        },
+        "method": method_fields(method, rank, num_experts, top_k, dropout, target_modules),
+        "data": data_sets(data, schema, held_out)
+        | {"max_length": max_length, "buckets": buckets, "packing": packing},
+        "optimizer": optimizer_fields(learning_rate, warmup_ratio),
         "batch_size": batch_size,
     }
+    if preference is not None:
+        adapter["preference"] = {"name": preference}
     architecture = None if hf_config is None else dict(hf_config)
     return {
         "base": {"path": base, "param_dtype": dtype, "hf_config": architecture},
@@ -155,8 +163,14 @@ def recipe(
     }
 
 
-def _data_sets(path: str, schema: str | None, held_out: str | None) -> dict[str, Any]:
-    """Fields `train` and `validation` of `DataConfig`."""
+def optimizer_fields(learning_rate: float, warmup_ratio: float) -> dict[str, Any]:
+    """Fields of `OptimizerConfig`; see `recipe`."""
+    schedule = {"kind": "cosine", "warmup_ratio": warmup_ratio, "final_fraction": 0.1}
+    return {"name": "adamw", "learning_rate": learning_rate, "schedule": schedule}
+
+
+def data_sets(path: str, schema: str | None, held_out: str | None) -> dict[str, Any]:
+    """Fields `train` and `validation` of `DataConfig`; see `recipe`."""
     source: dict[str, Any] = {"path": path, **({} if schema is None else {"schema": schema})}
     if held_out is None:
         return {"train": {"train": source}}
@@ -167,7 +181,12 @@ def _data_sets(path: str, schema: str | None, held_out: str | None) -> dict[str,
 
 
 def method_fields(
-    name: str, rank: int, num_experts: int = 8, top_k: int = 2, dropout: float = 0.05
+    name: str,
+    rank: int,
+    num_experts: int = 8,
+    top_k: int = 2,
+    dropout: float = 0.05,
+    target_modules: tuple[str, ...] = ALL_PROJECTIONS,
 ) -> dict[str, Any]:
     """Fields of `adapters.NAME.method`; see `recipe`."""
     method: dict[str, Any] = {
@@ -176,7 +195,7 @@ def method_fields(
         "alpha": 2.0 * rank,
         "dropout": dropout,
         "init": "kaiming",
-        "target_modules": ALL_PROJECTIONS,
+        "target_modules": target_modules,
     }
     if name in ("mixlora", "loramoe"):
         method["num_experts"] = num_experts

@@ -5,9 +5,10 @@ import json
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from moe_jax.config.data import DataConfig
+from moe_jax.config.evaluation import EvaluationConfig
 from moe_jax.config.expand import expand_sweep, select_adapters
 from moe_jax.config.model import ComputeConfig, StorageType
 from moe_jax.config.optimizer import OptimizerConfig
@@ -20,12 +21,10 @@ from moe_jax.config.parse import (
     require,
     to_plain,
 )
+from moe_jax.config.preference import ROWS_PER_EXAMPLE, PreferenceConfig
 from moe_jax.config.rank_match import check_matches, parse_method
-
-ProtocolName = Literal["labels", "choices"]
-"""Protocols of evaluation: the label of an option, or the text of each option, is scored."""
-
-_END_ONLY = "0 measures at the end only"
+from moe_jax.errors import ConfigError
+from moe_jax.terminal import describe_value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,59 +73,6 @@ class MeshConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluationConfig:
-    """Evaluation of an adapter on tasks during and after training, as by `moe-jax evaluate`.
-
-    Attributes:
-      tasks: names of the tasks. Required. Their rows come from `tasks_folder`, or else the hub.
-      every: steps between two evaluations during training. Default 0: at the end only, once all
-        adapters have finished.
-      limit: largest number of rows of each task, from its start. Default None: all rows.
-      limit_between: the same for evaluations before the end. Default None: `limit`. A few hundred
-        rows show the trend.
-      protocols: scoring protocols. `labels` gives `label_acc`; `choices` gives `acc` and
-        `acc_norm`, with one forward pass for each option. A task without labels is left out of
-        `labels`. Default: both.
-      split: split to evaluate. Default None: each task's own.
-      shots: number of answered examples before each question. Default None: each task's own.
-      batch_size: sequences per forward pass, over all devices. Default 16; lower it if evaluation
-        runs out of memory.
-      buckets: padded lengths of sequences in tokens, ascending; the base's context is always added.
-        Default: 32, 64, 128, ... Each length is one compilation.
-      truncate: truncate prompts longer than the base's context at their start, in place of refusing
-        them. Default False.
-      with_base: evaluate the base model without an adapter too, at the end. Default False.
-    """
-
-    tasks: tuple[str, ...]
-    every: int = field(default=0, metadata={NONE_ADVICE: _END_ONLY})
-    limit: int | None = None
-    limit_between: int | None = None
-    protocols: tuple[ProtocolName, ...] = ("labels", "choices")
-    split: str | None = None
-    shots: int | None = None
-    batch_size: int = 16
-    buckets: tuple[int, ...] = ()
-    truncate: bool = False
-    with_base: bool = False
-
-    def __post_init__(self):
-        for field_name in ("tasks", "protocols"):
-            names = getattr(self, field_name)
-            require(bool(names), field_name, "is empty")
-            repeated = sorted({name for name in names if names.count(name) > 1})
-            require(not repeated, field_name, f"names {', '.join(repeated)} more than once")
-        require(self.every >= 0, "every", f"must not be negative; {_END_ONLY}")
-        for field_name in ("limit", "limit_between"):
-            number = getattr(self, field_name)
-            require(number is None or number > 0, field_name, "must be positive, or None for all")
-        require(self.shots is None or self.shots >= 0, "shots", "must not be negative")
-        require(self.batch_size > 0, "batch_size", "must be positive")
-        ascends = list(self.buckets) == sorted(set(self.buckets))
-        require(ascends and all(b > 0 for b in self.buckets), "buckets", "must ascend strictly")
-
-
-@dataclass(frozen=True, kw_only=True)
 class AdapterConfig:
     """One adapter: method, data and optimiser.
 
@@ -138,7 +84,10 @@ class AdapterConfig:
       data: see `DataConfig`. Required.
       optimizer: see `OptimizerConfig`. Required.
       batch_size: rows of this adapter in one optimiser step, over all devices and micro-batches.
-        Required.
+        Required. An example of preference data takes two rows: the chosen and the rejected answer,
+        or for `kto` the answer and another example's, for the estimate of KL.
+      preference: the preference loss, chosen by `preference.name`; see `PreferenceConfig`. Default
+        None: the adapter learns to write the answers of its data.
       steps: number of optimiser steps. Exclusive with `epochs`. Default None: the length of
         `training`, unless `epochs` is given. All adapters start together; one that ends earlier
         leaves the batch.
@@ -154,6 +103,7 @@ class AdapterConfig:
     data: DataConfig
     optimizer: OptimizerConfig
     batch_size: int
+    preference: PreferenceConfig | None = None
     steps: int | None = None
     epochs: float | None = None
     seed: int | None = None
@@ -166,6 +116,7 @@ class AdapterConfig:
         require(self.seed is None or self.seed >= 0, "seed", "must not be negative")
         with field_prefix("data"):
             self.data.check_labels(self.method.classification)
+            self.data.check_preference(self.preference)
             groups = {name: source.expert_group for name, source in self.data.train.items()}
             self.method.check_expert_groups(groups)
         require(
@@ -173,6 +124,18 @@ class AdapterConfig:
             "evaluation",
             "a classifier answers no questions; name its task's validation rows in data.validation",
         )
+        if self.preference is not None:
+            require(
+                self.method.classification is None,
+                "preference",
+                "a classifier writes no answers; leave out preference or method.classification",
+            )
+            self.preference.check_adapter(self.batch_size, self.start_from, self.method.new_tokens)
+
+    @property
+    def rows_per_example(self) -> int:
+        """Rows of a batch for each example of the data."""
+        return 1 if self.preference is None else ROWS_PER_EXAMPLE
 
 
 _NOT_BETWEEN = "0 measures only before the first step and after the last"
@@ -227,14 +190,21 @@ class CheckpointConfig:
 
     Attributes:
       every: steps between two saves. Default 200. The last step is always saved.
+      minutes: minutes after the last save at which the state is saved too; 0 saves by steps only.
+        Default 10.
       keep: number of states that are kept, the newest ones. Default 2.
+      fall_back: whether a run whose newest state is damaged resumes from the one before it; if
+        not, that is an error. Default True.
     """
 
     every: int = 200
+    minutes: float = 10.0
     keep: int = 2
+    fall_back: bool = True
 
     def __post_init__(self):
         require(self.every > 0, "every", "must be positive")
+        require(self.minutes >= 0, "minutes", "must not be negative")
         require(self.keep > 0, "keep", "must be positive")
 
 
@@ -245,10 +215,18 @@ class LoggingConfig:
     Attributes:
       tensorboard: write event files for TensorBoard to the work directory. Default False.
       wandb_project: project on Weights & Biases. Default None: not used.
+      matrix_tflops: TFLOP/s of matrix products of one device, which the operations of the model are
+        compared with (MFU). Default None: the peak of the data sheet for known chips (H200, H100,
+        A100 80GB, TPU v5p, TPU v6e), and the rate of a product measured at the start for others.
     """
 
     tensorboard: bool = False
     wandb_project: str | None = None
+    matrix_tflops: float | None = None
+
+    def __post_init__(self):
+        rate = self.matrix_tflops
+        require(rate is None or rate > 0, "matrix_tflops", "must be positive")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -292,11 +270,13 @@ class RunConfig:
                 "training.steps",
                 f"give either steps or epochs, {_SET_OTHER_TO_NONE}",
             )
+            parts = self.training.micro_batches
+            of_pairs = "" if adapter.preference is None else " of whole examples, two rows each"
             require(
-                adapter.batch_size % self.training.micro_batches == 0,
+                adapter.batch_size % (parts * adapter.rows_per_example) == 0,
                 f"adapters.{name}.batch_size",
                 f"{adapter.batch_size} rows cannot be cut into "
-                f"training.micro_batches={self.training.micro_batches} equal parts",
+                f"training.micro_batches={parts} equal parts{of_pairs}",
             )
         first, *others = self.adapters
         for name in others:
@@ -326,6 +306,12 @@ class RunConfig:
     def methods(self) -> dict[str, Any]:
         """Method of each adapter by name; a `MatchedMethod` until its rank is chosen."""
         return {name: adapter.method for name, adapter in self.adapters.items()}
+
+    @property
+    def preferences(self) -> dict[str, PreferenceConfig]:
+        """Preference loss of each adapter that has one, by name."""
+        losses = {name: adapter.preference for name, adapter in self.adapters.items()}
+        return {name: loss for name, loss in losses.items() if loss is not None}
 
     def seed(self, name: str) -> int:
         """Seed of adapter `name`."""
@@ -386,7 +372,16 @@ def parse_run_config(raw: Mapping[str, Any], methods: Registry) -> RunConfig:
     Raises:
       ConfigError: a field is invalid; the message has its path.
     """
-    selected = select_adapters(raw)
+    try:
+        return _parse_run_config(raw, methods)
+    except RecursionError:
+        raise ConfigError(f"{ROOT}: a value is nested too deeply, or holds itself") from None
+
+
+def _parse_run_config(raw: Mapping[str, Any], methods: Registry) -> RunConfig:
+    if not isinstance(raw, Mapping):  # a `config.json` may hold anything
+        raise ConfigError(f"{ROOT}: expected a group of fields, got {describe_value(raw)}")
+    given, selected = raw, select_adapters(raw)
     raw = {**expand_sweep(selected, AdapterConfig, methods)}
     adapters = raw.get("adapters")
     if isinstance(adapters, Mapping):
@@ -394,7 +389,8 @@ def parse_run_config(raw: Mapping[str, Any], methods: Registry) -> RunConfig:
             name: _with_parsed_method(adapter, methods, f"{ROOT}.adapters.{name}")
             for name, adapter in adapters.items()
         }
-        raw["adapters"] = check_matches(parsed, selected["adapters"])
+        left_out = given["adapters"].keys() - selected["adapters"].keys()
+        raw["adapters"] = check_matches(parsed, selected["adapters"], left_out)
     return parse(RunConfig, raw)
 
 

@@ -60,7 +60,28 @@ class Row:
 def plain_sentences(seed: int, count: int) -> list[str]:
     """Lines of two to four sentences each, for pre-training."""
     rng = random.Random(seed)
-    makers: tuple[Callable[[random.Random], str], ...] = (
+    makers = _sentence_makers()
+    return [
+        " ".join(rng.choice(makers)(rng) for _ in range(rng.randint(2, 4))) for _ in range(count)
+    ]
+
+
+def preference_rows(seed: int, count: int) -> list[dict[str, str]]:
+    """Pairs of continuations of a sentence: chosen on an opposite, and rejected on another fact."""
+    rng = random.Random(seed)
+    makers = [maker for maker in _sentence_makers() if maker is not _opposite_sentence]
+    return [
+        {
+            "prompt": rng.choice(makers)(rng),
+            "chosen": " " + _opposite_sentence(rng),
+            "rejected": " " + rng.choice(makers)(rng),
+        }
+        for _ in range(count)
+    ]
+
+
+def _sentence_makers() -> tuple[Callable[[random.Random], str], ...]:
+    return (
         _plural_sentence,
         _opposite_sentence,
         _colour_sentence,
@@ -69,9 +90,6 @@ def plain_sentences(seed: int, count: int) -> list[str]:
         _reverse_sentence,
         _sort_sentence,
     )
-    return [
-        " ".join(rng.choice(makers)(rng) for _ in range(rng.randint(2, 4))) for _ in range(count)
-    ]
 
 
 def instruction_rows(seed: int) -> tuple[list[Row], list[Row]]:
@@ -279,9 +297,15 @@ def _with_choices(row: Row, outputs: list[str], rng: random.Random) -> dict[str,
 
 
 def write_demo_data(output: Path) -> Path:
-    """Writes the corpus and the tasks of the demo into `output/data` and returns that folder."""
+    """Writes corpus, tasks and preferences of the demo into `output/data`; returns that folder."""
     write_corpus(output / "data", DATA_SEED)
     write_tasks(output / "data" / "tasks", DATA_SEED)
+    folder = output / "data" / "preferences"
+    folder.mkdir(exist_ok=True)
+    for split, count, seed in (("train", 400, DATA_SEED), ("held_out", 40, DATA_SEED + 1)):
+        rows = preference_rows(seed, count)
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / f"{split}.jsonl").write_text(text, encoding="utf-8")
     return output / "data"
 
 

@@ -86,7 +86,8 @@ def _collate(rows: Sequence[Sequence[Sequence[int]]]) -> Batch:
     # The first token of a line is not predicted.
     loss_mask = (segment_ids > 0) & (positions > 0)
     zeros = np.zeros_like(tokens)
-    return Batch(tokens, loss_mask, segment_ids, positions, zeros, zeros.astype(np.float32))
+    floats = zeros.astype(np.float32)
+    return Batch(tokens, loss_mask, segment_ids, positions, zeros, floats, floats)
 
 
 def pretrain(folder: Path, *, steps: int, seed: int = 0, dtype: str = "bfloat16") -> float:

@@ -15,6 +15,8 @@ from typing import Any
 from moe_jax.errors import CheckpointError, ConfigError
 from moe_jax.files.atomic import write_atomic
 from moe_jax.files.disk import disk_errors
+from moe_jax.files.json_file import parse_json
+from moe_jax.training.run.workdir import is_main_process
 
 Record = dict[str, Any]
 
@@ -46,6 +48,9 @@ class Journal:
     ):
         """Reads an existing journal, or starts an empty one. The first `add` creates the file.
 
+        Of several processes only the first writes to the file, and all keep the same records. They
+        must all have read the file before the first `add`.
+
         Args:
           file: path that ends in `.jsonl`; None keeps the answers in memory only.
           identity: plain JSON values that identify the evaluation.
@@ -57,7 +62,7 @@ class Journal:
           ConfigError: the file belongs to another evaluation.
           CheckpointError: the file is damaged or cannot be read.
         """
-        self._file = file
+        self._file = file if is_main_process() else None
         self._identity = {"format": JOURNAL_FORMAT_VERSION, **identity}
         self._questions = questions
         self._replaceable = frozenset(replaceable)
@@ -107,7 +112,7 @@ class Journal:
         if not complete_lines:
             return {}
         try:
-            first, *lines = (json.loads(line) for line in complete_lines.splitlines())
+            first, *lines = (parse_json(line) for line in complete_lines.splitlines())
             records = {line["question"]: line for line in lines}
             in_range = all(0 <= index < self._questions for index in records)
             differing = [
@@ -144,9 +149,14 @@ def journal_file(folder: Path | None, model: str, task: str, protocol: str) -> P
 def locked(folder: Path) -> Iterator[None]:
     """Locks a results folder against other evaluations.
 
+    Of several processes the first holds the lock for all.
+
     Raises:
       ConfigError: another process holds the lock.
     """
+    if not is_main_process():
+        yield
+        return
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         lock = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR)

@@ -17,9 +17,9 @@ from moe_jax.adapters.method import require_language_model
 from moe_jax.data.encoding import encode_texts
 from moe_jax.errors import ConfigError, DataError
 from moe_jax.evaluation.answer_journal import Journal, Record, journal_file
-from moe_jax.evaluation.evaluation_results import Accuracy, MetricScore, TaskOutcome
+from moe_jax.evaluation.outcomes import Accuracy, MetricScore, TaskOutcome
 from moe_jax.evaluation.question_runner import announcement, progress_bar, require_finite
-from moe_jax.evaluation.scorer import ScoredSequence, Scorer
+from moe_jax.evaluation.scorer import Scorer
 from moe_jax.evaluation.scoring_protocols import BaseLimits
 from moe_jax.hf.base_model import BaseModel
 from moe_jax.loaded.inference_model import NamedAdapter
@@ -45,11 +45,6 @@ class LabelledTask(NamedTuple):
     rows: list[LabelledText]
     tokens: list[list[int]]
     num_truncated: int
-
-    @property
-    def num_scores(self) -> int:
-        """Number of outputs of a score head for this task."""
-        return len(self.task.labels) or 1
 
 
 def match_classifiers(
@@ -172,17 +167,19 @@ def classify_rows(
     task, rows = labelled.task, labelled.rows
     head = adapter.saved.method.classification
     outputs = [head.labels.index(label) for label in task.labels] or [0]
-    groups = [(ScoredSequence.next_token(ids, outputs),) for ids in labelled.tokens]
     answered = [index in journal.records for index in range(len(rows))]
     batches = (
-        () if scorer is None or all(answered) else scorer.scores(groups, adapter.adapter, answered)
+        ()
+        if scorer is None or all(answered)
+        else scorer.class_scores(labelled.tokens, adapter.adapter, answered)
     )
     with progress_bar(answered, f"{adapter.name} {task.name} {CLASSIFICATION}", "row") as bar:
         for batch in batches:
             records = []
-            for index, _, score in batch:
+            for index, values in batch:
                 if not answered[index]:
-                    scores = require_finite(score.values, rows[index].where, adapter.name)
+                    ordered = values[outputs].tolist()
+                    scores = require_finite(ordered, rows[index].where, adapter.name)
                     records.append(_record(index, rows[index], task.labels, scores))
             journal.add(records)
             bar.update(len(records))

@@ -1,4 +1,4 @@
-"""Accuracies with standard errors, and the tables and files of an evaluation."""
+"""Tables and files of an evaluation."""
 
 import collections
 import functools
@@ -11,8 +11,10 @@ from typing import Any
 
 from moe_jax.config.parse import to_plain
 from moe_jax.errors import ConfigError
+from moe_jax.evaluation.outcomes import Accuracy, MetricScore, TaskOutcome
 from moe_jax.evaluation.scoring_protocols import PreparedTask
 from moe_jax.files.atomic import write_atomic
+from moe_jax.files.json_file import parse_json
 from moe_jax.hf.base_model import BaseModel
 from moe_jax.loaded.inference_model import BASE, NamedAdapter
 from moe_jax.tasks.task import Task
@@ -36,80 +38,8 @@ MEASURE_DESCRIPTIONS = {
 """Description of each measure in `results.md`."""
 
 
-@dataclass(frozen=True)
-class Accuracy:
-    """Share of right answers.
-
-    Attributes:
-      correct: number of right answers.
-      questions: number of questions, at least one.
-    """
-
-    correct: int
-    questions: int
-
-    @property
-    def value(self) -> float:
-        """Share of right answers."""
-        return self.correct / self.questions
-
-    @property
-    def standard_error(self) -> float:
-        """Standard error of a binomial proportion: the square root of p (1 - p) / n."""
-        return math.sqrt(self.value * (1.0 - self.value) / self.questions)
-
-    def to_plain(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return {
-            "correct": self.correct,
-            "questions": self.questions,
-            "accuracy": self.value,
-            "standard_error": self.standard_error,
-        }
-
-
-@dataclass(frozen=True)
-class MetricScore:
-    """Metric that is not a share of right answers, such as a correlation.
-
-    Attributes:
-      value: at most 1.
-      standard_error: see `tasks.classification_metrics`.
-      questions: number of rows.
-    """
-
-    value: float
-    standard_error: float
-    questions: int
-
-    def to_plain(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return {
-            "questions": self.questions,
-            "value": self.value,
-            "standard_error": self.standard_error,
-        }
-
-
-@dataclass(frozen=True)
-class TaskOutcome:
-    """Results of one model on one task with one protocol.
-
-    Attributes:
-      model: name of the model.
-      task: name of the task.
-      protocol: name of the protocol.
-      accuracies: accuracies by measure; classification tasks have other metrics too.
-      subjects: accuracies by measure and subject, for tasks with subjects.
-      examples: answer to each question, in the order of the data.
-    """
-
-    model: str
-    task: str
-    protocol: str
-    accuracies: Mapping[str, Accuracy | MetricScore]
-    subjects: Mapping[str, Mapping[str, Accuracy]]
-    examples: Sequence[Mapping[str, Any]]
+ValueAndError = tuple[float, float | None]
+"""Value and its standard error; None if the sample does not tell it."""
 
 
 def require_nothing_lost(folder: Path, tasks: Sequence[str], models: Sequence[str]) -> None:
@@ -127,9 +57,9 @@ def require_nothing_lost(folder: Path, tasks: Sequence[str], models: Sequence[st
     if not file.exists():
         return
     try:
-        results = json.loads(file.read_text(encoding="utf-8"))
+        results = parse_json(file.read_bytes())
         kinds = {"tasks": tasks, "models": models}
-        earlier = {kind: [entry["name"] for entry in results[kind]] for kind in kinds}
+        earlier = {kind: [str(entry["name"]) for entry in results[kind]] for kind in kinds}
     except (OSError, ValueError, KeyError, TypeError):
         raise ConfigError(
             f"{file}: is not the result of an evaluation; give another output"
@@ -141,37 +71,6 @@ def require_nothing_lost(folder: Path, tasks: Sequence[str], models: Sequence[st
                 f"{file}: holds {kind} that this evaluation leaves out, and would be overwritten "
                 f"without them: {', '.join(lost)}; include these too, or give another output"
             )
-
-
-def count_correct(
-    model: str, task: str, protocol: str, measures: Sequence[str], examples: Sequence[Mapping]
-) -> TaskOutcome:
-    """Counts the right answers of a model.
-
-    Args:
-      model, task, protocol: names, as in `TaskOutcome`.
-      measures: names of the measures.
-      examples: mappings with `answer`, `picked` (by measure) and `subject`.
-    """
-    by_subject: dict[str, list[Mapping]] = {}
-    for example in examples:
-        by_subject.setdefault(example["subject"], []).append(example)
-    subjects = {}
-    if set(by_subject) != {""}:
-        subjects = {
-            measure: {
-                name: _accuracy(measure, subject_examples)
-                for name, subject_examples in sorted(by_subject.items())
-            }
-            for measure in measures
-        }
-    accuracies = {measure: _accuracy(measure, examples) for measure in measures}
-    return TaskOutcome(model, task, protocol, accuracies, subjects, examples)
-
-
-def _accuracy(measure: str, examples: Sequence[Mapping]) -> Accuracy:
-    correct = sum(example["picked"][measure] == example["answer"] for example in examples)
-    return Accuracy(correct, len(examples))
 
 
 @dataclass(frozen=True)
@@ -212,21 +111,27 @@ class Evaluation:
             for measure, accuracy in outcome.accuracies.items()
         }
 
-    def average(self, model: str, measure: str) -> tuple[float, float] | None:
-        """Unweighted mean over tasks and its standard error; None if a task lacks the measure."""
+    def average(self, model: str, measure: str) -> ValueAndError | None:
+        """Unweighted mean over tasks and its standard error; None if a task lacks the measure.
+
+        The error is None if that of a task is.
+        """
         cells = [self.accuracy(model, task, measure) for task in self.tasks]
         known = [cell for cell in cells if cell is not None]
         if len(known) < len(cells):
             return None
-        variance = sum(cell.standard_error**2 for cell in known)
-        return sum(cell.value for cell in known) / len(known), math.sqrt(variance) / len(known)
+        mean = sum(cell.value for cell in known) / len(known)
+        errors = [cell.standard_error for cell in known if cell.standard_error is not None]
+        if len(errors) < len(known):
+            return mean, None
+        return mean, math.hypot(*errors) / len(known)
 
-    def difference(self, model: str, task: str, measure: str) -> tuple[float, float] | None:
+    def difference(self, model: str, task: str, measure: str) -> ValueAndError | None:
         """Mean difference to the first model over the questions, and its standard error.
 
         Both models answer the same questions, so that the error is that of the differences, which
-        is smaller than that of two separate samples. None if the task has no such measure, and for
-        classifiers.
+        is smaller than that of two separate samples. The error is None if the differences of all
+        questions are equal. None if the task has no such measure, and for classifiers.
         """
         right = [
             [example["picked"][measure] == example["answer"] for example in outcome.examples]
@@ -242,7 +147,7 @@ class Evaluation:
         count = len(differences)
         mean = sum(differences) / count
         variance = sum((d - mean) ** 2 for d in differences) / max(count - 1, 1)
-        return mean, math.sqrt(variance / count)
+        return mean, math.sqrt(variance / count) or None
 
     def measures(self) -> list[str]:
         """All measures, in the order of `MEASURE_DESCRIPTIONS`."""
@@ -282,7 +187,7 @@ class Evaluation:
         return {
             "moe_jax": __version__,
             **self.settings,
-            "results": [_outcome_to_plain(outcome) for outcome in self.outcomes],
+            "results": [outcome.to_plain() for outcome in self.outcomes],
             "averages": averages,
             "differences": differences,
         }
@@ -356,27 +261,11 @@ class Evaluation:
         return "\n".join([f"{title}.\n", *lines, ""])
 
 
-def _percent(value_and_error: tuple[float, float] | None, sign: str = "-") -> str:
+def _percent(value_and_error: ValueAndError | None, sign: str = "-") -> str:
     if value_and_error is None:
         return "-"
     value, error = value_and_error
-    return f"{100 * value:{sign}.1f} ± {100 * error:.1f}"
-
-
-def _outcome_to_plain(outcome: TaskOutcome) -> dict[str, Any]:
-    measures = {}
-    for measure, accuracy in outcome.accuracies.items():
-        measures[measure] = accuracy.to_plain()
-        if measure in outcome.subjects:
-            measures[measure]["subjects"] = {
-                name: subject.to_plain() for name, subject in outcome.subjects[measure].items()
-            }
-    return {
-        "model": outcome.model,
-        "task": outcome.task,
-        "protocol": outcome.protocol,
-        "measures": measures,
-    }
+    return f"{100 * value:{sign}.1f} ± {'-' if error is None else f'{100 * error:.1f}'}"
 
 
 def evaluation_settings(

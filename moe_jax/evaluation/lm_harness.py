@@ -25,7 +25,8 @@ from moe_jax.config.run import MeshConfig
 from moe_jax.data.new_tokens import load_extended_tokenizer
 from moe_jax.data.tokenizer import encode, end_of_text, leading_tokens
 from moe_jax.errors import ConfigError, DataError
-from moe_jax.evaluation.scorer import ScoredSequence, Scorer, SequenceScore, complete_buckets
+from moe_jax.evaluation.packed_sequences import ScoredSequence
+from moe_jax.evaluation.scorer import Scorer, SequenceScore
 from moe_jax.evaluation.scoring_protocols import encode_pairs
 from moe_jax.hf.base_model import BaseModel, open_base
 from moe_jax.inference.api import InferenceSession
@@ -71,7 +72,7 @@ class HarnessModel(TemplateLM):
           adapter: folder, or result of `moe_jax.load_adapter`; None is the base alone.
           revision: revision of a hub id.
           dtype: dtype of weights and computation.
-          batch_size: number of sequences in a batch, over all devices.
+          batch_size: number of rows in a batch, over all devices.
           truncate: cuts requests longer than the context at their start instead of rejecting them.
           mesh: device mesh; None is one device.
         """
@@ -103,7 +104,6 @@ class HarnessModel(TemplateLM):
             model,
             params,
             batch_size=self._batch_size,
-            buckets=complete_buckets((), self.max_length),
             mesh=devices,
         )
 
@@ -139,11 +139,15 @@ class HarnessModel(TemplateLM):
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **kwargs: Any
     ) -> list[tuple[float, bool]]:
         del kwargs
-        sequences = [
-            self._fit_to_context(ScoredSequence.continuation(context, continuation), texts)
-            for texts, context, continuation in requests
+        # The requests of a question have the same context.
+        groups = [
+            [
+                self._fit_to_context(ScoredSequence.continuation(context, continuation), texts)
+                for texts, context, continuation in alike
+            ]
+            for _, alike in itertools.groupby(requests, key=lambda request: request[1])
         ]
-        answers = [(score.values[0], score.is_greedy) for score in self._scores(sequences)]
+        answers = [(score.log_prob, score.is_greedy) for score in self._scores(groups)]
         for (texts, *_), answer in zip(requests, answers, strict=True):
             self.cache_hook.add_partial("loglikelihood", texts, answer)
         return answers
@@ -157,11 +161,12 @@ class HarnessModel(TemplateLM):
                 ids, self.prefix_token_id, max_seq_len=self.max_length, context_len=1
             )
             for tokens, targets in windows:
-                sequences.append(ScoredSequence(tuple(tokens), tuple(targets), ()))
+                sequences.append(ScoredSequence(tuple(tokens), tuple(targets)))
                 request_indices.append(index)
         sums = [0.0] * len(requests)
-        for index, score in zip(request_indices, self._scores(sequences), strict=True):
-            sums[index] += score.values[0]
+        scores = self._scores([[sequence] for sequence in sequences])
+        for index, score in zip(request_indices, scores, strict=True):
+            sums[index] += score.log_prob
         for request, total in zip(requests, sums, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
         return sums
@@ -222,12 +227,11 @@ class HarnessModel(TemplateLM):
             tokens = [*tokens[:lead], *tokens[len(tokens) - max_tokens + lead :]]
         return Prompt(tuple(tokens), self._adapter_name, where)
 
-    def _scores(self, sequences: list[ScoredSequence]) -> list[SequenceScore]:
-        scores: dict[int, SequenceScore] = {}
-        groups = [(sequence,) for sequence in sequences]
-        for batch in self._scorer.scores(groups, self._adapter, [False] * len(sequences)):
-            scores |= {index: score for index, _, score in batch}
-        return [scores[index] for index in range(len(sequences))]
+    def _scores(self, groups: Sequence[Sequence[ScoredSequence]]) -> list[SequenceScore]:
+        scores: dict[tuple[int, int], SequenceScore] = {}
+        for batch in self._scorer.scores(groups, self._adapter, [False] * len(groups)):
+            scores |= {(group, index): score for group, index, score in batch}
+        return [score for _, score in sorted(scores.items())]
 
     def _fit_to_context(self, sequence: ScoredSequence, texts: tuple[str, str]) -> ScoredSequence:
         if len(sequence.tokens) <= self.max_length:

@@ -24,22 +24,21 @@ from moe_jax.evaluation.classifier_runner import (
 )
 from moe_jax.evaluation.evaluation_results import (
     Evaluation,
-    TaskOutcome,
     evaluation_settings,
     require_nothing_lost,
 )
+from moe_jax.evaluation.outcomes import TaskOutcome
 from moe_jax.evaluation.question_runner import (
     answer_questions,
     model_name,
     open_journal,
     question_announcement,
 )
-from moe_jax.evaluation.scorer import Scorer, complete_buckets
+from moe_jax.evaluation.scorer import ROW_LENGTH, Scorer
 from moe_jax.evaluation.scoring_protocols import (
     SCORING_PROTOCOLS,
     PreparedTask,
     base_limits,
-    max_candidates,
     prepare_tasks,
 )
 from moe_jax.hf.base_model import BaseModel, open_base
@@ -66,9 +65,8 @@ class EvaluationOptions:
       shots: number of answered examples before each question; None is the default of each task.
       protocols: names of the scoring protocols, `labels` or `choices` or both.
       dtype: dtype of weights and computation. A base in memory keeps its dtype.
-      batch_size: number of sequences in a batch, over all devices.
-      buckets: padded lengths in ascending order, each compiled once; the context length is always
-        added. The default is 32, 64, ... up to the context length.
+      batch_size: number of rows in a batch, over all devices.
+      row_length: tokens of a row, into which questions are packed; see `pack_trees`.
       truncate: cuts prompts longer than the context at their start, after the special tokens that
         lead them, instead of rejecting them.
       mesh: device mesh; None is one device.
@@ -81,12 +79,12 @@ class EvaluationOptions:
     protocols: str | Sequence[str] = tuple(SCORING_PROTOCOLS)
     dtype: FloatType = "float32"
     batch_size: int = 16
-    buckets: Sequence[int] = ()
+    row_length: int = ROW_LENGTH
     truncate: bool = False
     mesh: MeshConfig | None = None
 
     def __post_init__(self):
-        protocols, buckets = self.protocol_names, list(self.buckets)
+        protocols = self.protocol_names
         for protocol in protocols:
             if protocol not in SCORING_PROTOCOLS:
                 hint = suggest(protocol, SCORING_PROTOCOLS)
@@ -99,8 +97,8 @@ class EvaluationOptions:
             raise FieldError("shots", f"must not be negative, got {self.shots}")
         if self.batch_size < 1:
             raise FieldError("batch_size", f"must be positive, got {self.batch_size}")
-        if buckets != sorted(set(buckets)) or any(length < 1 for length in buckets):
-            raise FieldError("buckets", f"must be positive and ascend strictly, got {buckets}")
+        if self.row_length < 1:
+            raise FieldError("row_length", f"must be positive, got {self.row_length}")
 
     @property
     def protocol_names(self) -> list[str]:
@@ -176,8 +174,7 @@ def evaluate(
                 model,
                 load_params(files, model, mesh),
                 batch_size=options.batch_size,
-                buckets=complete_buckets(options.buckets, files.config.max_position_embeddings),
-                candidates=plan.max_candidates(),
+                row_length=options.row_length,
                 mesh=mesh,
             )
         outcomes = []
@@ -220,9 +217,6 @@ class _Plan(NamedTuple):
     @property
     def models(self) -> list[NamedAdapter | None]:
         return [*self.language_models, *self.classifiers]
-
-    def max_candidates(self) -> int:
-        return max(max_candidates(self.prepared), *(t.num_scores for _, t in self.labelled), 1)
 
     def runs(self, folder: Path | None, base: BaseModel, dtype: str) -> list[_Run]:
         """Opens the journals of all models and tasks."""

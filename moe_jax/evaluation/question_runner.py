@@ -9,13 +9,15 @@ from tqdm import tqdm
 
 from moe_jax.errors import ConfigError
 from moe_jax.evaluation.answer_journal import Journal, Record, journal_file
-from moe_jax.evaluation.evaluation_results import TaskOutcome, count_correct
-from moe_jax.evaluation.scorer import Scorer, sequences_digest
+from moe_jax.evaluation.outcomes import TaskOutcome, count_correct
+from moe_jax.evaluation.packed_sequences import sequences_digest
+from moe_jax.evaluation.scorer import Scorer
 from moe_jax.evaluation.scoring_protocols import SCORING_PROTOCOLS, PreparedTask
 from moe_jax.hf.base_model import BaseModel
 from moe_jax.loaded.inference_model import BASE, Adapter, NamedAdapter
 from moe_jax.tasks.task import Question
 from moe_jax.training.run.measurement import EvaluationInterrupted
+from moe_jax.training.run.workdir import is_main_process
 
 
 def model_name(adapter: NamedAdapter | None) -> str:
@@ -104,7 +106,7 @@ def answer_questions(
     groups = task.sequences
     protocol = SCORING_PROTOCOLS[task.protocol]
     answered = [index in journal.records for index in range(len(groups))]
-    incomplete: dict[int, dict[int, tuple[float, ...]]] = {}
+    incomplete: dict[int, dict[int, float]] = {}
     batches = () if scorer is None or all(answered) else scorer.scores(groups, adapter, answered)
     with progress_bar(answered, f"{model} {task.name} {task.protocol}", "question") as bar:
         for batch in batches:
@@ -112,10 +114,9 @@ def answer_questions(
             for index, sequence, score in batch:
                 if answered[index]:
                     continue  # shares a batch with unanswered questions
-                incomplete.setdefault(index, {})[sequence] = score.values
+                incomplete.setdefault(index, {})[sequence] = score.log_prob
                 if len(incomplete[index]) == len(groups[index]):
-                    parts = sorted(incomplete.pop(index).items())
-                    values = [value for _, part in parts for value in part]
+                    values = [value for _, value in sorted(incomplete.pop(index).items())]
                     question = task.questions[index].question
                     scores = require_finite(values, question.where, model)
                     picked = protocol.pick(question, scores)
@@ -136,7 +137,12 @@ def progress_bar(answered: Sequence[bool], title: str, unit: str) -> tqdm:
       unit: name of what is counted.
     """
     return tqdm(
-        total=len(answered), initial=sum(answered), desc=title, unit=unit, leave=False, disable=None
+        total=len(answered),
+        initial=sum(answered),
+        desc=title,
+        unit=unit,
+        leave=False,
+        disable=None if is_main_process() else True,
     )
 
 

@@ -26,7 +26,7 @@ from moe_jax.config.model import ModelConfig
 from moe_jax.data.encoding import Example, TextSpan, encode_examples
 from moe_jax.data.tokenizer import encode, leading_tokens
 from moe_jax.errors import ConfigError, DataError
-from moe_jax.evaluation.scorer import ScoredSequence
+from moe_jax.evaluation.packed_sequences import ScoredSequence, shared_prefix
 from moe_jax.tasks.task import Question
 
 PickedChoices = dict[str, int]
@@ -38,7 +38,7 @@ class PreparedQuestion(NamedTuple):
 
     Attributes:
       question: question as text.
-      sequences: sequences to score. Their scores, concatenated, are the scores of the choices.
+      sequences: sequence to score of each choice.
     """
 
     question: Question
@@ -159,23 +159,12 @@ def prepare_tasks(
     return tasks
 
 
-def max_candidates(tasks: Sequence[PreparedTask]) -> int:
-    """Largest number of candidates of any sequence, at least 1."""
-    counts = (
-        len(sequence.candidates)
-        for task in tasks
-        for sequences in task.sequences
-        for sequence in sequences
-    )
-    return max(counts, default=1)
-
-
 def _largest_id(prepared: Sequence[PreparedQuestion]) -> int:
     return max(
         token
         for question in prepared
         for sequence in question.sequences
-        for token in (*sequence.tokens, *sequence.targets, *sequence.candidates)
+        for token in (*sequence.tokens, *sequence.targets)
     )
 
 
@@ -226,12 +215,9 @@ def prepare_labels(
 
 
 def _label_sequences(prompt: list[int], labels: list[list[int]]) -> tuple[ScoredSequence, ...]:
-    shared = _shared_prefix(labels)
+    shared = shared_prefix(labels)
     context = [*prompt, *labels[0][:shared]]
-    remainders = [label[shared:] for label in labels]
-    if all(len(ids) == 1 for ids in remainders):
-        return (ScoredSequence.next_token(context, [ids[0] for ids in remainders]),)
-    return tuple(ScoredSequence.continuation(context, ids) for ids in remainders)
+    return tuple(ScoredSequence.continuation(context, label[shared:]) for label in labels)
 
 
 def _label_ids(
@@ -257,14 +243,6 @@ def _label_ids(
                     "'choices' alone"
                 )
     return label_ids
-
-
-def _shared_prefix(sequences: Sequence[Sequence[int]]) -> int:
-    """Length of the longest prefix that all sequences share."""
-    for index, ids in enumerate(zip(*sequences, strict=False)):
-        if len(set(ids)) > 1:
-            return index
-    return min(map(len, sequences))
 
 
 def prepare_choices(

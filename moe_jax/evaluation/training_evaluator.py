@@ -1,38 +1,32 @@
 """Evaluation of the adapters of a training run on tasks, with the run's own base and mesh."""
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-
+from moe_jax.config.evaluation import EvaluationConfig
 from moe_jax.config.parse import to_plain
-from moe_jax.config.run import EvaluationConfig, RunConfig
+from moe_jax.config.run import RunConfig
 from moe_jax.data.new_tokens import load_extended_tokenizer
 from moe_jax.errors import ConfigError, error_prefix
 from moe_jax.evaluation.answer_journal import Journal, locked
-from moe_jax.evaluation.evaluation_results import (
-    RESULTS_FILE,
-    Accuracy,
-    Evaluation,
-    MetricScore,
-    evaluation_settings,
-)
+from moe_jax.evaluation.evaluation_results import RESULTS_FILE, Evaluation, evaluation_settings
+from moe_jax.evaluation.outcomes import Accuracy, MetricScore
 from moe_jax.evaluation.question_runner import (
     answer_questions,
     model_name,
     open_journal,
     question_announcement,
 )
-from moe_jax.evaluation.scorer import Scorer, complete_buckets
+from moe_jax.evaluation.scorer import Scorer
 from moe_jax.evaluation.scoring_protocols import (
     PreparedTask,
     base_limits,
-    max_candidates,
     prepare_tasks,
 )
+from moe_jax.files.json_file import parse_json
 from moe_jax.loaded.inference_model import BASE, Adapter, NamedAdapter, load_adapters
+from moe_jax.processes.agreement import require_agreement
 from moe_jax.tasks.selection import named_task
 from moe_jax.tasks.task import Question, Task
 from moe_jax.training.run.inputs import Inputs
@@ -51,7 +45,7 @@ class TrainingTaskEvaluation:
     def is_done(self, config: RunConfig, steps: Mapping[str, int], folder: Path) -> bool:
         """True if `folder` has the results of the final evaluation of `config`."""
         try:
-            results = json.loads((folder / RESULTS_FILE).read_text(encoding="utf-8"))
+            results = parse_json((folder / RESULTS_FILE).read_bytes())
             evaluated = {
                 model["name"]: model["step"] for model in results["models"] if model["adapter"]
             }
@@ -84,7 +78,7 @@ class TrainingTaskEvaluator:
 
         Raises:
           ConfigError: adapters have conflicting settings for a task, no protocol applies to a task,
-            an adapter's name is reserved, or there are several processes.
+            or an adapter's name is reserved.
           DataError: the data cannot be read or does not fit the base.
         """
         self._config = config
@@ -92,16 +86,10 @@ class TrainingTaskEvaluator:
         self._model = program.model
         self._mesh = program.mesh
         self._configs: dict[str, EvaluationConfig] = _evaluation_configs(config)
-        self._scorers: dict[tuple[int, tuple[int, ...]], Scorer] = {}
+        self._scorers: dict[tuple[int, int], Scorer] = {}
         self._tasks: dict[str, Task] = {}
         self._questions: dict[str, list[Question]] = {}
         self._prepared: dict[EvaluationConfig, list[PreparedTask]] = {}
-        if jax.process_count() > 1:
-            raise ConfigError(
-                f"config.adapters.{next(iter(self._configs))}.evaluation: is not supported with "
-                "several processes; leave it out, and run `moe-jax evaluate` on the adapter "
-                "afterwards"
-            )
         methods = [adapter.method for adapter in config.adapters.values()]
         base = self._base
         tokenizer = load_extended_tokenizer(base.folder, base.config, methods)
@@ -120,9 +108,6 @@ class TrainingTaskEvaluator:
                     self._prepared[evaluation] = prepare_tasks(
                         questions, evaluation.protocols, tokenizer, limits
                     )
-        self._candidates = max_candidates(
-            [task for tasks in self._prepared.values() for task in tasks]
-        )
 
     def measure(
         self, name: str, tree: Any, params: Any, stop: Callable[[], bool]
@@ -171,6 +156,7 @@ class TrainingTaskEvaluator:
                 (adapter, config, task, self._open_journal(folder, adapter, task, dtype))
                 for adapter, config, task in self._model_tasks(loaded)
             ]
+            require_agreement({"the answers so far": [len(run[-1].records) for run in runs]}, say)
             for adapter, config, task, journal in runs:
                 name, weights = model_name(adapter), None if adapter is None else adapter.adapter
                 say(question_announcement(name, task, journal))
@@ -225,15 +211,13 @@ class TrainingTaskEvaluator:
             yield from ((adapter, evaluation, task) for task in self._prepared[evaluation])
 
     def _scorer(self, evaluation: EvaluationConfig, params: Any) -> Scorer:
-        buckets = complete_buckets(evaluation.buckets, self._base.config.max_position_embeddings)
-        key = (evaluation.batch_size, buckets)
+        key = (evaluation.batch_size, evaluation.row_length)
         if key not in self._scorers:
             self._scorers[key] = Scorer(
                 self._model,
                 params,
                 batch_size=evaluation.batch_size,
-                buckets=buckets,
-                candidates=self._candidates,
+                row_length=evaluation.row_length,
                 mesh=self._mesh,
             )
         return self._scorers[key]

@@ -9,10 +9,12 @@ from typing import Any
 
 from moe_jax.adapters import METHODS
 from moe_jax.adapters.method import AdapterMethod
-from moe_jax.adapters.tree import TARGET_MODULES
+from moe_jax.adapters.tree import ALL_MODULES, ATTENTION_MODULES, DELTA_NET_MODULES, MLP_MODULES
 from moe_jax.checkpoints.leaves import LeafSpec, module_of, parameters_by_module
-from moe_jax.config.model import ModelConfig, RopeConfig
+from moe_jax.config.attention import GLOBAL_ATTENTION, LINEAR_ATTENTION
+from moe_jax.config.model import ModelConfig
 from moe_jax.config.parse import located
+from moe_jax.config.rope import RopeConfig
 from moe_jax.hf.base_model import open_base
 from moe_jax.hf.families.family import family_of
 from moe_jax.hf.key_table import module_counts
@@ -51,7 +53,11 @@ class AdapterDescription:
     @property
     def targets(self) -> list[str]:
         """Projections of the base that are adapted or have experts."""
-        return [name for name in TARGET_MODULES if any(name in module for module in self.modules)]
+        return [
+            name
+            for name in ALL_MODULES
+            if any(name in module.split("/") for module in self.modules)
+        ]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,8 +119,13 @@ class BaseDescription:
             ("layers", f"{config.num_layers}, width {config.hidden_size}"),
             ("ffn", f"width {config.intermediate_size}, {config.hidden_act}"),
             ("heads", _heads(config)),
+            *_global_attention(config),
+            *_delta_net(config),
             ("vocabulary", f"{config.vocab_size:,}, {_head(config)}"),
-            ("positions", f"{config.max_position_embeddings:,}, {_rope(config.rope)}"),
+            (
+                "positions",
+                f"{config.max_position_embeddings:,}, {_rope(config.rope)}{_unrotated(config)}",
+            ),
             *_window(config),
             ("stored", f"{stored} in {count} file{'s' if count > 1 else ''} ({files})"),
             ("parameters", f"{self.parameters:,}"),
@@ -144,7 +155,8 @@ def describe_base(base: str | Path, revision: str | None = None) -> BaseDescript
     stored: collections.Counter[str] = collections.Counter()
     with open_shards(folder) as shards:
         for leaf in checked_leaves(shards, config):
-            modules[module_of("/".join(leaf.path))] += math.prod(leaf.shape)
+            # A leaf of the layer itself, as in Gemma 4, has no module.
+            modules[module_of("/".join(leaf.path)) or leaf.path[-1]] += math.prod(leaf.shape)
         for tensor in shards.tensors.values():
             stored[tensor.dtype] += math.prod(tensor.shape) * _SIZES.get(tensor.dtype, 0)
         files = sorted({tensor.file for tensor in shards.tensors.values()})
@@ -200,10 +212,11 @@ def readable_size(size: int) -> str:
 
 def _sort_key(module: str) -> tuple[float, str]:
     """Sorts attention before the FFN, and the router of an FFN before its experts."""
-    for index, name in enumerate(TARGET_MODULES):
+    attention = (*ATTENTION_MODULES, *DELTA_NET_MODULES)
+    for index, name in enumerate((*attention, *MLP_MODULES)):
         if name in module.split("/"):
             return index, module
-    return TARGET_MODULES.index("gate_proj") - 0.5, module
+    return len(attention) - 0.5, module
 
 
 def _heads(config: ModelConfig) -> str:
@@ -212,6 +225,24 @@ def _heads(config: ModelConfig) -> str:
         return text
     shared = config.num_heads // config.num_kv_heads
     return f"{text}; {config.num_kv_heads} key-value heads, each for {shared} query heads"
+
+
+def _global_attention(config: ModelConfig) -> list[tuple[str, str]]:
+    if config.global_attention is None:
+        return []
+    layers = f"in {len(config.layers_with(GLOBAL_ATTENTION))} of {config.num_layers} layers"
+    values = "; values are keys" if config.global_attention.key_as_value else ""
+    return [("global", f"{layers}: {_heads(config.global_layers)}{values}")]
+
+
+def _delta_net(config: ModelConfig) -> list[tuple[str, str]]:
+    net = config.delta_net
+    if net is None:
+        return []
+    layers = f"in {len(config.layers_with(LINEAR_ATTENTION))} of {config.num_layers} layers"
+    keys = f"{net.num_key_heads} key heads of {net.key_head_dim} channels"
+    values = f"{net.num_value_heads} value heads of {net.value_head_dim}"
+    return [("delta net", f"{layers}: {keys}, {values}, filters of {net.filter_width}")]
 
 
 def _head(config: ModelConfig) -> str:
@@ -231,6 +262,11 @@ def _rope(rope: RopeConfig) -> str:
         if not isinstance(value, list | tuple)
     ]
     return ", ".join([f"rope {kind}", f"theta {theta:g}", *others])
+
+
+def _unrotated(config: ModelConfig) -> str:
+    rotated = config.rotated_layers
+    return "" if rotated is None else f"; none in {rotated.count(False)} of {len(rotated)} layers"
 
 
 def _window(config: ModelConfig) -> list[tuple[str, str]]:

@@ -1,7 +1,7 @@
 """Forward passes that record the routing of tokens: sites of an adapter, and batches of rows."""
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -51,8 +51,13 @@ def routing_sites(model: LlamaForCausalLM, method: AdapterMethod, tree: Any) -> 
     tokens, mask = (jax.ShapeDtypeStruct((1, 2), dtype) for dtype in (jnp.int32, jnp.bool_))
     route = functools.partial(_route, model.clone(adapter_rows=single_adapter(method, 1)))
     found = jax.eval_shape(route, params, tree, tokens, mask)
+    return in_order(found)
+
+
+def in_order(sites: Iterable[str]) -> list[str]:
+    """Sites in the order of reports; the first is the adapter's default."""
     return sorted(
-        found, key=lambda site: (_SITE_ORDER.index(site) if site in _SITE_ORDER else 99, site)
+        sites, key=lambda site: (_SITE_ORDER.index(site) if site in _SITE_ORDER else 99, site)
     )
 
 

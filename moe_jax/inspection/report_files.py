@@ -215,8 +215,8 @@ def routing_page(report: RoutingReport) -> str:
     """
     if not report.rows:
         raise ValueError("the report has no tokens to show; set InspectionOptions.keep_tokens")
-    style = _page_source("page.css")
-    script = _page_source("colours.js") + _page_source("page.js")
+    style = _page_source("tokens.css") + _page_source("page.css")
+    script = "".join(_page_source(name) for name in ("colours.js", "token_view.js", "page.js"))
     count = sum(len(row.tokens) for row in report.rows)
     total = report.total
     shown = f"All {count:,} tokens are shown."

@@ -122,7 +122,7 @@ def inspect_routing(
     statistics, kept_routing = _collect(rows.rows, batches, kept_lengths)
     return RoutingReport(
         adapter=name,
-        base=files.identity.path,
+        base=files.path,
         method=method_name,
         site=site,
         sites=tuple(sites),

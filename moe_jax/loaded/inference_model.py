@@ -21,6 +21,8 @@ from moe_jax.hf.load import load_base_params
 from moe_jax.loaded.run_adapters import resolve_adapter
 from moe_jax.models.adapted import abstract_params, untrained_adapter
 from moe_jax.models.causal_lm import LlamaForCausalLM
+from moe_jax.processes.agreement import require_one_process
+from moe_jax.sharding.placement import place
 from moe_jax.sharding.rules import shardings_of
 
 BASE = "base"
@@ -56,7 +58,12 @@ class NamedAdapter(NamedTuple):
 
 
 def build_model(base: BaseModel, dtype: FloatType) -> LlamaForCausalLM:
-    """Model of a base, with parameters and computation in `dtype`."""
+    """Model of a base, with parameters and computation in `dtype`.
+
+    Raises:
+      ConfigError: this process is one of several.
+    """
+    require_one_process()
     return LlamaForCausalLM(base.config, ComputeConfig(dtype=dtype), param_dtype=dtype)
 
 
@@ -64,15 +71,18 @@ def load_params(base: BaseModel, model: LlamaForCausalLM, mesh: Mesh | None) -> 
     """Loads the parameters in the type of `model`, onto the mesh or one device.
 
     Raises:
-      CheckpointError: a file or tensor is missing or damaged.
+      CheckpointError: a file or tensor is missing or damaged, or an adapter has another base.
       DeviceError: the mesh does not divide a parameter evenly.
     """
     shardings = None
     if mesh is not None:
         shardings = shardings_of(abstract_params(model), mesh)
     if base.params is None:
-        return load_base_params(base.folder, base.config, model.param_dtype, shardings)
-    return base.params if shardings is None else jax.device_put(base.params, shardings)
+        params = load_base_params(base.folder, base.config, model.param_dtype, shardings)
+    else:
+        params = base.params if shardings is None else jax.device_put(base.params, shardings)
+    base.require_expected()
+    return params
 
 
 def load_adapters(
@@ -84,13 +94,14 @@ def load_adapters(
     """Loads adapters from their folders or from memory, onto the mesh or one device.
 
     Raises:
-      CheckpointError: a folder holds no adapter or is damaged, or an adapter has another base.
+      CheckpointError: a folder holds no adapter or is damaged, or an adapter has another base. If
+        all of its weights must be read to see that, `load_params` raises it.
     """
     loaded = []
     for name, adapter in adapters.items():
         is_saved = isinstance(adapter, SavedAdapter)
         saved = adapter if is_saved else load_adapter(resolve_adapter(adapter))
-        base.require_trained_on(f"adapter {name!r}", saved.base, "give that base")
+        base.require_trained_on(f"adapter {name!r}", saved.base, "give that base", later=True)
         with located(f"adapter {name!r}"):
             saved.method.check_model(base.config)
         parts = [to_plain(saved.method), checksums(saved.tree)]
@@ -101,6 +112,6 @@ def load_adapters(
                 nn.meta.unbox(abstract_params(model)),
                 jax.random.key(0),
             )
-            saved = saved._replace(tree=jax.device_put(saved.tree, shardings_of(boxed, mesh)))
+            saved = saved._replace(tree=place(saved.tree, shardings_of(boxed, mesh)))
         loaded.append(NamedAdapter(name, None if is_saved else str(adapter), digest, saved))
     return loaded

@@ -82,7 +82,8 @@ def _choose(
             f"{field}: the number of parameters of the method {matched['name']!r} is not linear in "
             "its rank; give a number"
         )
-    notes[name] = f"rank {rank}: {found:,} parameters, nearest to the {wanted:,}{of}"
+    lowest = ", the lowest" if wanted < one else ""
+    notes[name] = f"rank {rank}{lowest}: {found:,} parameters, nearest to the {wanted:,}{of}"
     return method
 
 

@@ -2,10 +2,11 @@
 
 A path names the folder of an adapter, a hub id, the work directory of a run, or one of its training
 states (`WORKDIR/checkpoints/STEP`). An adapter that has not finished is taken from a training state
-and written to `WORKDIR/stopped/NAME`, in the same format as a finished one.
+and written to `WORKDIR/stopped/NAME`, in the same format as a finished one. `WORKDIR/adapters` and
+`WORKDIR/stopped` stand for the work directory.
 """
 
-import json
+import contextlib
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,15 +22,17 @@ from moe_jax.checkpoints.adapter_files import (
     save_adapter,
 )
 from moe_jax.checkpoints.leaves import nested_dict
-from moe_jax.checkpoints.store import latest_step, read_adapters, read_metadata
+from moe_jax.checkpoints.store import newest_intact_step, read_adapters, read_metadata
 from moe_jax.config.run import RunConfig, parse_run_config
 from moe_jax.data.new_tokens import with_token_id
 from moe_jax.errors import CheckpointError, ConfigError
 from moe_jax.files.folders import current_folder
+from moe_jax.files.json_file import parse_json
 from moe_jax.hf import base_model
 from moe_jax.hf.base_model import BaseIdentity, open_base
 from moe_jax.loaded.adapter_base import expected_leaves
 from moe_jax.loaded.rank_match import match_ranks
+from moe_jax.terminal import print_shown
 
 CHECKPOINTS, ADAPTERS, STOPPED = "checkpoints", "adapters", "stopped"
 _CONFIG = "config.json"
@@ -69,7 +72,7 @@ def read_run_config(workdir: Path) -> RunConfig:
     """
     file = workdir / _CONFIG
     try:
-        return parse_run_config(json.loads(file.read_text()), METHODS)
+        return parse_run_config(parse_json(file.read_bytes()), METHODS)
     except (OSError, ValueError, ConfigError) as error:
         raise CheckpointError(f"{file} is not the configuration of a run ({error})") from None
 
@@ -77,6 +80,8 @@ def read_run_config(workdir: Path) -> RunConfig:
 def _run_paths(path: Path) -> list[tuple[Path, str | None, int | None]]:
     """Work directory, adapter and step that a path may name."""
     found: list[tuple[Path, str | None, int | None]] = [(path, None, None)]
+    if path.name in (ADAPTERS, STOPPED):
+        found.append((path.parent, None, None))
     if path.parent.name == ADAPTERS:
         found.append((path.parent.parent, path.name, None))
     if path.parent.name == CHECKPOINTS and path.name.isdecimal():
@@ -100,13 +105,21 @@ def _folder_of_run(workdir: Path, name: str | None, step: int | None) -> Path:
     finished = current_folder(workdir / ADAPTERS / name)
     if step is None and (finished / DESCRIPTION).exists():
         return finished
-    step = latest_step(workdir / CHECKPOINTS) if step is None else step
+    states = workdir / CHECKPOINTS
+    if step is None:
+        step, damage = newest_intact_step(states, ("adapters", "metadata"))
+        for number, what in damage.items():
+            print_shown(f"{states / str(number)} is damaged ({what})", file=sys.stderr)
+        if step is None and damage:
+            raise CheckpointError(f"{states}: no training state is intact; copy one from a backup")
     if step is None:
         raise CheckpointError(
             f"{workdir}: the run has saved no training state yet; wait for the first one, or lower "
             "config.checkpoints.every"
         )
-    print(f"{workdir}: adapter {name!r} has not finished; taken at step {step}", file=sys.stderr)
+    print_shown(
+        f"{workdir}: adapter {name!r} has not finished; taken at step {step}", file=sys.stderr
+    )
     return _stopped_adapter(workdir, config, name, step)
 
 
@@ -117,10 +130,11 @@ def _stopped_adapter(workdir: Path, config: RunConfig, name: str, step: int) -> 
     if (current_folder(folder) / DESCRIPTION).exists():
         sums, prefix = metadata["checksums"]["adapters"], f"{name}/"
         of_state = {p.removeprefix(prefix): s for p, s in sums.items() if p.startswith(prefix)}
-        description = read_description(folder)
-        # A run that was begun again in the same folder may have a state of the same step.
-        if (description.step, description.checksums) == (step, of_state):
-            return current_folder(folder)
+        with contextlib.suppress(CheckpointError):  # damaged: it is written again
+            description = read_description(folder)
+            # A run that was begun again in the same folder may have a state of the same step.
+            if (description.step, description.checksums) == (step, of_state):
+                return current_folder(folder)
     identity = BaseIdentity(**metadata["base"])
     base = open_base(config.base.path, config.base.revision)
     base.require_trained_on(str(workdir), identity, "restore that base")

@@ -103,7 +103,6 @@ class _CheckpointPair:
     """Two open checkpoints of one architecture, compared leaf by leaf."""
 
     def __init__(self, model: ModelConfig, base: Shards, dense: Shards):
-        self._num_layers = model.num_layers
         self._base, self._dense = base, dense
         dense_leaves = {leaf.path: leaf for leaf in checked_leaves(dense, model)}
         self._leaves = [(leaf, dense_leaves[leaf.path]) for leaf in checked_leaves(base, model)]
@@ -134,7 +133,7 @@ class _CheckpointPair:
             if target not in method.target_modules:
                 continue
             layers = []
-            for layer in range(self._num_layers):
+            for layer in range(len(leaf.keys)):
                 _, difference = self._difference(leaf, other, layer)
                 layers.append(nearest_pair(difference / method.scale, method.rank, rng))
             site = "/".join(leaf.path[:-1])

@@ -18,7 +18,7 @@ import numpy as np
 
 from moe_jax.adapters.lora.lora import LoraConfig
 from moe_jax.adapters.mixlora import MixLoraConfig
-from moe_jax.adapters.tree import ATTENTION_MODULES, MOE
+from moe_jax.adapters.tree import MLP_MODULES, MOE
 from moe_jax.checkpoints.adapter_files import SavedAdapter
 from moe_jax.config.parse import FieldError, located, suggest
 from moe_jax.errors import CheckpointError
@@ -150,7 +150,7 @@ def _check(
 def _lora_method(method: ExpertMethod) -> LoraConfig:
     """Method of the LoRA that results from merging all experts of a mixture."""
     low_rank = expert_low_rank(method)
-    on_attention = any(target in ATTENTION_MODULES for target in method.target_modules)
+    on_attention = any(target not in MLP_MODULES for target in method.target_modules)
     if isinstance(method, MixLoraConfig) and on_attention and low_rank != method.low_rank:
         raise FieldError(
             "into",

@@ -3,7 +3,8 @@
 The standard error of an accuracy is that of a binomial proportion, as in all other results. Those
 of other metrics come from a bootstrap over the rows (Efron 1979): the standard deviation of the
 metric over samples of equal size with replacement. An undefined metric, such as the correlation
-with constant predictions, is 0.
+with constant predictions, is 0. The error of a value that is the same in all samples, such as an
+accuracy of 1, is unknown.
 """
 
 import math
@@ -23,12 +24,12 @@ class Measurement(NamedTuple):
 
     Attributes:
       value: value in [0, 1], or in [-1, 1] for a correlation.
-      standard_error: standard error of the value.
+      standard_error: standard error of the value; None if unknown.
       rows: number of rows.
     """
 
     value: float
-    standard_error: float
+    standard_error: float | None
     rows: int
 
 
@@ -49,7 +50,7 @@ def measure(metric: MetricName, predicted: np.ndarray, labels: np.ndarray) -> Me
     """
     value, rows = metric_value(metric, predicted, labels), len(labels)
     if metric == "accuracy":
-        return Measurement(value, math.sqrt(value * (1.0 - value) / rows), rows)
+        return Measurement(value, math.sqrt(value * (1.0 - value) / rows) or None, rows)
     rng = np.random.default_rng(0)
     if metric in _COUNT_METRICS:
         counts = confusion(predicted, labels)
@@ -60,7 +61,7 @@ def measure(metric: MetricName, predicted: np.ndarray, labels: np.ndarray) -> Me
         correlate = _NUMBER_METRICS[metric]
         resampled = (rng.integers(0, rows, rows) for _ in range(SAMPLES))
         samples = np.array([correlate(predicted[i], labels[i]) for i in resampled])
-    return Measurement(value, float(np.std(samples, ddof=1)), rows)
+    return Measurement(value, float(np.std(samples, ddof=1)) or None, rows)
 
 
 def confusion(predicted: np.ndarray, labels: np.ndarray) -> np.ndarray:

@@ -7,7 +7,8 @@ from typing import Literal
 import datasets
 
 from moe_jax.config.data import SourceConfig
-from moe_jax.data.sources import RowTable, cache_key, read_source, select_part
+from moe_jax.data.sources import RowTable, read_source, select_part
+from moe_jax.data.table_cache import cache_key
 from moe_jax.errors import DataError
 from moe_jax.tasks.families.glue import ClassificationTask
 from moe_jax.tasks.selection import named_task

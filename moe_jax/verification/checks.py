@@ -24,6 +24,7 @@ from moe_jax.data.batch import Batch
 from moe_jax.data.tokenizer import load_tokenizer
 from moe_jax.errors import CheckpointError, UserError
 from moe_jax.exchange.api import export_adapter, import_adapter
+from moe_jax.exchange.peft_modules import kernels, modules_of
 from moe_jax.hf.base_model import BaseModel, open_base
 from moe_jax.hf.config import read_config_file
 from moe_jax.hf.wrapper import is_wrapper
@@ -161,7 +162,7 @@ def _description(base: BaseModel, dtype: str) -> Iterator[str]:
     yield f"moe_jax {__version__}, python {platform.python_version()}, {', '.join(versions)}"
     yield f"{platform.system()} {platform.machine()}, {jax.devices()[0].device_kind}, {dtype}"
     yield (
-        f"base {base.identity.path}: {model.model_type}, {model.num_layers} layers, width "
+        f"base {base.path}: {model.model_type}, {model.num_layers} layers, width "
         f"{model.hidden_size}, ffn {model.intermediate_size}, {model.num_heads} heads, "
         f"{model.num_kv_heads} key-value heads, vocabulary {model.vocab_size:,}, rope "
         f"{model.rope.rope_type} theta {model.rope.rope_theta:g}, fingerprint "
@@ -233,11 +234,17 @@ def _greedy(base: Base, tokens: np.ndarray, count: int, dtype: FloatType) -> lis
     return [token for (token,) in steps if token is not None]
 
 
-def _run_config(path: str, dtype: FloatType) -> RunConfig:
-    """A step with LoRA and MixLoRA; on projections that are in no family part of a fused tensor."""
+def _run_config(base: Base, dtype: FloatType) -> RunConfig:
+    """A step with LoRA, on projections that peft can name, and with MixLoRA."""
     targets = ("o_proj", "down_proj")
+    fused = {
+        kernel.path[-2]
+        for kernel in kernels(base.config)
+        if any(module.rpartition(".")[2] != kernel.path[-2] for module in modules_of(kernel))
+    }
+    named = tuple(name for name in targets if name not in fused)
     methods: dict[str, dict[str, Any]] = {
-        "lora": {"name": "lora"},
+        "lora": {"name": "lora", "target_modules": named},
         "mixlora": {"name": "mixlora", "num_experts": 2, "router": {"name": "top_k", "top_k": 2}},
     }
     adapters = {
@@ -250,7 +257,7 @@ def _run_config(path: str, dtype: FloatType) -> RunConfig:
         for name, method in methods.items()
     }
     raw = {
-        "base": {"path": path, "param_dtype": dtype},
+        "base": {"path": base.path, "param_dtype": dtype},
         "compute": {"dtype": dtype},
         "adapters": adapters,
         "training": {"steps": 2},
@@ -260,7 +267,7 @@ def _run_config(path: str, dtype: FloatType) -> RunConfig:
 
 def _train(base: Base, tokens: np.ndarray, dtype: FloatType, add: Add) -> SavedAdapter:
     """Makes two steps on the text; the second one measures what the first did. Returns the LoRA."""
-    config = _run_config(base.identity.path, dtype)
+    config = _run_config(base, dtype)
     program = build_program(config, base.config, 2, jax.devices()[:1])
     rows = np.repeat(tokens, 2, axis=0)
     ones = np.ones_like(rows)
@@ -272,6 +279,7 @@ def _train(base: Base, tokens: np.ndarray, dtype: FloatType, add: Add) -> SavedA
         positions=np.broadcast_to(position, rows.shape),
         expert_groups=ones,
         labels=np.zeros(rows.shape, np.float32),
+        reference_log_probs=np.zeros(rows.shape, np.float32),
     )
     before, losses, norms = checksums(base.params), [], []
     state = program.init_state(base.params)

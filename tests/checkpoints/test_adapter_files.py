@@ -1,11 +1,13 @@
 """Adapter folders are complete or absent, and strictly checked when read."""
 
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from damage import FAULTS, files_below, flip, refusal
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import moe_jax
@@ -16,11 +18,13 @@ from moe_jax.checkpoints.adapter_files import (
     add_pictures,
     capture_adapter,
     load_adapter,
+    read_description,
     save_adapter,
 )
 from moe_jax.checkpoints.leaves import named_leaves
-from moe_jax.config.model import ModelConfig, RopeConfig
+from moe_jax.config.model import ModelConfig
 from moe_jax.config.parse import parse_member
+from moe_jax.config.rope import RopeConfig
 from moe_jax.errors import CheckpointError, TrainingError
 from moe_jax.hf.base_model import BaseIdentity
 
@@ -76,13 +80,13 @@ def folder(tmp_path):
 
 
 def edit(folder, **changes):
+    """Edits the description on purpose."""
     file = folder / "adapter.json"
-    content = {**json.loads(file.read_text()), **changes}
+    content = {**json.loads(file.read_text()), "digest": None, **changes}
     file.write_text(json.dumps({k: v for k, v in content.items() if v is not ...}))
 
 
-def test_round_trip(folder):
-    loaded, expected = load_adapter(folder), make_adapter()
+def require_equal(loaded, expected):
     assert loaded._replace(tree=None) == expected._replace(tree=None)
     leaves = named_leaves(loaded.tree)
     assert leaves.keys() == named_leaves(expected.tree).keys()
@@ -90,9 +94,13 @@ def test_round_trip(folder):
         np.testing.assert_array_equal(leaves[path], leaf, strict=True)
 
 
+def test_round_trip(folder):
+    require_equal(load_adapter(folder), make_adapter())
+
+
 def test_the_description_is_readable(folder):
     description = json.loads((folder / "adapter.json").read_text())
-    assert description["format_version"] == 1
+    assert description["format_version"] == 2
     assert description["package_version"] == moe_jax.__version__
     assert description["method"]["name"] == "mixlora"
     assert description["method"]["num_experts"] == 4
@@ -152,10 +160,121 @@ def test_weights_that_are_not_finite_are_not_saved(folder):
     assert load_adapter(folder).step == 30
 
 
+@pytest.mark.parametrize("field", ["method", "base", "model", "step", "leaves", "checksums"])
+def test_an_edit_is_refused_and_can_be_meant(folder, field):
+    file = folder / "adapter.json"
+    description = json.loads(file.read_text())
+    if field == "method":
+        description["method"]["alpha"] = 9.0
+    elif field == "model":
+        description["model"]["rms_norm_eps"] = 1e-6
+    elif field == "step":
+        description["step"] = 31
+    else:
+        description[field]["more"] = 0
+    for digest in (description["digest"], "", 0, False, ...):
+        edited = {**description, "digest": digest}
+        file.write_text(json.dumps({k: v for k, v in edited.items() if v is not ...}))
+        with pytest.raises(CheckpointError) as error:
+            load_adapter(folder)
+        assert str(error.value) == (
+            f"{file}: differs from its digest, so it is damaged or was edited; copy the folder "
+            'again, or, to load it as it is, set "digest": null in the file'
+        )
+    file.write_text(json.dumps({**description, "digest": None}, indent=4))
+    if field in ("leaves", "checksums"):  # the weights themselves do not agree
+        with pytest.raises(CheckpointError, match=r"more|list of sums"):
+            load_adapter(folder)
+    else:
+        loaded = load_adapter(folder)
+        assert loaded.method.alpha == (9.0 if field == "method" else 8.0)
+        assert loaded.model.rms_norm_eps == (1e-6 if field == "model" else 1e-5)
+        assert loaded.step == (31 if field == "step" else 30)
+
+
+def test_the_layout_of_the_text_does_not_count(folder):
+    file = folder / "adapter.json"
+    description = json.loads(file.read_text())
+    file.write_text(json.dumps(dict(reversed(description.items()))))
+    assert load_adapter(folder)._replace(tree=None) == make_adapter()._replace(tree=None)
+
+
+def test_no_bit_of_the_description_changes_an_adapter(folder):
+    file = folder / "adapter.json"
+    expected, content = read_description(folder), file.read_bytes()
+
+    def require_expected(description):
+        assert description == expected
+
+    for place in range(0, len(content), 11):
+        flip(file, place, place % 8)
+        message = refusal(lambda: read_description(folder), require_expected)
+        assert content[place] in b" \n" if message is None else str(file) in message
+        file.write_bytes(content)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_damaged_files(folder, fault):
+    """An adapter with a damaged file loads as it was saved, or its folder is named."""
+    expected, refused = make_adapter(), set()
+    for file in files_below(folder):
+        content = file.read_bytes()
+        if fault != "flip" or content:
+            FAULTS[fault](file)
+        message = refusal(lambda: load_adapter(folder), lambda got: require_equal(got, expected))
+        if message is not None:
+            refused.add(file.relative_to(folder).parts[0])
+            assert str(folder) in message
+        file.write_bytes(content)
+    assert refused == {"adapter.json", "weights"}
+
+
+def test_links_are_followed_by_readers_and_never_written_through(folder, tmp_path):
+    """As the hub's cache and people who keep weights on another disk make them."""
+    elsewhere = tmp_path / "elsewhere"
+    shutil.copytree(folder, elsewhere)
+    for file in [folder / "adapter.json", *files_below(folder / "weights")]:
+        file.unlink()
+        file.symlink_to(elsewhere / file.relative_to(folder))
+    assert load_adapter(folder).step == 30
+    shutil.rmtree(folder / "weights")
+    (folder / "weights").symlink_to(elsewhere / "weights")
+    assert load_adapter(folder).step == 30
+    before = {file: file.read_bytes() for file in files_below(elsewhere)}
+    (elsewhere / "loss.png").write_bytes(b"its own")
+    (folder / "loss.png").symlink_to(elsewhere / "loss.png")
+    add_pictures(folder, {"loss.png": b"a picture"})
+    assert load_adapter(folder).pictures == {"loss.png": b"a picture"}
+    assert (elsewhere / "loss.png").read_bytes() == b"its own"
+    (elsewhere / "loss.png").unlink()
+    save_adapter(folder, make_adapter(step=60))
+    assert load_adapter(folder).step == 60
+    assert not any(path.is_symlink() for path in folder.rglob("*"))
+    assert {file: file.read_bytes() for file in files_below(elsewhere)} == before
+
+    link = tmp_path / "link"
+    link.symlink_to(folder, target_is_directory=True)
+    save_adapter(link, make_adapter(step=90))
+    assert link.is_symlink()
+    assert load_adapter(link).step == load_adapter(folder).step == 90
+
+
+@pytest.mark.parametrize("name", ["adapter.json", "weights", "weights/manifest.ocdbt"])
+@pytest.mark.parametrize("target", ["gone", "itself", "up"])
+def test_links_to_nowhere_are_one_line(folder, name, target):
+    path = folder / name
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    path.symlink_to({"gone": folder / "gone", "itself": path, "up": folder}[target])
+    with pytest.raises(CheckpointError) as error:
+        load_adapter(folder)
+    assert "\n" not in str(error.value)
+    assert str(folder) in str(error.value)
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"format_version": 2}, "format version 2, this release reads 1"),
+        ({"format_version": 1}, "format version 1, this release reads 2"),
         ({"step": ...}, "field 'step' is missing"),
         (
             {"method": {"name": "mixlroa"}},

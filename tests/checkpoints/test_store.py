@@ -8,11 +8,22 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from damage import FAULTS, cut, files_below, refusal
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from moe_jax.checkpoints.leaves import named_leaves
-from moe_jax.checkpoints.store import TrainingStore, latest_step, read_metadata
+from moe_jax.checkpoints.store import (
+    ITEMS,
+    TrainingStore,
+    latest_step,
+    newest_intact_step,
+    read_metadata,
+    set_aside,
+)
 from moe_jax.errors import CheckpointError, TrainingError
+from moe_jax.files.digests import read_digests, write_digests
+
+FILES_OF_A_STEP = 20
 
 
 def make_adapters(seed=0):
@@ -192,42 +203,68 @@ def test_an_incomplete_step_is_ignored_and_removed(saved, adapters):
     assert sorted(p.name for p in saved.iterdir()) == ["3", "4", "5"]
 
 
-FILES_OF_A_STEP = 20
-
-
-def damaged(data, how):
-    if how == "cut":
-        return data[: len(data) // 2]
-    middle = len(data) // 2
-    return data[:middle] + bytes([data[middle] ^ 0x10]) + data[middle + 1 :]
-
-
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # late errors
-@pytest.mark.parametrize("how", ["cut", "flip"])
-def test_damaged_files(saved, adapters, how):
-    """Damage to each file is reported with a remedy, or the file is not needed."""
-    optimizer, noticed = make_optimizer(adapters), 0
-    files = sorted(p for p in (saved / "4").rglob("*") if p.is_file() and p.stat().st_size)
+@pytest.mark.parametrize("fault", FAULTS)
+def test_every_damaged_file_is_seen(saved, adapters, fault):
+    """Before anything is restored; and what restores all the same is what was saved."""
+    optimizer = make_optimizer(adapters)
+
+    def require_saved(state):
+        assert_equal(state.adapters, adapters)
+        assert_equal(state.optimizer, optimizer)
+        assert state.data == {"default": {"next_index": 4}}
+
+    digested = sorted(read_digests(saved / "4"))
+    assert {name.partition("/")[0] for name in digested} == set(ITEMS)
+    files = files_below(saved / "4")
     assert len(files) >= FILES_OF_A_STEP
     with open_store(saved) as store:
         for file in files:
-            content = file.read_bytes()
-            file.write_bytes(damaged(content, how))
-            state, message = None, ""
-            try:
-                state = store.restore(4, abstract(adapters), abstract(optimizer))
-            except CheckpointError as error:
-                message = str(error)
-            if state is None:
-                noticed += 1
-                assert "\n" not in message
-                assert str(saved / "4") in message
-                assert f"delete {saved / '4'} to resume from step 3" in message
-            else:
-                assert_equal(state.adapters, adapters)
-                assert_equal(state.optimizer, optimizer)
+            name, content = file.relative_to(saved / "4").as_posix(), file.read_bytes()
+            if not content and fault == "flip":
+                continue
+            FAULTS[fault](file)
+            step, damage = newest_intact_step(saved)
+            if name in digested and (content or fault == "remove"):
+                problem = "is missing" if fault == "remove" else "differs from its digest"
+                assert (step, damage) == (3, {4: f"{name} {problem}"})
+            elif name == "digests.json":
+                assert step == 3
+                assert damage[4].startswith("digests.json is ")
+            else:  # empty before, or the note that the commit succeeded, which nothing reads
+                assert (step, damage) == (4, {})
+            message = refusal(
+                lambda: store.restore(4, abstract(adapters), abstract(optimizer)), require_saved
+            )
+            assert message is None or f"delete {saved / '4'} to resume from step 3" in message
+            assert message is not None or name not in ("data/metadata", "metadata/metadata")
             file.write_bytes(content)
-    assert noticed >= 8, "the arrays, their descriptions and both JSON files at least"
+    assert newest_intact_step(saved) == (4, {})
+
+
+def test_a_damaged_state_is_set_aside(saved, adapters):
+    (saved / "4.damaged").mkdir()
+    cut(saved / "4" / "data" / "metadata")
+    step, damage = newest_intact_step(saved)
+    assert (step, damage) == (3, {4: "data/metadata differs from its digest"})
+    assert set_aside(saved, 4) == saved / "4.damaged"
+    with open_store(saved) as store:
+        assert store.latest == 3
+        save(store, 4, adapters)
+        save(store, 5, adapters)
+        store.wait()
+    assert sorted(path.name for path in saved.iterdir()) == ["3", "4", "4.damaged", "5"]
+    assert newest_intact_step(saved) == (5, {})
+
+
+def test_items_that_are_not_needed_are_not_checked(saved):
+    cut(next(path for path in files_below(saved / "4" / "optimizer") if path.stat().st_size))
+    assert newest_intact_step(saved)[0] == 3
+    assert newest_intact_step(saved, ("adapters", "metadata")) == (4, {})
+    shutil.rmtree(saved / "4")
+    (saved / "3" / "data" / "metadata").unlink()
+    assert newest_intact_step(saved) == (None, {3: "data/metadata is missing"})
+    assert newest_intact_step(saved / "none") == (None, {})
 
 
 def test_a_missing_item_is_reported(saved, adapters):
@@ -239,8 +276,15 @@ def test_a_missing_item_is_reported(saved, adapters):
 def test_another_format_version_is_refused(saved):
     file = saved / "4" / "metadata" / "metadata"
     file.write_text(json.dumps({**json.loads(file.read_text()), "format_version": 99}))
-    with pytest.raises(CheckpointError, match="format version 99, this release reads 1"):
+    write_digests(saved / "4", ITEMS)
+    with pytest.raises(CheckpointError, match="format version 99, this release reads 2"):
         read_metadata(saved, 4)
+
+
+def test_a_renamed_state_is_refused(saved):
+    (saved / "4").rename(saved / "6")
+    with pytest.raises(CheckpointError, match="6 holds the state of step 4; rename it back"):
+        read_metadata(saved, 6)
 
 
 def test_latest_step_without_states(tmp_path):

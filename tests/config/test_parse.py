@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import numpy as np
 import pytest
 
 from moe_jax.config.parse import FieldError, field_prefix, located, parse, require, suggest
@@ -104,6 +105,17 @@ REFUSED = {
     "wrong_in_dict": ({**MINIMAL, "groups": {"a": {"rate": "x"}}}, "config.groups.a.rate", "float"),
     "list_for_dict": ({**MINIMAL, "groups": []}, "config.groups", "expected a group of fields"),
     "number_for_name": ({**MINIMAL, "groups": {7: {"rate": 1.0}}}, "config.groups", "int (7)"),
+    "huge_int": ({**MINIMAL, "count": 10**400}, "config.count", "expected a number of 64 bits"),
+    "huge_int_for_float": ({**MINIMAL, "limit": 10**5000}, "config.limit", "of 64 bits, got int"),
+    "array_for_int": ({**MINIMAL, "count": np.arange(3)}, "config.count", "int, got ndarray"),
+    "array_for_literal": (
+        {**MINIMAL, "inner": {"rate": 1.0, "kind": np.arange(3)}},
+        "config.inner.kind",
+        "array([0, 1, 2]) is not one of 'linear', 'cosine'",
+    ),
+    "array_for_any": ({**MINIMAL, "free": [np.arange(3)]}, "config.free[0]", "or a group, got nd"),
+    "number_for_field": ({**MINIMAL, 3: 1}, "config.3", "unknown field; known: count, flag"),
+    "number_for_key_of_any": ({**MINIMAL, "free": {3: 1}}, "config.free", "names as keys, got int"),
     "near_literal": (
         {**MINIMAL, "inner": {"rate": 1.0, "kind": "cosin"}},
         "config.inner.kind",

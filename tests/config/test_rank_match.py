@@ -101,8 +101,14 @@ def test_refusals(methods, message):
 
 
 def test_an_adapter_left_out_by_train_only_is_not_in_the_run():
-    with pytest.raises(ConfigError, match="this run has no adapter 'mix'"):
+    message = (
+        r"config\.adapters\.lora\.method\.rank: match:mix is the size of an adapter that "
+        r"config\.train_only leaves out; add 'mix' to train_only, or give a number"
+    )
+    with pytest.raises(ConfigError, match=message):
         parsed({"mix": MIXLORA, "lora": LORA}, train_only="lora")
+    both = parsed({"mix": MIXLORA, "lora": LORA, "x": MIXLORA}, train_only=("lora", "mix"))
+    assert list(both.methods) == ["mix", "lora"]
 
 
 def test_swept_adapters_match_as_their_template_does():

@@ -11,9 +11,10 @@ from moe_jax.adapters import METHODS, LoraConfig, MixLoraConfig
 from moe_jax.adapters.mixlora import ExpertLoraConfig
 from moe_jax.adapters.routing import TopKRouter
 from moe_jax.adapters.routing.losses import LoadBalance
-from moe_jax.config.model import ComputeConfig, ModelConfig, RopeConfig
+from moe_jax.config.model import ComputeConfig, ModelConfig
 from moe_jax.config.optimizer import ScheduleConfig
 from moe_jax.config.parse import parse
+from moe_jax.config.rope import RopeConfig
 from moe_jax.config.run import parse_run_config, to_json
 from moe_jax.errors import ConfigError
 
@@ -91,7 +92,7 @@ REFUSED = {
     "base.param_dtype": [("float64", "not one of 'float32', 'bfloat16', 'float16'")],
     "base.hf_config": [("config.json", "expected a group of fields")],
     "compute.dtype": [("bf16", "not one of"), ("bfloat61", "did you mean 'bfloat16'?")],
-    "compute.attention": [("flash", "not one of 'xla', 'cudnn'")],
+    "compute.attention": [("flash", "not one of 'auto', 'xla', 'cudnn'")],
     "compute.remat": [(True, "not one of 'none', 'dots', 'frozen', 'narrow', 'full'")],
     "mesh.data": [(0, "positive, or -1"), (-2, "positive, or -1"), (2.0, "expected int")],
     "mesh.fsdp": [(0, "positive, or -1")],
@@ -108,6 +109,7 @@ REFUSED = {
     "training.seed": [(-1, "must not be negative")],
     "training.initial_loss_scale": [(0.5, "must be at least 1")],
     "checkpoints.every": [(0, "must be positive")],
+    "checkpoints.minutes": [(-1.0, "must not be negative")],
     "checkpoints.keep": [(0, "must be positive")],
     "logging.tensorboard": [("yes", "expected bool")],
     "adapters": [({}, "names no adapter"), (None, "expected a group of fields")],

@@ -11,6 +11,7 @@ from moe_jax.config.command_line import load_config_file
 from moe_jax.config.run import RunConfig, parse_run_config
 from moe_jax.hf.config import model_config_from_hf
 from moe_jax.loaded.adapter_base import expected_leaves
+from moe_jax.loaded.rank_match import match_ranks
 from moe_jax.training.step.program import build_program
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -43,6 +44,16 @@ def _mixlora_layer(
     return attention + 8 * 3 * 16 * (width + ffn_width) + width * 8
 
 
+def _qwen3_5_4b() -> int:
+    """Rank 16: FFNs of 8 experts in 32 layers, pairs on full attention in 8 and linear in 24."""
+    ffn = 8 * 3 * 16 * (2560 + 9216) + 2560 * 8
+    # Queries with gates are 8192 channels, keys and values 1024.
+    full = 16 * ((2560 + 8192) + 2 * (2560 + 1024) + (4096 + 2560))
+    # 2048 channels of queries and keys each and 4096 of values, a gate and the output.
+    linear = 16 * ((2560 + 8192) + (2560 + 4096) + (4096 + 2560))
+    return 32 * ffn + 8 * full + 24 * linear
+
+
 def test_compared_methods_have_equal_numbers_of_parameters():
     config = _config("smollm2_tasks")
     model = model_config_from_hf(config.base.hf_config, "smollm2_tasks")
@@ -53,6 +64,24 @@ def test_compared_methods_have_equal_numbers_of_parameters():
     # A unit of rank has 10,176 weights a layer; an expert's has 6,336, and the router 576 x 8.
     assert sizes["lora-0"] == 30 * 43 * 10176
     assert sizes["mixlora-0"] == 30 * (8 * (3840 + 8 * 6336) + 4608)
+
+
+@pytest.mark.parametrize(
+    ("name", "lora", "mixlora", "rank"),
+    [
+        ("smollm2_tasks", "lora-0", "mixlora-0", 43),
+        ("llama7b_mixlora_multitask", "lora", "mixlora", 81),
+    ],
+)
+def test_ranks_worked_out_by_hand_are_those_of_a_match(name, lora, mixlora, rank):
+    """They are numbers in the files so that each adapter can be trained without the other."""
+    raw = {**load_config_file(f"{CONFIGS / name}.py"), "train_only": (lora, mixlora)}
+    method = raw["adapters"][lora]["method"]
+    assert method["rank"] == rank
+    method["rank"] = f"match:{mixlora}"
+    config = parse_run_config(raw, METHODS)
+    model = model_config_from_hf(config.base.hf_config, name)
+    assert match_ranks(config.methods, model).methods[lora].rank == rank
 
 
 # Parameters of the checkpoints, from their model cards and safetensors indices.
@@ -67,10 +96,13 @@ def test_compared_methods_have_equal_numbers_of_parameters():
         ("llama3_2_3b_mixlora", 3_212_749_824, 28 * _mixlora_layer(3072, 1024, 8192)),
         ("mistral_7b_mixlora", 7_248_023_552, 32 * _mixlora_layer(4096, 1024, 14336)),
         ("phi4_mini_mixlora", 3_836_021_760, 32 * _mixlora_layer(3072, 1024, 8192)),
+        ("phi4_mixlora", 14_659_507_200, 40 * _mixlora_layer(5120, 1280, 17920)),
+        ("smollm3_3b_mixlora", 3_075_098_624, 36 * _mixlora_layer(2048, 512, 11008)),
         ("qwen3_1_7b_mixlora", 1_720_574_976, 28 * _mixlora_layer(2048, 1024, 6144)),
         # The queries of the others are as wide as the model.
         ("qwen3_4b_mixlora", 4_022_468_096, 36 * _mixlora_layer(2560, 1024, 9728, 4096)),
         ("qwen3_8b_mixlora", 8_190_735_360, 36 * _mixlora_layer(4096, 1024, 12288)),
+        ("qwen3_5_4b_mixlora", 4_205_751_296, _qwen3_5_4b()),
         ("gemma3_1b_mixlora", 999_885_952, 26 * _mixlora_layer(1152, 256, 6912, 1024)),
         ("gemma3_4b_mixlora", 3_880_263_168, 34 * _mixlora_layer(2560, 1024, 10240, 2048)),
         ("smollm2_135m_mixlora", 134_515_008, 30 * _mixlora_layer(576, 192, 1536)),

@@ -44,7 +44,7 @@ def batch(tokens, empty_rows=0):
     positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
     mask = np.broadcast_to(positions >= QUESTION, tokens.shape)
     zeros = np.zeros_like(tokens)
-    whole = Batch(tokens, mask, np.ones_like(tokens), positions, zeros, zeros)
+    whole = Batch(tokens, mask, np.ones_like(tokens), positions, *[zeros] * 3)
     return Batch(*(np.concatenate([a, np.zeros_like(a[:empty_rows])]) for a in whole))
 
 

@@ -84,9 +84,7 @@ def setting(tmp_path_factory):
 def tasks(setting, *names, **options):
     folder, _ = setting
     adapters = {n: folder / "run" / "adapters" / n for n in options.pop("adapters")}
-    return evaluate_with(
-        folder / "base", names, adapters, data=folder / "tasks", buckets=(24,), **options
-    )
+    return evaluate_with(folder / "base", names, adapters, data=folder / "tasks", **options)
 
 
 @pytest.fixture(scope="module")
@@ -161,9 +159,7 @@ def test_labels_in_another_order_mean_the_same(setting, evaluation):
     tree = {**saved.tree, "score": {"kernel": saved.tree["score"]["kernel"][:, ::-1]}}
     other = saved._replace(method=dataclasses.replace(saved.method, classification=head), tree=tree)
     folder, _ = setting
-    again = evaluate_with(
-        folder / "base", "sst2", {"mood": other}, data=folder / "tasks", buckets=(24,)
-    )
+    again = evaluate_with(folder / "base", "sst2", {"mood": other}, data=folder / "tasks")
     expected = next(one for one in evaluation.outcomes if one.task == "sst2")
     assert [e["picked"] for e in again.outcomes[0].examples] == [
         e["picked"] for e in expected.examples

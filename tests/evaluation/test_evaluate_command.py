@@ -19,7 +19,7 @@ def test_all_flags(setting, tmp_path, capsys):
     command = ["evaluate", "--base", str(setting.base), "--data", str(setting.data)]
     command += ["--tasks", "arc_challenge,boolq", "--own-task", str(tmp_path / "quiz.txt"), data]
     command += ["--adapter", str(setting.adapter), "--adapter", f"again={setting.adapter}"]
-    command += ["--with-base", "--limit", "1", "--buckets", "96", "--batch-size", "4"]
+    command += ["--with-base", "--limit", "1", "--row-length", "96", "--batch-size", "4"]
     command += ["--output", str(tmp_path / "out")]
 
     assert main(command) == 0
@@ -51,8 +51,7 @@ def test_all_flags(setting, tmp_path, capsys):
         (["--tasks", "boolq", "--batch-size", "0"], "error: --batch-size: must be positive, got 0"),
         (["--tasks", "boolq", "--limit", "0"], "error: --limit: must be positive, got 0"),
         (["--tasks", "boolq", "--shots", "-1"], "error: --shots: must not be negative, got -1"),
-        (["--tasks", "boolq", "--buckets", "8,4"], "error: --buckets: must be positive and ascend"),
-        (["--tasks", "boolq", "--buckets", "x"], "error: --buckets: expected whole numbers"),
+        (["--tasks", "boolq", "--row-length", "0"], "error: --row-length: must be positive, got 0"),
         (["--tasks", "boolq", "--mesh", "dat=2"], "error: --mesh.dat: unknown field; did you "),
         (["--tasks", "boolq", "--mesh", "data"], "error: --mesh data: expected whole numbers"),
         (["--tasks", "boolq", "--mesh", "data=99"], "error: .* data=99 .* needs 99 devices"),

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from moe_jax.evaluation.evaluation_results import Accuracy, Evaluation, count_correct
+from moe_jax.evaluation.evaluation_results import Evaluation
+from moe_jax.evaluation.outcomes import Accuracy, count_correct
 
 
 def examples(right: int, wrong: int, measure: str, subject: str = "") -> list[dict]:
@@ -32,7 +33,26 @@ def test_accuracy_and_its_error():
     accuracy = Accuracy(correct=8, questions=16)
     assert accuracy.value == 0.5
     assert accuracy.standard_error == 0.125  # sqrt(0.5 * 0.5 / 16)
-    assert Accuracy(3, 3).standard_error == 0.0
+
+
+def test_answers_that_are_all_right_or_all_wrong_do_not_tell_an_error():
+    """Two right answers of two are more likely than not where 71% of all would be right."""
+    assert Accuracy(2, 2).standard_error is Accuracy(0, 2).standard_error is None
+    outcomes = [
+        count_correct(model, task, "choices", ("acc",), examples(right, 2 - right, "acc"))
+        for model, right in (("base", 0), ("mine", 2))
+        for task in ("one", "two")
+    ] + [
+        count_correct(model, "three", "choices", ("acc",), examples(1, 1, "acc"))
+        for model in ("base", "mine")
+    ]
+    result = Evaluation({}, outcomes)
+    assert "| base | 0.0 ± - | 0.0 ± - | 50.0 ± 35.4 | 16.7 ± - |\n" in result.to_markdown()
+    assert "| mine | 100.0 ± - | 100.0 ± - | 50.0 ± 35.4 | 83.3 ± - |\n" in result.to_markdown()
+    assert "| mine - base | +100.0 ± - | +100.0 ± - | +0.0 ± - |  |\n" in result.to_markdown()
+    plain = json.loads(json.dumps(result.to_plain()))
+    assert plain["results"][0]["measures"]["acc"]["standard_error"] is None
+    assert plain["averages"][0]["standard_error"] is None
 
 
 def test_average_is_unweighted_over_tasks(evaluation):
@@ -57,7 +77,7 @@ def test_results_table(evaluation):
         "| questions | 16 | 4 |  |\n"
         "| base | 25.0 ± 10.8 | - | - |\n"
         "| mine | 25.0 ± 10.8 | - | - |\n"
-        "| mine - base | +0.0 ± 0.0 | - |  |\n"
+        "| mine - base | +0.0 ± - | - |  |\n"
         "\n"
         "**acc**: accuracy of the most likely option after the question.\n"
         "\n"

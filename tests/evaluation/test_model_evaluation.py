@@ -1,5 +1,6 @@
 """`evaluate`: resumption, sharding, truncation and errors."""
 
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -26,7 +27,9 @@ from moe_jax.evaluation import model_evaluation
 from moe_jax.evaluation.scorer import Scorer
 from moe_jax.tasks.selection import named_task
 
-BUCKETS = (48, 96)
+ROW_LENGTH = 48
+"""Of labels, five batches of two rows of 96 tokens; of choices one of 96 and three of 48."""
+
 QUESTIONS = 12
 
 
@@ -54,7 +57,7 @@ def whole(setting, arc, tmp_path_factory):
 
 
 def _evaluate(setting, arc, output, **fields):
-    fields = {"batch_size": 2, "buckets": BUCKETS, **fields}
+    fields = {"batch_size": 2, "row_length": ROW_LENGTH, **fields}
     return evaluate_with(setting.base, ["arc_easy"], data=arc, output=output, **fields)
 
 
@@ -70,20 +73,20 @@ def _count_batches(monkeypatch, stop_after=None):
     """Counts computed batches, and interrupts the evaluation after `stop_after`."""
     start, counted = Scorer._start, []
 
-    def counting(self, items, adapter):
+    def counting(self, *arguments):
         if stop_after is not None and len(counted) == stop_after:
             raise KeyboardInterrupt
-        counted.append(len(items))
-        return start(self, items, adapter)
+        counted.append(arguments)
+        return start(self, *arguments)
 
     monkeypatch.setattr(Scorer, "_start", counting)
     return counted
 
 
 def test_resumed_evaluation_skips_answered_questions(setting, arc, whole, tmp_path, monkeypatch):
-    # 12 questions: 6 batches of 2 labels, then 36 choices in 18 batches.
+    # All batches of labels, and three of choices, of which two were not read yet.
     with monkeypatch.context() as patch:
-        _count_batches(patch, stop_after=16)
+        _count_batches(patch, stop_after=8)
         with pytest.raises(KeyboardInterrupt):
             _evaluate(setting, arc, tmp_path)
     labels, choices = (
@@ -91,17 +94,14 @@ def test_resumed_evaluation_skips_answered_questions(setting, arc, whole, tmp_pa
         for protocol in ("labels", "choices")
     )
     assert len(labels.read_text().splitlines()) == 1 + QUESTIONS
-    # 10 batches of choices were begun, of which 2 were not read yet: 16 choices, 5 questions.
-    assert len(choices.read_text().splitlines()) == 1 + 5
+    assert len(choices.read_text().splitlines()) == 1 + 4
     with choices.open("a") as stream:
         stream.write('{"question": 11, "answer')  # as a kill leaves it
 
     with monkeypatch.context() as patch:
         counted = _count_batches(patch)
         _evaluate(setting, arc, tmp_path)
-    # Of the 16th choice's question the other two are in the next batch, so that the batch with the
-    # 15th and 16th is computed again, with the 10 after it.
-    assert len(counted) == 11
+    assert len(counted) == 3
     assert _files(tmp_path) == _files(whole[1])
 
     with monkeypatch.context() as patch:
@@ -113,23 +113,23 @@ def test_resumed_evaluation_skips_answered_questions(setting, arc, whole, tmp_pa
 
 
 def _hang_after(base, data, output, batches):
-    finish, done = Scorer._finish, []
+    start, done = Scorer._start, []
 
     def hanging(self, *arguments):
         if len(done) == batches:
             time.sleep(600)
         done.append(None)
-        return finish(self, *arguments)
+        return start(self, *arguments)
 
-    Scorer._finish = hanging
+    Scorer._start = hanging
     os.environ["XLA_FLAGS"] = xla_flags(devices=1)
-    evaluate_with(base, ["arc_easy"], data=data, output=output, batch_size=2, buckets=BUCKETS)
+    evaluate_with(base, ["arc_easy"], data=data, output=output, batch_size=2, row_length=ROW_LENGTH)
 
 
 def test_results_are_unchanged_after_a_kill(setting, arc, whole, tmp_path):
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["moe_jax.evaluation.model_evaluation"])
-    process = context.Process(target=_hang_after, args=(setting.base, arc, tmp_path, 4))
+    process = context.Process(target=_hang_after, args=(setting.base, arc, tmp_path, 6))
     process.start()
     journal = tmp_path / "predictions" / "base" / "arc_easy.labels.jsonl"
     deadline = time.monotonic() + 600
@@ -174,17 +174,17 @@ def test_scores_do_not_depend_on_batches_and_padding(setting, arc, whole, monkey
         scorers.append(self)
 
     monkeypatch.setattr(Scorer, "__init__", remembering)
-    other = _evaluate(setting, arc, None, batch_size=5, buckets=(32, 64, 128))
+    other = _evaluate(setting, arc, None, batch_size=5, row_length=64)
     for one, two in zip(whole[0].outcomes, other.outcomes, strict=True):
         _assert_same_answers(one, two)
     (scorer,) = scorers
-    assert scorer.compilations() == 3  # one a bucket, for both protocols
+    assert scorer.compilations() == 2  # rows of 128 and 64 tokens, for both protocols
 
 
 def test_scores_do_not_depend_on_the_mesh(setting, arc, whole):
     mesh = MeshConfig(data=2, fsdp=2, tensor=2)
     adapters = {"tuned": setting.adapter}
-    fields = {"adapters": adapters, "protocols": ["choices"], "buckets": ()}
+    fields = {"adapters": adapters, "protocols": ["choices"]}
     alone = _evaluate(setting, arc, None, batch_size=8, **fields)
     spread = _evaluate(setting, arc, None, batch_size=6, mesh=mesh, **fields)
     _assert_same_answers(alone.outcomes[0], spread.outcomes[0])
@@ -207,7 +207,7 @@ def test_padding_takes_no_expert_capacity(setting, arc, tmp_path):
     model = moe_jax.AdaptedModel(base, {"routed": method})
     model.adapters["routed"] = jax.tree.map(lambda leaf: leaf + 0.1, model.adapters["routed"])
     model.save("routed", tmp_path / "routed")
-    fields = {"data": arc, "protocols": "labels", "limit": 3, "batch_size": 4, "buckets": (96,)}
+    fields = {"data": arc, "protocols": "labels", "limit": 3, "batch_size": 4}
     evaluation = evaluate_with(base, "arc_easy", {"routed": tmp_path / "routed"}, **fields)
     letters = [setting.tokenizer(f"Answer: {letter}").input_ids[-1] for letter in "ABC"]
     questions = named_task("arc_easy", data=arc, limit=3).questions()
@@ -223,7 +223,7 @@ def test_padding_takes_no_expert_capacity(setting, arc, tmp_path):
 def test_memory_and_folders_give_the_same_results(setting, arc, whole):
     base = moe_jax.load_base(setting.base)
     adapter = moe_jax.load_adapter(setting.adapter)
-    fields = {"data": arc, "protocols": "labels", "batch_size": 2, "buckets": BUCKETS}
+    fields = {"data": arc, "protocols": "labels", "batch_size": 2, "row_length": ROW_LENGTH}
     evaluation = evaluate_with(base, "arc_easy", {"tuned": adapter}, with_base=True, **fields)
     assert evaluation.models == ["base", "tuned"]
     assert evaluation.outcomes[0].examples == whole[0].outcomes[0].examples
@@ -280,7 +280,7 @@ def no_weights(monkeypatch):
         ({"protocols": ["label"]}, "protocols: .* 'label'; did you mean 'labels'?"),
         ({"protocols": []}, "protocols: give each once"),
         ({"batch_size": 0}, "batch_size: must be positive"),
-        ({"buckets": (64, 32)}, "buckets: must be positive and ascend"),
+        ({"row_length": 0}, "row_length: must be positive"),
         ({"adapters": {"base": "x"}}, "adapter 'base': its name"),
         ({"adapters": {"a/b": "x"}}, "adapter 'a/b': its name"),
         ({"adapters": {"a": "x"}}, "x: no adapter here"),
@@ -312,7 +312,7 @@ def test_mismatched_adapter_or_tokenizer_is_rejected(setting, arc, tmp_path):
 def test_non_finite_scores_are_rejected(setting, arc):
     base = moe_jax.load_base(setting.base)
     params = jax.tree.map(lambda leaf: leaf * np.float32(np.inf), base.params)
-    broken = moe_jax.Base(base.folder, base.identity, base.config, params)
+    broken = dataclasses.replace(base, params=params)
     with pytest.raises(UserError, match=r"test.jsonl: line \d+ are not finite"):
         evaluate_with(broken, ["arc_easy"], data=arc, protocols=["labels"])
 

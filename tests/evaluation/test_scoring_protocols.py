@@ -6,12 +6,7 @@ from tokenizers import models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from moe_jax.errors import DataError
-from moe_jax.evaluation.scorer import (
-    ScoredSequence,
-    complete_buckets,
-    divide_into_batches,
-    sequence_batch,
-)
+from moe_jax.evaluation.packed_sequences import ScoredSequence
 from moe_jax.evaluation.scoring_protocols import SCORING_PROTOCOLS
 from moe_jax.tasks.task import Choice, Question, with_shots
 
@@ -48,21 +43,27 @@ def label_sequences(tokenizer, *labels, prompt="q"):
 def test_labels_of_one_token_are_compared_at_the_end_of_the_prompt():
     #          3    4    5
     sequences = label_sequences(words("q", "A", "B"), "A", "B")
-    assert sequences == (ScoredSequence(tokens=(1, 3), targets=(), candidates=(4, 5)),)
+    assert sequences == (
+        ScoredSequence(tokens=(1, 3), targets=(4,)),
+        ScoredSequence(tokens=(1, 3), targets=(5,)),
+    )
 
 
 def test_shared_prefix_of_labels_belongs_to_the_prompt():
     #                          3    4    5    6
     sequences = label_sequences(words("q", "_", "A", "B", split="characters"), "A", "B")
-    assert sequences == (ScoredSequence(tokens=(1, 3, 4), targets=(), candidates=(5, 6)),)
+    assert sequences == (
+        ScoredSequence(tokens=(1, 3, 4), targets=(5,)),
+        ScoredSequence(tokens=(1, 3, 4), targets=(6,)),
+    )
 
 
 def test_labels_of_several_tokens_are_compared_as_a_whole():
     #                        3    4    5    6    7    8
     tokenizer = words("q", "_", "n", "o", "y", "e", split="characters")
     no, yes = label_sequences(tokenizer, "no", "ye")
-    assert no == ScoredSequence(tokens=(1, 3, 4, 5), targets=(5, 6), candidates=())
-    assert yes == ScoredSequence(tokens=(1, 3, 4, 7), targets=(7, 8), candidates=())
+    assert no == ScoredSequence(tokens=(1, 3, 4, 5), targets=(5, 6))
+    assert yes == ScoredSequence(tokens=(1, 3, 4, 7), targets=(7, 8))
 
 
 @pytest.mark.parametrize(
@@ -86,8 +87,8 @@ def test_choices_are_scored_token_by_token():
     questions = [make_question("q q", ("red", "dark blue"))]
     ((_, sequences),) = SCORING_PROTOCOLS["choices"].prepare("mine", questions, tokenizer)
     assert sequences == (
-        ScoredSequence(tokens=(1, 3, 3), targets=(4,), candidates=()),
-        ScoredSequence(tokens=(1, 3, 3, 5), targets=(5, 6), candidates=()),
+        ScoredSequence(tokens=(1, 3, 3), targets=(4,)),
+        ScoredSequence(tokens=(1, 3, 3, 5), targets=(5, 6)),
     )
 
 
@@ -122,28 +123,6 @@ def test_shots_have_answers_in_the_format_of_the_question():
         Choice("d y\n\nd y\n\ne", " x"),
         Choice("d y\n\nd y\n\nf", " y"),
     )
-
-
-def test_batches_hold_sequences_of_similar_length():
-    def group(*lengths):
-        return [ScoredSequence((7,) * length, (), (1,)) for length in lengths]
-
-    groups = [group(3, 2), group(9), group(1, 5, 4)]
-    assert divide_into_batches(groups, 4) == [[(1, 0), (2, 0), (2, 1), (2, 2)], [(0, 0), (0, 1)]]
-    assert complete_buckets((), 100) == (32, 64, 100)
-    assert complete_buckets((), 32) == (32,)
-
-
-def test_batch_arrays():
-    items = [ScoredSequence((5, 6, 7), (7, 8), ()), ScoredSequence((5,), (), (3, 4))]
-    batch = sequence_batch(items, rows=3, length=4, candidates=2)
-    assert batch.tokens.tolist() == [[5, 6, 7, 0], [5, 0, 0, 0], [0, 0, 0, 0]]
-    assert batch.is_token.sum(axis=1).tolist() == [3, 1, 0]
-    # After 6, at position 1, comes 7.
-    assert batch.first.tolist() == [1, 0, 0]
-    assert batch.counts.tolist() == [2, 0, 0]
-    assert batch.targets[0, :2].tolist() == [7, 8]
-    assert batch.candidates.tolist() == [[0, 0], [3, 4], [0, 0]]
 
 
 def test_truncation_keeps_lead_and_targets():

@@ -22,7 +22,7 @@ def evaluation(setting):
         for name, family in FAMILIES.items()
     ]
     return evaluate_with(
-        setting.base, tasks, {"tuned": setting.adapter}, with_base=True, buckets=(96, 256)
+        setting.base, tasks, {"tuned": setting.adapter}, with_base=True, row_length=96
     )
 
 

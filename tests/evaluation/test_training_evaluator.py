@@ -23,7 +23,7 @@ from moe_jax.config.run import parse_run_config
 from moe_jax.demo.corpus import write_tasks
 from moe_jax.errors import UserError
 from moe_jax.evaluation.scorer import Scorer
-from moe_jax.evaluation.training_evaluator import TrainingTaskEvaluation
+from moe_jax.evaluation.training_evaluator import TrainingTaskEvaluation, TrainingTaskEvaluator
 from moe_jax.hf.base_model import open_base
 from moe_jax.sharding.mesh import make_mesh
 from moe_jax.training.run import inputs, loop, start_up
@@ -55,7 +55,7 @@ def _config(tasks, evaluation=None, **fields):
         adapter["optimizer"] = {"learning_rate": 1e-2, "schedule": {"kind": "constant"}}
         adapter["data"]["train"] = {task: adapter["data"]["train"][task] for task in TASKS}
         tasks_and_limits = {"tasks": TASKS, "every": EVERY, "limit": LIMIT, "limit_between": FEW}
-        adapter["evaluation"] |= tasks_and_limits | {"batch_size": 8} | (evaluation or {})
+        adapter["evaluation"] |= tasks_and_limits | {"batch_size": 2} | (evaluation or {})
     return parse_run_config(raw, METHODS)
 
 
@@ -98,7 +98,7 @@ def test_evaluate_command_reproduces_the_results_of_training(run, tasks, tmp_pat
     command = [sys.executable, "-m", "moe_jax.cli", "evaluate", "--base", "moe_jax/demo/base"]
     command += ["--with-base", "--tasks", ",".join(TASKS), "--data", tasks, "--limit", LIMIT]
     command += ["--adapter", workdir / "adapters" / "mixlora", "--protocols", "choices"]
-    command += ["--buckets", "32", "--output", tmp_path]
+    command += ["--row-length", "32", "--output", tmp_path]
     environment = {**os.environ, "XLA_FLAGS": xla_flags(devices=1)}
     subprocess.run([str(part) for part in command], check=True, env=environment)
 
@@ -177,13 +177,13 @@ def test_interrupted_final_evaluation_resumes(run, tasks, tmp_path, monkeypatch)
     shutil.rmtree(again / "evaluation")
     adapters = {file: file.stat().st_mtime_ns for file in (again / "adapters").rglob("*")}
 
-    start, batch_sizes = Scorer._start, []
+    start, batches = Scorer._start, []
 
-    def interrupted(self, items, adapter):
-        batch_sizes.append(len(items))
-        if len(batch_sizes) == 4:
+    def interrupted(self, *arguments):
+        batches.append(arguments)
+        if len(batches) == 4:
             os.kill(os.getpid(), signal.SIGINT)
-        return start(self, items, adapter)
+        return start(self, *arguments)
 
     monkeypatch.setattr(Scorer, "_start", interrupted)
     lines = []
@@ -191,15 +191,43 @@ def test_interrupted_final_evaluation_resumes(run, tasks, tmp_path, monkeypatch)
     assert (result.interrupted_by, result.evaluation) == (signal.SIGINT, None)
     assert lines[-1] == "stopped while evaluating; run the same command to resume"
     assert not (again / "evaluation" / "results.json").exists()
-    stopped_after = len(batch_sizes)
+    stopped_after = len(batches)
     result = _train(config, again)
     assert result.evaluation is not None
     # Nothing is trained twice, and few questions are scored twice.
     assert {file: file.stat().st_mtime_ns for file in (again / "adapters").rglob("*")} == adapters
     assert _predictions(again / "evaluation") == _predictions(workdir / "evaluation")
-    # 12 questions of 4 choices in batches of 8: 6 batches, of 2 tasks and 3 models.
-    assert stopped_after < 6 * 2 * 3 <= len(batch_sizes) < 6 * 2 * 3 + 4
+    assert metric_lines(again) == metric_lines(workdir)
     assert _train(config, again).was_already_complete
+    computed = len(batches)
+    shutil.rmtree(again / "evaluation")
+    assert _train(config, again).evaluation is not None
+    at_once = len(batches) - computed
+    assert stopped_after < at_once <= computed < at_once + 4
+
+
+@pytest.mark.parametrize(("evaluations", "step"), [(1, 0), (3, 2)])
+def test_interrupted_evaluation_between_steps_resumes(
+    run, tasks, tmp_path, monkeypatch, capfd, evaluations, step
+):
+    """The second adapter's evaluation is interrupted; a resumed run evaluates it first."""
+    workdir, config, calls = tmp_path / "run", _config(tasks), []
+    measure = TrainingTaskEvaluator.measure
+
+    def interrupted(self, name, *arguments):
+        calls.append(name)
+        if len(calls) == evaluations + 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return measure(self, name, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingTaskEvaluator, "measure", interrupted)
+        result = _train(config, workdir)
+    assert (result.step, result.interrupted_by) == (step, signal.SIGINT)
+    assert "SIGINT: stopping after this batch of questions" in capfd.readouterr().err
+    assert _train(config, workdir).evaluation is not None
+    assert metric_lines(workdir) == metric_lines(run[0])
+    assert _predictions(workdir / "evaluation") == _predictions(run[0] / "evaluation")
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,8 @@ import pytest
 import moe_jax
 from moe_jax.checkpoints.adapter_files import SavedAdapter, save_adapter
 from moe_jax.checkpoints.leaves import nested_dict
-from moe_jax.hf.base_model import BaseIdentity, base_fingerprint
+from moe_jax.hf.base_content import base_fingerprint
+from moe_jax.hf.base_model import BaseIdentity
 from moe_jax.hf.config import read_model_config
 from moe_jax.inspection.routing_inspection import InspectionOptions
 from moe_jax.inspection.routing_report import RoutingReport

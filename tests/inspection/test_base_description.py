@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from hf_models import save_tiny_llama
+from hf_models import save_tiny_llama, tiny_model
 from inspection.conftest import BASE
 from safetensors.numpy import load_file, save_file
 
@@ -29,6 +29,27 @@ def test_counts_and_sizes_are_those_of_the_files(tmp_path):
     file = tmp_path / "base" / "model.safetensors"
     assert described.files == {file.name: file.stat().st_size}
     assert described.architecture == "LlamaForCausalLM"
+
+
+def test_layers_without_positions_are_counted(tmp_path):
+    tiny_model("smollm3", no_rope_layers=[1, 0, 1]).save_pretrained(tmp_path)
+    (line,) = (x for x in moe_jax.describe_base(tmp_path).lines() if x.startswith("positions"))
+    assert line == "positions  64, rope default, theta 2e+06; none in 1 of 3 layers"
+
+
+def test_modules_that_some_layers_have_and_leaves_of_a_layer_itself(tmp_path):
+    kinds = ["sliding_attention", "full_attention"] * 2
+    sizes = {"head_dim": 8, "global_head_dim": 16, "hidden_size_per_layer_input": 0}
+    tiny_model("gemma4_text", num_hidden_layers=4, layer_types=kinds, **sizes).save_pretrained(
+        tmp_path
+    )
+    described = moe_jax.describe_base(tmp_path)
+    assert all(described.modules)  # none without a name
+    assert described.modules["layer_scalar"] == 4
+    heads = described.config.num_heads
+    width = described.config.hidden_size
+    assert described.modules["self_attn/q_proj"] == 2 * width * heads * 8
+    assert described.modules["global_attn/q_proj"] == 2 * width * heads * 16
 
 
 def test_tensors_beside_the_model_are_named(tmp_path):

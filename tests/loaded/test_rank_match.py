@@ -86,7 +86,8 @@ def test_every_method(fields, per_rank, fixed):
     ):
         ranks = matched(x=method_like(rank=f"parameters:{wanted}", **fields))
         assert ranks.methods["x"].rank == rank
-        note = f"rank {rank}: {size(rank):,} parameters, nearest to the {wanted:,}"
+        lowest = ", the lowest" if wanted == 1 else ""
+        note = f"rank {rank}{lowest}: {size(rank):,} parameters, nearest to the {wanted:,}"
         assert ranks.notes == {"x": note}
 
 

@@ -9,6 +9,7 @@ from tiny_run import Run, final_adapter, write_inputs
 
 from moe_jax.cli import main
 from moe_jax.errors import CheckpointError
+from moe_jax.files.digests import content_digest
 from moe_jax.loaded.run_adapters import resolve_adapter
 
 SHORT = {"training__steps": 4, "checkpoints__every": 2, "adapters__default__data__buckets": "()"}
@@ -30,6 +31,10 @@ def stopped(finished, tmp_path):
     return workdir
 
 
+def _step(folder):
+    return json.loads((folder / "adapter.json").read_text())["step"]
+
+
 def _require_equal(folder, expected):
     actual = final_adapter(folder.parent.parent, folder.name, folder.parent.name)
     assert actual.keys() == expected.keys()
@@ -43,11 +48,22 @@ def test_a_finished_run_names_its_adapter(finished):
     assert resolve_adapter(folder) == folder
 
 
-@pytest.mark.parametrize("path", [".", "adapters/default", "checkpoints/4"])
+@pytest.mark.parametrize(
+    "path", [".", "adapters", "adapters/default", "checkpoints/4", "stopped", "stopped/"]
+)
 def test_the_newest_state_of_a_stopped_run_holds_its_adapter(finished, stopped, path):
     folder = resolve_adapter(stopped / path)
     assert folder == stopped / "stopped" / "default"
     _require_equal(folder, final_adapter(finished))
+
+
+def test_the_folder_of_an_adapter_taken_from_a_state(finished, stopped):
+    resolve_adapter(stopped / "checkpoints/2")
+    # As it was written; the folder above it stands for the run, whose newest state is another.
+    assert resolve_adapter(stopped / "stopped/default") == stopped / "stopped/default"
+    assert _step(stopped / "stopped/default") == 2
+    assert _step(resolve_adapter(stopped / "stopped")) == 4
+    assert resolve_adapter(finished / "stopped") == finished / "adapters/default"
 
 
 def test_an_earlier_state(finished, stopped):
@@ -64,6 +80,7 @@ def test_an_adapter_of_another_run_of_the_same_step_is_replaced(finished, stoppe
     assert resolve_adapter(stopped).stat().st_ino == written  # not written again
     description = json.loads((folder / "adapter.json").read_text())
     description["checksums"] = dict.fromkeys(description["checksums"], 0)
+    description["digest"] = content_digest({k: v for k, v in description.items() if k != "digest"})
     (folder / "adapter.json").write_text(json.dumps(description))
     _require_equal(resolve_adapter(stopped), final_adapter(finished))
 

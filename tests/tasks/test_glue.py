@@ -1,11 +1,15 @@
 """Rows of GLUE as texts with labels, and as questions."""
 
+import functools
 import json
 
+import numpy as np
 import pytest
 
-from moe_jax.config.classification import GLUE
-from moe_jax.config.data import SourceConfig
+from moe_jax.config.classification import GLUE, ClassificationConfig
+from moe_jax.config.data import DataConfig, SourceConfig
+from moe_jax.data.tokenised_source import tokenise_source
+from moe_jax.data.tokenizer import load_tokenizer
 from moe_jax.errors import ConfigError, DataError
 from moe_jax.tasks.families.glue import ClassificationTask, LabelledText
 from moe_jax.tasks.selection import named_task, task_names
@@ -165,6 +169,13 @@ def test_classifiers_read_texts_and_language_models_questions(tmp_path):
             "where": f"{where} 2",
         },
     ]
+    read = functools.partial(read_source_or_task, folder=str(tmp_path), classified=True)
+    config = DataConfig(train={"rte": source}, max_length=64)
+    tokenizer = load_tokenizer("moe_jax/demo/base")
+    made = tokenise_source("rte", source, config, tokenizer, read, ClassificationConfig(glue="rte"))
+    for row, label in zip(made.sequences(np.arange(2)), (1.0, 0.0), strict=True):
+        assert np.flatnonzero(row.loss_mask).tolist() == [len(row.tokens) - 1]
+        assert row.label == label
     asked = read_source_or_task(source, None, folder=str(tmp_path))
     assert asked.rows[1]["completion"] == " yes"
     with pytest.raises(DataError, match="'boolq': is not a classification task; known: cola"):

@@ -60,7 +60,7 @@ def test_class_metrics_by_hand():
 def test_undefined_metrics_are_zero():
     same, labels = np.zeros(4, int), np.array([0, 1, 0, 1])
     for name in ("matthews", "f1"):
-        assert measure(name, same, labels) == (0.0, 0.0, 4)
+        assert measure(name, same, labels) == (0.0, None, 4)
     # 0.1 has no exact mean of three, whose error must not count as a spread.
     for name in ("pearson", "spearman"):
         assert measure(name, np.full(3, 0.1), np.array([1.0, 2.0, 4.0])).value == 0.0
@@ -90,3 +90,9 @@ def test_standard_error_equals_the_spread_over_new_samples(name, reference):
     found = measure(name, predicted, labels)
     assert found.standard_error == pytest.approx(spread, rel=0.3)
     assert found == measure(name, predicted, labels), "and is the same every time"
+
+
+@pytest.mark.parametrize("name", ["accuracy", "f1", "matthews"])
+def test_rows_that_are_all_right_tell_no_standard_error(name):
+    labels = np.array([0, 1, 1] * 50)
+    assert measure(name, labels, labels) == (1.0, None, 150)

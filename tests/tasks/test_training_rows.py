@@ -2,6 +2,7 @@
 
 import functools
 
+import numpy as np
 import pytest
 from evaluation.conftest import write_rows
 from evaluation.families import FAMILIES
@@ -43,8 +44,8 @@ def _tokenised(source, folder, tokenizer):
     read = functools.partial(read_source_or_task, folder=folder)
     config = DataConfig(train={"questions": source}, max_length=512)
     tokenised = tokenise_source("questions", source, config, tokenizer, read)
-    table = tokenised.table.with_format(None)
-    return list(zip(table["tokens"], table["loss_mask"], strict=True))
+    rows = tokenised.sequences(np.arange(len(tokenised.kept)))
+    return [(row.tokens.tolist(), row.loss_mask.tolist()) for row in rows]
 
 
 @pytest.mark.parametrize("answer", ["label", "choice"])
@@ -57,10 +58,8 @@ def test_training_ids_equal_those_that_evaluation_scores(task, answer, folder, t
     scored = SCORING_PROTOCOLS[f"{answer}s"].prepare(task, questions, tokenizer)
     assert len(rows) == len(scored) == len(questions)
     for (tokens, mask), (question, items) in zip(rows, scored, strict=True):
-        # One item with a candidate for each label, or one item for each choice.
-        item = items[question.answer if len(items) > 1 else 0]
-        last = item.candidates[question.answer] if item.candidates else item.targets[-1]
-        assert tokens == [*item.tokens, last, tokenizer.eos_token_id]
+        item = items[question.answer]
+        assert tokens == [*item.tokens, item.targets[-1], tokenizer.eos_token_id]
         label, choice = f" {question.labels[question.answer]}", question.choices[question.answer]
         completion = label if answer == "label" else choice.continuation
         learnt = [token for token, is_target in zip(tokens, mask, strict=True) if is_target]

@@ -6,7 +6,8 @@ import math
 import pytest
 
 from moe_jax.config.data import SourceConfig
-from moe_jax.training.records.metric_log import METRICS_FILE, read_metrics, training_losses
+from moe_jax.training.records.metric_lines import METRICS_FILE, read_metrics
+from moe_jax.training.records.metric_log import training_losses
 from moe_jax.training.run.adapter_reports import (
     TABLE_FILES,
     AdapterReport,
@@ -74,7 +75,7 @@ def test_a_diverged_adapter_ranks_last(tmp_path, validation):
 
 
 def report(name, validation, training_loss):
-    return AdapterReport(name, 5, None, validation, training_loss, None)
+    return AdapterReport(name, 5, None, validation, training_loss, None, None)
 
 
 def test_sort_keys_by_hand():

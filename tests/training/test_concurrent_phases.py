@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tiny_program
 from one_device import one_device
-from tiny_run import Run, final_adapter, read_config, write_inputs
+from tiny_run import Run, final_adapter, metric_lines, read_config, write_inputs
 from tolerances import GRADIENT_ROUNDING
 
 from moe_jax.checkpoints.leaves import named_leaves
@@ -200,6 +200,22 @@ def test_the_table_has_a_row_for_each_phase(on_one_device):
         "1 to 2 of 12 rows, up to 288 tokens each: 2 adapters"
     )
     assert printed[at + 1].strip() == "3 to 4 of 4 rows, up to 96 tokens each: 1 adapter"
+
+
+def test_an_adapter_whose_last_gradient_is_not_finite_ends(on_one_device, inputs, tmp_path):
+    """The first step moves its weights so far that the second, its last, overflows."""
+    workdir = tmp_path / "run"
+    short = "adapters__short"
+    far = {f"{short}__method__alpha": 1e13, f"{short}__optimizer__learning_rate": 1e30}
+    with one_device():
+        config = read_config(inputs, **far)
+        assert train(config, workdir, lambda _: None).step == 4
+    (end,) = [line for line in metric_lines(workdir) if "short/skipped_total" in line]
+    assert (end["step"], end["short/skipped_total"], end["short/skipped_in_a_row"]) == (2, 1, 1)
+    assert all(np.isfinite(leaf).all() for leaf in final_adapter(workdir, "short").values())
+    for path, leaf in final_adapter(on_one_device[0], "long").items():
+        actual = final_adapter(workdir, "long")[path]
+        np.testing.assert_allclose(actual, leaf, **GRADIENT_ROUNDING, err_msg=path)
 
 
 def test_a_mesh_does_not_change_the_adapters(on_one_device, inputs, tmp_path):

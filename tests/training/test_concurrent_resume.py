@@ -72,6 +72,11 @@ def assert_same_outcome(workdir, other):
             assert expected.keys() == actual.keys()
             for path, leaf in expected.items():
                 np.testing.assert_array_equal(actual[path], leaf, err_msg=path, strict=True)
+            files = [file for file in (other / folder / name).iterdir() if file.is_file()]
+            assert {"adapter.json", "training.json", "loss.png"} <= {file.name for file in files}
+            for file in files:
+                resumed = workdir / folder / name / file.name
+                assert resumed.read_bytes() == file.read_bytes(), resumed
     assert metric_lines(workdir) == metric_lines(other)
 
 

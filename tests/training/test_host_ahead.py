@@ -5,6 +5,7 @@ import math
 import shutil
 import threading
 import time
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -18,6 +19,7 @@ from moe_jax.checkpoints.store import TrainingStore, latest_step, read_metadata
 from moe_jax.commands.process import keep_compiled_programs
 from moe_jax.errors import CheckpointError, DataError, TrainingError, UserError
 from moe_jax.training.records import recorder
+from moe_jax.training.records import speed as speed_module
 from moe_jax.training.records.recorder import Recorder
 from moe_jax.training.run import session
 from moe_jax.training.run.loop import train
@@ -114,6 +116,12 @@ def test_slow_steps_are_awaited_one_by_one(inputs, tmp_path, monkeypatch):
     assert Watched(inputs, tmp_path / "run").recorded == {s: s for s in range(1, STEPS + 1)}
 
 
+def test_several_processes_do_not_go_by_their_clocks(inputs, watched, tmp_path, monkeypatch):
+    monkeypatch.setattr(recorder, "_SLOW_STEP", 0.0)
+    monkeypatch.setattr(recorder, "jax", SimpleNamespace(process_count=lambda: 2))
+    assert Watched(inputs, tmp_path / "run").recorded == watched.recorded
+
+
 def test_a_state_has_the_metrics_of_its_step(watched):
     folder = watched.workdir / "checkpoints"
     assert sorted(int(each.name) for each in folder.iterdir()) == [5, 10, 15, 16]
@@ -172,9 +180,13 @@ BAD_ROW = (Program, "put_train_batch", 7, DataError("row 57 cannot be read"))
 
 def test_a_save_in_progress_is_completed_before_an_error_is_raised(failing, watched):
     error, folder = failing("data", BAD_ROW)
-    assert error == "row 57 cannot be read"
-    assert latest_step(folder) == 5
-    assert read_metadata(folder, 5) == read_metadata(watched.workdir / "checkpoints", 5)
+    kept = "the state at step 6 is saved; the same command resumes from it"
+    assert error == f"row 57 cannot be read; {kept}"
+    assert latest_step(folder) == 6
+    saved, expected = (read_metadata(f, 5) for f in (folder, watched.workdir / "checkpoints"))
+    for metadata in (saved, expected):
+        del metadata["metrics"]["digest"]  # of lines with times
+    assert saved == expected
 
 
 def test_a_save_in_progress_is_completed_after_a_failed_step(failing):
@@ -194,7 +206,7 @@ def test_a_save_in_progress_is_completed_when_out_of_memory(failing):
 def test_the_first_error_is_raised(failing):
     full = (TrainingStore, "write", 1, CheckpointError("no space left"))
     error, folder = failing("both", BAD_ROW, full)
-    assert error == "row 57 cannot be read"
+    assert error == "row 57 cannot be read; no state was saved before"
     assert latest_step(folder) is None
 
 
@@ -239,18 +251,36 @@ def test_the_final_adapter_is_written_without_a_deleted_best_one(inputs, tmp_pat
 
 def test_host_share_by_hand(monkeypatch):
     now = [100.0]
-    monkeypatch.setattr(recorder.time, "perf_counter", lambda: now[0])
-    speed = recorder._Speed()
+    monkeypatch.setattr(speed_module.time, "perf_counter", lambda: now[0])
+    speed = speed_module.Speed(rate=8e12)
     for _ in range(8):
-        speed.add(10)
+        speed.add(10, 1e12)
     with speed.paused():
         now[0] += 7.0
     now[0] += 4.0
     speed.add_wait(3.0)
-    # 8 steps of 10 tokens in 4 seconds; in 3 of them the host waited for the device.
-    expected = {"seconds_per_step": 0.5, "tokens_per_second": 20.0, "host_share": 0.25}
+    # 8 steps of 10 tokens and 1 TFLOP in 4 seconds; in 3 of them the host waited for the device.
+    expected = {
+        "seconds_per_step": 0.5,
+        "tokens_per_second": 20.0,
+        "model_tflops_per_second": 2.0,
+        "mfu": 0.25,
+        "host_share": 0.25,
+    }
     assert speed.measure() == expected
     assert speed.measure() == expected, "fewer than 8 steps since then"
+    speed.add(30, 16e12)
+    now[0] += 4.0
+    assert speed.overall() == {  # of 9 steps in 8 seconds
+        "seconds_per_step": round(8 / 9, 6),
+        "tokens_per_second": 13.8,
+        "model_tflops_per_second": 3.0,
+        "mfu": 0.375,
+    }
+
+
+def test_without_a_step_there_is_no_speed():
+    assert speed_module.Speed().overall() == {}
 
 
 @pytest.fixture
@@ -291,3 +321,16 @@ def test_a_second_run_compiles_nothing_and_is_equal(watched, inputs, tmp_path, e
             for path, leaf in final_adapter(run.workdir, folder=folder).items():
                 np.testing.assert_array_equal(leaf, expected[path], err_msg=path, strict=True)
         assert metric_lines(run.workdir) == metric_lines(watched.workdir)
+
+
+def test_states_are_saved_by_time(inputs, tmp_path):
+    fields = {
+        "training__steps": 3,
+        "training__eval_every": 0,
+        "checkpoints__every": 1000,
+        "checkpoints__minutes": 1e-6,
+        "checkpoints__keep": 100,
+    }
+    with one_device():
+        train(read_config(inputs, **{**OVERRIDES, **fields}), tmp_path, lambda _: None)
+    assert {folder.name for folder in (tmp_path / "checkpoints").iterdir()} == {"1", "2", "3"}

@@ -11,7 +11,7 @@ import pytest
 from tiny_run import read_config, write_inputs
 from transformers import PreTrainedTokenizerFast
 
-from moe_jax.data import tokenised_source
+from moe_jax.data import token_table
 from moe_jax.errors import CheckpointError, ConfigError, DataError
 from moe_jax.training.run.inputs import read_inputs
 
@@ -211,6 +211,6 @@ def test_worker_processes_fill_the_cache(inputs, tmp_path, monkeypatch):
     def fail(*arguments):
         raise AssertionError("tokenised again")
 
-    monkeypatch.setattr(tokenised_source, "encode_examples", fail)
+    monkeypatch.setattr(token_table, "encode_examples", fail)
     fields = {f"{DATA}__num_workers": 2, f"{DATA}__cache_dir": str(tmp_path)}
     read_inputs(read_config(inputs, **fields), lambda _: None)

@@ -14,8 +14,8 @@ from tolerances import FLOAT32_LOGITS, ROUNDING
 from moe_jax.checkpoints.adapter_files import load_adapter
 from moe_jax.checkpoints.store import TrainingStore
 from moe_jax.config.metric_names import METRICS
-from moe_jax.hf.base_model import base_fingerprint
-from moe_jax.training.records.metric_log import read_metrics
+from moe_jax.hf.base_content import base_fingerprint
+from moe_jax.training.records.metric_lines import read_metrics
 
 # Two adapters with different data; only initialisation and the order of rows are random.
 TWO_ADAPTERS = """
@@ -76,7 +76,7 @@ def test_a_gpu_kernel_is_invalid_on_a_cpu_before_data_is_read(inputs, tmp_path):
         **CUDNN,
         adapters__default__data__train__words__path="no_data.jsonl",
     )
-    words = "'cudnn' needs an NVIDIA GPU, and jax runs on a cpu; use 'xla'"
+    words = "'cudnn' needs an NVIDIA GPU, and jax runs on a cpu; use 'auto' or 'xla'"
     assert error == f"error: config.compute.attention: {words}"
     assert not (tmp_path / "run").exists()
 
@@ -137,6 +137,8 @@ def test_every_metric_of_a_run_is_in_the_table(finished):
         "elapsed_seconds",
         "seconds_per_step",
         "tokens_per_second",
+        "model_tflops_per_second",
+        "mfu",
         "host_share",
     }
     assert set().union(*(line.pop("time") for line in lines)) == times

@@ -35,7 +35,7 @@ def _row(tokens, loss_mask):
     tokens, mask = np.array([tokens]), np.array([loss_mask], bool)
     positions = np.arange(tokens.size)[None]
     zeros = np.zeros_like(tokens)
-    return Batch(tokens, mask, np.ones_like(tokens), positions, zeros, zeros)
+    return Batch(tokens, mask, np.ones_like(tokens), positions, *[zeros] * 3)
 
 
 def test_by_hand():

@@ -1,7 +1,6 @@
 """Metrics between the device and their files, and the table of their semantics."""
 
 import contextlib
-import json
 import sys
 import types
 
@@ -15,13 +14,11 @@ from moe_jax.config.metric_names import METRICS
 from moe_jax.config.run import LoggingConfig
 from moe_jax.errors import CheckpointError, ConfigError
 from moe_jax.training.records.metric_log import (
-    JsonLines,
     PendingMetrics,
     Window,
     last_task_scores,
     last_validation_metrics,
     open_writers,
-    read_metrics,
     require_writers,
     training_losses,
 )
@@ -85,21 +82,6 @@ def test_experts_are_named(tmp_path):
     }
 
 
-def test_lines_of_later_steps_are_cut_off(tmp_path):
-    file = tmp_path / "metrics.jsonl"
-    writer = JsonLines(file, 0)
-    for step in (1, 2, 3):
-        writer.write(step, {"loss": step / 10, "time": {"elapsed_seconds": 1.0}})
-    writer.close()
-    with file.open("a") as stream:
-        stream.write('{"step": 4, "lo')
-    JsonLines(file, 2).close()
-    steps = [json.loads(line)["step"] for line in file.read_text().splitlines()]
-    assert steps == [1, 2]
-    JsonLines(file, 0).close()
-    assert file.read_text() == ""
-
-
 LINES = [
     {"step": 4, "x/loss": 3.0, "validation/x/b/loss": 4.0, "validation/x/b/f1": 0.4},
     {"step": 6, "evaluation/x/arc_easy/acc": 0.125},
@@ -120,20 +102,17 @@ def test_last_values_by_hand():
     assert training_losses(LINES[:-1]) == {"x": 3.0}
 
 
-def test_an_incomplete_last_line_is_ignored(tmp_path):
-    file = tmp_path / "metrics.jsonl"
-    assert read_metrics(file, missing_ok=True) == []
-    with pytest.raises(FileNotFoundError):
-        read_metrics(file)
-    file.write_text("".join(json.dumps(line) + "\n" for line in LINES) + '{"step": 10, "x/lo')
-    assert read_metrics(file) == LINES
-
-
 def test_every_metric_of_a_step_is_in_the_table():
     method = {**tiny_program.MIXLORA, "router": {"name": "switch", "capacity": 4}}
     program = tiny_program.program({"a": method}, rows=2, compute={"dtype": "float16"})
     _, metrics = program.lower_train_step(8).out_info
     written = {name.removeprefix("a/") for name in metrics} - method["losses"].keys()
+    for preference in ({"name": "dpo", "sft_weight": 1.0}, {"name": "kto"}):
+        program = tiny_program.program(
+            {"a": tiny_program.LORA}, rows=4, preferences={"a": preference}
+        )
+        _, metrics = program.lower_train_step(8).out_info
+        written |= {name.removeprefix("a/") for name in metrics}
     # The recorder adds two. An entry of the table that no step writes fails too.
     assert written | {"learning_rate", "sites"} == METRICS.keys()
 
@@ -159,7 +138,6 @@ def test_tensorboard(tmp_path):
             writer.write(10, line)
     written = list(events(tmp_path / "tensorboard"))
     assert written == [("a/loss", 10, 0.5), ("time/tokens_per_second", 10, 8.0)]
-    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 10, **line}
 
 
 def test_wandb_continues_its_run(tmp_path, monkeypatch):
@@ -196,12 +174,10 @@ def test_wandb_that_does_not_start(tmp_path, monkeypatch):
         raise OSError("no API key configured\nsee the manual")
 
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=refuse))
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
     with contextlib.ExitStack() as opened, pytest.raises(ConfigError) as error:
         open_writers(tmp_path, LoggingConfig(wandb_project="p"), {}, -1, opened)
     assert str(error.value).startswith("config.logging.wandb_project: W&B does not start (no API")
     assert "\n" not in str(error.value)
-    assert (tmp_path / "metrics.jsonl").read_text(), "a run that does not start removes no line"
 
 
 @pytest.mark.parametrize(

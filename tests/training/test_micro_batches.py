@@ -15,6 +15,7 @@ def batch(rows, length, fill):
         positions=np.tile(np.arange(length, dtype=np.int32), (rows, 1)),
         expert_groups=np.full((rows, length), fill, np.int32),
         labels=np.zeros((rows, length), np.float32),
+        reference_log_probs=np.zeros((rows, length), np.float32),
     )
 
 
@@ -26,7 +27,7 @@ def test_rows_are_stacked_and_padded():
     np.testing.assert_array_equal(joined.loss_mask.sum(1), [3, 3, 5])
     np.testing.assert_array_equal(joined.segment_ids[:, 3:], [[0, 0], [0, 0], [1, 1]])
     np.testing.assert_array_equal(joined.expert_groups, joined.tokens)
-    assert [a.dtype for a in joined] == [np.int32, bool, *[np.int32] * 3, np.float32]
+    assert [a.dtype for a in joined] == [np.int32, bool, *[np.int32] * 3, *[np.float32] * 2]
 
 
 def test_a_single_batch_is_unchanged():

@@ -97,6 +97,28 @@ def test_generation_emits_new_tokens(inputs, finished):
     assert mixed == [answers[0], *moe_jax.generate(base, prompts[1:2], max_new_tokens=6)]
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_token_that_no_row_holds_is_named(inputs, streaming):
+    fields = {
+        **OVERRIDES,
+        f"{METHOD}__new_tokens": ("<w>", "<v>", "</w>", "</v>"),
+        "adapters__default__data__streaming": streaming,
+    }
+    said = []
+    read_inputs(read_config(inputs, **fields), said.append)
+    warnings = [line for line in said if line.startswith("warning")]
+    if streaming:
+        assert not warnings
+        return
+    (warning,) = warnings
+    assert warning.startswith(
+        "warning: config.adapters.default.method.new_tokens: no training row holds '<v>', '</v>', "
+    )
+    said.clear()
+    read_inputs(read_config(inputs, **OVERRIDES), said.append)
+    assert not any(line.startswith("warning") for line in said)
+
+
 def test_start_from_requires_the_same_tokens(inputs, finished):
     start = {"adapters__default__start_from": finished / "adapters" / "default"}
     read_inputs(read_config(inputs, **OVERRIDES, **start), lambda _: None)

@@ -173,3 +173,21 @@ def test_expert_maps_show_the_last_line(tmp_path):
     drawn = draw_run(file, tmp_path)
     assert [path.name for path in drawn] == ["loss.png", "experts_x.png"]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn)
+
+
+def test_lines_that_a_flipped_bit_left_valid_are_drawn(tmp_path):
+    """A comma in place of a point divides a number; another letter makes another name."""
+    file = tmp_path / "metrics.jsonl"
+    good = {"a/expert_load": [[0.5, 1.5]], "a/sites": ["moe"], "a/loss": 1.0}
+    ragged = {"a/expert_load": [[0.5, 1.5], [1.0]], "a/sites": ["moe"], "a/loss": 2.0}
+    flat = {"a/expert_load": [0.5], "a/sites": ["moe"]}
+    nameless = {"a/expert_load": [[0.0, 2.0]], "a/sitet": ["moe"], "b/loss": 3.0}
+    measured = [{f"validation/{name}/{x}/loss": 2.0 for x in "xy"} for name in "ab"]
+    renamed = {"validation/a/x/loss": 4.0, "validation/a/z/loss": 4.0, "validation/loss": 1.0}
+    lines = [good, ragged, flat, nameless, *measured, renamed]
+    numbered = [{"step": number, **line} for number, line in enumerate(lines)]
+    file.write_text("".join(json.dumps(line) + "\n" for line in numbered))
+    assert [drawn.name for drawn in draw_run(file, tmp_path)] == ["loss.png", "experts_a.png"]
+    (axes,) = loss_curves(file).axes
+    dashed = [line for line in axes.lines if line.get_linestyle() == "--"]
+    assert [list(line.get_xdata()) for line in dashed] == [[5]]  # of b; a has no step with x, y, z

@@ -7,7 +7,7 @@ import pytest
 from tiny_run import read_config, write_inputs
 
 from moe_jax.training.run.inputs import read_inputs
-from moe_jax.training.run.start_up import start_up_table
+from moe_jax.training.run.start_up_table import start_up_table
 from moe_jax.training.step.program import build_program
 
 

@@ -283,7 +283,7 @@ def test_micro_batches_have_rows_of_every_adapter():
     program = _program(METHODS, training={"micro_batches": 2})
     rows = np.arange(2 * ROWS)[:, None] * np.ones((1, 16), int)
     real = np.ones_like(rows)
-    batch = program.put_train_batch(Batch(rows, real.astype(bool), *[real] * 4))
+    batch = program.put_train_batch(Batch(rows, real.astype(bool), *[real] * 5))
     # Rows 0 to 3 belong to x, 4 to 7 to y.
     np.testing.assert_array_equal(batch.tokens[:, :, 0], [[0, 1, 4, 5], [2, 3, 6, 7]])
 
@@ -294,7 +294,7 @@ def test_micro_batches_have_rows_of_every_adapter():
 def test_invalid_rows_raise(segment_ids):
     program = _program({"y": LORA}, rows=1)
     ids = np.array(segment_ids, np.int32)
-    batch = Batch(ids, ids > 0, *[ids] * 4)
+    batch = Batch(ids, ids > 0, *[ids] * 5)
     for put in (program.put_train_batch, program.put_eval_batch):
         with pytest.raises(ValueError, match="single sequence, padded on the right only"):
             put(batch)

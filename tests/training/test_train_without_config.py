@@ -1,10 +1,34 @@
 """`moe-jax train` and `moe-jax plan` without a configuration file."""
 
+import json
+import shutil
+
+import preference_run
 import pytest
 import tiny_run
+from hf_models import tiny_model
 
+from moe_jax.adapters import METHODS
+from moe_jax.adapters.tree import TARGET_MODULES
 from moe_jax.cli import main
 from moe_jax.config.command_line import load_config_file
+from moe_jax.config.preference import DpoConfig
+from moe_jax.config.run import parse_run_config
+from moe_jax.data import token_table
+from moe_jax.hf.config import read_model_config
+from moe_jax.training.run import defaults
+from moe_jax.training.run.defaults import default_config
+
+QWEN3_5 = {
+    "num_hidden_layers": 4,
+    "full_attention_interval": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 256,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +63,94 @@ def test_settings_follow_from_base_and_data(folder, run):
     rows = len((folder / "train.jsonl").read_text().splitlines())
     assert adapter["data"]["validation"]["held_out"]["split"] == f"train[-{rows // 20}:]"
     assert (run / "adapters" / "default").exists()
+
+
+def test_the_data_is_tokenised_once(folder, tmp_path, monkeypatch):
+    """Reading the lengths fills the cache that the run reads."""
+    encode, counts = token_table.encode_examples, []
+
+    def counted(examples, *arguments):
+        counts.append(len(examples))
+        return encode(examples, *arguments)
+
+    monkeypatch.setattr(token_table, "encode_examples", counted)
+    data = folder / "fresh.jsonl"  # rows that no other test has cached
+    rows = (folder / "train.jsonl").read_text().replace("fox", "old fox")
+    data.write_text(rows)
+    inputs = folder / "base", data
+    arguments = zip(("--base", "--data", "--workdir"), (*inputs, tmp_path / "run"), strict=True)
+    flags = [str(text) for pair in arguments for text in pair]
+    assert main(["train", *flags, "--set", "training.steps=1"]) == 0
+    assert sorted(counts) == [5, 95]  # the held-out rows and the others
+    longest = load_config_file(str(tmp_path / "run" / "config.py"))
+    assert longest["adapters"]["default"]["data"]["max_length"] == 32
+
+
+def test_a_smaller_max_length_leaves_out_longer_buckets(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(defaults, "free_memory", lambda: None)  # compiles nothing
+    data = tmp_path / "long.jsonl"
+    # 100 rows of about 20 tokens, 100 of about 90 and one of about 300.
+    words = [10] * 100 + [80] * 100 + [290]
+    rows = [{"prompt": "the", "completion": " fox" * count} for count in words]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def lengths(max_length):
+        fields = {"schema": None, "method": "lora", "say": lambda _: None, "max_length": max_length}
+        made = default_config(str(folder / "base"), str(data), **fields)
+        parse_run_config(made, METHODS)  # refuses buckets that are too long
+        return made["adapters"]["default"]["data"]
+
+    whole, short = lengths(None), lengths(96)
+    assert whole["max_length"] == 256  # the limit of the base
+    assert whole["buckets"][-1] > 64
+    assert short["max_length"] == 96
+    assert all(length <= 72 for length in short["buckets"])
+
+
+@pytest.fixture(scope="module")
+def mixed(folder):
+    """A base with linear attention in every other layer, with the tokenizer of the other base."""
+    target = folder / "mixed"
+    shutil.copytree(folder / "base", target, ignore=shutil.ignore_patterns("*.safetensors"))
+    vocab_size = read_model_config(folder / "base").vocab_size
+    tiny_model("qwen3_5_text", **QWEN3_5, vocab_size=vocab_size).save_pretrained(target)
+    return target
+
+
+def test_a_base_with_linear_attention_is_trained_and_exported(folder, mixed, tmp_path, capsys):
+    workdir, data = tmp_path / "run", folder / "train.jsonl"
+    flags = ["--base", mixed, "--data", data, "--workdir", workdir]
+    settings = ["--set", "training.steps=2", "--set", "training.log_every=1"]
+    assert main(["train", *map(str, flags), *settings]) == 0
+    method = load_config_file(str(workdir / "config.py"))["adapters"]["default"]["method"]
+    added = {"in_proj_qkv", "in_proj_z", "out_proj"}
+    assert set(method["target_modules"]) == {*TARGET_MODULES, *added}
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    entropies = [row[name] for row in rows for name in row if name.endswith("layer_entropy")]
+    assert [len(layers) for layers in entropies] == [4, 4]  # every layer has a router
+    adapter = workdir / "adapters" / "default"
+    assert main(["show", str(adapter)]) == 0
+    assert "linear_attn/in_proj_qkv" in capsys.readouterr().out
+
+
+def test_preferences(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(defaults, "free_memory", lambda: None)  # compiles nothing
+    data = tmp_path / "pairs.jsonl"
+    rows = [preference_run.pair(i) for i in range(40)]
+    preference_run.write_rows(data, rows)
+    fields = {"schema": None, "method": "lora", "say": lambda _: None}
+    made = default_config(str(folder / "base"), str(data), **fields, preference="dpo")
+    adapter = parse_run_config(made, METHODS).adapters["default"]
+    assert adapter.preference == DpoConfig()
+    assert adapter.data.train["train"].schema == "preference"
+    # A fortieth of the rate above.
+    assert adapter.optimizer.learning_rate == 2.2e-4
+
+    inputs = ["train", "--base", str(folder / "base"), "--data", str(data)]
+    assert main([*inputs, "--workdir", str(tmp_path / "a")]) == 2
+    assert "name one in its field `preference`, or with --preference" in capsys.readouterr().err
+    assert main([*inputs, "--workdir", str(tmp_path / "a"), "--preference", "dop"]) == 2
+    assert "preference.name: unknown preference loss 'dop'" in capsys.readouterr().err
 
 
 def test_the_written_file_continues_the_run(folder, run, capsys):

@@ -3,6 +3,7 @@
 import copy
 import fcntl
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from configs.tiny_mixlora import get_config
 from moe_jax.adapters import METHODS
 from moe_jax.config.run import parse_run_config, to_json
-from moe_jax.errors import ConfigError
+from moe_jax.errors import CheckpointError, ConfigError
 from moe_jax.training.run.workdir import WorkDir, require_same_run
 
 
@@ -78,9 +79,48 @@ def test_a_removed_lock_is_not_taken(tmp_path, monkeypatch):
     first.__enter__()
 
     def lock_late(file, operation):
-        first.__exit__()
+        first.__exit__(None, None, None)
         lock(file, operation)
 
     monkeypatch.setattr(fcntl, "flock", lock_late)
     with pytest.raises(ConfigError, match="another run is using"), WorkDir(tmp_path / "run"):
         pytest.fail("a third run would create the folder and another lock")
+
+
+@pytest.mark.parametrize("change", ["removed", "renamed", "replaced"])
+def test_a_folder_that_is_gone_is_named_whatever_the_error_is(tmp_path, change):
+    folder = tmp_path / "run"
+
+    def change_in_use():
+        with WorkDir(folder) as work:
+            (folder / "config.json").write_text("{}")
+            work.require_in_place()
+            if change == "removed":
+                shutil.rmtree(folder)
+            else:
+                folder.rename(tmp_path / "other")
+            if change == "replaced":
+                folder.mkdir()
+            with pytest.raises(CheckpointError, match="was removed or renamed"):
+                work.require_in_place()
+            raise ValueError("of a library that writes checkpoints")
+
+    with pytest.raises(CheckpointError) as error:
+        change_in_use()
+    assert str(error.value) == (
+        f"{folder} was removed or renamed while the run used it (its .lock is gone); put it back "
+        "and run the same command again, or give another --workdir"
+    )
+
+
+def test_other_errors_and_signals_stay(tmp_path):
+    def leave(error, remove):
+        with WorkDir(tmp_path / "run") as work:
+            if remove:
+                shutil.rmtree(work.folder)
+            raise error
+
+    with pytest.raises(ValueError, match="other"):
+        leave(ValueError("other"), remove=False)
+    with pytest.raises(KeyboardInterrupt):
+        leave(KeyboardInterrupt(), remove=True)

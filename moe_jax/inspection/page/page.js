@@ -1,4 +1,5 @@
-// The page; follows colours.js in the same script. Texts only become text nodes, never markup.
+// The page; follows colours.js and token_view.js in the same script. Texts only become text nodes,
+// never markup.
 
 function start(document, window) {
   const data = JSON.parse(document.getElementById("data").textContent);
@@ -8,22 +9,11 @@ function start(document, window) {
   const spans = [];
   const darkScheme = window.matchMedia ? window.matchMedia("(prefers-color-scheme: dark)") : null;
 
-  function make(tag, className, text) {
-    const element = document.createElement(tag);
-    if (className) element.className = className;
-    if (text !== undefined) element.textContent = text;
-    return element;
-  }
+  const make = (tag, className, text) => element(document, tag, className, text);
 
   function isDark() {
     const chosen = get("theme").value;
     return chosen === "system" ? Boolean(darkScheme && darkScheme.matches) : chosen === "dark";
-  }
-
-  function swatch(colour) {
-    const box = make("span", "swatch");
-    box.style.backgroundColor = css(colour);
-    return box;
   }
 
   function writeText() {
@@ -35,10 +25,7 @@ function start(document, window) {
         const span = make("span", "t");
         span.dataset.token = String(token);
         span.tabIndex = token === 0 ? 0 : -1;
-        visibleParts(data.texts[token]).forEach((part) => {
-          if (part.text !== undefined) span.append(part.text);
-          else span.append(make("i", "mark", part.mark));
-        });
+        appendVisible(document, span, visibleParts(data.texts[token]));
         const number = make("sub");
         const strip = make("span", "strip");
         span.append(number, strip);
@@ -57,23 +44,7 @@ function start(document, window) {
     document.documentElement.dataset.theme = isDark() ? "dark" : "light";
     const withNumbers = get("numbers").checked;
     spans.forEach(({ span, number }, token) => {
-      const colour = tokenColour(routes, layer, token, colouring, theme);
-      const isNone = colour === null && routes.isRouted(layer);
-      span.classList.toggle("none", isNone);
-      const dims = expert !== null && !(routes.weight(layer, token, expert) > 0);
-      span.classList.toggle("dim", dims);
-      span.style.background = "";
-      span.style.color = "";
-      if (colour !== null) {
-        span.style.color = ink(colour);
-        if (colouring === "mixture") {
-          const stops = mixtureStops(routes, layer, token);
-          span.style.background = `linear-gradient(to right, ${stops.join(", ")})`;
-          span.style.color = "#000";
-        } else {
-          span.style.background = css(colour);
-        }
-      }
+      paintToken(span, routes, token, { layer, colouring, expert }, theme);
       const top = routes.top(layer, token);
       number.textContent = withNumbers && top >= 0 ? String(top) : "";
     });
@@ -125,73 +96,20 @@ function start(document, window) {
       button.dataset.expert = String(expert);
       button.setAttribute("aria-pressed", String(state.expert === expert));
       button.title = "load relative to an equal share, over all tokens; click to highlight its tokens";
-      if (state.colouring !== "entropy") button.append(swatch(expertColour(expert)));
+      if (state.colouring !== "entropy") button.append(swatch(document, expertColour(expert)));
       button.append(`expert ${expert} \u00d7${data.load[layer][expert].toFixed(2)}`);
       legend.append(button);
     }
   }
 
   function showTip(token) {
-    const { layer } = state;
     const tip = get("tip");
     state.token = token;
-    tip.replaceChildren();
-    const head = make("div");
-    const code = make("code");
-    visibleParts(data.texts[token]).forEach((part) => code.append(part.text || part.mark));
-    head.append(code, ` id ${data.ids[token]}, layer ${layer}`);
-    tip.append(head);
-    if (!routes.isRouted(layer)) {
-      tip.append(make("div", "", "This layer has no router."));
-    } else {
-      if (routes.top(layer, token) < 0) {
-        tip.append(make("div", "", "No expert had capacity for this token."));
-      }
-      const table = make("table");
-      const order = Array.from({ length: routes.experts }, (_, expert) => expert)
-        .filter((expert) => routes.isPresent(layer, expert));
-      const shown = order.length <= 16
-        ? order
-        : order.filter((expert) => routes.weight(layer, token, expert) > 0).slice(0, 16);
-      shown.forEach((expert) => {
-        const weight = routes.weight(layer, token, expert);
-        const row = make("tr", weight > 0 ? "" : "zero");
-        const name = make("td");
-        name.append(swatch(expertColour(expert)), `expert ${expert}`);
-        const wide = make("td", "wide");
-        const bar = make("span", "bar");
-        bar.style.width = `${Math.round(100 * Math.min(weight, 1))}%`;
-        bar.style.background = css(expertColour(expert));
-        wide.append(bar);
-        row.append(name, wide, make("td", "number", weight.toFixed(2)));
-        table.append(row);
-      });
-      tip.append(table);
-      tip.append(make("div", "", `entropy ${routes.entropy(layer, token).toFixed(2)} (1 is uniform)`));
-    }
-    tip.append(make("div", "hint", `all layers, 0 to ${routes.layers - 1}:`));
-    const cells = make("div", "cells");
-    const theme = isDark() ? DARK : LIGHT;
-    for (let other = 0; other < routes.layers; other++) {
-      const cell = make("span", other === layer ? "now" : "");
-      const colour = tokenColour(routes, other, token, state.colouring, theme);
-      if (colour !== null) cell.style.background = css(colour);
-      cells.append(cell);
-    }
-    tip.append(cells);
+    const named = { text: data.texts[token], id: data.ids[token] };
+    fillTip(document, tip, named, routes, token, state, isDark() ? DARK : LIGHT);
     tip.hidden = false;
     spans.forEach(({ span }, index) => span.classList.toggle("now", index === token));
-    positionTip(tip, spans[token].span);
-  }
-
-  function positionTip(tip, span) {
-    const box = span.getBoundingClientRect();
-    const [width, height] = [tip.offsetWidth, tip.offsetHeight];
-    const left = Math.min(Math.max(box.left, 8), window.innerWidth - width - 8);
-    const below = box.bottom + 8;
-    const top = below + height < window.innerHeight ? below : Math.max(8, box.top - height - 8);
-    tip.style.left = `${Math.max(left, 8)}px`;
-    tip.style.top = `${top}px`;
+    positionTip(window, tip, spans[token].span);
   }
 
   function hideTip() {

@@ -9,10 +9,12 @@ from typing import Any, Self
 
 from tqdm import tqdm
 
+from moe_jax.terminal import encodable
+
 
 def print_line(line: str) -> None:
     """Prints a line above the progress bar, and flushes it."""
-    tqdm.write(line)
+    tqdm.write(encodable(line, sys.stdout))
     sys.stdout.flush()
 
 

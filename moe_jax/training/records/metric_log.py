@@ -1,4 +1,4 @@
-"""Metrics from the device to `metrics.jsonl`, TensorBoard and Weights & Biases, and back.
+"""Metrics from the device to TensorBoard and Weights & Biases, and values of lines of metrics.
 
 Names and aggregation of metrics are in `moe_jax.config.metric_names`.
 """
@@ -6,7 +6,6 @@ Names and aggregation of metrics are in `moe_jax.config.metric_names`.
 import collections
 import contextlib
 import importlib
-import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,11 +18,9 @@ from moe_jax.adapters.tree import expert_name
 from moe_jax.config.metric_names import metric_semantics
 from moe_jax.config.run import LoggingConfig
 from moe_jax.errors import ConfigError
-from moe_jax.files.atomic import write_atomic
 from moe_jax.files.disk import disk_errors
 from moe_jax.training.step.router_metrics import row_locations
 
-METRICS_FILE = "metrics.jsonl"
 TIME = "time"
 """Field of a line with times and memory of the process; all others are equal in equal runs."""
 
@@ -110,26 +107,6 @@ def _finite_mean(values: np.ndarray) -> Any:
     return np.where(count > 0, mean, np.nan).tolist()
 
 
-def read_metrics(file: Path, *, missing_ok: bool = False) -> list[dict[str, Any]]:
-    """Lines of a `metrics.jsonl` in their order.
-
-    An incomplete line, from a process that was killed or is writing now, ends the list.
-
-    Args:
-      file: file to read.
-      missing_ok: a file that does not exist has no lines.
-    """
-    if missing_ok and not file.exists():
-        return []
-    lines = []
-    for text in file.read_text(encoding="utf-8").splitlines():
-        try:
-            lines.append(json.loads(text))
-        except ValueError:
-            break
-    return lines
-
-
 def training_losses(lines: Iterable[Mapping[str, Any]]) -> dict[str, float | None]:
     """Training loss of each adapter in its last line; None if that was not finite."""
     losses: dict[str, float | None] = {}
@@ -196,13 +173,13 @@ def open_writers(
     resume_step: int,
     opened: contextlib.ExitStack,
 ) -> list[Writer]:
-    """Opens the writers of `config` and removes lines after `resume_step`.
+    """Opens the writers of `config` besides `metrics.jsonl`; removes steps after `resume_step`.
 
     Args:
       workdir: work directory of the run.
-      config: writers besides `metrics.jsonl`.
+      config: writers to open.
       settings: configuration of the run as JSON values, for services that show it.
-      resume_step: last step whose lines are kept; -1 for a new run.
+      resume_step: last step that is kept; -1 for a new run.
       opened: closes the writers when it is closed.
 
     Raises:
@@ -219,7 +196,6 @@ def open_writers(
         add(WeightsAndBiases(workdir, config.wandb_project, settings))
     if config.tensorboard:
         add(TensorBoard(workdir / "tensorboard", resume_step))
-    add(JsonLines(workdir / METRICS_FILE, resume_step))
     return writers
 
 
@@ -229,25 +205,6 @@ def require_writers(config: LoggingConfig) -> None:
         _import("tensorboardX", "config.logging.tensorboard", "tensorboard")
     if config.wandb_project is not None:
         _import("wandb", "config.logging.wandb_project", "wandb")
-
-
-class JsonLines:
-    """Writer of `metrics.jsonl`: a JSON object a line with `step`, the metrics and `time`."""
-
-    def __init__(self, file: Path, resume_step: int):
-        self._file = file
-        with disk_errors(file):
-            _keep_until(file, resume_step)
-            self._stream = file.open("a")
-
-    def write(self, step: int, line: Mapping[str, Any]) -> None:
-        with disk_errors(self._file):
-            self._stream.write(json.dumps({"step": step, **line}) + "\n")
-            self._stream.flush()
-
-    def close(self) -> None:
-        with disk_errors(self._file):
-            self._stream.close()
 
 
 class TensorBoard:
@@ -325,13 +282,6 @@ def _flat(line: Mapping[str, Any]) -> dict[str, float]:
                     named = {f"{name}/{place}": row}
                 scalars |= {k: float(v) for k, v in named.items() if v is not None}
     return scalars
-
-
-def _keep_until(file: Path, step: int) -> None:
-    """Removes lines of later steps, and an incomplete last line."""
-    if file.exists():
-        kept = [line for line in read_metrics(file) if line["step"] <= step]
-        write_atomic(file, "".join(json.dumps(line) + "\n" for line in kept))
 
 
 def _import(package: str, field: str, extra: str) -> Any:

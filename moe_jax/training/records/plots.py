@@ -1,5 +1,7 @@
 """Figures of a run: loss curves, and heat maps of expert load."""
 
+import collections
+import contextlib
 import io
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -12,8 +14,10 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 
 from moe_jax.adapters.method import AdapterMethod
 from moe_jax.config.metric_names import METRICS
+from moe_jax.config.preference import PreferenceConfig
 from moe_jax.heat_map import MAX_WRITTEN_CELLS, write_values
-from moe_jax.training.records.metric_log import read_metrics
+from moe_jax.training.records.metric_lines import read_metrics
+from moe_jax.training.records.reward_plots import reward_figures
 from moe_jax.training.step.router_metrics import row_locations
 
 _READABLE_ROWS = 16
@@ -32,8 +36,10 @@ Series = dict[str, list[tuple[int, float]]]
 """Losses by name, each as pairs of step and value."""
 
 
-def loss_unit(method: AdapterMethod) -> str:
+def loss_unit(method: AdapterMethod, preference: PreferenceConfig | None = None) -> str:
     """Unit of the loss of an adapter."""
+    if preference is not None:
+        return "preference loss per example"
     if method.classification is None:
         return PER_TOKEN
     return "squared error" if method.classification.regression else "nats per row"
@@ -150,19 +156,24 @@ def _scale_losses(axes: Axes) -> None:
 
 
 def _mean(sets: Series) -> list[tuple[int, float]]:
-    """Mean over data sets that were measured at the same steps."""
-    return [
-        (points[0][0], sum(value for _, value in points) / len(points))
-        for points in zip(*sets.values(), strict=True)
-    ]
+    """Mean over data sets that were measured at the same steps; steps that some lack are left out.
+
+    Those were damaged in the file, since all sets are measured at once.
+    """
+    values = collections.defaultdict[int, list[float]](list)
+    for step, value in (point for points in sets.values() for point in points):
+        values[step].append(value)
+    full = {step: found for step, found in values.items() if len(found) == len(sets)}
+    return [(step, sum(found) / len(found)) for step, found in full.items()]
 
 
 def draw_run(metrics: Path, folder: Path, units: Mapping[str, str] | None = None) -> list[Path]:
-    """Draws the losses of a run and the expert loads of its last lines.
+    """Draws the losses and rewards of a run, and the expert loads of its last lines.
 
     Args:
       metrics: `metrics.jsonl` of the run.
-      folder: destination of `loss.png`, and of `experts_NAME.png` for each adapter that routes.
+      folder: destination of `loss.png`, of `rewards_NAME.png` for each preference adapter, and of
+        `experts_NAME.png` for each adapter that routes.
       units: units of the losses; see `loss_curves`.
 
     Returns:
@@ -170,6 +181,8 @@ def draw_run(metrics: Path, folder: Path, units: Mapping[str, str] | None = None
     """
     lines = read_metrics(metrics)
     figures = {"loss.png": _loss_curves(lines, units or {})}
+    for adapter, figure in reward_figures(lines).items():
+        figures[f"rewards_{adapter}.png"] = figure
     for adapter, figure in _expert_maps(lines).items():
         figures[f"experts_{adapter}.png"] = figure
     for name, figure in figures.items():
@@ -178,7 +191,9 @@ def draw_run(metrics: Path, folder: Path, units: Mapping[str, str] | None = None
 
 
 def adapter_pictures(metrics: Path, adapter: str, unit: str = PER_TOKEN) -> dict[str, bytes]:
-    """Draws `loss.png` and, if it routes, `experts.png` of one adapter; PNG data by file name.
+    """Draws `loss.png`, `rewards.png` and `experts.png` of one adapter; PNG data by file name.
+
+    There are rewards of preference adapters, and experts of those that route.
 
     Args:
       metrics: `metrics.jsonl` of the run.
@@ -191,6 +206,8 @@ def adapter_pictures(metrics: Path, adapter: str, unit: str = PER_TOKEN) -> dict
         for line in read_metrics(metrics)
     ]
     figures = {"loss.png": _loss_curves(lines, {adapter: unit})}
+    for figure in reward_figures(lines).values():  # one at most
+        figures["rewards.png"] = figure
     for figure in _expert_maps(lines).values():  # one at most
         figures["experts.png"] = figure
     pictures = {}
@@ -203,18 +220,17 @@ def adapter_pictures(metrics: Path, adapter: str, unit: str = PER_TOKEN) -> dict
 
 def _expert_maps(lines: Iterable[dict[str, Any]]) -> dict[str, Figure]:
     """Expert maps by adapter, from the last line with its loads; only of adapters that route."""
-    last: dict[str, dict[str, Any]] = {}
+    last: dict[str, tuple[np.ndarray, str, list[str]]] = {}
     for line in lines:
         for name, value in line.items():
             adapter, _, kind = name.rpartition("/")
-            if kind == "expert_load" and value is not None:
-                last[adapter] = line
-    figures = {}
-    for adapter, line in last.items():
-        load = np.array(line[f"{adapter}/expert_load"], np.float64)  # None becomes NaN
-        title = f"Expert load of {adapter!r}\nin training, up to step {line['step']}"
-        figures[adapter] = expert_map(load, title, line[f"{adapter}/sites"])
-    return figures
+            if kind == "expert_load" and value is not None and line.get(f"{adapter}/sites"):
+                with contextlib.suppress(ValueError, TypeError):  # damaged, and valid JSON still
+                    load = np.array(value, np.float64)  # None becomes NaN
+                    title = f"Expert load of {adapter!r}\nin training, up to step {line['step']}"
+                    if load.ndim == 2:
+                        last[adapter] = load, title, line[f"{adapter}/sites"]
+    return {adapter: expert_map(*drawn) for adapter, drawn in last.items()}
 
 
 def expert_map(relative: np.ndarray, title: str, sites: Sequence[str]) -> Figure:

@@ -11,7 +11,9 @@ from typing import Any, Protocol
 
 import jax
 
+from moe_jax.compiled.matrix_rate import MatrixRate
 from moe_jax.config.metric_names import metric_semantics
+from moe_jax.data.batch import Batch
 from moe_jax.errors import TrainingError
 from moe_jax.training.records.console import ProgressBar
 from moe_jax.training.records.metric_log import (
@@ -23,6 +25,8 @@ from moe_jax.training.records.metric_log import (
     nested_by_task,
 )
 from moe_jax.training.records.plan import resident_memory
+from moe_jax.training.records.speed import Speed, speed_texts
+from moe_jax.training.step.needed_flops import needed_flops
 from moe_jax.training.step.program import Program
 
 _NAMED_ON_BAR = 3
@@ -33,7 +37,7 @@ _SHORT_ANSWER = 3
 """Largest mean number of target tokens for which the loss of the first one is printed."""
 
 _SLOW_STEP = 1.0
-"""Seconds of a step from which on the host waits for each step."""
+"""Seconds of a step from which on the host of a single process waits for each step."""
 
 
 class TaskScore(Protocol):
@@ -42,7 +46,7 @@ class TaskScore(Protocol):
     @property
     def value(self) -> float: ...
     @property
-    def standard_error(self) -> float: ...
+    def standard_error(self) -> float | None: ...
 
 
 TaskScores = Mapping[str, TaskScore]
@@ -68,6 +72,7 @@ class Recorder:
         say: Callable[[str], None],
         bar: ProgressBar,
         losses: Mapping[str, float | None] | None = None,
+        rate: MatrixRate | None = None,
     ):
         """Starts the clock.
 
@@ -79,6 +84,7 @@ class Recorder:
           say: prints a line on the console.
           bar: progress bar, updated after each step.
           losses: training losses of the last lines, if a run resumes.
+          rate: rate of the devices, which the FLOP/s of the model are a share of; None without.
         """
         self.window = window
         self.losses = dict(losses or {})
@@ -93,38 +99,50 @@ class Recorder:
         self._deferred: collections.deque[tuple[int, Callable[[], None]]] = collections.deque()
         self._start = self._collected = time.perf_counter()
         self.step_seconds: float | None = None
-        self._speed = _Speed()
+        self._rate = rate
+        self._speed = Speed(None if rate is None else rate.flops)
         self.set_program(program)
 
     def set_program(self, program: Program) -> None:
         """Records the steps of `program` from here; steps of the former one must be drained."""
         self._program = program
         self._names = [rows.name for rows in program.adapter_rows]
+        self._needed = needed_flops(
+            program.model.config,
+            program.config.methods,
+            program.abstract_state.adapters,
+            program.config.preferences,
+        )
         program.learning_rates(0)  # evaluates the schedules now, while the device is idle
 
-    def push(self, step: int, metrics: Mapping[str, jax.Array], tokens: int) -> None:
+    def push(self, step: int, metrics: Mapping[str, jax.Array], batch: Batch | None) -> None:
         """Adds the metrics of a step that was just dispatched.
 
         Args:
           step: number of the step, from 1.
           metrics: metrics of the step, on the device.
-          tokens: tokens to count for the speed; 0 for a step that was compiled first.
+          batch: NumPy arrays of the whole batch, whose tokens count for the speed; None for a step
+            that was compiled first.
         """
         self._pending.push(step, metrics)
-        if tokens:
-            self._speed.add(tokens)
+        if batch is not None:
+            rows = {rows.name: rows.total for rows in self._program.adapter_rows}
+            flops = self._needed.of_batch(batch, rows)
+            self._speed.add(int((batch.segment_ids > 0).sum()), flops)
 
     def collect(self) -> None:
         """Records steps that ended a while ago; called after each step.
 
         It does not wait for the newest steps, so that the host runs ahead of the device. Steps of a
         second or more are awaited one by one: running ahead saves milliseconds of each, and an
-        interrupt would have to wait for all that were dispatched.
+        interrupt would have to wait for all that were dispatched. Not with several processes, whose
+        clocks differ: a deferred action may compute together, between the same steps in each.
 
         Raises:
           TrainingError: too many gradients in a row were not finite.
         """
-        if self.step_seconds is None or self.step_seconds >= _SLOW_STEP:
+        seconds = self.step_seconds
+        if seconds is None or (seconds >= _SLOW_STEP and jax.process_count() == 1):
             self.drain()
         else:
             self._record_steps(self._pending.ready())
@@ -158,6 +176,14 @@ class Recorder:
             with contextlib.suppress(Exception):
                 self._record_steps(itertools.islice(self._pending.drain(), 1))
 
+    def speed(self) -> str | None:
+        """Mean speed over all timed steps as a text; None without any."""
+        mean = self._speed.overall()
+        if not mean:
+            return None
+        of_rate = "" if self._rate is None else f" of {self._rate.describe()}"
+        return "  ".join(speed_texts(mean)) + of_rate
+
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """Excludes the time inside from the speed of training."""
@@ -175,13 +201,17 @@ class Recorder:
         Args:
           step: steps done.
           losses: losses by `adapter/set`.
-          metrics: metrics of classification adapters, by `adapter/set` and name.
+          metrics: metrics of classification and preference adapters, by `adapter/set` and name.
         """
         line, metrics = dict[str, Any](), metrics or {}
         for label, loss in losses.items():
             values = {"loss": loss, **metrics.get(label, {})}
             line |= {f"validation/{label}/{name}": value for name, value in values.items()}
-            text = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
+            text = "  ".join(
+                f"{name} {value:.4f}"
+                for name, value in values.items()
+                if name == "loss" or metric_semantics(name).printed
+            )
             self._say(f"step {step}  validation {label}  {text}")
         self._write(step, line, {})
 
@@ -196,10 +226,7 @@ class Recorder:
         values = {f"evaluation/{adapter}/{key}": score.value for key, score in scores.items()}
         self._write(step, values, {})
         for task, by_measure in nested_by_task(scores).items():
-            texts = [
-                f"{measure} {100 * score.value:.1f} ± {100 * score.standard_error:.1f}"
-                for measure, score in by_measure.items()
-            ]
+            texts = [f"{measure} {_percent(score)}" for measure, score in by_measure.items()]
             self._say(f"step {step}  evaluation {adapter}/{task}  {'  '.join(texts)}")
 
     def _record_steps(self, steps: Iterator[tuple[int, dict[str, Any]]]) -> None:
@@ -243,8 +270,13 @@ class Recorder:
                 label = f"{name} " if self._several else ""
                 values[f"{label}loss"] = f"{metrics[f'{name}/loss']:.4f}"
                 values[f"{label}lr"] = f"{rates[name]:.1e}"
-        speed = self._speed.latest.get("tokens_per_second")
-        self.bar.update(step, values if speed is None else {**values, "tokens/s": f"{speed:,.0f}"})
+        speed = self._speed.latest
+        if speed:
+            values["tokens/s"] = f"{speed['tokens_per_second']:,.0f}"
+            values["TFLOP/s"] = f"{speed['model_tflops_per_second']:.3g}"
+        if "mfu" in speed:
+            values["MFU"] = f"{speed['mfu']:.0%}"
+        self.bar.update(step, values)
 
     def _close_window(self, step: int) -> None:
         line: dict[str, Any] = self.window.close()
@@ -279,7 +311,7 @@ class Recorder:
         tail = [f"padding {line['padding_share']:.0%}"]
         if "tokens_per_second" in times:
             left = round((self._total_steps - step) * times["seconds_per_step"])
-            tail.append(f"{times['tokens_per_second']:,.0f} tokens/s")
+            tail += speed_texts(times)
             tail.append(f"left {datetime.timedelta(seconds=left)}")
         if not self._several:
             return ["  ".join([*head, *_adapter_texts(self._names[0], line), *tail])]
@@ -309,49 +341,9 @@ def _adapter_texts(adapter: str, line: Mapping[str, Any]) -> list[str]:
     return texts
 
 
-class _Speed:
-    """Steps and tokens per second, from dispatch times; dispatch keeps pace with the device."""
-
-    _MIN_STEPS = 8
-    """Steps to average over, as the host runs ahead of the device by a few."""
-
-    def __init__(self):
-        self.latest: dict[str, float] = {}
-        self._restart()
-
-    def add(self, tokens: int) -> None:
-        self._steps += 1
-        self._tokens += tokens
-
-    def add_wait(self, seconds: float) -> None:
-        """Adds time in which the host waited for the device."""
-        self._waited += seconds
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self._mark += time.perf_counter() - start
-
-    def measure(self) -> dict[str, float]:
-        """Speed since the last call, or that of the last call if fewer than 8 steps were made.
-
-        `host_share` is the share of the time in which the host was busy. Below 1, the host runs
-        ahead of the device, which never waits for its next step.
-        """
-        if self._steps >= self._MIN_STEPS:
-            seconds = time.perf_counter() - self._mark
-            self.latest = {
-                "seconds_per_step": round(seconds / self._steps, 6),
-                "tokens_per_second": round(self._tokens / seconds, 1),
-                "host_share": round(max(0.0, 1.0 - self._waited / seconds), 4),
-            }
-            self._restart()
-        return self.latest
-
-    def _restart(self) -> None:
-        self._mark, self._steps, self._tokens = time.perf_counter(), 0, 0
-        self._waited = 0.0
+def _percent(score: TaskScore) -> str:
+    error = score.standard_error
+    return f"{100 * score.value:.1f} ± {'-' if error is None else f'{100 * error:.1f}'}"
 
 
 def _number(value: float | None, form: str) -> str:

@@ -15,11 +15,11 @@ from moe_jax.config.run import RunConfig
 from moe_jax.data.hub import hub_address
 from moe_jax.files.atomic import write_atomic
 from moe_jax.tasks.training_rows import source_task
+from moe_jax.training.records.metric_lines import read_metrics
 from moe_jax.training.records.metric_log import (
     finite_or_none,
     last_task_scores,
     last_validation_metrics,
-    read_metrics,
     training_losses,
 )
 from moe_jax.training.run.inputs import Inputs, Progress
@@ -39,6 +39,7 @@ class AdapterReport(NamedTuple):
       training_loss: training loss in its last line of metrics; None without a line, or if the
         loss was not finite.
       best_loss: mean validation loss of the weights in `best/NAME`; None without those.
+      best_accuracy: their mean validation accuracy, where that chose them.
     """
 
     name: str
@@ -47,6 +48,7 @@ class AdapterReport(NamedTuple):
     validation: dict[str, float]
     training_loss: float | None
     best_loss: float | None
+    best_accuracy: float | None
 
     @property
     def validation_loss(self) -> float | None:
@@ -83,6 +85,7 @@ def adapter_reports(
             validation={k.removeprefix(prefix): v for k, v in validation if k.startswith(prefix)},
             training_loss=losses.get(name),
             best_loss=progress.best.get(name),
+            best_accuracy=progress.best_accuracy.get(name),
         )
         reports.append(report)
     return {report.name: report for report in sorted(reports, key=lambda report: report.order)}
@@ -97,6 +100,7 @@ def write_table(folder: Path, reports: Sequence[AdapterReport]) -> None:
             "validation_loss": finite_or_none(report.validation_loss),
             "validation": {name: finite_or_none(v) for name, v in report.validation.items()},
             "best_loss": report.best_loss,
+            "best_accuracy": report.best_accuracy,
             "training_loss": report.training_loss,
         }
         for report in reports
@@ -126,6 +130,8 @@ def _cells(reports: Sequence[AdapterReport]) -> list[list[str]]:
     for report in reports:
         losses = (report.validation_loss, report.best_loss, report.training_loss)
         numbers = ["" if loss is None else f"{loss:.4f}" for loss in losses]
+        if report.best_accuracy is not None:
+            numbers[1] += f" (accuracy {report.best_accuracy:.4f})"
         rows.append([report.name, str(report.steps), *numbers])
     return rows
 
@@ -147,13 +153,18 @@ def build_training_record(
       name: name of the adapter.
       progress: position of the run.
       training_loss: training loss in the adapter's last line of metrics.
-      metrics: `metrics.jsonl` of the run, with all lines up to the step. Read for classifiers and
-        adapters with an evaluation on tasks; missing in processes that do not write.
+      metrics: `metrics.jsonl` of the run, with all lines up to the step. Read for classifiers,
+        preference adapters and those with an evaluation on tasks; missing in processes that do not
+        write.
     """
     adapter, base = config.adapters[name], config.base
     train, validation = inputs.train[name], inputs.validation[name]
     losses = {source: progress.validation.get(f"{name}/{source}") for source in validation}
-    has_metrics = adapter.method.classification is not None or adapter.evaluation is not None
+    has_metrics = (
+        adapter.method.classification is not None
+        or adapter.preference is not None
+        or adapter.evaluation is not None
+    )
     lines = read_metrics(metrics, missing_ok=True) if has_metrics else []
     scores_step, scores = last_task_scores(lines, name)
     return TrainingRecord(
@@ -163,6 +174,7 @@ def build_training_record(
         base={"path": base.path, "revision": base.revision, "param_dtype": base.param_dtype},
         compute_dtype=config.compute.dtype,
         optimizer=to_plain(adapter.optimizer),
+        preference=to_plain(adapter.preference),
         batch_size=adapter.batch_size,
         micro_batches=config.training.micro_batches,
         max_length=adapter.data.max_length,
@@ -196,6 +208,7 @@ def build_training_record(
             if (values := last_validation_metrics(lines, name, source))
         },
         best_loss=finite_or_none(progress.best.get(name)),
+        best_accuracy=progress.best_accuracy.get(name),
         accuracies=scores,
         accuracies_step=scores_step,
     )

@@ -6,15 +6,15 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import FrameType, TracebackType
 from typing import Self
 
 import jax
-from jax.experimental import multihost_utils
 
 from moe_jax.errors import UserError
+from moe_jax.processes.stop import all_stop, heed_sigterm, request_stop
 
 _MAX_PENDING = 16
 """Largest number of pending writes; each holds memory."""
@@ -23,9 +23,9 @@ _MAX_PENDING = 16
 class Interrupts:
     """Context in which SIGTERM and SIGINT request a stop, and a second signal ends the process.
 
-    With several processes the signal arrives at a different step in each, so they agree on the step
-    to stop after through `jax.distributed`; that covers SIGTERM, the signal of a preemption.
-    Outside the main thread, where Python cannot handle signals, none is received.
+    With several processes a signal to any of them stops all, after a step that they agree on; then
+    only a second SIGINT ends the process at once. Outside the main thread, where Python cannot
+    handle signals, none is received.
 
     Attributes:
       received: the first signal; None before.
@@ -35,12 +35,19 @@ class Interrupts:
     def __init__(self):
         self.received: signal.Signals | None = None
         self.step_seconds: float | None = None
+        self._activity: str | None = None
         self._former: dict[signal.Signals, object] = {}
+        self._is_alone = jax.process_count() == 1
+        self._all_stop = False
 
     def __enter__(self) -> Self:
-        alone = jax.process_count() == 1
-        if alone and threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
+        numbers = [signal.SIGINT]
+        if self._is_alone:
+            numbers.append(signal.SIGTERM)
+        else:
+            heed_sigterm()
+        if threading.current_thread() is threading.main_thread():
+            for number in numbers:
                 self._former[number] = signal.signal(number, self._receive)
         return self
 
@@ -53,15 +60,27 @@ class Interrupts:
         for number, handler in self._former.items():
             signal.signal(number, handler)  # pyright: ignore[reportArgumentType]
 
-    def requested(self, step: int) -> bool:
-        """True if the run must stop after `step`; the same in every process."""
-        if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
-            self.received = signal.SIGTERM
-        return self.received is not None
+    @contextlib.contextmanager
+    def during(self, activity: str) -> Iterator[None]:
+        """Context in which the run stops after `activity`, which messages name, not after a step.
 
-    def is_received(self) -> bool:
-        """True if this process has received a signal."""
-        return self.received is not None
+        Args:
+          activity: noun phrase.
+        """
+        self._activity = activity
+        try:
+            yield
+        finally:
+            self._activity = None
+
+    def is_requested(self) -> bool:
+        """True if the run must stop now; the same in all processes, which must all call this."""
+        if self._is_alone:
+            return self.received is not None
+        if self._all_stop or all_stop():
+            self._all_stop = True
+            self.received = self.received or signal.SIGTERM
+        return self._all_stop
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
@@ -69,10 +88,13 @@ class Interrupts:
             os.write(sys.stderr.fileno(), f"\n{name} again: stopping at once\n".encode())
             os._exit(128 + number)
         self.received = signal.Signals(number)
+        if not self._is_alone:
+            request_stop()
         # os.write, because a handler may run in the middle of a print.
         seconds = self.step_seconds or 0.0
-        duration = f", which takes about {seconds:.0f} s" if seconds >= 1.0 else ""
-        os.write(sys.stderr.fileno(), f"\n{name}: saving after this step{duration}\n".encode())
+        step = f"this step, which takes about {seconds:.0f} s" if seconds >= 1.0 else "this step"
+        line = f"{name}: stopping after {self._activity or step}; what was trained is saved"
+        os.write(sys.stderr.fileno(), f"\n{line}\n".encode())
 
 
 class BackgroundWriter:

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from moe_jax.checkpoints.training_record import add_accuracies
-from moe_jax.training.records.metric_log import METRICS_FILE, nested_by_task
+from moe_jax.training.records.metric_lines import METRICS_FILE
+from moe_jax.training.records.metric_log import nested_by_task
 from moe_jax.training.records.plan import readable, resident_memory
 from moe_jax.training.records.plots import draw_run, loss_unit
 from moe_jax.training.run.adapter_reports import (
@@ -60,14 +61,19 @@ def complete(session: TrainingSession) -> TrainResult:
     progress, interrupts = session.progress, session.interrupts
     result = _result(work, session.inputs.steps, progress)
     if progress.step < session.inputs.total_steps:
-        say(f"saved at step {progress.step}; run the same command to resume")
+        saved = f"saved at step {progress.step}; run the same command to resume"
+        say(saved if progress.step else "stopped before a step was made; nothing is saved")
         return replace(result, interrupted_by=interrupts.received)
+    work.require_in_place()
     _report_table(work, result, say)
+    speed = session.recorder.speed()
+    if speed is not None:
+        say(f"mean speed: {speed}")
     resident = resident_memory()
     if resident is not None:
         say(f"peak memory of the process: {readable(resident.peak)} resident")
     if is_main_process():
-        units = {name: loss_unit(adapter.method) for name, adapter in config.adapters.items()}
+        units = {n: loss_unit(a.method, a.preference) for n, a in config.adapters.items()}
         for file in draw_run(work.folder / METRICS_FILE, work.folder, units):
             say(f"drew {file}")
     if session.evaluator is None:
@@ -112,15 +118,18 @@ def _evaluate(
 ) -> ScoreTable:
     """Evaluates the final adapters on their tasks; prints and writes the scores."""
     folder, say = session.work.folder / EVALUATION_FOLDER, session.say
-    stop = session.interrupts.is_received
-    table = evaluator.finish(result.adapters, session.params, folder, say, stop)
+    stop = session.interrupts.is_requested
+    with session.interrupts.during("this batch of questions"):
+        table = evaluator.finish(result.adapters, session.params, folder, say, stop)
     for name, adapter in session.config.adapters.items():
         if adapter.evaluation is not None:
             scores = table.scores(name)
             session.recorder.write_task_scores(result.step, name, scores)
             values = {key: score.value for key, score in scores.items()}
-            add_accuracies(result.adapters[name], result.step, nested_by_task(values))
-    table.save(folder)
+            if is_main_process():
+                add_accuracies(result.adapters[name], result.step, nested_by_task(values))
+    if is_main_process():
+        table.save(folder)
     say(table.to_markdown())
     say(f"the answers to all questions are in {folder}")
     return table

@@ -1,25 +1,33 @@
 """Settings of a run that follow from its base, its data and the memory of its devices."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
 from moe_jax.adapters import METHODS
 from moe_jax.config.data import DataConfig, SourceConfig
-from moe_jax.config.recipe import learning_rate_for, recipe
+from moe_jax.config.model import ModelConfig
+from moe_jax.config.parse import ROOT, parse
+from moe_jax.config.preference import PreferenceConfig
+from moe_jax.config.recipe import (
+    ALL_PROJECTIONS,
+    DELTA_NET_PROJECTIONS,
+    data_sets,
+    learning_rate_for,
+    recipe,
+)
 from moe_jax.config.run import parse_run_config
+from moe_jax.data.sources import read_source
+from moe_jax.data.token_table import STORED_LENGTH
 from moe_jax.data.tokenised_source import tokenise_source
 from moe_jax.data.tokenizer import load_tokenizer
 from moe_jax.errors import error_prefix
 from moe_jax.hf.base_model import BaseModel, open_base
+from moe_jax.sharding.mesh import platform_of
 from moe_jax.training.records.plan import free_memory, memory_plan, readable
 from moe_jax.training.step.program import build_program
-
-LONGEST_ROW = 2048
-"""Largest `max_length` that is chosen, in tokens; longer rows are truncated."""
 
 LENGTH_STEP = 32
 """Lengths are multiples of it."""
@@ -40,7 +48,16 @@ NARROW = 1024
 
 
 def default_config(
-    base: str, data: str, *, schema: str | None, method: str, say: Callable[[str], None]
+    base: str,
+    data: str,
+    *,
+    schema: str | None,
+    method: str,
+    say: Callable[[str], None],
+    devices: Sequence[Any] | None = None,
+    memory: int | None = None,
+    max_length: int | None = None,
+    preference: str | None = None,
 ) -> dict[str, Any]:
     """Chooses a configuration for a base and a data set.
 
@@ -53,6 +70,10 @@ def default_config(
       schema: schema of the rows; None finds it from the columns.
       method: name of the method.
       say: prints a line.
+      devices: devices of the run, which may be absent; None for all of the process.
+      memory: bytes of memory of an absent device; None for what is free.
+      max_length: `data.max_length`; None takes the length of the longest row.
+      preference: name of the preference loss; None trains on answers as they are.
 
     Returns:
       Plain nested mappings, as `parse_run_config` takes them.
@@ -60,74 +81,113 @@ def default_config(
     Raises:
       UserError: the base or the data cannot be read.
     """
+    loss = None
+    if preference is not None:
+        fields = {"name": preference}
+        loss = parse(PreferenceConfig, fields, f"{ROOT}.adapters.default.preference")
+        schema = schema or loss.schema
     say(f"choosing settings for {base} and {data}")
     with error_prefix("--base"):
         model = open_base(base)
     with error_prefix("--data"):
-        lengths = _row_lengths(data, schema, model)
-    max_length, buckets = _lengths(lengths)
-    held_out = min(MOST_HELD_OUT, int(HELD_OUT_SHARE * len(lengths)))
+        held_out = _held_out(_data_config(data, schema, None, model).train["train"])
+        lengths = _row_lengths(_data_config(data, schema, held_out, model), model, loss)
+    max_length, buckets = _lengths(lengths, max_length)
     width = model.config.hidden_size
-    on_cpu = jax.default_backend() == "cpu"
+    platform = platform_of(devices)
     config = recipe(
         base,
-        dtype="float32" if on_cpu else "bfloat16",  # bfloat16 is faster with AMX alone
-        attention="cudnn" if jax.default_backend() == "gpu" else "xla",
+        dtype="float32" if platform == "cpu" else "bfloat16",  # bfloat16 is faster with AMX alone
         data_axis=-1,
         fsdp=1,
         method=method,
         rank=8 if width < NARROW else 16,
+        target_modules=_targets(model.config),
         data=data,
         schema=schema,
-        held_out=str(held_out) if held_out else None,
+        held_out=held_out,
         max_length=max_length,
         buckets=buckets,
-        learning_rate=learning_rate_for(width),
+        learning_rate=learning_rate_for(width, preference),
+        preference=preference,
     )
     del config["base"]["hf_config"]
-    for note in _fit_memory(config, model):
+    for note in _fit_memory(config, model, devices, memory):
         say(note)
     return config
 
 
-def _row_lengths(data: str, schema: str | None, base: BaseModel) -> np.ndarray:
-    """Tokens of each row, at most `LONGEST_ROW` and the base's context."""
-    fields: dict[str, Any] = {"path": data, **({} if schema is None else {"schema": schema})}
-    source = SourceConfig(**fields)
-    longest = min(LONGEST_ROW, base.config.max_position_embeddings)
-    data_config = DataConfig(train={"train": source}, max_length=longest)
-    return tokenise_source("train", source, data_config, load_tokenizer(base.folder)).lengths
+def _targets(model: ModelConfig) -> tuple[str, ...]:
+    """The wide projections of the model."""
+    return ALL_PROJECTIONS + (() if model.delta_net is None else DELTA_NET_PROJECTIONS)
 
 
-def _lengths(lengths: np.ndarray) -> tuple[int, tuple[int, ...]]:
+def _data_config(
+    data: str, schema: str | None, held_out: str | None, base: BaseModel
+) -> DataConfig:
+    """Data sets of the run, with the longest rows that may be chosen."""
+    longest = min(STORED_LENGTH, base.config.max_position_embeddings)
+    fields = {**data_sets(data, schema, held_out), "max_length": longest}
+    return parse(DataConfig, fields, f"{ROOT}.adapters.default.data")
+
+
+def _held_out(source: SourceConfig) -> str | None:
+    """Number of rows that are held out, as `recipe` takes it."""
+    rows = len(read_source(source, None).rows)
+    count = min(MOST_HELD_OUT, int(HELD_OUT_SHARE * rows))
+    return str(count) if count else None
+
+
+def _row_lengths(
+    config: DataConfig, base: BaseModel, preference: PreferenceConfig | None
+) -> np.ndarray:
+    """Tokens of each row. The run finds them in the cache: its data sets are the same."""
+    tokenizer = load_tokenizer(base.folder)
+    sources = [*config.train.items(), *config.validation.items()]
+    return np.concatenate(
+        [
+            tokenise_source(name, source, config, tokenizer, preference=preference).lengths
+            for name, source in sources
+        ]
+    )
+
+
+def _lengths(lengths: np.ndarray, longest: int | None) -> tuple[int, tuple[int, ...]]:
     """`max_length` for the longest row, and buckets for the shorter half and nine tenths."""
-    longest, *shorter = (
+    of_rows, *shorter = (
         -(-int(length) // LENGTH_STEP) * LENGTH_STEP
         for length in (lengths.max(), *np.quantile(lengths, (0.5, 0.9)))
     )
+    longest = of_rows if longest is None else longest
     buckets = sorted({length for length in shorter if length <= 0.75 * longest})
     return longest, tuple(buckets)
 
 
-def _fit_memory(config: dict[str, Any], base: BaseModel) -> list[str]:
+def _fit_memory(
+    config: dict[str, Any],
+    base: BaseModel,
+    devices: Sequence[Any] | None = None,
+    memory: int | None = None,
+) -> list[str]:
     """Sets `training.micro_batches` so that a step fits a device; returns notes.
 
     The memory of a step is nearly linear in the rows of a micro-batch. So a step with all rows and
     one with the fewest tell which number may fit, and only that one is compiled besides.
     """
-    if free_memory() is None:
+    if memory is None and free_memory() is None:
         return []
     adapter, training = config["adapters"]["default"], config["training"]
 
     def needed(micro_batches: int) -> int | None:
         training["micro_batches"] = micro_batches
         parsed = parse_run_config(copy.deepcopy(config), METHODS)
-        plan = memory_plan(build_program(parsed, base.config, 1), adapter["data"]["max_length"])
+        program = build_program(parsed, base.config, 1, devices)
+        plan = memory_plan(program, adapter["data"]["max_length"])
         return None if plan is None else plan.peak
 
     whole = needed(1)
     # After a compilation: what it took of a host's memory stays with the process.
-    free = free_memory()
+    free = free_memory() if memory is None else memory
     if whole is None or free is None or whole <= USABLE_MEMORY * free:
         return []
     least = needed(MAX_MICRO_BATCHES)

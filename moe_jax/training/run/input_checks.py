@@ -9,10 +9,12 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from moe_jax.adapters.method import METHODS
+from moe_jax.adapters.new_tokens import token_range
 from moe_jax.checkpoints.adapter_files import read_description
 from moe_jax.config.model import ModelConfig
 from moe_jax.config.parse import parse_member, to_plain
 from moe_jax.config.run import RunConfig
+from moe_jax.data.pipeline import TrainData
 from moe_jax.errors import CheckpointError, ConfigError, DataError, error_prefix
 from moe_jax.hf.base_model import BaseModel
 from moe_jax.hf.config import model_config_from_hf
@@ -74,7 +76,7 @@ def require_initial_adapters(config: RunConfig, base: BaseModel) -> None:
         with error_prefix(f"config.adapters.{name}.start_from"):
             description = read_description(folder)
             base.require_trained_on(
-                str(folder), description.base, "give that base, or another adapter"
+                str(folder), description.base, "give that base, or another adapter", later=True
             )
             try:
                 saved = parse_member(METHODS, description.method, "method")
@@ -143,6 +145,36 @@ def warn_of_positions(
                 f"warning: config.adapters.{name}.data.max_length: rows of up to {length} tokens, "
                 f"but the base was trained on {longest} positions"
             )
+
+
+def warn_of_unseen_tokens(
+    config: RunConfig, train: Mapping[str, TrainData], vocab_size: int, say: Callable[[str], None]
+) -> None:
+    """Warns of new tokens that no training row holds; not of streamed data, where it is unknown.
+
+    Args:
+      config: configuration of the run, with the ids of new tokens.
+      train: training data by adapter.
+      vocab_size: number of embeddings of the base.
+      say: prints a line.
+    """
+    unseen = dict[str, list[str]]()
+    for name, adapter in config.adapters.items():
+        new, found = token_range(adapter.method, vocab_size), train[name].found_tokens
+        if new is None or found is None:
+            continue
+        ids = range(new.first, new.stop)
+        held = found(ids)
+        tokens = zip(ids, adapter.method.new_tokens, strict=True)
+        missing = ", ".join(repr(token) for number, token in tokens if number not in held)
+        if missing:
+            unseen.setdefault(missing, []).append(name)
+    for missing, (first, *others) in unseen.items():
+        also = f" (and of {', '.join(map(repr, others))})" if others else ""
+        say(
+            f"warning: config.adapters.{first}.method.new_tokens{also}: no training row holds "
+            f"{missing}, so no use of it is learned; correct the token or the rows, or leave it out"
+        )
 
 
 def warn_of_padding(config: RunConfig, say: Callable[[str], None]) -> None:

@@ -1,11 +1,12 @@
 """Inputs of a run besides weights: base model, data, and the steps that follow from them."""
 
 import functools
+import math
 import multiprocessing
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from moe_jax.config.classification import ClassificationConfig
 from moe_jax.config.data import DataConfig
 from moe_jax.config.model import ModelConfig
 from moe_jax.config.parse import located
+from moe_jax.config.preference import ROWS_PER_EXAMPLE, PreferenceConfig
 from moe_jax.config.run import RunConfig
 from moe_jax.data.new_tokens import load_extended_tokenizer, with_token_id
 from moe_jax.data.pipeline import (
@@ -41,8 +43,9 @@ from moe_jax.training.run.input_checks import (
     require_warmup_to_end,
     warn_of_padding,
     warn_of_positions,
+    warn_of_unseen_tokens,
 )
-from moe_jax.training.step.program import require_divisible_rows, require_fitting_methods
+from moe_jax.training.step.program_checks import require_divisible_rows, require_fitting_methods
 
 TrainSets = dict[str, TrainData]
 """Training data by adapter."""
@@ -97,12 +100,35 @@ class Progress:
     Attributes:
       step: optimizer steps done.
       validation: validation losses measured last, by `adapter/set`.
-      best: lowest mean validation loss so far, by adapter.
+      best: mean validation loss of the best adapter so far, by adapter.
+      best_accuracy: mean validation accuracy of it, where that decides (`preference.keep_best`).
+      unevaluated: adapters whose evaluation on tasks after `step` a signal has interrupted.
     """
 
     step: int
     validation: dict[str, float]
     best: dict[str, float]
+    best_accuracy: dict[str, float] = field(default_factory=dict)
+    unevaluated: Sequence[str] = ()
+
+    def is_best(self, name: str, loss: float, accuracy: float | None) -> bool:
+        """True if an adapter is better than before; it is then remembered.
+
+        Args:
+          name: name of the adapter.
+          loss: mean loss of its validation sets.
+          accuracy: mean accuracy of them, where that decides, and the loss among equal ones.
+        """
+        before = (-self.best_accuracy.get(name, -math.inf), self.best.get(name, math.inf))
+        if accuracy is None:
+            is_best = loss < before[1]
+        else:
+            is_best = (-accuracy, loss) < before
+        if is_best:
+            self.best[name] = loss
+            if accuracy is not None:
+                self.best_accuracy[name] = accuracy
+        return is_best
 
 
 @dataclass(frozen=True)
@@ -188,6 +214,7 @@ def read_inputs(config: RunConfig, say: Callable[[str], None], *, resumes: bool 
         if configs[name].is_packed:  # positions count within a sequence of the row
             warn_of_positions({name: train_set.longest}, base.config, say)
     warn_of_padding(config, say)
+    warn_of_unseen_tokens(config, train, base.config.vocab_size, say)
     steps = _total_steps(config, train)
     require_warmup_to_end(config, steps)
     return Inputs(config, ranks.notes, base, train, validation, steps)
@@ -200,7 +227,11 @@ def _tokenise_in_processes(config: RunConfig, base: BaseModel) -> None:
     this one, on locks that threads of JAX hold.
     """
     fields = {
-        f"config.adapters.{name}.data": (adapter.data, adapter.method.classification)
+        f"config.adapters.{name}.data": (
+            adapter.data,
+            adapter.method.classification,
+            adapter.preference,
+        )
         for name, adapter in config.adapters.items()
         if adapter.data.num_workers > 1
     }
@@ -219,7 +250,7 @@ def _tokenise_in_processes(config: RunConfig, base: BaseModel) -> None:
 
 
 def _fill_token_cache(
-    fields: Mapping[str, tuple[DataConfig, ClassificationConfig | None]],
+    fields: Mapping[str, tuple[DataConfig, ClassificationConfig | None, PreferenceConfig | None]],
     base: Path,
     model: ModelConfig,
     methods: Sequence[AdapterMethod],
@@ -227,21 +258,27 @@ def _fill_token_cache(
 ) -> None:
     tokenizer = load_extended_tokenizer(base, model, methods)
     tokenised = dict[str, TokenisedSource]()
-    for field, (data, classification) in fields.items():
-        options = _loading_options(classification, tasks_folder, tokenised)
-        load_train_data(data, tokenizer, 1, 0, field, **options)
-        load_validation_data(data, tokenizer, 1, field, **options)
+    for place, (data, classification, preference) in fields.items():
+        options = _loading_options(classification, preference, tasks_folder, tokenised)
+        load_train_data(data, tokenizer, ROWS_PER_EXAMPLE, 0, place, **options)
+        load_validation_data(data, tokenizer, ROWS_PER_EXAMPLE, place, **options)
 
 
 def _loading_options(
     classification: ClassificationConfig | None,
+    preference: PreferenceConfig | None,
     tasks_folder: str | None,
     tokenised: dict[str, TokenisedSource],
 ) -> dict[str, Any]:
     """Options for training and validation data of an adapter; equal sets are tokenized once."""
     is_classified = classification is not None
     read = functools.partial(read_source_or_task, folder=tasks_folder, classified=is_classified)
-    return {"token_cache": tokenised, "reader": read, "classification": classification}
+    return {
+        "token_cache": tokenised,
+        "reader": read,
+        "classification": classification,
+        "preference": preference,
+    }
 
 
 def _load_data(
@@ -256,7 +293,9 @@ def _load_data(
     reports: dict[str, list[str]] = {}
     for name, adapter in config.adapters.items():
         field, classification = f"config.adapters.{name}.data", adapter.method.classification
-        options = _loading_options(classification, config.tasks_folder, tokenised)
+        options = _loading_options(
+            classification, adapter.preference, config.tasks_folder, tokenised
+        )
         data = replace(adapter.data, num_workers=0)  # see `_tokenise_in_processes`
         place = (data, tokenizer, adapter.batch_size, config.seed(name), field)
         seed = config.training.seed
@@ -310,7 +349,9 @@ def require_same_inputs(
       ConfigError: the number of steps does not go with the state.
     """
     trained_on = BaseIdentity(**metadata["base"])
-    inputs.base.require_trained_on(str(folder), trained_on, "give that base, or another --workdir")
+    inputs.base.require_trained_on(
+        str(folder), trained_on, "give that base, or another --workdir", later=True
+    )
     for name in inputs.train:
         before, now = metadata["data"].get(name, {}), inputs.data_fingerprint(name)
         changed = [part for part in now if before.get(part) != now[part]]

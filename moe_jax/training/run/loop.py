@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from moe_jax.config.run import RunConfig
-from moe_jax.errors import memory_errors
+from moe_jax.errors import DataError, memory_errors
 from moe_jax.training.records.console import print_line
 from moe_jax.training.run.completion import TrainResult, complete, repeated_result
 from moe_jax.training.run.measurement import TaskEvaluation
@@ -16,7 +16,7 @@ from moe_jax.training.run.start_up import (
     read_saved_run,
     require_environment,
 )
-from moe_jax.training.run.workdir import WorkDir, is_main_process
+from moe_jax.training.run.workdir import WorkDir, is_main_process, require_same_start
 from moe_jax.training.step.program import Program
 from moe_jax.training.step.state import TrainState
 
@@ -29,15 +29,18 @@ def train_loop(session: TrainingSession, program: Program, state: TrainState) ->
       program: compiled computations of the phase of `state`.
       state: training state; donated to the first step.
     """
-    session.measure_untrained(program, state)
+    session.measure_at_start(program, state)
     for phase in session.remaining_phases():  # the adapters that train are fixed within a phase
         program, state = session.enter_phase(phase, program, state)
-        for step, batch in session.batches(phase):
-            state, metrics = session.dispatch_step(program, state, batch)
-            session.record(step, batch, metrics)
-            session.validate_if_due(phase, program, state)
-            session.evaluate_tasks_if_due(phase, state)
-            session.save_if_due(phase, state)
+        try:
+            for step, batch in session.batches(phase):
+                state, metrics = session.dispatch_step(program, state, batch)
+                session.record(step, batch, metrics)
+                session.validate_if_due(phase, program, state)
+                session.evaluate_tasks_if_due(phase, state)
+                session.save_if_due(phase, state)
+        except DataError as error:  # a row of streamed data
+            raise DataError(f"{error}; {session.save_before_error(state)}") from None
         session.finish_adapters(phase, state)
         if session.is_interrupted:
             break
@@ -68,17 +71,26 @@ def train(
       config_file: text of a configuration file that makes `config`, written to `config.py`.
 
     Raises:
-      UserError: the configuration, base, data or devices are invalid, or memory or disk is full.
+      UserError: the configuration, base, data or devices are invalid or differ between processes,
+        or memory or disk is full.
     """
     say = say if is_main_process() else lambda _: None
     require_environment(config, task_evaluation)
     work_dir = WorkDir(workdir, config_file)
     with work_dir as work, memory_errors(MEMORY_ADVICE), contextlib.ExitStack() as opened:
-        saved = read_saved_run(config, work, task_evaluation)
+        require_same_start(config, work, say)
+        saved = read_saved_run(config, work, say, task_evaluation)
         if saved.is_complete:
             return repeated_result(saved, work, say)
         say(f"{'run':<12} {work.folder}")
-        session, program, state = open_session(config, work, saved, say, task_evaluation, opened)
+        try:
+            opening = open_session(config, work, saved, say, task_evaluation, opened)
+        except (KeyboardInterrupt, SystemExit):  # from here on, `Interrupts` handles signals
+            step = saved.step
+            kept = "nothing is saved" if step is None else f"the state at step {step} is kept"
+            say(f"stopped before a step was made; {kept}")
+            raise
+        session, program, state = opening
         with session.complete_saves_on_error(), session.recorder.bar:
             train_loop(session, program, state)
         return complete(session)

@@ -5,15 +5,18 @@ Evaluation on tasks is implemented above this package and passed in as a `TaskEv
 """
 
 import collections
+import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
 
 from moe_jax.config.classification import ClassificationConfig
+from moe_jax.config.preference import ROWS_PER_EXAMPLE, PreferenceConfig
 from moe_jax.config.run import RunConfig
 from moe_jax.data.batch import Batch
 from moe_jax.errors import DataError
@@ -22,6 +25,7 @@ from moe_jax.tasks.classification_metrics import metric_value
 from moe_jax.training.records.recorder import TaskScores
 from moe_jax.training.run.inputs import Inputs
 from moe_jax.training.step.micro_batches import pad_to_multiple
+from moe_jax.training.step.preference_loss import measured_answers
 from moe_jax.training.step.program import Program
 
 _MAX_PENDING = 4
@@ -30,7 +34,7 @@ _MAX_PENDING = 4
 EVALUATION_FOLDER = "evaluation"
 """Folder in a work directory for the results of the final evaluation and each question's answer."""
 
-_Results = Iterable[tuple[Batch, np.ndarray, np.ndarray]]
+_Results = Iterable[tuple[Batch, tuple[np.ndarray, ...]]]
 
 
 class Validation(NamedTuple):
@@ -38,8 +42,8 @@ class Validation(NamedTuple):
 
     Attributes:
       losses: mean cross-entropy in nats, per target token or per classified row; mean squared
-        error for regression.
-      metrics: metrics of classification adapters, by name.
+        error for regression; mean preference loss of an example.
+      metrics: metrics of classification and preference adapters, by name.
     """
 
     losses: dict[str, float]
@@ -47,7 +51,11 @@ class Validation(NamedTuple):
 
 
 def validate(
-    program: Program, adapters: Any, params: Any, data: Mapping[str, Mapping[str, Iterable[Batch]]]
+    program: Program,
+    adapters: Any,
+    params: Any,
+    data: Mapping[str, Mapping[str, Iterable[Batch]]],
+    references: Mapping[str, Any] = MappingProxyType({}),
 ) -> Validation:
     """Measures adapters on their validation sets.
 
@@ -56,18 +64,26 @@ def validate(
       adapters: `{adapter name: tree}`; may contain further adapters.
       params: frozen base parameters.
       data: validation sets of each adapter, as NumPy batches.
+      references: see `TrainState.references`.
 
     Raises:
       DataError: a set has no target token.
     """
     validation = Validation({}, {})
     for adapter, sets in data.items():
-        classification = program.config.adapters[adapter].method.classification
+        config = program.config.adapters[adapter]
+        classification, preference = config.method.classification, config.preference
+        evaluate = program.eval_step if classification is None else program.score_step
+        step = functools.partial(evaluate, adapter, adapters, params)
+        if preference is not None:
+            step = _answer_steps(program, adapter, adapters, references, params)
         for name, batches in sets.items():
             label, field = f"{adapter}/{name}", f"config.adapters.{adapter}.data.validation.{name}"
-            step = program.eval_step if classification is None else program.score_step
-            results = _results(program, step, adapter, adapters, params, batches)
-            if classification is None:
+            results = batch_results(program, step, batches)
+            if preference is not None:
+                loss, metrics = _preference_metrics(results, preference)
+                validation.losses[label], validation.metrics[label] = loss, metrics
+            elif classification is None:
                 validation.losses[label] = _mean_loss(results, field)
             else:
                 loss, metrics = _classification_metrics(results, classification)
@@ -75,31 +91,70 @@ def validate(
     return validation
 
 
-def _results(
+def batch_results(
     program: Program,
-    step: Callable[..., tuple[jax.Array, jax.Array]],
-    adapter: str,
-    adapters: Any,
-    params: Any,
+    step: Callable[[Batch], tuple[jax.Array, ...]],
     batches: Iterable[Batch],
-) -> Iterator[tuple[Batch, np.ndarray, np.ndarray]]:
-    """Yields each batch, padded to the mesh, with the two outputs of `step`."""
+) -> Iterator[tuple[Batch, tuple[np.ndarray, ...]]]:
+    """Yields each batch, padded to the mesh, with the outputs of `step`.
+
+    Args:
+      program: compiled computations.
+      step: function of a batch from `put_eval_batch`.
+      batches: NumPy batches.
+    """
     num_shards = num_row_shards(program.mesh)
     pending: collections.deque[tuple[Batch, Any]] = collections.deque()
     for batch in batches:
         padded = pad_to_multiple(batch, num_shards)
         rows = program.put_eval_batch(padded)
-        pending.append((padded, step(adapter, adapters, params, rows)))
+        pending.append((padded, step(rows)))
         if len(pending) > _MAX_PENDING:
             ready, arrays = pending.popleft()
-            yield ready, *jax.device_get(arrays)
+            yield ready, jax.device_get(arrays)
     for ready, arrays in pending:
-        yield ready, *jax.device_get(arrays)
+        yield ready, jax.device_get(arrays)
+
+
+def _answer_steps(
+    program: Program,
+    name: str,
+    adapters: Mapping[str, Any],
+    references: Mapping[str, Any],
+    params: Any,
+) -> Callable[[Batch], tuple[jax.Array, ...]]:
+    """Function to log-probabilities and lengths of answers, and where it is scored, reference."""
+    method, preference = program.config.methods[name], program.config.preferences[name]
+
+    def step(batch: Batch) -> tuple[jax.Array, ...]:
+        answers = program.answer_step(method, adapters[name], params, batch)
+        if preference.step_reference is None:
+            return answers
+        tree = references.get(name)
+        frozen = None if tree is None else method
+        return *answers, program.answer_step(frozen, tree, params, batch)[0]
+
+    return step
+
+
+def _preference_metrics(
+    results: _Results, preference: PreferenceConfig
+) -> tuple[float, dict[str, float]]:
+    """Mean loss of the examples, and the means of their metrics."""
+    parts = []
+    for batch, (log_probs, counts, *reference) in results:
+        stored = batch.reference_log_probs.sum(axis=-1)
+        labels = batch.labels.sum(axis=-1)
+        parts.append((log_probs, counts, reference[0] if reference else stored, labels))
+    columns = [np.concatenate(column) for column in zip(*parts, strict=True)]
+    is_row = np.repeat(columns[1][::ROWS_PER_EXAMPLE] > 0, ROWS_PER_EXAMPLE)  # no padding
+    loss, metrics = measured_answers(preference, *(column[is_row] for column in columns))
+    return float(loss), {metric: float(value) for metric, value in metrics.items()}
 
 
 def _mean_loss(results: _Results, field: str) -> float:
     losses, counts = [], []
-    for _, loss, count in results:
+    for _, (loss, count) in results:
         losses.append(float(loss))
         counts.append(float(count))
     if not sum(counts):
@@ -112,7 +167,7 @@ def _classification_metrics(
 ) -> tuple[float, dict[str, float]]:
     """Mean loss over rows, and the metrics of the predictions."""
     losses, predictions, labels = [], [], []
-    for batch, loss, scores in results:
+    for batch, (loss, scores) in results:
         is_row = batch.loss_mask.any(axis=-1)
         losses.append(loss[is_row])
         predicted = scores[:, 0] if classification.regression else scores.argmax(axis=-1)

@@ -7,24 +7,24 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from moe_jax.adapters import METHODS
 from moe_jax.checkpoints.adapter_files import load_adapter, read_description
-from moe_jax.checkpoints.leaves import leaf_specs, parameters_by_module, require_same_leaves
-from moe_jax.checkpoints.store import TrainingStore, latest_step, read_metadata
+from moe_jax.checkpoints.leaves import leaf_specs, require_same_leaves
+from moe_jax.checkpoints.store import TrainingStore, read_metadata
+from moe_jax.compiled.matrix_rate import MatrixRate, matrix_rate
 from moe_jax.config.run import RunConfig, to_json
 from moe_jax.errors import ConfigError, error_prefix
 from moe_jax.hf.load import load_base_params
-from moe_jax.sharding.mesh import require_platform
+from moe_jax.processes.agreement import require_agreement
+from moe_jax.sharding.platform import require_platform
 from moe_jax.training.records.console import ProgressBar, stage
+from moe_jax.training.records.metric_lines import METRICS_FILE, JsonLines, read_metrics
 from moe_jax.training.records.metric_log import (
-    METRICS_FILE,
     Window,
+    Writer,
     open_writers,
-    read_metrics,
     require_writers,
     training_losses,
 )
-from moe_jax.training.records.plan import memory_plan, parameter_count, process_plan, readable
 from moe_jax.training.records.recorder import Recorder
 from moe_jax.training.run.background import BackgroundWriter, Interrupts
 from moe_jax.training.run.inputs import (
@@ -36,9 +36,12 @@ from moe_jax.training.run.inputs import (
     require_same_inputs,
 )
 from moe_jax.training.run.measurement import EVALUATION_FOLDER, TaskEvaluation, has_evaluation
+from moe_jax.training.run.reference_scores import reference_fingerprints, score_answers
 from moe_jax.training.run.session import TrainingSession, restore
+from moe_jax.training.run.start_up_table import longest_row, start_up_table
 from moe_jax.training.run.workdir import (
     WorkDir,
+    intact_step,
     is_main_process,
     lowered_steps,
     require_same_run,
@@ -72,8 +75,14 @@ class SavedRun(NamedTuple):
     @property
     def progress(self) -> Progress:
         """Position of the run."""
-        validation, best = (self.metadata.get(name, {}) for name in ("validation", "best"))
-        return Progress(self.step or 0, validation, best)
+        saved = self.metadata
+        return Progress(
+            self.step or 0,
+            saved.get("validation", {}),
+            saved.get("best", {}),
+            saved.get("best_accuracy", {}),
+            saved.get("unevaluated", ()),
+        )
 
 
 def require_environment(config: RunConfig, task_evaluation: TaskEvaluation | None) -> None:
@@ -85,14 +94,18 @@ def require_environment(config: RunConfig, task_evaluation: TaskEvaluation | Non
 
 
 def read_saved_run(
-    config: RunConfig, work: WorkDir, task_evaluation: TaskEvaluation | None
+    config: RunConfig,
+    work: WorkDir,
+    say: Callable[[str], None],
+    task_evaluation: TaskEvaluation | None,
 ) -> SavedRun:
-    """Reads the latest training state's metadata.
+    """Reads the metadata of the training state that the run resumes from.
 
     Raises:
       ConfigError: the state belongs to another configuration.
+      CheckpointError: no training state is intact, or the newest is not and must not be passed by.
     """
-    step = latest_step(work.checkpoints)
+    step = intact_step(work.checkpoints, say, fall_back=config.checkpoints.fall_back)
     if step is None:
         return SavedRun(None, {}, has_ended=False, is_complete=False)
     settings, former = json.loads(to_json(config)), work.former_settings()
@@ -139,33 +152,31 @@ def open_session(
       task_evaluation: evaluates adapters on tasks.
       opened: closes the files and threads of the session.
     """
-    resumes, settings = saved.step is not None, json.loads(to_json(config))
-    if saved.step is not None:
-        config = _ended_at(saved.step, saved.metadata["steps"], config)
-    inputs = read_inputs(config, say, resumes=resumes)
-    config = inputs.config
-    if saved.step is not None:
-        require_same_inputs(work.folder, saved.metadata, config, inputs, saved.step)
+    settings = json.loads(to_json(config))
+    inputs = _agreed_inputs(config, work, saved, say)
+    config, has_steps = inputs.config, saved.step != inputs.total_steps
     phase = phases_after(phases_of(inputs.steps), saved.step or 0)[0]
     program = build_program(config.narrowed(phase.adapters), inputs.base.config, inputs.steps)
     evaluator = None
     if task_evaluation is not None and has_evaluation(config):
         evaluator = task_evaluation.prepare(config, inputs, program)
-    _announce(config, inputs, program, saved, say)
-    initial = {} if resumes else _load_initial_adapters(program)
-    writers = []
-    if is_main_process():  # before the weights are loaded, since a service may refuse
-        # A new run also removes the line of step 0, before training.
-        last_kept = -1 if saved.step is None else saved.step
-        writers = open_writers(work.folder, config.logging, settings, last_kept, opened)
-
-    base, checkpoints = inputs.base, config.checkpoints
-    with stage(say, f"loading the weights of {config.base.path}"):
-        params = load_base_params(
-            base.folder, base.config, config.base.param_dtype, program.param_shardings
-        )
-    if saved.step != inputs.total_steps:  # a run that ends here can go on to its first length
+    rate = None
+    if has_steps:
+        devices = program.mesh.devices.flatten().tolist()
+        rate = matrix_rate(devices, config.compute.dtype, config.logging.matrix_tflops)
+    _announce(config, inputs, program, saved, rate, say)
+    initial = _load_initial_adapters(program, say) if saved.step is None else {}
+    # Before the weights are loaded, since a service may refuse.
+    writers, lines = _open_metrics(config, settings, work, saved, say, opened)
+    params = _load_base(inputs, program, say)
+    if has_steps:  # a run that ends here can go on to its first length
         work.write_settings(settings)
+    # Here the processes first compute together. On CPU they must do so within 30 seconds.
+    require_agreement({"the base": inputs.base.identity.fingerprint}, say)
+    references = _agreed_references(inputs, saved, say)
+    if has_steps:
+        score_answers(program, inputs, params, references, say)
+    checkpoints = config.checkpoints
     store = TrainingStore(work.checkpoints, every=checkpoints.every, keep=checkpoints.keep)
     opened.enter_context(store)
     background = opened.enter_context(BackgroundWriter())
@@ -184,6 +195,7 @@ def open_session(
         say,
         ProgressBar(inputs.total_steps, progress.step, show=None if is_main_process() else False),
         training_losses(read_metrics(work.folder / METRICS_FILE, missing_ok=True)),
+        rate,
     )
     session = TrainingSession(
         config=config,
@@ -192,17 +204,88 @@ def open_session(
         store=store,
         background=background,
         recorder=recorder,
+        metric_lines=lines,
         interrupts=interrupts,
         progress=progress,
         work=work,
         say=say,
+        references=references,
         evaluator=evaluator,
     )
     return session, program, state
 
 
+def _agreed_references(
+    inputs: Inputs, saved: SavedRun, say: Callable[[str], None]
+) -> dict[str, str]:
+    """Fingerprints of the references, which are those of the saved state, and equal everywhere."""
+    if "references" in saved.metadata:
+        return saved.metadata["references"]
+    references = reference_fingerprints(inputs)
+    require_agreement({"the references of preference data": references}, say)
+    return references
+
+
+def _agreed_inputs(
+    config: RunConfig, work: WorkDir, saved: SavedRun, say: Callable[[str], None]
+) -> Inputs:
+    """Inputs of a run, which are those of its saved state, and the same in all processes."""
+    if saved.step is not None:
+        config = _ended_at(saved.step, saved.metadata["steps"], config)
+    inputs = read_inputs(config, say, resumes=saved.step is not None)
+    contents = {
+        f"the data of adapter {name!r} ({part})": digest
+        for name in inputs.train
+        for part, digest in inputs.data_fingerprint(name).items()
+    }
+    # The hash of all bytes of the base is compared when it is there, after the weights.
+    contents["the base"] = inputs.base.content.sample
+    require_agreement({**contents, "the number of steps": inputs.steps}, say)
+    if saved.step is not None:
+        require_same_inputs(work.folder, saved.metadata, inputs.config, inputs, saved.step)
+    return inputs
+
+
+def _open_metrics(
+    config: RunConfig,
+    settings: dict[str, Any],
+    work: WorkDir,
+    saved: SavedRun,
+    say: Callable[[str], None],
+    opened: contextlib.ExitStack,
+) -> tuple[list[Writer], JsonLines | None]:
+    """All writers of metrics, and the one of `metrics.jsonl`; none in further processes."""
+    if not is_main_process():
+        return [], None
+    # A new run also removes the line of step 0, before training.
+    last_kept = -1 if saved.step is None else saved.step
+    writers = open_writers(work.folder, config.logging, settings, last_kept, opened)
+    lines = JsonLines(work.folder / METRICS_FILE, last_kept, saved.metadata.get("metrics"))
+    opened.callback(lines.close)
+    if lines.remark is not None:
+        say(lines.remark)
+    return [*writers, lines], lines
+
+
+def _load_base(inputs: Inputs, program: Program, say: Callable[[str], None]) -> Any:
+    """Weights of the base, on the mesh; their hash is there too."""
+    base, settings = inputs.base, inputs.config.base
+    with stage(say, f"loading the weights of {settings.path}"):
+        params = load_base_params(
+            base.folder, base.config, settings.param_dtype, program.param_shardings
+        )
+        base.require_expected()
+        base.content.wait()  # an error of the disk is one before training
+    return params
+
+
 def _announce(
-    config: RunConfig, inputs: Inputs, program: Program, saved: SavedRun, say: Callable[[str], None]
+    config: RunConfig,
+    inputs: Inputs,
+    program: Program,
+    saved: SavedRun,
+    rate: MatrixRate | None,
+    say: Callable[[str], None],
 ) -> None:
     """Prints the start-up table; without it, what is left of a run that has no step left."""
     if saved.has_ended:
@@ -210,9 +293,9 @@ def _announce(
     elif saved.step == inputs.total_steps:
         say(f"training ends at step {saved.step}, which is saved")
     else:
-        length = _longest_row(program.config)
+        length = longest_row(program.config)
         with stage(say, f"compiling the step for rows of {length} tokens"):
-            table = start_up_table(config, inputs, program)
+            table = start_up_table(config, inputs, program, rate)
         for label, text in table:
             say(f"{label:<12} {text}")
 
@@ -225,88 +308,23 @@ def _ended_at(step: int, former: Mapping[str, int], config: RunConfig) -> RunCon
     return dataclasses.replace(config, adapters=adapters)
 
 
-def _load_initial_adapters(program: Program) -> dict[str, Any]:
+def _load_initial_adapters(program: Program, say: Callable[[str], None]) -> dict[str, Any]:
     """Loads the adapters in `start_from` by name, onto the mesh of the program.
 
     Raises:
       CheckpointError: a folder is damaged, or its weights do not fit its method.
+      ConfigError: processes have different adapters.
     """
-    adapters = {}
+    adapters, checksums = {}, {}
     for name, adapter in program.config.adapters.items():
         if adapter.start_from is None:
             continue
         folder = Path(adapter.start_from).expanduser()
         with error_prefix(f"config.adapters.{name}.start_from"):
             leaves = leaf_specs(program.abstract_state.adapters[name])
-            require_same_leaves(read_description(folder).leaves, leaves, str(folder))
+            description = read_description(folder)
+            require_same_leaves(description.leaves, leaves, str(folder))
+            checksums[f"config.adapters.{name}.start_from"] = description.checksums
             adapters[name] = load_adapter(folder, program.state_shardings.adapters[name]).tree
+    require_agreement(checksums, say)
     return adapters
-
-
-def start_up_table(config: RunConfig, inputs: Inputs, program: Program) -> list[tuple[str, str]]:
-    """Pairs of label and text on the base, adapters, devices, memory and steps of a run.
-
-    Args:
-      config: configuration of the run.
-      inputs: inputs of the run.
-      program: compiled computations of its first phase, or of the one that it resumes in.
-    """
-    model, frozen = inputs.base.config, parameter_count(program.abstract_params)
-    size = f"{model.num_layers} layers, width {model.hidden_size}, {frozen:,} parameters"
-    types = f"kept in {config.base.param_dtype}, computed in {config.compute.dtype}"
-    table = [("base", f"{config.base.path}: {size}, {types}")]
-    if inputs.base.unread_note is not None:
-        table.append(("", inputs.base.unread_note))
-    for name, adapter in config.adapters.items():
-        method, steps = METHODS.name_of(adapter.method), inputs.steps[name]
-        tree = program.abstract_state.adapters.get(name)
-        if tree is None:
-            table.append(("adapter", f"{name!r}: {method}, finished at step {steps}"))
-            continue
-        count = parameter_count(tree)
-        trainable = f"{count:,} trainable parameters ({count / frozen:.3%} of the base)"
-        length = f", {steps} steps of {adapter.batch_size} rows" if len(inputs.steps) > 1 else ""
-        table.append(("adapter", f"{name!r}: {method}, {trainable}{length}"))
-        if name in inputs.rank_notes:
-            table.append(("", inputs.rank_notes[name]))
-        modules = parameters_by_module(leaf_specs(tree)).items()
-        table.append(("", "on " + ", ".join(f"{module} ({size:,})" for module, size in modules)))
-        longest, positions = adapter.data.max_length, model.max_position_embeddings
-        if longest > positions:
-            limit = f"the {positions:,} positions of the base"
-            table.append(("", f"its data.max_length of {longest:,} exceeds {limit}"))
-    mesh = ", ".join(f"{axis} {size}" for axis, size in program.mesh.shape.items())
-    kind = program.mesh.devices.flat[0].device_kind
-    table.append(("devices", f"{program.mesh.size} x {kind} ({mesh})"))
-    plan = memory_plan(program, _longest_row(program.config))
-    if plan is None:
-        table.append(("memory", "not reported by this backend"))
-    else:
-        sizes = {name: readable(size) for name, size in plan._asdict().items()}
-        total = sizes.pop("total")
-        terms = ", ".join(f"{name} {size}" for name, size in sizes.items())
-        table.append(("memory", f"{total} a device, compiled: {terms}"))
-        process = process_plan(plan, program)
-        if process is not None:
-            table.append(("", f"about {readable(process)} for the whole process"))
-    return [*table, *_step_rows(config, inputs)]
-
-
-def _step_rows(config: RunConfig, inputs: Inputs) -> list[tuple[str, str]]:
-    """Table rows on the steps and batch of each phase."""
-    count = config.training.micro_batches
-    divided = f" in {count} micro-batches" if count > 1 else ""
-    phases, table = phases_of(inputs.steps), []
-    for phase in phases:
-        training = config.narrowed(phase.adapters)
-        rows = sum(adapter.batch_size for adapter in training.adapters.values())
-        tokens = f"{rows} rows{divided}, up to {rows * _longest_row(training):,} tokens each"
-        if len(phases) == 1:
-            return [("steps", f"{phase.stop} of {tokens}")]
-        adapters = f"{len(phase.adapters)} adapter{'s' if len(phase.adapters) > 1 else ''}"
-        table.append(("steps", f"{phase.start + 1} to {phase.stop} of {tokens}: {adapters}"))
-    return [table[0], *(("", text) for _, text in table[1:])]
-
-
-def _longest_row(config: RunConfig) -> int:
-    return max(adapter.data.max_length for adapter in config.adapters.values())

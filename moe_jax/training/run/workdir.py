@@ -6,28 +6,37 @@ import fnmatch
 import itertools
 import json
 import os
-from collections.abc import Mapping
+import time
+import uuid
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import TracebackType
 from typing import Any, Self
 
 import jax
 
 from moe_jax.adapters import METHODS
 from moe_jax.checkpoints.adapter_files import DESCRIPTION, read_description
+from moe_jax.checkpoints.store import newest_intact_step, set_aside
 from moe_jax.config.run import RunConfig, parse_run_config, to_json
-from moe_jax.errors import ConfigError
+from moe_jax.errors import CheckpointError, ConfigError
 from moe_jax.files.atomic import write_atomic
 from moe_jax.files.disk import disk_errors
 from moe_jax.files.folders import current_folder
+from moe_jax.files.json_file import read_json_object
+from moe_jax.processes.agreement import code_versions, require_agreement, value_of_first
+from moe_jax.terminal import first_of
 
 CONFIG_FILE = "config.json"
 _LOCK = ".lock"
+_SHARED_SECONDS = 30.0  # for network file systems, which keep their view for some time
 
 RESUMABLE_FIELDS = (
     "mesh.*",
     "logging.*",
     "checkpoints.*",
     "compute.attention",
+    "compute.experts",
     "compute.remat",
     "training.log_every",
     "training.eval_every",
@@ -45,6 +54,17 @@ RESUMABLE_FIELDS = (
 )
 """Fields that may differ in a resumed run: none changes the adapters, except for the rounding of
 another mesh, kernel or rematerialization."""
+
+
+_PLACES = (
+    "base.path",
+    "adapters.*.data.*.*.path",
+    "adapters.*.data.cache_dir",
+    "adapters.*.data.num_workers",
+    "adapters.*.start_from",
+    "tasks_folder",
+)
+"""Fields that may differ between processes, whose machines may keep files in different places."""
 
 
 class WorkDir:
@@ -90,11 +110,44 @@ class WorkDir:
                 ) from None
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        # Then a library did not find its files, whatever its error is.
+        is_removed = isinstance(error, Exception) and not self._is_in_place()
         if self._lock is not None:
             with contextlib.suppress(OSError):
+                if os.fstat(self._lock).st_size:  # some file systems count every cut as a change
+                    os.ftruncate(self._lock, 0)
                 self._remove_if_unused()
             os.close(self._lock)  # which unlocks it, as the end of the process does
+            self._lock = None
+        if is_removed:
+            raise self._removal() from error
+
+    def require_in_place(self) -> None:
+        """Requires that this is still the folder that was locked, before something is written.
+
+        A library would create a folder that was removed again, with a part of its files.
+
+        Raises:
+          CheckpointError: it was removed or renamed.
+        """
+        if not self._is_in_place():
+            raise self._removal()
+
+    def _is_in_place(self) -> bool:
+        # Not by the inode of the folder, which some network file systems change.
+        return self._lock is None or os.path.exists(self.folder / _LOCK)
+
+    def _removal(self) -> CheckpointError:
+        return CheckpointError(
+            f"{self.folder} was removed or renamed while the run used it (its {_LOCK} is gone); "
+            "put it back and run the same command again, or give another --workdir"
+        )
 
     def _remove_if_unused(self) -> None:
         files = list(self.folder.iterdir())
@@ -104,6 +157,37 @@ class WorkDir:
             for folder in self._created:
                 folder.rmdir()
 
+    def require_shared(self, say: Callable[[str], None]) -> None:
+        """Requires that this process sees the work directory of process 0, which has locked it.
+
+        Process 0 writes a number into the lock file, which the others must read there: another
+        folder may have the same path on their machines.
+
+        Raises:
+          ConfigError: it does not.
+        """
+        if jax.process_count() == 1:
+            return
+        number = uuid.uuid4().hex
+        if self._lock is not None:
+            os.pwrite(self._lock, number.encode(), 0)
+            os.fsync(self._lock)
+        number = value_of_first(number, say)
+        deadline = time.monotonic() + _SHARED_SECONDS
+        while not self._sees(number):
+            if time.monotonic() > deadline:
+                raise ConfigError(
+                    f"{self.folder}: process {jax.process_index()} does not see this work "
+                    "directory of process 0; give one on a file system that all processes share"
+                )
+            time.sleep(0.5)
+
+    def _sees(self, number: str) -> bool:
+        try:
+            return (self.folder / _LOCK).read_text(encoding="utf-8", errors="replace") == number
+        except OSError:
+            return False
+
     def former_settings(self) -> dict[str, Any] | None:
         """Configuration of the run that created this folder; None without one.
 
@@ -111,14 +195,12 @@ class WorkDir:
           ConfigError: the file cannot be read.
         """
         file = self.folder / CONFIG_FILE
-        try:
-            return json.loads(file.read_text())
-        except FileNotFoundError:
+        if not file.exists():
             return None
-        except (OSError, ValueError) as error:
-            raise ConfigError(
-                f"{file} cannot be read ({error}); give another --workdir, or delete this one"
-            ) from None
+        try:
+            return read_json_object(file, "give another --workdir, or delete this one")
+        except CheckpointError as error:
+            raise ConfigError(str(error)) from None
 
     def write_settings(self, settings: Mapping[str, Any]) -> None:
         """Writes the configuration of this run, and the file that it was made as."""
@@ -175,14 +257,12 @@ def require_same_run(
         and not any(fnmatch.fnmatchcase(name, pattern) for pattern in allowed)
     ]
     if changed:
-        shown = "; ".join(
-            f"config.{name} was {_show(before, name)}, is {_show(now, name)}"
-            for name in changed[:3]
-        )
-        more = f" (and {len(changed) - 3} more)" if len(changed) > 3 else ""
+        differences = [
+            f"config.{name} was {_show(before, name)}, is {_show(now, name)}" for name in changed
+        ]
         raise ConfigError(
-            f"{folder} was made by another configuration: {shown}{more}; give another --workdir, "
-            "or the former values to resume"
+            f"{folder} was made by another configuration: {first_of(differences)}; give another "
+            "--workdir, or the former values to resume"
         )
 
 
@@ -252,3 +332,41 @@ def flat_fields(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]
 
 def _show(fields: Mapping[str, Any], name: str) -> str:
     return repr(fields[name]) if name in fields else "absent"
+
+
+def require_same_start(config: RunConfig, work: WorkDir, say: Callable[[str], None]) -> None:
+    """Requires that all processes have the same code, configuration and work directory.
+
+    Raises:
+      ConfigError: they differ, or a process does not see the work directory of process 0.
+    """
+    fields = {
+        f"config.{name}": value
+        for name, value in flat_fields(json.loads(to_json(config))).items()
+        if not any(fnmatch.fnmatchcase(name, pattern) for pattern in _PLACES)
+    }
+    require_agreement({**code_versions(), **fields}, say)
+    work.require_shared(say)
+
+
+def intact_step(folder: Path, say: Callable[[str], None], *, fall_back: bool) -> int | None:
+    """Newest intact training state; damaged newer ones are set aside. The same in all processes."""
+    step = None
+    if is_main_process():
+        step, damage = newest_intact_step(folder)
+        if damage:
+            newest = max(damage)
+            what = f"{folder / str(newest)} is damaged ({damage[newest]})"
+            if step is None:
+                raise CheckpointError(
+                    f"{what}, and no earlier state is intact; copy it from a backup, or delete "
+                    f"{folder} to train from the start"
+                )
+            if not fall_back:
+                raise CheckpointError(
+                    f"{what}; copy it from a backup, or set config.checkpoints.fall_back to resume "
+                    f"from step {step}"
+                )
+            aside = [str(set_aside(folder, number)) for number in damage]
+            say(f"{what}; resuming from step {step}; it is kept as {', '.join(aside)}")
+    return value_of_first(step, say)
