@@ -15,6 +15,7 @@ from jax._src.clusters import ClusterEnv
 
 from moe_jax.errors import ConfigError
 from moe_jax.processes.peers import Peers
+from moe_jax.processes.stop import release
 from moe_jax.terminal import value_text
 
 _LONG = 3600
@@ -32,7 +33,8 @@ def joined(
     """Context in which this process is one of several; must be entered before jax has devices.
 
     An error in the context ends all processes: each other process prints one line with the reason
-    and exits with the same status. On leaving, each waits until all have left.
+    and exits with the same status. On leaving, each waits until all have come to their end, and
+    jax is shut down.
 
     Args:
       coordinator: address of process 0, `HOST:PORT`; None on a cluster that jax recognizes.
@@ -89,6 +91,9 @@ def joined(
             )
         yield
         peers.finish()
+        release()
+        jax.distributed.shutdown()  # here, where the end of another process is still reported
+        peers.leave()
     except BaseException as error:
         peers.end(error)
         raise

@@ -37,6 +37,7 @@ _LINGER = 20.0
 """Largest number of seconds that an ending process waits for the others or for its own threads."""
 
 _FINISHED = {"finished": True}
+_LEFT = {"left": True}
 
 
 class CommonError(ConfigError):
@@ -77,6 +78,7 @@ class Peers:
         self._readers: list[threading.Thread] = []
         self._messages = queue.SimpleQueue[dict[str, Any]]()
         self._finished = {process: threading.Event() for process in others}
+        self._left: set[int] = set()
         self._ending: Ending | None = None
         self._lock = threading.Lock()
         self._is_ending = threading.Event()
@@ -131,7 +133,11 @@ class Peers:
             finished.wait()
         if not self.index:
             self.start(_FINISHED)
+
+    def leave(self) -> None:
+        """Lets all processes go on without each other; after `finish` and the shutdown of jax."""
         self._ends_here.acquire(blocking=False)
+        self.start(_LEFT)
 
     def end(self, error: BaseException) -> None:
         """Ends all processes because of an error in this one, which the caller raises on.
@@ -146,7 +152,7 @@ class Peers:
         if follows or not self._ends_here.acquire(blocking=False):
             threading.Event().wait()  # `_end_after` ends the process
         if isinstance(error, CommonError):
-            self.start(_FINISHED)
+            self.start(_LEFT)
         else:
             self._tell(Ending(self.index, status, reason))
         # Interpreters wait at their end for threads, which may wait for the other processes, and
@@ -156,7 +162,7 @@ class Peers:
 
     def lose(self, process: int) -> None:
         """Ends this process because another one is gone without a message."""
-        if not self._finished[process].is_set():
+        if process not in self._left:
             reason = "was killed, or its machine is lost; the same command resumes"
             self._end_after(Ending(process, 1, reason))
 
@@ -234,8 +240,10 @@ class Peers:
                 message = json.loads(line)
                 if "ending" in message:
                     self._end_after(Ending(*message["ending"]))
-                elif message == _FINISHED or "refused" in message:
+                elif message == _FINISHED:
                     self._finished[process].set()
+                elif message == _LEFT or "refused" in message:
+                    self._left.add(process)
                 self._messages.put(message)
         self.lose(process)
 

@@ -1,7 +1,6 @@
 """The step after which all processes stop when one of them receives a signal."""
 
 import atexit
-import functools
 import itertools
 import signal
 from typing import Any
@@ -31,21 +30,28 @@ def all_stop() -> bool:
     return _preemption_manager().reached_sync_point(next(_calls))
 
 
+def release() -> None:
+    """Undoes `heed_sigterm`, if it was called; must be called before jax shuts its client down."""
+    while _managers:
+        _managers.pop().shutdown()
+
+
 _calls = itertools.count(1)
+_managers: list[Any] = []
+"""The manager of preemption of jax, which nothing else may use; empty before the first use.
+
+Orbax asks it too, about steps that are written later than they are made. A number that is below an
+earlier one leads to a common stop that is past.
+"""
 
 
-@functools.cache
 def _preemption_manager() -> Any:
-    """The manager of preemption of jax, which nothing else may use.
-
-    Orbax asks it too, about steps that are written later than they are made. A number that is below
-    an earlier one leads to a common stop that is past.
-    """
-    state = distributed.global_state
-    if state.preemption_sync_manager is None:
-        jax.config.update("jax_enable_preemption_service", True)
-        state.initialize_preemption_sync_manager()
-    manager: Any = state.preemption_sync_manager
-    state.preemption_sync_manager = None  # for Orbax: no preemption
-    atexit.register(manager.shutdown)  # before jax shuts its client down
-    return manager
+    if not _managers:
+        state = distributed.global_state
+        if state.preemption_sync_manager is None:
+            jax.config.update("jax_enable_preemption_service", True)
+            state.initialize_preemption_sync_manager()
+        _managers.append(state.preemption_sync_manager)
+        state.preemption_sync_manager = None  # for Orbax: no preemption
+        atexit.register(release)  # processes that jax joined without `join.joined`
+    return _managers[0]

@@ -1,5 +1,6 @@
 """Processes that start together, agree, stop together and end together; nothing is trained."""
 
+import functools
 import os
 import re
 import signal
@@ -7,6 +8,7 @@ import socket
 import sys
 import time
 
+import jax
 import pytest
 from member_process import run_member
 from tiny_run import fork_server
@@ -136,6 +138,22 @@ def test_a_killed_process_ends_the_others(tmp_path, count, killed):
     assert ends.pop(killed) == (-signal.SIGKILL, "together")
     reason = "was killed, or its machine is lost; the same command resumes"
     assert ends == [(1, f"error: process {killed} of {count} {reason}")] * (count - 1)
+    no_lines_of_libraries(group)
+
+
+def be_killed_in_the_shutdown_of_jax(killed, index):
+    print("done")
+    if index == killed:
+        jax.distributed.shutdown = lambda: os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_process_that_is_killed_after_the_work_ends_the_other(tmp_path, killed):
+    group = Group(tmp_path, 2, functools.partial(be_killed_in_the_shutdown_of_jax, killed))
+    ends = group.ends()
+    assert ends.pop(killed) == (-signal.SIGKILL, "done")
+    reason = "was killed, or its machine is lost; the same command resumes"
+    assert ends == [(1, f"error: process {killed} of 2 {reason}")]
     no_lines_of_libraries(group)
 
 
