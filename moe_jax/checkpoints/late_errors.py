@@ -13,6 +13,9 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+# Here, as its logger must be made by itself: it finds the files of its callers.
+import absl.logging
+
 _written_folders: set[str] = set()
 
 
@@ -27,7 +30,7 @@ def silence_late_errors() -> None:
 
     For programs only: it installs logging filters and replaces `sys.unraisablehook`.
     """
-    logging.getLogger("absl").addFilter(_raised_anyway_filter)
+    absl.logging.get_absl_logger().addFilter(_raised_anyway_filter)
     logging.getLogger("asyncio").addFilter(_late_error_filter)
     former_hook = sys.unraisablehook
 

@@ -12,13 +12,14 @@ from moe_jax.checkpoints.late_errors import register_folder, silence_late_errors
 
 REFUSED = """
 import gc, pathlib, resource, signal, sys
+from moe_jax.checkpoints.late_errors import register_folder, silence_late_errors
+
+silence_late_errors()  # before the import of Orbax, as in commands
 import jax
 import orbax.checkpoint as ocp
-from moe_jax.checkpoints.late_errors import register_folder, silence_late_errors
 
 folder = pathlib.Path(sys.argv[1])
 register_folder(folder)
-silence_late_errors()
 keys = jax.random.split(jax.random.key(0), 40)
 tree = {str(i): jax.random.normal(key, (64, 64)) for i, key in enumerate(keys)}
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # longer files raise an error
