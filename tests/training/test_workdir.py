@@ -87,6 +87,26 @@ def test_a_removed_lock_is_not_taken(tmp_path, monkeypatch):
         pytest.fail("a third run would create the folder and another lock")
 
 
+@pytest.mark.parametrize("change", ["removed", "renamed"])
+def test_a_folder_that_another_run_has_made_again_is_left_alone(tmp_path, change):
+    folder = tmp_path / "run"
+    first = WorkDir(folder)
+    first.__enter__()
+    first.claim()
+    if change == "removed":
+        shutil.rmtree(folder)
+    else:
+        folder.rename(tmp_path / "other")
+    with WorkDir(folder) as second:
+        second.claim()
+        with pytest.raises(CheckpointError, match="was removed or renamed"):
+            first.require_in_place()
+        first.__exit__(None, None, None)
+        second.require_in_place()
+        with pytest.raises(ConfigError, match="another run is using"), WorkDir(folder):
+            pytest.fail("the first run has removed the lock of the second")
+
+
 @pytest.mark.parametrize("change", ["removed", "renamed", "replaced"])
 def test_a_folder_that_is_gone_is_named_whatever_the_error_is(tmp_path, change):
     folder = tmp_path / "run"

@@ -82,6 +82,7 @@ def train(
         saved = read_saved_run(config, work, say, task_evaluation)
         if saved.is_complete:
             return repeated_result(saved, work, say)
+        work.claim()
         say(f"{'run':<12} {work.folder}")
         try:
             opening = open_session(config, work, saved, say, task_evaluation, opened)

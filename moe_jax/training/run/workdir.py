@@ -87,6 +87,8 @@ class WorkDir:
         self.adapters = self.folder / "adapters"
         self.best = self.folder / "best"
         self._lock: int | None = None
+        self._number = uuid.uuid4().hex
+        self._is_claimed = False
         self._created: list[Path] = []
 
     def __enter__(self) -> Self:
@@ -116,17 +118,30 @@ class WorkDir:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        # Then a library did not find its files, whatever its error is.
-        is_removed = isinstance(error, Exception) and not self._is_in_place()
+        is_in_place = self._is_in_place()
         if self._lock is not None:
             with contextlib.suppress(OSError):
                 if os.fstat(self._lock).st_size:  # some file systems count every cut as a change
                     os.ftruncate(self._lock, 0)
-                self._remove_if_unused()
+                if is_in_place:
+                    self._remove_if_unused()
             os.close(self._lock)  # which unlocks it, as the end of the process does
             self._lock = None
-        if is_removed:
+        # Then a library did not find its files, whatever its error is.
+        if isinstance(error, Exception) and not is_in_place:
             raise self._removal() from error
+
+    def claim(self) -> None:
+        """Writes a number into the lock file, which another run's has not at the same path.
+
+        Raises:
+          CheckpointError: it cannot be written.
+        """
+        if self._lock is not None and not self._is_claimed:
+            with disk_errors(self.folder / _LOCK):
+                os.pwrite(self._lock, self._number.encode(), 0)
+                os.fsync(self._lock)
+            self._is_claimed = True
 
     def require_in_place(self) -> None:
         """Requires that this is still the folder that was locked, before something is written.
@@ -140,7 +155,9 @@ class WorkDir:
             raise self._removal()
 
     def _is_in_place(self) -> bool:
-        # Not by the inode of the folder, which some network file systems change.
+        # Not by inodes, which some network file systems change.
+        if self._is_claimed:
+            return self._sees(self._number)
         return self._lock is None or os.path.exists(self.folder / _LOCK)
 
     def _removal(self) -> CheckpointError:
@@ -160,19 +177,16 @@ class WorkDir:
     def require_shared(self, say: Callable[[str], None]) -> None:
         """Requires that this process sees the work directory of process 0, which has locked it.
 
-        Process 0 writes a number into the lock file, which the others must read there: another
-        folder may have the same path on their machines.
+        The others must read the number that process 0 writes into the lock file: another folder
+        may have the same path on their machines.
 
         Raises:
           ConfigError: it does not.
         """
         if jax.process_count() == 1:
             return
-        number = uuid.uuid4().hex
-        if self._lock is not None:
-            os.pwrite(self._lock, number.encode(), 0)
-            os.fsync(self._lock)
-        number = value_of_first(number, say)
+        self.claim()
+        number = value_of_first(self._number, say)
         deadline = time.monotonic() + _SHARED_SECONDS
         while not self._sees(number):
             if time.monotonic() > deadline:
