@@ -68,9 +68,13 @@ def require_space(folder: Path, num_bytes: int) -> None:
         free = shutil.disk_usage(existing).free
     if free < num_bytes:
         raise CheckpointError(
-            f"cannot write {folder}: it takes {num_bytes / 1e6:,.1f} MB and the disk has "
-            f"{free / 1e6:,.1f} MB; free some space or give a folder on another disk"
+            f"cannot write {folder}: it takes {_size(num_bytes)} and the disk has {_size(free)}; "
+            "free some space or give a folder on another disk"
         )
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 1e6:,.1f} MB" if num_bytes >= 1e5 else f"{num_bytes / 1e3:,.1f} kB"
 
 
 def _reason(error: BaseException) -> str | None:

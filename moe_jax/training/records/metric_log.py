@@ -116,6 +116,12 @@ def training_losses(lines: Iterable[Mapping[str, Any]]) -> dict[str, float | Non
     return losses
 
 
+def skipped_steps(lines: Sequence[Mapping[str, Any]], adapter: str) -> int:
+    """Steps of an adapter, up to its last line, whose gradients were not finite."""
+    counts = (line[key] for line in lines if (key := f"{adapter}/skipped_total") in line)
+    return int(max(counts, default=0))
+
+
 def finite_or_none(value: Any) -> Any:
     """Replaces numbers that are not finite, which JSON lacks, by None, also within lists."""
     if isinstance(value, list):

@@ -250,10 +250,12 @@ class Recorder:
             at_end = step == self._program.total_steps[name]
             # A run shorter than `max_skipped_steps` must not end as if it had trained.
             if skipped >= self._training.max_skipped_steps or (at_end and skipped == step):
+                is_half = self._program.config.compute.dtype == "float16"
+                scale = "a lower training.initial_loss_scale, " if is_half else ""
                 raise TrainingError(
                     f"adapter {name!r}: the last {skipped} gradients, up to step {step}, were not "
                     f"finite; try a lower config.adapters.{name}.optimizer.learning_rate, a "
-                    "clip_norm, or compute.dtype 'bfloat16' or 'float32'"
+                    f"clip_norm, {scale}or compute.dtype 'bfloat16' or 'float32'"
                 )
         if step % self._training.log_every == 0 or step in self._ends:
             self._close_window(step)

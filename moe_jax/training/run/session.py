@@ -26,7 +26,8 @@ from moe_jax.data.batch import Batch
 from moe_jax.errors import TrainingError
 from moe_jax.files.folders import current_folder
 from moe_jax.training.records.console import stage
-from moe_jax.training.records.metric_lines import METRICS_FILE, JsonLines
+from moe_jax.training.records.metric_lines import METRICS_FILE, JsonLines, read_metrics
+from moe_jax.training.records.metric_log import skipped_steps
 from moe_jax.training.records.plots import adapter_pictures, loss_unit
 from moe_jax.training.records.recorder import Recorder
 from moe_jax.training.run.adapter_reports import build_training_record
@@ -330,7 +331,11 @@ class TrainingSession:
         folder, best = self.work.adapters / name, self.work.best / name
         with self.recorder.paused():
             pictures: dict[str, bytes] = {}
+            skipped = ""
             if is_main_process():
+                lines = read_metrics(self.work.folder / METRICS_FILE)
+                if count := skipped_steps(lines, name):
+                    skipped = f"; steps skipped, as gradients were not finite: {count}"
                 adapter = self.config.adapters[name]
                 unit = loss_unit(adapter.method, adapter.preference)
                 pictures = adapter_pictures(self.work.folder / METRICS_FILE, name, unit)
@@ -340,7 +345,8 @@ class TrainingSession:
                 elif name in self.progress.best:  # deleted by hand; the final one is still written
                     self.say(f"adapter {name!r}: its best weights are no longer in {best}")
             save_adapter(folder, self._saved_adapter(name, state)._replace(pictures=pictures))
-        self.say(f"adapter {name!r} finished at step {self.progress.step}; it is in {folder}")
+        step = self.progress.step
+        self.say(f"adapter {name!r} finished at step {step}; it is in {folder}{skipped}")
 
     def _saved_adapter(self, name: str, state: TrainState) -> SavedAdapter:
         """Adapter with the content of its folder, except figures."""
