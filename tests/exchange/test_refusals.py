@@ -106,7 +106,7 @@ def test_invalid_outputs_and_options(tiny, tmp_path, monkeypatch):
     assert "its weights: has no array for 'layers/self_attn/" in message
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     message = refusal(moe_jax.export_adapter, adapter, "mixlora", tmp_path / "out")
-    assert "MB and the disk has 0.0 MB; free some space" in message
+    assert "MB and the disk has 1.0 kB; free some space" in message
     assert [path.name for path in tmp_path.iterdir()] == ["full"]
 
 

@@ -147,7 +147,7 @@ def test_failed_writes_leave_nothing(tiny, mixture, tmp_path, monkeypatch, to, m
     monkeypatch.setattr(whole_model, "_write_tensor", full)
     assert "no space left on the disk; free some space" in refusal(adapter, to, out)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=100_000))
-    assert "MB and the disk has 0.1 MB; free some space" in refusal(adapter, to, out)
+    assert " and the disk has 0.1 MB; free some space" in refusal(adapter, to, out)
     assert list(tmp_path.iterdir()) == []
 
 
