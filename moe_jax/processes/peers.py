@@ -172,7 +172,9 @@ class Peers:
         Most often process 0 has ended, which its connection reports as well.
         """
         if not self._is_ending.wait(_VERDICT) and self._ends_here.acquire(blocking=False):
-            self._tell(Ending(self.index, 1, "failed in native code; the same command resumes"))
+            ending = Ending(self.index, 1, "failed in native code; the same command resumes")
+            self._tell(ending)
+            self._report(ending)
             self._exit(1)
         time.sleep(_LINGER)  # in which another thread ends the process
         os._exit(1)
@@ -262,14 +264,16 @@ class Peers:
         if not self._tell(ending):
             return
         time.sleep(_GRACE)
-        if not self._ends_here.acquire(blocking=False):
-            return
+        if self._ends_here.acquire(blocking=False):
+            self._report(ending)
+            self._exit(ending.status)
+
+    def _report(self, ending: Ending) -> None:
         kind = "error" if ending.status < 128 else "stopped"
         line = shown(f"{kind}: process {ending.process} of {self.count} {ending.reason}")
         # Not `print`: the main thread may hold the lock of stderr, which may be closed as well.
         with contextlib.suppress(OSError, ValueError):
             os.write(sys.stderr.fileno(), f"{line}\n".encode())
-        self._exit(ending.status)
 
     def _exit_later(self, status: int) -> None:
         time.sleep(_LINGER)

@@ -1,5 +1,6 @@
 """Processes that start together, agree, stop together and end together; nothing is trained."""
 
+import ctypes
 import functools
 import os
 import re
@@ -155,6 +156,17 @@ def test_a_process_that_is_killed_after_the_work_ends_the_other(tmp_path, killed
     reason = "was killed, or its machine is lost; the same command resumes"
     assert ends == [(1, f"error: process {killed} of 2 {reason}")]
     no_lines_of_libraries(group)
+
+
+def fail_in_native_code_of_process_1(index):
+    if index == 1:
+        ctypes.CDLL("libstdc++.so.6")._ZSt9terminatev()
+    time.sleep(600)
+
+
+def test_a_failure_in_native_code_ends_all(tmp_path):
+    expected = (1, "error: process 1 of 2 failed in native code; the same command resumes")
+    assert Group(tmp_path, 2, fail_in_native_code_of_process_1).ends() == [expected] * 2
 
 
 def close_stderr_in_process_0(index):
