@@ -29,6 +29,7 @@ from moe_jax.config.attention import LINEAR_ATTENTION, SELF_ATTENTION, DeltaNetC
 from moe_jax.config.model import ComputeConfig, ModelConfig
 from moe_jax.config.rope import RopeConfig
 from moe_jax.errors import ConfigError, UserError
+from moe_jax.layers.delta_rule import CHUNK, CHUNKS
 from moe_jax.layers.frozen import storage_of
 from moe_jax.layers.rope import rotary_tables
 from moe_jax.models.attention import SelfAttention
@@ -115,6 +116,7 @@ def as_markdown(costs: dict[int, dict[str, Cost]]) -> str:
     """The table, one row for each length."""
     net = MODEL.delta_net
     assert net is not None
+    state_bytes = 4 * net.value_dim * net.key_head_dim / (CHUNK * CHUNKS)
     states = f"{net.num_value_heads} states of {net.key_head_dim} x {net.value_head_dim}"
     text = f"""
         The attention of one layer of Qwen3.5-4B (width {MODEL.hidden_size}; {states} against
@@ -122,7 +124,9 @@ def as_markdown(costs: dict[int, dict[str, Cost]]) -> str:
         projections and without adapters, as compiled by XLA for a CPU in bfloat16, one row. Figures
         are of a token. Written by `python benchmarks/delta_rule.py --output
         benchmarks/delta_rule.md`. Unless `compute.remat` is `none`, a layer's memory is free again
-        after its backward pass."""
+        after its backward pass. Of linear attention's memory, {state_bytes / 1e3:.0f} kB are the
+        states that are kept for the backward pass, one after every {CHUNK * CHUNKS} tokens; one
+        after every {CHUNK} would take {CHUNKS} times as much."""
     lines = [
         "# Linear and full attention by length",
         "",

@@ -8,9 +8,11 @@ reads it with its query q (eq. 10):
 
 Within a chunk of C tokens the states are not formed. The corrections u_t = b_t (v_t - ...) follow
 from one unit lower triangular system (the WY form with decay, section 3.3), so that all but the
-states between chunks is computed for all chunks at once. Memory is linear in the length of a row.
+states between chunks is computed for a block of chunks at once. For the backward pass only the
+inputs and the states between blocks are kept. Memory is linear in the length of a row.
 
-Letters: K key heads, each of which serves the same number G of consecutive value heads; N chunks.
+Letters: K key heads, each of which serves the same number G of consecutive value heads; N chunks of
+a block.
 """
 
 import functools
@@ -21,6 +23,10 @@ import jax.numpy as jnp
 
 CHUNK = 64
 """Largest number of tokens of a chunk."""
+
+CHUNKS = 4
+"""Largest number of chunks of a block. A block of one keeps four times the states for the backward
+pass; with larger ones the factors of a block take more memory than its states."""
 
 _product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
@@ -60,28 +66,45 @@ def gated_delta_rule(
     batch, length, heads, value_width = inputs.value.shape
     key_heads, key_width = inputs.key.shape[2:]
     size = min(CHUNK, 1 << (length - 1).bit_length())
-    padding = -length % size
+    chunks = -(-length // size)
+    blocks = -(-chunks // CHUNKS)
+    chunks = -(-chunks // blocks)  # of a block
+    padding = blocks * chunks * size - length
 
-    def chunks(x: jax.Array, split: tuple[int, ...]) -> jax.Array:
-        """`x` [B, S, ...] as float32 [N, B, *split, C, ...], with heads before positions."""
+    def split(x: jax.Array, heads: tuple[int, ...]) -> jax.Array:
+        """`x` [B, S, ...] as [blocks, N, B, *heads, C, ...], with heads before positions."""
         padded = jnp.pad(x, [(0, 0), (0, padding), *[(0, 0)] * (x.ndim - 2)])
-        heads_apart = padded.reshape(batch, -1, size, *split, *x.shape[3:])
-        return jnp.moveaxis(heads_apart, (1, 2), (0, 2 + len(split))).astype(jnp.float32)
+        apart = padded.reshape(batch, blocks, chunks, size, *heads, *x.shape[3:])
+        return jnp.moveaxis(apart, (1, 2, 3), (0, 1, 3 + len(heads)))
 
     by_key, by_value = (key_heads,), (key_heads, heads // key_heads)
     shape = (batch, *by_value, key_width, value_width)
     begins = jnp.zeros((batch, length), bool) if begins is None else begins
-    begun = jnp.cumsum(chunks(begins, ()), axis=-1)  # [N, B, C]
-    terms = _chunk_terms(
-        DeltaInputs(
-            chunks(inputs.query, by_key),
-            chunks(inputs.key, by_key),
-            chunks(inputs.value, by_value),
-            chunks(inputs.log_decay, by_value),
-            chunks(inputs.rate, by_value),
-        ),
-        begun[:, :, None, None],
+    tokens = DeltaInputs(
+        split(inputs.query, by_key),
+        split(inputs.key, by_key),
+        split(inputs.value, by_value),
+        split(inputs.log_decay, by_value),
+        split(inputs.rate, by_value),
     )
+    first = jnp.zeros(shape, jnp.float32) if state is None else state.reshape(shape)
+    # Inside a scan XLA cannot merge the recomputation with the forward pass anyway.
+    block = jax.checkpoint(_block, prevent_cse=False)
+    last, output = jax.lax.scan(block, first, (tokens, split(begins, ())))
+    output = jnp.moveaxis(output, (0, 1, 5), (1, 2, 3))
+    output = output.reshape(batch, -1, heads, value_width)
+    return output[:, :length], last.reshape(batch, heads, key_width, value_width)
+
+
+def _block(state: jax.Array, tokens: tuple[DeltaInputs, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """State after a block of chunks, and its output [N, B, K, G, C, Dv].
+
+    Args:
+      state: [B, K, G, Dk, Dv] before the block.
+      tokens: inputs, and whether a sequence begins, in chunks (see `_chunk_terms`).
+    """
+    inputs, begins = jax.tree.map(lambda x: x.astype(jnp.float32), tokens)
+    begun = jnp.cumsum(begins, axis=-1)[:, :, None, None]
 
     def step(state: jax.Array, terms: _ChunkTerms) -> tuple[jax.Array, jax.Array]:
         written = terms.values - _product("bhgck,bhgkv->bhgcv", terms.reads, state)
@@ -90,10 +113,7 @@ def gated_delta_rule(
         state = state * terms.decay[..., None, None]
         return state + _product("bhgck,bhgcv->bhgkv", terms.keys, written), output
 
-    first = jnp.zeros(shape, jnp.float32) if state is None else state.reshape(shape)
-    last, output = jax.lax.scan(step, first, terms)
-    output = jnp.moveaxis(output, (0, 4), (1, 2)).reshape(batch, -1, heads, value_width)
-    return output[:, :length], last.reshape(batch, heads, key_width, value_width)
+    return jax.lax.scan(step, state, _chunk_terms(inputs, begun))
 
 
 class _ChunkTerms(NamedTuple):
@@ -117,7 +137,7 @@ class _ChunkTerms(NamedTuple):
 
 
 def _chunk_terms(inputs: DeltaInputs, begun: jax.Array) -> _ChunkTerms:
-    """Terms of all chunks.
+    """Terms of all chunks of a block.
 
     Args:
       inputs: in chunks: queries and keys [N, B, K, C, Dk], values [N, B, K, G, C, Dv], decay and
