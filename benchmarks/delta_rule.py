@@ -90,7 +90,8 @@ def cost_of(kind: str, length: int) -> Cost:
         shape = (MODEL.head_dim, MODEL.max_position_embeddings)
         cos, sin = rotary_tables(MODEL.rope, *shape, jnp.arange(length)[None])
         context = TokenContext(cos, sin, None, jnp.ones((1, length), bool), None)
-        return module.apply({"params": params}, x, context, jnp.int32(0), {})
+        output, _ = module.apply({"params": params}, x, context, jnp.int32(0), {})
+        return output
 
     def both_ways(params: dict, x: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
         output, backward = jax.vjp(functools.partial(attend, params), x)

@@ -125,7 +125,8 @@ class AdaptedFFN:
     def _module(self, deterministic: bool) -> GatedMLP:
         adapter_rows = (AdapterRows(NAME, self.method, 0, self.rows),)
         compute, storage = self.compute, storage_of("float32")
-        return GatedMLP(LayerSettings(self.config, compute, storage, adapter_rows, deterministic))
+        settings = LayerSettings(self.config, compute, storage, adapter_rows, deterministic)
+        return GatedMLP(settings, self.config.intermediate_size)
 
     def _contexts(self, mask: jax.Array) -> dict[str, AdapterContext]:
         return {NAME: tiny_program.adapter_context(mask)}

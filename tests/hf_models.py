@@ -82,6 +82,14 @@ FUSED = {
 }
 """Targets in the order of storage in projections of some families, by their names."""
 
+BLOCKS = {
+    "global_attn": "self_attn",
+    "self_attn_reader": "self_attn",
+    "global_attn_reader": "self_attn",
+    "wide_mlp": "mlp",
+}
+"""Names in transformers of blocks that have another name here."""
+
 
 def merge_lora(
     model: PreTrainedModel,
@@ -97,8 +105,8 @@ def merge_lora(
         layers = range(len(model.model.layers)) if layers_with is None else layers_with(block)
         for index, number in enumerate(layers):
             layer = model.model.layers[number]
-            module = getattr(layer, block if hasattr(layer, block) else f"shared_{block}", None)
-            module = layer.self_attn if block == "global_attn" else module
+            block = BLOCKS.get(block, block)
+            module = getattr(layer, block if hasattr(layer, block) else f"shared_{block}", layer)
             delta = {
                 name: scale * (torch.tensor(leaves["lora_A"][index] @ leaves["lora_B"][index])).T
                 for name, leaves in targets.items()

@@ -18,7 +18,12 @@ from flax.core import FrozenDict
 from moe_jax.adapters.lora.low_rank import LowRankConfig
 from moe_jax.adapters.routing.losses import RouterLoss
 from moe_jax.adapters.row_window import RowWindow
-from moe_jax.adapters.tree import ALL_MODULES, DELTA_NET_MODULES, TARGET_MODULES
+from moe_jax.adapters.tree import (
+    ALL_MODULES,
+    DELTA_NET_MODULES,
+    LAYER_EMBEDDING_MODULES,
+    TARGET_MODULES,
+)
 from moe_jax.config.classification import ClassificationConfig
 from moe_jax.config.model import ModelConfig
 from moe_jax.config.parse import Registry, require, suggest
@@ -204,12 +209,29 @@ class AdapterMethod(LowRankConfig, abc.ABC):
 
     def check_model(self, model: ModelConfig) -> None:
         """Refuses, with `require`, settings that do not go with this model, such as its depth."""
-        absent = [name for name in self.target_modules if name in DELTA_NET_MODULES]
+        for modules, exists, kind in (
+            (DELTA_NET_MODULES, model.delta_net is not None, "linear attention"),
+            (LAYER_EMBEDDING_MODULES, model.has_layer_embeddings, "embeddings of each layer"),
+        ):
+            absent = [name for name in self.target_modules if name in modules]
+            require(
+                not absent or exists,
+                "target_modules",
+                f"{', '.join(absent)} are projections of {kind}, which a model of type "
+                f"{model.model_type!r} does not have",
+            )
         require(
-            not absent or model.delta_net is not None,
-            "target_modules",
-            f"{', '.join(absent)} are projections of linear attention, which a model of type "
-            f"{model.model_type!r} does not have",
+            not self.new_tokens or not model.has_layer_embeddings,
+            "new_tokens",
+            f"the base, of type {model.model_type!r}, also has embeddings of each layer, which new "
+            "tokens would lack; leave it out",
+        )
+        with_experts = self.routes or self.mlp_adapter() is not None
+        require(
+            not with_experts or not model.has_wide_ffn,
+            "name",
+            f"experts need FFNs of one width, and this base has FFNs of {model.intermediate_size} "
+            f"and {model.reader_ffn_width} channels; use a method without experts, such as 'lora'",
         )
 
     @abc.abstractmethod

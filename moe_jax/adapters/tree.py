@@ -32,7 +32,10 @@ TARGET_MODULES = ATTENTION_MODULES + MLP_MODULES
 DELTA_NET_MODULES = ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj")
 """Names of the projections of linear attention that adapters can target."""
 
-ALL_MODULES = TARGET_MODULES + DELTA_NET_MODULES
+LAYER_EMBEDDING_MODULES = ("per_layer_input_gate", "per_layer_projection")
+"""Names of the projections of embeddings of each layer that adapters can target."""
+
+ALL_MODULES = TARGET_MODULES + DELTA_NET_MODULES + LAYER_EMBEDDING_MODULES
 """Names of all projections that adapters can target in some model."""
 
 MOE = "moe"

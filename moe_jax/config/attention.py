@@ -1,4 +1,4 @@
-"""Sizes of attention in layers that differ from the others of a model, and the modules' names."""
+"""Sizes of attention in layers that differ from the others of a model, and names of modules."""
 
 from dataclasses import dataclass
 
@@ -72,3 +72,14 @@ SELF_ATTENTION, LINEAR_ATTENTION, GLOBAL_ATTENTION = "self_attn", "linear_attn",
 
 `global_attn` is that of full layers if they have other sizes than sliding ones.
 """
+
+READERS = {SELF_ATTENTION: "self_attn_reader", GLOBAL_ATTENTION: "global_attn_reader"}
+"""Names of the modules that attend to the keys and values of an earlier layer, by its module."""
+
+ATTENTIONS = (SELF_ATTENTION, LINEAR_ATTENTION, GLOBAL_ATTENTION, *READERS.values())
+
+FFN, WIDE_FFN = "mlp", "wide_mlp"
+"""Names of the modules of a layer's FFN; `wide_mlp` is that of layers whose FFN is wider."""
+
+LAYER_EMBEDDING = "layer_embedding"
+"""Name of the module of a layer that adds its embeddings of the tokens."""

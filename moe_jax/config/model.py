@@ -1,12 +1,16 @@
 """Architecture of the frozen base model, and settings of its computation."""
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from moe_jax.config.attention import (
+    ATTENTIONS,
+    FFN,
     GLOBAL_ATTENTION,
     LINEAR_ATTENTION,
+    READERS,
     SELF_ATTENTION,
+    WIDE_FFN,
     DeltaNetConfig,
     GlobalAttentionConfig,
 )
@@ -30,6 +34,14 @@ MAX_LAYERS = 10_000
 
 _WIDEST_FUSED_HEAD = 256
 """Largest `head_dim` of cuDNN's attention."""
+
+_PLAIN: dict[str, Any] = {
+    "global_attention": None,
+    "num_reader_layers": 0,
+    "reader_ffn_width": None,
+    "layer_embedding_width": None,
+}
+"""Fields of a model whose layers are alike."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +99,11 @@ class ModelConfig:
       key_as_value: see `GlobalAttentionConfig`.
       value_norm: values are divided by their root mean square.
       layer_scale: the output of each layer is multiplied by a number.
+      num_reader_layers: number of last layers that have no keys and values of their own, and attend
+        to those of the last layer before them with the same kind of attention.
+      reader_ffn_width: width of the FFN in these layers, if it differs.
+      layer_embedding_width: channels of the embedding that each layer has of a token, besides that
+        of the model (Gemma 3n and 4); None without them.
     """
 
     vocab_size: int
@@ -129,6 +146,9 @@ class ModelConfig:
     key_as_value: bool = False
     value_norm: bool = False
     layer_scale: bool = False
+    num_reader_layers: int = 0
+    reader_ffn_width: int | None = None
+    layer_embedding_width: int | None = None
 
     def __post_init__(self):
         require(self.num_layers <= MAX_LAYERS, "num_layers", f"must be at most {MAX_LAYERS:,}")
@@ -156,6 +176,8 @@ class ModelConfig:
             "attn_logit_softcapping",
             "final_logit_softcapping",
             "sliding_window",
+            "reader_ffn_width",
+            "layer_embedding_width",
         ):
             value = getattr(self, field)
             require(value is None or value > 0, field, "must be positive")
@@ -215,7 +237,21 @@ class ModelConfig:
     def _check_global_attention(self) -> None:
         sizes = self.global_attention
         if sizes is None:
+            for field in ("num_reader_layers", "layer_embedding_width"):
+                require(not getattr(self, field), field, "requires global_attention")
             return
+        types = self.layer_types or ()
+        require(
+            0 <= self.num_reader_layers < self.num_layers
+            and set(types[: self.num_layers - self.num_reader_layers]) == set(types),
+            "num_reader_layers",
+            "each kind of attention must be that of an earlier layer too",
+        )
+        require(
+            self.num_reader_layers > 0 or self.reader_ffn_width is None,
+            "reader_ffn_width",
+            "requires num_reader_layers",
+        )
         require(
             set(self.layer_types or ()) == {"sliding_attention", "full_attention"},
             "global_attention",
@@ -245,7 +281,13 @@ class ModelConfig:
         if kind == "linear_attention":
             return LINEAR_ATTENTION
         is_global = kind == "full_attention" and self.global_attention is not None
-        return GLOBAL_ATTENTION if is_global else SELF_ATTENTION
+        name = GLOBAL_ATTENTION if is_global else SELF_ATTENTION
+        return READERS[name] if layer in self.reader_layers else name
+
+    def ffn_module(self, layer: int) -> str:
+        """Name of the module of a layer's FFN."""
+        is_wide = self.reader_ffn_width is not None and layer in self.reader_layers
+        return WIDE_FFN if is_wide else FFN
 
     def layers_with(self, module: str) -> tuple[int, ...]:
         """Indices of the layers that have a module, such as `mlp`.
@@ -253,9 +295,31 @@ class ModelConfig:
         Stacked variables of the module are those of these layers, in this order.
         """
         layers = range(self.num_layers)
-        if module not in (SELF_ATTENTION, LINEAR_ATTENTION, GLOBAL_ATTENTION):
-            return tuple(layers)
-        return tuple(layer for layer in layers if self.attention_module(layer) == module)
+        if module in ATTENTIONS:
+            return tuple(layer for layer in layers if self.attention_module(layer) == module)
+        if module in (FFN, WIDE_FFN):
+            return tuple(layer for layer in layers if self.ffn_module(layer) == module)
+        return tuple(layers)
+
+    @property
+    def reader_layers(self) -> range:
+        """Indices of the layers that attend to keys and values of earlier layers."""
+        return range(self.num_layers - self.num_reader_layers, self.num_layers)
+
+    @property
+    def has_readers(self) -> bool:
+        """True if some layers attend to keys and values of earlier ones."""
+        return self.num_reader_layers > 0
+
+    @property
+    def has_wide_ffn(self) -> bool:
+        """True if some layers have an FFN of another width."""
+        return self.reader_ffn_width is not None
+
+    @property
+    def has_layer_embeddings(self) -> bool:
+        """True if each layer has an embedding of a token."""
+        return self.layer_embedding_width is not None
 
     @property
     def global_layers(self) -> "ModelConfig":
@@ -263,7 +327,7 @@ class ModelConfig:
         sizes = self.global_attention
         assert sizes is not None
         alike = {"layer_types": None, "sliding_window": None, "sliding_rope": None}
-        return replace(self, **alike, global_attention=None, **vars(sizes))
+        return replace(self, **alike, **_PLAIN, **vars(sizes))
 
     @property
     def local_layers(self) -> "ModelConfig":
@@ -272,13 +336,18 @@ class ModelConfig:
             return self
         types: tuple[LayerType, ...] = ("sliding_attention",) * self.num_layers
         rope = self.sliding_rope or self.rope
-        return replace(self, layer_types=types, rope=rope, sliding_rope=None, global_attention=None)
+        return replace(self, layer_types=types, rope=rope, sliding_rope=None, **_PLAIN)
+
+    @property
+    def full_head_dim(self) -> int:
+        """Channels of a head in layers with full attention."""
+        sizes = self.global_attention
+        return self.head_dim if sizes is None else sizes.head_dim
 
     @property
     def widest_head(self) -> int:
         """Largest number of channels of a head of softmax attention."""
-        sizes = self.global_attention
-        return self.head_dim if sizes is None else max(self.head_dim, sizes.head_dim)
+        return max(self.head_dim, self.full_head_dim)
 
     @property
     def global_key_as_value(self) -> bool:

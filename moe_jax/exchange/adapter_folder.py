@@ -26,7 +26,14 @@ from safetensors.numpy import save_file
 
 from moe_jax.adapters.tree import MOE, NEW_TOKENS, SCORE
 from moe_jax.checkpoints.leaves import LeafSpec
-from moe_jax.config.attention import GLOBAL_ATTENTION, SELF_ATTENTION
+from moe_jax.config.attention import (
+    FFN,
+    GLOBAL_ATTENTION,
+    LAYER_EMBEDDING,
+    READERS,
+    SELF_ATTENTION,
+    WIDE_FFN,
+)
 from moe_jax.config.model import ModelConfig
 from moe_jax.config.parse import parse, suggest
 from moe_jax.errors import CheckpointError
@@ -55,6 +62,14 @@ _TOKEN_ROWS = {
     for leaf, module in (("embedding", "model.embed_tokens"), ("head", "lm_head"))
 }
 """Tensor of each leaf of new tokens."""
+
+_BLOCKS = {
+    GLOBAL_ATTENTION: (SELF_ATTENTION,),
+    **dict.fromkeys(READERS.values(), (SELF_ATTENTION,)),
+    WIDE_FFN: (FFN,),
+    LAYER_EMBEDDING: (),
+}
+"""Modules that the other tools have in the place of one of this package."""
 
 _FLOATS = ("F32", "F16", "BF16")
 _REQUIRED = object()
@@ -311,8 +326,8 @@ def adapter_tensors(
             place = layers.index(layer)
             # Experts that share a router have no module of their own in the other tools.
             rest = [part for part in rest if part != MOE]
-            block = SELF_ATTENTION if block == GLOBAL_ATTENTION else block
-            names = [TENSOR_PREFIXES[peft_type], root, str(layer), block, *rest]
+            blocks = _BLOCKS.get(block, (block,))
+            names = [TENSOR_PREFIXES[peft_type], root, str(layer), *blocks, *rest]
             for name, indices in _layer_tensors(names, spec.shape):
                 shape = np.broadcast_to(0, spec.shape)[(place, *indices)].T.shape
                 tensors.append(AdapterTensor(name, path, (place, *indices), shape))

@@ -120,6 +120,9 @@ _COMMON: dict[str, tuple[str, type]] = {
 HF_NAMES = {name: key for name, (key, _) in _COMMON.items()} | {
     "num_kv_heads": "num_key_value_heads",
     "qkv_bias": "attention_bias",
+    "num_reader_layers": "num_kv_shared_layers",
+    "reader_ffn_width": "use_double_wide_mlp",
+    "layer_embedding_width": "hidden_size_per_layer_input",
     "num_key_heads": "linear_num_key_heads",
     "num_value_heads": "linear_num_value_heads",
     "key_head_dim": "linear_key_head_dim",

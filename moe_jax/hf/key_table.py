@@ -55,6 +55,8 @@ def _axis_sizes(config: ModelConfig) -> dict[str, int]:
         "1": 1,
         **_gated_sizes(config),
         **_global_sizes(config),
+        **_layer_embedding_sizes(config),
+        "U": config.reader_ffn_width or 0,
     }
 
 
@@ -83,6 +85,12 @@ def _global_sizes(config: ModelConfig) -> dict[str, int]:
         "B": sizes.num_kv_heads * sizes.head_dim,
         "X": sizes.head_dim,
     }
+
+
+def _layer_embedding_sizes(config: ModelConfig) -> dict[str, int]:
+    """Sizes of a family with embeddings of each layer."""
+    width = config.layer_embedding_width
+    return {} if width is None else {"P": width, "L": config.num_layers * width}
 
 
 def base_leaves(config: ModelConfig) -> list[Leaf]:
@@ -148,17 +156,25 @@ def by_tensor_name(stored: Iterable[str], config: ModelConfig) -> dict[str, list
     return names
 
 
+_UNREAD_BY_READERS = tuple(f"self_attn.{name}" for name in ("k_proj", "v_proj", "k_norm", "v_norm"))
+"""Modules that checkpoints store for layers without keys and values of their own."""
+
+
 def is_beside_model(key: str, config: ModelConfig) -> bool:
     """True if the model computes the same without the tensor `key`, which is not in its table.
 
-    Such are other heads, layers beyond the last, and constants that are computed here.
+    Such are other heads, layers beyond the last, constants that are computed here, and keys and
+    values of layers that attend to those of earlier layers.
     """
     rules = family_of(config).weights
     prefixes = {rule.key.partition("{layer}")[0] for rule in rules if "{layer}" in rule.key}
     for prefix in prefixes:
         number = key.removeprefix(prefix).partition(".")[0]
         if key.startswith(prefix) and number.isdecimal() and int(number) < config.num_layers:
-            return ROTARY_BUFFER.search(key) is not None
+            layer, *rest = key.removeprefix(prefix).split(".")
+            return ROTARY_BUFFER.search(key) is not None or (
+                int(layer) in config.reader_layers and ".".join(rest[:2]) in _UNREAD_BY_READERS
+            )
     return key.rpartition(".")[0] not in {rule.key.rpartition(".")[0] for rule in rules}
 
 

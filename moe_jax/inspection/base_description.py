@@ -9,9 +9,15 @@ from typing import Any
 
 from moe_jax.adapters import METHODS
 from moe_jax.adapters.method import AdapterMethod
-from moe_jax.adapters.tree import ALL_MODULES, ATTENTION_MODULES, DELTA_NET_MODULES, MLP_MODULES
+from moe_jax.adapters.tree import (
+    ALL_MODULES,
+    ATTENTION_MODULES,
+    DELTA_NET_MODULES,
+    LAYER_EMBEDDING_MODULES,
+    MLP_MODULES,
+)
 from moe_jax.checkpoints.leaves import LeafSpec, module_of, parameters_by_module
-from moe_jax.config.attention import GLOBAL_ATTENTION, LINEAR_ATTENTION
+from moe_jax.config.attention import LINEAR_ATTENTION, WIDE_FFN
 from moe_jax.config.model import ModelConfig
 from moe_jax.config.parse import located
 from moe_jax.config.rope import RopeConfig
@@ -117,10 +123,12 @@ class BaseDescription:
             ("", f"fingerprint {self.fingerprint[:16]}"),
             ("family", f"{config.model_type} ({self.architecture})"),
             ("layers", f"{config.num_layers}, width {config.hidden_size}"),
-            ("ffn", f"width {config.intermediate_size}, {config.hidden_act}"),
+            ("ffn", f"width {config.intermediate_size}, {config.hidden_act}{_wide_ffn(config)}"),
             ("heads", _heads(config)),
             *_global_attention(config),
             *_delta_net(config),
+            *_readers(config),
+            *_layer_embeddings(config),
             ("vocabulary", f"{config.vocab_size:,}, {_head(config)}"),
             (
                 "positions",
@@ -213,7 +221,7 @@ def readable_size(size: int) -> str:
 def _sort_key(module: str) -> tuple[float, str]:
     """Sorts attention before the FFN, and the router of an FFN before its experts."""
     attention = (*ATTENTION_MODULES, *DELTA_NET_MODULES)
-    for index, name in enumerate((*attention, *MLP_MODULES)):
+    for index, name in enumerate((*attention, *MLP_MODULES, *LAYER_EMBEDDING_MODULES)):
         if name in module.split("/"):
             return index, module
     return len(attention) - 0.5, module
@@ -230,7 +238,8 @@ def _heads(config: ModelConfig) -> str:
 def _global_attention(config: ModelConfig) -> list[tuple[str, str]]:
     if config.global_attention is None:
         return []
-    layers = f"in {len(config.layers_with(GLOBAL_ATTENTION))} of {config.num_layers} layers"
+    number = config.num_layers - sum(config.sliding_layers)
+    layers = f"in {number} of {config.num_layers} layers"
     values = "; values are keys" if config.global_attention.key_as_value else ""
     return [("global", f"{layers}: {_heads(config.global_layers)}{values}")]
 
@@ -243,6 +252,22 @@ def _delta_net(config: ModelConfig) -> list[tuple[str, str]]:
     keys = f"{net.num_key_heads} key heads of {net.key_head_dim} channels"
     values = f"{net.num_value_heads} value heads of {net.value_head_dim}"
     return [("delta net", f"{layers}: {keys}, {values}, filters of {net.filter_width}")]
+
+
+def _wide_ffn(config: ModelConfig) -> str:
+    layers = len(config.layers_with(WIDE_FFN))
+    return f"; {config.reader_ffn_width} in {layers} of {config.num_layers}" if layers else ""
+
+
+def _readers(config: ModelConfig) -> list[tuple[str, str]]:
+    number = config.num_reader_layers
+    text = f"the last {number} of {config.num_layers} layers have those of earlier layers"
+    return [("key-values", text)] if number else []
+
+
+def _layer_embeddings(config: ModelConfig) -> list[tuple[str, str]]:
+    width = config.layer_embedding_width
+    return [] if width is None else [("embeddings", f"of width {width} for each layer too")]
 
 
 def _head(config: ModelConfig) -> str:

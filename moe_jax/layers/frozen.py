@@ -62,6 +62,8 @@ def check_storage(storage: Storage, model: ModelConfig) -> None:
         "intermediate_size": model.intermediate_size,
         "heads times head_dim": model.num_heads * model.head_dim,
     }
+    if model.layer_embedding_width is not None:
+        inputs["hidden_size_per_layer_input"] = model.layer_embedding_width
     if model.delta_net is not None:
         inputs["value heads times head_dim"] = model.delta_net.value_dim
     for name, size in inputs.items():

@@ -35,6 +35,20 @@ _POSITION_AXIS = -2
 """Axis of the cache positions, with and without a leading axis of layers."""
 
 
+class KeysAndValues(NamedTuple):
+    """Keys and values of a layer.
+
+    Attributes:
+      key: [B, S, K, Q], rotated.
+      value: [B, S, K, Q].
+      cached: keys and values [B, K, M, Q] of earlier tokens; None outside of decoding.
+    """
+
+    key: jax.Array
+    value: jax.Array
+    cached: tuple[jax.Array, jax.Array] | None = None
+
+
 class CachePosition(NamedTuple):
     """Position in the cache of the tokens of a call.
 

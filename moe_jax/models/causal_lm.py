@@ -29,6 +29,7 @@ from moe_jax.layers.target_scores import target_scores
 from moe_jax.layers.vocab_loss import NewLogits, token_losses
 from moe_jax.layers.vocabulary import LanguageModelHead, TokenEmbedding, logits
 from moe_jax.models.decoder import DecoderLayer
+from moe_jax.models.layer_embedding import LayerEmbeddings
 from moe_jax.models.layer_inputs import LayerSettings, TokenContext
 from moe_jax.models.mixed_layers import STACKED, MixedLayers, layer_of
 from moe_jax.models.remat import REMAT_POLICIES
@@ -96,6 +97,8 @@ class LlamaForCausalLM(nn.Module):
             self.layers = self._scanned_layer_class()(settings)
         else:
             self.layers = MixedLayers(settings)
+        if config.has_layer_embeddings:
+            self.layer_embeddings = LayerEmbeddings(settings)
         self.norm = RMSNorm(
             config.rms_norm_eps,
             dtype,
@@ -162,11 +165,16 @@ class LlamaForCausalLM(nn.Module):
             tables = self._rotary_tables(self.config.global_layers, positions)
             context = context._replace(global_tables=tables)
         x = self._embedded(tokens, windows)
+        if self.config.has_layer_embeddings:
+            context = context._replace(layer_embeddings=self.layer_embeddings(tokens, x))
         if self.scan_layers:
             x, _ = self.layers(x, context, jnp.arange(self.config.num_layers))
         else:
             for index, layer in enumerate(self.layers):
-                x, _ = layer(x, context, jnp.int32(index))
+                x, kept = layer(x, context, jnp.int32(index))
+                if kept is not None:
+                    name = self.config.attention_module(index)
+                    context = context._replace(kept={**(context.kept or {}), name: kept})
         return self.norm(x)
 
     def logits(self, hidden: jax.Array, windows: Windows | None = None) -> jax.Array:

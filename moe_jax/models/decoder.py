@@ -15,11 +15,13 @@ from moe_jax.adapters.method import (
 )
 from moe_jax.adapters.rows import AdapterRows, replace_rows, take_rows, window_of
 from moe_jax.adapters.tree import MLP_MODULES, MOE
-from moe_jax.config.attention import SELF_ATTENTION
+from moe_jax.config.attention import FFN, LAYER_EMBEDDING, SELF_ATTENTION, WIDE_FFN
 from moe_jax.layers.activation import ACTIVATIONS, gated, scaled
 from moe_jax.layers.block_cache import BlockPosition
 from moe_jax.layers.frozen import frozen_leaf
+from moe_jax.layers.kv_cache import KeysAndValues
 from moe_jax.models.attention import SelfAttention
+from moe_jax.models.layer_embedding import LayerEmbedding
 from moe_jax.models.layer_inputs import LayerSettings, TokenContext, linear, norm, with_dropout_keys
 from moe_jax.sharding.axes import (
     EMBED,
@@ -78,14 +80,19 @@ class GatedMLP(nn.Module):
     Each frozen projection runs once on all rows. An adapter that replaces the FFN, like MixLoRA,
     changes the hidden activation of its rows before the down projection and adds to the product
     after it.
+
+    Attributes:
+      settings: settings of all layers.
+      width: F.
     """
 
     settings: LayerSettings
+    width: int
 
     @nn.compact
     def __call__(self, x: jax.Array, contexts: Mapping[str, AdapterContext]) -> jax.Array:
         settings, config = self.settings, self.settings.config
-        wide, narrow = config.intermediate_size, config.hidden_size
+        wide, narrow = self.width, config.hidden_size
         gate = linear(settings, "gate_proj", (narrow, wide), (EMBED, MLP), config.mlp_bias)
         up = linear(settings, "up_proj", (narrow, wide), (EMBED, MLP), config.mlp_bias)
         down = linear(settings, "down_proj", (wide, narrow), (MLP, EMBED), config.mlp_bias)
@@ -140,16 +147,20 @@ class DecoderLayer(nn.Module):
       settings: settings of all layers.
       attention: class of the module that mixes positions, with the signature of `SelfAttention`.
       attention_name: name of that module.
+      ffn_name: name of the FFN's module.
     """
 
     settings: LayerSettings
     attention: Any = SelfAttention
     attention_name: str = SELF_ATTENTION
+    ffn_name: str = FFN
 
     @nn.compact
     def __call__(
         self, x: jax.Array, context: TokenContext, layer_index: jax.Array
-    ) -> tuple[jax.Array, None]:
+    ) -> tuple[jax.Array, KeysAndValues | None]:
+        """The hidden states [B, S, D], and what the attention has for later layers."""
+        config = self.settings.config
         contexts = {
             rows.name: _adapter_context(self.settings, rows, context, layer_index)
             for rows in self.settings.adapter_rows
@@ -157,17 +168,22 @@ class DecoderLayer(nn.Module):
         x = constrain(x, HIDDEN_AXES)
         normed = self._block_input(x, "input_layernorm")
         attention = self.attention(self.settings, name=self.attention_name)
-        update = attention(normed, context, layer_index, contexts)
+        update, kept = attention(normed, context, layer_index, contexts)
         x = x + self._block_output(update, "post_self_attn_layernorm")
-        if not self.settings.config.parallel_block:
+        if not config.parallel_block:
             normed = self._block_input(x, "post_attention_layernorm")
-        update = GatedMLP(self.settings, name="mlp")(normed, contexts)
+        width = config.reader_ffn_width if self.ffn_name == WIDE_FFN else config.intermediate_size
+        assert width is not None
+        update = GatedMLP(self.settings, width, name=self.ffn_name)(normed, contexts)
         x = x + self._block_output(update, "post_mlp_layernorm")
-        if self.settings.config.layer_scale:
+        if context.layer_embeddings is not None:
+            update = LayerEmbedding(self.settings, name=LAYER_EMBEDDING)
+            x = x + update(x, context.layer_embeddings[layer_index], contexts)
+        if config.layer_scale:
             ones, dtype = nn.initializers.ones, self.settings.storage.dtype
             scalar = frozen_leaf(self, "layer_scalar", ones, (1,), (NORM,), dtype)
             x = x * scalar.astype(x.dtype)[None, None]
-        return constrain(x, HIDDEN_AXES), None
+        return constrain(x, HIDDEN_AXES), kept
 
     def _block_input(self, x: jax.Array, name: str) -> jax.Array:
         return norm(self.settings, name)(x) if self.settings.config.pre_norms else x

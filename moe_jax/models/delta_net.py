@@ -46,7 +46,8 @@ class GatedDeltaNet(nn.Module):
         context: TokenContext,
         layer_index: jax.Array,
         contexts: Mapping[str, AdapterContext],
-    ) -> jax.Array:
+    ) -> tuple[jax.Array, None]:
+        """The output [B, S, D]; linear attention has no keys that later layers attend to."""
         del layer_index
         settings = self.settings
         net = _sizes(settings)
@@ -70,7 +71,7 @@ class GatedDeltaNet(nn.Module):
         contexts = with_dropout_keys(self, contexts)
         widths, axes = (net.value_dim, settings.config.hidden_size), (HEADS, EMBED)
         result = linear(settings, "out_proj", widths, axes, False)
-        return result(gated.reshape(*x.shape[:-1], net.value_dim), contexts, **options)
+        return result(gated.reshape(*x.shape[:-1], net.value_dim), contexts, **options), None
 
     def _convolved(self, mixed: jax.Array, context: TokenContext) -> jax.Array:
         """Queries, keys and values after the convolution, [B, S, C] in the dtype of `mixed`."""

@@ -14,7 +14,7 @@ from moe_jax.adapters.rows import AdapterRows, Windows
 from moe_jax.config.model import ComputeConfig, ModelConfig
 from moe_jax.layers.block_cache import BlockPosition
 from moe_jax.layers.frozen import Storage
-from moe_jax.layers.kv_cache import CachePosition
+from moe_jax.layers.kv_cache import CachePosition, KeysAndValues
 from moe_jax.layers.norm import RMSNorm
 
 
@@ -32,6 +32,9 @@ class TokenContext(NamedTuple):
       query_scales: float32 [B, S], see `moe_jax.layers.rope.query_scales`, or None.
       windows: windows of all adapters, where their rows change from call to call, or None.
       global_tables: rotary tables of layers with `global_attn`, or None.
+      layer_embeddings: embedding of each layer [L, B, S, P], or None.
+      kept: keys and values of earlier layers by the name of their module, for layers without their
+        own, or None.
     """
 
     cos: jax.Array
@@ -43,6 +46,8 @@ class TokenContext(NamedTuple):
     query_scales: jax.Array | None = None
     windows: Windows | None = None
     global_tables: tuple[jax.Array, jax.Array] | None = None
+    layer_embeddings: jax.Array | None = None
+    kept: Mapping[str, KeysAndValues] | None = None
 
 
 class LayerSettings(NamedTuple):

@@ -4,8 +4,12 @@ The variables of a module, such as `linear_attn`, are stacked over the layers th
 their order (`ModelConfig.layers_with`). Modules that all layers have, such as `mlp`, are stacked as
 in models whose layers are equal. A scan takes one period of the pattern at a time, for example
 three layers with linear attention and one with full attention.
+
+Layers that attend to keys and values of earlier layers are scanned after those, whose carry holds
+the keys and values of the last layer of each kind.
 """
 
+import functools
 import operator
 from typing import Any
 
@@ -14,10 +18,21 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import unflatten_dict
 
-from moe_jax.config.attention import GLOBAL_ATTENTION, LINEAR_ATTENTION, SELF_ATTENTION
+from moe_jax.config.attention import (
+    GLOBAL_ATTENTION,
+    LINEAR_ATTENTION,
+    READERS,
+    SELF_ATTENTION,
+)
 from moe_jax.config.model import ModelConfig
+from moe_jax.layers.kv_cache import BY_POSITION, KeysAndValues
 from moe_jax.layers.names import ADAPTERS, CACHE, CACHE_UPDATES, PARAMS, ROUTER, ROUTING
-from moe_jax.models.attention import GlobalAttention, SelfAttention
+from moe_jax.models.attention import (
+    GlobalAttention,
+    GlobalAttentionReader,
+    SelfAttention,
+    SelfAttentionReader,
+)
 from moe_jax.models.decoder import DecoderLayer
 from moe_jax.models.delta_net import GatedDeltaNet
 from moe_jax.models.layer_inputs import LayerSettings, TokenContext
@@ -31,12 +46,18 @@ _ATTENTION = {
     SELF_ATTENTION: SelfAttention,
     GLOBAL_ATTENTION: GlobalAttention,
     LINEAR_ATTENTION: GatedDeltaNet,
+    READERS[SELF_ATTENTION]: SelfAttentionReader,
+    READERS[GLOBAL_ATTENTION]: GlobalAttentionReader,
 }
 
 _RANDOM_STREAMS = (PARAMS, ADAPTERS, "dropout")
 
 Variables = dict[str, dict[str, Any]]
 """Variables by collection and module of a layer."""
+
+
+Kept = dict[str, KeysAndValues]
+"""Keys and values of the last layer of each kind, by the name of its module."""
 
 
 def layer_of(settings: LayerSettings, layer: int, **options: Any) -> DecoderLayer:
@@ -47,15 +68,16 @@ def layer_of(settings: LayerSettings, layer: int, **options: Any) -> DecoderLaye
       layer: index of the layer.
       options: attributes of every Linen module.
     """
-    name = settings.config.attention_module(layer)
-    return DecoderLayer(settings, _ATTENTION[name], name, **options)
+    config = settings.config
+    name = config.attention_module(layer)
+    return DecoderLayer(settings, _ATTENTION[name], name, config.ffn_module(layer), **options)
 
 
-def pattern_length(config: ModelConfig) -> int:
-    """Number of layers of the shortest pattern that the layers repeat."""
-    kinds = config.layer_types or ("full_attention",)
-    lengths = range(1, config.num_layers + 1)
-    return next(n for n in lengths if config.num_layers % n == 0 and kinds[:-n] == kinds[n:])
+def pattern_length(config: ModelConfig, layers: range) -> int:
+    """Number of layers of the shortest pattern that these layers repeat."""
+    kinds = [config.attention_module(layer) for layer in layers]
+    lengths = range(1, len(kinds) + 1)
+    return next(n for n in lengths if len(kinds) % n == 0 and kinds[:-n] == kinds[n:])
 
 
 class MixedLayers(nn.Module):
@@ -72,48 +94,115 @@ class MixedLayers(nn.Module):
         self, x: jax.Array, context: TokenContext, layer_indices: jax.Array
     ) -> tuple[jax.Array, None]:
         config = self.settings.config
-        length = pattern_length(config)
-        given = {name: tree for name, tree in self.variables.items() if name in STACKED}
         keys = {name: self.make_rng(name) for name in _RANDOM_STREAMS if self.has_rng(name)}
-
-        def period(x: jax.Array, inputs: tuple[Variables, jax.Array]) -> tuple[jax.Array, Any]:
-            variables, indices = inputs
-            written = []
-            for layer in range(length):
-                own = _of_layer(config, variables, layer)
-                x, new = self._layer(layer)(own, x, context, indices[layer], keys)
-                written.append(new)
-            return x, _stacked(written)
-
-        periods = jax.tree.map(lambda leaf: _split(leaf, config.num_layers // length), given)
-        x, written = jax.lax.scan(period, x, (periods, layer_indices.reshape(-1, length)))
-        joined = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), written)
-        for collection, modules in nn.meta.add_axis(joined, 0, {nn.PARTITION_NAME: LAYERS}).items():
+        readers = config.reader_layers
+        x, kept, written = self._scan(range(readers.start), x, context, layer_indices, keys)
+        if readers:
+            if context.cache_position is not None:
+                kept = self._with_cache(kept)
+            context = context._replace(kept=kept)
+            x, _, rest = self._scan(readers, x, context, layer_indices, keys)
+            written = _concatenated(written, rest)
+        boxed = nn.meta.add_axis(written, 0, {nn.PARTITION_NAME: LAYERS})
+        for collection, modules in boxed.items():
             for name, variables in modules.items():
                 self.put_variable(collection, name, variables)
         return x, None
 
+    def _scan(
+        self,
+        layers: range,
+        x: jax.Array,
+        context: TokenContext,
+        layer_indices: jax.Array,
+        keys: dict[str, jax.Array],
+    ) -> tuple[jax.Array, Kept, Variables]:
+        """Hidden states after consecutive layers, what they keep, and the variables they wrote."""
+        config = self.settings.config
+        pattern = layers[: pattern_length(config, layers)]
+        stacked, indexed = self._given(layers)
+
+        def period(
+            carry: tuple[jax.Array, Kept], inputs: tuple[Variables, jax.Array]
+        ) -> tuple[tuple[jax.Array, Kept], Variables]:
+            (x, kept), (of_period, indices) = carry, inputs
+            written = []
+            for place, layer in enumerate(pattern):
+                own = _of_layer(config, of_period, pattern, layer)
+                apply = self._layer(layer)
+                x, new, variables = apply(own, indexed, x, context, indices[place], keys)
+                if new is not None:
+                    kept = {**kept, config.attention_module(layer): new._replace(cached=None)}
+                written.append(variables)
+            return (x, kept), _stacked(written)
+
+        split = functools.partial(_split, periods=len(layers) // len(pattern))
+        indices = layer_indices[layers.start : layers.stop]
+        inputs = jax.tree.map(split, (stacked, indices))
+        one = jax.tree.map(lambda leaf: leaf[0], inputs)
+        kept: Kept = {}
+        if config.has_readers:
+            (_, shapes), _ = jax.eval_shape(period, (x, kept), one)
+            kept = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+        (x, kept), written = jax.lax.scan(period, (x, kept), inputs)
+        joined = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), written)
+        return x, kept, joined
+
+    def _given(self, layers: range) -> tuple[Variables, dict[str, Any]]:
+        """The variables of these layers, and parameters of all layers, by module.
+
+        The latter are of modules that other layers have too. Each layer takes its own of them,
+        since a part of a stack would be a copy.
+        """
+        config = self.settings.config
+        stacked: Variables = {name: {} for name in STACKED if name in self.variables}
+        indexed: dict[str, Any] = {}
+        for collection, modules in stacked.items():
+            for name, tree in self.variables[collection].items():
+                having = config.layers_with(name)
+                own = [place for place, layer in enumerate(having) if layer in layers]
+                if len(own) == len(having):
+                    modules[name] = tree
+                elif own and collection == PARAMS:
+                    indexed[name] = tree
+                elif own:
+                    take = operator.itemgetter(slice(own[0], own[-1] + 1))
+                    modules[name] = jax.tree.map(take, tree)
+        return stacked, indexed
+
+    def _with_cache(self, kept: Kept) -> Kept:
+        """The same with those of earlier tokens, which the carry would copy in each period."""
+        result: Kept = {}
+        for name, new in kept.items():
+            key, value = (self.variables[CACHE][name][part][-1] for part in BY_POSITION)
+            result[name] = new._replace(cached=(key, value))
+        return result
+
     def _layer(self, layer: int) -> Any:
-        """A layer as a function; returns hidden states and the variables that it wrote."""
+        """A layer as a function; returns hidden states, what it keeps, and what it wrote."""
         module = layer_of(self.settings, layer, parent=None)
         initializes = self.is_initializing()
         mutable = [name for name in STACKED if self.is_mutable_collection(name)]
 
         def apply(
             variables: Variables,
+            indexed: dict[str, Any],
             x: jax.Array,
             context: TokenContext,
             index: jax.Array,
             keys: dict[str, jax.Array],
-        ) -> tuple[jax.Array, Variables]:
+        ) -> tuple[jax.Array, KeysAndValues | None, Variables]:
+            if indexed:
+                own = jax.tree.map(lambda leaf: _at(leaf, index), indexed)
+                variables = {**variables, PARAMS: {**variables[PARAMS], **own}}
             rngs = {name: jax.random.fold_in(key, index) for name, key in keys.items()}
             result: Any
             if initializes:
                 result = module.init_with_output(rngs, x, context, index, mutable=mutable)
             else:
                 result = module.apply(variables, x, context, index, rngs=rngs, mutable=mutable)
-            (x, _), new = result
-            return x, new
+            (x, kept), new = result
+            return x, kept, new
 
         if self.settings.compute.remat == "none":
             return apply
@@ -121,18 +210,22 @@ class MixedLayers(nn.Module):
         return jax.checkpoint(apply, policy=policy, prevent_cse=False)
 
 
+def _at(leaf: jax.Array, index: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False)
+
+
 def _split(leaf: jax.Array, periods: int) -> jax.Array:
     """A stack of layers as [periods, layers of one period, ...]."""
     return leaf.reshape(periods, -1, *leaf.shape[1:])
 
 
-def _of_layer(config: ModelConfig, variables: Variables, layer: int) -> Variables:
-    """The variables of one layer of a period, from those of the period."""
+def _of_layer(config: ModelConfig, variables: Variables, pattern: range, layer: int) -> Variables:
+    """The variables of one layer of a pattern, from those of one period."""
     result: Variables = {}
     for collection, modules in variables.items():
         result[collection] = {}
         for name, tree in modules.items():
-            layers = config.layers_with(name)
+            layers = [other for other in config.layers_with(name) if other in pattern]
             if layer in layers:
                 take = operator.itemgetter(layers.index(layer))
                 result[collection][name] = jax.tree.map(take, tree)
@@ -152,3 +245,16 @@ def _stacked(written: list[Variables]) -> Variables:
             for path, trees in parts.items()
         }
     )
+
+
+def _concatenated(first: Variables, second: Variables) -> Variables:
+    """The variables of consecutive layers."""
+    joined: Variables = {}
+    for collection in first | second:
+        one, two = first.get(collection, {}), second.get(collection, {})
+        both = {
+            name: jax.tree.map(lambda a, b: jnp.concatenate([a, b]), one[name], two[name])
+            for name in one.keys() & two.keys()
+        }
+        joined[collection] = {**one, **two, **both}
+    return joined

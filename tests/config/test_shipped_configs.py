@@ -54,6 +54,14 @@ def _qwen3_5_4b() -> int:
     return 32 * ffn + 8 * full + 24 * linear
 
 
+def _gemma4_e4b() -> int:
+    """Rank 16: of 24 layers with keys every sixth is full, of 18 without them too."""
+    ffn = 8 * 3 * 16 * (2560 + 10240) + 2560 * 8
+    queries = 2 * 16 * (35 * (2560 + 8 * 256) + 7 * (2560 + 8 * 512))  # and the output
+    keys = 2 * 16 * (20 * (2560 + 2 * 256) + 4 * (2560 + 2 * 512))  # and values
+    return 42 * ffn + queries + keys
+
+
 def test_compared_methods_have_equal_numbers_of_parameters():
     config = _config("smollm2_tasks")
     model = model_config_from_hf(config.base.hf_config, "smollm2_tasks")
@@ -105,6 +113,8 @@ def test_ranks_worked_out_by_hand_are_those_of_a_match(name, lora, mixlora, rank
         ("qwen3_5_4b_mixlora", 4_205_751_296, _qwen3_5_4b()),
         ("gemma3_1b_mixlora", 999_885_952, 26 * _mixlora_layer(1152, 256, 6912, 1024)),
         ("gemma3_4b_mixlora", 3_880_263_168, 34 * _mixlora_layer(2560, 1024, 10240, 2048)),
+        # The sum over the shapes of transformers' modules.
+        ("gemma4_e4b_mixlora", 7_463_013_418, _gemma4_e4b()),
         ("smollm2_135m_mixlora", 134_515_008, 30 * _mixlora_layer(576, 192, 1536)),
         ("smollm2_1_7b_mixlora", 1_711_376_384, 24 * _mixlora_layer(2048, 2048, 8192)),
         ("tinyllama_mixlora", 1_100_048_384, 22 * _mixlora_layer(2048, 256, 5632)),

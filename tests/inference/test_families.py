@@ -87,6 +87,21 @@ CASES = {
             "hidden_size_per_layer_input": 0,
         },
     ),
+    # Layers 4 and 5 attend to the cache of layers 2 and 3.
+    "gemma4_e2b": (
+        "gemma4_text",
+        {
+            **UNTIED,
+            "num_hidden_layers": 6,
+            "layer_types": ["sliding_attention", "full_attention"] * 3,
+            "global_head_dim": 16,
+            "sliding_window": WINDOW,
+            "hidden_size_per_layer_input": 6,
+            "vocab_size_per_layer_input": 64,
+            "num_kv_shared_layers": 2,
+            "use_double_wide_mlp": True,
+        },
+    ),
     # Rows of up to 4 tokens would have the short factors.
     "phi3_long": (
         "phi3",

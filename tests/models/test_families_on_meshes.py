@@ -8,7 +8,7 @@ import pytest
 import tiny_program
 from tolerances import DELTA_NET_GRADIENT_OF_LARGEST, GRADIENT_ROUNDING, ROUNDING
 
-from moe_jax.adapters.tree import DELTA_NET_MODULES
+from moe_jax.adapters.tree import DELTA_NET_MODULES, LAYER_EMBEDDING_MODULES
 from moe_jax.config.attention import DeltaNetConfig, GlobalAttentionConfig
 from moe_jax.config.rope import RopeConfig
 
@@ -69,8 +69,19 @@ GLOBAL_ATTENTION = {
     "sliding_rope": RopeConfig(rope_type="default", rope_theta=10000.0),
     "global_attention": GlobalAttentionConfig(num_kv_heads=2, head_dim=16, key_as_value=True),
 }
+READERS = {
+    **GLOBAL_ATTENTION,
+    "num_layers": 4,
+    "layer_types": ("sliding_attention", "full_attention") * 2,
+    "num_reader_layers": 2,
+    "layer_embedding_width": 8,
+}
 MIXLORA = tiny_program.MIXLORA
 ON_DELTA_NET = {**MIXLORA, "target_modules": (*MIXLORA["target_modules"], *DELTA_NET_MODULES)}
+ON_LAYER_EMBEDDINGS = {
+    **MIXLORA,
+    "target_modules": (*MIXLORA["target_modules"], *LAYER_EMBEDDING_MODULES),
+}
 
 
 def _step(method, features, mesh):
@@ -78,7 +89,7 @@ def _step(method, features, mesh):
     program = tiny_program.program(
         {"default": method},
         mesh=mesh,
-        config=tiny_program.model_config(num_layers=2, **features),
+        config=tiny_program.model_config(**{"num_layers": 2, **features}),
     )
     params = tiny_program.random_params(program)
     adapters = tiny_program.random_adapters(program)
@@ -103,6 +114,7 @@ def _rounding(leaf):
         pytest.param(MIXLORA, OLMO_TO_COHERE, lambda _: GRADIENT_ROUNDING, id="olmo_to_cohere"),
         pytest.param(ON_DELTA_NET, DELTA_NET, _rounding, id="delta_net"),
         pytest.param(MIXLORA, GLOBAL_ATTENTION, lambda _: GRADIENT_ROUNDING, id="gemma4"),
+        pytest.param(ON_LAYER_EMBEDDINGS, READERS, _rounding, id="gemma4_e4b"),
     ],
 )
 def test_a_step_equals_that_of_one_device(method, features, tolerance):

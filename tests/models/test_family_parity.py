@@ -18,7 +18,7 @@ from tolerances import FLOAT32_LOGITS
 from moe_jax.adapters.lora.lora import LoraConfig
 from moe_jax.adapters.mixlora import MixLoraConfig
 from moe_jax.adapters.rows import AdapterRows
-from moe_jax.adapters.tree import DELTA_NET_MODULES, to_collection
+from moe_jax.adapters.tree import DELTA_NET_MODULES, LAYER_EMBEDDING_MODULES, to_collection
 from moe_jax.config.model import ComputeConfig, ModelConfig
 from moe_jax.config.parse import parse
 from moe_jax.config.run import MeshConfig
@@ -98,6 +98,17 @@ GEMMA_4 = {
     "hidden_size_per_layer_input": 0,
     "final_logit_softcapping": 2.5,
 }
+# Each layer has its embedding. The last three attend to keys and values of layers 2 and 3.
+GEMMA_4_E4B = {
+    "num_hidden_layers": 7,
+    "layer_types": [*["sliding_attention", FULL] * 2, *["sliding_attention"] * 2, FULL],
+    "head_dim": 8,
+    "global_head_dim": 16,
+    "sliding_window": WINDOW,
+    "hidden_size_per_layer_input": 6,
+    "vocab_size_per_layer_input": 64,
+    "num_kv_shared_layers": 3,
+}
 QWEN3_5 = {
     "num_hidden_layers": 4,
     "full_attention_interval": 2,
@@ -166,6 +177,11 @@ CASES = {
     "gemma4_with_values": Case(
         "gemma4_text",
         {**GEMMA_4, "attention_k_eq_v": False, "layer_types": [*["sliding_attention"] * 3, FULL]},
+    ),
+    "gemma4_e4b": Case("gemma4_text", GEMMA_4_E4B, {"sliding_window": 64}),
+    "gemma4_e2b": Case("gemma4_text", {**GEMMA_4_E4B, "use_double_wide_mlp": True}),
+    "gemma4_layer_embeddings_alone": Case(
+        "gemma4_text", {**GEMMA_4_E4B, "num_kv_shared_layers": 0}
     ),
     "phi3": Case("phi3", {"sliding_window": WINDOW}, {"sliding_window": None}),
     "phi3_long": Case(
@@ -277,6 +293,7 @@ FAMILIES = (
     "hunyuan",
     "qwen3_5",
     "gemma4",
+    "gemma4_e4b",
 )
 """Cases of the gradient test, which have every feature that no other test covers."""
 
@@ -418,6 +435,7 @@ def test_experts_get_gradients(case, tmp_path):
     params = load_base_params(tmp_path, config, "float32")
     targets = ("q_proj", "gate_proj", "up_proj", "down_proj")
     targets += DELTA_NET_MODULES if config.delta_net else ()
+    targets += LAYER_EMBEDDING_MODULES if config.has_layer_embeddings else ()
     method = MixLoraConfig(rank=RANK, alpha=ALPHA, target_modules=targets, num_experts=3)
     adapter_rows = (AdapterRows("default", method, 0, 3),)
     model = LlamaForCausalLM(config, ComputeConfig(dtype="float32"), adapter_rows)

@@ -1,7 +1,9 @@
 """Gemma 4 beyond the checks of all families: exchange with peft, sizes in two layouts, refusals."""
 
+import dataclasses
 import functools
 import json
+import shutil
 from typing import Any
 
 import jax
@@ -11,14 +13,18 @@ import torch
 import transformers
 from foreign_adapters import LORA, peft_logits
 from hf_models import tiny_model
+from safetensors.numpy import load_file, save_file
 from tolerances import FLOAT32_LOGITS
 from whole_models import adapter_of
 
 import moe_jax
+from moe_jax.adapters.lora.lora import LoraConfig
+from moe_jax.adapters.mixlora import MixLoraConfig
 from moe_jax.adapters.mixtures.mola import MolaConfig
 from moe_jax.config.attention import GlobalAttentionConfig
 from moe_jax.errors import CheckpointError, ConfigError
 from moe_jax.hf.config import model_config_from_hf
+from moe_jax.serving.load import open_models
 
 FIELDS: dict[str, Any] = {
     "num_hidden_layers": 4,
@@ -30,6 +36,8 @@ FIELDS: dict[str, Any] = {
     "sliding_window": 5,
     "hidden_size_per_layer_input": 0,
 }
+SMALL = {"hidden_size_per_layer_input": 6, "vocab_size_per_layer_input": 64}
+E2B = {**FIELDS, **SMALL, "num_kv_shared_layers": 2, "use_double_wide_mlp": True}
 TOKENS = np.random.default_rng(0).integers(0, 64, (2, 16))
 
 
@@ -101,9 +109,18 @@ def test_the_last_layer_has_full_attention_whatever_the_file_names(layer_types):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"hidden_size_per_layer_input": 256}, "hidden_size_per_layer_input: 256 is not supported"),
-        ({"hidden_size_per_layer_input": None}, "hidden_size_per_layer_input: only 0 is supported"),
-        ({"num_kv_shared_layers": 2}, "num_kv_shared_layers: 2 is not supported"),
+        (
+            {**SMALL, "vocab_size_per_layer_input": 32},
+            "vocab_size_per_layer_input: 32 is not vocab",
+        ),
+        (
+            {**SMALL, "vocab_size_per_layer_input": None},
+            "vocab_size_per_layer_input: 262144 is not",
+        ),
+        ({**SMALL, "hidden_size_per_layer_input": -1}, "hidden_size_per_layer_input: must be pos"),
+        ({"num_kv_shared_layers": 3}, "num_kv_shared_layers: each kind of attention must be that"),
+        ({"num_kv_shared_layers": 4}, "num_kv_shared_layers: each kind of attention must be that"),
+        ({"num_kv_shared_layers": -1}, "num_kv_shared_layers: each kind of attention must be that"),
         ({"enable_moe_block": True}, "enable_moe_block: True is not supported"),
         ({"use_bidirectional_attention": "all"}, "use_bidirectional_attention: 'all' is not"),
         ({"layer_types": ["full_attention"] * 4}, "layer_types: must name both full and sliding"),
@@ -120,6 +137,71 @@ def test_fields_that_are_not_computed_are_refused(changes, message):
     with pytest.raises(CheckpointError, match=r"config\.json") as error:
         model_config_from_hf(_fields(**changes), "config.json")
     assert message in str(error.value)
+
+
+def test_sizes_of_small_models():
+    small = {"num_kv_shared_layers": 2, "use_double_wide_mlp": True}
+    config = model_config_from_hf(_fields(**SMALL, **small), "x")
+    assert (config.num_reader_layers, config.layer_embedding_width) == (2, 6)
+    assert config.reader_ffn_width == 2 * config.intermediate_size
+    # As in transformers, the FFN is wider in layers without keys and values of their own only.
+    alone = model_config_from_hf(_fields(use_double_wide_mlp=True), "x")
+    assert not alone.has_wide_ffn and not alone.has_readers
+    # A file that does not say so has embeddings of 256 channels for each layer.
+    default = _fields(hidden_size_per_layer_input=None, vocab_size=262_144)
+    assert model_config_from_hf(default, "x").layer_embedding_width == 256
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("e2b")
+    reference = tiny_model("gemma4_text", **E2B)
+    reference.save_pretrained(folder)
+    return folder, reference
+
+
+def test_keys_and_values_that_no_layer_reads_are_left_out(small, tmp_path):
+    """The published files have them for all layers."""
+    folder, reference = small
+    shutil.copytree(folder, tmp_path / "base")
+    file = tmp_path / "base" / "model.safetensors"
+    attention, extra = "model.layers.3.self_attn", np.ones((16, 32), np.float32)
+    keys = {f"{attention}.k_proj.weight": extra, f"{attention}.k_norm.weight": extra[:, 0]}
+    save_file({**load_file(file), **keys}, file)
+    base = moe_jax.load_base(tmp_path / "base")
+    with torch.no_grad():
+        expected = reference(torch.tensor(TOKENS)).logits.numpy()
+    found = moe_jax.AdaptedModel(base, {})(TOKENS)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=FLOAT32_LOGITS)
+    lines = moe_jax.describe_base(tmp_path / "base").lines()
+    assert "not read   layers.3 (2 tensors), as no part of the model" in lines
+    assert any(line.startswith("global     in 2 of 4 layers: 4 of 16") for line in lines)
+    assert "key-values the last 2 of 4 layers have those of earlier layers" in lines
+    assert "embeddings of width 6 for each layer too" in lines
+    assert "ffn        width 48, gelu_pytorch_tanh; 96 in 2 of 4" in lines
+    # In a layer that has its own they are needed.
+    tensors = load_file(file)
+    del tensors["model.layers.1.self_attn.k_proj.weight"]
+    save_file(tensors, file)
+    with pytest.raises(CheckpointError, match=r"lack model\.layers\.1\.self_attn\.k_proj"):
+        moe_jax.load_base(tmp_path / "base")
+
+
+def test_what_does_not_fit_small_models_is_refused(small):
+    base = moe_jax.load_base(small[0])
+    pair = {"rank": 2, "alpha": 2.0}
+    lora = LoraConfig(**pair, target_modules=("per_layer_input_gate",))
+    lora.check_model(base.config)
+    with pytest.raises(ConfigError, match="target_modules: per_layer_input_gate are projections"):
+        lora.check_model(model_config_from_hf(_fields(), "x"))
+    with pytest.raises(ConfigError, match="new_tokens: the base, of type 'gemma4_text', also has"):
+        dataclasses.replace(lora, new_tokens=("<x>",)).check_model(base.config)
+    mixlora = MixLoraConfig(**pair, num_experts=2, target_modules=("up_proj",))
+    with pytest.raises(ConfigError, match=r"experts need FFNs of one width, .* of 48 and 96 chan"):
+        mixlora.check_model(base.config)
+    mixlora.check_model(dataclasses.replace(base.config, reader_ffn_width=None))
+    with pytest.raises(ConfigError, match="layers are of several kinds, which the server does"):
+        open_models(small[0], {}, dtype="float32")
 
 
 def test_experts_on_attention_are_refused():

@@ -74,6 +74,30 @@ def test_full_layers_of_other_sizes_need_theirs():
     assert needed.sliding_pair == 12 * 2 * HEADS
 
 
+def test_readers_and_embeddings_of_each_layer_need_theirs():
+    sizes = GlobalAttentionConfig(num_kv_heads=1, head_dim=16, key_as_value=False)
+    model = model_config(
+        num_layers=4,
+        layer_types=("sliding_attention", "full_attention") * 2,
+        sliding_window=3,
+        global_attention=sizes,
+        num_reader_layers=2,
+        reader_ffn_width=2 * F,
+        layer_embedding_width=10,
+        rope=RopeConfig(rope_type="proportional", rope_theta=1e6),
+    )
+    targets = ("k_proj", "up_proj", "per_layer_projection")
+    needed = _needed({"a": {**LORA, "target_modules": targets}}, model)
+    queries = 2 * (2 * HEADS + 2 * 6 * 16)  # and the output, in both kinds of layers, twice
+    keys = 2 * KV + 2 * 16
+    embeddings = 4 * (10 + 10) + 4 * 10 / 2  # the projection of the embedding is forward only
+    frozen = D * (queries + keys + 3 * (2 * F + 2 * 2 * F) + embeddings + VOCAB)
+    trained = 4 * (D + KV + D + 16 + 2 * (D + F) + 2 * (D + 2 * F) + 4 * (10 + D))
+    assert needed.token == {"a": 4 * frozen + 6 * trained}
+    assert needed.pair == 12 * 2 * 6 * 16
+    assert needed.sliding_pair == 12 * 2 * HEADS
+
+
 def test_a_classifier_has_no_product_with_the_vocabulary():
     classifier = {**LORA, "classification": {"labels": ("no", "yes")}}
     token = _needed({"a": LORA, "b": classifier}).token

@@ -55,7 +55,8 @@ class WeightRule:
         head_dim), W channels of one head. Of Gated DeltaNet: G query channels and their gates, C
         channels of queries, keys and values, Z value channels, H value heads, Y channels of one, T
         width of the convolution's filters. Of `global_attn`: A query channels, B key and value
-        channels, X channels of one head. And 1.
+        channels, X channels of one head. Of embeddings of each layer: P channels of one, L channels
+        of all. U width of the wide FFN. And 1.
       transposed: True if the tensor is stored `[out, in]` and the leaf is `[in, out]`.
       fused: letters of the sizes of all leaves, if the tensor concatenates several leaves along its
         first axis.

@@ -1,7 +1,7 @@
-"""Gemma 4, dense, text only: full attention with wider heads and values made of keys.
+"""Gemma 4, dense, text only: full attention with wider heads, and values made of keys (31B).
 
-Checkpoints with embeddings of each layer (`hidden_size_per_layer_input`), keys and values shared
-between layers (`num_kv_shared_layers`), or experts are refused.
+In E2B and E4B each layer has embeddings of the tokens, and later layers attend to keys and values
+of earlier ones, in E2B with wider FFNs. Checkpoints with experts (26B-A4B) are refused.
 """
 
 from collections.abc import Mapping
@@ -17,6 +17,7 @@ from moe_jax.hf.families.family import (
     HEAD,
     LAYER,
     MLP,
+    MODEL,
     QK_NORMS,
     Condition,
     WeightRule,
@@ -34,6 +35,9 @@ DEFAULTS = {
     "sliding_window": 512,
     "final_logit_softcapping": None,
     "hidden_size_per_layer_input": 256,
+    "vocab_size_per_layer_input": 262_144,
+    "num_kv_shared_layers": 0,
+    "use_double_wide_mlp": False,
 }
 ROPES = {
     "full_attention": {
@@ -45,23 +49,67 @@ ROPES = {
 }
 ROPE = RopeRules(partial_rotary_factor=1.0, types=("default", "proportional"))
 
+READS = Condition("has_readers", True, "num_kv_shared_layers")
+WIDE = Condition("has_wide_ffn", True, "use_double_wide_mlp")
+EMBEDS = Condition("has_layer_embeddings", True, "hidden_size_per_layer_input")
+KEYS_ARE_NOT_VALUES = Condition("global_key_as_value", False, "attention_k_eq_v")
 
-def _global(name: str, axes: str, **options: Any) -> WeightRule:
-    """Row for a kernel or a norm of layers with full attention, stored as those of the others."""
-    key = f"{LAYER}self_attn.{name}.weight"
+
+def _row(
+    name: str, module: str, axes: str, condition: Condition | None = None, block: str = ""
+) -> WeightRule:
+    """Row for a kernel or a norm of a layer.
+
+    Args:
+      name: name of the tensor's module, for example `self_attn.q_proj`.
+      module: module of the layer that has the leaf.
+      axes: see `WeightRule`.
+      condition: see `WeightRule`.
+      block: name of the leaf's own module, if it is not that of the tensor.
+    """
     leaf = "scale" if name.endswith("norm") else "kernel"
-    return WeightRule(key, f"layers/global_attn/{name}/{leaf}", axes, leaf == "kernel", **options)
+    path = f"layers/{module}/{block or name.rpartition('.')[2]}/{leaf}"
+    return WeightRule(f"{LAYER}{name}.weight", path, axes, leaf == "kernel", condition=condition)
 
 
 GLOBAL_ATTENTION = (
-    _global("q_proj", "DA"),
-    _global("k_proj", "DB"),
-    _global("v_proj", "DB", condition=Condition("global_key_as_value", False, "attention_k_eq_v")),
-    _global("o_proj", "AD"),
-    _global("q_norm", "X"),
-    _global("k_norm", "X"),
+    _row("self_attn.q_proj", "global_attn", "DA"),
+    _row("self_attn.k_proj", "global_attn", "DB"),
+    _row("self_attn.v_proj", "global_attn", "DB", KEYS_ARE_NOT_VALUES),
+    _row("self_attn.o_proj", "global_attn", "AD"),
+    _row("self_attn.q_norm", "global_attn", "X"),
+    _row("self_attn.k_norm", "global_attn", "X"),
+)
+READERS = (
+    _row("self_attn.q_proj", "self_attn_reader", "DQ", READS),
+    _row("self_attn.o_proj", "self_attn_reader", "QD", READS),
+    _row("self_attn.q_norm", "self_attn_reader", "W", READS),
+    _row("self_attn.q_proj", "global_attn_reader", "DA", READS),
+    _row("self_attn.o_proj", "global_attn_reader", "AD", READS),
+    _row("self_attn.q_norm", "global_attn_reader", "X", READS),
+)
+WIDE_MLP = (
+    _row("mlp.gate_proj", "wide_mlp", "DU", WIDE),
+    _row("mlp.up_proj", "wide_mlp", "DU", WIDE),
+    _row("mlp.down_proj", "wide_mlp", "UD", WIDE),
 )
 SCALE = WeightRule(f"{LAYER}layer_scalar", "layers/layer_scalar", "1")
+
+
+def _table(name: str, leaf: str, axes: str, transposed: bool = False) -> WeightRule:
+    """Row for a leaf of the embeddings of all layers."""
+    path = f"layer_embeddings/{leaf}"
+    return WeightRule(f"{MODEL}{name}.weight", path, axes, transposed, condition=EMBEDS)
+
+
+LAYER_EMBEDDINGS = (
+    _table("embed_tokens_per_layer", "embed_tokens/embedding", "VL"),
+    _table("per_layer_model_projection", "projection", "DL", True),
+    _table("per_layer_projection_norm", "norm/scale", "P"),
+    _row("per_layer_input_gate", "layer_embedding", "DP", EMBEDS),
+    _row("per_layer_projection", "layer_embedding", "PD", EMBEDS),
+    _row("post_per_layer_input_norm", "layer_embedding", "D", EMBEDS, "norm"),
+)
 
 
 @model_family(
@@ -73,7 +121,10 @@ SCALE = WeightRule(f"{LAYER}layer_scalar", "layers/layer_scalar", "1")
         *ATTENTION,
         *QK_NORMS,
         *GLOBAL_ATTENTION,
+        *READERS,
         *MLP,
+        *WIDE_MLP,
+        *LAYER_EMBEDDINGS,
         SCALE,
         *HEAD,
     ),
@@ -82,18 +133,11 @@ SCALE = WeightRule(f"{LAYER}layer_scalar", "layers/layer_scalar", "1")
         "attention_bias": False,
         "mlp_bias": False,
         "use_bidirectional_attention": "vision",
-        "hidden_size_per_layer_input": 0,
-        "num_kv_shared_layers": 0,
         "enable_moe_block": False,
     },
 )
 def read_gemma4(fields: HFFields) -> ModelConfig:
     """Reads the architecture; see `Family.read`."""
-    if fields.get("hidden_size_per_layer_input", int):  # also where the file leaves it out
-        raise fields.error(
-            "hidden_size_per_layer_input",
-            "only 0 is supported; give a model without embeddings of each layer",
-        )
     layer_types = hf_fields.specified_layer_types(fields) or hf_fields.alternating(fields, 6)
     layer_types = (*layer_types[:-1], "full_attention")  # as transformers has it, whatever is named
     if set(layer_types) != {"full_attention", "sliding_attention"}:
@@ -116,8 +160,30 @@ def read_gemma4(fields: HFFields) -> ModelConfig:
         rope=ropes["full_attention"],
         sliding_rope=ropes["sliding_attention"],
         **hf_fields.sliding(fields, fields.nullable("sliding_window", int), layer_types),
+        **_readers(fields),
+        layer_embedding_width=_layer_embedding_width(fields),
         **hf_fields.common(fields),
     )
+
+
+def _readers(fields: HFFields) -> dict[str, int | None]:
+    """Layers that attend to keys and values of earlier ones, and the width of their FFN."""
+    number, wide = fields.get("num_kv_shared_layers", int), fields.get("use_double_wide_mlp", bool)
+    width = 2 * fields.get("intermediate_size", int) if wide and number else None
+    return {"num_reader_layers": number, "reader_ffn_width": width}
+
+
+def _layer_embedding_width(fields: HFFields) -> int | None:
+    """Width of a layer's embedding; a file without the field has 256, as in transformers."""
+    width = fields.get("hidden_size_per_layer_input", int) or None
+    rows, vocabulary = (
+        fields.get(key, int) for key in ("vocab_size_per_layer_input", "vocab_size")
+    )
+    if width is not None and rows != vocabulary:
+        raise fields.error(
+            "vocab_size_per_layer_input", f"{rows} is not vocab_size ({vocabulary}), as it must be"
+        )
+    return width
 
 
 def _ropes(fields: HFFields) -> dict[str, Any]:

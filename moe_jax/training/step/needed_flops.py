@@ -32,7 +32,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.adapters.method import AdapterMethod
-from moe_jax.config.attention import GLOBAL_ATTENTION, LINEAR_ATTENTION, SELF_ATTENTION
+from moe_jax.config.attention import (
+    FFN,
+    GLOBAL_ATTENTION,
+    LINEAR_ATTENTION,
+    READERS,
+    SELF_ATTENTION,
+    WIDE_FFN,
+)
 from moe_jax.config.model import ModelConfig
 from moe_jax.config.preference import ROWS_PER_EXAMPLE, PreferenceConfig
 from moe_jax.data.batch import Batch
@@ -137,10 +144,8 @@ def needed_flops(
     """
     channels = model.num_heads * model.head_dim
     sliding = sum(model.sliding_layers)
-    full_channels = channels * (len(model.layers_with(SELF_ATTENTION)) - sliding)
-    if model.global_attention is not None:
-        heads = model.num_heads * model.global_attention.head_dim
-        full_channels += heads * len(model.layers_with(GLOBAL_ATTENTION))
+    full = model.num_layers - sliding - len(model.layers_with(LINEAR_ATTENTION))
+    full_channels = full * model.num_heads * model.full_head_dim
     frozen = {name: _frozen_weights(model, method) for name, method in methods.items()}
     used = {
         name: _used_weights(method, adapters[name]) + _new_weights(model, method)
@@ -193,21 +198,32 @@ def _row_flops(
 
 def _frozen_weights(model: ModelConfig, method: AdapterMethod) -> int:
     """Number of frozen weights that a token is multiplied with."""
-    width, queries = model.hidden_size, model.num_heads * model.head_dim
+    width, depth = model.hidden_size, model.num_layers
+    layers = sum(
+        size * len(model.layers_with(module)) for module, size in _attention_widths(model).items()
+    )
+    layers += 3 * model.intermediate_size * len(model.layers_with(FFN))
+    layers += 3 * (model.reader_ffn_width or 0) * len(model.layers_with(WIDE_FFN))
+    # The projection of the embedding, whose input needs no gradient, is a half.
+    layers += int(2.5 * depth * (model.layer_embedding_width or 0))
+    head = model.vocab_size if method.classification is None else 0
+    return width * (layers + head)
+
+
+def _attention_widths(model: ModelConfig) -> dict[str, int]:
+    """Channels of all projections of a layer's attention, by its module."""
+    queries, keys = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
     gates = queries if model.attention_gate else 0
-    attention = 2 * queries + gates + 2 * model.num_kv_heads * model.head_dim
-    layers = len(model.layers_with(SELF_ATTENTION)) * attention
+    widths = {SELF_ATTENTION: 2 * queries + gates + 2 * keys, READERS[SELF_ATTENTION]: 2 * queries}
     if model.global_attention is not None:
         sizes = model.global_attention
         kv_heads = sizes.num_kv_heads * (1 if sizes.key_as_value else 2)
-        wide = sizes.head_dim * (2 * model.num_heads + kv_heads)
-        layers += len(model.layers_with(GLOBAL_ATTENTION)) * wide
+        widths[GLOBAL_ATTENTION] = sizes.head_dim * (2 * model.num_heads + kv_heads)
+        widths[READERS[GLOBAL_ATTENTION]] = sizes.head_dim * 2 * model.num_heads
     if model.delta_net is not None:
         net = model.delta_net
-        linear = net.mixed_dim + 2 * net.value_dim + 2 * net.num_value_heads
-        layers += len(model.layers_with(LINEAR_ATTENTION)) * linear
-    head = model.vocab_size if method.classification is None else 0
-    return width * (layers + 3 * model.num_layers * model.intermediate_size + head)
+        widths[LINEAR_ATTENTION] = net.mixed_dim + 2 * net.value_dim + 2 * net.num_value_heads
+    return widths
 
 
 def _states(model: ModelConfig) -> int:
