@@ -128,9 +128,8 @@ class MixedLayers(nn.Module):
             (x, kept), (of_period, indices) = carry, inputs
             written = []
             for place, layer in enumerate(pattern):
-                own = _of_layer(config, of_period, pattern, layer)
-                apply = self._layer(layer)
-                x, new, variables = apply(own, indexed, x, context, indices[place], keys)
+                apply = self._layer(layer, pattern)
+                x, new, variables = apply(of_period, indexed, x, context, indices[place], keys)
                 if new is not None:
                     kept = {**kept, config.attention_module(layer): new._replace(cached=None)}
                 written.append(variables)
@@ -178,20 +177,25 @@ class MixedLayers(nn.Module):
             result[name] = new._replace(cached=(key, value))
         return result
 
-    def _layer(self, layer: int) -> Any:
-        """A layer as a function; returns hidden states, what it keeps, and what it wrote."""
+    def _layer(self, layer: int, pattern: range) -> Any:
+        """A layer of a pattern as a function of the variables of one period.
+
+        It returns hidden states, what the layer keeps, and what it wrote. It takes its part of the
+        variables itself: parts that it was given would be copied for the backward pass.
+        """
         module = layer_of(self.settings, layer, parent=None)
         initializes = self.is_initializing()
         mutable = [name for name in STACKED if self.is_mutable_collection(name)]
 
         def apply(
-            variables: Variables,
+            of_period: Variables,
             indexed: dict[str, Any],
             x: jax.Array,
             context: TokenContext,
             index: jax.Array,
             keys: dict[str, jax.Array],
         ) -> tuple[jax.Array, KeysAndValues | None, Variables]:
+            variables = _of_layer(self.settings.config, of_period, pattern, layer)
             if indexed:
                 own = jax.tree.map(lambda leaf: _at(leaf, index), indexed)
                 variables = {**variables, PARAMS: {**variables[PARAMS], **own}}

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +18,7 @@ from tolerances import DELTA_NET_GRADIENT_OF_LARGEST, FLOAT32_LOGITS
 from whole_models import adapter_of
 
 import moe_jax
+from moe_jax.adapters.lora.lora import LoraConfig
 from moe_jax.adapters.rows import AdapterRows
 from moe_jax.adapters.tree import (
     DELTA_NET_MODULES,
@@ -28,7 +30,9 @@ from moe_jax.config.model import ComputeConfig
 from moe_jax.evaluation.packed_sequences import ScoredSequence
 from moe_jax.evaluation.scorer import Scorer
 from moe_jax.hf.key_table import base_leaves
+from moe_jax.hf.load import abstract_base_params
 from moe_jax.layers.kv_cache import CachePosition, apply_cache_updates
+from moe_jax.models.adapted import untrained_adapter
 from moe_jax.models.causal_lm import LlamaForCausalLM
 from moe_jax.models.layer_views import split_layers
 from moe_jax.models.mixed_layers import pattern_length
@@ -275,3 +279,38 @@ def test_pattern_length(tiny):
         assert odd.layers_with("self_attn") == (5,)
         assert odd.layers_with("linear_attn") == (0, 1, 2, 3, 4)
         assert odd.layers_with("mlp") == (0, 1, 2, 3, 4, 5)
+
+
+def _temporary_bytes(tiny: Tiny, periods: int) -> int:
+    """Temporary memory of a gradient on a few tokens of a model with wide FFNs, from shapes."""
+    readers = 2 * periods if tiny.base.config.has_readers else 0
+    depth = 2 * periods + readers
+    config = dataclasses.replace(
+        tiny.base.config,
+        intermediate_size=4096,
+        reader_ffn_width=None,
+        num_layers=depth,
+        layer_types=(tiny.base.config.layer_types or ())[:2] * (depth // 2),
+        num_reader_layers=readers,
+    )
+    plain = LlamaForCausalLM(config, ComputeConfig(dtype="float32"))
+    method = LoraConfig(rank=2, alpha=2.0, target_modules=("q_proj",))
+    model = plain.clone(adapter_rows=(AdapterRows("x", method, 0, 1),))
+    params = abstract_base_params(config, "float32")
+    make = functools.partial(untrained_adapter, model, method)
+    tree = nn.meta.unbox(jax.eval_shape(make, params, jax.random.key(0)))
+
+    def loss(tree, params, tokens):
+        variables = {"params": params, "adapters": to_collection({"x": tree})}
+        return jnp.sum(model.apply(variables, tokens))
+
+    tokens = jax.ShapeDtypeStruct((1, 4), jnp.int32)
+    memory = jax.jit(jax.grad(loss)).lower(tree, params, tokens).compile().memory_analysis()
+    assert memory is not None
+    return memory.temp_size_in_bytes
+
+
+def test_the_backward_pass_keeps_no_copies_of_weights(tiny):
+    """Three matrices of a layer's FFN are 1.5 MiB; what a layer keeps of four tokens is less."""
+    ffn = 4 * 3 * tiny.base.config.hidden_size * 4096
+    assert _temporary_bytes(tiny, 4) - _temporary_bytes(tiny, 2) < ffn
