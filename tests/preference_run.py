@@ -43,6 +43,31 @@ def get_config():
     )
 """
 
+SIDE_BY_SIDE = """
+
+FEEDBACK = "feedback", "held_out_feedback"
+PAIRS = "pairs", "held_out_pairs"
+STEP = dict(reference_log_probs="step")
+START = dict(name="dpo", beta=0.5, reference="start")
+
+
+def with_start(adapter):
+    return dict(adapter, start_from=str(HERE / "start"))
+
+
+def get_config(single=get_config):
+    adapters = dict(
+        kto_cached=adapter(*FEEDBACK, dict(name="kto", beta=0.5)),
+        kto_step=adapter(*FEEDBACK, dict(name="kto", beta=0.5, **STEP)),
+        base_step=adapter(*PAIRS, dict(name="dpo", beta=0.5, **STEP)),
+        start_cached=with_start(adapter(*PAIRS, START)),
+        start_step=with_start(adapter(*PAIRS, dict(START, **STEP))),
+    )
+    training = dict(steps=40, log_every=1, eval_every=20, seed=3)
+    return dict(single(), adapters=adapters, training=training)
+"""
+"""Further adapters, of all kinds of references; `start` is an adapter of `CONFIG`."""
+
 
 def write_inputs(folder: Path) -> Path:
     """Writes everything below `folder` and returns the configuration file."""
@@ -52,6 +77,13 @@ def write_inputs(folder: Path) -> Path:
     for name, count, start in (("feedback", 20, 0), ("held_out_feedback", 5, 100)):
         write_rows(folder / f"{name}.jsonl", [feedback(start + i) for i in range(count)])
     config.write_text(CONFIG)
+    return config
+
+
+def write_side_by_side(folder: Path) -> Path:
+    """Writes a configuration of many adapters beside that of `write_inputs`, and returns it."""
+    config = folder / "side_by_side.py"
+    config.write_text(CONFIG + SIDE_BY_SIDE)
     return config
 
 

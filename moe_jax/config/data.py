@@ -252,7 +252,11 @@ class DataConfig:
                 "buckets",
             )
             require(
-                not self.streaming, "streaming", "is not for preference data; leave it out there"
+                not self.streaming,
+                "streaming",
+                "reads rows one by one, and preference losses need all of them before the first "
+                "step, for the scores of the reference and for answers to other prompts; leave it "
+                "out",
             )
             require(
                 not self.train_on_prompt,
@@ -274,7 +278,7 @@ class DataConfig:
                     f"{split}.{name}.{'task' if source.task else 'schema'}",
                     f"{source.task or source.schema!r}, but the preference loss "
                     f"{registry.name_of(preference)!r} learns rows of the schema "
-                    f"{preference.schema!r}",
+                    f"{preference.schema!r}; give such rows, or another loss",
                 )
 
 

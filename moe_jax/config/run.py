@@ -276,7 +276,8 @@ class RunConfig:
                 adapter.batch_size % (parts * adapter.rows_per_example) == 0,
                 f"adapters.{name}.batch_size",
                 f"{adapter.batch_size} rows cannot be cut into "
-                f"training.micro_batches={parts} equal parts{of_pairs}",
+                f"training.micro_batches={parts} equal parts{of_pairs}; make it a multiple of "
+                f"{parts * adapter.rows_per_example}",
             )
         first, *others = self.adapters
         for name in others:

@@ -68,7 +68,10 @@ def check_messages(value: Any, where: str) -> list[dict[str, Any]]:
     messages = check_turns(value, where)
     require_answer(messages, where)
     if messages[0]["role"] == "assistant":
-        raise DataError(f"{where} begins with the assistant, which then has nothing to answer")
+        raise DataError(
+            f"{where} begins with the assistant, which then has nothing to answer; begin with the "
+            "user's message"
+        )
     return messages
 
 
@@ -98,7 +101,8 @@ def require_answer(messages: Sequence[Mapping[str, Any]], where: str) -> None:
     if not any(message["role"] == "assistant" for message in messages):
         roles = ", ".join(dict.fromkeys(message["role"] for message in messages)) or "none"
         raise DataError(
-            f"{where} holds no message of the role 'assistant' to learn from (roles: {roles})"
+            f"{where} holds no message of the role 'assistant' to learn from (roles: {roles}); add "
+            "the answer, or leave the row out"
         )
 
 

@@ -93,7 +93,10 @@ def normalized_pair(
     }
     prompts = {field: first for field, (first, _) in fields.items()}
     if prompts["chosen"] != prompts["rejected"]:
-        raise DataError(f"{where}: chosen and rejected do not begin with the same prompt")
+        raise DataError(
+            f"{where}: chosen and rejected do not begin with the same prompt; give two answers to "
+            "one prompt"
+        )
     answers = {field: json.dumps(answer) for field, (_, answer) in fields.items()}
     return {"prompt": json.dumps(prompts["chosen"]), **answers}
 

@@ -4,6 +4,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 from moe_jax.config.data import PREFERENCE_SCHEMAS, Schema, SourceConfig
+from moe_jax.config.preference import PREFERENCES
 from moe_jax.data.schema import FIELDS, is_optional
 from moe_jax.errors import DataError
 
@@ -52,14 +53,29 @@ def choose_schema(
     for schema in PREFERENCE_SCHEMAS:
         if schema not in schemas and _with_columns(replace(source, schema=schema), columns):
             raise DataError(
-                f"{found} are those of the schema {schema!r}, which an adapter learns from with a "
-                "preference loss; name one in its field `preference`, or with --preference NAME"
+                f"{found} are those of the schema {schema!r}; {_loss_advice(schema, schemas)}"
             )
     known = "; ".join(
         f"{schema}: {', '.join(f for f in FIELDS[schema] if not is_optional(f, schema))}"
         for schema in schemas
     )
     raise DataError(f"{found} fit no schema ({known}); {remedy}")
+
+
+def _loss_advice(schema: Schema, schemas: Collection[Schema]) -> str:
+    """What to do with rows of a schema of preference data where `schemas` are learned."""
+    losses = sorted(name for name, loss in PREFERENCES.items() if loss.schema == schema)
+    listed = " or ".join(filter(None, [", ".join(losses[:-1]), losses[-1]]))
+    advice = (
+        f"an adapter learns from them with the preference loss {listed}, given by its "
+        "field `preference` or --preference NAME"
+    )
+    if "feedback" in schemas:
+        advice += (
+            "; for 'kto', which learns from single answers, write each pair as two rows with "
+            "prompt, completion and label"
+        )
+    return advice
 
 
 def _with_columns(source: SourceConfig, columns: Sequence[str]) -> SourceConfig | None:

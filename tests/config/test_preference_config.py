@@ -95,7 +95,7 @@ def test_losses_have_their_own_defaults():
         (
             {"name": "dpo"},
             {"data": {"streaming": True}},
-            "data.streaming: is not for preference data",
+            "data.streaming: reads rows one by one, and preference losses need all",
         ),
         (
             {"name": "dpo"},

@@ -65,10 +65,22 @@ def test_columns_that_do_not_tell(columns, named, words):
 
 
 @pytest.mark.parametrize(
-    ("columns", "schema"),
-    [("chosen rejected", "preference"), ("prompt chosen rejected id", "preference")],
+    ("columns", "schema", "losses"),
+    [
+        ("chosen rejected", "preference", "dpo, orpo or simpo"),
+        ("prompt chosen rejected id", "preference", "dpo, orpo or simpo"),
+        ("prompt completion label", "feedback", "kto"),
+    ],
 )
-def test_columns_of_preference_data(columns, schema):
+def test_columns_of_preference_data(columns, schema, losses):
     assert choose(columns, (schema,)).schema == schema
-    with pytest.raises(DataError, match=f"those of the schema '{schema}', which an adapter learns"):
-        choose(columns)
+    other = ("feedback",) if schema == "preference" else ("preference",)
+    for schemas in (("instruction",), other):
+        with pytest.raises(DataError) as caught:
+            choose(columns, schemas)
+        message = str(caught.value)
+        assert f"are those of the schema '{schema}'" in message
+        assert f"with the preference loss {losses}, given by" in message
+        assert ("as two rows with prompt, completion and label" in message) == (
+            schemas == ("feedback",)
+        )

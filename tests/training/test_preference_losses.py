@@ -6,6 +6,7 @@ MixLoRA as a loop over whole experts.
 """
 
 import math
+import zlib
 
 import jax
 import jax.numpy as jnp
@@ -158,7 +159,15 @@ def program(base):
 
 @pytest.fixture(scope="module")
 def adapters(program):
-    return jax.tree.map(np.asarray, tiny_program.random_adapters(program))
+    """Random weights of each adapter, which depend on its name alone."""
+    abstract, shardings = program.abstract_state.adapters, program.state_shardings.adapters
+    trees = {
+        name: tiny_program.random_leaves(
+            abstract[name], shardings[name], seed=zlib.crc32(name.encode())
+        )
+        for name in abstract
+    }
+    return jax.tree.map(np.asarray, trees)
 
 
 @pytest.fixture(scope="module")

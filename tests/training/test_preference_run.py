@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -14,11 +15,14 @@ from tolerances import FLOAT32_LOGITS
 
 import moe_jax
 from moe_jax.checkpoints.adapter_files import load_adapter
+from moe_jax.cli import _signals_unwind
 from moe_jax.config.command_line import load_config_file
 from moe_jax.config.metric_names import METRICS
 from moe_jax.errors import CheckpointError
+from moe_jax.training.run import reference_scores
 from moe_jax.training.run.inputs import Progress
 from moe_jax.training.run.loop import train
+from moe_jax.training.step.program import Program
 
 MEASURES = {
     "reward_chosen",
@@ -63,14 +67,15 @@ def test_records(finished):
             margin = line[f"{prefix}/reward_chosen"] - line[f"{prefix}/reward_rejected"]
             assert line[f"{prefix}/reward_margin"] == pytest.approx(margin, abs=FLOAT32_LOGITS)
     assert METRICS.keys() >= MEASURES
-    # Scored before in batches of other shapes, so that only rounding is left.
     first = validation[0]
-    assert abs(first["validation/default/held_out/reward_margin"]) < FLOAT32_LOGITS
+    assert first["validation/default/held_out/reward_margin"] == 0.0
+    assert first["validation/default/held_out/reference_kl"] == 0.0
+    assert steps[0]["default/reward_margin"] == steps[0]["default/reference_kl"] == 0.0
     assert first["validation/default/held_out/loss"] == pytest.approx(math.log(2), rel=1e-5)
     last = validation[-1]
     assert last["validation/default/held_out/reward_margin"] > 0.01
     assert last["validation/default/held_out/reward_accuracy"] == 1.0
-    assert "scoring the answers of 'pairs' by the reference of 'default'" in said
+    assert "scoring the answers of 25 examples by the reference of 'default'" in said
     (printed,) = (line for line in said.splitlines() if line.startswith("step 6  validation"))
     for name in ("loss", "reward_margin", "reward_accuracy", "reference_kl"):
         assert f"  {name} " in printed
@@ -99,20 +104,55 @@ def test_a_resumed_run_ends_with_the_same_bits(inputs, finished, tmp_path, keeps
     cache = tmp_path / "cache"
     if keeps_cache:
         shutil.copytree(inputs.parent / "cache", cache)
-    config = read_config(inputs)
-    adapter = config.adapters["default"]
-    data = dataclasses.replace(adapter.data, cache_dir=str(cache))
-    config = dataclasses.replace(
-        config, adapters={"default": dataclasses.replace(adapter, data=data)}
-    )
     said = []
-    train(config, workdir, said.append)
+    train(with_cache(read_config(inputs), cache), workdir, said.append)
     assert "resumed at step 3" in said
     assert ("scoring" in "\n".join(said)) is not keeps_cache
     expected = final_adapter(finished[0])
     for path, leaf in final_adapter(workdir).items():
         np.testing.assert_array_equal(leaf, expected[path])
     assert metric_lines(workdir) == metric_lines(finished[0])
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_scoring_that_a_signal_ends_goes_on_where_it_was(
+    inputs, finished, tmp_path, monkeypatch, number
+):
+    monkeypatch.setattr(reference_scores, "CHUNK_EXAMPLES", 4)  # a batch, of 20 and 5 examples
+    answer_step, scored = Program.answer_step, []
+
+    def signalled(*arguments):
+        scored.append(arguments)
+        if len(scored) == 4:
+            signal.raise_signal(number)
+        return answer_step(*arguments)
+
+    monkeypatch.setattr(Program, "answer_step", signalled)
+    config = with_cache(read_config(inputs), tmp_path / "cache")
+    said = []
+    with pytest.raises((KeyboardInterrupt, SystemExit)), _signals_unwind(own_process=False):
+        train(config, tmp_path / "run", said.append)
+    assert said[-1] == (
+        "stopped before a step was made; the scores of 12 of 25 examples are kept; "
+        "run the same command to go on"
+    )
+    train(config, tmp_path / "run", said.append)
+    assert "scoring the answers of 13 examples by the reference of 'default'" in said
+    expected = final_adapter(finished[0])
+    for path, leaf in final_adapter(tmp_path / "run").items():
+        np.testing.assert_array_equal(leaf, expected[path])
+    assert metric_lines(tmp_path / "run") == metric_lines(finished[0])
+
+
+def with_cache(config, folder):
+    """The configuration with another cache of data."""
+    adapters = {
+        name: dataclasses.replace(
+            adapter, data=dataclasses.replace(adapter.data, cache_dir=str(folder))
+        )
+        for name, adapter in config.adapters.items()
+    }
+    return dataclasses.replace(config, adapters=adapters)
 
 
 def started(inputs, start, **preference):

@@ -132,9 +132,19 @@ def test_router_losses_train_along(step):
         np.testing.assert_allclose(metrics[f"dpo_balanced/{name}"], expected, **ROUNDING)
 
 
-def test_a_mesh_and_micro_batches_do_not_change_the_step(trees, batches, step):
+@pytest.mark.parametrize(
+    ("mesh", "micro_batches"),
+    [
+        ({"data": 2, "fsdp": 1, "tensor": 2}, 2),
+        ({"data": 1, "fsdp": 2, "tensor": 1}, 2),
+        ({"data": 2, "fsdp": 2, "tensor": 2}, 1),
+    ],
+)
+def test_a_mesh_and_micro_batches_do_not_change_the_step(trees, batches, step, mesh, micro_batches):
     program = make_program(
-        mesh={"data": 2, "fsdp": 1, "tensor": 2}, devices=4, training={"micro_batches": 2}
+        mesh=mesh,
+        devices=math.prod(mesh.values()),
+        training={"micro_batches": micro_batches},
     )
     gradients, metrics = one_step(program, trees, batches)
     for name in ("from_start", "cached", "kto", "dpo_without"):  # the balance is of micro-batches

@@ -106,7 +106,7 @@ def _loss_curves(lines: Iterable[dict[str, Any]], units: Mapping[str, str]) -> F
     if several:
         figure.legend(loc="outside right upper", **style)
     elif training:
-        stacked[0].legend(**style)
+        stacked[0].legend(loc="upper right", **style)
     return figure
 
 

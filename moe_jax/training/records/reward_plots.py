@@ -53,7 +53,8 @@ def _figure(adapter: str, sets: Mapping[str, Curves]) -> Figure:
     above.set_ylabel("reward")
     below.set(xlabel="step", ylabel="accuracy", ylim=(-0.03, 1.03))
     below.xaxis.set_major_locator(MaxNLocator(integer=True))
-    for axes in (above, below):
+    # Matplotlib takes long to find the best place, and warns of it.
+    for axes, place in ((above, "upper left"), (below, "lower right")):
         axes.grid(alpha=0.3)
-        axes.legend(fontsize="small")
+        axes.legend(fontsize="small", loc=place)
     return figure

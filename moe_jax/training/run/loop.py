@@ -86,10 +86,10 @@ def train(
         say(f"{'run':<12} {work.folder}")
         try:
             opening = open_session(config, work, saved, say, task_evaluation, opened)
-        except (KeyboardInterrupt, SystemExit):  # from here on, `Interrupts` handles signals
-            step = saved.step
-            kept = "nothing is saved" if step is None else f"the state at step {step} is kept"
-            say(f"stopped before a step was made; {kept}")
+        except (KeyboardInterrupt, SystemExit) as stop:  # later `Interrupts` handles signals
+            kept = [] if saved.step is None else [f"the state at step {saved.step} is kept"]
+            kept += getattr(stop, "__notes__", [])
+            say(f"stopped before a step was made; {'; '.join(kept) or 'nothing is saved'}")
             raise
         session, program, state = opening
         with session.complete_saves_on_error(), session.recorder.bar:

@@ -1,40 +1,66 @@
 """Log-probabilities of the answers of preference data under references, computed once and cached.
 
-An entry of the cache belongs to the tokens of a data set, the bytes of the base, the weights of the
-reference, the numeric types, the kernels and the platform, so that a run that resumes reads what it
-began with. The entries are beside those of the tokenised data.
+The examples of a data set are scored in chunks, each of which is an entry of the cache, beside
+those of the tokenised data: a run that ends while it scores loses at most a chunk. An entry belongs
+to the tokens of the data set, the bytes of the base, the weights of the reference, the numeric
+types, the kernels and the platform, so that a run that resumes reads what it began with.
 """
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from tqdm import tqdm
 
 from moe_jax.checkpoints.adapter_files import load_adapter, read_description
-from moe_jax.config.preference import ROWS_PER_EXAMPLE
 from moe_jax.config.run import AdapterConfig
+from moe_jax.data.batch import pad_rows
 from moe_jax.data.examples import Examples
-from moe_jax.data.pipeline import ValidationData
 from moe_jax.data.table_cache import cache_key, cached_table, find_table, progress_bars
 from moe_jax.errors import CheckpointError, error_prefix
-from moe_jax.training.records.console import stage
 from moe_jax.training.run.inputs import Inputs
 from moe_jax.training.run.measurement import batch_results
+from moe_jax.training.run.workdir import is_main_process
 from moe_jax.training.step.program import Program
 
 BASE = "base"
 """Fingerprint of the reference without an adapter."""
 
-SCORES_VERSION = 2
+SCORES_VERSION = 3
 """Part of the key of cached scores; raise it when what they are computed from changes."""
 
+CHUNK_EXAMPLES = 256
+"""Examples of a chunk; more in a data set that would have more than `MOST_CHUNKS`."""
+
+MOST_CHUNKS = 64
+"""Largest number of chunks of a data set."""
+
+_LINE_SECONDS = 30.0
+"""Least time between two lines on the progress."""
+
 _COLUMN = "log_prob"
+
+
+class _Chunk(NamedTuple):
+    """Examples of a data set whose scores are computed and kept together.
+
+    Attributes:
+      part: the data set.
+      numbers: numbers of the examples, those of about the same length.
+      key: key of their scores in the cache.
+    """
+
+    part: Examples
+    numbers: np.ndarray
+    key: str
 
 
 def reference_fingerprints(inputs: Inputs) -> dict[str, str]:
@@ -77,36 +103,31 @@ def score_answers(
     Raises:
       CheckpointError: scores are missing, and the reference has changed since the run began.
       DataError: the cache is not writable.
+      KeyboardInterrupt, SystemExit: of a signal, with a note that says how much is scored.
     """
     for name in program.config.adapters:
         if name not in fingerprints:
             continue
-        adapter = inputs.config.adapters[name]
         train = inputs.train[name].examples
         assert train is not None
         parts = [*train, *(data.examples for data in inputs.validation[name].values())]
-        keys = [_key(inputs, adapter, part, fingerprints[name]) for part in parts]
-        found = [find_table(adapter.data.cache_dir, key) for key in keys]
-        missing = np.array([table is None for table in found])
-        if jax.process_count() > 1:  # scoring takes all of them
-            missing = multihost_utils.process_allgather(missing).any(axis=0)
-        tree = None
-        if missing.any() and fingerprints[name] != BASE:
-            tree = _load_reference(program, inputs, name, fingerprints[name])
-        for part, key, table, is_missing in zip(parts, keys, found, missing, strict=True):
-            if is_missing:
-                title = f"scoring the answers of {part.source.name!r} by the reference of {name!r}"
-                with stage(say, title):
-                    scores = _scores(program, adapter, part, tree, params)
-                table = _store(adapter.data.cache_dir, key, scores)
-            assert table is not None
-            values = np.asarray(table.with_format("numpy")[_COLUMN], np.float32)
-            part.set_reference_log_probs(values.reshape(-1, ROWS_PER_EXAMPLE))
+        chunks = {part: _chunks(inputs, name, part, fingerprints[name]) for part in parts}
+        missing = _missing(inputs, name, [chunk for some in chunks.values() for chunk in some])
+        if missing:
+            _fill_cache(program, inputs, name, missing, params, fingerprints[name], say)
+        for part, of_part in chunks.items():
+            scores = np.empty((len(part), part.rows_per_example), np.float32)
+            for chunk in of_part:
+                table = find_table(inputs.config.adapters[name].data.cache_dir, chunk.key)
+                assert table is not None
+                values = np.asarray(table.with_format("numpy")[_COLUMN])
+                scores[chunk.numbers] = values.reshape(-1, part.rows_per_example)
+            part.set_reference_log_probs(scores)
 
 
-def _key(inputs: Inputs, adapter: AdapterConfig, part: Examples, fingerprint: str) -> str:
-    config = inputs.config
-    return cache_key(
+def _chunks(inputs: Inputs, name: str, part: Examples, fingerprint: str) -> list[_Chunk]:
+    config, adapter = inputs.config, inputs.config.adapters[name]
+    content = (
         "reference scores",
         SCORES_VERSION,
         part.source.digest,
@@ -120,6 +141,57 @@ def _key(inputs: Inputs, adapter: AdapterConfig, part: Examples, fingerprint: st
         jax.default_backend(),
         fingerprint,
     )
+    size = max(CHUNK_EXAMPLES, math.ceil(len(part) / MOST_CHUNKS))
+    order = np.argsort(part.lengths, kind="stable")
+    return [
+        _Chunk(part, order[start : start + size], cache_key(*content, size, start))
+        for start in range(0, len(part), size)
+    ]
+
+
+def _missing(inputs: Inputs, name: str, chunks: Sequence[_Chunk]) -> list[_Chunk]:
+    """Chunks of an adapter that the cache of a process lacks, each key once."""
+    cache_dir = inputs.config.adapters[name].data.cache_dir
+    missing = np.array([find_table(cache_dir, chunk.key) is None for chunk in chunks])
+    if jax.process_count() > 1:  # scoring takes all of them
+        missing = multihost_utils.process_allgather(missing).any(axis=0)
+    return list({chunks[n].key: chunks[n] for n in np.flatnonzero(missing)}.values())
+
+
+def _fill_cache(
+    program: Program,
+    inputs: Inputs,
+    name: str,
+    chunks: Sequence[_Chunk],
+    params: Any,
+    fingerprint: str,
+    say: Callable[[str], None],
+) -> None:
+    """Scores chunks of an adapter's data, and stores each as soon as it is scored."""
+    adapter = inputs.config.adapters[name]
+    tree = None if fingerprint == BASE else _load_reference(program, inputs, name, fingerprint)
+    total, done = sum(len(chunk.numbers) for chunk in chunks), 0
+    say(f"scoring the answers of {total} examples by the reference of {name!r}")
+    said = time.monotonic()
+    style: dict[str, Any] = {"unit": "example", "dynamic_ncols": True, "leave": False}
+    is_hidden = None if is_main_process() else True  # None shows it on a terminal
+    try:
+        with tqdm(total=total, disable=is_hidden, **style) as bar:
+            for chunk in chunks:
+                scores = []
+                for found in _scores(program, adapter, chunk, tree, params):
+                    scores.append(found)
+                    bar.update(len(found))
+                _store(adapter.data.cache_dir, chunk.key, np.concatenate(scores))
+                done += len(chunk.numbers)
+                if time.monotonic() - said > _LINE_SECONDS and done < total:
+                    say(f"scored {done} of {total} examples")
+                    said = time.monotonic()
+    except (KeyboardInterrupt, SystemExit) as stop:
+        stop.add_note(
+            f"the scores of {done} of {total} examples are kept; run the same command to go on"
+        )
+        raise
 
 
 def _load_reference(program: Program, inputs: Inputs, name: str, fingerprint: str) -> Any:
@@ -136,24 +208,28 @@ def _load_reference(program: Program, inputs: Inputs, name: str, fingerprint: st
 
 
 def _scores(
-    program: Program, adapter: AdapterConfig, part: Examples, tree: Any, params: Any
-) -> np.ndarray:
-    """Log-probabilities of the rows of all examples, float32 [examples, rows]."""
+    program: Program, adapter: AdapterConfig, chunk: _Chunk, tree: Any, params: Any
+) -> Iterator[np.ndarray]:
+    """Yields the log-probabilities of the examples of each batch, float32 [examples, rows]."""
+    part, size = chunk.part, chunk.part.rows_per_example
+    # The shapes of the batches of validation, so that an adapter that equals its reference gets the
+    # same bits there.
     rows = adapter.batch_size // program.config.training.micro_batches
-    data = ValidationData(part, rows, adapter.data.lengths)
+    count = rows // size
+    numbers = [chunk.numbers[n : n + count] for n in range(0, len(chunk.numbers), count)]
+    batches = (pad_rows(part.rows(some), rows, adapter.data.lengths) for some in numbers)
     method = None if tree is None else adapter.method
     step = lambda batch: program.answer_step(method, tree, params, batch)
-    found = [log_probs for _, (log_probs, _) in batch_results(program, step, data)]
-    scores = np.empty((len(part), part.rows_per_example), np.float32)
-    scores[data.order] = np.concatenate(found)[: scores.size].reshape(scores.shape)
-    return scores
+    results = batch_results(program, step, batches)
+    for some, (_, (log_probs, _)) in zip(numbers, results, strict=True):
+        yield log_probs[: size * len(some)].reshape(-1, size)
 
 
-def _store(cache_dir: str | None, key: str, scores: np.ndarray) -> datasets.Dataset:
+def _store(cache_dir: str | None, key: str, scores: np.ndarray) -> None:
     def make(folder: Path) -> datasets.Dataset:
         made = datasets.Dataset.from_dict({_COLUMN: scores.reshape(-1)})
         made.save_to_disk(str(folder / "scores"))
         return datasets.Dataset.load_from_disk(str(folder / "scores"))
 
     with progress_bars():
-        return cached_table(cache_dir, key, make)
+        cached_table(cache_dir, key, make)
