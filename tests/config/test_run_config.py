@@ -288,7 +288,7 @@ def test_micro_batches_divide_every_batch():
         parse_run_config(raw, METHODS)
     assert str(error.value) == (
         "config.adapters.default.batch_size: 8 rows cannot be cut into "
-        "training.micro_batches=3 equal parts"
+        "training.micro_batches=3 equal parts; make it a multiple of 3"
     )
     raw["adapters"]["default"]["batch_size"] = 6
     assert parse_run_config(raw, METHODS).training.micro_batches == 3
