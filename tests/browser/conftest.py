@@ -1,17 +1,15 @@
 """A browser, the server, and pages of it that are watched."""
 
 import json
-import re
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import openai
 import pytest
 from playwright.sync_api import expect, sync_playwright
+from serving.server_process import server_process
 
 import moe_jax
 
@@ -125,19 +123,11 @@ def server(base, tmp_path_factory):
     for name in methods:
         model.save(name, folder / name)
         flags += ["--adapter", f"{name}={folder / name}"]
-    flags += ["--port", "0", "--api-key", KEY, "--max-rows", "4", "--max-length", "256"]
-    command = [sys.executable, "-m", "moe_jax", "serve", "--base", str(base), *flags]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        said = []
-        for line in process.stderr:
-            said.append(line)
-            if found := re.search(r"serving .* on (http://\S+)", line):
-                break
-        else:
-            pytest.fail("".join(said))
-        yield Server(f"{found[1]}/", KEY)
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(60) == 0
+    flags += ["--api-key", KEY, "--max-rows", "4", "--max-length", "256"]
+    with server_process(base, *flags) as started:
+        yield Server(f"http://127.0.0.1:{started.port}/", KEY)
+        started.process.send_signal(signal.SIGTERM)
+        assert started.process.wait(60) == 0
 
 
 @pytest.fixture

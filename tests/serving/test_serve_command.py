@@ -15,6 +15,7 @@ import pytest
 from foreign_adapters import LORA
 from hf_models import tiny_model
 from inference.tokenizers_to_try import DEMO_BASE
+from serving.server_process import server_process
 from whole_models import adapter_of
 
 import moe_jax
@@ -91,21 +92,11 @@ def process(folder, tmp_path_factory):
     """A server in a process of its own, its port, and the lines of its log."""
     adapter = tmp_path_factory.mktemp("adapter") / "tuned"
     save_adapter(adapter, adapter_of(moe_jax.load_base(folder), LORA))
-    command = [sys.executable, "-m", "moe_jax", "serve", "--base", folder, "--adapter", adapter]
-    sizes = ["--port", "0", "--max-rows", "1", "--max-length", "96", "--cache-tokens", "96"]
-    environment = {**os.environ, "MOE_JAX_API_KEY": "secret"}
-    process = subprocess.Popen(
-        [*map(str, command), *sizes], stderr=subprocess.PIPE, text=True, env=environment
-    )
-    lines = []
-    for line in process.stderr:
-        lines.append(line.rstrip("\n"))
-        if line.startswith("serving "):
-            break
-    yield process, int(lines[-1].rpartition(":")[2]), lines
-    process.kill()
-    process.wait()
-    process.stderr.close()
+    sizes = ["--max-rows", "1", "--max-length", "96", "--cache-tokens", "96"]
+    with server_process(
+        folder, "--adapter", str(adapter), *sizes, MOE_JAX_API_KEY="secret"
+    ) as server:
+        yield server
 
 
 def ask(port, tokens, key="secret", n=1):
