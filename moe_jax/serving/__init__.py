@@ -1,13 +1,13 @@
 """Serving of a base and its adapters over HTTP, with the requests of OpenAI's API.
 
 engine.py           requests into rows, rows into tokens: the thread that computes
+limits.py           sizes of the engine
 row_table.py        the rows in use and their blocks of the cache
 adapter_slots.py    the adapters of a call, as windows of its rows
-serving_model.py    base and adapters on the devices
-programs.py         the compiled functions, one for each layout
-model_calls.py      compiled functions: tokens into hidden states, cache and routing
+call_rows.py        rows as the arrays of a call, results as records of tokens
+serving_model.py    base and adapters on the devices, with the cache: calls the compiled functions
+model_calls.py      compiled functions: tokens into cache, routing and next tokens
 row_sampling.py     compiled functions: logits into tokens, by settings of each row
-token_records.py    settings of rows as arrays, results as records of tokens
 answer.py           one answer: what is asked for, its tokens as text and events
 fields.py           the fields of a body one by one, and errors in the form of OpenAI's API
 protocol.py         bodies of requests into checked settings

@@ -128,6 +128,7 @@ class OngoingAnswer:
       generated: its tokens so far.
       created: time of the request, of `time.perf_counter`.
       latest: time of the latest token.
+      scored: number of tokens of the prompt whose scores are known.
     """
 
     def __init__(
@@ -148,6 +149,7 @@ class OngoingAnswer:
         self.created = self.latest = time.perf_counter()
         self._tokenizer = tokenizer
         self._sink = sink
+        self.scored = 0
         self._prompt: tuple[TokenRecord, ...] = ()
         self._cancelled = threading.Event()
         self.is_ended = False
@@ -173,16 +175,12 @@ class OngoingAnswer:
         """Ends the answer before its next token. For any thread."""
         self._cancelled.set()
 
-    @property
-    def newest(self) -> int:
-        """The newest token, which is not in the cache yet."""
-        return self.generated[-1]
-
     def add_prompt(self, scores: Sequence[TokenRecord]) -> None:
         """Adds scores of the next tokens of the prompt."""
         for record in scores:
             text = self._token_texts.push(record.id)
             self._prompt += (record._replace(text=text),)
+        self.scored += len(scores)
 
     def finish_prompt(self) -> None:
         """Ends an answer without tokens."""

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
 
@@ -17,22 +18,35 @@ from moe_jax.serving.service import Prepared, Service
 
 
 class AnswerStream:
-    """The events of a request's answers, from the engine's thread into the event loop."""
+    """The events of a request's answers, from the engine's thread into the event loop.
+
+    The loop is woken once for all events that come before it reads them, since each wake-up is a
+    system call that interrupts the engine's thread.
+    """
 
     def __init__(self, service: Service, prepared: Prepared):
         """Queues the answers; errors as in `Service.submit`."""
         self._engine = service.engine
-        self._queue: asyncio.Queue[tuple[int, AnswerEvent]] = asyncio.Queue()
+        self._new: deque[tuple[int, AnswerEvent]] = deque()
+        self._has_new = asyncio.Event()
+        self._is_woken = False
         self._loop = asyncio.get_running_loop()
         self._left = len(prepared.requests)
         self._answers: Sequence[OngoingAnswer] = service.submit(prepared, self._receive)
 
-    async def events(self) -> AsyncIterator[tuple[int, AnswerEvent]]:
-        """Yields the index of an answer and its next event, until all have ended."""
+    async def events(self) -> AsyncIterator[list[tuple[int, AnswerEvent]]]:
+        """Yields new events, each with the index of its answer, until all answers have ended."""
         while self._left:
-            index, event = await self._queue.get()
-            self._left -= event.is_last
-            yield index, event
+            await self._has_new.wait()
+            self._has_new.clear()
+            # Before the events are read: one that comes after the last `popleft` wakes the loop.
+            self._is_woken = False
+            events = []
+            while self._new:
+                events.append(self._new.popleft())
+            self._left -= sum(event.is_last for _, event in events)
+            if events:
+                yield events
 
     def close(self) -> None:
         """Frees the rows of answers that have not ended."""
@@ -42,10 +56,15 @@ class AnswerStream:
             self._engine.wake()
 
     def _receive(self, index: int, event: AnswerEvent) -> None:
+        self._new.append((index, event))
+        if self._is_woken:
+            return
+        self._is_woken = True
         try:
-            self._loop.call_soon_threadsafe(self._queue.put_nowait, (index, event))
+            self._loop.call_soon_threadsafe(self._has_new.set)
         except RuntimeError:  # the loop has ended, and nobody waits
-            self._answers[index].cancel()
+            for answer in self._answers:
+                answer.cancel()
 
 
 class EventStreamResponse(Response):
@@ -73,11 +92,15 @@ class EventStreamResponse(Response):
             self._stream.close()
 
     async def _pieces(self) -> AsyncIterator[bytes]:
-        async for index, event in self._stream.events():
-            if event.error is not None:
-                yield _event(error_object(event.status, event.error))
-                return
-            yield _event(self._writer.chunk(index, event))
+        """Server-sent events; those that are known at the same time are one piece."""
+        async for events in self._stream.events():
+            piece = b""
+            for index, event in events:
+                if event.error is not None:
+                    yield piece + _event(error_object(event.status, event.error))
+                    return
+                piece += _event(self._writer.chunk(index, event))
+            yield piece
         if self._settings.include_usage:
             yield _event(self._writer.usage_chunk())
         yield b"data: [DONE]\n\n"

@@ -252,6 +252,7 @@ class Api:
         metrics.queue.set(engine.waiting)
         metrics.rows.set(engine.rows_in_use)
         metrics.blocks.set(engine.blocks_in_use)
+        metrics.preemptions.set(engine.preemptions)
         metrics.compilations.set(engine.compilations)
         return Response(metrics.text(), media_type="text/plain; version=0.0.4")
 
@@ -311,14 +312,15 @@ class Api:
         writer = ResponseWriter(settings, prepared, self._texts)
         if settings.stream:
             return EventStreamResponse(stream, writer, settings)
-        events: list[list[AnswerEvent]] = [[] for _ in prepared.requests]
+        found: list[list[AnswerEvent]] = [[] for _ in prepared.requests]
 
         async def collect() -> Response:
-            async for index, event in stream.events():
-                if event.error is not None:
-                    raise ApiError(event.status, event.error)
-                events[index].append(event)
-            return JSONResponse(writer.whole(events))
+            async for events in stream.events():
+                for index, event in events:
+                    if event.error is not None:
+                        raise ApiError(event.status, event.error)
+                    found[index].append(event)
+            return JSONResponse(writer.whole(found))
 
         try:
             response = await unless_disconnected(request.receive, collect)

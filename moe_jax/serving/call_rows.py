@@ -1,14 +1,64 @@
-"""Between the engine's rows and a call: settings as arrays, and results as records of tokens."""
+"""Between the engine's rows and a call: rows as arrays, and results as records of tokens."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from moe_jax.serving.adapter_slots import FilledSlots
+from moe_jax.serving.adapter_slots import FilledSlots, SlotLayout, fill_slots
 from moe_jax.serving.answer import AnswerRequest, TokenExperts, TokenRecord
-from moe_jax.serving.model_calls import Routed
+from moe_jax.serving.model_calls import Call, Routed
 from moe_jax.serving.row_sampling import Chosen, RowSettings
+from moe_jax.serving.row_table import Row, RowTable
+from moe_jax.serving.serving_model import ServingModel
+
+
+class CallRows(NamedTuple):
+    """The rows of a call, with the arrays that stay the same while none joins or leaves.
+
+    Attributes:
+      rows: rows in the order of the call.
+      slots: adapters of the call.
+      places, tables, windows: see `Call`.
+      settings: settings of the rows.
+    """
+
+    rows: tuple[Row, ...]
+    slots: FilledSlots
+    places: Any
+    tables: Any
+    windows: Any
+    settings: RowSettings
+
+    def call(self, tokens: Sequence[Sequence[int]], width: int) -> Call:
+        """The call with `tokens` of each row, padded to the layout and to `width`."""
+        size = self.slots.layout.size
+        padded, mask = np.zeros((size, width), np.int32), np.zeros((size, width), bool)
+        lengths, known = np.zeros(size, np.int32), np.zeros(size, np.int32)
+        for index, (row, own) in enumerate(zip(self.rows, tokens, strict=True)):
+            padded[index, : len(own)] = own
+            mask[index, : len(own)] = True
+            lengths[index] = row.cached
+            known[index] = max(len(row.answer.request.tokens), row.cached + len(own))
+        return Call(padded, mask, self.places, self.tables, lengths, known, self.windows)
+
+
+def call_rows(
+    model: ServingModel, table: RowTable, layouts: Sequence[SlotLayout], rows: Sequence[Row]
+) -> CallRows:
+    """Orders rows by their adapters, in the first of these layouts that holds them."""
+    requests = [row.answer.request for row in rows]
+    slots = fill_slots(layouts, model.methods, [request.adapter for request in requests])
+    places = dict(zip(slots.order, rows, strict=True))
+    ordered = tuple(places[place] for place in range(len(rows)))
+    size = slots.layout.size
+    arrays = (
+        table.slots(ordered, size),
+        table.tables(ordered, size),
+        slots.windows,
+        row_settings([row.answer.request for row in ordered], size, model.vocab_size),
+    )
+    return CallRows(ordered, slots, *model.on_device(arrays))
 
 
 def row_settings(requests: Sequence[AnswerRequest], size: int, vocab_size: int) -> RowSettings:

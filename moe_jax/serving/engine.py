@@ -3,6 +3,11 @@
 Between two tokens, answers that have ended leave their rows, waiting ones take them, and at most
 one part of one prompt is computed. All rows that decode then go on by a token, in one call or, with
 more adapters than a program has slots for, in several.
+
+Rows grow by blocks of the cache. Where none is free, the newest row gives way: its answer waits
+again, before all others, and a later row computes its tokens once more without sending them twice.
+The oldest row never gives way to another, and the cache holds the longest row, so that every answer
+comes to its end.
 """
 
 import contextlib
@@ -10,24 +15,25 @@ import threading
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import numpy as np
 
-from moe_jax.config.parse import require
 from moe_jax.inference.decoding import NOT_FINITE
-from moe_jax.serving.adapter_slots import FilledSlots, fill_slots, layouts, take_turns
+from moe_jax.serving.adapter_slots import layouts, take_turns
 from moe_jax.serving.answer import OngoingAnswer, TokenRecord
-from moe_jax.serving.model_calls import Call, Routed
-from moe_jax.serving.row_sampling import Chosen, RowSettings
-from moe_jax.serving.row_table import Row, RowTable
-from moe_jax.serving.serving_model import ServingModel
-from moe_jax.serving.token_records import (
+from moe_jax.serving.call_rows import (
+    CallRows,
+    call_rows,
     chosen_record,
-    row_settings,
     scored_record,
     token_routing,
 )
+from moe_jax.serving.limits import EngineLimits
+from moe_jax.serving.model_calls import Routed
+from moe_jax.serving.row_sampling import Chosen
+from moe_jax.serving.row_table import Row, RowTable
+from moe_jax.serving.serving_model import ServingModel
 
 NOT_FINITE_MESSAGE = (
     "the model's logits are not finite; its weights, or the adapter's, are damaged or too large "
@@ -53,61 +59,27 @@ class Observer(Protocol):
         """An answer has a further token, `seconds` after the one before."""
 
 
-class EngineLimits(NamedTuple):
-    """Sizes of the engine.
-
-    Attributes:
-      max_rows: number of answers that are computed side by side.
-      max_length: largest number of tokens of a prompt and its answer.
-      max_queue: number of answers that may wait for a row.
-      cache_tokens: number of tokens that the cache holds, of all rows together.
-      block: positions of a block of the cache.
-      chunks: numbers of tokens of a prompt that are computed at a time.
-    """
-
-    max_rows: int = 16
-    max_length: int = 2048
-    max_queue: int = 256
-    cache_tokens: int = 8192
-    block: int = 64
-    chunks: tuple[int, ...] = (32, 128)
-
-    def check(self) -> None:
-        """Refuses sizes that do not fit.
-
-        Raises:
-          ConfigError: a size is not positive, or the cache is too small for one row.
-        """
-        for name in ("max_rows", "max_length", "max_queue", "cache_tokens"):
-            value = getattr(self, name)
-            require(value >= 1, name, f"must be positive, got {value}")
-        require(
-            self.cache_tokens >= self.max_length,
-            "cache_tokens",
-            f"{self.cache_tokens} tokens do not hold one row of `max_length` {self.max_length}; "
-            "give at least that many",
-        )
-
-
 class Engine:
     """Computes answers in a thread of its own.
 
     Attributes:
       limits: sizes.
       failure: the exception that ended the thread; None while it runs.
+      preemptions: number of rows that gave way to older ones.
     """
 
     def __init__(self, model: ServingModel, limits: EngineLimits, observer: Observer | None = None):
         """Allocates the cache.
 
         Args:
-          model: base and adapters.
+          model: base and adapters, of one engine at a time.
           limits: sizes.
           observer: receives times of tokens.
         """
         limits.check()
         self.limits = limits
         self.failure: BaseException | None = None
+        self.preemptions = 0
         self._model = model
         self._observer = observer
         self._sizes = model.call_sizes(limits.max_rows)
@@ -115,8 +87,10 @@ class Engine:
             size: layouts(size, model.methods) for size in {model.prompt_rows, *self._sizes}
         }
         blocks = -(-limits.cache_tokens // limits.block)
-        self._state = model.new_state(limits.max_rows, blocks, limits.block)
+        model.allocate(limits.max_rows, blocks, limits.block)
         self._table = RowTable(limits.max_rows, blocks, limits.block, limits.max_length)
+        self._decoding: list[Row] = []
+        self._calls: list[CallRows] = []
         self._waiting: deque[OngoingAnswer] = deque()
         self._changed = threading.Condition()
         self._is_closed = False
@@ -126,7 +100,7 @@ class Engine:
     @property
     def compilations(self) -> int:
         """Number of programs compiled so far."""
-        return self._model.programs.compilations
+        return self._model.compilations
 
     @property
     def waiting(self) -> int:
@@ -205,19 +179,18 @@ class Engine:
 
     def _call_every_program(self) -> None:
         """Calls every program, on rows of padding."""
-        model, state = self._model, self._state
+        model = self._model
         for layout in self._layouts[model.prompt_rows]:
-            slots = fill_slots([layout], model.methods, [])
+            padding = call_rows(model, self._table, [layout], [])
             for chunk in self.limits.chunks:
-                call = self._call([], slots, [], chunk)
-                prefilled = model.prefill(state, slots, call)
-                model.score(slots, prefilled, call, [])
-                model.first_tokens(state, slots, prefilled, call, self._settings([], layout.size))
+                call = padding.call([], chunk)
+                prefilled = model.prefill(padding.slots, call)
+                model.score(padding.slots, prefilled, call, [])
+                model.first_tokens(padding.slots, prefilled, call, padding.settings)
         for layout in (layout for size in self._sizes for layout in self._layouts[size]):
-            slots = fill_slots([layout], model.methods, [])
-            call = self._call([], slots, [], 1)
-            model.decode(state, slots, call, self._settings([], layout.size))
-        model.begin_history(state, self.limits.max_rows, ())
+            padding = call_rows(model, self._table, [layout], [])
+            model.decode(padding.slots, padding.call([], 1), padding.settings)
+        model.begin_history(self.limits.max_rows, ())
 
     def _run(self, on_end: Callable[[], None]) -> None:
         try:
@@ -248,18 +221,49 @@ class Engine:
         """One part of a prompt, and one token of each row that decodes."""
         self._remove_ended()
         self._admit()
+        decoding = self._with_room([row for row in self._table.rows if row.is_prefilled])
         prefilling = next((row for row in self._table.rows if not row.is_prefilled), None)
-        decoding = [row for row in self._table.rows if row.is_prefilled]
         if prefilling is not None:
             self._prefill(prefilling)
-        names = [row.answer.request.adapter for row in decoding]
-        for indices in take_turns(self._model.methods, names, self._sizes[-1]):
-            self._decode([decoding[index] for index in indices])
+        if decoding != self._decoding:
+            self._decoding, self._calls = decoding, self._calls_of(decoding)
+        for rows in self._calls:
+            self._decode(rows)
         self._remove_ended()
+
+    def _with_room(self, rows: Sequence[Row]) -> list[Row]:
+        """Gives rows the blocks of their next tokens; returns the rows that are left."""
+        for row in rows:
+            while row in self._table.rows and not self._table.has_room(row):
+                if not self._table.grow(row):
+                    self._preempt(self._table.rows[-1])
+                self._decoding = []  # the tables of the calls have changed
+        return [row for row in rows if row in self._table.rows]
+
+    def _preempt(self, row: Row) -> None:
+        """Takes the row of an answer, which then waits before all others."""
+        self._remove(row)
+        self.preemptions += 1
+        with self._changed:
+            self._waiting.appendleft(row.answer)
+
+    def _calls_of(self, rows: Sequence[Row]) -> list[CallRows]:
+        """The calls that give each of these rows a token."""
+        names = [row.answer.request.adapter for row in rows]
+        calls = []
+        for indices in take_turns(self._model.methods, names, self._sizes[-1]):
+            size = next(size for size in self._sizes if size >= len(indices))
+            own = [rows[index] for index in indices]
+            calls.append(call_rows(self._model, self._table, self._layouts[size], own))
+        return calls
 
     def _remove_ended(self) -> None:
         for row in [r for r in self._table.rows if r.answer.is_ended or r.answer.is_cancelled]:
-            self._table.remove(row)
+            self._remove(row)
+
+    def _remove(self, row: Row) -> None:
+        self._table.remove(row)
+        self._decoding, self._calls = [], []
 
     def _admit(self) -> None:
         """Gives rows to waiting answers, in their order."""
@@ -273,7 +277,7 @@ class Engine:
                     return
                 self._waiting.popleft()
                 if answer.request.has_penalties:
-                    self._model.begin_history(self._state, row.slot, answer.request.tokens)
+                    self._model.begin_history(row.slot, answer.request.tokens)
 
     def _prefill(self, row: Row) -> None:
         """Computes the next part of a row's prompt, and after the last one the first token."""
@@ -281,100 +285,67 @@ class Engine:
         left = request.tokens[row.cached :]
         chunk = next((c for c in self.limits.chunks if c >= len(left)), self.limits.chunks[-1])
         part = left[:chunk]
-        size = self._model.prompt_rows
-        slots = self._fill([row], size)
-        call = self._call([row], slots, [part], chunk)
-        prefilled = self._model.prefill(self._state, slots, call)
-        if request.scores_prompt:
+        layouts = self._layouts[self._model.prompt_rows]
+        rows = call_rows(self._model, self._table, layouts, [row])
+        call = rows.call([part], chunk)
+        prefilled = self._model.prefill(rows.slots, call)
+        if request.scores_prompt and row.answer.scored < len(request.tokens):
             begin = row.cached
             following = request.tokens[begin + 1 : begin + 1 + len(part)]
-            scores = self._model.score(slots, prefilled, call, following)
+            scores = self._model.score(rows.slots, prefilled, call, following)
             wanted = request.logprobs or 0
             records = [scored_record(scores, place, wanted) for place in range(len(following))]
             if not all(np.isfinite(record.logprob or 0.0) for record in records):
                 row.answer.fail(NOT_FINITE_MESSAGE)
                 return
-            first = [TokenRecord(request.tokens[0])] if begin == 0 else []
+            if begin == 0:
+                records.insert(0, TokenRecord(request.tokens[0]))
+            known = row.answer.scored - (begin + 1 if begin else 0)  # by an earlier row
             with _failing_alone(row.answer):
-                row.answer.add_prompt([*first, *records])
+                row.answer.add_prompt(records[known:])
         row.cached += len(part)
         if row.answer.is_ended or not row.is_prefilled:
             return
         if request.max_tokens == 0:
             row.answer.finish_prompt()
             return
-        settings = self._settings([row], size)
-        chosen = self._model.first_tokens(self._state, slots, prefilled, call, settings)
-        self._add_tokens([row], slots, chosen, prefilled.routing)
+        chosen = self._model.first_tokens(rows.slots, prefilled, call, rows.settings)
+        self._add_tokens(rows, chosen, prefilled.routing)
 
-    def _decode(self, rows: Sequence[Row]) -> None:
+    def _decode(self, rows: CallRows) -> None:
         """Computes the next token of rows."""
-        size = next(size for size in self._sizes if size >= len(rows))
-        slots = self._fill(rows, size)
-        ordered: list[Row] = [rows[0]] * len(rows)
-        for row, place in zip(rows, slots.order, strict=True):
-            ordered[place] = row
-        call = self._call(ordered, slots, [(row.answer.newest,) for row in ordered], 1)
-        settings = self._settings(ordered, size)
-        chosen, routing = self._model.decode(self._state, slots, call, settings)
-        for row in ordered:
+        newest = [(row.answer.generated[row.chosen - 1],) for row in rows.rows]
+        call = rows.call(newest, 1)
+        chosen, routing = self._model.decode(rows.slots, call, rows.settings)
+        for row in rows.rows:
             row.cached += 1
-        self._add_tokens(ordered, slots, chosen, routing)
+        self._add_tokens(rows, chosen, routing)
 
-    def _fill(self, rows: Sequence[Row], size: int) -> FilledSlots:
-        methods = self._model.methods
-        names = [row.answer.request.adapter for row in rows]
-        return fill_slots(self._layouts[size], methods, names)
-
-    def _call(
-        self, rows: Sequence[Row], slots: FilledSlots, tokens: Sequence[Sequence[int]], width: int
-    ) -> Call:
-        """The call for these rows, with `tokens` of each, padded to the layout and to `width`."""
-        size = slots.layout.size
-        padded, mask = np.zeros((size, width), np.int32), np.zeros((size, width), bool)
-        lengths, known = np.zeros(size, np.int32), np.zeros(size, np.int32)
-        places = np.full(size, self.limits.max_rows, np.int32)
-        for index, (row, own) in enumerate(zip(rows, tokens, strict=True)):
-            padded[index, : len(own)] = own
-            mask[index, : len(own)] = True
-            lengths[index] = row.cached
-            known[index] = max(len(row.answer.request.tokens), row.cached + len(own))
-            places[index] = row.slot
-        tables = self._table.tables(rows, size)
-        return Call(padded, mask, places, tables, lengths, known, slots.windows)
-
-    def _settings(self, rows: Sequence[Row], size: int) -> RowSettings:
-        requests = [row.answer.request for row in rows]
-        return row_settings(requests, size, self._model.programs.vocab_size)
-
-    def _add_tokens(
-        self,
-        rows: Sequence[Row],
-        slots: FilledSlots,
-        chosen: Chosen,
-        routing: Mapping[str, Routed],
-    ) -> None:
-        """Gives rows, in the order of their call, their new tokens."""
-        tokens = np.asarray(chosen.tokens)
-        requests = [row.answer.request for row in rows]
+    def _add_tokens(self, rows: CallRows, chosen: Chosen, routing: Mapping[str, Routed]) -> None:
+        """Gives the rows of a call their new tokens."""
+        tokens = np.asarray(chosen.tokens).tolist()
+        requests = [row.answer.request for row in rows.rows]
         if any(request.logprobs is not None for request in requests):
             chosen = Chosen(*map(np.asarray, chosen))
         host_routing = {}
         if any(request.wants_routing for request in requests):
             host_routing = {name: Routed(*map(np.asarray, r)) for name, r in routing.items()}
-        for place, row in enumerate(rows):
-            answer, token = row.answer, int(tokens[place])
+        for place, row in enumerate(rows.rows):
+            answer, token = row.answer, tokens[place]
             if answer.is_cancelled:
                 continue
             if token == NOT_FINITE:
                 answer.fail(NOT_FINITE_MESSAGE)
+                continue
+            row.chosen += 1
+            if row.chosen <= len(answer.generated):  # an earlier row of the answer had it
                 continue
             with _failing_alone(answer):
                 record = TokenRecord(token)
                 if answer.request.logprobs is not None:
                     record = chosen_record(chosen, place, answer.request.logprobs)
                 if answer.request.wants_routing:
-                    record = record._replace(routing=token_routing(slots, host_routing, place))
+                    record = record._replace(routing=token_routing(rows.slots, host_routing, place))
                 self._add_token(answer, record)
 
     def _add_token(self, answer: OngoingAnswer, record: TokenRecord) -> None:

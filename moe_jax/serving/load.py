@@ -21,7 +21,8 @@ from moe_jax.hf.base_model import BaseModel, open_base
 from moe_jax.inference.limits import context_of, frequency_switch
 from moe_jax.inference.stopping import end_tokens
 from moe_jax.loaded.inference_model import Adapter, build_model, load_adapters, load_params
-from moe_jax.serving.engine import Engine, EngineLimits
+from moe_jax.serving.engine import Engine
+from moe_jax.serving.limits import EngineLimits
 from moe_jax.serving.metrics import Metrics
 from moe_jax.serving.service import Service
 from moe_jax.serving.serving_model import ServingModel

@@ -41,6 +41,9 @@ class Metrics:
         self.blocks = Gauge(
             "moe_jax_cache_blocks_in_use", "Blocks of the cache that rows own", registry=registry
         )
+        self.preemptions = Gauge(
+            "moe_jax_preemptions", "Rows that gave way to older ones", registry=registry
+        )
         self.compilations = Gauge(
             "moe_jax_compilations", "Programs compiled since the start", registry=registry
         )

@@ -1,6 +1,8 @@
-"""Compiled functions of the model: tokens of some rows into hidden states, cache and routing.
+"""Compiled functions of the model: tokens of some rows into cache, routing and next tokens.
 
 A call has rows of any adapters: one token each of all rows that decode, or a part of one prompt.
+`moe_jax.serving.serving_model` compiles these functions, one program for each layout of a call.
+
 Letters: B rows of the call, S tokens of each, R rows that the engine has, b rows of a window.
 """
 
@@ -22,6 +24,13 @@ from moe_jax.layers.names import CACHE, CACHE_UPDATES, ROUTING
 from moe_jax.models.adapted import SINGLE, apply, single_adapter
 from moe_jax.models.causal_lm import LlamaForCausalLM
 from moe_jax.models.layer_views import join_layers, split_layers
+from moe_jax.serving.row_sampling import (
+    Chosen,
+    RowSettings,
+    TokenHistory,
+    choose_tokens,
+    token_logprobs,
+)
 
 RowValues = dict[str, dict[str, jax.Array]]
 """Values that adapters keep of each row, by `method_key` and path: [..., R + 1, n].
@@ -142,6 +151,93 @@ def run_layers(
     return Computed(hidden, position_updates(updates), row_values, routing)
 
 
+def decode(
+    model: LlamaForCausalLM,
+    vocab_size: int,
+    params: Any,
+    adapters: Mapping[str, SlotAdapter],
+    cache: Cache,
+    history: TokenHistory,
+    call: Call,
+    settings: RowSettings,
+) -> tuple[Chosen, Computed, TokenHistory]:
+    """Computes the newest token of each row, and chooses the next one."""
+    computed = run_layers(model, params, adapters, cache, call)
+    last = computed.hidden[:, 0]
+    lengths = call.lengths + 1
+    chosen, history = first_tokens(
+        model, vocab_size, params, adapters, last, history,
+        call.windows, settings, call.slots, lengths,
+    )  # fmt: skip
+    return chosen, computed, history
+
+
+def prefill(
+    model: LlamaForCausalLM,
+    params: Any,
+    adapters: Mapping[str, SlotAdapter],
+    cache: Cache,
+    call: Call,
+) -> tuple[Computed, jax.Array]:
+    """Computes a part of a prompt.
+
+    Returns:
+      The result of the layers, and hidden states [B, D] of each row's last token.
+    """
+    computed = run_layers(model, params, adapters, cache, call)
+    last = _last_tokens(call)[:, None, None]
+    return computed, jnp.take_along_axis(computed.hidden, last, axis=1)[:, 0]
+
+
+def first_tokens(
+    model: LlamaForCausalLM,
+    vocab_size: int,
+    params: Any,
+    adapters: Mapping[str, SlotAdapter],
+    last: jax.Array,
+    history: TokenHistory,
+    windows: Mapping[str, RowWindow],
+    settings: RowSettings,
+    slots: jax.Array,
+    lengths: jax.Array,
+) -> tuple[Chosen, TokenHistory]:
+    """Chooses the tokens after hidden states [B, D]; see `choose_tokens`."""
+    logits = _logits(model, vocab_size, params, adapters, last, windows)
+    return choose_tokens(logits, history, settings, slots, lengths)
+
+
+def score(
+    model: LlamaForCausalLM,
+    vocab_size: int,
+    params: Any,
+    adapters: Mapping[str, SlotAdapter],
+    hidden: jax.Array,
+    windows: Mapping[str, RowWindow],
+    targets: jax.Array,
+) -> Any:
+    """Log-probabilities of the tokens `targets` [B, S] after each token; see `Chosen`."""
+    logits = _logits(model, vocab_size, params, adapters, hidden, windows)
+    flat = logits.reshape(-1, logits.shape[-1])
+    scores = token_logprobs(flat, targets.reshape(-1), jnp.bool_(True))
+    return jax.tree.map(lambda score: score.reshape(*targets.shape, *score.shape[1:]), scores)
+
+
+def _logits(
+    model: LlamaForCausalLM,
+    vocab_size: int,
+    params: Any,
+    adapters: Mapping[str, SlotAdapter],
+    hidden: jax.Array,
+    windows: Mapping[str, RowWindow],
+) -> jax.Array:
+    """Logits [B, ..., vocab_size]; -inf for new tokens that a row's adapter does not have."""
+    trees = {name: adapter.tree for name, adapter in adapters.items()}
+    logits = apply(model, params, trees, LlamaForCausalLM.logits, hidden, windows)
+    missing = vocab_size - logits.shape[-1]
+    padding = [(0, 0)] * (logits.ndim - 1) + [(0, missing)]
+    return jnp.pad(logits, padding, constant_values=-jnp.inf)
+
+
 def method_key(method: AdapterMethod) -> str:
     """Key of a method in `RowValues`.
 
@@ -219,11 +315,16 @@ def _along_rows(mask: jax.Array, array: jax.Array) -> jax.Array:
     return mask.reshape(*[1] * (array.ndim - 2), -1, 1)
 
 
+def _last_tokens(call: Call) -> jax.Array:
+    """Index [B] of each row's last token in the call."""
+    return jnp.maximum(jnp.sum(call.token_mask, axis=1) - 1, 0)
+
+
 def _last_routing(collections: Mapping[str, Any], call: Call) -> dict[str, Routed]:
     """Routing of each row's last token, by slot."""
     if ROUTING not in collections:
         return {}
-    last = jnp.maximum(jnp.sum(call.token_mask, axis=1) - 1, 0)
+    last = _last_tokens(call)
     found = {}
     for name, sites in collect_routing(collections).items():
         routing: TokenRouting = sites[in_order(sites)[0]]

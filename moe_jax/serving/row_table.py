@@ -16,13 +16,16 @@ class Row:
       slot: index of the row in the engine's rows.
       blocks: its blocks of the cache, in the order of its positions.
       cached: number of its tokens that are in the cache.
+      chosen: number of the answer's tokens that were chosen in this row; fewer than the answer has
+        while they are computed again, after an earlier row of the answer was taken away.
     """
 
     def __init__(self, answer: OngoingAnswer, slot: int, blocks: Sequence[int]):
         self.answer = answer
         self.slot = slot
-        self.blocks = tuple(blocks)
+        self.blocks = list(blocks)
         self.cached = 0
+        self.chosen = 0
 
     @property
     def is_prefilled(self) -> bool:
@@ -33,8 +36,7 @@ class Row:
 class RowTable:
     """Rows in use, with a fixed number of slots and of blocks.
 
-    A row owns the blocks for its longest possible answer from the start, so that no row has to wait
-    for memory in the middle.
+    A row owns the blocks of its prompt and of its tokens so far, and grows by a block at a time.
 
     Attributes:
       rows: rows in use, the oldest first.
@@ -54,6 +56,7 @@ class RowTable:
         self.rows: list[Row] = []
         self.block = block
         self.longest = -(-max_length // block)
+        self._num_slots = num_rows
         self._num_blocks = num_blocks
         self._free_slots = list(range(num_rows))[::-1]
         self._free_blocks = [b for b in range(num_blocks + 1) if b != SPARE_BLOCK][::-1]
@@ -65,7 +68,9 @@ class RowTable:
 
     def add(self, answer: OngoingAnswer) -> Row | None:
         """Gives an answer a row; None if there is none free, or too few blocks."""
-        needed = -(-answer.request.total_length // self.block)
+        request = answer.request
+        length = min(request.total_length, len(request.tokens) + len(answer.generated) + 1)
+        needed = -(-length // self.block)
         if not self._free_slots or needed > len(self._free_blocks):
             return None
         blocks = [self._free_blocks.pop() for _ in range(needed)]
@@ -73,11 +78,27 @@ class RowTable:
         self.rows.append(row)
         return row
 
+    def has_room(self, row: Row) -> bool:
+        """True if the row's next token has a place in its blocks."""
+        return row.cached < len(row.blocks) * self.block
+
+    def grow(self, row: Row) -> bool:
+        """Gives a row a further block; False if none is free."""
+        if self._free_blocks:
+            row.blocks.append(self._free_blocks.pop())
+            return True
+        return False
+
     def remove(self, row: Row) -> None:
         """Frees a row's slot and blocks."""
         self.rows.remove(row)
         self._free_slots.append(row.slot)
         self._free_blocks += row.blocks
+
+    def slots(self, rows: Sequence[Row], size: int) -> np.ndarray:
+        """Slots of rows, int32 [size], padded with the number of slots."""
+        padding = [self._num_slots] * (size - len(rows))
+        return np.array([*(row.slot for row in rows), *padding], np.int32)
 
     def tables(self, rows: Sequence[Row], size: int) -> np.ndarray:
         """Tables of rows, int32 [size, N], padded with the spare block."""

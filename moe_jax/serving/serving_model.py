@@ -1,9 +1,9 @@
-"""A base and its adapters on the devices, as the engine calls them."""
+"""A base and its adapters on the devices, with the cache of the engine's rows."""
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,49 +13,59 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from moe_jax.adapters.method import AdapterMethod
 from moe_jax.adapters.new_tokens import total_vocab_size
 from moe_jax.config.model import ComputeConfig, ModelConfig
-from moe_jax.layers.block_cache import BlockPool
+from moe_jax.layers.block_cache import BlockPool, write_blocks
 from moe_jax.models.adapted import CompiledLlama
 from moe_jax.models.causal_lm import LlamaForCausalLM
 from moe_jax.models.layer_views import layer_views
-from moe_jax.serving.adapter_slots import FilledSlots, slot_name
+from moe_jax.serving import model_calls
+from moe_jax.serving.adapter_slots import FilledSlots, SlotLayout, slot_name
 from moe_jax.serving.model_calls import (
     Cache,
     Call,
+    Computed,
     Routed,
     SlotAdapter,
     adapter_values,
     is_by_row,
     method_key,
 )
-from moe_jax.serving.programs import Prefilled, Programs
-from moe_jax.serving.row_sampling import Chosen, RowSettings, TokenHistory
+from moe_jax.serving.row_sampling import Chosen, RowSettings, TokenHistory, begin_row
 from moe_jax.sharding.rules import num_row_shards
 
 _GROWTH = 4
 """Ratio of the numbers of rows that decoding is compiled for."""
 
 
-class EngineState:
-    """Arrays that calls replace.
+class Prefilled(NamedTuple):
+    """A part of a prompt after the layers.
 
     Attributes:
-      cache: keys, values and values of adapters.
-      history: tokens of each row.
+      hidden: hidden states [B, S, D].
+      last: hidden states [B, D] of each row's last token.
+      routing: routing of the last token, by slot.
     """
 
-    def __init__(self, cache: Cache, history: TokenHistory):
-        self.cache = cache
-        self.history = history
+    hidden: jax.Array
+    last: jax.Array
+    routing: dict[str, Routed]
 
 
 class ServingModel:
-    """A base and its adapters.
+    """A base, its adapters, and the cache of the rows that an engine computes.
+
+    Decoding may read separate arrays of each layer (`moe_jax.models.layer_views`). Parts of prompts
+    have many tokens for each weight and go through the scan over layers, which compiles faster.
 
     Attributes:
       methods: method of each adapter, by name.
-      programs: compiled functions.
       prompt_rows: number of rows of a call with a part of a prompt.
+      vocab_size: number of logits, with those of new tokens of adapters.
+      cache: keys, values and values of adapters; calls replace its arrays.
+      history: tokens of each row; calls replace its arrays.
     """
+
+    cache: Cache
+    history: TokenHistory
 
     def __init__(
         self,
@@ -84,8 +94,9 @@ class ServingModel:
         self._llama = CompiledLlama(bare, mesh)
         self._dtype = jnp.dtype(compute.dtype)
         # A CPU program that scans the layers copies each out of the stack.
-        scans = mesh is not None or jax.devices()[0].platform != "cpu"
-        views = (lambda tree: tree) if scans else functools.partial(layer_views, config)
+        self._scans_decoding = mesh is not None or jax.devices()[0].platform != "cpu"
+        views = (lambda t: t) if self._scans_decoding else functools.partial(layer_views, config)
+        self._params, self._decoding_params = params, views(params)
         self._decoding_adapters = {}
         self._row_shapes: dict[str, dict[str, jax.ShapeDtypeStruct]] = {}
         self._adapters = {}
@@ -94,8 +105,15 @@ class ServingModel:
             self._row_shapes[method_key(method)] = by_row
             self._adapters[name] = SlotAdapter(tree, constants)
             self._decoding_adapters[name] = SlotAdapter(views(tree), constants)
-        size = total_vocab_size(config.vocab_size, self.methods.values())
-        self.programs = Programs(self._llama, params, views(params), size)
+        self.vocab_size = total_vocab_size(config.vocab_size, self.methods.values())
+        self._functions: dict[Any, Callable[..., Any]] = {}
+        self._write = self._llama.jit(write_blocks, donate=(0,))
+        self._begin_row = self._llama.jit(begin_row, donate=(0,))
+
+    @property
+    def compilations(self) -> int:
+        """Number of programs compiled so far."""
+        return self._llama.compilations
 
     def call_sizes(self, max_rows: int) -> tuple[int, ...]:
         """Numbers of rows that decoding is compiled for, ascending."""
@@ -106,8 +124,8 @@ class ServingModel:
         multiple = self._shards
         return tuple(sorted({-(-size // multiple) * multiple for size in (*sizes, max_rows)}))
 
-    def new_state(self, rows: int, blocks: int, block: int) -> EngineState:
-        """An empty cache and history for `rows` rows."""
+    def allocate(self, rows: int, blocks: int, block: int) -> None:
+        """Makes an empty cache of `blocks` blocks, and an empty history, for `rows` rows."""
         config = self._config
         shape = (config.num_layers, blocks + 1, config.num_kv_heads, block, config.head_dim)
         parts = 1 if self._mesh is None else self._mesh.shape["tensor"]
@@ -120,34 +138,36 @@ class ServingModel:
             }
             for key, values in self._row_shapes.items()
         }
-        counts = self._zeros((rows + 1, self.programs.vocab_size), jnp.dtype(jnp.int32))
-        in_prompt = self._zeros((rows + 1, self.programs.vocab_size), jnp.dtype(bool))
-        return EngineState(Cache(BlockPool(*pool), row_values), TokenHistory(counts, in_prompt))
+        counts = self._zeros((rows + 1, self.vocab_size), jnp.dtype(jnp.int32))
+        in_prompt = self._zeros((rows + 1, self.vocab_size), jnp.dtype(bool))
+        self.cache = Cache(BlockPool(*pool), row_values)
+        self.history = TokenHistory(counts, in_prompt)
 
-    def begin_history(self, state: EngineState, slot: int, prompt: Sequence[int]) -> None:
+    def on_device(self, arrays: Any) -> Any:
+        """Arguments of several calls, copied to the device once; a mesh gets them in each call."""
+        return jax.device_put(arrays) if self._mesh is None else arrays
+
+    def begin_history(self, slot: int, prompt: Sequence[int]) -> None:
         """Starts the history of a row with this prompt."""
-        in_prompt = np.zeros(self.programs.vocab_size, bool)
+        in_prompt = np.zeros(self.vocab_size, bool)
         in_prompt[list(prompt)] = True
-        state.history = self.programs.begin_row(state.history, np.int32(slot), in_prompt)
+        self.history = self._begin_row(self.history, np.int32(slot), in_prompt)
 
-    def prefill(self, state: EngineState, slots: FilledSlots, call: Call) -> Prefilled:
-        """See `Programs.prefill`."""
-        adapters = _of(slots, self._adapters)
-        prefilled, state.cache = self.programs.prefill(slots.layout, adapters, state.cache, call)
-        return prefilled
+    def prefill(self, slots: FilledSlots, call: Call) -> Prefilled:
+        """Adds a part of a prompt to the cache."""
+        function = self._compiled(model_calls.prefill, slots.layout)
+        computed, last = function(self._params, _of(slots, self._adapters), self.cache, call)
+        self._write_cache(computed, call)
+        return Prefilled(computed.hidden, last, computed.routing)
 
     def first_tokens(
-        self,
-        state: EngineState,
-        slots: FilledSlots,
-        prefilled: Prefilled,
-        call: Call,
-        settings: RowSettings,
+        self, slots: FilledSlots, prefilled: Prefilled, call: Call, settings: RowSettings
     ) -> Chosen:
-        """See `Programs.first_tokens`."""
-        chosen, state.history = self.programs.first_tokens(
-            slots.layout, _of(slots, self._adapters), prefilled.last, state.history, call, settings
-        )
+        """Chooses the first token of an answer, after the last token of its prompt."""
+        head, adapters, windows = self._head(slots, call)
+        function = self._compiled(model_calls.first_tokens, head, self.vocab_size, donate=(3,))
+        arguments = self._params, adapters, prefilled.last, self.history, windows, settings
+        chosen, self.history = function(*arguments, call.slots, call.prompt_length)
         return chosen
 
     def score(
@@ -161,24 +181,48 @@ class ServingModel:
         """
         targets = np.zeros(call.tokens.shape, np.int32)
         targets[0, : len(following)] = following
-        scores = self.programs.score(
-            slots.layout, _of(slots, self._adapters), prefilled.hidden, call.windows, targets
-        )
+        head, adapters, windows = self._head(slots, call)
+        function = self._compiled(model_calls.score, head, self.vocab_size)
+        scores = function(self._params, adapters, prefilled.hidden, windows, targets)
         return targets, *map(np.asarray, scores)
 
     def decode(
-        self, state: EngineState, slots: FilledSlots, call: Call, settings: RowSettings
+        self, slots: FilledSlots, call: Call, settings: RowSettings
     ) -> tuple[Chosen, dict[str, Routed]]:
-        """See `Programs.decode`."""
-        chosen, routing, state.cache, state.history = self.programs.decode(
-            slots.layout,
-            _of(slots, self._decoding_adapters),
-            state.cache,
-            state.history,
-            call,
-            settings,
-        )
-        return chosen, routing
+        """Adds the newest token of each row to the cache, and chooses the next one."""
+        options = {"donate": (3,), "scan_layers": self._scans_decoding}
+        function = self._compiled(model_calls.decode, slots.layout, self.vocab_size, **options)
+        adapters = _of(slots, self._decoding_adapters)
+        arguments = self._decoding_params, adapters, self.cache, self.history, call, settings
+        chosen, computed, self.history = function(*arguments)
+        self._write_cache(computed, call)
+        return chosen, computed.routing
+
+    def _write_cache(self, computed: Computed, call: Call) -> None:
+        places = call.tables, call.lengths, call.token_mask
+        pool = self._write(self.cache.pool, computed.updates, *places)
+        self.cache = Cache(pool, computed.row_values)
+
+    def _compiled(
+        self,
+        function: Callable[..., Any],
+        layout: SlotLayout,
+        *static: Any,
+        donate: tuple[int, ...] = (),
+        scan_layers: bool = True,
+    ) -> Callable[..., Any]:
+        """The compiled `function(model, *static, ...)`, for the model with these slots."""
+        key = (function, layout)
+        if key not in self._functions:
+            model = self._llama.with_rows(layout.adapter_rows, scan_layers=scan_layers)
+            self._functions[key] = self._llama.jit(function, model, *static, donate=donate)
+        return self._functions[key]
+
+    def _head(self, slots: FilledSlots, call: Call) -> tuple[SlotLayout, Any, Any]:
+        """Layout, adapters and windows of the head: none if adapters do not change it."""
+        if not any(method.new_tokens for method in slots.layout.methods):
+            return SlotLayout(slots.layout.size), {}, {}
+        return slots.layout, _of(slots, self._adapters), call.windows
 
     def _cached_values(
         self, method: AdapterMethod, params: Any, tree: Any

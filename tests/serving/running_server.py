@@ -12,7 +12,8 @@ import jax
 import moe_jax
 from moe_jax.checkpoints.adapter_files import SavedAdapter
 from moe_jax.serving.app import AppSettings, build_app
-from moe_jax.serving.engine import Engine, EngineLimits
+from moe_jax.serving.engine import Engine
+from moe_jax.serving.limits import EngineLimits
 from moe_jax.serving.load import load_service, open_models
 from moe_jax.serving.server import bind, run_server
 from moe_jax.serving.service import Service

@@ -20,7 +20,8 @@ from moe_jax.inference.generator import Request, TokenGenerator
 from moe_jax.inference.settings import SamplingConfig
 from moe_jax.loaded.inference_model import build_model, load_adapters, load_params
 from moe_jax.serving.answer import AnswerRequest, OngoingAnswer
-from moe_jax.serving.engine import ClosedError, Engine, EngineLimits, QueueFullError
+from moe_jax.serving.engine import ClosedError, Engine, QueueFullError
+from moe_jax.serving.limits import EngineLimits
 from moe_jax.serving.serving_model import ServingModel
 from moe_jax.sharding.mesh import make_mesh
 
@@ -162,14 +163,42 @@ def test_the_queue_has_a_bound_and_cancelled_answers_leave_it(engine):
     assert [len(answer.generated) for answer in (held, *many)] == [1, 0, 0, 0, 0, 17, 17]
 
 
-def test_rows_wait_for_blocks(engine):
-    """Six blocks: two rows of 40 tokens have five each."""
+def test_rows_wait_for_the_blocks_of_their_prompts(engine):
+    """Six blocks: the prompts and first tokens of two rows have four each."""
     collector = Collector()
-    long = [collector.answer(max_tokens=17, logprobs=0) for _ in range(2)]
+    long = [collector.answer(PROMPT + PROMPT[:4], max_tokens=3, logprobs=0) for _ in range(2)]
     engine.submit(long)
-    senders = [collector.events.get(timeout=60)[0] for _ in range(34)]
-    assert senders == [0] * 17 + [1] * 17
+    senders = [collector.events.get(timeout=60)[0] for _ in range(6)]
+    assert senders == [0] * 3 + [1] * 3
     assert long[0].generated == long[1].generated
+
+
+def test_rows_that_give_way_lose_and_repeat_nothing(engine):
+    """Six blocks: two rows begin with three each, and both grow to five."""
+    settings = [
+        {},
+        {"temperature": 1.3, "seed": 4, "frequency_penalty": 0.7},
+        {"scores_prompt": True, "temperature": 1.0, "seed": 5},
+    ]
+    collector, ends, alone = Collector(), [], []
+    for fields in settings:
+        engine.submit([collector.answer(max_tokens=17, logprobs=0, **fields)])
+        ends.append([])
+        while not ends[-1] or not ends[-1][-1].is_last:
+            ends[-1].append(collector.events.get(timeout=60)[1])
+        alone.append(collector.answers[-1].generated)
+    before, collector = engine.preemptions, Collector()
+    engine.submit([collector.answer(max_tokens=17, logprobs=0, **fields) for fields in settings])
+    events = [[] for _ in settings]
+    while not all(own and own[-1].is_last for own in events):
+        number, event = collector.events.get(timeout=60)
+        events[number].append(event)
+    assert engine.preemptions > before
+    assert [answer.generated for answer in collector.answers] == alone
+    flat = lambda own: [token for event in own for token in (*event.prompt, *event.tokens)]
+    for own, expected in zip(events, ends, strict=True):
+        assert [t.id for t in flat(own)] == [t.id for t in flat(expected)]
+        assert "".join(e.text for e in own) == "".join(e.text for e in expected)
 
 
 def test_failures_answer_all_requests(base):

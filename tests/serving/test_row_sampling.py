@@ -9,8 +9,8 @@ from tolerances import FEW_OPERATIONS
 from moe_jax.inference.decoding import NOT_FINITE, next_token
 from moe_jax.inference.settings import SamplingConfig
 from moe_jax.serving.answer import AnswerRequest
+from moe_jax.serving.call_rows import row_settings
 from moe_jax.serving.row_sampling import TokenHistory, begin_row, choose_tokens
-from moe_jax.serving.token_records import row_settings
 
 V, ROWS = 40, 6
 SETTINGS = [
