@@ -1,4 +1,4 @@
-"""Many mixed requests at once: good ones, wrong ones, and clients that go away.
+"""Many mixed requests at once: good and wrong ones, wrong keys, clients that are slow or go away.
 
     python tests/serving/soak.py 2000
 
@@ -9,6 +9,7 @@ descriptors, rows and blocks have to end where they began.
 import contextlib
 import gc
 import http.client
+import itertools
 import json
 import random
 import socket
@@ -117,10 +118,15 @@ def texts_of(body: bytes) -> list[str]:
     return [texts[index] for index in sorted(texts)]
 
 
-def leave(server: RunningServer, draw: random.Random, path: str, body: bytes) -> None:
+def request_bytes(path: str, body: bytes, headers: dict[str, str]) -> bytes:
+    """A whole request."""
+    fields = {"Host": "localhost", "Content-Length": str(len(body)), **headers}
+    lines = [f"POST /v1/{path} HTTP/1.1", *(f"{name}: {value}" for name, value in fields.items())]
+    return "\r\n".join([*lines, "", ""]).encode() + body
+
+
+def leave(server: RunningServer, draw: random.Random, data: bytes) -> None:
     """Sends a request, or a part of one, and goes away."""
-    head = f"POST /v1/{path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
-    data = head.encode() + body
     with socket.create_connection(("127.0.0.1", server.port), timeout=120) as connection:
         if draw.random() < 0.3:
             connection.sendall(data[: draw.randrange(1, len(data))])
@@ -131,33 +137,87 @@ def leave(server: RunningServer, draw: random.Random, path: str, body: bytes) ->
             connection.shutdown(socket.SHUT_WR)
 
 
-def soak(server: RunningServer, requests: int, seconds: float, seed: int = 0) -> Outcome:
-    """Sends requests from several threads, until there were enough or the time is over."""
-    expected = [texts_of(post(server, path, json.dumps(body).encode())[1]) for path, body in GOOD]
+def ask_slowly(server: RunningServer, draw: random.Random, data: bytes) -> tuple[int, bytes]:
+    """Sends a request and reads its response in small parts with pauses; a small buffer."""
+    with socket.socket() as connection:
+        connection.settimeout(120)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        connection.connect(("127.0.0.1", server.port))
+        cuts = sorted(draw.sample(range(1, len(data)), 4))
+        for begin, end in itertools.pairwise((0, *cuts, len(data))):
+            connection.sendall(data[begin:end])
+            time.sleep(0.05)
+        response = http.client.HTTPResponse(connection)
+        response.begin()
+        parts = []
+        while part := response.read(400):
+            parts.append(part)
+            time.sleep(0.01)
+        return response.status, b"".join(parts)
+
+
+def stop_sending(server: RunningServer, data: bytes) -> None:
+    """Sends all of a request but its last byte; the server has to close the connection."""
+    with socket.create_connection(("127.0.0.1", server.port), timeout=60) as connection:
+        connection.sendall(data[:-1])
+        received = b""
+        while part := connection.recv(4096):
+            received += part
+        assert b" 408 " in received.partition(b"\r\n")[0], received[:200]
+
+
+def soak(
+    server: RunningServer, requests: int, seconds: float, seed: int = 0, key: str | None = None
+) -> Outcome:
+    """Sends requests from several threads, until there were enough or the time is over.
+
+    With the `key` of the server, some requests have a wrong one.
+    """
+    headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+    expected = [
+        texts_of(post(server, path, json.dumps(body).encode(), **headers)[1]) for path, body in GOOD
+    ]
     counts, lock, failures = Counter[str](), threading.Lock(), list[BaseException]()
     end = time.monotonic() + seconds
+
+    def refused(draw: random.Random, path: str, body: bytes) -> None:
+        kind = draw.random()
+        if kind < 0.25:
+            foreign = {**headers, "Origin": "http://evil.example"}
+            assert post(server, path, body, **foreign)[0] == 403
+        elif kind < 0.5 and key is not None:
+            wrong = draw.choice([{}, {"Authorization": "Bearer wrong"}])
+            assert post(server, path, body, **wrong)[0] == 401
+        else:
+            bad, status = draw.choice(BAD)
+            chosen = path if status == 400 else "completions"
+            assert post(server, chosen, bad, **headers)[0] == status
 
     def one(draw: random.Random) -> str:
         number = draw.randrange(len(GOOD))
         path, fields = GOOD[number]
         body = json.dumps({**fields, "stream": draw.random() < 0.5}).encode()
         kind = draw.random()
-        if kind < 0.05:
-            assert post(server, path, body, Origin="http://evil.example")[0] == 403
-            return "refused"
         if kind < 0.2:
-            bad, status = draw.choice(BAD)
-            assert post(server, path if status == 400 else "completions", bad)[0] == status
+            refused(draw, path, body)
             return "refused"
         if kind < 0.4:
-            leave(server, draw, path, json.dumps({**fields, "stream": True}).encode())
+            streamed = json.dumps({**fields, "stream": True}).encode()
+            leave(server, draw, request_bytes(path, streamed, headers))
             return "left"
-        status, answer = post(server, path, body)
+        if kind < 0.41:
+            stop_sending(server, request_bytes(path, body, headers))
+            return "stopped sending"
+        is_slow = kind < 0.5
+        if is_slow:
+            status, answer = ask_slowly(server, draw, request_bytes(path, body, headers))
+        else:
+            status, answer = post(server, path, body, **headers)
         if status == 429:
             return "queue full"
         assert status == 200, answer
         assert texts_of(answer) == expected[number]
-        return "answered"
+        return "answered slowly" if is_slow else "answered"
 
     def work(worker: int) -> None:
         draw = random.Random(f"{seed} {worker}")
@@ -208,16 +268,18 @@ def settled(server: RunningServer, before: Resources | None) -> Resources:
 
 def main() -> None:
     from serving.conftest import random_adapters, save_base
-    from serving.running_server import running, warm_service
+    from serving.running_server import LIMITS, running, warm_service
 
     with tempfile.TemporaryDirectory() as temporary:
         folder = save_base(Path(temporary) / "tiny")
         adapters = random_adapters(folder)
-        service = warm_service(folder, adapters)
-        with running(service, folder, adapters) as server:
-            soak(server, 200, 600, seed=1)
-            outcome = soak(server, int(sys.argv[1]), 3600)
+        # Rows have to give way to one another.
+        service = warm_service(folder, adapters, LIMITS._replace(cache_tokens=96))
+        with running(service, folder, adapters, api_key="secret") as server:
+            soak(server, 200, 600, seed=1, key="secret")
+            outcome = soak(server, int(sys.argv[1]), 3600, key="secret")
             print(dict(outcome.counts), f"{outcome.seconds:.0f} s")
+            print(f"{service.engine.preemptions} rows gave way to others")
             print("before:", outcome.before)
             print("after: ", outcome.after)
             check(server, outcome)
