@@ -135,7 +135,8 @@ def _check_message(value: Any, where: str) -> dict[str, Any]:
 
 
 def _missing(key: str, message: Mapping[str, Any], where: str) -> DataError:
-    return DataError(f"{where} has no {key!r} (it has: {', '.join(map(str, message)) or 'none'})")
+    found = ", ".join(map(str, message)) or "none"
+    return DataError(f"{where} has no {key!r} (it has: {found}); add it, or leave the row out")
 
 
 def _converted_from_sharegpt(message: dict[str, Any], where: str) -> dict[str, Any]:

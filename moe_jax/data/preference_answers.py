@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from itertools import takewhile
 from typing import Any
 
-from moe_jax.data.messages import check_turns, require_answer
+from moe_jax.data.messages import UNTRAINED, check_turns, require_answer
 from moe_jax.data.values import check_text, describe_value
 from moe_jax.errors import DataError
 from moe_jax.files.json_file import parse_json
@@ -159,6 +159,11 @@ def _normalized_answer(
     if not prompt or prompt[0]["role"] == "assistant":
         raise DataError(f"{where} follows no prompt; give the messages that it answers")
     require_answer(answer, where)
+    if all(turn.get(UNTRAINED) == 0 for turn in answer if turn["role"] == "assistant"):
+        raise DataError(
+            f"{where} has no turn to learn, since all have the weight 0; leave out the weights, or "
+            "the row"
+        )
     return prompt, answer
 
 

@@ -40,6 +40,13 @@ def choose_schema(
         for schema in schemas
         if (named := _with_columns(replace(source, schema=schema), columns)) is not None
     ]
+    is_feedback = _with_columns(replace(source, schema="feedback"), columns) is not None
+    if [one.schema for one in fitting] == ["completion"] and is_feedback:
+        raise DataError(
+            f"{where}: the columns {', '.join(columns)} fit the schema 'completion', which learns "
+            "all completions whatever their label, and 'feedback', which --preference kto learns "
+            "from; set `schema` (on the command line --schema), or give that loss"
+        )
     if len(fitting) == 1:
         return fitting[0]
     found = f"{where}: the columns {', '.join(map(str, columns)) or '(none)'}"

@@ -305,6 +305,12 @@ def test_messages_without_a_chat_template(load, word_tokenizer):
         load([row], word_tokenizer)
 
 
+def test_an_answer_of_weight_0(load, word_tokenizer):
+    row = {"prompt": [USER], "chosen": [{**GOOD, "weight": 0}], "rejected": [BAD]}
+    with pytest.raises(DataError, match="line 1: chosen has no turn to learn, since all have the"):
+        load([row], word_tokenizer)
+
+
 def test_no_usable_pair(load, word_tokenizer):
     row = {"prompt": "a", "chosen": "b", "rejected": "b"}
     with pytest.raises(DataError, match="no pair has two different answers; leave"):

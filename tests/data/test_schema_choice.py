@@ -64,6 +64,15 @@ def test_columns_that_do_not_tell(columns, named, words):
     assert "\n" not in message
 
 
+def test_labels_of_completions_are_not_left_out_in_silence():
+    with pytest.raises(
+        DataError, match="fit the schema 'completion', which learns all completions"
+    ):
+        choose("prompt completion label")
+    assert choose("prompt completion label", ("feedback",)).schema == "feedback"
+    assert choose("prompt completion id").schema == "completion"
+
+
 @pytest.mark.parametrize(
     ("columns", "schema", "losses"),
     [
