@@ -111,9 +111,10 @@ def _of_text_alone(inner: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 def _sizes(inner: Mapping[str, Any], model_type: str, where: str) -> dict[str, Any]:
     """Sizes of the language model, as transformers completes them."""
-    given = {key: inner[key] for key in _SIZES if inner.get(key) is not None}
-    complete = _completed(model_type, given, where)
-    return {key: getattr(complete, key) for key in _SIZES if getattr(complete, key, None)}
+    given = {key: inner[key] for key in (*_SIZES, "layer_types") if inner.get(key) is not None}
+    # As a dict: attributes that differ from layer to layer, as in Gemma 4, cannot be read.
+    complete = _completed(model_type, given, where).to_dict()
+    return {key: complete[key] for key in _SIZES if complete.get(key)}
 
 
 def _completed(model_type: str, given: Mapping[str, Any], where: str) -> Any:

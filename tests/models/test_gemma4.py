@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 from foreign_adapters import LORA, peft_logits
-from hf_models import tiny_model
+from hf_models import TINY_SIZES, tiny_model
 from safetensors.numpy import load_file, save_file
 from tolerances import FLOAT32_LOGITS
 from whole_models import adapter_of
@@ -208,3 +208,24 @@ def test_experts_on_attention_are_refused():
     mola = MolaConfig(rank=2, alpha=2.0, num_experts=(2,), target_modules=("q_proj", "up_proj"))
     with pytest.raises(ConfigError, match="target_modules: experts on q_proj need attention of"):
         mola.check_model(model_config_from_hf(_fields(), "x"))
+
+
+def test_the_language_model_inside_published_checkpoints(tmp_path):
+    """In them it is beside towers for images and audio, and its fields are a group."""
+    text = transformers.Gemma4TextConfig(**{**TINY_SIZES, **E2B, "pad_token_id": 0})
+    tokens = {"image_token_id": 60, "video_token_id": 61, "audio_token_id": 62}
+    config = transformers.Gemma4Config(
+        text_config=text, vision_config=None, audio_config=None, **tokens
+    )
+    torch.manual_seed(0)
+    reference = transformers.Gemma4ForConditionalGeneration(config).eval()
+    with torch.no_grad():
+        for parameter in reference.parameters():
+            centre = 1.0 if parameter.dim() == 1 else 0.0
+            parameter.copy_(centre + 0.15 * torch.randn_like(parameter))
+        expected = reference(torch.tensor(TOKENS % 60)).logits.numpy()
+    reference.save_pretrained(tmp_path)
+    base = moe_jax.load_base(tmp_path)
+    assert base.config.num_reader_layers == 2
+    found = moe_jax.AdaptedModel(base, {})(TOKENS % 60)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=FLOAT32_LOGITS)
