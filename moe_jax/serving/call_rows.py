@@ -14,7 +14,9 @@ from moe_jax.serving.serving_model import ServingModel
 
 
 class CallRows(NamedTuple):
-    """The rows of a call, with the arrays that stay the same while none joins or leaves.
+    """The rows of a call, with the arrays that stay the same while none joins, grows or leaves.
+
+    They are arrays of numpy: jit copies these faster to the device than `device_put`.
 
     Attributes:
       rows: rows in the order of the call.
@@ -52,13 +54,14 @@ def call_rows(
     places = dict(zip(slots.order, rows, strict=True))
     ordered = tuple(places[place] for place in range(len(rows)))
     size = slots.layout.size
-    arrays = (
+    return CallRows(
+        ordered,
+        slots,
         table.slots(ordered, size),
         table.tables(ordered, size),
         slots.windows,
         row_settings([row.answer.request for row in ordered], size, model.vocab_size),
     )
-    return CallRows(ordered, slots, *model.on_device(arrays))
 
 
 def row_settings(requests: Sequence[AnswerRequest], size: int, vocab_size: int) -> RowSettings:

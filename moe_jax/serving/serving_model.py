@@ -143,10 +143,6 @@ class ServingModel:
         self.cache = Cache(BlockPool(*pool), row_values)
         self.history = TokenHistory(counts, in_prompt)
 
-    def on_device(self, arrays: Any) -> Any:
-        """Arguments of several calls, copied to the device once; a mesh gets them in each call."""
-        return jax.device_put(arrays) if self._mesh is None else arrays
-
     def begin_history(self, slot: int, prompt: Sequence[int]) -> None:
         """Starts the history of a row with this prompt."""
         in_prompt = np.zeros(self.vocab_size, bool)
