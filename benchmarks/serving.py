@@ -5,12 +5,14 @@
 A random Llama with MixLoRA adapters is served in a thread of this process. 1, 4 and 16 clients ask
 for continuations of random prompts over HTTP as streams, all of one adapter or in equal parts of
 four. A client's next request follows its last answer. Every row has the tokens per second of all
-clients together, the seconds to the first token, and the ratio to one client of one adapter.
+clients together, the seconds to the first token, and the ratio to one client of one adapter. With
+`--base DIR` the base is read from a folder; its adapters are random too.
 
-The same number of answers is also computed by `TokenGenerator`, one after another, and by
-transformers' `generate` on the base alone, which costs as much as a base with a merged LoRA. All of
-them take turns in one process, and ratios are the result. With `--llama-server PATH` and
-`--gguf FILE`, llama.cpp's server answers the same numbers of tokens on those weights.
+The same prompts are also answered by `TokenGenerator`, one after another, and by transformers'
+`generate` on the base alone, which costs as much as a base with a merged LoRA. All of them take
+turns in one process, and ratios are the result. With `--llama-server PATH` and `--gguf FILE`,
+llama.cpp's server answers them on those weights. Processor time per token, of the server's process
+with its clients, depends less on other work of the machine than seconds do.
 
 Needs the extra `serve`, and torch and transformers unless `--alone`.
 """
@@ -51,12 +53,15 @@ from moe_jax.checkpoints.leaves import named_leaves
 from moe_jax.config.model import ComputeConfig, ModelConfig
 from moe_jax.data.tokenizer import load_tokenizer
 from moe_jax.errors import ConfigError, UserError
+from moe_jax.hf.base_model import open_base
 from moe_jax.inference.generator import Request, TokenGenerator
 from moe_jax.inference.settings import SamplingConfig
 from moe_jax.layers.names import PARAMS
+from moe_jax.loaded.inference_model import build_model, load_params
 from moe_jax.models.causal_lm import LlamaForCausalLM
 from moe_jax.serving.app import AppSettings, build_app
-from moe_jax.serving.engine import Engine, EngineLimits
+from moe_jax.serving.engine import Engine
+from moe_jax.serving.limits import EngineLimits
 from moe_jax.serving.metrics import Metrics
 from moe_jax.serving.server import bind, run_server
 from moe_jax.serving.service import Service
@@ -89,26 +94,32 @@ class Answered(NamedTuple):
     Attributes:
       tokens_per_second: new tokens of all clients together.
       first_tokens: seconds of each request to its first token.
+      processor_seconds: processor time of this process for each token.
     """
 
     tokens_per_second: float
     first_tokens: list[float]
+    processor_seconds: float = 0.0
 
 
 class Models(NamedTuple):
-    """A random base and four random adapters."""
+    """A base and four random adapters."""
 
     config: ModelConfig
     params: Any
     adapters: dict[str, Any]
 
 
-def random_models(args: argparse.Namespace, config: ModelConfig) -> Models:
+def load_models(args: argparse.Namespace, config: ModelConfig) -> Models:
     """The models of these flags."""
-    language_model = LlamaForCausalLM(config, ComputeConfig(dtype=args.dtype), (), args.dtype)
-    tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
-    variables = jax.eval_shape(language_model.init, jax.random.key(0), tokens)
-    params = random_params(nn.meta.unbox(variables)[PARAMS], None, args.dtype)
+    if args.base is None:
+        language_model = LlamaForCausalLM(config, ComputeConfig(dtype=args.dtype), (), args.dtype)
+        tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
+        variables = jax.eval_shape(language_model.init, jax.random.key(0), tokens)
+        params = random_params(nn.meta.unbox(variables)[PARAMS], None, args.dtype)
+    else:
+        base = open_base(args.base)
+        params = load_params(base, build_model(base, args.dtype), None)
     fields = KINDS[args.kind]
     assert fields is not None
     return Models(config, params, {name: random_adapter(fields, config) for name in ADAPTERS})
@@ -125,7 +136,7 @@ def warm_service(args: argparse.Namespace, models: Models) -> Service:
     engine.warm_up()
     print(f"compiled {engine.compilations} programs in {time.perf_counter() - start:.0f} s")
     methods = {name: method for name, (method, _) in adapters.items()}
-    tokenizer = load_tokenizer(TOKENIZER)
+    tokenizer = load_tokenizer(TOKENIZER if args.base is None else args.base)
     return Service("base", config, methods, tokenizer, frozenset(), engine, metrics)
 
 
@@ -277,7 +288,7 @@ def transformers_answers(
 
 def measure(args: argparse.Namespace, config: ModelConfig) -> list[dict[str, Any]]:
     """Figures of all loads and of what they are compared with, measured in turns."""
-    models = random_models(args, config)
+    models = load_models(args, config)
     service = warm_service(args, models)
     compute, longest = ComputeConfig(dtype=args.dtype), args.prompt + args.new_tokens
     generator = TokenGenerator(*models, compute=compute, max_length=longest)
@@ -297,10 +308,14 @@ def measure(args: argparse.Namespace, config: ModelConfig) -> list[dict[str, Any
                     args, load, prompts, ports[load.server] or 0
                 )
         for turn in range(-1, args.repeats):
+            most = max(args.answers, *args.clients)
+            prompts = rng.integers(1, vocabulary, (most, args.prompt)).tolist()
             for load, step in steps.items():
                 count = max(args.answers, load.clients)
-                prompts = rng.integers(1, vocabulary, (count, args.prompt)).tolist()
-                answered = step(prompts)
+                before = time.process_time()
+                answered = step(prompts[:count])
+                seconds = (time.process_time() - before) / (count * args.new_tokens)
+                answered = answered._replace(processor_seconds=seconds)
                 if turn >= 0:
                     samples.setdefault(load, []).append(answered)
     return figures_of(samples, Load("moe_jax", args.clients[0], args.adapters[0]))
@@ -320,6 +335,9 @@ def figures_of(samples: dict[Load, list[Answered]], first: Load) -> list[dict[st
             "ratio": statistics.median(ratios),
             "lowest": min(ratios),
             "highest": max(ratios),
+            "processor_seconds_per_token": None  # llama.cpp computes in another process
+            if load.server == "llama.cpp"
+            else statistics.median(one.processor_seconds for one in answered),
             "first_token_seconds": statistics.median(firsts) if firsts else None,
             "first_token_seconds_of_95": firsts[int(0.95 * len(firsts))] if firsts else None,
         }
@@ -328,14 +346,20 @@ def figures_of(samples: dict[Load, list[Answered]], first: Load) -> list[dict[st
 
 
 def print_rows(rows: Sequence[dict[str, Any]]) -> None:
-    print("server          clients  adapters  tokens/s  ratio                 first token  of 95%")
+    print(
+        "server          clients  adapters  tokens/s  ratio                 "
+        "CPU per token  first token  of 95%"
+    )
     for row in rows:
         spread = f"{row['ratio']:.2f} ({row['lowest']:.2f} to {row['highest']:.2f})"
         times = (row["first_token_seconds"], row["first_token_seconds_of_95"])
         median, of_95 = ("-" if seconds is None else f"{seconds:.3f} s" for seconds in times)
+        processor = row["processor_seconds_per_token"]
+        processor = "-" if processor is None else f"{1000 * processor:.3f} ms"
         print(
             f"{row['server']:14}  {row['clients']:7}  {row['adapters']:8}  "
-            f"{row['tokens_per_second']:8.1f}  {spread:20}  {median:>11}  {of_95}",
+            f"{row['tokens_per_second']:8.1f}  {spread:20}  "
+            f"{processor:>13}  {median:>11}  {of_95}",
             flush=True,
         )
 
@@ -357,12 +381,13 @@ def check(args: argparse.Namespace) -> ModelConfig:
         raise ConfigError("--llama-server and --gguf go together; give both or none")
     if not args.alone:
         check_transformers()
-    return model_of(args.size, args.vocab)
+    return model_of(args.size, args.vocab) if args.base is None else open_base(args.base).config
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
     parser.add_argument("--size", default="d512", help=SIZE_HELP)
+    parser.add_argument("--base", type=Path, help="folder of a Llama, in place of --size")
     parser.add_argument("--vocab", type=int, help="number of tokens of the vocabulary (the size's)")
     kinds = [kind for kind, fields in KINDS.items() if fields is not None]
     parser.add_argument("--kind", default="mixlora", choices=kinds, help="method of the adapters")
@@ -381,7 +406,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         config = check(args)
         facts = machine()
-        print(f"{args.size} model in {args.dtype}, {args.kind}; {one_line(facts)}")
+        print(f"{args.base or args.size} model in {args.dtype}, {args.kind}; {one_line(facts)}")
         figures = measure(args, config)
         print_rows(figures)
         write_json(args.output, args, benchmark="serving", machine=facts, figures=figures)
