@@ -155,7 +155,8 @@ def _missing(inputs: Inputs, name: str, chunks: Sequence[_Chunk]) -> list[_Chunk
     missing = np.array([find_table(cache_dir, chunk.key) is None for chunk in chunks])
     if jax.process_count() > 1:  # scoring takes all of them
         missing = multihost_utils.process_allgather(missing).any(axis=0)
-    return list({chunks[n].key: chunks[n] for n in np.flatnonzero(missing)}.values())
+    absent = [chunk for chunk, is_missing in zip(chunks, missing, strict=True) if is_missing]
+    return list({chunk.key: chunk for chunk in absent}.values())
 
 
 def _fill_cache(
