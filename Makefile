@@ -18,7 +18,7 @@ help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(RUN_STAMP) ## train MixLoRA on a tiny Llama and show what it learned
-	$(BIN)/python -m moe_jax.demo --output demo_output
+	$(BIN)/moe-jax demo
 
 compare: $(RUN_STAMP) ## compare MixLoRA with LoRA of the same size, three seeds each
 	$(BIN)/python -m moe_jax.demo.compare --output demo_output

@@ -1,6 +1,6 @@
 """MixLoRA and LoRA with equal trainable parameters, on the demo's tiny Llama; three seeds each.
 
-    python -m moe_jax.demo --only-data --output demo_output
+    moe-jax demo --only-data
     python train.py --config configs/tiny_comparison.py --workdir demo_output/comparison
 
 All six adapters share one base and one step. `make compare` does this run, scores each adapter on

@@ -1,6 +1,6 @@
 """Search for the learning rates of `tiny_comparison.py`: three per method, two seeds each.
 
-    python -m moe_jax.demo --only-data --output demo_output
+    moe-jax demo --only-data
     python train.py --config configs/tiny_comparison_rates.py --workdir demo_output/rates
 
 Twelve adapters train at once, in some minutes; the table at the end has their losses on the

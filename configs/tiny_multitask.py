@@ -1,6 +1,6 @@
 """MixLoRA on the demo's tiny Llama, trained on six tasks from templates and evaluated on each.
 
-    python -m moe_jax.demo --only-data --output demo_output
+    moe-jax demo --only-data
     python train.py --config configs/tiny_multitask.py --workdir demo_output/multitask
 
 The table at the end is also in `demo_output/multitask/evaluation`. With `--config.train_only=None`,

@@ -1,6 +1,6 @@
 r"""DPO with MixLoRA on the project's tiny Llama; about a minute on two CPU cores.
 
-    python -m moe_jax.demo --only-data --output demo_output
+    moe-jax demo --only-data
     python train.py --config configs/tiny_preferences.py --workdir demo_output/preferences
 
 The base continues a sentence with one of any kind: on plurals, opposites, colours, sums or letters.

@@ -1,6 +1,6 @@
 """Sweep on the demo's tiny Llama: MixLoRA at three learning rates and two ranks, all at once.
 
-    python -m moe_jax.demo --only-data --output demo_output
+    moe-jax demo --only-data
     python train.py --config configs/tiny_sweep.py --workdir demo_output/sweep
 
 Six adapters share one base and one step; the table at the end ranks them.

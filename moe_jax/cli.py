@@ -25,11 +25,13 @@ from moe_jax.commands import (
 from moe_jax.commands.arguments import naming_flags
 from moe_jax.config.command_line import split_overrides
 from moe_jax.config.parse import suggest
+from moe_jax.demo import command as demo
 from moe_jax.errors import UserError, report
 from moe_jax.terminal import shortened, shown
 from moe_jax.version import __version__
 
 COMMANDS: dict[str, Callable[[argparse.ArgumentParser], Run]] = {
+    "demo": demo.add,
     "train": train.add_train,
     "plan": train.add_plan,
     "generate": generate.add,

@@ -23,7 +23,8 @@ from moe_jax.adapters import METHODS
 from moe_jax.checkpoints.adapter_files import load_adapter
 from moe_jax.commands.process import set_up_process
 from moe_jax.config.run import RunConfig
-from moe_jax.demo.corpus import DEMO_CONFIG, demo_config, write_demo_data
+from moe_jax.demo import tiny_mixlora
+from moe_jax.demo.corpus import demo_config, write_demo_data
 from moe_jax.demo.score import AnswerScore, HeldOutScorer
 from moe_jax.errors import UserError, report
 from moe_jax.files.atomic import write_atomic
@@ -57,7 +58,7 @@ def main(arguments: list[str]) -> int:
         result = train(config, args.output / "comparison")
         if result.interrupted_by is not None:
             return 128 + result.interrupted_by
-        scorer = HeldOutScorer(demo_config(DEMO_CONFIG, data), "default")
+        scorer = HeldOutScorer(demo_config(tiny_mixlora.__file__, data), "default")
         comparison = compare_methods(config, result.adapters, scorer)
         file = args.output / "comparison.json"
         comparison.write(file)

@@ -9,6 +9,8 @@ its letters occur in no sentence.
 
 import json
 import random
+import re
+import shlex
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,8 +21,8 @@ from moe_jax.config.run import RunConfig, parse_run_config
 from moe_jax.demo.words import COLOURS, LARGEST_NUMBER, LETTERS, NAMES, OPPOSITES, PLURALS
 from moe_jax.tasks.families.template import TEMPLATE_FILE
 
-DEMO_CONFIG = "configs/tiny_mixlora.py"
 DATA_SEED = 0
+_CONFIG = Path(__file__).with_name("tiny_mixlora.py")
 _CONFIG_DATA = Path("demo_output/data")
 """Data folder in the paths of the demo's configurations."""
 
@@ -309,13 +311,27 @@ def write_demo_data(output: Path) -> Path:
     return output / "data"
 
 
-def demo_config(file: str, data: Path, steps: int | None = None) -> RunConfig:
+def write_demo_config(output: Path) -> Path:
+    """Writes a copy of `tiny_mixlora.py` that reads `output/data`, if there is none; its path."""
+    file = output / _CONFIG.name
+    if not file.exists():
+        values = {f'"{_CONFIG_DATA}"': json.dumps(str(output / "data"))}
+        written = re.sub(
+            f'"{_CONFIG_DATA}"|{_CONFIG_DATA.parent}',
+            lambda match: values.get(match[0], shlex.quote(str(output))),
+            _CONFIG.read_text(encoding="utf-8"),
+        )
+        file.write_text(written, encoding="utf-8")
+    return file
+
+
+def demo_config(file: str | Path, data: Path, steps: int | None = None) -> RunConfig:
     """Configuration in `file`, with the demo's data read from the folder `data`.
 
     Raises:
       ConfigError: the file does not exist or is invalid.
     """
-    raw = load_config_file(file)
+    raw = load_config_file(str(file))
     for adapter in raw["adapters"].values():
         for split in ("train", "validation"):
             for source in adapter["data"][split].values():

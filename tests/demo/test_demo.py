@@ -16,10 +16,10 @@ COMPARED = re.compile(
 )
 
 
-def run_module(module, *arguments):
+def run_module(module, *arguments, cwd=ROOT):
     return subprocess.run(
         [sys.executable, "-m", module, *map(str, arguments)],
-        cwd=ROOT,
+        cwd=cwd,
         env={**os.environ, "XLA_FLAGS": ""},
         capture_output=True,
         text=True,
@@ -31,7 +31,7 @@ def run_module(module, *arguments):
 def demo(tmp_path_factory):
     """Output folder and process of the demo."""
     folder = tmp_path_factory.mktemp("demo")
-    process = run_module("moe_jax.demo", "--output", folder)
+    process = run_module("moe_jax", "demo", "--output", folder)
     assert process.returncode == 0, process.stderr
     return folder, process
 
@@ -63,10 +63,28 @@ def test_demo_learns_to_answer(demo):
     assert (folder / "run" / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert (folder / "run" / "experts_default.png").read_bytes().startswith(b"\x89PNG")
 
-    again = run_module("moe_jax.demo", "--output", folder)
+    again = run_module("moe_jax", "demo", "--output", folder)
     assert again.returncode == 0
     assert again.stdout.count("already finished") == 1
     assert ROW.findall(again.stdout) == ROW.findall(process.stdout)
+
+
+def test_written_config_is_that_of_the_run(demo, tmp_path):
+    # From a folder that holds nothing: the copy names the base and the data by paths of its own.
+    folder, process = demo
+    file = folder / "tiny_mixlora.py"
+    assert f"Training with {file}" in process.stdout
+    arguments = ("train", "--config", file, "--workdir", folder / "run")
+    again = run_module("moe_jax", *arguments, cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert "already finished" in again.stdout
+    edited = file.read_text().replace("3e-3", "4e-3")
+    file.write_text(edited)
+    written = run_module("moe_jax", "demo", "--output", folder, "--only-data")
+    assert f"moe-jax train --config {file}" in written.stdout
+    assert file.read_text() == edited  # the user's own changes stay
+    assert run_module("moe_jax", *arguments).returncode == 2  # another learning rate
+    file.unlink()
 
 
 def test_comparison_has_several_seeds_and_can_be_repeated(demo):
@@ -99,7 +117,7 @@ def test_comparison_has_several_seeds_and_can_be_repeated(demo):
     [("configs/tiny_mixlorra.py", "did you mean 'tiny_mixlora.py'?"), ("none.py", "no such file")],
 )
 def test_errors_are_one_line(tmp_path, config, message):
-    process = run_module("moe_jax.demo", "--output", tmp_path, "--config", config)
+    process = run_module("moe_jax", "demo", "--output", tmp_path, "--config", config)
     assert process.returncode == 2
     assert process.stderr.startswith("error: ")
     assert process.stderr.count("\n") == 1
