@@ -11,8 +11,15 @@ TEST_STAMP := $(VENV)/.installed-test
 BROWSER_STAMP := $(VENV)/.installed-browser
 DOCS_STAMP := $(VENV)/.installed-docs
 
+# Where uv is installed, it makes the environment of `make demo`, with the versions of
+# constraints.txt. The tools of the other targets are installed by pip, whose configuration may name
+# a CPU build of PyTorch that uv does not find: it would fetch the one with CUDA, several GB.
+# `make test USE_UV=1` uses uv all the same.
+UV := $(shell command -v uv 2> /dev/null)
+USE_UV ?=
+
 .DEFAULT_GOAL := help
-.PHONY: help demo compare test test-browser fuzz docs lint format clean
+.PHONY: help demo compare test test-browser fuzz docs lint format wheel constraints clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -49,6 +56,18 @@ format: $(TEST_STAMP) ## format the code and apply ruff's safe fixes
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
 
+# Wheel and sdist are those of a release; the former is tested outside the checkout.
+wheel: $(RUN_STAMP) ## build wheel and sdist in dist/, and use the wheel in an empty environment
+	rm -rf dist
+	$(BIN)/python -m pip install --quiet build
+	$(BIN)/python -m build --outdir dist > /dev/null
+	scripts/check_wheel.sh dist/*.whl $(PYTHON)
+
+constraints: ## write constraints.txt anew, with the newest versions for Python 3.11 to 3.13
+	@test -n '$(UV)' || { echo 'make constraints needs uv: pip install uv' >&2; exit 1; }
+	$(UV) pip compile --quiet --no-config --universal --python-version 3.11 --all-extras --upgrade \
+	    --no-annotate --no-header --output-file constraints.txt pyproject.toml
+
 clean: ## remove caches, builds and the demo's output; .venv stays
 	rm -rf demo_output notebooks/output docs/_build build dist .pytest_cache .ruff_cache .import_linter_cache
 	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
@@ -60,22 +79,25 @@ define make_venv
 	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
 endef
 
-$(RUN_STAMP): pyproject.toml
+# $(call install,EXTRA,UV): the project with an extra, by uv if UV is not empty, else by pip.
+define install
 	$(make_venv)
-	$(BIN)/python -m pip install --quiet --editable .
+	$(if $(2),$(UV) pip install --quiet --python $(BIN)/python --constraint constraints.txt,\
+	    $(BIN)/python -m pip install --quiet) --editable '.$(1:%=[%])'
+endef
+
+$(RUN_STAMP): pyproject.toml
+	$(call install,,$(UV))
 	@touch $@
 
 $(TEST_STAMP): pyproject.toml
-	$(make_venv)
-	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	$(call install,test,$(USE_UV))
 	@touch $(RUN_STAMP) $@
 
 $(BROWSER_STAMP): pyproject.toml
-	$(make_venv)
-	$(BIN)/python -m pip install --quiet --editable '.[browser]'
+	$(call install,browser,$(USE_UV))
 	@touch $(RUN_STAMP) $(TEST_STAMP) $@
 
 $(DOCS_STAMP): pyproject.toml
-	$(make_venv)
-	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	$(call install,docs,$(USE_UV))
 	@touch $(RUN_STAMP) $@
