@@ -1,6 +1,8 @@
 """Persistent cache of compiled programs: default, settings of the user, errors, pruning."""
 
 import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -122,3 +124,26 @@ def test_a_damaged_program_is_replaced(damage, monkeypatch, recwarn):
     monkeypatch.setattr(process._CheckedCache, "put", None)  # would warn
     assert run() == expected
     assert not [warning for warning in recwarn if "cache" in str(warning.message)]
+
+
+def test_a_plugin_without_its_devices_is_one_line(tmp_path):
+    # As jax's plugins for CUDA do on a machine without a GPU.
+    plugin = tmp_path / "jax_plugins" / "xla_absent"
+    plugin.mkdir(parents=True)
+    (plugin / "__init__.py").write_text(
+        "def initialize():\n    raise RuntimeError('Unable to load cuPTI.\\nIs it installed?')\n"
+    )
+    code = (
+        "from moe_jax.commands.process import set_up_process\n"
+        "set_up_process()\n"
+        "import jax\n"
+        "print(jax.default_backend())"
+    )
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    environment = {**os.environ, "PYTHONPATH": path, "JAX_PLATFORMS": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "cpu\n"
+    line = "jax's plugin xla_absent does not start (Unable to load cuPTI.); "
+    assert done.stderr == f"{line}without it, jax runs on the CPU\n"

@@ -1,5 +1,6 @@
 """Set-up of a command's process: hooks, and the persistent cache of compiled programs."""
 
+import logging
 import os
 import platform
 import sys
@@ -13,6 +14,7 @@ from jax._src import compilation_cache, lru_cache
 
 from moe_jax.checkpoints.late_errors import silence_late_errors
 from moe_jax.files.cache import cache_folder
+from moe_jax.terminal import print_shown
 
 MIN_SECONDS = 0.1
 """Shortest compile time of a cached program; reading it back takes about as long."""
@@ -27,7 +29,20 @@ _HASH_BYTES = 16
 def set_up_process() -> None:
     """Installs the hooks and the cache. For commands, before anything is compiled."""
     silence_late_errors()
+    logging.getLogger("jax._src.xla_bridge").addFilter(_plugin_error_in_one_line)
     keep_compiled_programs()
+
+
+def _plugin_error_in_one_line(record: logging.LogRecord) -> bool:
+    """Shows one line in place of jax's stack trace where the devices of a plugin are missing."""
+    error = record.exc_info[1] if record.exc_info else None
+    if error is None or "plugin" not in str(record.msg):
+        return True
+    name = str(record.args[0]).rpartition(".")[2] if record.args else ""
+    reason = str(error).strip().partition("\n")[0] or type(error).__name__
+    line = f"jax's plugin {name} does not start ({reason}); without it, jax runs on the CPU"
+    print_shown(line, file=sys.stderr)
+    return False
 
 
 def keep_compiled_programs() -> None:
