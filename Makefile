@@ -19,7 +19,8 @@ UV := $(shell command -v uv 2> /dev/null)
 USE_UV ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo compare test test-browser fuzz docs lint format wheel constraints clean
+.PHONY: help demo compare test pytest test-browser prereleases \
+    fuzz docs lint format wheel constraints clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -30,10 +31,18 @@ demo: $(RUN_STAMP) ## train MixLoRA on a tiny Llama and show what it learned
 compare: $(RUN_STAMP) ## compare MixLoRA with LoRA of the same size, three seeds each
 	$(BIN)/python -m moe_jax.demo.compare --output demo_output
 
-# pytest runs last, so that its summary ends the output. The tests of one file stay on one worker,
-# because they share fixtures.
+# pytest runs last, so that its summary ends the output.
 test: lint docs ## format check, lint, types, import layers, documentation, tests
+	@$(MAKE) --no-print-directory pytest
+
+# The tests of one file stay on one worker, because they share fixtures.
+pytest: $(TEST_STAMP) ## the tests alone
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
+prereleases: $(TEST_STAMP) ## the tests with the heads of jax and flax, which stay in .venv
+	$(BIN)/python -m pip install --quiet --upgrade --pre jaxlib \
+	    'jax @ git+https://github.com/jax-ml/jax' 'flax @ git+https://github.com/google/flax'
+	@$(MAKE) --no-print-directory pytest
 
 test-browser: $(BROWSER_STAMP) ## the page of `moe-jax serve` in Debian's Chromium
 	@command -v chromium > /dev/null || \
