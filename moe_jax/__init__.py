@@ -5,6 +5,7 @@ flax, optax and numpy.
 """
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 from moe_jax.version import __version__ as __version__
@@ -42,6 +43,9 @@ if TYPE_CHECKING:  # the names of `_NAMES`, for type checkers
     from moe_jax.library import train as train
     from moe_jax.training.records.plan import parameter_count as parameter_count
     from moe_jax.training.records.plots import loss_curves as loss_curves
+
+# Set before any import of transformers, which otherwise advises to install PyTorch.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 _NAMES = {
     "moe_jax.adapters.lora.lora": "LoraConfig",
