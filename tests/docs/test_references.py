@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")
 SITE = sorted(str(page.relative_to(ROOT)) for page in (ROOT / "docs").glob("**/*.md"))
 PATH = re.compile(
-    r"(?<![\w/.-])(?:moe_jax|tests|benchmarks|configs|notebooks)/[\w./-]*(?:\.\w+|/)(?!\w)"
+    r"(?<![\w/.-])(?:moe_jax|tests|benchmarks|configs|docker|notebooks|scripts)/[\w./-]*(?:\.\w+|/)(?!\w)"
 )
 EXAMPLES = ("configs/mine.py",)  # the user's own
 
