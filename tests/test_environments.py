@@ -1,5 +1,6 @@
-"""constraints.txt is made from the present pyproject.toml (`make constraints`)."""
+"""constraints.txt is made from the present pyproject.toml, and the files of a release agree."""
 
+import re
 import tomllib
 from itertools import chain
 from pathlib import Path
@@ -7,6 +8,8 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+
+from moe_jax.version import __version__
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -43,3 +46,10 @@ def test_constraints_satisfy_the_project(python):
         if requirement.marker is None or requirement.marker.evaluate(environment):
             version = versions[canonicalize_name(requirement.name)]
             assert requirement.specifier.contains(version), f"{requirement}: make constraints"
+
+
+def test_files_of_a_release_name_one_version():
+    # The release workflow compares these with the tag.
+    assert f"\nversion: {__version__}\n" in (ROOT / "CITATION.cff").read_text()
+    changelog = (ROOT / "CHANGELOG.md").read_text()
+    assert re.search(rf"^## {__version__} - \d{{4}}-\d\d-\d\d$", changelog, re.MULTILINE)
