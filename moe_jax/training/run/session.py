@@ -333,7 +333,7 @@ class TrainingSession:
             pictures: dict[str, bytes] = {}
             skipped = ""
             if is_main_process():
-                lines = read_metrics(self.work.folder / METRICS_FILE)
+                lines = read_metrics(self.work.folder / METRICS_FILE, missing_ok=True)
                 if count := skipped_steps(lines, name):
                     skipped = f"; steps skipped, as gradients were not finite: {count}"
                 adapter = self.config.adapters[name]
