@@ -4,8 +4,10 @@
 
 Settings are those of `llama7b_mixlora.py`; the learning rate follows from the width
 (`learning_rate_for` in `moe_jax/config/recipe.py`, with its source). The weights take 14.9 GB in
-bfloat16, 5.6 GB of them for the embeddings of each layer: every device holds a copy. The towers of
-the checkpoint, for images and audio, are not read.
+bfloat16, 5.6 GB of them for the embeddings of each layer: every device holds a copy. A step is two
+micro-batches: as one, its plan has 109 GiB (`moe-jax plan` with jax 0.10.2, compiled for a CPU,
+which holds weights and activations in float32 too). The towers of the checkpoint, for images and
+audio, are not read.
 """
 
 from typing import Any
@@ -32,4 +34,4 @@ HF_CONFIG = {
 
 
 def get_config() -> dict[str, Any]:
-    return recipe("google/gemma-4-E4B", hf_config=HF_CONFIG, data_axis=-1, fsdp=1)
+    return recipe("google/gemma-4-E4B", hf_config=HF_CONFIG, data_axis=-1, fsdp=1, micro_batches=2)

@@ -1,7 +1,7 @@
 """Softmax attention of a decoder layer, with the adapters of its frozen projections."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import ClassVar
 
 import flax.linen as nn
 import jax
@@ -22,9 +22,16 @@ from moe_jax.sharding.axes import EMBED, HEADS, KV_HEADS
 
 
 class SelfAttention(nn.Module):
-    """Grouped-query self-attention with rotary positions."""
+    """Grouped-query self-attention with rotary positions.
+
+    Attributes:
+      settings: settings of all layers.
+      reads: module of the earlier layer whose keys and values this layer attends to; None if it has
+        its own.
+    """
 
     settings: LayerSettings
+    reads: ClassVar[str | None] = None
 
     @nn.compact
     def __call__(
@@ -44,7 +51,11 @@ class SelfAttention(nn.Module):
             query = query * context.query_scales[..., None, None].astype(query.dtype)
         if not config.qk_norm:  # kept instead of the product, which then has no further use
             query = checkpoint_name(query, NARROW_PRODUCT)
-        kept = self._keys_and_values(x, context, tables, contexts)
+        if self.reads is None:
+            kept = self._keys_and_values(x, context, tables, contexts)
+        else:
+            assert context.kept is not None
+            kept = context.kept[self.reads]
         attended = self._attend(query, kept, context, layer_index)
         if gate is not None:
             attended = attended * jax.nn.sigmoid(gate)
@@ -52,12 +63,8 @@ class SelfAttention(nn.Module):
         contexts = with_dropout_keys(self, contexts)
         axes, use_bias = (HEADS, EMBED), config.attention_bias
         output = self._project("o_proj", attended, config.hidden_size, axes, use_bias, contexts)
-        return output, kept if self.keeps else None
-
-    @property
-    def keeps(self) -> bool:
-        """True if later layers may attend to the keys and values."""
-        return self.settings.config.has_readers
+        keeps = self.settings.config.has_readers and self.reads is None
+        return output, kept if keeps else None
 
     def _project(
         self,
@@ -195,25 +202,13 @@ class GlobalAttention(SelfAttention):
 class SelfAttentionReader(SelfAttention):
     """Sliding attention to the keys and values of an earlier layer."""
 
-    def _keys_and_values(self, x: jax.Array, context: TokenContext, *_: Any) -> KeysAndValues:
-        assert context.kept is not None
-        return context.kept[SELF_ATTENTION]
-
-    @property
-    def keeps(self) -> bool:
-        return False
+    reads: ClassVar[str | None] = SELF_ATTENTION
 
 
 class GlobalAttentionReader(GlobalAttention):
     """Full attention to the keys and values of an earlier layer."""
 
-    def _keys_and_values(self, x: jax.Array, context: TokenContext, *_: Any) -> KeysAndValues:
-        assert context.kept is not None
-        return context.kept[GLOBAL_ATTENTION]
-
-    @property
-    def keeps(self) -> bool:
-        return False
+    reads: ClassVar[str | None] = GLOBAL_ATTENTION
 
 
 def _is_sliding(config: ModelConfig, layer_index: jax.Array) -> jax.Array | None:

@@ -68,11 +68,11 @@ class LayerEmbedding(nn.Module):
           contexts: context of each adapter.
         """
         settings, config = self.settings, self.settings.config
-        widths = config.hidden_size, embedding.shape[-1]
+        narrow, wide = embedding.shape[-1], config.hidden_size
         options: Any = {"deterministic": settings.deterministic}
         contexts = with_dropout_keys(self, contexts)
-        gate = linear(settings, "per_layer_input_gate", widths, (EMBED, HEADS), False)
+        gate = linear(settings, "per_layer_input_gate", (wide, narrow), (EMBED, HEADS), False)
         hidden = gated(ACTIVATIONS[config.hidden_act], gate(x, contexts, **options), embedding)
         contexts = with_dropout_keys(self, contexts)
-        project = linear(settings, "per_layer_projection", widths[::-1], (HEADS, EMBED), False)
+        project = linear(settings, "per_layer_projection", (narrow, wide), (HEADS, EMBED), False)
         return norm(settings, "norm")(project(hidden, contexts, **options))
