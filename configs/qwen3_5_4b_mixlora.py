@@ -5,7 +5,7 @@
 Settings are those of `llama7b_mixlora.py`; the learning rate follows from the width
 (`learning_rate_for` in `moe_jax/config/recipe.py`, with its source). The two narrow projections of
 linear attention, `in_proj_a` and `in_proj_b`, stay frozen. The weights take 8.4 GB in bfloat16:
-every device holds a copy. A step is two micro-batches, and its plan at most 71 GiB (`moe-jax plan`
+every device holds a copy. A step is two micro-batches, and its plan has 57 GiB (`moe-jax plan`
 with jax 0.10.2, compiled for a CPU, which holds weights and activations in float32 too). The
 checkpoint also reads images; only its text model is loaded.
 """
