@@ -12,13 +12,27 @@ import pytest
 from nbclient import NotebookClient
 from xla_flags import xla_flags
 
+import moe_jax
+from moe_jax import demo
+
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
-NAMES = ("quick_start", "routing_tour")
+NAMES = ("own_rows", "quick_start", "routing_tour")
 SECONDS = 600
 """Limit for one cell, on the slowest machine."""
 
 # Cells that run after the last one of each notebook and print its results as JSON.
 RESULT_CELLS = {
+    "own_rows": """
+lines = [json.loads(l) for l in (OUTPUT / "run" / "metrics.jsonl").read_text().splitlines()]
+print(json.dumps({
+    "losses": [line["mine/loss"] for line in lines if "mine/loss" in line],
+    "expected": list(FACTS.values()),
+    "before": before,
+    "after": after,
+    "conversation": conversation,
+    "exported": sorted(path.name for path in (OUTPUT / "exported").iterdir()),
+}))
+""",
     "quick_start": """
 import json
 losses = {}
@@ -53,14 +67,14 @@ def read(name):
     return nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4)
 
 
-def run(name, folder, steps):
+def run(name, folder, **parameters):
     """The executed notebook, and the results that its `RESULT_CELLS` entry printed."""
     notebook = read(name)
     (position,) = [
         n for n, c in enumerate(notebook.cells) if "parameters" in c.metadata.get("tags", [])
     ]
-    steps_cell = nbformat.v4.new_code_cell(f"STEPS = {steps}")
-    notebook.cells.insert(position + 1, steps_cell)
+    given = "\n".join(f"{parameter} = {value!r}" for parameter, value in parameters.items())
+    notebook.cells.insert(position + 1, nbformat.v4.new_code_cell(given))
     notebook.cells.append(nbformat.v4.new_code_cell(RESULT_CELLS[name]))
     # A user's machine: one device.
     environment = {**os.environ, "XLA_FLAGS": xla_flags(devices=1)}
@@ -98,7 +112,7 @@ def pictures(notebook):
 
 
 def test_quick_start_learns(tmp_path):
-    notebook, found = run("quick_start", tmp_path, steps=40)
+    notebook, found = run("quick_start", tmp_path, STEPS=40)
     assert len(found["losses"]) == 6
     # Each is measured at step 0, when the base has not seen a question.
     assert all(values[-1] < values[0] / 3 for values in found["losses"].values()), found["losses"]
@@ -115,7 +129,7 @@ def test_quick_start_learns(tmp_path):
 
 
 def test_routing_tour_inspects_the_trained_adapter(tmp_path):
-    notebook, found = run("routing_tour", tmp_path, steps=24)
+    notebook, found = run("routing_tour", tmp_path, STEPS=24)
     assert found["parameters"] == {"lora": 214_912, "mixlora": 215_040}
     for name, losses in found["losses"].items():
         assert losses == {
@@ -135,6 +149,34 @@ def test_routing_tour_inspects_the_trained_adapter(tmp_path):
     assert len(pictures(notebook)) == 8
     (frame,) = [text for text in outputs(notebook, "text/html") if "<iframe" in text]
     assert len(frame) > found["page"] > 20_000
+
+
+def test_own_rows_are_learned_and_answered(tmp_path):
+    # The demo's base in place of the hub's model.
+    notebook, found = run("own_rows", tmp_path, STEPS=80, BASE=str(demo.BASE))
+    assert found["losses"][-1] < found["losses"][0] / 10, found["losses"]
+    after = [answer.strip() for answer in found["after"]]
+    assert sum(map(str.__eq__, after, found["expected"])) >= 4, after
+    assert not set(found["before"]) & set(found["expected"])
+    turns = found["conversation"]
+    assert [turn["role"] for turn in turns] == ["user", "assistant"] * 2
+    assert all(turn["content"] for turn in turns)
+    assert "adapter_config.json" in found["exported"]
+    assert len(pictures(notebook)) == 1  # losses
+
+
+PUBLIC = re.compile(r"^(?:import|from) (moe_jax[\w.]*)(?: import (.+))?$", re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_imports_public_names_only(name):
+    code = "\n".join(cell.source for cell in read(name).cells if cell.cell_type == "code")
+    imports = PUBLIC.findall(code)
+    assert imports
+    for module, names in imports:
+        assert module in ("moe_jax", "moe_jax.demo")
+        assert set(filter(None, names.split(", "))) <= {*moe_jax.__all__, *demo.__all__, "demo"}
+    assert set(re.findall(r"\bmoe_jax\.(\w+)", code)) <= {*moe_jax.__all__, "demo"}
 
 
 @pytest.mark.parametrize("name", NAMES)
