@@ -142,9 +142,9 @@ def prepare(folder: Path) -> None:
     shutil.copy(folder / "train.jsonl", folder / "data" / "questions.jsonl")
     (folder / "data" / "stories.txt").write_text("The sky is blue.\nHot is not cold.\n")
     (folder / "quiz.txt").write_text("{question}\n")
-    for name, method in (("mine", "mixlora"), ("lora", "lora")):
+    for name, method in (("mine", ""), ("lora", " --method lora")):
         train = f"moe-jax train --base models/llama --data train.jsonl --workdir runs/{name}"
-        status, _, last = run(Command("", f"{train} --method {method}"), folder)
+        status, _, last = run(Command("", f"{train}{method}"), folder)
         if status:
             sys.exit(f"the run {name} failed: {last}")
     for name in ("a", "b", "mix"):
@@ -162,7 +162,10 @@ def main(wanted: str) -> int:
         prepare(folder)
         for command in commands:
             if command.reason is not None:
-                print(f"not run  {command.page}: {command.text}\n         {command.reason}")
+                print(
+                    f"not run  {command.page}: {command.text}\n         {command.reason}",
+                    flush=True,
+                )
                 continue
             status, seconds, last = run(command, folder)
             failed += status != 0
