@@ -38,8 +38,9 @@ def _plugin_error_in_one_line(record: logging.LogRecord) -> bool:
     error = record.exc_info[1] if record.exc_info else None
     if error is None or "plugin" not in str(record.msg):
         return True
-    name = str(record.args[0]).rpartition(".")[2] if record.args else ""
+    module = str(record.args[0]) if isinstance(record.args, tuple) and record.args else ""
     reason = str(error).strip().partition("\n")[0] or type(error).__name__
+    name = module.rpartition(".")[2]
     line = f"jax's plugin {name} does not start ({reason}); without it, jax runs on the CPU"
     print_shown(line, file=sys.stderr)
     return False
