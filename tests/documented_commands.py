@@ -36,7 +36,7 @@ PROGRAM = re.compile(
 # The first pattern that a command contains says why it is not run here, and what does run it.
 NOT_RUN = {
     r"^pip install (-e|-c|.?moe-jax)": "installs: scripts/check_wheel.sh does",
-    r"^uv sync": "installs: `make demo` does where uv is there",
+    r"^uv pip": "installs: `make demo` does where uv is there",
     r"^(make|\.venv/)": "a target of the Makefile: CI runs each",
     r"^(docker|gcloud|sbatch)": "needs a daemon, TPUs or a cluster",
     r"^scripts/run_on_hosts": "needs hosts that share a folder",
