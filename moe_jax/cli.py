@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any, NoReturn
@@ -44,6 +45,9 @@ COMMANDS: dict[str, Callable[[argparse.ArgumentParser], Run]] = {
     "surgery": surgery.add,
     "verify": verify.add,
 }
+
+LINGER = 20.0
+"""Largest number of seconds for which a process that ends with an error waits for its threads."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -109,7 +113,10 @@ def main(arguments: list[str] | None = None, *, own_process: bool = False) -> in
             status = chosen.run(chosen)
         sys.stdout.flush()
     except UserError as error:
-        return report(error)
+        status = report(error)
+        if own_process:
+            threading.Thread(target=_exit_despite_threads, args=(status,), daemon=True).start()
+        return status
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 128 + signal.SIGINT
@@ -119,6 +126,17 @@ def main(arguments: list[str] | None = None, *, own_process: bool = False) -> in
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     return status or 0
+
+
+def _exit_despite_threads(status: int) -> None:
+    """Ends the process if other threads keep it alive after its main thread has ended.
+
+    Those of Orbax wait for ever for a folder that could not be made on a disk that has turned
+    read-only.
+    """
+    threading.main_thread().join()
+    time.sleep(LINGER)
+    os._exit(status)
 
 
 @contextlib.contextmanager

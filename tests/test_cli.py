@@ -174,6 +174,21 @@ def test_as_a_process(folder, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_threads_that_wait_for_ever_do_not_keep_a_failed_command():
+    code = (
+        "import sys, threading; from moe_jax import cli; from moe_jax.errors import UserError\n"
+        "cli.LINGER = 0.1\n"
+        "def run(_):\n"
+        "    threading.Thread(target=threading.Event().wait).start()\n"
+        "    raise UserError('the disk is read-only')\n"
+        "cli.COMMANDS['show'] = lambda _: run\n"
+        "sys.exit(cli.main())"
+    )
+    command = [sys.executable, "-c", code, "show"]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert (ended.returncode, ended.stderr) == (2, "error: the disk is read-only\n")
+
+
 def test_a_closed_pipe_is_not_an_error(folder):
     code = "import sys; from moe_jax.cli import main; sys.exit(main())"
     command = [sys.executable, "-c", code, "show", str(folder / "lora")]
