@@ -149,7 +149,7 @@ def prepare(folder: Path) -> None:
             sys.exit(f"the run {name} failed: {last}")
     for name in ("a", "b", "mix"):
         (folder / "runs" / name).symlink_to("mine")
-    config = (folder / "runs" / "lora" / "config.py").read_text()
+    config = (folder / "runs" / "mine" / "config.py").read_text()
     (folder / "configs" / "mine.py").write_text(config)
 
 
