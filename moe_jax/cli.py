@@ -85,8 +85,8 @@ def main(arguments: list[str] | None = None, *, own_process: bool = False) -> in
 
     Args:
       arguments: arguments of the command line; None takes those of the process.
-      own_process: install the hooks and the cache of compiled programs of a command; always done
-        for the arguments of the process.
+      own_process: install the hooks and the cache of compiled programs of a command, and after an
+        error end the process within `LINGER` seconds; always done for the arguments of the process.
     """
     own_process = own_process or arguments is None
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -129,13 +129,15 @@ def main(arguments: list[str] | None = None, *, own_process: bool = False) -> in
 
 
 def _exit_despite_threads(status: int) -> None:
-    """Ends the process if other threads keep it alive after its main thread has ended.
+    """Ends the process, which is about to end by itself, if other threads keep it alive.
 
     Those of Orbax wait for ever for a folder that could not be made on a disk that has turned
-    read-only.
+    read-only. Joining the main thread first would wait for them too: Python joins the threads of
+    executors before its main thread counts as ended.
     """
-    threading.main_thread().join()
     time.sleep(LINGER)
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.flush()
     os._exit(status)
 
 

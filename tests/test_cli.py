@@ -174,12 +174,20 @@ def test_as_a_process(folder, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_threads_that_wait_for_ever_do_not_keep_a_failed_command():
+@pytest.mark.parametrize(
+    "start",
+    [
+        "threading.Thread(target=threading.Event().wait).start()",
+        "futures.ThreadPoolExecutor(1).submit(threading.Event().wait)",
+    ],
+)
+def test_threads_that_wait_for_ever_do_not_keep_a_failed_command(start):
     code = (
-        "import sys, threading; from moe_jax import cli; from moe_jax.errors import UserError\n"
+        "import sys, threading; from concurrent import futures\n"
+        "from moe_jax import cli; from moe_jax.errors import UserError\n"
         "cli.LINGER = 0.1\n"
         "def run(_):\n"
-        "    threading.Thread(target=threading.Event().wait).start()\n"
+        f"    {start}\n"
         "    raise UserError('the disk is read-only')\n"
         "cli.COMMANDS['show'] = lambda _: run\n"
         "sys.exit(cli.main())"
