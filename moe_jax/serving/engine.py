@@ -339,6 +339,9 @@ class Engine:
                 continue
             row.chosen += 1
             if row.chosen <= len(answer.generated):  # an earlier row of the answer had it
+                if row.chosen == len(answer.generated) and answer.request.has_penalties:
+                    # Rounding may have chosen another token this time; those that were sent count.
+                    self._model.begin_history(row.slot, answer.request.tokens, answer.generated)
                 continue
             with _failing_alone(answer):
                 record = TokenRecord(token)

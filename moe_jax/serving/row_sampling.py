@@ -75,9 +75,13 @@ class Chosen(NamedTuple):
     top_logprobs: Any
 
 
-def begin_row(history: TokenHistory, slot: jax.Array, in_prompt: jax.Array) -> TokenHistory:
-    """The history with a new row: an empty answer to a prompt of these tokens, bool [V]."""
-    return TokenHistory(history.counts.at[slot].set(0), history.in_prompt.at[slot].set(in_prompt))
+def begin_row(
+    history: TokenHistory, slot: jax.Array, in_prompt: jax.Array, counts: Any = 0
+) -> TokenHistory:
+    """The history with a row of a prompt of the tokens bool [V], and an answer of int32 [V]."""
+    return TokenHistory(
+        history.counts.at[slot].set(counts), history.in_prompt.at[slot].set(in_prompt)
+    )
 
 
 def choose_tokens(

@@ -143,11 +143,13 @@ class ServingModel:
         self.cache = Cache(BlockPool(*pool), row_values)
         self.history = TokenHistory(counts, in_prompt)
 
-    def begin_history(self, slot: int, prompt: Sequence[int]) -> None:
-        """Starts the history of a row with this prompt."""
+    def begin_history(self, slot: int, prompt: Sequence[int], answer: Sequence[int] = ()) -> None:
+        """Sets the history of a row to this prompt and the tokens of its answer so far."""
         in_prompt = np.zeros(self.vocab_size, bool)
         in_prompt[list(prompt)] = True
-        self.history = self._begin_row(self.history, np.int32(slot), in_prompt)
+        counts = np.bincount(np.array(answer, np.int32), minlength=self.vocab_size)
+        counts = counts.astype(np.int32)
+        self.history = self._begin_row(self.history, np.int32(slot), in_prompt, counts)
 
     def prefill(self, slots: FilledSlots, call: Call) -> Prefilled:
         """Adds a part of a prompt to the cache."""
