@@ -173,22 +173,26 @@ def test_rows_wait_for_the_blocks_of_their_prompts(engine):
     assert long[0].generated == long[1].generated
 
 
-def test_rows_that_give_way_lose_and_repeat_nothing(engine):
-    """Six blocks: two rows begin with three each, and both grow to five."""
+@pytest.mark.parametrize(("length", "max_tokens"), [(len(PROMPT), 17), (6, 34)])
+def test_rows_that_give_way_lose_and_repeat_nothing(engine, length, max_tokens):
+    """Six blocks, and rows that grow to five: one gives way in its prompt, or after many tokens."""
     settings = [
         {},
         {"temperature": 1.3, "seed": 4, "frequency_penalty": 0.7},
         {"scores_prompt": True, "temperature": 1.0, "seed": 5},
     ]
+    answer = lambda collector, fields: collector.answer(
+        PROMPT[:length], max_tokens=max_tokens, logprobs=0, **fields
+    )
     collector, ends, alone = Collector(), [], []
     for fields in settings:
-        engine.submit([collector.answer(max_tokens=17, logprobs=0, **fields)])
+        engine.submit([answer(collector, fields)])
         ends.append([])
         while not ends[-1] or not ends[-1][-1].is_last:
             ends[-1].append(collector.events.get(timeout=60)[1])
         alone.append(collector.answers[-1].generated)
     before, collector = engine.preemptions, Collector()
-    engine.submit([collector.answer(max_tokens=17, logprobs=0, **fields) for fields in settings])
+    engine.submit([answer(collector, fields) for fields in settings])
     events = [[] for _ in settings]
     while not all(own and own[-1].is_last for own in events):
         number, event = collector.events.get(timeout=60)
@@ -199,6 +203,27 @@ def test_rows_that_give_way_lose_and_repeat_nothing(engine):
     for own, expected in zip(events, ends, strict=True):
         assert [t.id for t in flat(own)] == [t.id for t in flat(expected)]
         assert "".join(e.text for e in own) == "".join(e.text for e in expected)
+
+
+def test_penalties_count_the_tokens_that_were_sent(engine, monkeypatch):
+    """A row that computes an answer again may choose other tokens, by rounding."""
+    fields = {"max_tokens": 34, "frequency_penalty": 1.0}
+    collector = Collector()
+    engine.submit([collector.answer(PROMPT[:6], **fields)])
+    assert not collector.wait(1)
+    alone, begin, begun = collector.answers[0].generated, engine._model.begin_history, []
+
+    def begin_with_others(slot, prompt, answer=()):
+        begun.append(len(answer))
+        is_again = len(begun) > 2 and not answer
+        begin(slot, prompt, 9 * alone if is_again else answer)
+
+    monkeypatch.setattr(engine._model, "begin_history", begin_with_others)
+    collector = Collector()
+    engine.submit([collector.answer(PROMPT[:6], **fields) for _ in range(2)])
+    assert not collector.wait(2)
+    assert begun[:3] == [0, 0, 0] and begun[3] > 0
+    assert [answer.generated for answer in collector.answers] == [alone] * 2
 
 
 def test_failures_answer_all_requests(base):
