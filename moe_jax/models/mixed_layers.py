@@ -55,7 +55,6 @@ _RANDOM_STREAMS = (PARAMS, ADAPTERS, "dropout")
 Variables = dict[str, dict[str, Any]]
 """Variables by collection and module of a layer."""
 
-
 Kept = dict[str, KeysAndValues]
 """Keys and values of the last layer of each kind, by the name of its module."""
 

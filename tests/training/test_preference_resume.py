@@ -1,4 +1,4 @@
-"""Runs of preference training that are killed or on a mesh, several adapters side by side."""
+"""A run of preference training that is killed, with several adapters side by side."""
 
 import shutil
 import signal
