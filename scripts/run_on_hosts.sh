@@ -15,7 +15,8 @@ port=${PORT:-8476}
 mapfile -t hosts < <(grep -vE '^\s*(#|$)' "$list")
 command=$(printf '%q ' "$@")
 folder=$(printf '%q' "$PWD")
-pid_file=/tmp/moe_jax.$port # on each host
+# In the folder that all hosts share.
+pid_file=.run_on_hosts.$$
 
 on() { "${REMOTE_SHELL:-ssh}" "$@" < /dev/null; }
 
@@ -27,7 +28,8 @@ for i in "${!hosts[@]}"; do
 done
 
 # One process that is told to stop stops all of them after the same step.
-trap 'on "${hosts[0]}" "kill -TERM \$(cat $pid_file.0)"' INT TERM
+trap 'on "${hosts[0]}" "cd $folder && kill -TERM \$(cat $pid_file.0)"' INT TERM
+trap 'rm -f "$pid_file".*' EXIT
 
 status=0
 for process in "${processes[@]}"; do

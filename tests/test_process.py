@@ -144,6 +144,6 @@ def test_a_plugin_without_its_devices_is_one_line(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
     )
-    assert done.stdout == "cpu\n"
-    line = "jax's plugin xla_absent does not start (Unable to load cuPTI.); "
-    assert done.stderr == f"{line}without it, jax runs on the CPU\n"
+    line = "jax's plugin xla_absent does not start (Unable to load cuPTI.); jax goes on without it"
+    assert [each for each in done.stderr.splitlines() if "xla_absent" in each] == [line]
+    assert "Traceback" not in done.stderr

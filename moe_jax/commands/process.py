@@ -41,7 +41,7 @@ def _plugin_error_in_one_line(record: logging.LogRecord) -> bool:
     module = str(record.args[0]) if isinstance(record.args, tuple) and record.args else ""
     reason = str(error).strip().partition("\n")[0] or type(error).__name__
     name = module.rpartition(".")[2]
-    line = f"jax's plugin {name} does not start ({reason}); without it, jax runs on the CPU"
+    line = f"jax's plugin {name} does not start ({reason}); jax goes on without it"
     print_shown(line, file=sys.stderr)
     return False
 

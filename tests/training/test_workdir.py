@@ -128,8 +128,8 @@ def test_a_folder_that_is_gone_is_named_whatever_the_error_is(tmp_path, change):
     with pytest.raises(CheckpointError) as error:
         change_in_use()
     assert str(error.value) == (
-        f"{folder} was removed or renamed while the run used it (its .lock is gone); put it back "
-        "and run the same command again, or give another --workdir"
+        f"{folder} was removed or renamed while the run used it (its .lock is gone, or another "
+        "run's); put it back and run the same command again, or give another --workdir"
     )
 
 
