@@ -162,8 +162,8 @@ class WorkDir:
 
     def _removal(self) -> CheckpointError:
         return CheckpointError(
-            f"{self.folder} was removed or renamed while the run used it (its {_LOCK} is gone, "
-            "or another run's); put it back and run the same command again, or give another --workdir"
+            f"{self.folder} was removed or renamed while the run used it (its {_LOCK} is gone, or "
+            "another run's); put it back and run the same command again, or give another --workdir"
         )
 
     def _remove_if_unused(self) -> None:
