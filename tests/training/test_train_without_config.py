@@ -148,7 +148,10 @@ def test_preferences(folder, tmp_path, monkeypatch, capsys):
 
     inputs = ["train", "--base", str(folder / "base"), "--data", str(data)]
     assert main([*inputs, "--workdir", str(tmp_path / "a")]) == 2
-    assert "name one in its field `preference`, or with --preference" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert (
+        "the preference loss dpo, orpo or simpo, given by its field `preference` or --pref" in said
+    )
     assert main([*inputs, "--workdir", str(tmp_path / "a"), "--preference", "dop"]) == 2
     assert "preference.name: unknown preference loss 'dop'" in capsys.readouterr().err
 
