@@ -70,7 +70,7 @@ def choose_schema(
 
 
 def _loss_advice(schema: Schema, schemas: Collection[Schema]) -> str:
-    """What to do with rows of a schema of preference data where `schemas` are learned."""
+    """Advice on rows of a schema of preference data where `schemas` are learned."""
     losses = sorted(name for name, loss in PREFERENCES.items() if loss.schema == schema)
     listed = " or ".join(filter(None, [", ".join(losses[:-1]), losses[-1]]))
     advice = (

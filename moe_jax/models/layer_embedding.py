@@ -60,7 +60,7 @@ class LayerEmbedding(nn.Module):
     def __call__(
         self, x: jax.Array, embedding: jax.Array, contexts: Mapping[str, AdapterContext]
     ) -> jax.Array:
-        """What is added to the hidden states [B, S, D].
+        """The term that is added to the hidden states [B, S, D].
 
         Args:
           x: the hidden states.
