@@ -26,6 +26,24 @@ TINY = {
     "tie_word_embeddings": False,
     "attn_implementation": "eager",
 }
+# Layers of two kinds, whose fields TINY lacks.
+QWEN3_5: dict[str, Any] = {
+    "num_hidden_layers": 4,
+    "full_attention_interval": 2,
+    "head_dim": 16,
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 10000.0,
+        "partial_rotary_factor": 0.25,
+        "mrope_section": [1, 1, 0],
+        "mrope_interleaved": True,
+    },
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 6,
+    "linear_conv_kernel_dim": 4,
+}
 
 
 def tiny_llama(seed: int = 0, **overrides: Any) -> LlamaForCausalLM:

@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers
 from foreign_adapters import LORA, peft_logits
-from hf_models import tiny_model
+from hf_models import QWEN3_5, tiny_model
 from tolerances import DELTA_NET_GRADIENT_OF_LARGEST, FLOAT32_LOGITS
 from whole_models import adapter_of
 
@@ -37,23 +37,6 @@ from moe_jax.models.causal_lm import LlamaForCausalLM
 from moe_jax.models.layer_views import split_layers
 from moe_jax.models.mixed_layers import pattern_length
 
-QWEN3_5: dict[str, Any] = {
-    "num_hidden_layers": 4,
-    "full_attention_interval": 2,
-    "head_dim": 16,
-    "rope_parameters": {
-        "rope_type": "default",
-        "rope_theta": 10000.0,
-        "partial_rotary_factor": 0.25,
-        "mrope_section": [1, 1, 0],
-        "mrope_interleaved": True,
-    },
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-    "linear_key_head_dim": 8,
-    "linear_value_head_dim": 6,
-    "linear_conv_kernel_dim": 4,
-}
 # The last two layers attend to the keys and values of the two before them.
 GEMMA_4_E2B: dict[str, Any] = {
     "num_hidden_layers": 6,

@@ -6,35 +6,17 @@ import json
 from typing import Any
 
 import pytest
-from hf_models import tiny_model
+from hf_models import QWEN3_5, tiny_model
 
 from moe_jax.adapters.lora.lora import LoraConfig
 from moe_jax.adapters.mixtures.mola import MolaConfig
 from moe_jax.errors import CheckpointError, ConfigError
 from moe_jax.hf.config import model_config_from_hf
 
-FIELDS: dict[str, Any] = {
-    "num_hidden_layers": 4,
-    "full_attention_interval": 2,
-    "head_dim": 16,
-    "rope_parameters": {
-        "rope_type": "default",
-        "rope_theta": 10000.0,
-        "partial_rotary_factor": 0.25,
-        "mrope_section": [1, 1, 0],
-        "mrope_interleaved": True,
-    },
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-    "linear_key_head_dim": 8,
-    "linear_value_head_dim": 6,
-    "linear_conv_kernel_dim": 4,
-}
-
 
 @functools.cache
 def _written() -> str:
-    return tiny_model("qwen3_5_text", **FIELDS).config.to_json_string(use_diff=False)
+    return tiny_model("qwen3_5_text", **QWEN3_5).config.to_json_string(use_diff=False)
 
 
 def _fields(**changes: Any) -> dict[str, Any]:
@@ -54,7 +36,7 @@ def _fields(**changes: Any) -> dict[str, Any]:
         ({"linear_num_key_heads": 3}, "linear_num_key_heads: must divide"),
         ({"linear_key_head_dim": ...}, "linear_key_head_dim: this field is required"),
         (
-            {"rope_parameters": {**FIELDS["rope_parameters"], "rope_type": "yarn", "factor": 4.0}},
+            {"rope_parameters": {**QWEN3_5["rope_parameters"], "rope_type": "yarn", "factor": 4.0}},
             "rope_parameters.rope_type: 'yarn' is not supported",
         ),
     ],
