@@ -26,6 +26,7 @@ from benchmarks.report import MEBIBYTE, check_output, machine, one_line, refuse,
 from benchmarks.sizes import SIZE_HELP, model_of
 from moe_jax.adapters import METHODS
 from moe_jax.adapters.tree import TARGET_MODULES
+from moe_jax.compiled.estimate import program_memory
 from moe_jax.config.run import parse_run_config
 from moe_jax.errors import ConfigError, UserError
 from moe_jax.training.step.program import Program, build_program
@@ -71,9 +72,7 @@ def step_of(program: Program, params: Any, length: int) -> Callable[[], None]:
 
 def memory_of(program: Program, length: int) -> float:
     """Memory of the compiled step in MiB, with the base."""
-    analysis: Any = program.compiled_train_step(length).memory_analysis()
-    total = analysis.argument_size_in_bytes + analysis.temp_size_in_bytes
-    return (total + analysis.output_size_in_bytes - analysis.alias_size_in_bytes) / MEBIBYTE
+    return program_memory(program.compiled_train_step(length)).peak / MEBIBYTE
 
 
 def measure(kind: str, counts: list[int], args: argparse.Namespace) -> list[dict[str, Any]]:

@@ -20,7 +20,8 @@ so that a part that fails or runs out of time loses nothing:
 
 Steps of a group are compiled in threads and then timed in turns. Weights are random. The share is
 that of the FLOPs that the frozen model needs, equal for peft's step and ours, at the rate of a
-matrix product.
+matrix product. Planned is the program's memory by XLA; peak is its memory on the device, empty
+where an earlier step of the part had a higher one.
 `peft` needs torch and peft, `run` all packages of the project, `tests` those of its tests.
 """
 
@@ -30,7 +31,7 @@ import contextlib
 import functools
 import json
 import os
-import shutil
+import re
 import signal
 import statistics
 import subprocess
@@ -68,6 +69,9 @@ DEFAULTS = {
 }
 """Settings of a step; those of a case differ by what the case names, and by options of XLA."""
 
+TESTS = ("tests/layers", "tests/adapters", "tests/training/test_step.py")
+"""Tests of the part `tests`."""
+
 TINY = {"size": "tiny", "length": 64, "attention": "xla", "expert_kernel": "einsum"}
 """Settings that replace those of every case with `--tiny`."""
 
@@ -88,6 +92,7 @@ VARIANTS: tuple[Group, ...] = (
     [("mixlora", {"attention": "xla", "rows": 1}), ("mixlora", {"rows": 1})],
     [("mixlora", {"dropout": 0.05}), ("lora", {"dropout": 0.05}), ("mixlora", {})],
     [("mixlora", {"xla_gpu_enable_dynamic_slice_fusion": on}) for on in (True, False)],
+    [("mixlora", {"xla_gpu_dot_merger_threshold_mb": mb, "rows": 1}) for mb in (4, 32)],
     [("mixlora", {"remat": remat}) for remat in ("frozen", "dots", "full")],
 )
 NF4: tuple[Group, ...] = ([(method, {"param_dtype": "nf4"}) for method in ("mixlora", "lora")],)
@@ -245,7 +250,7 @@ def measure_steps(recorder: Recorder, groups: Sequence[Group]) -> None:
             if key not in params:
                 params.clear()  # one base at a time
                 params[key] = params_of(step.program)
-            begin = functools.partial(step.begin, step, params[key])
+            begin = functools.partial(_begin, step, params[key], row)
             begun = recorder.attempt(row["case"], begin)
             if begun is not None:
                 running[index] = (begun, row, [])
@@ -266,28 +271,56 @@ def measure_variants(recorder: Recorder) -> None:
 def _compile(recorder: Recorder, method: str, differs: Mapping[str, Any]) -> Any:
     """A compiled step, its line of results so far, and its settings."""
     from benchmarks.training_steps import compiled_step
+    from moe_jax.compiled.estimate import program_memory
 
     settings = Namespace(**{**DEFAULTS, **differs, **(TINY if recorder.args.tiny else {})})
     step = compiled_step(method, settings)
     options = {name: value for name, value in differs.items() if name.startswith("xla_")}
-    memory: Any = step.compile({} if recorder.args.tiny else options).memory_analysis()
+    memory = program_memory(step.compile({} if recorder.args.tiny else options))
     row = {
         "case": [method, dict(differs)],
         "settings": vars(settings),
         "compile_seconds": round(step.compile_seconds, 1),
-        "planned_gib": (memory.argument_size_in_bytes + memory.temp_size_in_bytes) / 2**30,
+        "planned_gib": memory.peak / 2**30,
     }
     return step, row, settings
 
 
-def _time_in_turns(recorder: Recorder, running: dict[int, Any], rate: float) -> None:
+def _begin(step: Any, params: Any, row: dict[str, Any]) -> Callable[[], float]:
+    """Creates the inputs of a compiled step and runs it once; writes its peak memory to `row`."""
     import jax
 
+    from moe_jax.compiled.estimate import program_memory
+
+    device = jax.devices()[0]
+    run = step.begin(step, params)
+    before = device.memory_stats() or {}
+    run()
+    arguments = program_memory(step.compiled).arguments
+    row["peak_gib"] = peak_gib(arguments, before, device.memory_stats() or {})
+    return run
+
+
+def peak_gib(arguments: int, before: Mapping[str, int], after: Mapping[str, int]) -> float | None:
+    """Peak memory of a program on a device, in GiB; None if an earlier peak was higher.
+
+    Args:
+      arguments: bytes of the program's arguments, which are on the device before and after.
+      before: `Device.memory_stats` before the program ran; empty where the device has none.
+      after: the same afterwards.
+    """
+    peak = "peak_bytes_in_use"
+    if after.get(peak, 0) <= before.get(peak, 0):
+        return None
+    return (arguments + after[peak] - before["bytes_in_use"]) / 2**30
+
+
+def _time_in_turns(recorder: Recorder, running: dict[int, Any], rate: float) -> None:
     from benchmarks.sizes import model_of
     from benchmarks.timing import seconds_of
     from benchmarks.training_steps import needed_of_frozen
 
-    for turn in range(-2, TIMED):  # the first two are not timed
+    for turn in range(-1, TIMED):  # the first is not timed, nor was that of `_begin`
         if turn > 2 and recorder.left() < 10:
             break
         for index, (run, row, samples) in list(running.items()):
@@ -296,7 +329,6 @@ def _time_in_turns(recorder: Recorder, running: dict[int, Any], rate: float) -> 
                 del running[index]
             elif turn >= 0:
                 samples.append(seconds)
-    peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
     for _, row, samples in running.values():
         settings, seconds = row["settings"], statistics.median(samples)
         tokens = settings["rows"] * settings["length"]
@@ -308,7 +340,6 @@ def _time_in_turns(recorder: Recorder, running: dict[int, Any], rate: float) -> 
             tokens_per_second=tokens / seconds,
             needed_tflops=needed / seconds / 1e12,
             needed_share=needed / seconds / rate,
-            peak_gib_of_process=None if peak is None else peak / 2**30,
         )
 
 
@@ -400,7 +431,7 @@ def measure_decoding(recorder: Recorder) -> None:
 
 
 def measure_run(recorder: Recorder) -> None:
-    """Trains with `train.py` twice, once killed and resumed, and compares all bytes."""
+    """Trains with `train.py` twice, once killed and resumed, and compares weights and losses."""
     from benchmarks.generated_run import write_base, write_rows
 
     size = "tiny" if recorder.args.tiny else "160m"
@@ -409,8 +440,7 @@ def measure_run(recorder: Recorder) -> None:
         write_base(folder / "base", size)
         write_rows(folder / "rows.jsonl", 400)
         start = time.monotonic()
-        whole = _train(folder, "whole")
-        whole.wait()
+        _finish(_train(folder, "whole"))
         seconds = time.monotonic() - start
         killed = _train(folder, "killed")
         metrics = folder / "killed" / "metrics.jsonl"
@@ -418,32 +448,43 @@ def measure_run(recorder: Recorder) -> None:
             metrics.exists() and '"step": 20' in metrics.read_text()
         ):
             time.sleep(0.05)
+        was_killed = killed.poll() is None
         killed.kill()
         killed.wait()
-        _train(folder, "killed").wait()
-        differ = list(_differences(folder / "whole", folder / "killed"))
-        recorder.write(run_seconds=seconds, size=size, differ_after_kill_and_resume=differ)
+        _finish(_train(folder, "killed"))
+        differ = list(differences(folder / "whole", folder / "killed"))
+        recorder.write(
+            run_seconds=seconds,
+            size=size,
+            was_killed=was_killed,
+            differ_after_kill_and_resume=differ,
+        )
 
 
 def _train(folder: Path, workdir: str) -> "subprocess.Popen[bytes]":
-    command = [
-        sys.executable,
-        str(ROOT / "moe_jax/cli.py"),
-        "train",
-        "--base",
-        str(folder / "base"),
-    ]
+    command = [sys.executable, str(ROOT / "train.py"), "--base", str(folder / "base")]
     command += ["--data", str(folder / "rows.jsonl"), "--workdir", str(folder / workdir)]
     command += ["--set", "training.steps=40", "--set", "checkpoints.every=10"]
     command += ["--set", "training.log_every=10"]
-    return subprocess.Popen([*command], cwd=folder)
+    return subprocess.Popen(command, cwd=folder)
 
 
-def _differences(one: Path, other: Path) -> Iterator[str]:
-    """Relative paths of the adapter files and metrics that differ between two runs."""
-    for file in sorted((one / "adapters").rglob("*")):
-        if file.is_file() and file.read_bytes() != (other / file.relative_to(one)).read_bytes():
-            yield str(file.relative_to(one))
+def _finish(process: "subprocess.Popen[bytes]") -> None:
+    """Waits for a run, which must succeed."""
+    if process.wait():
+        raise RuntimeError(f"train.py ended with status {process.returncode}")
+
+
+def differences(one: Path, other: Path) -> Iterator[str]:
+    """Adapter leaves whose bits differ between two runs, and `metrics.jsonl` if losses do.
+
+    Names of weight files are random, so that the checksums of leaves are compared.
+    """
+    description = Path("adapters/default/adapter.json")
+    sums, others = (
+        json.loads((run / description).read_text())["checksums"] for run in (one, other)
+    )
+    yield from (leaf for leaf in sorted({*sums, *others}) if sums.get(leaf) != others.get(leaf))
     losses = [
         [{k: v for k, v in json.loads(line).items() if "loss" in k} for line in lines.splitlines()]
         for lines in ((run / "metrics.jsonl").read_text() for run in (one, other))
@@ -453,19 +494,35 @@ def _differences(one: Path, other: Path) -> Iterator[str]:
 
 
 def run_tests(recorder: Recorder) -> None:
-    """Runs the tests that compute on the device."""
-    if shutil.which("pytest") is None:
-        recorder.write(error="pytest is not installed")
-        return
-    folders = ["tests/layers", "tests/adapters", "tests/training/test_train_step.py"]
+    """Runs the tests that compute on the device, as many as the time allows."""
     environment = {**os.environ, "JAX_DEFAULT_MATMUL_PRECISION": "highest"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x" if recorder.args.tiny else "-q", *folders]
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
-    lines = done.stdout.splitlines()
-    failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
-    recorder.write(tests=lines[-1] if lines else done.stderr[-300:], failed=failed)
+    if not recorder.args.tiny:
+        environment["MOE_JAX_TEST_PLATFORMS"] = "cuda,cpu"
+        # Some tests start processes, which need memory of their own.
+        environment["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+        # Otherwise the tests compile kernels that are slow.
+        flags = os.environ.get("XLA_FLAGS", "")
+        environment["XLA_FLAGS"] = f"{flags} --xla_backend_optimization_level=3"
+    command = [sys.executable, "-m", "pytest", "-v", "--tb=short", *TESTS]
+    file = recorder.args.output / "tests.txt"
+    with (
+        file.open("w") as stream,
+        subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=stream, stderr=subprocess.STDOUT
+        ) as process,
+    ):
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(max(1.0, recorder.left() - 5))
+        ended = process.poll()
+        process.kill()
+    recorder.write(**outcomes(file.read_text()), pytest_status=ended, file=str(file))
+
+
+def outcomes(text: str) -> dict[str, Any]:
+    """Number of tests that passed, and the names of those that failed, from `pytest -v`."""
+    found = re.findall(r"^(\S+::.+) (PASSED|FAILED|ERROR)(?: +\[ *\d+%\])?$", text, re.MULTILINE)
+    failed = list(dict.fromkeys(name for name, outcome in found if outcome != "PASSED"))
+    return {"passed": sum(outcome == "PASSED" for _, outcome in found), "failed": failed}
 
 
 PARTS = {
@@ -491,8 +548,8 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
 def as_table(lines: Sequence[Mapping[str, Any]]) -> str:
     """Formats the steps as a Markdown table, with what else was measured below it."""
     rows = [
-        "| part | step | s | tokens/s | needed TFLOP/s | share | planned GiB |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
+        "| part | step | s | tokens/s | needed TFLOP/s | share | planned GiB | peak GiB |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     others = []
     for line in lines:
@@ -507,6 +564,7 @@ def as_table(lines: Sequence[Mapping[str, Any]]) -> str:
                 f"{line['needed_tflops']:.4g}",
                 f"{line['needed_share']:.1%}" if "needed_share" in line else "",
                 f"{line['planned_gib']:.1f}" if "planned_gib" in line else "",
+                f"{line['peak_gib']:.1f}" if line.get("peak_gib") else "",
             ]
             rows.append(f"| {' | '.join(cells)} |")
         else:

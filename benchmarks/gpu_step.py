@@ -61,8 +61,8 @@ from moe_jax.compiled.target import compiler_version, target_devices
 from moe_jax.config.model import ComputeConfig, StorageType
 from moe_jax.config.run import RunConfig
 from moe_jax.errors import ConfigError, UserError
+from moe_jax.sharding.compiler_options import compiler_options
 from moe_jax.sharding.mesh import platform_of
-from moe_jax.training.step.compiler_options import compiler_options
 from moe_jax.training.step.program import build_program
 
 
@@ -148,7 +148,7 @@ def lowered_step(name: str, args: argparse.Namespace, devices: Sequence[Any]) ->
 
 
 def compile_options(args: argparse.Namespace, chip: Any) -> dict[str, Any]:
-    """Returns XLA's compiler options for all programs: those of training, unless a flag differs."""
+    """Returns XLA's compiler options, which all programs have, unless a flag differs."""
     options = compiler_options(chip)
     if args.dynamic_slice_fusion and platform_of([chip]) == "gpu":
         options["xla_gpu_enable_dynamic_slice_fusion"] = args.dynamic_slice_fusion == "on"

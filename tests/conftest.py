@@ -15,15 +15,17 @@ from xla_flags import xla_flags
 DEVICES = 8
 LONGEST = ("demo", "notebooks", "training", "evaluation", "inference", "sharding", "surgery")
 
-os.environ["JAX_PLATFORMS"] = "cpu"
+# `MOE_JAX_TEST_PLATFORMS=cuda,cpu` computes on a GPU, and meshes are of the CPU devices.
+os.environ["JAX_PLATFORMS"] = os.environ.get("MOE_JAX_TEST_PLATFORMS", "cpu")
+# Of two values for a flag, XLA takes the later one.
 os.environ["XLA_FLAGS"] = " ".join(
     [
+        xla_flags(DEVICES),
         *(
             flag
             for flag in os.environ.get("XLA_FLAGS", "").split()
             if not flag.startswith("--xla_force_host_platform_device_count")
         ),
-        xla_flags(DEVICES),
     ]
 )
 # Two pytest workers share the cores; torch's own threads would only fight over them.
@@ -51,8 +53,9 @@ import pytest  # noqa: E402
 
 def pytest_sessionstart() -> None:
     """A machine without the eight devices fails; skipping would hide every sharding test."""
-    if jax.device_count() != DEVICES:
-        pytest.exit(f"the tests need {DEVICES} devices and see {jax.devices()}", returncode=3)
+    devices = jax.devices("cpu")
+    if len(devices) != DEVICES:
+        pytest.exit(f"the tests need {DEVICES} devices and see {devices}", returncode=3)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -78,4 +81,4 @@ def pytest_unconfigure() -> None:
 @pytest.fixture
 def devices() -> list[jax.Device]:
     """The eight fake devices."""
-    return jax.devices()
+    return jax.devices("cpu")

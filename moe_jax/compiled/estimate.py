@@ -8,14 +8,26 @@ from moe_jax.compiled.chips import Chip
 from moe_jax.compiled.roofline import Roofline, roofline
 
 
+class ProgramMemory(NamedTuple):
+    """Memory of a program on one chip, in bytes.
+
+    Attributes:
+      arguments: its arguments.
+      temporary: its temporary arrays. Workspaces that cuDNN allocates as it runs are not among
+        them.
+      peak: arguments, temporary arrays, and results without the memory of an argument.
+    """
+
+    arguments: int
+    temporary: int
+    peak: int
+
+
 class ProgramEstimate(NamedTuple):
     """Memory and kernels of a program on one chip.
 
     Attributes:
-      arguments: bytes of its arguments.
-      temporary: bytes of its temporary arrays. Workspaces that cuDNN allocates as it runs are not
-        among them.
-      peak: bytes of arguments, temporary arrays, and results without the memory of an argument.
+      arguments, temporary, peak: see `ProgramMemory`.
       model: kernels, and the estimated time of each.
     """
 
@@ -23,6 +35,15 @@ class ProgramEstimate(NamedTuple):
     temporary: int
     peak: int
     model: Roofline
+
+
+def program_memory(compiled: jax.stages.Compiled) -> ProgramMemory:
+    """Memory of a compiled program."""
+    memory = compiled.memory_analysis()
+    assert memory is not None
+    arguments, temporary = memory.argument_size_in_bytes, memory.temp_size_in_bytes
+    results = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return ProgramMemory(arguments, temporary, arguments + temporary + results)
 
 
 def estimate(compiled: jax.stages.Compiled, chip: Chip, dtype: str) -> ProgramEstimate:
@@ -33,13 +54,6 @@ def estimate(compiled: jax.stages.Compiled, chip: Chip, dtype: str) -> ProgramEs
       chip: the chip.
       dtype: dtype of the products, whose rate the estimate takes.
     """
-    text, memory = compiled.as_text(), compiled.memory_analysis()
+    text = compiled.as_text()
     assert text is not None
-    assert memory is not None
-    results = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    return ProgramEstimate(
-        arguments=memory.argument_size_in_bytes,
-        temporary=memory.temp_size_in_bytes,
-        peak=memory.argument_size_in_bytes + memory.temp_size_in_bytes + results,
-        model=roofline(text, chip.rates_of(dtype)),
-    )
+    return ProgramEstimate(*program_memory(compiled), model=roofline(text, chip.rates_of(dtype)))

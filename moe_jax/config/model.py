@@ -362,7 +362,9 @@ class ComputeConfig:
     Attributes:
       dtype: dtype of activations and matrix products: `float32`, `bfloat16` or `float16`. Required;
         `bfloat16` on accelerators. Norms, rotary angles, routers, softmax and losses are always
-        float32.
+        float32. Products of `float32` on accelerators round their inputs, to TF32 on NVIDIA GPUs
+        and bfloat16 on TPUs, unless the environment has `JAX_DEFAULT_MATMUL_PRECISION=highest`;
+        routers do not.
       attention: attention kernel. `xla` runs everywhere; `cudnn` is the fused kernel of NVIDIA GPUs
         and needs a half-precision `dtype`, heads of at most 256 channels, a multiple of 8, and a
         model that does not cap its attention scores. `auto` is `cudnn` where it can be, and `xla`

@@ -6,7 +6,12 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.layers.activation import soft_cap
-from moe_jax.layers.blocked_attention import BLOCK, BlockSettings, blocked_attention
+from moe_jax.layers.blocked_attention import (
+    BLOCK,
+    GPU_BLOCK,
+    BlockSettings,
+    blocked_attention,
+)
 from moe_jax.layers.kv_cache import CachePosition
 from moe_jax.layers.tokens import in_sequence
 
@@ -72,7 +77,9 @@ def causal_attention(
             raise ValueError("'cudnn' cannot cap attention scores; use 'xla'")
         return _fused_attention(query, key, value, segment_ids, factor, window, slides)
     if query.shape[1] > BLOCK:
-        settings = BlockSettings(factor, softcap, window, BLOCK)
+        # Blocks larger than the window would compute more scores outside it than within.
+        gpu_block = GPU_BLOCK if window is None else min(GPU_BLOCK, max(BLOCK, window))
+        settings = BlockSettings(factor, softcap, window, BLOCK, gpu_block)
         return blocked_attention(settings, query, key, value, segment_ids, slides)
     mask = None if segment_ids is None else attention_mask(segment_ids)
     return _einsum_attention(query, key, value, mask, factor, window, slides, softcap)

@@ -28,6 +28,10 @@ from moe_jax.layers.tokens import in_sequence
 BLOCK = 256
 """Maximum positions of a block. The scores of 32 heads then take 8 MiB for each row of a batch."""
 
+GPU_BLOCK = 1024
+"""Maximum positions of a block on GPUs, where a step of the loop launches some twenty kernels. The
+scores of 32 heads take 128 MiB for each row of a batch."""
+
 _LOWEST = float(jnp.finfo(jnp.float32).min)
 
 
@@ -39,12 +43,14 @@ class BlockSettings(NamedTuple):
       softcap: bound of the scaled scores, see `soft_cap`, or None.
       window: number of positions that each attends to, itself included, or None.
       block: maximum positions of a block.
+      gpu_block: the same in programs for NVIDIA GPUs; None for `block`.
     """
 
     scale: float
     softcap: float | None
     window: int | None
     block: int
+    gpu_block: int | None = None
 
 
 class _Blocks(NamedTuple):
@@ -97,21 +103,66 @@ def _forward(
     segment_ids: jax.Array | None,
     slides: jax.Array | None,
 ) -> tuple[jax.Array, tuple[Any, ...]]:
-    blocks = _split(settings, query, key, value, segment_ids)
-    attended, log_sums = _with_or_without_window(_attend, settings, slides, blocks)
-    attended = checkpoint_name(_join_heads(attended, query.shape), ATTENTION)
+    inputs = (query, key, value, segment_ids, slides)
+    attended, log_sums = _with_blocks_of_platform(_attend_rows, settings, *inputs)
+    attended = checkpoint_name(attended, ATTENTION)
     log_sums = checkpoint_name(log_sums, ATTENTION)
-    return attended, (query, key, value, segment_ids, slides, attended, log_sums)
+    return attended, (*inputs, attended, log_sums)
 
 
 def _backward(
     settings: BlockSettings, residuals: tuple[Any, ...], cotangent: jax.Array
 ) -> tuple[jax.Array | None, ...]:
-    query, key, value, segment_ids, slides, attended, log_sums = residuals
+    gradients = _with_blocks_of_platform(_gradients_of_rows, settings, *residuals, cotangent)
+    return (*gradients, None, None)
+
+
+blocked_attention.defvjp(_forward, _backward)
+
+
+def _with_blocks_of_platform(
+    function: Callable[..., Any], settings: BlockSettings, *args: Any
+) -> Any:
+    """`function(settings, *args)` with the blocks of the platform that the program is made for."""
+    if settings.gpu_block is None:
+        return function(settings, *args)
+    on_gpu = partial(function, settings._replace(block=settings.gpu_block))
+    return jax.lax.platform_dependent(*args, cuda=on_gpu, default=partial(function, settings))
+
+
+def _attend_rows(
+    settings: BlockSettings,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    segment_ids: jax.Array | None,
+    slides: jax.Array | None,
+) -> tuple[jax.Array, jax.Array]:
+    """The result [B, S, H, Q], and the log-sum-exp of each query, float32 [B, S, H]."""
+    blocks = _split(settings, query, key, value, segment_ids)
+    attended, log_sums = _with_or_without_window(_attend, settings, slides, blocks)
+    log_sums = _join_heads(log_sums[..., None], (*query.shape[:-1], 1))[..., 0]
+    return _join_heads(attended, query.shape), log_sums
+
+
+def _gradients_of_rows(
+    settings: BlockSettings,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    segment_ids: jax.Array | None,
+    slides: jax.Array | None,
+    attended: jax.Array,
+    log_sums: jax.Array,
+    cotangent: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Gradients of query, key and value; `attended` and `log_sums` are from `_attend_rows`."""
     blocks = _split(settings, query, key, value, segment_ids)
     # The softmax subtracts sum_t p_t dp_t = attended . cotangent from each gradient.
     inner = jnp.sum(attended.astype(jnp.float32) * cotangent.astype(jnp.float32), axis=-1)
-    inner = _split_heads(inner[..., None], len(blocks.key), key.shape[2])[..., 0]
+    inner, log_sums = (
+        _split_heads(x[..., None], len(blocks.key), key.shape[2])[..., 0] for x in (inner, log_sums)
+    )
     upper = _split_heads(cotangent, len(blocks.key), key.shape[2])
     d_query, d_key, d_value = _with_or_without_window(
         _gradients, settings, slides, blocks, log_sums, upper, inner
@@ -120,12 +171,7 @@ def _backward(
         _join_heads(d_query, query.shape),
         _join_heads(d_key[:, :, :, None], key.shape),
         _join_heads(d_value[:, :, :, None], value.shape),
-        None,
-        None,
     )
-
-
-blocked_attention.defvjp(_forward, _backward)
 
 
 def _with_or_without_window(

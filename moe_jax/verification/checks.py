@@ -170,8 +170,12 @@ def _description(base: BaseModel, dtype: str) -> Iterator[str]:
     )
 
 
+@jax.default_matmul_precision("highest")
 def _run_ours(base: BaseModel, work: Path, max_tokens: int, dtype: FloatType, add: Add) -> Ours:
-    """Computes, trains and exports with this library; frees the base's weights."""
+    """Computes, trains and exports with this library; frees the base's weights.
+
+    On GPUs, products of float32 would otherwise round their inputs to TF32, which PyTorch does not.
+    """
     loaded = load_base(base.folder, dtype=dtype)  # of the revision that was opened
     tokens = _tokens(base, max_tokens)
     add("weights", True, f"{parameter_count(loaded.params):,} parameters")

@@ -1,5 +1,8 @@
 """`benchmarks/gpu.py` on a CPU: a failure loses nothing, and no part starts past the end."""
 
+import json
+import subprocess
+import sys
 from argparse import Namespace
 
 import jax
@@ -25,9 +28,51 @@ def test_failed_case_leaves_the_others(tmp_path, monkeypatch):
     for row in timed:
         assert row["tokens_per_second"] == pytest.approx(2 * 64 / row["seconds"])
         assert 0 < row["needed_share"] < 1
+        assert row["planned_gib"] > 0
+        assert row["peak_gib"] is None  # a CPU does not know it
     table = gpu.as_table([failed, *timed])
     assert "| steps | lora rows 2, dropout 0.05 |" in table
     assert "nonsense" in table
+
+
+def test_the_peak_is_that_of_one_program():
+    before = {"bytes_in_use": 5 * 2**30, "peak_bytes_in_use": 6 * 2**30}
+    # Of 9 GiB, 5 were there before, 2 of which are the program's arguments.
+    after = {"bytes_in_use": 5 * 2**30, "peak_bytes_in_use": 9 * 2**30}
+    assert gpu.peak_gib(2 * 2**30, before, after) == 2 + 9 - 5
+    assert gpu.peak_gib(2 * 2**30, before, before) is None
+    assert gpu.peak_gib(2 * 2**30, {}, {}) is None
+
+
+def test_what_differs_after_a_run_was_resumed(tmp_path):
+    for run, total, loss in (("whole", 7, 0.5), ("same", 7, 0.5), ("other", 8, 0.25)):
+        folder = tmp_path / run / "adapters/default"
+        folder.mkdir(parents=True)
+        checksums = {"layers/lora_A": 3, "layers/lora_B": total}
+        (folder / "adapter.json").write_text(json.dumps({"checksums": checksums}))
+        line = {"step": 10, "default/loss": loss, "time": {"elapsed_seconds": total}}
+        (tmp_path / run / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    assert list(gpu.differences(tmp_path / "whole", tmp_path / "same")) == []
+    found = list(gpu.differences(tmp_path / "whole", tmp_path / "other"))
+    assert found == ["layers/lora_B", "metrics.jsonl"]
+
+
+def test_the_tests_to_run_exist():
+    assert all((gpu.ROOT / path).exists() for path in gpu.TESTS)
+
+
+def test_the_outcomes_of_tests_that_were_stopped(tmp_path):
+    file = tmp_path / "test_it.py"
+    file.write_text(
+        "import pytest\n"
+        "@pytest.mark.parametrize('n', ['one', 'a b'])\n"
+        "def test_good(n): pass\n"
+        "def test_bad(): assert False\n"
+        "def test_never_begun(): pass\n"
+    )
+    command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-x", str(file)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert gpu.outcomes(done.stdout) == {"passed": 2, "failed": ["test_it.py::test_bad"]}
 
 
 def test_no_part_starts_past_the_end(tmp_path, capsys):

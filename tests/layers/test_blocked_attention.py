@@ -1,5 +1,6 @@
 """Blocked attention against PyTorch's gradients of plain attention, and its memory."""
 
+import re
 from functools import partial
 from types import SimpleNamespace
 
@@ -140,6 +141,21 @@ def test_only_rows_longer_than_a_block_use_blocks(length, monkeypatch):
     assert ("scan" in program) == (length > BLOCK)
     expected = attention._einsum_attention(*inputs, None, 8**-0.5, None, None, None)
     np.testing.assert_allclose(run(*inputs), expected, **ROUNDING)
+
+
+@pytest.mark.parametrize(("window", "gpu_block"), [(None, 1024), (512, 512), (100, 256)])
+def test_blocks_are_larger_in_programs_for_gpus(window, gpu_block):
+    case = _case(length=2048)
+    shapes = [jax.ShapeDtypeStruct(x.shape, jnp.bfloat16) for x in _inputs(case)]
+
+    def run(*inputs):
+        options = {"segment_ids": None, "implementation": "xla", "window": window}
+        return _with_gradients(partial(attention.causal_attention, **options), *inputs)
+
+    for platform, block in (("cuda", gpu_block), ("cpu", 256), ("tpu", 256)):
+        text = jax.jit(run).trace(*shapes).lower(lowering_platforms=(platform,)).as_text()
+        scores = set(re.findall(r"tensor<2x2x2x(\d+)x\1xf32>", text))
+        assert scores == {str(block)}
 
 
 def _compiled(function, length):

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 from hf_models import save_tiny_llama
@@ -82,6 +83,19 @@ def test_a_wrong_rotary_base_is_seen_against_transformers(base, capsys, monkeypa
         "3 passed, 3 failed, 0 skipped",
         "failed: training step, logits, greedy text",
     ]
+
+
+def test_products_of_float32_are_not_rounded_to_tf32(base, capsys, monkeypatch):
+    asked = []
+
+    def generate(*_):
+        asked.append(jax.config.jax_default_matmul_precision)
+        return []
+
+    monkeypatch.setattr(checks, "_greedy", generate)
+    monkeypatch.setattr(checks, "missing_package", lambda *names: names[0])
+    verify(base, capsys)
+    assert asked == ["highest"]
 
 
 def test_without_torch_the_rest_is_checked(base, capsys, monkeypatch):

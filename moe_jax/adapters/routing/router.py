@@ -57,7 +57,7 @@ class Routing(NamedTuple):
         """Weight of each expert in the output, [B, S, E]."""
         if self.dispatch is None:
             return self.weights
-        return jnp.einsum("bsc,bsce->bse", self.weights, self.dispatch)
+        return jnp.einsum("bsc,bsce->bse", self.weights, self.dispatch, precision="highest")
 
     def masked_by_layer(self, routed: jax.Array) -> "Routing":
         """This routing in a routed layer, and the frozen FFN alone in a layer that is not routed.

@@ -5,6 +5,7 @@ they add up over devices and layers. They are sown in every step. `TokenRouting`
 of each token, for inspection; it is computed only if the collection `routing` is mutable.
 """
 
+import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -19,6 +20,8 @@ from moe_jax.layers.names import ROUTER, ROUTING
 from moe_jax.layers.tokens import sequence_sums
 
 STATISTICS = "statistics"
+
+_sum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
 
 class SequenceStatistics(NamedTuple):
@@ -125,9 +128,9 @@ def router_statistics(
         routed=routed,
         present=present,
         tokens=jnp.sum(mask),
-        load_sum=jax.lax.stop_gradient(jnp.einsum("bs,bse->e", mask, routing.load) * present),
-        probability_sum=jnp.einsum("bs,bse->e", mask, routing.router_probs),
-        weight_sum=jnp.einsum("bs,bse->e", mask, routing.combine),
+        load_sum=jax.lax.stop_gradient(_sum("bs,bse->e", mask, routing.load) * present),
+        probability_sum=_sum("bs,bse->e", mask, routing.router_probs),
+        weight_sum=_sum("bs,bse->e", mask, routing.combine),
         squared_logsumexp_sum=jnp.sum(mask * jnp.square(logsumexp)),
         entropy_sum=jnp.sum(mask * entropy),
         weighted_tokens=jnp.sum(mask * (effective > 0).astype(mask.dtype)),
@@ -160,7 +163,7 @@ def _sequence_statistics(
 ) -> SequenceStatistics:
     """Statistics of rows of one sequence each."""
     tokens = jnp.sum(mask, axis=-1)
-    weights = jnp.einsum("bs,bse->be", mask, routing.combine)
+    weights = _sum("bs,bse->be", mask, routing.combine)
     return SequenceStatistics(
         weights=weights / jnp.maximum(tokens, 1.0)[:, None],
         group=jnp.max(expert_groups, axis=-1).astype(jnp.float32),  # 0 at padding

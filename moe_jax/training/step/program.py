@@ -28,11 +28,11 @@ from moe_jax.models.adapted import (
     untrained_adapter,
 )
 from moe_jax.models.causal_lm import LlamaForCausalLM
+from moe_jax.sharding.compiler_options import compiler_options
 from moe_jax.sharding.mesh import make_mesh
 from moe_jax.sharding.platform import require_platform
 from moe_jax.sharding.rules import BATCH_SPEC, num_row_shards, shardings_of
 from moe_jax.training.step import step
-from moe_jax.training.step.compiler_options import compiler_options
 from moe_jax.training.step.micro_batches import require_single_sequences, split_into_micro_batches
 from moe_jax.training.step.optimizer import (
     build_optimizer,
