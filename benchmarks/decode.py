@@ -68,13 +68,18 @@ COPIED_BYTES, PASSES = 2**28, 4
 
 def random_adapter(fields: dict[str, Any], model: ModelConfig) -> tuple[AdapterMethod, Any]:
     """Returns the method of these fields and random weights of an adapter."""
-    fields = {**fields, "rank": 8, "alpha": 16.0, "target_modules": TARGET_MODULES}
+    method, shapes = adapter_shapes(fields, model)
+    return method, random_like(shapes)
+
+
+def adapter_shapes(fields: dict[str, Any], model: ModelConfig) -> tuple[AdapterMethod, Any]:
+    """Returns the method of these fields and the shapes of an adapter."""
+    fields = {"rank": 8, "alpha": 16.0, "target_modules": TARGET_MODULES, **fields}
     method = parse_member(METHODS, fields, "method")
     language_model = LlamaForCausalLM(model, ComputeConfig(dtype="float32"))
     params = nn.meta.unbox(abstract_params(language_model))
     init = functools.partial(untrained_adapter, language_model, method)
-    tree = nn.meta.unbox(jax.eval_shape(init, params, jax.random.key(0)))
-    return method, random_like(tree)
+    return method, nn.meta.unbox(jax.eval_shape(init, params, jax.random.key(0)))
 
 
 def seconds_per_step(

@@ -2,31 +2,31 @@
 
     python benchmarks/serving.py --output serving.json
 
-A random Llama with MixLoRA adapters is served in a thread of this process. 1, 4 and 16 clients ask
-for continuations of random prompts over HTTP as streams, all of one adapter or in equal parts of
-four. A client's next request follows its last answer. Every row has the tokens per second of all
-clients together, the seconds to the first token, and the ratio to one client of one adapter. With
-`--base DIR` the base is read from a folder; its adapters are random too.
+A random Llama with MixLoRA adapters is served in a thread of this process. 1, 4 and 16 clients, in
+a process of their own, ask for continuations of random prompts over HTTP as streams, all of one
+adapter or in equal parts of four. A client's next request follows its last answer. Every row has
+the tokens per second of all clients together, the seconds to the first token, and the ratio to one
+client of one adapter. `--base DIR` reads the base from a folder; its adapters are random too.
 
 The same prompts are also answered by `TokenGenerator`, one after another, and by transformers'
 `generate` on the base alone, which costs as much as a base with a merged LoRA. All of them take
-turns in one process, and ratios are the result. With `--llama-server PATH` and `--gguf FILE`,
-llama.cpp's server answers them on those weights. Processor time per token, of the server's process
-with its clients, depends less on other work of the machine than seconds do.
+turns, and ratios are the result. With `--llama-server PATH` and `--gguf FILE`, llama.cpp's server
+answers them on those weights, beside our server's answers of the base. Processor time per token, of
+the server's process, depends less on other work of the machine than seconds do.
 
 Needs the extra `serve`, and torch and transformers unless `--alone`.
 """
 
 import argparse
 import contextlib
+import functools
 import http.client
-import json
 import statistics
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,6 +36,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
 
 from benchmarks.decode import KINDS, random_adapter
 from benchmarks.random_inputs import random_params
@@ -49,6 +52,7 @@ from benchmarks.report import (
     write_json,
 )
 from benchmarks.sizes import SIZE_HELP, hf_fields, model_of
+from benchmarks.stream_clients import StreamClients
 from moe_jax.checkpoints.leaves import named_leaves
 from moe_jax.config.model import ComputeConfig, ModelConfig
 from moe_jax.data.tokenizer import load_tokenizer
@@ -67,11 +71,9 @@ from moe_jax.serving.server import bind, run_server
 from moe_jax.serving.service import Service
 from moe_jax.serving.serving_model import ServingModel
 
+MOE_JAX, LLAMA_CPP = "moe_jax", "llama.cpp"
 ADAPTERS = ("a", "b", "c", "d")
 ROWS = 16
-TOKENIZER = Path(__file__).resolve().parents[1] / "moe_jax" / "demo" / "base"
-KNOWN_TOKENS = 500
-"""Tokens of prompts; the tokenizer knows them."""
 
 
 class Load(NamedTuple):
@@ -94,7 +96,7 @@ class Answered(NamedTuple):
     Attributes:
       tokens_per_second: new tokens of all clients together.
       first_tokens: seconds of each request to its first token.
-      processor_seconds: processor time of this process for each token.
+      processor_seconds: processor time of this process, in which our server runs, for each token.
     """
 
     tokens_per_second: float
@@ -125,6 +127,13 @@ def load_models(args: argparse.Namespace, config: ModelConfig) -> Models:
     return Models(config, params, {name: random_adapter(fields, config) for name in ADAPTERS})
 
 
+def word_tokenizer(config: ModelConfig) -> PreTrainedTokenizerFast:
+    """A tokenizer in which each token is a word, so that each has an event in a stream."""
+    words = {f"w{token}": token for token in range(config.vocab_size)}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="w0"))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
 def warm_service(args: argparse.Namespace, models: Models) -> Service:
     """A service with compiled programs, whose answers end at their length only."""
     config, params, adapters = models
@@ -136,7 +145,7 @@ def warm_service(args: argparse.Namespace, models: Models) -> Service:
     engine.warm_up()
     print(f"compiled {engine.compilations} programs in {time.perf_counter() - start:.0f} s")
     methods = {name: method for name, (method, _) in adapters.items()}
-    tokenizer = load_tokenizer(TOKENIZER if args.base is None else args.base)
+    tokenizer = word_tokenizer(config) if args.base is None else load_tokenizer(args.base)
     return Service("base", config, methods, tokenizer, frozenset(), engine, metrics)
 
 
@@ -191,53 +200,26 @@ def wait_until_healthy(port: int) -> None:
     raise ConfigError("--llama-server: does not answer")
 
 
-def seconds_to_first_token(port: int, body: dict[str, Any]) -> float:
-    """Reads an answer as a stream; returns the seconds to its first token."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=600)
-    start, first = time.perf_counter(), None
-    headers = {"Content-Type": "application/json"}
-    connection.request("POST", "/v1/completions", json.dumps(body), headers)
-    response = connection.getresponse()
-    if response.status != 200:
-        raise RuntimeError(f"the server answered {response.status}: {response.read(200)!r}")
-    for line in response:
-        if line.startswith(b"data: {") and first is None:
-            first = time.perf_counter() - start
-    connection.close()
-    assert first is not None
-    return first
-
-
-def ask_all(args: argparse.Namespace, load: Load, prompts: Sequence[Any], port: int) -> Answered:
-    """Sends all requests from a number of clients, each of which waits for its answers."""
+def ask_server(
+    args: argparse.Namespace,
+    load: Load,
+    prompts: Sequence[Any],
+    clients: StreamClients,
+    ports: Mapping[str, int | None],
+) -> Answered:
+    """Answers of a server, read by clients as streams."""
     same = {"max_tokens": args.new_tokens, "temperature": 0, "stream": True}
-    # With log-probabilities, each token has an event of its own, as it has in llama.cpp's server.
-    extra = {"ignore_eos": True} if load.server == "llama.cpp" else {"logprobs": 0}
-    left = [
-        {"model": ADAPTERS[index % load.adapters], "prompt": prompt, **same, **extra}
+    if load.server == LLAMA_CPP:  # which would keep prompts of the turn before
+        same |= {"ignore_eos": True, "cache_prompt": False}
+    models = ADAPTERS[: load.adapters] or ("base",)
+    bodies = [
+        {"model": models[index % len(models)], "prompt": prompt, **same}
         for index, prompt in enumerate(prompts)
     ]
-    firsts, lock = list[float](), threading.Lock()
-
-    def client() -> None:
-        while True:
-            with lock:
-                if not left:
-                    return
-                body = left.pop(0)
-            seconds = seconds_to_first_token(port, body)
-            with lock:
-                firsts.append(seconds)
-
-    threads = [threading.Thread(target=client) for _ in range(load.clients)]
-    start = time.perf_counter()
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if len(firsts) != len(prompts):
-        raise RuntimeError("a client has failed")
-    return Answered(len(prompts) * args.new_tokens / (time.perf_counter() - start), firsts)
+    port = ports[load.server]
+    assert port is not None
+    answered = clients.ask(port, bodies, load.clients)
+    return Answered(len(prompts) * args.new_tokens / answered.seconds, answered.first_tokens)
 
 
 def one_after_another(
@@ -292,24 +274,28 @@ def measure(args: argparse.Namespace, config: ModelConfig) -> list[dict[str, Any
     service = warm_service(args, models)
     compute, longest = ComputeConfig(dtype=args.dtype), args.prompt + args.new_tokens
     generator = TokenGenerator(*models, compute=compute, max_length=longest)
-    rng, vocabulary = np.random.default_rng(0), min(KNOWN_TOKENS, config.vocab_size)
-    servers = ["moe_jax"] if args.llama_server is None else ["moe_jax", "llama.cpp"]
+    rng = np.random.default_rng(0)
+    loads = [Load(MOE_JAX, clients, own) for clients in args.clients for own in args.adapters]
+    if args.llama_server is not None:
+        servers = (LLAMA_CPP, MOE_JAX)
+        loads += [Load(server, clients, 0) for clients in args.clients for server in servers]
     steps: dict[Load, Callable[[Sequence[Any]], Answered]] = {
         Load("TokenGenerator", 1, 1): lambda prompts: one_after_another(args, generator, prompts)
     }
     if not args.alone:
         steps[Load("transformers", 1, 0)] = transformers_answers(args, models)
     samples: dict[Load, list[Answered]] = {}
-    with listening(service) as own_port, llama_server(args) as other_port:
-        ports = {"moe_jax": own_port, "llama.cpp": other_port}
-        for server in servers:
-            for load in (Load(server, c, a) for c in args.clients for a in args.adapters):
-                steps[load] = lambda prompts, load=load: ask_all(
-                    args, load, prompts, ports[load.server] or 0
-                )
+    with (
+        listening(service) as own_port,
+        llama_server(args) as other_port,
+        StreamClients() as clients,
+    ):
+        ports = {MOE_JAX: own_port, LLAMA_CPP: other_port}
+        for load in loads:
+            steps[load] = functools.partial(ask_server, args, load, clients=clients, ports=ports)
         for turn in range(-1, args.repeats):
             most = max(args.answers, *args.clients)
-            prompts = rng.integers(1, vocabulary, (most, args.prompt)).tolist()
+            prompts = rng.integers(1, config.vocab_size, (most, args.prompt)).tolist()
             for load, step in steps.items():
                 count = max(args.answers, load.clients)
                 before = time.process_time()
@@ -318,7 +304,7 @@ def measure(args: argparse.Namespace, config: ModelConfig) -> list[dict[str, Any
                 answered = answered._replace(processor_seconds=seconds)
                 if turn >= 0:
                     samples.setdefault(load, []).append(answered)
-    return figures_of(samples, Load("moe_jax", args.clients[0], args.adapters[0]))
+    return figures_of(samples, Load(MOE_JAX, args.clients[0], args.adapters[0]))
 
 
 def figures_of(samples: dict[Load, list[Answered]], first: Load) -> list[dict[str, Any]]:
@@ -336,7 +322,7 @@ def figures_of(samples: dict[Load, list[Answered]], first: Load) -> list[dict[st
             "lowest": min(ratios),
             "highest": max(ratios),
             "processor_seconds_per_token": None  # llama.cpp computes in another process
-            if load.server == "llama.cpp"
+            if load.server == LLAMA_CPP
             else statistics.median(one.processor_seconds for one in answered),
             "first_token_seconds": statistics.median(firsts) if firsts else None,
             "first_token_seconds_of_95": firsts[int(0.95 * len(firsts))] if firsts else None,

@@ -1,16 +1,16 @@
 """A cache of keys and values in blocks, for rows that join and leave a batch.
 
 The blocks of all rows are one pool, and a table names those of each row (vLLM's paged attention,
-arXiv:2309.06180, section 4.1). Attention reads block after block, up to the end of the longest row
-of the call, and keeps a running softmax (arXiv:2205.14135, algorithm 1). One program therefore
-serves rows of all lengths, and short rows do not pay for the length that a row may have.
+arXiv:2309.06180, section 4.1). Attention reads group after group of blocks, up to the end of the
+longest row of the call, and keeps a running softmax (arXiv:2205.14135, algorithm 1). One program
+therefore serves rows of all lengths, and short rows do not pay for the length that a row may have.
 
 A layer reads the pool and never writes it: the pool is an input of all layers, which the scan over
 layers does not copy. The keys and values of new tokens leave the layers in `cache_updates`, and
 `write_blocks` then writes them in place.
 
 Letters, besides those of `moe_jax.layers`: P blocks of the pool, M positions of a block, N entries
-of a table, G = H / K query heads for each key head.
+of a table, each a group of n blocks, G = H / K query heads for each key head, T keys.
 """
 
 from typing import Any, NamedTuple
@@ -42,8 +42,8 @@ class BlockPosition(NamedTuple):
 
     Attributes:
       pool: the blocks.
-      tables: int32 [B, N], the blocks of each row in the order of its positions; unused entries
-        are `SPARE_BLOCK`.
+      tables: int32 [B, N, n], the blocks of each row in the order of its positions; unused entries
+        are `SPARE_BLOCK`. Attention reads the n blocks of a group at once.
       lengths: int32 [B], number of tokens of each row in the cache.
       prompt_length: int32 [B], number of tokens of the row's whole prompt where the call has a part
         of it, and of all tokens so far afterwards.
@@ -104,13 +104,13 @@ def block_attention(
     batch, length, heads, width = query.shape
     groups = (key.shape[2], heads // key.shape[2])
     grouped = query.reshape(batch, length, *groups, width).transpose(0, 2, 3, 1, 4)
-    block = position.pool.key.shape[3]
+    span = _span(position)
     new = jnp.arange(length)
     query_positions = position.lengths[:, None] + new[None]  # [B, S]
 
     def scores(keys: jax.Array, key_positions: jax.Array, mask: jax.Array) -> jax.Array:
-        """Scores [B, K, G, S, M] of keys [B, K, M, Q] at positions [B, M], masked [B, S, M]."""
-        product = jnp.einsum("bkgsq,bkmq->bkgsm", grouped, keys, preferred_element_type=jnp.float32)
+        """Scores [B, K, G, S, T] of keys [B, K, T, Q] at positions [B, T], masked [B, S, T]."""
+        product = jnp.einsum("bkgsq,bktq->bkgst", grouped, keys, preferred_element_type=jnp.float32)
         product = product * scale
         product = product if softcap is None else soft_cap(product, softcap)
         if window is not None:
@@ -125,39 +125,50 @@ def block_attention(
     own_values = heads_first(jnp.where(token_mask[..., None, None], value, 0))
     softmax = _softmax_of(scores(heads_first(key), query_positions, own), own_values)
 
-    def add_block(index: jax.Array, softmax: _Softmax) -> _Softmax:
+    def add_group(index: jax.Array, softmax: _Softmax) -> _Softmax:
         blocks = position.tables[:, index]
-        keys, values = (part[layer_index, blocks] for part in position.pool)
-        positions = jnp.broadcast_to(index * block + jnp.arange(block)[None], (batch, block))
+        keys, values = (_side_by_side(part[layer_index, blocks]) for part in position.pool)
+        positions = jnp.broadcast_to(index * span + jnp.arange(span)[None], (batch, span))
         is_known = positions < position.lengths[:, None]
         values = jnp.where(is_known[:, None, :, None], values, 0)
         return _joined(softmax, _softmax_of(scores(keys, positions, is_known[:, None]), values))
 
-    count = (jnp.max(position.lengths) + block - 1) // block
-    start = _first_block(token_mask, position, window, slides)
-    softmax = jax.lax.fori_loop(start, count, add_block, softmax)
+    count = (jnp.max(position.lengths) + span - 1) // span
+    start = _first_group(token_mask, position, window, slides)
+    softmax = jax.lax.fori_loop(start, count, add_group, softmax)
     attended = softmax.attended / softmax.total[..., None]
     return attended.transpose(0, 3, 1, 2, 4).reshape(query.shape).astype(query.dtype)
 
 
-def _first_block(
+def _span(position: BlockPosition) -> int:
+    """Number of positions of a group of blocks."""
+    return position.tables.shape[2] * position.pool.key.shape[3]
+
+
+def _side_by_side(blocks: jax.Array) -> jax.Array:
+    """The blocks [B, n, K, M, Q] of a group as [B, K, n M, Q]."""
+    batch, count, heads, block, width = blocks.shape
+    return blocks.transpose(0, 2, 1, 3, 4).reshape(batch, heads, count * block, width)
+
+
+def _first_group(
     token_mask: jax.Array, position: BlockPosition, window: int | None, slides: jax.Array | None
 ) -> jax.Array:
-    """Index of the first block that a token of any row sees."""
+    """Index of the first group of blocks that a token of any row sees."""
     if window is None:
         return jnp.int32(0)
     lengths, is_used = position.lengths, jnp.any(token_mask, axis=1)
     shortest = jnp.min(jnp.where(is_used, lengths, jnp.max(lengths)))
-    first = jnp.maximum(shortest - window + 1, 0) // position.pool.key.shape[3]
+    first = jnp.maximum(shortest - window + 1, 0) // _span(position)
     return first if slides is None else jnp.where(slides, first, 0)
 
 
 def _softmax_of(scores: jax.Array, values: jax.Array) -> _Softmax:
-    """Softmax of scores [B, K, G, S, M], applied to values [B, K, M, Q]."""
+    """Softmax of scores [B, K, G, S, T], applied to values [B, K, T, Q]."""
     largest = jnp.max(scores, axis=-1)
     exponentials = jnp.exp(scores - largest[..., None])
     attended = jnp.einsum(
-        "bkgsm,bkmq->bkgsq",
+        "bkgst,bktq->bkgsq",
         exponentials.astype(values.dtype),
         values,
         preferred_element_type=jnp.float32,
@@ -190,6 +201,7 @@ def write_blocks(
       tables, lengths: see `BlockPosition`.
       mask: bool [B, S], false at padding.
     """
+    tables = tables.reshape(len(tables), -1)
     block = pool.key.shape[3]
     positions = lengths[:, None] + jnp.arange(mask.shape[1])[None]
     entries = jnp.minimum(positions // block, tables.shape[1] - 1)

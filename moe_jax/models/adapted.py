@@ -23,6 +23,7 @@ from moe_jax.adapters.tree import split_by_adapter, to_collection
 from moe_jax.layers.names import ADAPTERS, CACHE, PARAMS, ROUTER
 from moe_jax.models.causal_lm import LlamaForCausalLM
 from moe_jax.sharding import axes
+from moe_jax.sharding.compiler_options import compiler_options
 from moe_jax.sharding.platform import resolve_attention
 from moe_jax.sharding.rules import RULES
 
@@ -66,7 +67,7 @@ def apply(
       The result of `function`; with `mutable`, a pair of it and these collections.
     """
     dtype = jnp.dtype(model.compute.dtype)
-    adapters = {name: _pairs_in(dtype, tree) for name, tree in adapters.items()}
+    adapters = {name: pairs_in_dtype(dtype, tree) for name, tree in adapters.items()}
     variables = {PARAMS: params, ADAPTERS: to_collection(adapters)}
     if cache is not None:
         variables[CACHE] = cache
@@ -76,7 +77,7 @@ def apply(
     return model.apply(variables, *args, **options)
 
 
-def _pairs_in(dtype: jnp.dtype, tree: Any) -> Any:
+def pairs_in_dtype(dtype: jnp.dtype, tree: Any) -> Any:
     """The tree with its low-rank pairs in `dtype`, once for all layers.
 
     In the layers, each would be converted by a kernel of its own, forward and backward. DoRA
@@ -88,7 +89,7 @@ def _pairs_in(dtype: jnp.dtype, tree: Any) -> Any:
     return {
         name: leaf.astype(dtype)
         if name in ("lora_A", "lora_B") and not has_norms
-        else _pairs_in(dtype, leaf)
+        else pairs_in_dtype(dtype, leaf)
         for name, leaf in tree.items()
     }
 
@@ -146,6 +147,7 @@ class CompiledLlama:
           DeviceError: the devices do not have the attention kernel.
         """
         device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+        self._compiler_options = compiler_options(device)
         self.model = model.clone(compute=resolve_attention(model.compute, model.config, device))
         self.mesh = mesh
         self.compilations = 0
@@ -198,7 +200,10 @@ class CompiledLlama:
             self.compilations += 1
             return function(*static, *arrays)
 
-        options: dict[str, Any] = {"donate_argnums": donate}
+        options: dict[str, Any] = {
+            "donate_argnums": donate,
+            "compiler_options": self._compiler_options,
+        }
         if replicate and self.mesh is not None:
             options["out_shardings"] = NamedSharding(self.mesh, PartitionSpec())
         jitted = jax.jit(self.traceable(counted), **options)

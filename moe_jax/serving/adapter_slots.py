@@ -79,9 +79,8 @@ def layouts(size: int, adapters: Mapping[str, AdapterMethod]) -> list[SlotLayout
     )
     found = [SlotLayout(size), *(SlotLayout(size, (method,), size) for method in counts)]
     if len(several) > 1 and size > 1:
-        narrow = size // SLOTS
-        if narrow > 1:
-            found.append(SlotLayout(size, several, narrow))
+        if size >= SLOTS:
+            found.append(SlotLayout(size, several, size // SLOTS))
         found.append(SlotLayout(size, several, size))
     return found
 

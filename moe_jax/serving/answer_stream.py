@@ -18,18 +18,13 @@ from moe_jax.serving.service import Prepared, Service
 
 
 class AnswerStream:
-    """The events of a request's answers, from the engine's thread into the event loop.
-
-    The loop is woken once for all events that come before it reads them, since each wake-up is a
-    system call that interrupts the engine's thread.
-    """
+    """The events of a request's answers, from the engine's thread into the event loop."""
 
     def __init__(self, service: Service, prepared: Prepared):
         """Queues the answers; errors as in `Service.submit`."""
-        self._engine = service.engine
+        self._service = service
         self._new: deque[tuple[int, AnswerEvent]] = deque()
         self._has_new = asyncio.Event()
-        self._is_woken = False
         self._loop = asyncio.get_running_loop()
         self._left = len(prepared.requests)
         self._answers: Sequence[OngoingAnswer] = service.submit(prepared, self._receive)
@@ -39,8 +34,6 @@ class AnswerStream:
         while self._left:
             await self._has_new.wait()
             self._has_new.clear()
-            # Before the events are read: one that comes after the last `popleft` wakes the loop.
-            self._is_woken = False
             events = []
             while self._new:
                 events.append(self._new.popleft())
@@ -53,18 +46,11 @@ class AnswerStream:
         if self._left:
             for answer in self._answers:
                 answer.cancel()
-            self._engine.wake()
+            self._service.engine.wake()
 
     def _receive(self, index: int, event: AnswerEvent) -> None:
         self._new.append((index, event))
-        if self._is_woken:
-            return
-        self._is_woken = True
-        try:
-            self._loop.call_soon_threadsafe(self._has_new.set)
-        except RuntimeError:  # the loop has ended, and nobody waits
-            for answer in self._answers:
-                answer.cancel()
+        self._service.set_after_step(self._loop, self._has_new)
 
 
 class EventStreamResponse(Response):

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from moe_jax.serving.adapter_slots import FilledSlots, SlotLayout, fill_slots
@@ -32,17 +33,32 @@ class CallRows(NamedTuple):
     windows: Any
     settings: RowSettings
 
-    def call(self, tokens: Sequence[Sequence[int]], width: int) -> Call:
-        """The call with `tokens` of each row, padded to the layout and to `width`."""
+    def prompt_call(self, parts: Sequence[Sequence[int]], width: int) -> Call:
+        """The call with a part of each row's prompt, padded to the layout and to `width`."""
         size = self.slots.layout.size
-        padded, mask = np.zeros((size, width), np.int32), np.zeros((size, width), bool)
-        lengths, known = np.zeros(size, np.int32), np.zeros(size, np.int32)
-        for index, (row, own) in enumerate(zip(self.rows, tokens, strict=True)):
-            padded[index, : len(own)] = own
-            mask[index, : len(own)] = True
-            lengths[index] = row.cached
-            known[index] = max(len(row.answer.request.tokens), row.cached + len(own))
-        return Call(padded, mask, self.places, self.tables, lengths, known, self.windows)
+        tokens, mask = np.zeros((size, width), np.int32), np.zeros((size, width), bool)
+        for index, part in enumerate(parts):
+            tokens[index, : len(part)] = part
+            mask[index, : len(part)] = True
+        return self._call(tokens, mask)
+
+    def decoding_call(self, newest: jax.Array | None = None) -> Call:
+        """The call with one token of each row: `newest`, int32 [B], or the last of its answer."""
+        size, count = self.slots.layout.size, len(self.rows)
+        if newest is not None:
+            tokens: Any = newest
+        else:
+            tokens = np.zeros(size, np.int32)
+            tokens[:count] = [row.answer.generated[row.chosen - 1] for row in self.rows]
+        return self._call(tokens, (np.arange(size) < count)[:, None])
+
+    def _call(self, tokens: Any, mask: np.ndarray) -> Call:
+        lengths, prompts = np.zeros((2, len(mask)), np.int32)
+        count = len(self.rows)
+        lengths[:count] = [row.cached for row in self.rows]
+        prompts[:count] = [len(row.answer.request.tokens) for row in self.rows]
+        known = np.maximum(prompts, lengths + mask.sum(axis=1, dtype=np.int32))
+        return Call(tokens, mask, self.places, self.tables, lengths, known, self.windows)
 
 
 def call_rows(

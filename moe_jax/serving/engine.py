@@ -4,6 +4,10 @@ Between two tokens, answers that have ended leave their rows, waiting ones take 
 one part of one prompt is computed. All rows that decode then go on by a token, in one call or, with
 more adapters than a program has slots for, in several.
 
+Where all rows go on and no request has come or gone, the next step is dispatched with tokens that
+are still on the devices, and the host reads these while the devices compute. A row that then ends
+for another reason than its length, such as a stop string, is computed once more in vain.
+
 Rows grow by blocks of the cache. Where none is free, the newest row gives way: its answer waits
 again, before all others, and a later row computes its tokens once more without sending them twice.
 The oldest row never gives way to another, and the cache holds the longest row, so that every answer
@@ -15,8 +19,9 @@ import threading
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
+import jax
 import numpy as np
 
 from moe_jax.inference.decoding import NOT_FINITE
@@ -47,6 +52,14 @@ class QueueFullError(Exception):
 
 class ClosedError(Exception):
     """The engine accepts no further requests."""
+
+
+class _InFlight(NamedTuple):
+    """A call whose tokens have not been read from the devices."""
+
+    rows: CallRows
+    chosen: Chosen
+    routing: Mapping[str, Routed]
 
 
 class Observer(Protocol):
@@ -88,9 +101,13 @@ class Engine:
         }
         blocks = -(-limits.cache_tokens // limits.block)
         model.allocate(limits.max_rows, blocks, limits.block)
-        self._table = RowTable(limits.max_rows, blocks, limits.block, limits.max_length)
-        self._decoding: list[Row] = []
+        sizes = limits.max_rows, blocks, limits.block, limits.max_length
+        self._table = RowTable(*sizes, model.blocks_at_once)
+        self._called: list[Row] = []  # rows of `_calls`
         self._calls: list[CallRows] = []
+        self._in_flight: list[_InFlight] = []
+        self._queue_changed = False
+        self._on_step: Callable[[], None] = lambda: None
         self._waiting: deque[OngoingAnswer] = deque()
         self._changed = threading.Condition()
         self._is_closed = False
@@ -118,12 +135,18 @@ class Engine:
         """Number of blocks of the cache that rows own."""
         return self._table.blocks_in_use
 
-    def start(self, on_end: Callable[[], None] = lambda: None) -> None:
+    def start(
+        self,
+        on_step: Callable[[], None] = lambda: None,
+        on_end: Callable[[], None] = lambda: None,
+    ) -> None:
         """Starts the thread.
 
         Args:
+          on_step: called by the thread after it gave answers tokens or ended them.
           on_end: called by the thread when it ends; `failure` then has the exception, if any.
         """
+        self._on_step = on_step
         self._thread = threading.Thread(
             target=self._run, args=(on_end,), name="moe_jax engine", daemon=True
         )
@@ -142,11 +165,13 @@ class Engine:
             if self.waiting + len(answers) > self.limits.max_queue:
                 raise QueueFullError
             self._waiting.extend(answers)
+            self._queue_changed = True
             self._changed.notify()
 
     def wake(self) -> None:
         """Makes the thread look at cancelled answers. For any thread."""
         with self._changed:
+            self._queue_changed = True
             self._changed.notify()
 
     def close(self) -> None:
@@ -183,13 +208,17 @@ class Engine:
         for layout in self._layouts[model.prompt_rows]:
             padding = call_rows(model, self._table, [layout], [])
             for chunk in self.limits.chunks:
-                call = padding.call([], chunk)
+                call = padding.prompt_call([], chunk)
                 prefilled = model.prefill(padding.slots, call)
                 model.score(padding.slots, prefilled, call, [])
                 model.first_tokens(padding.slots, prefilled, call, padding.settings)
         for layout in (layout for size in self._sizes for layout in self._layouts[size]):
             padding = call_rows(model, self._table, [layout], [])
-            model.decode(padding.slots, padding.call([], 1), padding.settings)
+            newest = None
+            for _ in range(2):  # tokens of the host, and those of the step before
+                call = padding.decoding_call(newest)
+                chosen, _ = model.decode(padding.slots, call, padding.settings)
+                newest = chosen.tokens
         model.begin_history(self.limits.max_rows, ())
 
     def _run(self, on_end: Callable[[], None]) -> None:
@@ -206,7 +235,10 @@ class Engine:
             self._waiting.clear()
         for answer in left:
             answer.fail(message, status=503)
-        on_end()
+        try:
+            self._on_step()
+        finally:
+            on_end()
 
     def _wait_for_work(self) -> bool:
         """Waits for answers to compute; False if there will be none."""
@@ -218,26 +250,53 @@ class Engine:
             return not self._ends_now
 
     def _step(self) -> None:
-        """One part of a prompt, and one token of each row that decodes."""
-        self._remove_ended()
+        """Dispatches a token of each row that decodes, and reads those of the last step."""
+        if self._all_go_on():
+            before, calls = self._in_flight, self._calls_of(self._table.rows)
+            self._in_flight = [
+                self._decode(rows, last.chosen.tokens)
+                for rows, last in zip(calls, before, strict=True)
+            ]
+            self._read(before)
+            return
+        self._read(self._in_flight)
         self._admit()
         decoding = self._with_room([row for row in self._table.rows if row.is_prefilled])
         prefilling = next((row for row in self._table.rows if not row.is_prefilled), None)
         if prefilling is not None:
             self._prefill(prefilling)
-        if decoding != self._decoding:
-            self._decoding, self._calls = decoding, self._calls_of(decoding)
-        for rows in self._calls:
-            self._decode(rows)
+        self._in_flight = [self._decode(rows) for rows in self._calls_of(decoding)]
         self._remove_ended()
+        self._on_step()  # first tokens, and scores of prompts
+
+    def _all_go_on(self) -> bool:
+        """True if the rows of the last step have a next one, alone, as far as is known."""
+        rows = self._table.rows
+        if self._queue_changed or not rows or rows != self._called:
+            return False
+        return all(row.goes_on for row in rows) and all(self._has_room(row) for row in rows)
+
+    def _read(self, in_flight: Sequence[_InFlight]) -> None:
+        """Gives rows the tokens of a step, and removes those that have ended."""
+        for call in in_flight:
+            self._add_tokens(*call)
+        self._remove_ended()
+        if not self._table.rows:
+            self._in_flight = []
+        self._on_step()  # before a part of a prompt is computed
+
+    def _has_room(self, row: Row) -> bool:
+        """Gives a row the block of its next token, if it needs one; False if none is free."""
+        if self._table.has_room(row):
+            return True
+        self._calls = []  # their tables change
+        return self._table.grow(row)
 
     def _with_room(self, rows: Sequence[Row]) -> list[Row]:
         """Gives rows the blocks of their next tokens; returns the rows that are left."""
         for row in rows:
-            while row in self._table.rows and not self._table.has_room(row):
-                if not self._table.grow(row):
-                    self._preempt(self._table.rows[-1])
-                self._decoding = []  # the tables of the calls have changed
+            while row in self._table.rows and not self._has_room(row):
+                self._preempt(self._table.rows[-1])
         return [row for row in rows if row in self._table.rows]
 
     def _preempt(self, row: Row) -> None:
@@ -248,13 +307,16 @@ class Engine:
             self._waiting.appendleft(row.answer)
 
     def _calls_of(self, rows: Sequence[Row]) -> list[CallRows]:
-        """The calls that give each of these rows a token."""
+        """The calls that give each of these rows a token; equal rows have equal places in them."""
+        if self._calls and rows == self._called:
+            return self._calls
         names = [row.answer.request.adapter for row in rows]
         calls = []
         for indices in take_turns(self._model.methods, names, self._sizes[-1]):
             size = next(size for size in self._sizes if size >= len(indices))
             own = [rows[index] for index in indices]
             calls.append(call_rows(self._model, self._table, self._layouts[size], own))
+        self._called, self._calls = list(rows), calls
         return calls
 
     def _remove_ended(self) -> None:
@@ -263,11 +325,12 @@ class Engine:
 
     def _remove(self, row: Row) -> None:
         self._table.remove(row)
-        self._decoding, self._calls = [], []
+        self._called, self._calls = [], []
 
     def _admit(self) -> None:
         """Gives rows to waiting answers, in their order."""
         with self._changed:
+            self._queue_changed = False
             for answer in [answer for answer in self._waiting if answer.is_cancelled]:
                 self._waiting.remove(answer)
             while self._waiting:
@@ -287,7 +350,7 @@ class Engine:
         part = left[:chunk]
         layouts = self._layouts[self._model.prompt_rows]
         rows = call_rows(self._model, self._table, layouts, [row])
-        call = rows.call([part], chunk)
+        call = rows.prompt_call([part], chunk)
         prefilled = self._model.prefill(rows.slots, call)
         if request.scores_prompt and row.answer.scored < len(request.tokens):
             begin = row.cached
@@ -312,14 +375,12 @@ class Engine:
         chosen = self._model.first_tokens(rows.slots, prefilled, call, rows.settings)
         self._add_tokens(rows, chosen, prefilled.routing)
 
-    def _decode(self, rows: CallRows) -> None:
-        """Computes the next token of rows."""
-        newest = [(row.answer.generated[row.chosen - 1],) for row in rows.rows]
-        call = rows.call(newest, 1)
-        chosen, routing = self._model.decode(rows.slots, call, rows.settings)
+    def _decode(self, rows: CallRows, newest: jax.Array | None = None) -> _InFlight:
+        """Computes the next token of rows, after those of their answers or of an array [B]."""
+        call = rows.decoding_call(newest)
         for row in rows.rows:
             row.cached += 1
-        self._add_tokens(rows, chosen, routing)
+        return _InFlight(rows, *self._model.decode(rows.slots, call, rows.settings))
 
     def _add_tokens(self, rows: CallRows, chosen: Chosen, routing: Mapping[str, Routed]) -> None:
         """Gives the rows of a call their new tokens."""
@@ -332,7 +393,7 @@ class Engine:
             host_routing = {name: Routed(*map(np.asarray, r)) for name, r in routing.items()}
         for place, row in enumerate(rows.rows):
             answer, token = row.answer, tokens[place]
-            if answer.is_cancelled:
+            if answer.is_cancelled or answer.is_ended:
                 continue
             if token == NOT_FINITE:
                 answer.fail(NOT_FINITE_MESSAGE)

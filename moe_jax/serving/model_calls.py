@@ -54,7 +54,7 @@ class Call(NamedTuple):
     """Rows of a call.
 
     Attributes:
-      tokens: int32 [B, S].
+      tokens: int32 [B, S]; [B] in `decode`.
       token_mask: bool [B, S], false at padding, which is on the right.
       slots: int32 [B], index of each row in the engine's rows; R for padding.
       tables, lengths, prompt_length: see `BlockPosition`.
@@ -161,7 +161,8 @@ def decode(
     call: Call,
     settings: RowSettings,
 ) -> tuple[Chosen, Computed, TokenHistory]:
-    """Computes the newest token of each row, and chooses the next one."""
+    """Computes the newest token of each row, `call.tokens` [B], and chooses the next one."""
+    call = call._replace(tokens=call.tokens[:, None])
     computed = run_layers(model, params, adapters, cache, call)
     last = computed.hidden[:, 0]
     lengths = call.lengths + 1

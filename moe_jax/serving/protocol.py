@@ -229,7 +229,7 @@ def _prompts(reader: FieldReader) -> tuple[str | tuple[int, ...], ...]:
 def _messages(reader: FieldReader) -> tuple[dict[str, Any], ...]:
     value = reader.take("messages")
     if not isinstance(value, list) or not value:
-        reader.fail("messages", "must be a list of messages")
+        reader.fail("messages", "must be a list of at least one message")
     messages = []
     for index, message in enumerate(value):
         name = f"messages[{index}]"

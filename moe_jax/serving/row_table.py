@@ -1,5 +1,6 @@
 """The rows that the engine computes, and the blocks of the cache that each of them owns."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -32,6 +33,17 @@ class Row:
         """True if the whole prompt is in the cache."""
         return self.cached >= len(self.answer.request.tokens)
 
+    @property
+    def goes_on(self) -> bool:
+        """True if the answer needs a further token after the one that is being computed.
+
+        Unless it ends for another reason than its length, which is not known before the token is
+        read. False while tokens are computed again.
+        """
+        answer = self.answer
+        has_left = self.chosen == len(answer.generated) < answer.request.max_tokens - 1
+        return has_left and not answer.is_ended and not answer.is_cancelled
+
 
 class RowTable:
     """Rows in use, with a fixed number of slots and of blocks.
@@ -41,10 +53,9 @@ class RowTable:
     Attributes:
       rows: rows in use, the oldest first.
       block: positions of a block.
-      longest: number of entries of a row's table.
     """
 
-    def __init__(self, num_rows: int, num_blocks: int, block: int, max_length: int):
+    def __init__(self, num_rows: int, num_blocks: int, block: int, max_length: int, group: int):
         """Starts without rows.
 
         Args:
@@ -52,10 +63,11 @@ class RowTable:
           num_blocks: number of blocks, besides the spare one.
           block: positions of a block.
           max_length: largest number of tokens of a row.
+          group: number of blocks that attention reads at once.
         """
         self.rows: list[Row] = []
         self.block = block
-        self.longest = -(-max_length // block)
+        self._shape = (-(-max_length // (block * group)), group)
         self._num_slots = num_rows
         self._num_blocks = num_blocks
         self._free_slots = list(range(num_rows))[::-1]
@@ -101,8 +113,8 @@ class RowTable:
         return np.array([*(row.slot for row in rows), *padding], np.int32)
 
     def tables(self, rows: Sequence[Row], size: int) -> np.ndarray:
-        """Tables of rows, int32 [size, N], padded with the spare block."""
-        tables = np.full((size, self.longest), SPARE_BLOCK, np.int32)
+        """Tables of rows, int32 [size, N, n], padded with the spare block; see `BlockPosition`."""
+        tables = np.full((size, math.prod(self._shape)), SPARE_BLOCK, np.int32)
         for index, row in enumerate(rows):
             tables[index, : len(row.blocks)] = row.blocks
-        return tables
+        return tables.reshape(size, *self._shape)

@@ -81,7 +81,9 @@ def run_server(
     )
     server = _Server(config)
     try:
-        asyncio.run(_serve(server, service, bound, say))
+        # uvloop where it is installed
+        with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
+            runner.run(_serve(server, service, bound, say))
     finally:
         service.engine.stop()
         service.engine.join()
@@ -113,7 +115,7 @@ async def _serve(
         with contextlib.suppress(ValueError, RuntimeError):  # not in the main thread
             loop.add_signal_handler(number, stop)
     # The thread ends when it fails, and after `close` when all answers have ended.
-    engine.start(end)
+    service.start(end)
     try:
         await server.serve(sockets=[bound])
     finally:

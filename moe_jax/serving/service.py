@@ -1,9 +1,11 @@
 """The models of a server by name, and requests as answers of the engine."""
 
+import asyncio
+import contextlib
 import copy
 import dataclasses
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
@@ -105,6 +107,7 @@ class Service:
         self._special = special_tokens(tokenizer)
         self._created = int(time.time())
         self._max_characters = engine.limits.max_length * max(map(len, tokenizer.get_vocab()))
+        self._to_set: dict[asyncio.AbstractEventLoop, set[asyncio.Event]] = {}
         # Tokenizers keep state between calls; the engine's thread decodes with a copy.
         self._decoder = copy.deepcopy(tokenizer)
 
@@ -212,6 +215,24 @@ class Service:
             raise ApiError(503, "the server is shutting down") from None
         self.metrics.prompt_tokens.inc(sum(len(prompt.tokens) for prompt in prepared.prompts))
         return answers
+
+    def start(self, on_end: Callable[[], None]) -> None:
+        """Starts the engine; see `Engine.start`."""
+        self.engine.start(self._end_step, on_end)
+
+    def set_after_step(self, loop: asyncio.AbstractEventLoop, event: asyncio.Event) -> None:
+        """Sets an event of a loop when the engine's step ends. For the engine's thread.
+
+        A loop is woken once a step, since each wake-up interrupts the engine's thread.
+        """
+        self._to_set.setdefault(loop, set()).add(event)
+
+    def _end_step(self) -> None:
+        to_set, self._to_set = self._to_set, {}
+        for loop, events in to_set.items():
+            # A loop that has ended has no readers, and its server ends the engine.
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(_set_all, events)
 
     def refuse_if_full(self, request: RequestSettings, encoding: int) -> None:
         """Refuses a request that has no place in the queue, before it is tokenized.
@@ -330,6 +351,11 @@ class Service:
         )
         assert isinstance(text, str)
         return text
+
+
+def _set_all(events: Iterable[asyncio.Event]) -> None:
+    for event in events:
+        event.set()
 
 
 def _queue_full() -> ApiError:

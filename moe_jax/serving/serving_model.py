@@ -14,7 +14,7 @@ from moe_jax.adapters.method import AdapterMethod
 from moe_jax.adapters.new_tokens import total_vocab_size
 from moe_jax.config.model import ComputeConfig, ModelConfig
 from moe_jax.layers.block_cache import BlockPool, write_blocks
-from moe_jax.models.adapted import CompiledLlama
+from moe_jax.models.adapted import CompiledLlama, pairs_in_dtype
 from moe_jax.models.causal_lm import LlamaForCausalLM
 from moe_jax.models.layer_views import layer_views
 from moe_jax.serving import model_calls
@@ -30,10 +30,14 @@ from moe_jax.serving.model_calls import (
     method_key,
 )
 from moe_jax.serving.row_sampling import Chosen, RowSettings, TokenHistory, begin_row
+from moe_jax.sharding.mesh import platform_of
 from moe_jax.sharding.rules import num_row_shards
 
 _GROWTH = 4
 """Ratio of the numbers of rows that decoding is compiled for."""
+
+BLOCKS_AT_ONCE = 8
+"""Blocks that attention reads at once on accelerators, where each round launches many kernels."""
 
 
 class Prefilled(NamedTuple):
@@ -59,6 +63,7 @@ class ServingModel:
     Attributes:
       methods: method of each adapter, by name.
       prompt_rows: number of rows of a call with a part of a prompt.
+      blocks_at_once: number of blocks of a group, see `BlockPosition`.
       vocab_size: number of logits, with those of new tokens of adapters.
       cache: keys, values and values of adapters; calls replace its arrays.
       history: tokens of each row; calls replace its arrays.
@@ -93,14 +98,18 @@ class ServingModel:
         bare = LlamaForCausalLM(config, replace(compute, remat="none"))
         self._llama = CompiledLlama(bare, mesh)
         self._dtype = jnp.dtype(compute.dtype)
+        is_cpu = platform_of(None if mesh is None else list(mesh.devices.flat)) == "cpu"
+        self.blocks_at_once = 1 if is_cpu else BLOCKS_AT_ONCE
         # A CPU program that scans the layers copies each out of the stack.
-        self._scans_decoding = mesh is not None or jax.devices()[0].platform != "cpu"
+        self._scans_decoding = mesh is not None or not is_cpu
         views = (lambda t: t) if self._scans_decoding else functools.partial(layer_views, config)
         self._params, self._decoding_params = params, views(params)
         self._decoding_adapters = {}
         self._row_shapes: dict[str, dict[str, jax.ShapeDtypeStruct]] = {}
         self._adapters = {}
         for name, (method, tree) in adapters.items():
+            # A program would convert them for every token.
+            tree = pairs_in_dtype(self._dtype, tree)
             by_row, constants = self._cached_values(method, params, tree)
             self._row_shapes[method_key(method)] = by_row
             self._adapters[name] = SlotAdapter(tree, constants)

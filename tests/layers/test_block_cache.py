@@ -29,12 +29,14 @@ def random(*shape, seed):
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
-@pytest.fixture(scope="module")
-def position():
+@pytest.fixture(scope="module", params=[1, 2, 4])
+def position(request):
+    """The rows, with tables in groups of one, two or four blocks."""
     shape = (LAYERS, BLOCKS, KV, BLOCK, WIDTH)
     pool = BlockPool(jnp.asarray(random(*shape, seed=0)), jnp.asarray(random(*shape, seed=1)))
     lengths = jnp.asarray(LENGTHS, jnp.int32)
-    return BlockPosition(pool, jnp.asarray(TABLES, jnp.int32), lengths, lengths)
+    tables = jnp.asarray(TABLES, jnp.int32).reshape(len(TABLES), -1, request.param)
+    return BlockPosition(pool, tables, lengths, lengths)
 
 
 def by_hand(position, layer, row, query, key, value, *, scale, window=None, softcap=None, **_):
@@ -99,10 +101,11 @@ def test_what_is_not_finite_stays_in_its_row(position):
 
 
 @pytest.mark.parametrize("slides", [None, True])
+@pytest.mark.parametrize("position", [1, 2], indirect=True)
 def test_blocks_before_the_window_are_not_read(position, slides):
-    """The row of 11 tokens with a window of 5 begins in its second block; the other is padding."""
+    """The row of 11 tokens with a window of 3 begins in its third block; the other is padding."""
     spoilt = np.array(position.pool)
-    spoilt[:, :, TABLES[3][0]] = np.nan
+    spoilt[:, :, TABLES[3][:2]] = np.nan
     row = np.array([0, 3])
     query = random(2, 2, HEADS, WIDTH, seed=2)
     key, value = (random(2, 2, KV, WIDTH, seed=seed) for seed in (3, 4))
@@ -111,9 +114,9 @@ def test_blocks_before_the_window_are_not_read(position, slides):
     )
     given = (query, key, value, np.array([[False] * 2, [True] * 2]))
     slides = None if slides is None else jnp.bool_(slides)
-    options = {"scale": 0.3, "window": 5, "slides": slides}
+    options = {"scale": 0.3, "window": 3, "slides": slides}
     actual = block_attention(*map(jnp.asarray, given), after, jnp.int32(1), **options)
-    plain = by_hand(position, 1, 3, query[1], key[1], value[1], scale=0.3, window=5)
+    plain = by_hand(position, 1, 3, query[1], key[1], value[1], scale=0.3, window=3)
     np.testing.assert_allclose(actual[1], plain, **ROUNDING)
 
 
@@ -121,10 +124,11 @@ def test_new_tokens_are_written_to_their_rows_blocks(position):
     mask = np.array([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [0] * 5, [1, 1, 1, 0, 0]], bool)
     tables = jnp.asarray(((6, 4, 0, 0), (5, 0, 0, 0), (2, 8, 0, 0), (7, 1, 3, 4)), jnp.int32)
     tables = tables.at[1, 1].set(3).at[3].set(jnp.asarray((7, 1, 2, 8), jnp.int32))
+    grouped = tables.reshape(position.tables.shape)
     update = BlockPool(
         *(jnp.asarray(random(LAYERS, 4, KV, 5, WIDTH, seed=seed)) for seed in (5, 6))
     )
-    written = write_blocks(position.pool, update, tables, position.lengths, jnp.asarray(mask))
+    written = write_blocks(position.pool, update, grouped, position.lengths, jnp.asarray(mask))
     for part, before, new in zip(written, position.pool, update, strict=True):
         expected = np.array(before)
         for row, length in enumerate(LENGTHS):

@@ -22,6 +22,7 @@ def test_layouts_depend_on_methods_and_not_on_names():
         SlotLayout(16, several, 4),
         SlotLayout(16, several, 16),
     ]
+    assert layouts(4, ADAPTERS)[3:] == [SlotLayout(4, several, 1), SlotLayout(4, several, 4)]
     assert layouts(1, ADAPTERS) == [
         SlotLayout(1),
         SlotLayout(1, (LORA_METHOD,), 1),

@@ -7,12 +7,11 @@ import jax
 import numpy as np
 import pytest
 from foreign_adapters import LORA, MIXLORA, SWITCH
-from inference.tokenizers_to_try import byte_level
+from serving.engines import COMPUTE, PROMPT, SMALL, TOKENIZER, Collector, end, started
 from serving.running_server import compiled_while_serving
 from whole_models import adapter_of
 
 import moe_jax
-from moe_jax.config.model import ComputeConfig
 from moe_jax.config.run import MeshConfig
 from moe_jax.errors import ConfigError
 from moe_jax.hf.base_model import open_base
@@ -21,64 +20,15 @@ from moe_jax.inference.settings import SamplingConfig
 from moe_jax.loaded.inference_model import build_model, load_adapters, load_params
 from moe_jax.serving.answer import AnswerRequest, OngoingAnswer
 from moe_jax.serving.engine import ClosedError, Engine, QueueFullError
-from moe_jax.serving.limits import EngineLimits
 from moe_jax.serving.serving_model import ServingModel
 from moe_jax.sharding.mesh import make_mesh
 
-COMPUTE = ComputeConfig(dtype="float32")
-SMALL = EngineLimits(max_rows=2, max_length=40, max_queue=5, cache_tokens=48, block=8, chunks=(8,))
 METHODS = {
     "switch": {**MIXLORA, "router": SWITCH},
     # Of 23 tokens, an expert serves 6; of the first 8, it would serve 2.
     "share": {**MIXLORA, "router": {"name": "switch", "capacity_factor": 1.0}},
     "dora": {**LORA, "dora": True},
 }
-PROMPT = tuple(int(token) for token in np.random.default_rng(7).integers(3, 600, 23))
-TOKENIZER = byte_level()
-
-
-class Collector:
-    """Receives the events of answers, and waits for their ends."""
-
-    def __init__(self):
-        self.events = queue.SimpleQueue()
-        self.answers = []
-
-    def answer(self, tokens=PROMPT, adapter=None, max_tokens=8, tokenizer=TOKENIZER, **settings):
-        request = AnswerRequest(
-            tokens=tokens,
-            adapter=adapter,
-            max_tokens=max_tokens,
-            **{"temperature": 0.0, **settings},
-        )
-        number = len(self.answers)
-        sink = lambda event: self.events.put((number, event))
-        self.answers.append(OngoingAnswer(request, tokenizer, sink))
-        return self.answers[-1]
-
-    def wait(self, count):
-        """Waits for the ends of `count` answers; returns the errors of those that failed."""
-        errors = {}
-        while count:
-            number, event = self.events.get(timeout=60)
-            count -= event.is_last
-            if event.error is not None:
-                errors[number] = event.error
-        return errors
-
-
-def started(base, adapters, limits=SMALL):
-    loaded = {name: (one.method, one.tree) for name, one in adapters.items()}
-    engine = Engine(ServingModel(base.config, base.params, loaded, compute=COMPUTE), limits)
-    engine.start()
-    return engine
-
-
-def end(engine):
-    engine.close()
-    assert engine.join(30)
-    assert engine.failure is None
-    assert (engine.rows_in_use, engine.blocks_in_use, engine.waiting) == (0, 0, 0)
 
 
 @pytest.fixture(scope="module")
@@ -240,7 +190,7 @@ def test_failures_answer_all_requests(base):
     ended = queue.SimpleQueue()
     engine, collector = Engine(model, SMALL), Collector()
     model.prefill = lambda *_: 1 / 0
-    engine.start(lambda: ended.put(engine.failure))
+    engine.start(on_end=lambda: ended.put(engine.failure))
     engine.submit([collector.answer(), collector.answer(), collector.answer()])
     errors = collector.wait(3)
     assert set(errors.values()) == {"the server failed; its log has the reason"}

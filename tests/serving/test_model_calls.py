@@ -82,7 +82,7 @@ def computed(weights):
     shape = (2, 1 + len(NAMES) * per_row, MODEL.num_kv_heads, BLOCK, MODEL.head_dim)
     cache = Cache(BlockPool(jnp.zeros(shape), jnp.zeros(shape)), row_values)
     order = np.random.default_rng(1).permutation(len(NAMES) * per_row) + 1
-    tables = order.reshape(len(NAMES), per_row).astype(np.int32)
+    tables = order.reshape(len(NAMES), per_row, 1).astype(np.int32)
     windows = {n: RowWindow(np.int32(i), np.ones(1, bool)) for i, n in enumerate(methods)}
     slots = tuple(AdapterRows(name, method, 0, 1) for name, method in methods.items())
     run = jax.jit(functools.partial(run_layers, bare.clone(adapter_rows=slots)))

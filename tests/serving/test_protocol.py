@@ -64,8 +64,8 @@ def test_completions(change, param, message):
 @pytest.mark.parametrize(
     ("change", "param", "message"),
     [
-        ({"messages": []}, "messages", "must be a list of messages"),
-        ({"messages": "a"}, "messages", "must be a list of messages"),
+        ({"messages": []}, "messages", "must be a list of at least one message"),
+        ({"messages": "a"}, "messages", "must be a list of at least one message"),
         ({"messages": ["a"]}, "messages[0]", "must be an object"),
         ({"messages": [{"role": "x", "content": ""}]}, "messages[0].role", "must be one of system"),
         ({"messages": [{"role": "user"}]}, "messages[0].content", "is missing"),

@@ -37,6 +37,7 @@ from moe_jax.serving.load import open_models
         (["--max-length", "257"], "--max-length: must be between 1 and the model's context of 256"),
         (["--cache-tokens", "9"], "--cache-tokens: 9 tokens do not hold one row"),
         (["--adapter", "base=nowhere"], "nowhere"),
+        (["--adapter", "=nowhere"], "--adapter =nowhere: no name before '='; give NAME=DIR or DIR"),
     ],
 )
 def test_flags_are_checked_before_weights_are_read(flags, message, capsys, monkeypatch):

@@ -64,11 +64,14 @@ def test_a_defect_is_answered_with_an_error_object(served, monkeypatch):
 
 
 def test_an_engine_that_stops_is_not_the_requests_fault(served, monkeypatch):
+    engine = served.service.engine
+
     def stopped(answers):
         for answer in answers:
             answer.fail("the server is shutting down", status=503)
+        engine._on_step()
 
-    monkeypatch.setattr(served.service.engine, "submit", stopped)
+    monkeypatch.setattr(engine, "submit", stopped)
     status, error = error_of(send(served, "POST", "/v1/completions", BODY))
     assert status == 503 and error["message"] == "the server is shutting down"
 
