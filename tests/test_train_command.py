@@ -89,6 +89,8 @@ def only_line(status, err):
         ([], "--base is missing; give --config FILE"),
         (["--base=b"], "--data is missing; give --config FILE"),
         (["--config=CONFIG", "--method=lora"], "--method: the file of --config sets it"),
+        (["--config=CONFIG", "--column=a=b"], "--column: the file of --config sets it"),
+        (["--base=b", "--data=d", "--column=a"], "--column a: give FIELD=NAME"),
         (["--config=CONFIG", "--set=training"], "--set training: expected FIELD=VALUE"),
         (["--config=nowhere.py", "--workdir=w"], "--config: no such file: nowhere.py"),
         (["--confg=CONFIG"], "unknown flag --confg; did you mean '--config'?"),

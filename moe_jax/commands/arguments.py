@@ -3,7 +3,7 @@
 import argparse
 import contextlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import get_args
 
@@ -110,6 +110,32 @@ def add_base(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--revision", help="revision of a hub id")
 
 
+def add_column(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+    """Adds `--column`, for `named_columns`."""
+    parser.add_argument(
+        "--column",
+        action="append",
+        default=[],
+        metavar="FIELD=NAME",
+        help="column of a field of the schema; may be given several times",
+    )
+
+
+def named_columns(given: Iterable[str]) -> dict[str, str]:
+    """Column names by field from the values of `--column`; see `SourceConfig.columns`.
+
+    Raises:
+      ConfigError: a value is not of the form `FIELD=NAME`.
+    """
+    columns = {}
+    for text in given:
+        field, equals, name = text.partition("=")
+        if not equals:
+            raise ConfigError(f"--column {text}: give FIELD=NAME")
+        columns[field] = name
+    return columns
+
+
 def add_adapters(parser: argparse.ArgumentParser) -> None:
     """Adds `--adapter`, for `named_folders`."""
     parser.add_argument(
@@ -160,11 +186,13 @@ def named_folders(given: list[str]) -> dict[str, str]:
     """Parses the values of `--adapter [NAME=]DIR`; the default name is the folder's.
 
     Raises:
-      ConfigError: two adapters have the same name.
+      ConfigError: two adapters have the same name, or one has an empty name.
     """
     adapters: dict[str, str] = {}
     for text in given:
         name, equals, folder = text.partition("=")
+        if equals and not name:
+            raise ConfigError(f"--adapter {text}: no name before '='; give NAME=DIR or DIR")
         if not equals or "/" in name:
             name, folder = Path(text).expanduser().resolve().name, text
         if name in adapters:

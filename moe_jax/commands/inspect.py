@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from moe_jax.commands import Run
-from moe_jax.commands.arguments import add_dtype, listed
+from moe_jax.commands.arguments import add_column, add_dtype, listed, named_columns
 from moe_jax.commands.describe import add_adapter_fit, show_base
 from moe_jax.config.data import Schema
 from moe_jax.errors import ConfigError, memory_errors
@@ -113,13 +113,7 @@ def _add_text(group: argparse._ArgumentGroup) -> None:
         metavar="NAME_OR_FILE",
         help="prompt template of --schema instruction (default: %(default)s)",
     )
-    group.add_argument(
-        "--column",
-        action="append",
-        default=[],
-        metavar="FIELD=NAME",
-        help="column of a field of the schema; may be given several times",
-    )
+    add_column(group)
     group.add_argument(
         "--limit",
         type=int,
@@ -176,7 +170,7 @@ def _inspect_routing(arguments: argparse.Namespace) -> None:
     fields = {
         "schema": arguments.schema,
         "prompt": arguments.prompt,
-        "columns": _columns(arguments.column),
+        "columns": named_columns(arguments.column),
     }
     data: dict[str, Any] = {
         name: {"path": path, **fields} for name, path in _data(arguments.data).items()
@@ -236,13 +230,3 @@ def _data(values: list[str]) -> dict[str, str]:
             )
         data[name] = path
     return data
-
-
-def _columns(values: list[str]) -> dict[str, str]:
-    columns = {}
-    for text in values:
-        field, equals, name = text.partition("=")
-        if not equals:
-            raise ConfigError(f"--column {text}: give FIELD=NAME")
-        columns[field] = name
-    return columns

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe_jax.commands import Run
+from moe_jax.commands.arguments import add_column, named_columns
 from moe_jax.compiled.chips import CHIPS
 from moe_jax.config.command_line import apply_overrides, load_config_file
 from moe_jax.errors import ConfigError
@@ -101,6 +102,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         "--data", metavar="FILE_OR_ID", help="training data: file, folder, pattern or hub id"
     )
     parser.add_argument("--schema", help="schema of the rows (default: found from the columns)")
+    add_column(parser)
     parser.add_argument("--method", metavar="NAME", help="mixlora, lora, ... (default: mixlora)")
     parser.add_argument(
         "--preference",
@@ -168,8 +170,8 @@ def _check(arguments: argparse.Namespace) -> None:
                     "configs/tiny_mixlora.py, or --base and --data"
                 )
     else:
-        for flag in ("method", "schema", "preference"):
-            if getattr(arguments, flag) is not None:
+        for flag in ("method", "schema", "column", "preference"):
+            if getattr(arguments, flag) not in (None, []):
                 raise ConfigError(
                     f"--{flag}: the file of --config sets it; change it there, or with "
                     "--config.FIELD=VALUE"
@@ -282,6 +284,7 @@ def _raw_config(
         memory=None if arguments.compile_for is None else CHIPS[arguments.compile_for].memory_bytes,
         # Anything else is refused later.
         max_length=int(length) if re.fullmatch("[0-9]{1,9}", length) else None,
+        columns=named_columns(arguments.column),
     )
     if "training.steps" in overrides and "training.epochs" not in overrides:
         raw["training"]["epochs"] = None
@@ -317,6 +320,7 @@ def _command(arguments: argparse.Namespace) -> str:
     names = ("base", "data", "schema", "method", "preference")
     given = {name: getattr(arguments, name) for name in names}
     flags = [f"--{name} {shlex.quote(value)}" for name, value in given.items() if value is not None]
+    flags += [f"--column {shlex.quote(text)}" for text in arguments.column]
     return " ".join(["moe-jax train", *flags])
 
 

@@ -99,6 +99,7 @@ def recipe(
     target_modules: tuple[str, ...] = ALL_PROJECTIONS,
     data: str = ALPACA,
     schema: str | None = "instruction",
+    columns: Mapping[str, str] | None = None,
     held_out: str | None = "2%",
     max_length: int = 512,
     buckets: tuple[int, ...] = (128, 256),
@@ -117,8 +118,7 @@ def recipe(
       base: folder or hub id of the base model.
       hf_config: fields of its `config.json`, for a plan without the checkpoint; see `BaseConfig`.
       dtype: dtype of the frozen weights and of the computation.
-      data_axis, fsdp: sizes of the mesh, see `MeshConfig`; by default all devices share one copy of
-        the weights.
+      data_axis, fsdp: sizes of the mesh, see `MeshConfig`; by default one copy of the weights.
       method: `mixlora`, or another method with the same fields, such as `lora` or `loramoe`.
       rank: rank of the pairs on attention and of each expert; alpha is twice the rank.
       num_experts: number of experts of an FFN, for methods with experts.
@@ -126,6 +126,7 @@ def recipe(
       target_modules: names of the adapted projections.
       data: file, folder or hub id of the training data.
       schema: see `SourceConfig`; None finds it from the columns.
+      columns: column names by field of the schema, where they differ.
       held_out: part at the end of the data that is kept for validation, `2%` or a number of rows;
         None trains on all rows.
       learning_rate: peak learning rate; None is `learning_rate_for` the width in `hf_config`.
@@ -139,7 +140,7 @@ def recipe(
         learning_rate = learning_rate_for(width, preference)
     adapter = {
         "method": method_fields(method, rank, num_experts, top_k, dropout, target_modules),
-        "data": data_sets(data, schema, held_out)
+        "data": data_sets(data, schema, held_out, columns)
         | {"max_length": max_length, "buckets": buckets, "packing": packing},
         "optimizer": optimizer_fields(learning_rate, warmup_ratio),
         "batch_size": batch_size,
@@ -169,9 +170,16 @@ def optimizer_fields(learning_rate: float, warmup_ratio: float) -> dict[str, Any
     return {"name": "adamw", "learning_rate": learning_rate, "schedule": schedule}
 
 
-def data_sets(path: str, schema: str | None, held_out: str | None) -> dict[str, Any]:
+def data_sets(
+    path: str,
+    schema: str | None,
+    held_out: str | None,
+    columns: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
     """Fields `train` and `validation` of `DataConfig`; see `recipe`."""
     source: dict[str, Any] = {"path": path, **({} if schema is None else {"schema": schema})}
+    if columns:
+        source["columns"] = dict(columns)
     if held_out is None:
         return {"train": {"train": source}}
     return {

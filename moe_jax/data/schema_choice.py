@@ -21,8 +21,19 @@ _OTHER_NAMES: dict[str, tuple[str, tuple[Schema, ...]]] = {
 """Second usual name of a field's column, and the schemas of which it is."""
 
 
+REMEDY = (
+    "set `schema`, and `columns` for fields of other names (on the command line --schema and "
+    "--column FIELD=NAME)"
+)
+"""Advice where the columns do not tell the schema."""
+
+
 def choose_schema(
-    source: SourceConfig, columns: Sequence[str], where: str, schemas: Collection[Schema]
+    source: SourceConfig,
+    columns: Sequence[str],
+    where: str,
+    schemas: Collection[Schema],
+    remedy: str = REMEDY,
 ) -> SourceConfig:
     """The source with the only one of `schemas` whose fields are all among the columns.
 
@@ -31,6 +42,7 @@ def choose_schema(
       columns: columns of the first row.
       where: file and row, for messages.
       schemas: schemas to choose from.
+      remedy: advice in the message.
 
     Raises:
       DataError: no schema fits, or several do.
@@ -50,10 +62,6 @@ def choose_schema(
     if len(fitting) == 1:
         return fitting[0]
     found = f"{where}: the columns {', '.join(map(str, columns)) or '(none)'}"
-    remedy = (
-        "set `schema`, and `columns` for fields of other names (on the command line --schema and "
-        "--column FIELD=NAME)"
-    )
     if fitting:
         names = " and ".join(repr(one.schema) for one in fitting)
         raise DataError(f"{found} fit the schemas {names}; {remedy}")
@@ -61,6 +69,12 @@ def choose_schema(
         if schema not in schemas and _with_columns(replace(source, schema=schema), columns):
             raise DataError(
                 f"{found} are those of the schema {schema!r}; {_loss_advice(schema, schemas)}"
+            )
+    for field, name in source.columns.items():
+        if name and name not in columns:
+            raise DataError(
+                f"{found} do not include {name!r}, which `columns` (--column {field}={name}) names"
+                "; give one of these"
             )
     known = "; ".join(
         f"{schema}: {', '.join(f for f in FIELDS[schema] if not is_optional(f, schema))}"

@@ -149,7 +149,7 @@ def cache_errors(cache_dir: str | None) -> Iterator[None]:
                 "" if cache_dir else ", or the environment's HF_DATASETS_CACHE,"
             )
             raise DataError(
-                f"cannot keep the tokenised data in {cache_dir or HF_DATASETS_CACHE}: {reason}; "
+                f"cannot keep the tokenized data in {cache_dir or HF_DATASETS_CACHE}: {reason}; "
                 f"{advice}, or set {setting} to another one"
             ) from error
         raise

@@ -40,7 +40,8 @@ def load_token_rows(
     source = SourceConfig(path=str(file))
     where, columns = first_columns(source, None)
     schemas = ("text",) if "text" in columns else TEXT_SCHEMAS
-    source = choose_schema(source, columns, where, schemas)
+    remedy = "give a file with a column 'text', or with those of one of these schemas only"
+    source = choose_schema(source, columns, where, schemas, remedy)
     assert source.schema is not None
     if source.schema == "chat":
         require_chat_template(tokenizer, source.title)

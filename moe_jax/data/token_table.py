@@ -105,7 +105,7 @@ def encoded_table(
             num_proc=workers if workers > 1 else None,
             cache_file_name=None if folder is None else str(folder / "tokens.arrow"),
             new_fingerprint=key,
-            desc=f"Tokenising {name}",
+            desc=f"Tokenizing {name}",
         )
 
     with progress_bars(show):

@@ -107,7 +107,7 @@ def _require_constants(fields: HFFields, family: Family) -> None:
     if fields.mapping.get("quantization_config") is not None:
         raise fields.error(
             "quantization_config",
-            "quantised checkpoints are not supported; use the float checkpoint that it was made "
+            "quantized checkpoints are not supported; use the float checkpoint that it was made "
             "from",
         )
     for key, value in family.constants.items():

@@ -132,6 +132,11 @@ def test_empty_file_has_no_rows(write, name):
     ("name", "content", "message"),
     [
         ("a.jsonl", '{"x": 1}\n{"x": \n', "a.jsonl: line 2: not valid JSON"),
+        (
+            "a.jsonl",
+            '{"x": "y"\n',
+            "a.jsonl: line 1: not valid JSON (Expecting ',' delimiter, column 10)",
+        ),
         ("a.json", '[{"x": 1},\n{"x" 2}]', "a.json: line 2: not valid JSON"),
         ("a.json", '{\n "x": 1\n}', "a.json: line 1: not valid JSON"),
         ("a.jsonl", b'{"x": "1"}\n{"x": "\xff"}\n', "a.jsonl: line 2: byte 8 is not UTF-8"),

@@ -51,7 +51,6 @@ def test_labels_are_left_out_where_they_cannot_be_used():
             "question, answer fit no schema (instruction: instruction, output;",
         ),
         ("text", {"txt": "text"}, "fit no schema"),
-        ("instruction output", {"input": "context"}, "fit no schema"),
         ("", {}, "the columns (none) fit no schema"),
     ],
 )
@@ -93,3 +92,10 @@ def test_columns_of_preference_data(columns, schema, losses):
         assert ("as two rows with prompt, completion and label" in message) == (
             schemas == ("feedback",)
         )
+
+
+@pytest.mark.parametrize("field", ["prompt", "input"])
+def test_a_named_column_that_is_missing(field):
+    message = rf"do not include 'nosuch', which `columns` \(--column {field}=nosuch\) names"
+    with pytest.raises(DataError, match=message):
+        choose("instruction output", **{field: "nosuch"})

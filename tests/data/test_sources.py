@@ -272,7 +272,7 @@ def test_cache_that_cannot_be_written(write):
     with pytest.raises(DataError) as error:
         read_source(source, file)
     assert str(error.value) == (
-        f"cannot keep the tokenised data in {file}: not a directory; move that file away, or set "
+        f"cannot keep the tokenized data in {file}: not a directory; move that file away, or set "
         "data.cache_dir to another one"
     )
 
@@ -293,7 +293,7 @@ def test_the_cache_of_the_user_that_cannot_be_written(write, monkeypatch, number
     with pytest.raises(DataError) as error:
         read_source(source, None)
     assert str(error.value) == (
-        f"cannot keep the tokenised data in {HF_DATASETS_CACHE}: {words}, or "
+        f"cannot keep the tokenized data in {HF_DATASETS_CACHE}: {words}, or "
         "the environment's HF_DATASETS_CACHE, to another one"
     )
 

@@ -343,7 +343,7 @@ def test_wrappers_with_other_attention_or_quantised_weights_are_refused():
     whole = PUBLISHED["gemma-3-4b-it"]
     with pytest.raises(CheckpointError, match="c: model_type 'paligemma' is not supported"):
         model_config_from_hf(whole | {"model_type": "paligemma"}, "c")
-    with pytest.raises(CheckpointError, match="quantised checkpoints are not supported"):
+    with pytest.raises(CheckpointError, match="quantized checkpoints are not supported"):
         model_config_from_hf(whole | {"quantization_config": {"quant_method": "awq"}}, "c")
 
 

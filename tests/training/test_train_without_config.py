@@ -86,6 +86,24 @@ def test_the_data_is_tokenised_once(folder, tmp_path, monkeypatch):
     assert longest["adapters"]["default"]["data"]["max_length"] == 32
 
 
+def test_columns_of_other_names(folder, tmp_path, capsys):
+    rows = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
+    renamed = [{"question": row["prompt"], "answer": row["completion"]} for row in rows]
+    data = tmp_path / "renamed.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in renamed))
+    flags = ["train", "--base", folder / "base", "--data", data, "--workdir", tmp_path / "run"]
+    steps = ["--set", "training.steps=1"]
+    assert main([str(flag) for flag in [*flags, *steps]]) == 2
+    assert "--schema and --column FIELD=NAME" in capsys.readouterr().err
+    columns = ["--column", "prompt=question", "--column", "completion=answer"]
+    assert main([str(flag) for flag in [*flags, *columns, *steps]]) == 0
+    file = tmp_path / "run" / "config.py"
+    assert " --column prompt=question --column completion=answer\n" in file.read_text()
+    sets = load_config_file(str(file))["adapters"]["default"]["data"]
+    for source in (sets["train"]["train"], sets["validation"]["held_out"]):
+        assert source["columns"] == {"prompt": "question", "completion": "answer"}
+
+
 def test_a_smaller_max_length_leaves_out_longer_buckets(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(defaults, "free_memory", lambda: None)  # compiles nothing
     data = tmp_path / "long.jsonl"

@@ -1,7 +1,7 @@
 """Settings of a run that follow from its base, its data and the memory of its devices."""
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -58,6 +58,7 @@ def default_config(
     memory: int | None = None,
     max_length: int | None = None,
     preference: str | None = None,
+    columns: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Chooses a configuration for a base and a data set.
 
@@ -74,6 +75,7 @@ def default_config(
       memory: bytes of memory of an absent device; None for what is free.
       max_length: `data.max_length`; None takes the length of the longest row.
       preference: name of the preference loss; None trains on answers as they are.
+      columns: column names by field of the schema, where they differ.
 
     Returns:
       Plain nested mappings, as `parse_run_config` takes them.
@@ -90,8 +92,10 @@ def default_config(
     with error_prefix("--base"):
         model = open_base(base)
     with error_prefix("--data"):
-        held_out = _held_out(_data_config(data, schema, None, model).train["train"])
-        lengths = _row_lengths(_data_config(data, schema, held_out, model), model, loss)
+        sets = data_sets(data, schema, None, columns)
+        held_out = _held_out(_data_config(sets, model).train["train"])
+        sets = data_sets(data, schema, held_out, columns)
+        lengths = _row_lengths(_data_config(sets, model), model, loss)
     max_length, buckets = _lengths(lengths, max_length)
     width = model.config.hidden_size
     platform = platform_of(devices)
@@ -105,6 +109,7 @@ def default_config(
         target_modules=_targets(model.config),
         data=data,
         schema=schema,
+        columns=columns,
         held_out=held_out,
         max_length=max_length,
         buckets=buckets,
@@ -122,12 +127,10 @@ def _targets(model: ModelConfig) -> tuple[str, ...]:
     return ALL_PROJECTIONS + (() if model.delta_net is None else DELTA_NET_PROJECTIONS)
 
 
-def _data_config(
-    data: str, schema: str | None, held_out: str | None, base: BaseModel
-) -> DataConfig:
-    """Data sets of the run, with the longest rows that may be chosen."""
+def _data_config(sets: Mapping[str, Any], base: BaseModel) -> DataConfig:
+    """Data sets of the run, from `data_sets`, with the longest rows that may be chosen."""
     longest = min(STORED_LENGTH, base.config.max_position_embeddings)
-    fields = {**data_sets(data, schema, held_out), "max_length": longest}
+    fields = {**sets, "max_length": longest}
     return parse(DataConfig, fields, f"{ROOT}.adapters.default.data")
 
 
