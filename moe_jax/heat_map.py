@@ -1,15 +1,26 @@
-"""Values written in the cells of a heat map, for the figures of training and of inspection."""
+"""Heat maps of loads and other shares, for the figures of training and of inspection."""
 
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import TwoSlopeNorm
 
 MAX_WRITTEN_CELLS = 16 * 8
 """Largest number of cells whose values are written; smaller ones have no room for text."""
 
 _EQUAL_CONTRAST = 0.179
 """Luminance at which black and white text have the same contrast, in WCAG 2.2's definition."""
+
+
+def share_norm(values: np.ndarray) -> TwoSlopeNorm:
+    """The colors of values relative to a mean of 1, which is in the middle.
+
+    Args:
+      values: all values of the figure. The end of the scale is the largest, or 2 if that is more.
+    """
+    largest = float(np.max(values, where=np.isfinite(values), initial=2.0))
+    return TwoSlopeNorm(vcenter=1.0, vmin=0.0, vmax=largest)
 
 
 def write_values(axes: Axes, image: Any, size: str) -> None:

@@ -12,11 +12,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.gridspec import GridSpec
 
-from moe_jax.heat_map import MAX_WRITTEN_CELLS, write_values
+from moe_jax.heat_map import MAX_WRITTEN_CELLS, share_norm, write_values
 from moe_jax.inspection.routing_report import RoutingReport
 
-_MAX_COLOUR_VALUE = 2.0
-"""Value of the darkest red of a heat map; larger values have the same color."""
 _LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
 """Okabe and Ito (2008), distinguishable with any color vision."""
 _ABSENT_COLOUR = "0.8"
@@ -81,7 +79,7 @@ def coactivation_by_layer(report: RoutingReport) -> Figure:
         if layer >= layers:
             axes.set_axis_off()
             continue
-        image = _heat(axes, values[layer], size=None)
+        image = _heat(axes, values[layer], size=None, among=values)
         axes.set_title(f"layer {layer}", fontsize="medium")
         axes.set_aspect("equal")
         ticks = range(0, experts, step)
@@ -149,7 +147,7 @@ def load_by_data(report: RoutingReport) -> Figure:
     for layer in range(layers):
         row, column = divmod(layer, columns)
         axes = figure.add_subplot(grid[row + 1, column])
-        image = _heat(axes, loads[:, layer], size=size)
+        image = _heat(axes, loads[:, layer], size=size, among=loads)
         axes.set_title(f"layer {layer}", fontsize="medium")
         axes.set_yticks(range(count), names if column == 0 else [""] * count, fontsize="small")
         ticks = range(0, experts, max(1, math.ceil(experts / 8)))
@@ -188,19 +186,26 @@ def _figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), layout="constrained", dpi=110)
 
 
-def _heat(axes: Axes, values: np.ndarray, *, size: str | None) -> Any:
-    """Heat map around 1. Cells have their value in font size `size`, unless that is None."""
+def _heat(
+    axes: Axes, values: np.ndarray, *, size: str | None, among: np.ndarray | None = None
+) -> Any:
+    """Heat map around 1. Cells have their value in font size `size`, unless that is None.
+
+    `among` are all values of a figure of several maps, which share their colors.
+    """
     axes.set_facecolor(_ABSENT_COLOUR)
-    image = axes.imshow(values, cmap="RdBu_r", vmin=0.0, vmax=_MAX_COLOUR_VALUE, aspect="auto")
+    norm = share_norm(values if among is None else among)
+    image = axes.imshow(values, cmap="RdBu_r", norm=norm, aspect="auto")
     if size is not None:
         write_values(axes, image, size)
     return image
 
 
 def _colour_bar(figure: Figure, image: Any, axes: Axes | Sequence[Axes], label: str) -> None:
-    bar = figure.colorbar(image, ax=axes, label=label, extend="max", aspect=30)
-    ticks = [0.0, 0.5, 1.0, 1.5, 2.0]
-    bar.set_ticks(ticks, labels=["0", "0.5", "1 balanced", "1.5", "2"])
+    bar = figure.colorbar(image, ax=axes, label=label, aspect=30)
+    largest = image.norm.vmax
+    ticks = [0.0, 0.5, 1.0, (1 + largest) / 2, largest]
+    bar.set_ticks(ticks, labels=["0", "0.5", "1 balanced", *(f"{t:.3g}" for t in ticks[3:])])
     bar.ax.axhline(1.0, color="black", linewidth=1.5)
 
 

@@ -108,6 +108,14 @@ def test_files_of_a_run(finished, inputs):
     assert all(np.any(leaf) for leaf in final_adapter(workdir).values())
 
 
+def test_each_long_stage_before_the_first_step_is_announced(finished):
+    lines = finished.log.read_text().splitlines()
+    words = ("compiling the step", "loading the weights", "measuring the validation loss", "step ")
+    places = [next(n for n, line in enumerate(lines) if line.startswith(word)) for word in words]
+    assert places == sorted(places)
+    assert sum(line.startswith("measuring the validation loss") for line in lines) == 1
+
+
 def test_the_training_record(finished, inputs):
     lines = metric_lines(finished.workdir)
     losses = [line["default/loss"] for line in lines if "default/loss" in line]

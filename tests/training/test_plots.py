@@ -79,9 +79,9 @@ def test_expert_map_by_hand(tmp_path):
     assert texts[4:6] == ["4.00", "0.00"]
     assert [text.get_text() for text in axes.get_yticklabels()] == ["0", "1", "2"]
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("expert", "layer")
-    # Loads 0, 1, 2 and above are dark blue, white and dark red.
+    # Loads 0, 1, 2 and 4, the largest, are dark blue, white, light red and dark red.
     colours = {text.get_text(): text.get_color() for text in axes.texts}
-    assert colours == {"1.00": "black", "4.00": "white", "0.00": "white", "2.00": "white"}
+    assert colours == {"1.00": "black", "4.00": "white", "0.00": "white", "2.00": "black"}
     figure.savefig(tmp_path / "map.png")
     assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
 
@@ -158,6 +158,14 @@ def test_many_losses_are_smoothed(tmp_path):
     title = "training: exponential moving\naverage, decay 0.833"
     assert legend.get_title().get_text() == title
     assert raw.get_color() == smoothed.get_color()
+
+
+def test_few_losses_are_drawn_as_they_are(tmp_path):
+    losses = np.geomspace(8.0, 0.07, 20).tolist()
+    axes = _loss_axes(tmp_path, losses)
+    (line,) = axes.lines
+    assert line.get_ydata().tolist() == losses and line.get_alpha() is None
+    assert not axes.get_legend().get_title().get_text()
 
 
 def test_expert_maps_show_the_last_line(tmp_path):

@@ -15,7 +15,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from moe_jax.adapters.method import AdapterMethod
 from moe_jax.config.metric_names import METRICS
 from moe_jax.config.preference import PreferenceConfig
-from moe_jax.heat_map import MAX_WRITTEN_CELLS, write_values
+from moe_jax.heat_map import MAX_WRITTEN_CELLS, share_norm, write_values
 from moe_jax.training.records.metric_lines import read_metrics
 from moe_jax.training.records.reward_plots import reward_figures
 from moe_jax.training.step.router_metrics import row_locations
@@ -26,8 +26,10 @@ _READABLE_ROWS = 16
 _LOG_RANGE = 5.0
 """Ratio of the largest to the smallest loss above which the loss axis is logarithmic."""
 
-_SMOOTHED_POINTS = 20
-"""Number of points from which a training loss gets a smoothed curve."""
+_SMOOTHED_POINTS = 100
+"""Number of points from which a training loss gets a smoothed curve.
+
+An average over five of fewer points would lag far behind a loss that falls by powers of ten."""
 
 PER_TOKEN = METRICS["loss"].unit
 """Unit of a language model's loss."""
@@ -251,7 +253,7 @@ def expert_map(relative: np.ndarray, title: str, sites: Sequence[str]) -> Figure
     axes = figure.subplots()
     # White is an equal share, so that the color tells overload from underload; absent is gray.
     axes.set_facecolor("0.8")
-    image = axes.imshow(relative, cmap="RdBu_r", vmin=0.0, vmax=2.0, aspect="auto")
+    image = axes.imshow(relative, cmap="RdBu_r", norm=share_norm(relative), aspect="auto")
     size = "x-small" if dense else "medium"
     if writes:
         write_values(axes, image, size)
@@ -262,5 +264,5 @@ def expert_map(relative: np.ndarray, title: str, sites: Sequence[str]) -> Figure
     axes.set(xlabel="expert", ylabel=name, title=title)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=16))
     axes.set_yticks(range(rows), labels, fontsize=size)
-    figure.colorbar(image, label="load / equal share", extend="max")
+    figure.colorbar(image, label="load / equal share")
     return figure

@@ -243,7 +243,10 @@ class TrainingSession:
             return
         progress = self.progress
         self.recorder.drain()
-        with self.recorder.paused(), self.interrupts.during("this validation"):
+        announced = contextlib.nullcontext()
+        if progress.step == 0:  # nothing else is on the screen yet
+            announced = stage(self.say, "measuring the validation loss before step 1")
+        with announced, self.recorder.paused(), self.interrupts.during("this validation"):
             losses, metrics = validate(program, state.adapters, self.params, data, state.references)
         self.is_interrupted = self.is_interrupted or self.interrupts.is_requested()
         progress.validation |= losses
