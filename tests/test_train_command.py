@@ -125,7 +125,7 @@ def test_invalid_command_lines(inputs, arguments, words):
     ("field", "value", "words"),
     [
         ("base.path", "/nowhere", "config.base.path: /nowhere: no such folder; give a folder"),
-        ("mesh.data", 3, "config.mesh: data=3 x fsdp=1 x tensor=1 needs 3 devices, but 1 (cpu)"),
+        ("mesh.data", 3, "mesh data=3 x fsdp=1 x tensor=1 needs 3 devices, but 1 (cpu)"),
         ("base.hf_config", {"model_type": "llama"}, "config.base.hf_config"),
         (
             "adapters.default.data.train.words.path",

@@ -272,6 +272,7 @@ def _raw_config(
     from moe_jax.training.run.defaults import default_config
     from moe_jax.training.run.workdir import is_main_process
 
+    _check_overrides(arguments, overrides)
     length = overrides.get("adapters.default.data.max_length", "")
     raw = default_config(
         arguments.base,
@@ -286,9 +287,34 @@ def _raw_config(
         max_length=int(length) if re.fullmatch("[0-9]{1,9}", length) else None,
         columns=named_columns(arguments.column),
     )
+    _end_by_steps(raw, overrides)
+    return raw, command
+
+
+def _check_overrides(arguments: argparse.Namespace, overrides: Mapping[str, str]) -> None:
+    """Refuses, before the data is read, what is wrong with any data."""
+    from moe_jax.adapters import METHODS
+    from moe_jax.config.recipe import recipe
+    from moe_jax.config.run import parse_run_config
+
+    raw = recipe(
+        arguments.base,
+        data=arguments.data,
+        schema=arguments.schema,
+        method=arguments.method or "mixlora",
+        preference=arguments.preference,
+        max_length=2**30,  # longer than any bucket
+        buckets=(),
+    )
+    _end_by_steps(raw, overrides)
+    apply_overrides(raw, overrides)
+    parse_run_config(raw, METHODS)
+
+
+def _end_by_steps(raw: dict[str, Any], overrides: Mapping[str, str]) -> None:
+    """Removes the epochs of a configuration whose steps are given."""
     if "training.steps" in overrides and "training.epochs" not in overrides:
         raw["training"]["epochs"] = None
-    return raw, command
 
 
 def _replace_base_and_data(raw: dict[str, Any], base: str | None, data: str | None) -> None:

@@ -14,10 +14,13 @@ from typing import Any
 
 from moe_jax.config.expand import SWEEP, SweepConfig
 from moe_jax.config.parse import ROOT, suggest
-from moe_jax.config.run import RunConfig
+from moe_jax.config.run import AdapterConfig, RunConfig
 from moe_jax.errors import ConfigError
 
 _OVERRIDE = re.compile(rf"--?{ROOT}\.([^=]+)(?:=(.*))?", re.DOTALL)
+_ADAPTER_ONLY = {field.name for field in dataclasses.fields(AdapterConfig)} - {
+    field.name for field in dataclasses.fields(RunConfig)
+}
 _WORDS = {"true": True, "false": False, "none": None}
 
 
@@ -92,10 +95,17 @@ def apply_overrides(config: dict[str, Any], overrides: Mapping[str, str]) -> Non
 
     Raises:
       ConfigError: the path leads through a field that is not a group, or into an unknown group
-        whose name is close to that of a group in the file.
+        whose name is close to that of a group in the file, or is the path of a field in an adapter.
     """
     for path, text in overrides.items():
         *groups, last = path.split(".")
+        first = path.partition(".")[0]
+        if first in _ADAPTER_ONLY and first not in config:
+            adapters = list(config.get("adapters") or ["NAME"])
+            name = adapters[0] if len(adapters) == 1 else "NAME"
+            raise ConfigError(
+                f"{ROOT}.{path}: is a field of an adapter; give {ROOT}.adapters.{name}.{path}"
+            )
         node, where = config, ROOT
         for name in groups:
             known = [key for key, value in node.items() if isinstance(value, dict)]

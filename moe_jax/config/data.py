@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from moe_jax.config.classification import ClassificationConfig
-from moe_jax.config.parse import require
+from moe_jax.config.parse import NONE_ADVICE, require
 from moe_jax.config.preference import PreferenceConfig
 
 Schema = Literal[
@@ -160,7 +160,9 @@ class DataConfig:
 
     train: dict[str, SourceConfig]
     max_length: int
-    validation: dict[str, SourceConfig] = field(default_factory=dict)
+    validation: dict[str, SourceConfig] = field(
+        default_factory=dict, metadata={NONE_ADVICE: "write {} for none"}
+    )
     train_on_prompt: bool = False
     date: str = TEMPLATE_DATE
     buckets: tuple[int, ...] = ()

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from moe_jax.adapters import METHODS
@@ -199,17 +200,19 @@ def _collect(
     """Statistics of each data set, and weights and probabilities [L, S, E] of the kept rows."""
     statistics: dict[str, list[RoutingStatistics]] = {row.data: [] for row in rows}
     kept_routing = {}
-    for indices, routing, mask in batches:
-        data_names = [rows[index].data for index in indices]
-        for name in dict.fromkeys(data_names):
-            in_data_set = np.zeros_like(mask)
-            in_data_set[: len(indices)] = np.array([other == name for other in data_names])[:, None]
-            statistics[name].append(batch_statistics(routing, mask & in_data_set))
-        for position, index in enumerate(indices):
-            if index in kept_lengths:
-                tokens = (slice(None), position, slice(kept_lengths[index]))
-                weights, probabilities = routing.weights[tokens], routing.probabilities[tokens]
-                kept_routing[index] = (np.array(weights), np.array(probabilities))
+    with tqdm(total=len(rows), desc="routing", unit="row", leave=False, disable=None) as bar:
+        for indices, routing, mask in batches:
+            data_names = [rows[index].data for index in indices]
+            for name in dict.fromkeys(data_names):
+                in_set = np.zeros_like(mask)
+                in_set[: len(indices)] = np.array([other == name for other in data_names])[:, None]
+                statistics[name].append(batch_statistics(routing, mask & in_set))
+            for position, index in enumerate(indices):
+                if index in kept_lengths:
+                    tokens = (slice(None), position, slice(kept_lengths[index]))
+                    weights, probabilities = routing.weights[tokens], routing.probabilities[tokens]
+                    kept_routing[index] = (np.array(weights), np.array(probabilities))
+            bar.update(len(indices))
     return {name: merge_statistics(parts) for name, parts in statistics.items()}, kept_routing
 
 

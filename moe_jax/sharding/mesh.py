@@ -29,8 +29,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     if needed != len(devices):
         verb = "needs" if needed > len(devices) else "uses only"
         raise DeviceError(
-            f"config.mesh: {shape} {verb} {needed} devices, but {len(devices)} "
-            f"({devices[0].platform}) are available; change mesh.data, mesh.fsdp or mesh.tensor"
+            f"mesh {shape} {verb} {needed} devices, but {len(devices)} ({devices[0].platform}) "
+            f"are available; choose axes whose product is {len(devices)}"
         )
     # `make_mesh` orders the devices by their interconnect. Axes are Auto: XLA's partitioner
     # propagates shardings from the parameters and constraints.

@@ -77,7 +77,7 @@ def shardings_of(boxed: Any, mesh: Mesh) -> Any:
             elif size % parts:
                 leaf_path = jax.tree_util.keystr(path, simple=True, separator="/")
                 raise DeviceError(
-                    f"config.mesh.{'/'.join(names)}: {parts} devices cannot split {leaf_path} "
+                    f"mesh axis {'/'.join(names)}: {parts} devices cannot split {leaf_path} "
                     f"{leaf.shape} evenly along its axis of {size}; choose a divisor of {size}"
                 )
         return NamedSharding(mesh, PartitionSpec(*spec))

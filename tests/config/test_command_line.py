@@ -154,3 +154,17 @@ def test_groups_that_are_misspelt():
         apply_overrides({"adapters": {"default": {}}}, {"adapters.defualt.batch_size": "4"})
     with pytest.raises(ConfigError, match=r"config\.seed: is a single value"):
         apply_overrides({"seed": 1}, {"seed.value": "4"})
+
+
+@pytest.mark.parametrize(
+    ("names", "field"),
+    [
+        (["a"], "config.adapters.a.optimizer.name"),
+        (["a", "b"], "config.adapters.NAME.optimizer.name"),
+        ([], "config.adapters.NAME.optimizer.name"),
+    ],
+)
+def test_fields_of_an_adapter_at_the_top(names, field):
+    config = {"adapters": {name: {} for name in names}}
+    with pytest.raises(ConfigError, match=rf"is a field of an adapter; give {field}$"):
+        apply_overrides(config, {"optimizer.name": "adamw"})

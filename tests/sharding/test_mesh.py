@@ -56,7 +56,7 @@ def test_devices_that_do_not_fit(config, count, message, devices):
     with pytest.raises(DeviceError) as error:
         make_mesh(MeshConfig(**config), devices[:count])
     assert message in str(error.value)
-    assert "change mesh.data, mesh.fsdp or mesh.tensor" in str(error.value)
+    assert "choose axes whose product is" in str(error.value)
     assert "\n" not in str(error.value)
 
 

@@ -73,17 +73,17 @@ def test_moments_are_sharded_like_their_leaves():
         (
             {"data": 1, "fsdp": 8},
             {"hidden_size": 44},
-            ["config.mesh.fsdp: 8 devices cannot split ", " 44) evenly along its axis of 44"],
+            ["mesh axis fsdp: 8 devices cannot split ", " 44) evenly along its axis of 44"],
         ),
         (
             {"data": 1, "tensor": 8},
             {"intermediate_size": 84},
-            ["config.mesh.tensor: 8 devices cannot split ", "along its axis of 84", "of 84"],
+            ["mesh axis tensor: 8 devices cannot split ", "along its axis of 84", "of 84"],
         ),
         (
             {"data": 1, "tensor": 8},
             {"vocab_size": 100},
-            ["config.mesh.tensor: 8 devices ", "cannot split embed_tokens/embedding (100, 48)"],
+            ["mesh axis tensor: 8 devices ", "cannot split embed_tokens/embedding (100, 48)"],
         ),
     ],
 )

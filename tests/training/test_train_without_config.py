@@ -86,6 +86,21 @@ def test_the_data_is_tokenised_once(folder, tmp_path, monkeypatch):
     assert longest["adapters"]["default"]["data"]["max_length"] == 32
 
 
+@pytest.mark.parametrize(
+    ("field", "words"),
+    [
+        ("optimizer.learning_rate=1e-4", "give config.adapters.default.optimizer.learning_rate"),
+        ("adapters.default.data.validation=None", "got None; write {} for none"),
+        ("training.stesp=3", "config.training.stesp: unknown field; did you mean 'steps'?"),
+    ],
+)
+def test_fields_are_checked_before_the_data_is_read(folder, tmp_path, capsys, field, words):
+    (tmp_path / "broken.jsonl").write_text("{")
+    flags = ["--base", folder / "base", "--data", tmp_path / "broken.jsonl", "--set", field]
+    assert main(["train", *map(str, flags)]) == 2
+    assert words in capsys.readouterr().err
+
+
 def test_columns_of_other_names(folder, tmp_path, capsys):
     rows = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
     renamed = [{"question": row["prompt"], "answer": row["completion"]} for row in rows]
