@@ -9,16 +9,17 @@ import jax
 import pytest
 from one_device import one_device
 
-from benchmarks import gpu
+from benchmarks import gpu, gpu_programs, gpu_training
+from benchmarks.gpu_results import RESULTS, Recorder, as_table, read_lines
 
 
 def test_failed_case_leaves_the_others(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu, "TIMED", 2)
-    recorder = gpu.Recorder(Namespace(part="steps", output=tmp_path, seconds=600, tiny=True))
+    monkeypatch.setattr(gpu_training, "TIMED", 2)
+    recorder = Recorder(Namespace(part="steps", output=tmp_path, seconds=600, tiny=True))
     group = [("mixlora", {"rows": 2}), ("nonsense", {}), ("lora", {"rows": 2, "dropout": 0.05})]
     with one_device():
-        gpu.measure_steps(recorder, [group])
-    machine, product, *rows = gpu.read_lines(tmp_path / gpu.RESULTS)
+        gpu_training.measure_steps(recorder, [group])
+    machine, product, *rows = read_lines(tmp_path / RESULTS)
     assert machine["machine"]["devices"][0] == jax.devices()[0].device_kind
     assert product["matrix_product_tflops"] > 0
     failed, *timed = sorted(rows, key=lambda row: "error" not in row)
@@ -30,7 +31,7 @@ def test_failed_case_leaves_the_others(tmp_path, monkeypatch):
         assert 0 < row["needed_share"] < 1
         assert row["planned_gib"] > 0
         assert row["peak_gib"] is None  # a CPU does not know it
-    table = gpu.as_table([failed, *timed])
+    table = as_table([failed, *timed])
     assert "| steps | lora rows 2, dropout 0.05 |" in table
     assert "nonsense" in table
 
@@ -39,9 +40,9 @@ def test_the_peak_is_that_of_one_program():
     before = {"bytes_in_use": 5 * 2**30, "peak_bytes_in_use": 6 * 2**30}
     # Of 9 GiB, 5 were there before, 2 of which are the program's arguments.
     after = {"bytes_in_use": 5 * 2**30, "peak_bytes_in_use": 9 * 2**30}
-    assert gpu.peak_gib(2 * 2**30, before, after) == 2 + 9 - 5
-    assert gpu.peak_gib(2 * 2**30, before, before) is None
-    assert gpu.peak_gib(2 * 2**30, {}, {}) is None
+    assert gpu_training.peak_gib(2 * 2**30, before, after) == 2 + 9 - 5
+    assert gpu_training.peak_gib(2 * 2**30, before, before) is None
+    assert gpu_training.peak_gib(2 * 2**30, {}, {}) is None
 
 
 def test_what_differs_after_a_run_was_resumed(tmp_path):
@@ -52,13 +53,13 @@ def test_what_differs_after_a_run_was_resumed(tmp_path):
         (folder / "adapter.json").write_text(json.dumps({"checksums": checksums}))
         line = {"step": 10, "default/loss": loss, "time": {"elapsed_seconds": total}}
         (tmp_path / run / "metrics.jsonl").write_text(json.dumps(line) + "\n")
-    assert list(gpu.differences(tmp_path / "whole", tmp_path / "same")) == []
-    found = list(gpu.differences(tmp_path / "whole", tmp_path / "other"))
+    assert list(gpu_programs.differences(tmp_path / "whole", tmp_path / "same")) == []
+    found = list(gpu_programs.differences(tmp_path / "whole", tmp_path / "other"))
     assert found == ["layers/lora_B", "metrics.jsonl"]
 
 
 def test_the_tests_to_run_exist():
-    assert all((gpu.ROOT / path).exists() for path in gpu.TESTS)
+    assert all((gpu_programs.ROOT / path).exists() for path in gpu_programs.TESTS)
 
 
 def test_the_outcomes_of_tests_that_were_stopped(tmp_path):
@@ -72,12 +73,12 @@ def test_the_outcomes_of_tests_that_were_stopped(tmp_path):
     )
     command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-x", str(file)]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert gpu.outcomes(done.stdout) == {"passed": 2, "failed": ["test_it.py::test_bad"]}
+    assert gpu_programs.outcomes(done.stdout) == {"passed": 2, "failed": ["test_it.py::test_bad"]}
 
 
 def test_no_part_starts_past_the_end(tmp_path, capsys):
     assert gpu.main(["--parts", "steps,decode", "--seconds", "0", "--output", str(tmp_path)]) == 0
-    lines = gpu.read_lines(tmp_path / gpu.RESULTS)
+    lines = read_lines(tmp_path / RESULTS)
     assert [(line["part"], line["error"]) for line in lines] == [
         ("steps", "no time left"),
         ("decode", "no time left"),
