@@ -91,6 +91,11 @@ def only_line(status, err):
         (["--config=CONFIG", "--method=lora"], "--method: the file of --config sets it"),
         (["--config=CONFIG", "--column=a=b"], "--column: the file of --config sets it"),
         (["--base=b", "--data=d", "--column=a"], "--column a: give FIELD=NAME"),
+        (["--base=b", "--data=d", "--column==a"], "--column =a: give FIELD=NAME"),
+        (
+            ["--base=b", "--data=d", "--column=text=a", "--column=text=b"],
+            "--column text=b: 'text' already has the column 'a'",
+        ),
         (["--config=CONFIG", "--set=training"], "--set training: expected FIELD=VALUE"),
         (["--config=nowhere.py", "--workdir=w"], "--config: no such file: nowhere.py"),
         (["--confg=CONFIG"], "unknown flag --confg; did you mean '--config'?"),

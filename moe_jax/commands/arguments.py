@@ -125,13 +125,17 @@ def named_columns(given: Iterable[str]) -> dict[str, str]:
     """Column names by field from the values of `--column`; see `SourceConfig.columns`.
 
     Raises:
-      ConfigError: a value is not of the form `FIELD=NAME`.
+      ConfigError: a value is not of the form `FIELD=NAME`, or a field is given twice.
     """
     columns = {}
     for text in given:
         field, equals, name = text.partition("=")
-        if not equals:
+        if not equals or not field:
             raise ConfigError(f"--column {text}: give FIELD=NAME")
+        if field in columns:
+            raise ConfigError(
+                f"--column {text}: {field!r} already has the column {columns[field]!r}"
+            )
         columns[field] = name
     return columns
 

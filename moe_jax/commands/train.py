@@ -292,7 +292,7 @@ def _raw_config(
 
 
 def _check_overrides(arguments: argparse.Namespace, overrides: Mapping[str, str]) -> None:
-    """Refuses, before the data is read, what is wrong with any data."""
+    """Checks the overrides before the data is read."""
     from moe_jax.adapters import METHODS
     from moe_jax.config.recipe import recipe
     from moe_jax.config.run import parse_run_config
@@ -303,6 +303,9 @@ def _check_overrides(arguments: argparse.Namespace, overrides: Mapping[str, str]
         schema=arguments.schema,
         method=arguments.method or "mixlora",
         preference=arguments.preference,
+        columns=named_columns(arguments.column),
+        data_axis=-1,
+        fsdp=1,
         max_length=2**30,  # longer than any bucket
         buckets=(),
     )

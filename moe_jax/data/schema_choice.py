@@ -4,6 +4,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 from moe_jax.config.data import PREFERENCE_SCHEMAS, Schema, SourceConfig
+from moe_jax.config.parse import suggest
 from moe_jax.config.preference import PREFERENCES
 from moe_jax.data.schema import FIELDS, is_optional
 from moe_jax.errors import DataError
@@ -70,7 +71,13 @@ def choose_schema(
             raise DataError(
                 f"{found} are those of the schema {schema!r}; {_loss_advice(schema, schemas)}"
             )
+    known_fields = set().union(*(FIELDS[schema] for schema in schemas))
     for field, name in source.columns.items():
+        if field not in known_fields:
+            raise DataError(
+                f"{where}: `columns` (--column {field}={name}): no schema has a field {field!r}; "
+                + suggest(field, known_fields)
+            )
         if name and name not in columns:
             raise DataError(
                 f"{found} do not include {name!r}, which `columns` (--column {field}={name}) names"

@@ -50,7 +50,6 @@ def test_labels_are_left_out_where_they_cannot_be_used():
             {},
             "question, answer fit no schema (instruction: instruction, output;",
         ),
-        ("text", {"txt": "text"}, "fit no schema"),
         ("", {}, "the columns (none) fit no schema"),
     ],
 )
@@ -99,3 +98,13 @@ def test_a_named_column_that_is_missing(field):
     message = rf"do not include 'nosuch', which `columns` \(--column {field}=nosuch\) names"
     with pytest.raises(DataError, match=message):
         choose("instruction output", **{field: "nosuch"})
+
+
+@pytest.mark.parametrize(
+    ("columns", "field", "hint"),
+    [("prompt completion q", "promt", "prompt"), ("text", "txt", "text")],
+)
+def test_a_named_field_that_no_schema_has(columns, field, hint):
+    words = rf"\(--column {field}=q\): no schema has a field '{field}'; did you mean '{hint}'\?"
+    with pytest.raises(DataError, match=words):
+        choose(columns, **{field: "q"})

@@ -146,22 +146,29 @@ def test_many_losses_are_smoothed(tmp_path):
     axes = _loss_axes(tmp_path, losses)
     raw, smoothed = axes.lines
     assert raw.get_ydata().tolist() == losses and raw.get_alpha() < 0.5
-    decay = 5 / 6  # over about 300 / 50 points
     expected = []
-    for n in range(len(losses)):
-        weights = [decay ** (n - m) for m in range(n + 1)]
-        products = [w * loss for w, loss in zip(weights, losses, strict=False)]
-        expected.append(sum(products) / sum(weights))
+    for n in range(300):
+        sides = min(7, n, 299 - n)  # 15 points, a twentieth
+        near = losses[n - sides : n + sides + 1]
+        expected.append(sum(near) / len(near))
     np.testing.assert_allclose(smoothed.get_ydata(), expected, **FLOAT64_ROUNDING)
     legend = axes.get_legend()
     assert [text.get_text() for text in legend.get_texts()] == ["training/x"]
-    title = "training: exponential moving\naverage, decay 0.833"
+    title = "training: moving average\nof 15 points"
     assert legend.get_title().get_text() == title
     assert raw.get_color() == smoothed.get_color()
 
 
+def test_the_average_of_losses_that_fall_by_powers_of_ten_does_not_lag(tmp_path):
+    losses = np.geomspace(8.0, 0.07, 40).tolist()
+    axes = _loss_axes(tmp_path, losses)
+    _, smoothed = axes.lines
+    assert axes.get_yscale() == "log"
+    np.testing.assert_allclose(smoothed.get_ydata(), losses, **FLOAT64_ROUNDING)
+
+
 def test_few_losses_are_drawn_as_they_are(tmp_path):
-    losses = np.geomspace(8.0, 0.07, 20).tolist()
+    losses = np.geomspace(8.0, 0.07, 19).tolist()
     axes = _loss_axes(tmp_path, losses)
     (line,) = axes.lines
     assert line.get_ydata().tolist() == losses and line.get_alpha() is None

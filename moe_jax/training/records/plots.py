@@ -26,10 +26,8 @@ _READABLE_ROWS = 16
 _LOG_RANGE = 5.0
 """Ratio of the largest to the smallest loss above which the loss axis is logarithmic."""
 
-_SMOOTHED_POINTS = 100
-"""Number of points from which a training loss gets a smoothed curve.
-
-An average over five of fewer points would lag far behind a loss that falls by powers of ten."""
+_SMOOTHED_POINTS = 20
+"""Number of points from which a training loss gets a smoothed curve."""
 
 PER_TOKEN = METRICS["loss"].unit
 """Unit of a language model's loss."""
@@ -52,7 +50,8 @@ def loss_curves(metrics: Path, units: Mapping[str, str] | None = None) -> Figure
 
     A run with one adapter has a curve for each loss. With several, each adapter has a color, with
     a solid curve for its training loss and a dashed one for the mean of its validation losses.
-    Training losses of many points are drawn faintly, under their `moving_average`.
+    Training losses of many points are drawn faintly, under their `moving_average`. An axis whose
+    losses span much is logarithmic, so that the first ones do not flatten the rest.
 
     Args:
       metrics: `metrics.jsonl` of the run.
@@ -74,18 +73,25 @@ def _loss_curves(lines: Iterable[dict[str, Any]], units: Mapping[str, str]) -> F
                 validation.setdefault(adapter, {}).setdefault(data_set, []).append(point)
             else:
                 training.setdefault("/".join(parts[:-1]), []).append(point)
-    several, decay = len(training) > 1, _smoothing(max(map(len, training.values()), default=0))
+    several, width = len(training) > 1, _smoothing(max(map(len, training.values()), default=0))
     unit_of = {adapter: units.get(adapter, PER_TOKEN) for adapter in training}
-    panels = list(dict.fromkeys(unit_of.values())) or [PER_TOKEN]
+    losses: dict[str, list[float]] = {unit: [] for unit in unit_of.values()} or {PER_TOKEN: [1.0]}
+    for adapter, unit in unit_of.items():
+        curves = [training[adapter], *validation.get(adapter, {}).values()]
+        losses[unit] += [loss for curve in curves for _, loss in curve]
+    panels = list(losses)
     height = max(5, 3.5 * len(panels), 0.25 * len(training))
     figure = Figure(figsize=(11 if several else 8, height), layout="constrained")
     stacked = figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0]
     axes_of = dict(zip(panels, stacked, strict=True))
+    for unit, axes in axes_of.items():
+        if min(losses[unit]) > 0 and max(losses[unit]) > _LOG_RANGE * min(losses[unit]):
+            _make_logarithmic(axes)
     for number, (adapter, points) in enumerate(training.items()):
         colour, axes = f"C{number % 10}", axes_of[unit_of[adapter]]
         sets = validation.get(adapter, {})
         label = adapter if several else f"training/{adapter}"
-        _draw_training(axes, points, label, colour if several else None, decay)
+        _draw_training(axes, points, label, colour if several else None, width)
         if several:
             mean = _mean(sets)
             if mean:
@@ -100,11 +106,10 @@ def _loss_curves(lines: Iterable[dict[str, Any]], units: Mapping[str, str]) -> F
     for unit, axes in axes_of.items():
         axes.set_ylabel(f"loss ({unit})")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        _scale_losses(axes)
         axes.grid(alpha=0.3)
     style: dict[str, Any] = {"fontsize": "small", "title_fontsize": "small", "alignment": "left"}
-    if decay is not None:
-        style["title"] = f"training: exponential moving\naverage, decay {decay:.3g}"
+    if width is not None:
+        style["title"] = f"training: moving average\nof {width} points"
     if several:
         figure.legend(loc="outside right upper", **style)
     elif training:
@@ -112,9 +117,9 @@ def _loss_curves(lines: Iterable[dict[str, Any]], units: Mapping[str, str]) -> F
     return figure
 
 
-def _smoothing(points: int) -> float | None:
-    """Decay of the moving average of curves of so many points; None draws the losses alone."""
-    return None if points < _SMOOTHED_POINTS else 1.0 - 1.0 / max(5, points // 50)
+def _smoothing(points: int) -> int | None:
+    """Points of the moving average of curves of so many points; None draws the losses alone."""
+    return None if points < _SMOOTHED_POINTS else max(5, points // 20 | 1)
 
 
 def _draw_training(
@@ -122,39 +127,38 @@ def _draw_training(
     points: Sequence[tuple[int, float]],
     label: str,
     colour: str | None,
-    decay: float | None,
+    width: int | None,
 ) -> None:
     steps, losses = zip(*points, strict=True)
-    if decay is None:
+    if width is None:
         axes.plot(steps, losses, label=label, color=colour, marker="o" if len(points) == 1 else "")
         return
     (raw,) = axes.plot(steps, losses, color=colour, alpha=0.3, linewidth=0.8, label="_raw")
-    average = moving_average(losses, decay)
+    average = moving_average(losses, width, geometric=axes.get_yscale() == "log")
     axes.plot(steps, average, label=label, color=raw.get_color())
 
 
-def moving_average(values: Sequence[float], decay: float) -> list[float]:
-    """Exponential moving average, whose weights at each point sum to one.
+def moving_average(values: Sequence[float], width: int, geometric: bool = False) -> np.ndarray:
+    """Mean of the values around each one, which does not lag behind them.
 
     Args:
       values: values at equal distances.
-      decay: weight of a value relative to that of the next one.
+      width: number of values of a mean, odd. Near an end it has as many as are on both sides.
+      geometric: True takes the geometric mean.
     """
-    average, weight, averages = 0.0, 0.0, []
-    for value in values:
-        average, weight = decay * average + value, decay * weight + 1.0
-        averages.append(average / weight)
-    return averages
+    numbers = np.log(values) if geometric else np.asarray(values, np.float64)
+    sums = np.concatenate([[0.0], np.cumsum(numbers)])
+    places = np.arange(len(numbers))
+    sides = np.minimum(width // 2, np.minimum(places, places[::-1]))
+    means = (sums[places + sides + 1] - sums[places - sides]) / (2 * sides + 1)
+    return np.exp(means) if geometric else means
 
 
-def _scale_losses(axes: Axes) -> None:
-    """Logarithmic axis if the losses span much, so that the first ones do not flatten the rest."""
-    losses = np.concatenate([np.asarray(line.get_ydata(), float) for line in axes.lines] or [[1.0]])
-    if losses.min() > 0 and losses.max() > _LOG_RANGE * losses.min():
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda loss, _: f"{loss:g}"))
-        axes.yaxis.set_minor_formatter(NullFormatter())
+def _make_logarithmic(axes: Axes) -> None:
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda loss, _: f"{loss:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _mean(sets: Series) -> list[tuple[int, float]]:
