@@ -20,9 +20,8 @@ Needs the extra `serve`, and torch and transformers unless `--alone`.
 import argparse
 import contextlib
 import functools
-import http.client
+import shutil
 import statistics
-import subprocess
 import sys
 import threading
 import time
@@ -41,6 +40,7 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 from benchmarks.decode import KINDS, random_adapter
+from benchmarks.llama_cpp import llama_server
 from benchmarks.random_inputs import random_params
 from benchmarks.report import (
     check_output,
@@ -49,6 +49,7 @@ from benchmarks.report import (
     machine,
     one_line,
     refuse,
+    table,
     write_json,
 )
 from benchmarks.sizes import SIZE_HELP, hf_fields, model_of
@@ -164,48 +165,12 @@ def listening(service: Service) -> Iterator[int]:
             thread.join()
 
 
-@contextlib.contextmanager
-def llama_server(args: argparse.Namespace) -> Iterator[int | None]:
-    """Runs llama.cpp's server on `--gguf`; yields its port, None without it."""
-    if args.llama_server is None:
-        yield None
-        return
-    with bind("127.0.0.1", 0) as free:
-        port = free.getsockname()[1]
-    context = ROWS * (args.prompt + args.new_tokens + 64)
-    flags = ["-m", args.gguf, "--port", port, "-np", ROWS, "-c", context]
-    command, nowhere = [str(part) for part in (args.llama_server, *flags)], subprocess.DEVNULL
-    process = subprocess.Popen(command, stdout=nowhere, stderr=nowhere)
-    try:
-        wait_until_healthy(port)
-        yield port
-    finally:
-        process.terminate()
-        process.wait()
-
-
-def wait_until_healthy(port: int) -> None:
-    """Waits a minute at most for a server to start.
-
-    Raises:
-      ConfigError: it does not.
-    """
-    for _ in range(120):
-        with contextlib.suppress(OSError):
-            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
-            connection.request("GET", "/health")
-            if connection.getresponse().status == 200:
-                return
-        time.sleep(0.5)
-    raise ConfigError("--llama-server: does not answer")
-
-
 def ask_server(
     args: argparse.Namespace,
     load: Load,
     prompts: Sequence[Any],
     clients: StreamClients,
-    ports: Mapping[str, int | None],
+    ports: Mapping[str, int],
 ) -> Answered:
     """Answers of a server, read by clients as streams."""
     same = {"max_tokens": args.new_tokens, "temperature": 0, "stream": True}
@@ -216,9 +181,7 @@ def ask_server(
         {"model": models[index % len(models)], "prompt": prompt, **same}
         for index, prompt in enumerate(prompts)
     ]
-    port = ports[load.server]
-    assert port is not None
-    answered = clients.ask(port, bodies, load.clients)
+    answered = clients.ask(ports[load.server], bodies, load.clients)
     return Answered(len(prompts) * args.new_tokens / answered.seconds, answered.first_tokens)
 
 
@@ -285,12 +248,12 @@ def measure(args: argparse.Namespace, config: ModelConfig) -> list[dict[str, Any
     if not args.alone:
         steps[Load("transformers", 1, 0)] = transformers_answers(args, models)
     samples: dict[Load, list[Answered]] = {}
-    with (
-        listening(service) as own_port,
-        llama_server(args) as other_port,
-        StreamClients() as clients,
-    ):
-        ports = {MOE_JAX: own_port, LLAMA_CPP: other_port}
+    with contextlib.ExitStack() as stack:
+        ports = {MOE_JAX: stack.enter_context(listening(service))}
+        if args.llama_server is not None:
+            other = llama_server(args.llama_server, args.gguf, ROWS, longest + 64)
+            ports[LLAMA_CPP] = stack.enter_context(other)
+        clients = stack.enter_context(StreamClients())
         for load in loads:
             steps[load] = functools.partial(ask_server, args, load, clients=clients, ports=ports)
         for turn in range(-1, args.repeats):
@@ -331,23 +294,24 @@ def figures_of(samples: dict[Load, list[Answered]], first: Load) -> list[dict[st
     return rows
 
 
-def print_rows(rows: Sequence[dict[str, Any]]) -> None:
-    print(
-        "server          clients  adapters  tokens/s  ratio                 "
-        "CPU per token  first token  of 95%"
-    )
+def as_table(rows: Sequence[dict[str, Any]]) -> str:
+    cells = []
     for row in rows:
-        spread = f"{row['ratio']:.2f} ({row['lowest']:.2f} to {row['highest']:.2f})"
-        times = (row["first_token_seconds"], row["first_token_seconds_of_95"])
-        median, of_95 = ("-" if seconds is None else f"{seconds:.3f} s" for seconds in times)
+        firsts = (row["first_token_seconds"], row["first_token_seconds_of_95"])
         processor = row["processor_seconds_per_token"]
-        processor = "-" if processor is None else f"{1000 * processor:.3f} ms"
-        print(
-            f"{row['server']:14}  {row['clients']:7}  {row['adapters']:8}  "
-            f"{row['tokens_per_second']:8.1f}  {spread:20}  "
-            f"{processor:>13}  {median:>11}  {of_95}",
-            flush=True,
+        cells.append(
+            [
+                row["server"],
+                f"{row['clients']}",
+                f"{row['adapters']}",
+                f"{row['tokens_per_second']:.1f}",
+                f"{row['ratio']:.2f} ({row['lowest']:.2f} to {row['highest']:.2f})",
+                "" if processor is None else f"{1000 * processor:.3f} ms",
+                *("" if seconds is None else f"{seconds:.3f} s" for seconds in firsts),
+            ]
         )
+    heads = ["server", "clients", "adapters", "tokens/s", "ratio", "CPU per token"]
+    return table([*heads, "first token", "of 95%"], cells)
 
 
 def check(args: argparse.Namespace) -> ModelConfig:
@@ -365,6 +329,8 @@ def check(args: argparse.Namespace) -> ModelConfig:
         setattr(args, flag, [int(part) for part in parts])
     if (args.llama_server is None) != (args.gguf is None):
         raise ConfigError("--llama-server and --gguf go together; give both or none")
+    if args.llama_server is not None and shutil.which(args.llama_server) is None:
+        raise ConfigError(f"--llama-server {args.llama_server}: no such program")
     if not args.alone:
         check_transformers()
     return model_of(args.size, args.vocab) if args.base is None else open_base(args.base).config
@@ -394,7 +360,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         facts = machine()
         print(f"{args.base or args.size} model in {args.dtype}, {args.kind}; {one_line(facts)}")
         figures = measure(args, config)
-        print_rows(figures)
+        print(as_table(figures))
         write_json(args.output, args, benchmark="serving", machine=facts, figures=figures)
     except UserError as error:
         return refuse(error)

@@ -5,8 +5,8 @@ one part of one prompt is computed. All rows that decode then go on by a token, 
 more adapters than a program has slots for, in several.
 
 Where all rows go on and no request has come or gone, the next step is dispatched with tokens that
-are still on the devices, and the host reads these while the devices compute. A row that then ends
-for another reason than its length, such as a stop string, is computed once more in vain.
+are still on the devices, and the host reads them while the devices compute. A row that then ends
+for another reason than its length, such as a stop string, gets one more token, which is dropped.
 
 Rows grow by blocks of the cache. Where none is free, the newest row gives way: its answer waits
 again, before all others, and a later row computes its tokens once more without sending them twice.
@@ -251,7 +251,7 @@ class Engine:
 
     def _step(self) -> None:
         """Dispatches a token of each row that decodes, and reads those of the last step."""
-        if self._all_go_on():
+        if self._all_go_on() and all(map(self._give_room, self._table.rows)):
             before, calls = self._in_flight, self._calls_of(self._table.rows)
             self._in_flight = [
                 self._decode(rows, last.chosen.tokens)
@@ -274,7 +274,7 @@ class Engine:
         rows = self._table.rows
         if self._queue_changed or not rows or rows != self._called:
             return False
-        return all(row.goes_on for row in rows) and all(self._has_room(row) for row in rows)
+        return all(row.goes_on for row in rows)
 
     def _read(self, in_flight: Sequence[_InFlight]) -> None:
         """Gives rows the tokens of a step, and removes those that have ended."""
@@ -282,10 +282,10 @@ class Engine:
             self._add_tokens(*call)
         self._remove_ended()
         if not self._table.rows:
-            self._in_flight = []
+            self._in_flight = []  # nobody waits for the step that was dispatched before
         self._on_step()  # before a part of a prompt is computed
 
-    def _has_room(self, row: Row) -> bool:
+    def _give_room(self, row: Row) -> bool:
         """Gives a row the block of its next token, if it needs one; False if none is free."""
         if self._table.has_room(row):
             return True
@@ -295,7 +295,7 @@ class Engine:
     def _with_room(self, rows: Sequence[Row]) -> list[Row]:
         """Gives rows the blocks of their next tokens; returns the rows that are left."""
         for row in rows:
-            while row in self._table.rows and not self._has_room(row):
+            while row in self._table.rows and not self._give_room(row):
                 self._preempt(self._table.rows[-1])
         return [row for row in rows if row in self._table.rows]
 

@@ -35,10 +35,10 @@ class Row:
 
     @property
     def goes_on(self) -> bool:
-        """True if the answer needs a further token after the one that is being computed.
+        """True if the answer has room for a further token after the one that is being computed.
 
-        Unless it ends for another reason than its length, which is not known before the token is
-        read. False while tokens are computed again.
+        It may still end before, by a stop string or an end token. False while tokens are computed
+        again.
         """
         answer = self.answer
         has_left = self.chosen == len(answer.generated) < answer.request.max_tokens - 1

@@ -223,7 +223,7 @@ class Service:
     def set_after_step(self, loop: asyncio.AbstractEventLoop, event: asyncio.Event) -> None:
         """Sets an event of a loop when the engine's step ends. For the engine's thread.
 
-        A loop is woken once a step, since each wake-up interrupts the engine's thread.
+        A loop is woken once for all events, since each wake-up interrupts the engine's thread.
         """
         self._to_set.setdefault(loop, set()).add(event)
 
