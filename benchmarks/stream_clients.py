@@ -46,7 +46,7 @@ class StreamClients:
 
 
 def ask_all(port: int, bodies: Sequence[dict[str, Any]], clients: int) -> Streamed:
-    """Sends all requests, each client its next one after its last answer.
+    """Sends all requests; each client sends its next one when it has its last answer.
 
     Args:
       port: port of the server on this machine.

@@ -40,7 +40,7 @@ def load_token_rows(
     source = SourceConfig(path=str(file))
     where, columns = first_columns(source, None)
     schemas = ("text",) if "text" in columns else TEXT_SCHEMAS
-    remedy = "give a file with a column 'text', or with those of one of these schemas only"
+    remedy = "give a file with a column 'text', or with the columns of exactly one of these schemas"
     source = choose_schema(source, columns, where, schemas, remedy)
     assert source.schema is not None
     if source.schema == "chat":

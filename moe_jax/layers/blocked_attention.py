@@ -29,7 +29,7 @@ BLOCK = 256
 """Maximum positions of a block. The scores of 32 heads then take 8 MiB for each row of a batch."""
 
 GPU_BLOCK = 1024
-"""Maximum positions of a block on GPUs, where a step of the loop launches some twenty kernels. The
+"""Maximum positions of a block on GPUs, where each iteration launches some twenty kernels. The
 scores of 32 heads take 128 MiB for each row of a batch."""
 
 _LOWEST = float(jnp.finfo(jnp.float32).min)
