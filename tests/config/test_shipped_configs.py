@@ -30,7 +30,7 @@ def test_parses_and_opens_with_its_command(name):
     # The README's commands name the single adapter of the other files.
     several = {"tiny_sweep": 6, "tiny_comparison": 6, "tiny_comparison_rates": 12}
     several |= {"tiny_multitask": 1, "llama7b_mixlora_multitask": 1}
-    several |= {"smollm2_tasks": 6, "smollm2_tasks_rates": 8}
+    several |= {"smollm2_tasks": 6, "smollm2_tasks_rates": 10}
     assert list(adapters) == ["default"] or len(adapters) == several[name]
     text = (CONFIGS / f"{name}.py").read_text()
     assert f"python train.py --config configs/{name}.py" in text

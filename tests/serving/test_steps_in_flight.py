@@ -4,6 +4,7 @@ import asyncio
 import threading
 from types import SimpleNamespace
 
+import jax
 import jax.numpy as jnp
 import pytest
 from foreign_adapters import MIXLORA
@@ -140,8 +141,28 @@ def test_logits_that_are_not_finite_in_the_middle(engine, monkeypatch):
     engine.submit(answers[:1])
     engine.submit(answers[1:])
     errors = collector.wait(2)
+    assert isinstance(calls[4].tokens, jax.Array)  # not read before
     assert list(errors) == [0] and "not finite" in errors[0]
     assert answers[1].generated == expected
+
+
+def test_steps_are_ahead_again_after_a_row_gave_way(base, monkeypatch):
+    """Six blocks, and two rows that grow to five."""
+    engine, collector, steps = started(base, {}), Collector(), []
+    decode = engine._model.decode
+
+    def recorded(slots, call, settings):
+        steps.append((engine.preemptions, isinstance(call.tokens, jax.Array)))
+        return decode(slots, call, settings)
+
+    monkeypatch.setattr(engine._model, "decode", recorded)
+    engine.submit([collector.answer(PROMPT[:6], max_tokens=34) for _ in range(2)])
+    assert not collector.wait(2)
+    assert {*steps} == {(0, False), (0, True), (1, False), (1, True)}
+    assert steps[-1] == (1, True)
+    first, second = collector.answers
+    assert first.generated == second.generated
+    end(engine)
 
 
 def test_stopping_with_a_step_in_flight(base):
