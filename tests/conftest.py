@@ -15,7 +15,7 @@ from xla_flags import xla_flags
 DEVICES = 8
 LONGEST = ("demo", "notebooks", "training", "evaluation", "inference", "sharding", "surgery")
 
-# `MOE_JAX_TEST_PLATFORMS=cuda,cpu` computes on a GPU, and meshes are of the CPU devices.
+# `MOE_JAX_TEST_PLATFORMS=cuda,cpu` computes on a GPU; tests of meshes ask for the CPU devices.
 os.environ["JAX_PLATFORMS"] = os.environ.get("MOE_JAX_TEST_PLATFORMS", "cpu")
 # Of two values for a flag, XLA takes the later one.
 os.environ["XLA_FLAGS"] = " ".join(
@@ -80,5 +80,5 @@ def pytest_unconfigure() -> None:
 
 @pytest.fixture
 def devices() -> list[jax.Device]:
-    """The eight fake devices."""
+    """The eight fake devices; with `MOE_JAX_TEST_PLATFORMS=cuda,cpu`, `jax.devices()` is a GPU."""
     return jax.devices("cpu")

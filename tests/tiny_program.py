@@ -74,8 +74,8 @@ def program(
 ) -> Program:
     """A program with `rows` rows for each adapter of `methods`; on one device by default.
 
-    A mesh is of the first `devices` devices, or of all. `preferences` are the preference losses of
-    some of the adapters.
+    A mesh is of the first `devices` CPU devices, or of all. `preferences` are the preference losses
+    of some of the adapters.
     """
     preferences = preferences or {}
     source = {"path": "unused", "schema": "text"}
@@ -113,7 +113,8 @@ def program(
         parse_run_config(raw, METHODS),
         model_config() if config is None else config,
         total_steps,
-        devices=jax.devices()[: devices if mesh else 1],
+        # Where the tests compute on a GPU, there is one, and eight CPU devices beside it.
+        devices=jax.devices("cpu")[:devices] if mesh else jax.devices()[:1],
     )
 
 

@@ -225,7 +225,7 @@ def test_other_platforms_and_meshes_are_refused(any_platform, monkeypatch):
         _program({"a": MIXLORA}, mesh={"data": 2}, devices=2)
     monkeypatch.undo()
     with pytest.raises(DeviceError, match=r"'fused' needs an NVIDIA GPU .* runs on a cpu"):
-        _program({"a": MIXLORA})
+        _program({"a": MIXLORA}, mesh={"data": 1}, devices=1)
 
 
 @pytest.mark.parametrize(

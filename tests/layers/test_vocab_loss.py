@@ -163,7 +163,7 @@ def test_memory_of_the_loss_at_7b_widths():
 
 
 @pytest.mark.parametrize("sizes", [(1, 1, 8), (2, 2, 2)], ids=str)
-def test_devices_that_share_the_vocabulary(sizes, monkeypatch):
+def test_devices_that_share_the_vocabulary(sizes, devices, monkeypatch):
     """Equal to one device; no device has a whole row of logits, or those of all positions."""
     rows, length, width, vocabulary = 8, 6, 24, 272
     data, fsdp, tensor = sizes
@@ -175,7 +175,7 @@ def test_devices_that_share_the_vocabulary(sizes, monkeypatch):
     kernel = rng.standard_normal((width, vocabulary)).astype(np.float32)
     targets = rng.integers(0, vocabulary, (rows, length)).astype(np.int32)
     weights = rng.uniform(size=(rows, length)).astype(np.float32)
-    mesh = make_mesh(MeshConfig(data=data, fsdp=fsdp, tensor=tensor))
+    mesh = make_mesh(MeshConfig(data=data, fsdp=fsdp, tensor=tensor), devices)
     by_row, split = (NamedSharding(mesh, s) for s in (BATCH_SPEC, PartitionSpec("fsdp", "tensor")))
 
     def compiled(function):
