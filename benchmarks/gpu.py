@@ -11,8 +11,8 @@ so that a part that fails or runs out of time loses nothing:
     peft      peft's LoRA in PyTorch with SDPA, with and without checkpointed layers, at these rows
     anchor    Llama-3-8B, 2 rows of 4096 tokens, the setting of published LoRA figures
     variants  MixLoRA's experts in fused kernels against the einsum form: equal results first, then
-              the time of each; attention, rematerialization, dropout and XLA's dynamic-slice
-              fusion; at 7B
+              the time of each; attention, dropout, XLA's dynamic-slice fusion, its merging of
+              small products (`xla_gpu_dot_merger_threshold_mb`), rematerialization; at 7B
     nf4       the 7B step on a base of four bits
     decode    greedy decoding at 7B
     run       `train.py` on a generated checkpoint, and again, killed with -9 and resumed
@@ -20,8 +20,11 @@ so that a part that fails or runs out of time loses nothing:
 
 Steps of a group are compiled in threads and then timed in turns. Weights are random. The share is
 that of the FLOPs that the frozen model needs, equal for peft's step and ours, at the rate of a
-matrix product. Planned is the program's memory by XLA; peak is its memory on the device, empty
-where an earlier step of the part had a higher one.
+matrix product. Planned is the program's memory by XLA; peak is its memory on the device. A device
+reports the highest peak of a process only, so that peak is empty where an earlier step of the part
+had a higher one. Steps of a group first run in ascending order of planned memory, but groups keep
+their order: after steps of four rows, those of one row have no peak, nor have variants of four rows
+that need less than an earlier group. A part alone (`--parts`) has the same gaps.
 `peft` needs torch and peft, `run` all packages of the project, `tests` those of its tests.
 """
 

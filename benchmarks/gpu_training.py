@@ -40,6 +40,8 @@ Group = Sequence[Case]
 
 METHODS = ("mixlora", "lora", "frozen")
 ROWS = (4, 1, 8)
+"""The most important first, although steps of one row have no peak memory after those of four."""
+
 STEPS: tuple[Group, ...] = tuple([(method, {"rows": rows}) for method in METHODS] for rows in ROWS)
 ANCHOR: tuple[Group, ...] = (
     [(method, {"size": "8b", "rows": 2, "length": 4096}) for method in METHODS],
@@ -76,16 +78,16 @@ def measure_steps(recorder: Recorder, groups: Sequence[Group]) -> None:
         if recorder.left() < 30:
             recorder.write(error="no time left", case=[method for method, _ in group])
             continue
-        running: dict[int, Any] = {}
         with concurrent.futures.ThreadPoolExecutor(len(group)) as pool:
-            compiled = [
+            futures = [
                 pool.submit(recorder.attempt, case, functools.partial(_compile, recorder, *case))
                 for case in group
             ]
-        for index, future in enumerate(compiled):
-            if (made := future.result()) is None:
-                continue
-            step, row, settings = made
+        made_steps = [(index, future.result()) for index, future in enumerate(futures)]
+        compiled = [(index, made) for index, made in made_steps if made is not None]
+        running: dict[int, Any] = {}
+        # The device knows its highest peak only: a step after one with a higher peak has none.
+        for index, (step, row, settings) in sorted(compiled, key=lambda c: c[1][1]["planned_gib"]):
             key = (settings.size, settings.param_dtype)
             if key not in params:
                 params.clear()  # one base at a time
@@ -94,7 +96,7 @@ def measure_steps(recorder: Recorder, groups: Sequence[Group]) -> None:
             begun = recorder.attempt(row["case"], begin)
             if begun is not None:
                 running[index] = (begun, row, [])
-        _time_in_turns(recorder, running, rate)
+        _time_in_turns(recorder, dict(sorted(running.items())), rate)
 
 
 def measure_variants(recorder: Recorder) -> None:

@@ -25,6 +25,7 @@ from moe_jax.config.parse import located, parse, suggest
 from moe_jax.config.run import RunConfig
 from moe_jax.errors import ConfigError
 from moe_jax.layers.vocabulary import TokenEmbedding
+from moe_jax.sharding.compiler_options import compiler_options
 from moe_jax.sharding.rules import BATCH_SPEC
 from moe_jax.training.records.plan import parameter_count
 from moe_jax.training.step import step
@@ -243,6 +244,7 @@ def _lower_frozen(program: Program, args: Namespace) -> jax.stages.Lowered:
         program.llama.traceable(frozen_step),
         in_shardings=(program.param_shardings, rows),
         out_shardings=replicated,
+        compiler_options=compiler_options(program.mesh.devices.flat[0]),
     )
     shape = (micro, args.rows // micro, args.length)
     batch = type(BATCH_TYPES)(*(jax.ShapeDtypeStruct(shape, dtype) for dtype in BATCH_TYPES))

@@ -9,12 +9,19 @@ import jax
 import pytest
 from one_device import one_device
 
-from benchmarks import gpu, gpu_programs, gpu_training
+from benchmarks import gpu, gpu_programs, gpu_training, training_steps
 from benchmarks.gpu_results import RESULTS, Recorder, as_table, read_lines
 
 
 def test_failed_case_leaves_the_others(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_training, "TIMED", 2)
+    begun, begin = [], gpu_training._begin
+
+    def spied(step, params, row):
+        begun.append((step.name, row["planned_gib"]))
+        return begin(step, params, row)
+
+    monkeypatch.setattr(gpu_training, "_begin", spied)
     recorder = Recorder(Namespace(part="steps", output=tmp_path, seconds=600, tiny=True))
     group = [("mixlora", {"rows": 2}), ("nonsense", {}), ("lora", {"rows": 2, "dropout": 0.05})]
     with one_device():
@@ -26,6 +33,9 @@ def test_failed_case_leaves_the_others(tmp_path, monkeypatch):
     assert failed["case"] == ["nonsense", {}]
     assert "no method is called 'nonsense'" in failed["error"]
     assert [row["case"][0] for row in timed] == ["mixlora", "lora"]
+    # A peak is seen only where it is the highest so far: the smaller program runs first.
+    assert begun == [(row["case"][0], row["planned_gib"]) for row in reversed(timed)]
+    assert timed[1]["planned_gib"] < timed[0]["planned_gib"]
     for row in timed:
         assert row["tokens_per_second"] == pytest.approx(2 * 64 / row["seconds"])
         assert 0 < row["needed_share"] < 1
@@ -43,6 +53,14 @@ def test_the_peak_is_that_of_one_program():
     assert gpu_training.peak_gib(2 * 2**30, before, after) == 2 + 9 - 5
     assert gpu_training.peak_gib(2 * 2**30, before, before) is None
     assert gpu_training.peak_gib(2 * 2**30, {}, {}) is None
+
+
+def test_the_frozen_step_is_compiled_with_the_options(monkeypatch):
+    options = lambda device: {"no_such_option": 1}
+    monkeypatch.setattr(training_steps, "compiler_options", options)
+    settings = Namespace(**{**gpu_training.DEFAULTS, **gpu_training.TINY})
+    with pytest.raises(jax.errors.JaxRuntimeError, match="no_such_option"):
+        training_steps.compiled_step("frozen", settings).compile()
 
 
 def test_what_differs_after_a_run_was_resumed(tmp_path):
