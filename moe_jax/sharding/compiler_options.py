@@ -10,10 +10,10 @@ from moe_jax.sharding.mesh import platform_of
 def compiler_options(device: Any) -> dict[str, Any]:
     """Returns the options for a device, which may be abstract; none but for GPUs.
 
-    XLA merges products of one input that are small, by its measure, and copies their kernels side
-    by side to do so, in each call. By default up to 32 MiB are small, such as the kernels of
-    queries and keys at 7B in bfloat16. With 4 MiB, products with the matrices A of adapters are
-    still merged, and those with kernels of the base no longer are.
+    XLA merges small products of the same input into one, and copies their weights side by side
+    each time the program runs. By default up to 32 MiB are small, such as the weights of queries
+    and keys at 7B in bfloat16. With 4 MiB, products with the matrices A of adapters are still
+    merged, and those with weights of the base no longer are.
 
     Before jaxlib 0.12, XLA fuses a product on a GPU with the slice of the stacked layers that it
     writes, and computes it a second time for its other uses (openxla/xla PR 45799). All products
