@@ -145,8 +145,8 @@ def figures_of(
         "tokens_per_second": rows / total.seconds,
         "kernels": total.kernels,
         "moved_bytes": total.moved,
-        "argument_bytes": program.arguments,
-        "temporary_bytes": program.temporary,
+        "argument_bytes": program.memory.arguments,
+        "temporary_bytes": program.memory.temporary,
         "loops_of_unknown_length": program.model.unknown_loops,
     }
 

@@ -54,9 +54,9 @@ def summary(method: str, devices: Any, **more: str) -> dict[str, Any]:
     compiled = step_program(method, devices, **more).lower_train_step(FLAGS.length).compile()
     taken = estimate(compiled, CHIPS[CHIP], FLAGS.dtype)
     return {
-        "argument_bytes": taken.arguments,
-        "temporary_bytes": taken.temporary,
-        "peak_bytes": taken.peak,
+        "argument_bytes": taken.memory.arguments,
+        "temporary_bytes": taken.memory.temporary,
+        "peak_bytes": taken.memory.peak,
         "unknown_loops": taken.model.unknown_loops,
         "seconds": taken.model.total.seconds,
         "kinds": {

@@ -27,13 +27,11 @@ class ProgramEstimate(NamedTuple):
     """Memory and kernels of a program on one chip.
 
     Attributes:
-      arguments, temporary, peak: see `ProgramMemory`.
+      memory: its memory.
       model: kernels, and the estimated time of each.
     """
 
-    arguments: int
-    temporary: int
-    peak: int
+    memory: ProgramMemory
     model: Roofline
 
 
@@ -56,4 +54,4 @@ def estimate(compiled: jax.stages.Compiled, chip: Chip, dtype: str) -> ProgramEs
     """
     text = compiled.as_text()
     assert text is not None
-    return ProgramEstimate(*program_memory(compiled), model=roofline(text, chip.rates_of(dtype)))
+    return ProgramEstimate(program_memory(compiled), roofline(text, chip.rates_of(dtype)))

@@ -15,8 +15,8 @@ def test_a_plan_is_that_of_the_compiled_step(monkeypatch):
     plan = chip_plan.chip_plan(made, 16, "h200")
     compiled, chip = made.compiled_train_step(16), CHIPS["h200"]
     memory = compiled.memory_analysis()
-    assert plan.program.arguments == memory.argument_size_in_bytes
-    assert plan.program.temporary == memory.temp_size_in_bytes
+    assert plan.program.memory.arguments == memory.argument_size_in_bytes
+    assert plan.program.memory.temporary == memory.temp_size_in_bytes
     assert plan.program.model == roofline(compiled.as_text(), chip.rates_of("float32"))
     needed = needed_flops(made.model.config, made.config.methods, made.abstract_state.adapters)
     seconds = plan.program.model.total.seconds

@@ -58,16 +58,16 @@ def describe_chip_plan(program: Program, row_length: int, chip_name: str) -> str
     """Formats `chip_plan` as a table."""
     chip, dtype = chip_named(chip_name), program.config.compute.dtype
     plan = chip_plan(program, row_length, chip_name)
-    taken, total = plan.program, plan.program.model.total
+    memory, total = plan.program.memory, plan.program.model.total
     kind, devices = program.mesh.devices.flat[0].device_kind, program.mesh.size
-    fits = "" if taken.peak <= chip.memory_bytes else ": the step does not fit"
-    share = f"{taken.peak / chip.memory_bytes:.0%} of {readable(chip.memory_bytes)}{fits}"
+    fits = "" if memory.peak <= chip.memory_bytes else ": the step does not fit"
+    share = f"{memory.peak / chip.memory_bytes:.0%} of {readable(chip.memory_bytes)}{fits}"
     chips = "" if devices == 1 else f" of {devices}"
     speed = f"tokens/s estimated, MFU {plan.mfu(chip.peak(dtype)):.0%}"
     rows = [
-        ("arguments", readable(taken.arguments), ""),
-        ("temporary", readable(taken.temporary), ""),
-        ("peak", readable(taken.peak), share),
+        ("arguments", readable(memory.arguments), ""),
+        ("temporary", readable(memory.temporary), ""),
+        ("peak", readable(memory.peak), share),
         ("kernels", f"{total.kernels:,}", "launches a step"),
         ("moved", f"{total.moved / 1e9:,.1f} GB", "read and written"),
         ("products", _flops(total.flops), f"of which the model needs {_flops(plan.needed_flops)}"),
@@ -79,7 +79,7 @@ def describe_chip_plan(program: Program, row_length: int, chip_name: str) -> str
         *(f"  {name:<14}{value:>12}  {note}".rstrip() for name, value, note in rows),
         "The time is an estimate: each kernel at the rates of large ones, one after another.",
     ]
-    unknown = taken.model.unknown_loops
+    unknown = plan.program.model.unknown_loops
     if unknown:
         lines.append(f"{unknown} loops of unknown length are counted as one round.")
     return "\n".join(lines)
