@@ -58,7 +58,7 @@ from moe_jax.serving import model_calls
 from moe_jax.serving.adapter_slots import SLOTS, SlotLayout, slot_name
 from moe_jax.serving.call_rows import row_settings
 from moe_jax.serving.limits import EngineLimits
-from moe_jax.serving.model_calls import Cache, Call, SlotAdapter
+from moe_jax.serving.model_calls import Cache, Call, SlotAdapter, method_key
 from moe_jax.serving.row_sampling import TokenHistory
 from moe_jax.serving.serving_model import BLOCKS_AT_ONCE
 from moe_jax.sharding.compiler_options import compiler_options
@@ -69,6 +69,16 @@ def adapter_of(args: argparse.Namespace, config: ModelConfig) -> tuple[AdapterMe
     fields = KINDS["mixlora"]
     assert fields is not None
     return adapter_shapes({**fields, "rank": args.rank}, config)
+
+
+def layout_of(
+    args: argparse.Namespace, config: ModelConfig, rows: int, adapters: int
+) -> SlotLayout:
+    """The server's layout for rows of `adapters` adapters in equal parts; 0 is the base."""
+    if not adapters:
+        return SlotLayout(rows)
+    method, _ = adapter_of(args, config)
+    return SlotLayout(rows, (method,) * adapters, rows // adapters)
 
 
 def step_shapes(
@@ -104,7 +114,8 @@ def step_shapes(
     )
     settings = row_settings([], rows, config.vocab_size)
     params = nn.meta.unbox(abstract_params(language_model))
-    return params, adapters, Cache(BlockPool(pool, pool), {}), history, call, settings
+    row_values: Any = {method_key(method): {} for method in layout.methods}  # MixLoRA has none
+    return params, adapters, Cache(BlockPool(pool, pool), row_values), history, call, settings
 
 
 def lowered_step(
@@ -131,9 +142,8 @@ def lowered_step(
 def figures_of(
     args: argparse.Namespace, config: ModelConfig, rows: int, adapters: int, device: Any
 ) -> dict[str, Any]:
-    """Figures of a step of `rows` rows of `adapters` adapters in equal parts; 0 is the base."""
-    method, _ = adapter_of(args, config)
-    layout = SlotLayout(rows, (method,) * adapters, rows // max(adapters, 1))
+    """Figures of a step of `rows` rows; see `layout_of`."""
+    layout = layout_of(args, config, rows, adapters)
     lowered = lowered_step(args, config, layout, device)
     compiled = lowered.compile(compiler_options=compiler_options(device))
     program = estimate(compiled, chip_named(args.compile_for), args.dtype)
