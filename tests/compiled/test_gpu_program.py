@@ -20,13 +20,28 @@ ROWS, LENGTH = record.FLAGS.rows, record.FLAGS.length
 LAYERS, CHANNELS = 2, 64
 
 
+def _stored():
+    return json.loads(record.FILE.read_text(encoding="utf-8"))
+
+
 @pytest.fixture(scope="module")
-def figures():
+def compiled():
+    """What the script records here; without the plugin, the file."""
     if compiler_version("gpu") is None:
-        return json.loads(record.FILE.read_text(encoding="utf-8"))
+        return _stored()
     # In a process of its own, since flags of XLA hold for all of a process.
     command = [sys.executable, str(Path(record.__file__)), "--print"]
     return json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
+
+
+@pytest.fixture(scope="module")
+def figures(compiled):
+    return compiled["steps"]
+
+
+def test_the_file_is_what_its_compiler_makes(compiled):
+    # Other versions choose other kernels.
+    assert compiled["compiler"] != _stored()["compiler"] or compiled == _stored()
 
 
 def _needed_without_attention(method):
