@@ -36,7 +36,7 @@ from benchmarks.report import (
 from benchmarks.timing import spread
 from moe_jax.config.data import DataConfig
 from moe_jax.data.pipeline import TrainData, load_train_data
-from moe_jax.data.tokenised_source import tokenise_source
+from moe_jax.data.tokenized_source import tokenize_source
 from moe_jax.errors import UserError
 from moe_jax.training.step.micro_batches import join_rows
 
@@ -91,7 +91,7 @@ def measure(folder: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
         ((name, fields),) = config.train.items()
         for seconds in (fresh, cached):
             start = time.perf_counter()
-            source = tokenise_source(name, fields, config, tokenizer)
+            source = tokenize_source(name, fields, config, tokenizer)
             seconds.append(time.perf_counter() - start)
             rows, tokens = len(source.kept), int(source.lengths.sum())
         duration, drawn_tokens = draw(

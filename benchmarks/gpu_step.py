@@ -173,7 +173,7 @@ def estimate(
     needed_seconds = needed / args.devices / chip.rates_of(args.dtype).product
     return {
         "method": name,
-        "modelled_seconds": total.seconds,
+        "modeled_seconds": total.seconds,
         "needed_share": needed_seconds / total.seconds,
         "kernels": total.kernels,
         "flops": total.flops,
@@ -191,7 +191,7 @@ def estimate(
 
 COLUMNS: tuple[tuple[str, Callable[[dict[str, Any]], str]], ...] = (
     ("method", lambda row: row["method"]),
-    ("model ms", lambda row: f"{row['modelled_seconds'] * 1e3:.1f}"),
+    ("model ms", lambda row: f"{row['modeled_seconds'] * 1e3:.1f}"),
     ("needed", lambda row: f"{row['needed_share']:.1%}"),
     ("kernels", lambda row: f"{row['kernels']}"),
     ("TFLOP", lambda row: f"{row['flops'] / 1e12:.2f}"),

@@ -151,7 +151,7 @@ def figures_of(
     return {
         "rows": rows,
         "adapters": adapters,
-        "modelled_seconds": total.seconds,
+        "modeled_seconds": total.seconds,
         "tokens_per_second": rows / total.seconds,
         "kernels": total.kernels,
         "moved_bytes": total.moved,
@@ -162,13 +162,13 @@ def figures_of(
 
 
 def as_table(rows: Sequence[dict[str, Any]]) -> str:
-    one = {row["rows"]: row["modelled_seconds"] for row in rows if row["adapters"] == 1}
+    one = {row["rows"]: row["modeled_seconds"] for row in rows if row["adapters"] == 1}
     cells = [
         [
             f"{row['rows']}",
             f"{row['adapters']}",
-            f"{row['modelled_seconds'] * 1e3:.2f}",
-            f"{row['modelled_seconds'] / one[row['rows']]:.2f}",
+            f"{row['modeled_seconds'] * 1e3:.2f}",
+            f"{row['modeled_seconds'] / one[row['rows']]:.2f}",
             f"{row['tokens_per_second']:.0f}",
             f"{row['kernels']}",
             f"{row['moved_bytes'] / 1e9:.1f}",

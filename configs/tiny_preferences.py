@@ -3,7 +3,7 @@ r"""DPO with MixLoRA on the project's tiny Llama; about a minute on two CPU core
     moe-jax demo --only-data
     python train.py --config configs/tiny_preferences.py --workdir demo_output/preferences
 
-The base continues a sentence with one of any kind: on plurals, opposites, colours, sums or letters.
+The base continues a sentence with one of any kind: on plurals, opposites, colors, sums or letters.
 Of each pair in the data, the chosen one is on an opposite and the rejected one is not. The rewards
 separate within the first steps, and the text that the adapter writes changes:
 

@@ -253,7 +253,7 @@ def export_adapter(
         float32, as trained, for an adapter.
       base: path of the base for the other tool, and where a whole model's base is read; by default
         the path at training.
-      weights: weights of the experts that `llama` merges: `average` (default) or `utilisation`.
+      weights: weights of the experts that `llama` merges: `average` (default) or `utilization`.
       data: text file on which `llama` measures the loads of experts and the change by merging; see
         `load_token_rows`. Required for adapters with experts.
       push_to_hub: `OWNER/NAME`, repository on the hub to upload the complete `output` to. Access is

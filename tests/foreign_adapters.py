@@ -47,8 +47,8 @@ def random_adapter(
     for path, spec in expected_leaves(model, parsed).items():
         name = path.rpartition("/")[2]
         # A magnitude is about as long as a column of a random projection.
-        centre = 1.0 if name == "magnitude" else 0.0
-        leaves[path] = (centre + spread * rng.standard_normal(spec.shape)).astype(spec.dtype)
+        center = 1.0 if name == "magnitude" else 0.0
+        leaves[path] = (center + spread * rng.standard_normal(spec.shape)).astype(spec.dtype)
     tree = jax.tree.map(jax.numpy.asarray, nested_dict(leaves))
     return SavedAdapter(parsed, tree, model, BaseIdentity(base, "0" * 64), 7)
 

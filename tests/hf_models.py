@@ -52,8 +52,8 @@ def tiny_llama(seed: int = 0, **overrides: Any) -> LlamaForCausalLM:
     model = LlamaForCausalLM(LlamaConfig(**{**TINY, **overrides}))
     with torch.no_grad():
         for parameter in model.parameters():
-            centre = 1.0 if parameter.dim() == 1 and parameter.mean() == 1.0 else 0.0
-            parameter.copy_(centre + 0.15 * torch.randn_like(parameter))
+            center = 1.0 if parameter.dim() == 1 and parameter.mean() == 1.0 else 0.0
+            parameter.copy_(center + 0.15 * torch.randn_like(parameter))
     return model.eval()
 
 
@@ -84,8 +84,8 @@ def tiny_model(model_type: str, seed: int = 0, **overrides: Any) -> PreTrainedMo
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for parameter in model.parameters():
-            centre = 1.0 if parameter.dim() == 1 and parameter.mean() == 1.0 else 0.0
-            parameter.copy_(centre + 0.15 * torch.randn_like(parameter))
+            center = 1.0 if parameter.dim() == 1 and parameter.mean() == 1.0 else 0.0
+            parameter.copy_(center + 0.15 * torch.randn_like(parameter))
         for name, buffer in model.named_buffers():
             if name.endswith("layer_scalar"):
                 buffer.copy_(1.0 + 0.15 * torch.randn_like(buffer))

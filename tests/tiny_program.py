@@ -91,7 +91,7 @@ def program(
 
     raw = {
         "base": {"path": "unused", "param_dtype": param_dtype},
-        # What is computed again is compiled again; tests of rematerialisation say what they want.
+        # What is computed again is compiled again; tests of rematerialization say what they want.
         "compute": {"dtype": "float32", "remat": "none", **(compute or {})},
         "mesh": mesh or {"data": 1},
         "training": {"steps": total_steps, **(training or {})},
@@ -125,8 +125,8 @@ def random_leaves(abstract: Any, shardings: Any, seed: int, std: float = 0.15) -
     def leaf(path: Any, shape: jax.ShapeDtypeStruct, sharding: Any) -> jax.Array:
         name = jax.tree_util.keystr(path[-1:])
         # Norms scale by about one, and columns of random projections are about one long.
-        centre = 1.0 if name in ("['scale']", "['magnitude']") else 0.0
-        values = centre + std * rng.standard_normal(shape.shape)
+        center = 1.0 if name in ("['scale']", "['magnitude']") else 0.0
+        values = center + std * rng.standard_normal(shape.shape)
         return jax.device_put(values.astype(shape.dtype), sharding)
 
     return jax.tree_util.tree_map_with_path(leaf, abstract, shardings)

@@ -1,7 +1,7 @@
 """Routed FFNs in PyTorch, in float64: one token after the other, every expert whole.
 
-Nothing of the rank-space algebra is used. Each expert's three weights `W + s A B` are materialised,
-with DoRA normalised and scaled, every expert is evaluated on every token, and the router decides
+Nothing of the rank-space algebra is used. Each expert's three weights `W + s A B` are materialized,
+with DoRA normalized and scaled, every expert is evaluated on every token, and the router decides
 token by token in plain Python. Gradients come from PyTorch's autograd.
 """
 

@@ -21,7 +21,7 @@ examples:
   moe-jax export --adapter runs/mine/adapters/default --to peft --output exported
   moe-jax export --adapter runs/mine/adapters/default --to mixtral --dtype bfloat16 \\
       --output merged --push-to-hub me/merged --private
-  moe-jax export --adapter runs/mine/adapters/default --to llama --weights utilisation \\
+  moe-jax export --adapter runs/mine/adapters/default --to llama --weights utilization \\
       --data text.txt --output dense"""
 
 

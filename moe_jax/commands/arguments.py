@@ -24,7 +24,7 @@ EXPORT_FORMATS = {
 }
 """Names of `exchange.FORMATS`, with a description."""
 
-EXPORT_WEIGHTS = ("average", "utilisation")
+EXPORT_WEIGHTS = ("average", "utilization")
 """See `exchange.format.Weighting`."""
 
 ROUTERS = ("soft", "switch", "top_k", "top_p")
@@ -39,7 +39,7 @@ UPCYCLE_TO = ("mixlora", "loramoe", "mola")
 GROW_NOISE = 0.01
 """See `surgery.grow.DEFAULT_NOISE`."""
 
-MERGE_WEIGHTS = ("average", "utilisation")
+MERGE_WEIGHTS = ("average", "utilization")
 """See `surgery.merge.Weighting`."""
 
 

@@ -146,10 +146,10 @@ class DataConfig:
       sort_window: number of batches whose rows are sorted by length together, so that the rows of a
         batch have similar length. 1 keeps the shuffled order. With `packing`, number of batches
         packed together; more of them leave less padding. Default 32.
-      num_workers: number of processes that tokenise. Default 0: the main process, where a fast
+      num_workers: number of processes that tokenize. Default 0: the main process, where a fast
         tokenizer uses all cores.
-      cache_dir: cache folder of tokenised data sets. Default None: that of the `datasets` library.
-      streaming: read and tokenise the training rows during training, from local files or a data
+      cache_dir: cache folder of tokenized data sets. Default None: that of the `datasets` library.
+      streaming: read and tokenize the training rows during training, from local files or a data
         set on the hub, and keep nothing of them on disk, for data larger than the disk. Files named
         within a repository of the hub are downloaded first. Needs `steps`. Not for classifiers,
         tasks and parts of splits. Default False.

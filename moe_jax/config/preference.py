@@ -1,7 +1,7 @@
 """Losses of preference training, chosen by name.
 
 A preference adapter learns from pairs of a chosen and a rejected answer to one prompt, or from
-unpaired feedback: single answers that are labelled desirable or undesirable.
+unpaired feedback: single answers that are labeled desirable or undesirable.
 The formulas are in `moe_jax.training.step.preference_loss`.
 """
 
@@ -172,7 +172,7 @@ class SimpoConfig(PreferenceConfig):
 class KtoConfig(ReferencedPreferenceConfig):
     """Kahneman-Tversky optimization (Ethayarajh et al., arXiv:2402.01306, equation 8).
 
-    Its data has the schema `feedback`: single answers, labelled desirable or undesirable.
+    Its data has the schema `feedback`: single answers, labeled desirable or undesirable.
 
     Attributes:
       desirable_weight: weight of the desirable answers. Default 1.

@@ -34,10 +34,10 @@ class BaseConfig:
     Attributes:
       path: folder with a Hugging Face checkpoint, or a hub id. Required.
       param_dtype: dtype of the frozen parameters on the device. Required. `float32`, `bfloat16` or
-        `float16`; or quantised while loading to `int8` or `fp8` (one scale for each output), `nf4`
-        (one scale for 64 inputs of an output) or `nf4_double` (with 8-bit scales). Quantisation
+        `float16`; or quantized while loading to `int8` or `fp8` (one scale for each output), `nf4`
+        (one scale for 64 inputs of an output) or `nf4_double` (with 8-bit scales). Quantization
         applies to the layers' projections; all other parameters are then bfloat16. Choose a
-        quantised type if the weights do not fit into the device's memory.
+        quantized type if the weights do not fit into the device's memory.
       revision: revision on the hub. Default None: the newest.
       hf_config: fields of the checkpoint's `config.json`, for `train.py --plan` without the
         checkpoint. A run compares them with the checkpoint's. Default None.
@@ -74,7 +74,7 @@ class MeshConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterConfig:
-    """One adapter: method, data and optimiser.
+    """One adapter: method, data and optimizer.
 
     Attributes:
       method: configuration of the method (for example `LoraConfig`), chosen by `method.name`.
@@ -83,16 +83,16 @@ class AdapterConfig:
         multiple of the rank, such as `2*rank`.
       data: see `DataConfig`. Required.
       optimizer: see `OptimizerConfig`. Required.
-      batch_size: rows of this adapter in one optimiser step, over all devices and micro-batches.
+      batch_size: rows of this adapter in one optimizer step, over all devices and micro-batches.
         Required. An example of preference data takes two rows: the chosen and the rejected answer,
         or for `kto` the answer and another example's, for the estimate of KL.
       preference: the preference loss, chosen by `preference.name`; see `PreferenceConfig`. Default
         None: the adapter learns to write the answers of its data.
-      steps: number of optimiser steps. Exclusive with `epochs`. Default None: the length of
+      steps: number of optimizer steps. Exclusive with `epochs`. Default None: the length of
         `training`, unless `epochs` is given. All adapters start together; one that ends earlier
         leaves the batch.
       epochs: number of passes over the adapter's training rows. Default None.
-      seed: seed of the initialisation and of the order of rows. Default None: `training.seed`.
+      seed: seed of the initialization and of the order of rows. Default None: `training.seed`.
       evaluation: see `EvaluationConfig`. Default None: no evaluation on tasks.
       start_from: folder of a saved adapter whose weights training starts from. It must have the
         same base and method; settings that only training reads, such as dropout and losses, may
@@ -146,11 +146,11 @@ class TrainingConfig:
     """Length of the run, and intervals of its records.
 
     Attributes:
-      steps: number of optimiser steps of adapters without `steps` or `epochs`. Exclusive with
+      steps: number of optimizer steps of adapters without `steps` or `epochs`. Exclusive with
         `epochs`.
       epochs: number of passes over an adapter's training rows, for the same adapters.
       micro_batches: number of parts of a batch that are computed one after another; their gradients
-        are summed before the optimiser step. Default 1; raise it if a step runs out of memory.
+        are summed before the optimizer step. Default 1; raise it if a step runs out of memory.
       max_batch_rows: largest number of rows of a step over all adapters. Default None: no limit.
       seed: seed of dropout and jitter, of the order of batches by length, which all adapters share,
         and of the adapters without a seed. Default 0.

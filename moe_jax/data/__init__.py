@@ -1,1 +1,1 @@
-"""Text in, batches out: sources, prompts, tokenised data sets, and padded or packed batches."""
+"""Text in, batches out: sources, prompts, tokenized data sets, and padded or packed batches."""

@@ -316,7 +316,7 @@ def _encode_continuation(
 
     Returns the first of three encodings that decodes to the right text: of the text alone
     (byte-level tokenizers), after a line break, and after an end-of-text token (tokenizers that
-    mark the start of a text). Where Unicode normalisation across the boundary leaves none of them
+    mark the start of a text). Where Unicode normalization across the boundary leaves none of them
     exact, the encoding of the text alone is the nearest.
     """
     decode = functools.partial(tokenizer.decode, clean_up_tokenization_spaces=False)

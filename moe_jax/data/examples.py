@@ -11,7 +11,7 @@ import numpy as np
 
 from moe_jax.config.preference import ROWS_PER_EXAMPLE
 from moe_jax.data.batch import TokenSequence
-from moe_jax.data.tokenised_source import TokenisedSource
+from moe_jax.data.tokenized_source import TokenizedSource
 from moe_jax.errors import DataError
 
 _READ_AT_ONCE = 1000
@@ -27,11 +27,11 @@ class Examples:
       mean_lengths: mean number of tokens of the rows of each example.
     """
 
-    def __init__(self, source: TokenisedSource, max_length: int):
+    def __init__(self, source: TokenizedSource, max_length: int):
         """Reads the lengths.
 
         Args:
-          source: tokenised data set.
+          source: tokenized data set.
           max_length: largest number of tokens of a row.
 
         Raises:

@@ -19,7 +19,7 @@ from moe_jax.data.examples import Examples, ExampleStore
 from moe_jax.data.grouping import LengthGroupedBatches, ShuffledRange
 from moe_jax.data.packing import PackedBatches
 from moe_jax.data.sources import ReadSource, read_source
-from moe_jax.data.tokenised_source import TokenisedSource, tokenise_source
+from moe_jax.data.tokenized_source import TokenizedSource, tokenize_source
 from moe_jax.errors import error_prefix
 
 SAMPLED_BATCHES = 256
@@ -133,12 +133,12 @@ def load_train_data(
     field: str = "data",
     *,
     grouping_seed: int | None = None,
-    token_cache: dict[str, TokenisedSource] | None = None,
+    token_cache: dict[str, TokenizedSource] | None = None,
     reader: ReadSource = read_source,
     classification: ClassificationConfig | None = None,
     preference: PreferenceConfig | None = None,
 ) -> TrainData:
-    """Reads, tokenises and mixes `config.train`.
+    """Reads, tokenizes and mixes `config.train`.
 
     Each source is shuffled again every epoch and repeated; the mixture draws rows by the sources'
     weights. With `config.num_workers` processes are forked, so call this before JAX has started its
@@ -153,7 +153,7 @@ def load_train_data(
       grouping_seed: seed of the positions of batches of short and of long rows, see
         `LengthGroupedBatches`; equal for all adapters that share a batch. None takes `seed`. Packed
         rows all have one length and ignore it.
-      token_cache: data sets tokenised before, which are reused; new ones are added.
+      token_cache: data sets tokenized before, which are reused; new ones are added.
       reader: reader of a data set's rows.
       classification: classes of the rows' labels, for rows to classify.
       preference: loss of preference data, for data sets of it.
@@ -162,7 +162,7 @@ def load_train_data(
       DataError: a source is invalid; the message names its field, file, row and column.
     """
     heads = classification, preference
-    sources = _tokenise(
+    sources = _tokenize(
         "train", config.train, config, tokenizer, field, token_cache, reader, *heads
     )
     weights = [source.weight for source in config.train.values()]
@@ -197,12 +197,12 @@ def load_validation_data(
     batch_size: int,
     field: str = "data",
     *,
-    token_cache: dict[str, TokenisedSource] | None = None,
+    token_cache: dict[str, TokenizedSource] | None = None,
     reader: ReadSource = read_source,
     classification: ClassificationConfig | None = None,
     preference: PreferenceConfig | None = None,
 ) -> dict[str, ValidationData]:
-    """Reads and tokenises each data set of `config.validation`; ignores weights.
+    """Reads and tokenizes each data set of `config.validation`; ignores weights.
 
     Args:
       config, tokenizer, batch_size, field, token_cache, reader, classification, preference: see
@@ -211,7 +211,7 @@ def load_validation_data(
     Raises:
       DataError: a source is invalid; the message names its field, file, row and column.
     """
-    sources = _tokenise(
+    sources = _tokenize(
         "validation",
         config.validation,
         config,
@@ -228,7 +228,7 @@ def load_validation_data(
     }
 
 
-def _examples(sources: Sequence[TokenisedSource], max_length: int, field: str) -> list[Examples]:
+def _examples(sources: Sequence[TokenizedSource], max_length: int, field: str) -> list[Examples]:
     """Examples of each data set; messages name its field."""
     found = []
     for source in sources:
@@ -237,18 +237,18 @@ def _examples(sources: Sequence[TokenisedSource], max_length: int, field: str) -
     return found
 
 
-def _tokenise(
+def _tokenize(
     split: str,
     sources: Mapping[str, SourceConfig],
     config: DataConfig,
     tokenizer: PreTrainedTokenizerBase,
     field: str,
-    token_cache: dict[str, TokenisedSource] | None,
+    token_cache: dict[str, TokenizedSource] | None,
     reader: ReadSource,
     classification: ClassificationConfig | None,
     preference: PreferenceConfig | None,
-) -> list[TokenisedSource]:
-    tokenised = {} if token_cache is None else token_cache
+) -> list[TokenizedSource]:
+    tokenized = {} if token_cache is None else token_cache
     keys = []
     for name, source in sources.items():
         # The weight changes the order alone, so adapters that weight a source differently share it.
@@ -262,11 +262,11 @@ def _tokenise(
         schema = None if preference is None else preference.schema
         keys.append(json.dumps([name, *fields, config.cache_dir, labels, schema]))
         with error_prefix(f"{field}.{split}.{name}"):
-            if keys[-1] not in tokenised:
-                tokenised[keys[-1]] = tokenise_source(
+            if keys[-1] not in tokenized:
+                tokenized[keys[-1]] = tokenize_source(
                     name, source, config, tokenizer, reader, classification, preference
                 )
-    return [tokenised[key] for key in keys]
+    return [tokenized[key] for key in keys]
 
 
 def _batch_order(

@@ -1,6 +1,6 @@
 """Training batches of data sets that are read during training, for data larger than the disk.
 
-Rows are shuffled in blocks: the next `shuffle_buffer` rows of a data set are read, tokenised and
+Rows are shuffled in blocks: the next `shuffle_buffer` rows of a data set are read, tokenized and
 permuted together, and the files of a local data set are permuted anew every epoch. A block is a
 function of its place in the data, so that a training state holds a few numbers, with which a
 resumed run makes the same block again.
@@ -40,11 +40,11 @@ from moe_jax.data.sources import (
     with_schema,
 )
 from moe_jax.data.token_table import encode_batch
-from moe_jax.data.tokenised_source import (
-    TokenisedSource,
+from moe_jax.data.tokenized_source import (
+    TokenizedSource,
     cut_rows,
     target_mask,
-    tokenise_source,
+    tokenize_source,
 )
 from moe_jax.data.tokenizer import first_line
 from moe_jax.errors import DataError, error_prefix
@@ -165,7 +165,7 @@ def load_streamed_data(
       DataError: a data set cannot be read, or its first rows are invalid; the message names its
         field. The iterator raises it for later rows.
     """
-    samples: list[TokenisedSource] = []
+    samples: list[TokenizedSource] = []
     streams, digests = [], {}
     for name, source_config in config.train.items():
         place = f"{field}.train.{name}"
@@ -227,7 +227,7 @@ def _shape(config: DataConfig) -> str:
 
 
 def _window_size(
-    samples: Sequence[TokenisedSource],
+    samples: Sequence[TokenizedSource],
     weights: Sequence[float],
     config: DataConfig,
     batch_size: int,
@@ -273,14 +273,14 @@ def _collate(config: DataConfig, rows: Sequence[list[TokenSequence]]) -> Batch:
 
 def _sample(
     name: str, source: _Source, config: DataConfig, tokenizer: PreTrainedTokenizerBase
-) -> TokenisedSource:
-    """The first rows, tokenised in memory."""
+) -> TokenizedSource:
+    """The first rows, tokenized in memory."""
     rows = list(itertools.islice(source.rows(None, 0), SAMPLED_ROWS))
     if not rows:
         raise no_rows(source.config)
     origin = f"streamed from {source.origin}, of the first {len(rows)} rows"
     table = RowTable(datasets.Dataset.from_list(rows), None, None, source.skipped, origin)
-    return tokenise_source(name, source.config, config, tokenizer, lambda *_: table)
+    return tokenize_source(name, source.config, config, tokenizer, lambda *_: table)
 
 
 def _encoder(

@@ -23,7 +23,7 @@ from moe_jax.data.table_cache import cache_key, cached_table, progress_bars
 from moe_jax.data.tokenizer import tokenizer_digest
 
 SHOW_PROGRESS_FROM = 20_000
-"""Number of rows from which tokenising shows a progress bar."""
+"""Number of rows from which tokenizing shows a progress bar."""
 
 STORED_LENGTH = 2048
 """Tokens of a row in a table, unless `max_length` is larger. Raw text, which is not truncated, is
@@ -90,7 +90,7 @@ def encoded_table(
     else:
         assert stored is not None
         encode = functools.partial(
-            _encode_labelled, classification=classification, tokenizer=tokenizer, stored=stored
+            _encode_labeled, classification=classification, tokenizer=tokenizer, stored=stored
         )
     workers = min(config.num_workers, len(rows.rows))
     show = len(rows.rows) >= SHOW_PROGRESS_FROM and sys.stderr.isatty()
@@ -152,7 +152,7 @@ def encode_batch(
     }
 
 
-def _encode_labelled(
+def _encode_labeled(
     batch: dict[str, list[str]],
     indices: list[int],
     *,

@@ -1,4 +1,4 @@
-"""A checkpoint's tokenizer: loading it, encoding texts, and a digest of its behaviour."""
+"""A checkpoint's tokenizer: loading it, encoding texts, and a digest of its behavior."""
 
 import codecs
 import hashlib
@@ -99,7 +99,7 @@ def leading_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Ids that this tokenizer puts before every text: `[bos]`, or an empty list.
 
     Taken from an encoded text, because the flag for it (`add_bos_token`) and the tokenizer's
-    behaviour are set in different files and do not always agree.
+    behavior are set in different files and do not always agree.
     """
     plain = encode(tokenizer, ["a"])[0]
     with_special = list(tokenizer("a", verbose=False)["input_ids"])

@@ -24,14 +24,14 @@ from moe_jax.evaluation.scoring_protocols import BaseLimits
 from moe_jax.hf.base_model import BaseModel
 from moe_jax.loaded.inference_model import NamedAdapter
 from moe_jax.tasks.classification_metrics import measure
-from moe_jax.tasks.families.glue import ClassificationTask, LabelledText
+from moe_jax.tasks.families.glue import ClassificationTask, LabeledText
 from moe_jax.tasks.task import Task
 
 CLASSIFICATION = "classification"
 """Name of the protocol in results."""
 
 
-class LabelledTask(NamedTuple):
+class LabeledTask(NamedTuple):
     """Tokenized rows of a classification task.
 
     Attributes:
@@ -42,7 +42,7 @@ class LabelledTask(NamedTuple):
     """
 
     task: ClassificationTask
-    rows: list[LabelledText]
+    rows: list[LabeledText]
     tokens: list[list[int]]
     num_truncated: int
 
@@ -54,7 +54,7 @@ def match_classifiers(
     limits: BaseLimits,
     *,
     has_language_model: bool,
-) -> list[tuple[NamedAdapter, LabelledTask]]:
+) -> list[tuple[NamedAdapter, LabeledTask]]:
     """Pairs of each classifier with each task that has the same labels.
 
     Args:
@@ -70,10 +70,10 @@ def match_classifiers(
     """
     pairs = _match_labels(classifiers, tasks, has_language_model)
     matched_tasks = {task.name: task for _, task in pairs}
-    labelled = {
-        name: read_labelled_task(task, tokenizer, limits) for name, task in matched_tasks.items()
+    labeled = {
+        name: read_labeled_task(task, tokenizer, limits) for name, task in matched_tasks.items()
     }
-    return [(adapter, labelled[task.name]) for adapter, task in pairs]
+    return [(adapter, labeled[task.name]) for adapter, task in pairs]
 
 
 def _match_labels(
@@ -104,15 +104,15 @@ def _match_labels(
     return pairs
 
 
-def read_labelled_task(
+def read_labeled_task(
     task: ClassificationTask, tokenizer: PreTrainedTokenizerBase, limits: BaseLimits
-) -> LabelledTask:
+) -> LabeledTask:
     """Reads and tokenizes the rows of a task.
 
     Raises:
       DataError: the data cannot be read, or does not fit the vocabulary or context of the base.
     """
-    rows = task.labelled_rows()
+    rows = task.labeled_rows()
     encoded = encode_texts([(row.text, row.text_pair) for row in rows], tokenizer)
     num_truncated = 0
     for row, ids in zip(rows, encoded, strict=True):
@@ -126,52 +126,52 @@ def read_labelled_task(
                     f"task {task.name!r}: {row.where}: {len(ids)} tokens, and the base's context "
                     f"has {limits.context}; --truncate cuts its end off"
                 )
-    return LabelledTask(task, rows, [ids[: limits.context] for ids in encoded], num_truncated)
+    return LabeledTask(task, rows, [ids[: limits.context] for ids in encoded], num_truncated)
 
 
 def open_classification_journal(
-    folder: Path | None, base: BaseModel, adapter: NamedAdapter, labelled: LabelledTask, dtype: str
+    folder: Path | None, base: BaseModel, adapter: NamedAdapter, labeled: LabeledTask, dtype: str
 ) -> Journal:
     """Opens the journal of a classifier and a task; see `question_runner.open_journal`."""
-    content = json.dumps([labelled.tokens, [row.label for row in labelled.rows]])
+    content = json.dumps([labeled.tokens, [row.label for row in labeled.rows]])
     identity = {
         "base": base.identity.fingerprint,
         "adapter": adapter.digest,
         "items": hashlib.sha256(content.encode()).hexdigest()[:32],
         "dtype": dtype,
     }
-    file = journal_file(folder, adapter.name, labelled.task.name, CLASSIFICATION)
-    return Journal(file, identity, len(labelled.rows))
+    file = journal_file(folder, adapter.name, labeled.task.name, CLASSIFICATION)
+    return Journal(file, identity, len(labeled.rows))
 
 
-def classification_announcement(model: str, labelled: LabelledTask, journal: Journal) -> str:
+def classification_announcement(model: str, labeled: LabeledTask, journal: Journal) -> str:
     """Line printed before a classifier is evaluated."""
-    title = f"{model}: {labelled.task.name}, {CLASSIFICATION}: {len(labelled.rows)} rows"
-    return announcement(title, journal, labelled.num_truncated, "end")
+    title = f"{model}: {labeled.task.name}, {CLASSIFICATION}: {len(labeled.rows)} rows"
+    return announcement(title, journal, labeled.num_truncated, "end")
 
 
 def classify_rows(
-    scorer: Scorer | None, adapter: NamedAdapter, labelled: LabelledTask, journal: Journal
+    scorer: Scorer | None, adapter: NamedAdapter, labeled: LabeledTask, journal: Journal
 ) -> TaskOutcome:
     """Classifies all rows that the journal has no prediction for.
 
     Args:
       scorer: scorer of the base; None if the journal is complete.
       adapter: classifier with the labels of the task, in any order.
-      labelled: rows.
+      labeled: rows.
       journal: receives the predictions.
 
     Raises:
       ConfigError: a score is not finite.
     """
-    task, rows = labelled.task, labelled.rows
+    task, rows = labeled.task, labeled.rows
     head = adapter.saved.method.classification
     outputs = [head.labels.index(label) for label in task.labels] or [0]
     answered = [index in journal.records for index in range(len(rows))]
     batches = (
         ()
         if scorer is None or all(answered)
-        else scorer.class_scores(labelled.tokens, adapter.adapter, answered)
+        else scorer.class_scores(labeled.tokens, adapter.adapter, answered)
     )
     with progress_bar(answered, f"{adapter.name} {task.name} {CLASSIFICATION}", "row") as bar:
         for batch in batches:
@@ -186,7 +186,7 @@ def classify_rows(
     return _outcome(adapter.name, task, journal.finish())
 
 
-def _record(index: int, row: LabelledText, labels: Sequence[str], scores: list[float]) -> Record:
+def _record(index: int, row: LabeledText, labels: Sequence[str], scores: list[float]) -> Record:
     return {
         "question": index,
         "where": row.where,

@@ -16,7 +16,7 @@ from moe_jax.data.new_tokens import load_extended_tokenizer
 from moe_jax.errors import ConfigError
 from moe_jax.evaluation.answer_journal import Journal, locked
 from moe_jax.evaluation.classifier_runner import (
-    LabelledTask,
+    LabeledTask,
     classification_announcement,
     classify_rows,
     match_classifiers,
@@ -204,14 +204,14 @@ class _Plan(NamedTuple):
     Attributes:
       language_models: adapters without a score head; None is the base alone.
       prepared: questions for the language models.
-      labelled: classifiers, each with the rows of a task with its labels.
+      labeled: classifiers, each with the rows of a task with its labels.
       questions: questions or rows by task name.
     """
 
     language_models: list[NamedAdapter | None]
     classifiers: list[NamedAdapter]
     prepared: list[PreparedTask]
-    labelled: list[tuple[NamedAdapter, LabelledTask]]
+    labeled: list[tuple[NamedAdapter, LabeledTask]]
     questions: dict[str, Sequence[Any]]
 
     @property
@@ -229,10 +229,10 @@ class _Plan(NamedTuple):
                     answer_questions, model=name, adapter=weights, task=task, journal=journal
                 )
                 runs.append(_Run(journal, question_announcement(name, task, journal), outcome))
-        for adapter, task in self.labelled:
+        for adapter, task in self.labeled:
             journal = open_classification_journal(folder, base, adapter, task, dtype)
             outcome = functools.partial(
-                classify_rows, adapter=adapter, labelled=task, journal=journal
+                classify_rows, adapter=adapter, labeled=task, journal=journal
             )
             title = classification_announcement(adapter.name, task, journal)
             runs.append(_Run(journal, title, outcome))
@@ -256,11 +256,11 @@ def _plan(
     limits = base_limits(base.config, methods, options.truncate)
     tokenizer = load_extended_tokenizer(base.folder, base.config, methods)
     prepared = prepare_tasks(questions, options.protocol_names, tokenizer, limits)
-    labelled = match_classifiers(
+    labeled = match_classifiers(
         classifiers, tasks, tokenizer, limits, has_language_model=bool(models)
     )
-    rows = {task.task.name: task.rows for _, task in labelled}
-    return _Plan(models, classifiers, prepared, labelled, {**rows, **questions})
+    rows = {task.task.name: task.rows for _, task in labeled}
+    return _Plan(models, classifiers, prepared, labeled, {**rows, **questions})
 
 
 def _check_names(adapters: Mapping[str, Any]) -> None:

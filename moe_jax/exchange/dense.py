@@ -57,7 +57,7 @@ _AVERAGING_ROUTERS = (TopKRouter, TopPRouter, SoftRouter)
 
 _APPROXIMATIONS = {
     "average": "the experts of a layer are one FFN with the mean of their weights",
-    "utilisation": "the experts of a layer are one FFN with the mean of their weights, each "
+    "utilization": "the experts of a layer are one FFN with the mean of their weights, each "
     "weighted by its share of the tokens on which the divergence was measured",
 }
 
@@ -108,7 +108,7 @@ class DenseFormat(ModelFormat):
                 (base.config.num_layers, method.num_experts), 1.0 / method.num_experts, np.float32
             )
         else:
-            shares = measuring.utilisation()
+            shares = measuring.utilization()
         compute = functools.partial(_with_mean_experts, shares, method.expert_low_rank)
         merged = [
             LazyTensor(name, stored_shape(parts), functools.partial(compute, parts))

@@ -72,7 +72,7 @@ def require_known(config: Any, known: Collection[str], prefix: str, format_name:
             )
 
 
-Weighting = Literal["average", "utilisation"]
+Weighting = Literal["average", "utilization"]
 """Weights of the experts in a merge: equal, or proportional to each expert's share of tokens."""
 
 

@@ -1,7 +1,7 @@
 """The mixtral format: a MixLoRA and its base as one Mixtral or Qwen3-MoE checkpoint.
 
 A MixLoRA with a top-k router is such a model: softmax over all experts, the k most probable, their
-probabilities renormalised. Each expert is a gated FFN, here the frozen FFN with the expert's pairs
+probabilities renormalized. Each expert is a gated FFN, here the frozen FFN with the expert's pairs
 merged into it. Software that serves Mixtral therefore serves a MixLoRA.
 
 Tested with transformers 5.23, whose classes read the tensor names below and stack the experts.

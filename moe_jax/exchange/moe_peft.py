@@ -9,7 +9,7 @@ float coefficients, and a dropout above zero. Both apply dropout during generati
 also applies jitter. The file therefore does not contain the training values of dropout and jitter.
 
 Imported settings are those that compute what MoE-PEFT computes, including its deviations: kept
-top-p weights are not renormalised, and a token beyond the capacity of a switch expert yields the
+top-p weights are not renormalized, and a token beyond the capacity of a switch expert yields the
 FFN's input, scaled. A missing field has MoE-PEFT's default (`moe_peft/adapters/*/config.py`), which
 leaves out most fields that matter for training only.
 """

@@ -39,7 +39,7 @@ _INITS = (True, False, "gaussian", "eva", "mica", "orthogonal")
 _CONVERTIBLE_INITS = ("pissa", "olora", "corda", "lora_ga")
 
 # Fields about the program that wrote the adapter, or without effect on their own. peft itself
-# resets `fan_in_fan_out` on the layers' projections, and reads a configuration of an initialisation
+# resets `fan_in_fan_out` on the layers' projections, and reads a configuration of an initialization
 # only with that value of `init_lora_weights`.
 _IGNORED_FIELDS = (
     "auto_mapping",

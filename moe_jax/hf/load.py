@@ -60,7 +60,7 @@ def load_base_params(
       folder: checkpoint with safetensors weights, in one file or several with an index, stored as
         float32, float16, bfloat16 or float64.
       config: architecture, from `read_model_config(folder)`.
-      dtype: type of the parameters. Kernels are quantised one layer at a time.
+      dtype: type of the parameters. Kernels are quantized one layer at a time.
       shardings: tree of `jax.sharding.Sharding` like the returned one; None puts all parameters on
         the first device of this process.
 
@@ -188,7 +188,7 @@ def _missing_reason(missing: list[str], shards: Shards, config: ModelConfig) -> 
             )
     if missing == [tensor_name(HEAD_PATH, config)]:
         return (
-            "the decoder was saved without its language-modelling head; add the head, or set "
+            "the decoder was saved without its language-modeling head; add the head, or set "
             "tie_word_embeddings in config.json if it is the embedding"
         )
     return "the checkpoint is incomplete or config.json is that of another model"
@@ -228,7 +228,7 @@ def _load_leaf(
 
 
 def _is_quantized(leaf: Leaf, storage: Storage) -> bool:
-    """True for the kernels of the layers' projections, if `storage` quantises."""
+    """True for the kernels of the layers' projections, if `storage` quantizes."""
     return storage.quantization is not None and leaf.stacked and leaf.path[-1] == "kernel"
 
 
@@ -241,15 +241,15 @@ def _abstract_quantized(shape: jax.ShapeDtypeStruct, storage: Storage) -> Any:
 
 
 def _load_quantized(leaf: Leaf, shards: Shards, storage: Storage, shardings: Any) -> Any:
-    """Loads a stacked kernel and quantises it layer by layer; the host holds one layer as floats.
+    """Loads a stacked kernel and quantizes it layer by layer; the host holds one layer as floats.
 
-    Every process reads and quantises the whole kernel, since a scale may span several devices, and
+    Every process reads and quantizes the whole kernel, since a scale may span several devices, and
     keeps the parts of its devices.
 
     Args:
       leaf, shards: see `read_leaf`.
-      storage: quantised storage.
-      shardings: a `Sharding`, or a quantised kernel of shardings.
+      storage: quantized storage.
+      shardings: a `Sharding`, or a quantized kernel of shardings.
     """
     kind = storage.quantization
     assert kind is not None

@@ -218,8 +218,8 @@ def filtered_logits(logits: jax.Array, seen: jax.Array, config: SamplingConfig) 
     """
     if config.repetition_penalty != 1:
         penalty = config.repetition_penalty
-        penalised = jnp.where(logits < 0, logits * penalty, logits / penalty)
-        logits = jnp.where(seen, penalised, logits)
+        penalized = jnp.where(logits < 0, logits * penalty, logits / penalty)
+        logits = jnp.where(seen, penalized, logits)
     if config.is_greedy:
         return logits
     if config.temperature != 1:

@@ -137,7 +137,7 @@ class TextGenerator:
         end_ids = self._end_ids | stop_ids
         rows = [
             AnswerText(
-                Detokeniser(self._tokenizer, before),
+                Detokenizer(self._tokenizer, before),
                 StopStrings(stops),
                 end_ids,
                 self._decode_without_prompt,
@@ -167,7 +167,7 @@ class TextGenerator:
             yield pieces
 
 
-class Detokeniser:
+class Detokenizer:
     """Incremental conversion of the tokens after a prompt to text.
 
     Tokens are decoded together with those before them, because the text of a token depends on its
@@ -225,7 +225,7 @@ class AnswerText:
 
     def __init__(
         self,
-        detokeniser: Detokeniser,
+        detokenizer: Detokenizer,
         stops: StopStrings,
         end_ids: frozenset[int],
         keeps_partial_character: bool = False,
@@ -233,12 +233,12 @@ class AnswerText:
         """Starts an empty answer.
 
         Args:
-          detokeniser: detokenizer after the prompt.
+          detokenizer: detokenizer after the prompt.
           stops: stop strings of the answer.
           end_ids: token ids that end it.
           keeps_partial_character: half a character at the end becomes U+FFFD, and is not dropped.
         """
-        self._detokeniser = detokeniser
+        self._detokenizer = detokenizer
         self._stops = stops
         self._end_ids = end_ids
         self._keeps_partial_character = keeps_partial_character
@@ -256,14 +256,14 @@ class AnswerText:
             if token in self._end_ids:
                 self._is_ended = True
             else:
-                self._text += self._stops.push(self._detokeniser.push(token))
+                self._text += self._stops.push(self._detokenizer.push(token))
         return self._stops.matched is not None
 
     def take(self, *, is_last: bool) -> Piece:
         """Returns the text since the last call; all of it where the answer ends."""
         if self._stops.matched is None and (self._is_ended or is_last):
             is_cut = not self._is_ended and not self._keeps_partial_character
-            rest = self._detokeniser.finish(is_cut=is_cut)
+            rest = self._detokenizer.finish(is_cut=is_cut)
             self._text += self._stops.push(rest) + self._stops.finish()
         text, self._text = self._text, ""
         if self._is_ended or self._stops.matched is not None:

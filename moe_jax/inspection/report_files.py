@@ -216,7 +216,7 @@ def routing_page(report: RoutingReport) -> str:
     if not report.rows:
         raise ValueError("the report has no tokens to show; set InspectionOptions.keep_tokens")
     style = _page_source("tokens.css") + _page_source("page.css")
-    script = "".join(_page_source(name) for name in ("colours.js", "token_view.js", "page.js"))
+    script = "".join(_page_source(name) for name in ("colors.js", "token_view.js", "page.js"))
     count = sum(len(row.tokens) for row in report.rows)
     total = report.total
     shown = f"All {count:,} tokens are shown."

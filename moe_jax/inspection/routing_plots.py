@@ -17,7 +17,7 @@ from moe_jax.inspection.routing_report import RoutingReport
 
 _LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
 """Okabe and Ito (2008), distinguishable with any color vision."""
-_ABSENT_COLOUR = "0.8"
+_ABSENT_COLOR = "0.8"
 
 
 def load_map(report: RoutingReport) -> Figure:
@@ -36,7 +36,7 @@ def load_map(report: RoutingReport) -> Figure:
     axes.set_ylabel("layer")
     axes.set_xticks(range(experts))
     axes.set_yticks(range(layers), [str(n) for n in range(layers)], fontsize=size)
-    _colour_bar(figure, image, axes, "load / equal share")
+    _color_bar(figure, image, axes, "load / equal share")
     return figure
 
 
@@ -59,8 +59,8 @@ def coactivation_map(report: RoutingReport) -> Figure:
         yticks=range(experts),
     )
     if np.isnan(mean).all():
-        _write_centred(axes, "one expert per token:\nno pairs")
-    _colour_bar(figure, image, axes, "tokens with both / mean of all pairs")
+        _write_centered(axes, "one expert per token:\nno pairs")
+    _color_bar(figure, image, axes, "tokens with both / mean of all pairs")
     return figure
 
 
@@ -86,14 +86,14 @@ def coactivation_by_layer(report: RoutingReport) -> Figure:
         axes.set_xticks(ticks, [str(n) for n in ticks], fontsize="small")
         axes.set_yticks(ticks, [str(n) for n in ticks], fontsize="small")
         if np.isnan(values[layer]).all():
-            _write_centred(axes, "no pairs")
+            _write_centered(axes, "no pairs")
     figure.suptitle(
         f"Experts that serve a token together, {report.adapter!r}, layer by layer\n"
         f"at {report.site}, {_tokens(report)}"
     )
     figure.supxlabel("expert (gray: with itself)")
     figure.supylabel("expert")
-    _colour_bar(figure, image, list(grid), "tokens with both / mean of all pairs")
+    _color_bar(figure, image, list(grid), "tokens with both / mean of all pairs")
     return figure
 
 
@@ -108,8 +108,8 @@ def entropy_by_layer(report: RoutingReport) -> Figure:
     axes.fill_between(layers, low, high, color="0.85", label="10th to 90th percentile of tokens")
     if len(report.data) > 1:
         for index, (name, statistics) in enumerate(report.data.items()):
-            colour, marker = _LINES[index % len(_LINES)], "osD^vP*X"[index % 8]
-            style = {"color": colour, "marker": marker, "markersize": 4, "linewidth": 1}
+            color, marker = _LINES[index % len(_LINES)], "osD^vP*X"[index % 8]
+            style = {"color": color, "marker": marker, "markersize": 4, "linewidth": 1}
             axes.plot(layers, statistics.entropy, label=name, **style)
     axes.plot(layers, total.entropy, color="black", marker="o", linewidth=2.5, label="all tokens")
     axes.axhline(1.0, color="0.4", linestyle=":", label="uniform router")
@@ -159,14 +159,14 @@ def load_by_data(report: RoutingReport) -> Figure:
     figure.suptitle(
         f"Expert load by data set, {report.adapter!r}\nat {report.site}, {_tokens(report)}"
     )
-    _colour_bar(figure, image, maps, "load / equal share")
+    _color_bar(figure, image, maps, "load / equal share")
     return figure
 
 
 def _bars(axes: Axes, report: RoutingReport) -> None:
     divergence = report.specialisation
     if divergence is None:
-        _write_centred(axes, "a single data set")
+        _write_centered(axes, "a single data set")
         axes.set_axis_off()
         return
     axes.bar(np.arange(len(divergence)), np.nan_to_num(divergence), color=_LINES[0])
@@ -193,7 +193,7 @@ def _heat(
 
     `among` are all values of a figure of several maps, which share their colors.
     """
-    axes.set_facecolor(_ABSENT_COLOUR)
+    axes.set_facecolor(_ABSENT_COLOR)
     norm = share_norm(values if among is None else among)
     image = axes.imshow(values, cmap="RdBu_r", norm=norm, aspect="auto")
     if size is not None:
@@ -201,7 +201,7 @@ def _heat(
     return image
 
 
-def _colour_bar(figure: Figure, image: Any, axes: Axes | Sequence[Axes], label: str) -> None:
+def _color_bar(figure: Figure, image: Any, axes: Axes | Sequence[Axes], label: str) -> None:
     bar = figure.colorbar(image, ax=axes, label=label, aspect=30)
     largest = image.norm.vmax
     ticks = [0.0, 0.5, 1.0, (1 + largest) / 2, largest]
@@ -209,7 +209,7 @@ def _colour_bar(figure: Figure, image: Any, axes: Axes | Sequence[Axes], label: 
     bar.ax.axhline(1.0, color="black", linewidth=1.5)
 
 
-def _write_centred(axes: Axes, text: str) -> None:
+def _write_centered(axes: Axes, text: str) -> None:
     axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center")
 
 

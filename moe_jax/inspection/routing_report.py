@@ -108,7 +108,7 @@ class RoutingStatistics:
 
     @property
     def effective_experts(self) -> np.ndarray:
-        """Mean over tokens of 1 / sum over experts of their squared normalised weights, [L].
+        """Mean over tokens of 1 / sum over experts of their squared normalized weights, [L].
 
         1 is one expert with all the weight, k is k experts of equal weight (ReMix,
         arXiv:2603.10160); NaN is a layer without a router. Tokens without an expert do not count.

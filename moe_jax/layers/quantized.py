@@ -171,11 +171,11 @@ def quantize(kernel: jax.Array, kind: str) -> QuantizedKernel:
     scales = double_scales(extent) if double else extent.astype(jnp.bfloat16)
     used = block_scales(scales)
     divisor = jnp.repeat(jnp.where(used > 0, used, 1.0), BLOCK, axis=0)[:inputs]
-    normalised = kernel / divisor
+    normalized = kernel / divisor
     levels = jnp.asarray(NF4_LEVELS, jnp.float32)
     codes = jnp.zeros(kernel.shape, jnp.uint8)
     for middle in (levels[:-1] + levels[1:]) / 2:
-        codes += (normalised > middle).astype(jnp.uint8)
+        codes += (normalized > middle).astype(jnp.uint8)
     return Nf4Kernel(codes[0::2] | (codes[1::2] << 4), scales)
 
 

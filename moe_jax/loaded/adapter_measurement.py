@@ -64,7 +64,7 @@ class AdapterMeasurement:
         rows = [load(self._params, self._adapters, row) for row in self._rows]
         return {site: np.sum([np.asarray(row[site]) for row in rows], axis=0) for site in rows[0]}
 
-    def utilisation(self) -> np.ndarray:
+    def utilization(self) -> np.ndarray:
         """Share of each expert in the load of its layer, float32 [L, E]; rows sum to one."""
         total = self.loads()[f"mlp/{MOE}"]
         return (total / total.sum(axis=-1, keepdims=True)).astype(np.float32)

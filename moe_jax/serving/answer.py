@@ -10,7 +10,7 @@ from typing import NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from moe_jax.inference.stopping import StopStrings
-from moe_jax.inference.text_generator import AnswerText, Detokeniser, FinishReason
+from moe_jax.inference.text_generator import AnswerText, Detokenizer, FinishReason
 
 
 class TokenExperts(NamedTuple):
@@ -158,13 +158,13 @@ class OngoingAnswer:
 
     @functools.cached_property
     def _text(self) -> AnswerText:
-        detokeniser = Detokeniser(self._tokenizer, self.request.tokens)
-        return AnswerText(detokeniser, StopStrings(self.request.stop), self.request.end_ids)
+        detokenizer = Detokenizer(self._tokenizer, self.request.tokens)
+        return AnswerText(detokenizer, StopStrings(self.request.stop), self.request.end_ids)
 
     @functools.cached_property
-    def _token_texts(self) -> Detokeniser:
+    def _token_texts(self) -> Detokenizer:
         before = () if self.request.scores_prompt else self.request.tokens
-        return Detokeniser(self._tokenizer, before)
+        return Detokenizer(self._tokenizer, before)
 
     @property
     def is_cancelled(self) -> bool:

@@ -42,7 +42,7 @@ PAGE_FILES = {
     "conversation.js": "serving/page/conversation.js",
     "requests.js": "serving/page/requests.js",
     # `moe-jax inspect` writes a page with the same colors.
-    "colours.js": "inspection/page/colours.js",
+    "colors.js": "inspection/page/colors.js",
     "token_view.js": "inspection/page/token_view.js",
     "tokens.css": "inspection/page/tokens.css",
 }

@@ -1,6 +1,6 @@
 """The fields of a body, taken one by one, and errors in the form of OpenAI's API.
 
-Every field of a body is either honoured or refused by name.
+Every field of a body is either honored or refused by name.
 """
 
 import math

@@ -103,11 +103,11 @@ def choose_tokens(
     Returns:
       The tokens, and the history with them.
     """
-    penalised = _penalised(logits, history, settings, slots)
-    tokens = jnp.argmax(penalised, axis=-1)
+    penalized = _penalized(logits, history, settings, slots)
+    tokens = jnp.argmax(penalized, axis=-1)
     drawn = jax.lax.cond(
         jnp.any(settings.temperature > 0),
-        lambda: _drawn(penalised, settings, lengths),
+        lambda: _drawn(penalized, settings, lengths),
         lambda: jnp.zeros_like(tokens),
     )
     tokens = jnp.where(settings.temperature > 0, drawn, tokens)
@@ -138,7 +138,7 @@ def token_logprobs(
     return jax.lax.cond(is_wanted, computed, zeros)
 
 
-def _penalised(
+def _penalized(
     logits: jax.Array, history: TokenHistory, settings: RowSettings, slots: jax.Array
 ) -> jax.Array:
     """Logits [B, V] after the penalties for tokens that occurred before."""

@@ -45,7 +45,7 @@ from moe_jax.surgery.outcome import (
 from moe_jax.surgery.truncation import NearestPair, nearest_pair_of_product, relative_error
 from moe_jax.surgery.upcycle import inexactness_reason
 
-Weighting = Literal["average", "utilisation"]
+Weighting = Literal["average", "utilization"]
 """Weights of the experts in a mean: equal, or proportional to each expert's load."""
 
 Groups = Sequence[Sequence[int]]
@@ -92,7 +92,7 @@ def merge(
     text = read_text(saved, data, base, "the change has to be measured")
     assert text is not None
     measurement = text.measurement(saved)
-    loads = measurement.loads() if weights == "utilisation" else {}
+    loads = measurement.loads() if weights == "utilization" else {}
 
     leaves, rng = adapter_leaves(saved), np.random.default_rng(seed)
     merged, pairs = _merge_sites(leaves, counts, number, groups, loads, rng)

@@ -213,7 +213,7 @@ def lettered_question(
     return Question(row.where, preface, prompt, labels, choices, answer, subject)
 
 
-def labelled_choices(row: TaskRow) -> tuple[tuple[str, ...], int]:
+def labeled_choices(row: TaskRow) -> tuple[tuple[str, ...], int]:
     """Texts and right index of a row with `choices` (`text`, `label`) and `answerKey`."""
     choices = row.group("choices")
     texts = choices.texts("text")

@@ -34,7 +34,7 @@ def read_source_or_task(
         return read_source(source, cache_dir)
     split, _, _ = source.split.partition("[")
     task = source_task(source, folder)
-    rows = labelled_rows(task) if classified else question_rows(task, source.answer)
+    rows = labeled_rows(task) if classified else question_rows(task, source.answer)
     table = RowTable(datasets.Dataset.from_list(rows), cache_key(rows))
     return select_part(table, source, split)
 
@@ -71,7 +71,7 @@ def question_rows(task: Task, answer: Literal["label", "choice"]) -> list[dict[s
     return rows
 
 
-def labelled_rows(task: Task) -> list[dict[str, str]]:
+def labeled_rows(task: Task) -> list[dict[str, str]]:
     """Checked rows of a classification task in the schema `classification`.
 
     Raises:
@@ -87,7 +87,7 @@ def labelled_rows(task: Task) -> list[dict[str, str]]:
             "label": json.dumps(row.label),
             "where": row.where,
         }
-        for row in task.labelled_rows()
+        for row in task.labeled_rows()
     ]
 
 

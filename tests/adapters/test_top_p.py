@@ -61,7 +61,7 @@ def test_ties_go_to_the_lower_index():
 
 
 def test_temperature_divides_the_logits():
-    # Squared and normalised, 0.4, 0.3, 0.2 and 0.1 are 16, 9, 4 and 1 of 30: the first two pass
+    # Squared and normalized, 0.4, 0.3, 0.2 and 0.1 are 16, 9, 4 and 1 of 30: the first two pass
     # 0.6 with 0.83, and the first passes 0.5 alone with 0.53.
     probabilities, halved = [[0.4, 0.3, 0.2, 0.1]], {"temperature": 0.5}
     routing = _route(probabilities, 0.6, **halved)

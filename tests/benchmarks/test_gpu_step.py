@@ -57,11 +57,11 @@ def test_the_figures_of_a_step(monkeypatch, tmp_path, capsys):
         assert row["loops_of_unknown_length"] == 0
         assert row["temporary_bytes"] > 0
         assert row["peak_bytes"] >= row["argument_bytes"] + row["temporary_bytes"]
-        share = needed / 790e12 / row["modelled_seconds"]
+        share = needed / 790e12 / row["modeled_seconds"]
         assert row["needed_share"] == pytest.approx(share)
         for name, total in (
             ("kernels", row["kernels"]),
             ("moved", row["moved_bytes"]),
-            ("seconds", row["modelled_seconds"]),
+            ("seconds", row["modeled_seconds"]),
         ):
             assert sum(kind[name] for kind in row["kinds"].values()) == pytest.approx(total)

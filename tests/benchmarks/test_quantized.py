@@ -1,4 +1,4 @@
-"""The benchmark of quantised bases: what it reports of a small checkpoint, and what it refuses."""
+"""The benchmark of quantized bases: what it reports of a small checkpoint, and what it refuses."""
 
 import json
 

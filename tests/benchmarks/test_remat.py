@@ -1,4 +1,4 @@
-"""The table of the cost of rematerialisation at 7B equals the counts of XLA."""
+"""The table of the cost of rematerialization at 7B equals the counts of XLA."""
 
 import importlib.metadata
 from pathlib import Path

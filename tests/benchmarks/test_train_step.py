@@ -85,7 +85,7 @@ def test_as_many_weights_are_trained(rows):
 
 
 def test_the_weights_and_the_step_are_those_of_peft(rows):
-    # The first loss is of the base, as B is zero; the second comes after one step of the optimiser.
+    # The first loss is of the base, as B is zero; the second comes after one step of the optimizer.
     losses, expected = rows["lora"]["losses"], rows["peft"]["losses"]
     np.testing.assert_allclose(losses, expected, **FEW_OPERATIONS_GRADIENT)
     assert abs(losses[1] - losses[0]) > 1e-3

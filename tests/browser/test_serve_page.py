@@ -53,10 +53,10 @@ def test_answers_stream_side_by_side_with_their_experts(visit, server):
     for name in names:
         choice = served(server, name, tokens)
         assert final[name] == len(choice["moe_jax"]["tokens"]) > 1
-        colours = (
+        colors = (
             visit.card(name).locator(".t").evaluate_all("all => all.map((t) => t.style.background)")
         )
-        assert all(colours) if name in adapters else not any(colours)
+        assert all(colors) if name in adapters else not any(colors)
         assert visit.bodies[names.index(name)]["model"] == name
 
 

@@ -9,10 +9,10 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from moe_jax.config.data import DataConfig, SourceConfig
-from moe_jax.data.tokenised_source import tokenise_source
+from moe_jax.data.tokenized_source import tokenize_source
 
 CORPUS = [
-    "Carry out the task below.\n\n## Task\nName three colours.\n\n## Answer\nRed, green and blue.",
+    "Carry out the task below.\n\n## Task\nName three colors.\n\n## Answer\nRed, green and blue.",
     "The quick brown fox jumps over the lazy dog. The dog sleeps.\n\n\nThe fox runs on and on.",
     "What is the capital of France? The capital of France is Paris.\nHello there, Paris!",
 ] * 4
@@ -153,10 +153,10 @@ def completions(write):
 
 @pytest.fixture
 def run(data_config, word_tokenizer):
-    """Tokenised rows as (ids, targets), where targets are the ids that the mask marks."""
+    """Tokenized rows as (ids, targets), where targets are the ids that the mask marks."""
 
-    def tokenise_rows(source, tokenizer=word_tokenizer, **fields):
-        result = tokenise_source("only", source, data_config(source, **fields), tokenizer)
+    def tokenize_rows(source, tokenizer=word_tokenizer, **fields):
+        result = tokenize_source("only", source, data_config(source, **fields), tokenizer)
         rows = result.sequences(np.arange(len(result.kept)))
         ids = [row.tokens.tolist() for row in rows]
         masks = [row.loss_mask.tolist() for row in rows]
@@ -167,4 +167,4 @@ def run(data_config, word_tokenizer):
         ]
         return list(zip(ids, targets, strict=True)), result
 
-    return tokenise_rows
+    return tokenize_rows

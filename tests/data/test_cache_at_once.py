@@ -4,15 +4,15 @@ import os
 
 from tiny_run import fork_server
 
-from moe_jax.data.tokenised_source import tokenise_source
+from moe_jax.data.tokenized_source import tokenize_source
 
 PROCESSES, ROUNDS, ROWS = 3, 3, 3000
 
 
-def _tokenise(barrier, results, source, configs, tokenizer):
+def _tokenize(barrier, results, source, configs, tokenizer):
     for config in configs:
         barrier.wait(300)
-        made = tokenise_source("only", source, config, tokenizer)
+        made = tokenize_source("only", source, config, tokenizer)
         results.put((os.getpid(), config.cache_dir, made.digest, len(made.kept)))
 
 
@@ -20,14 +20,14 @@ def test_processes_fill_one_cache_at_once(completions, data_config, word_tokeniz
     words = ["the", "fox", "sees", "a", "dog"]
     rows = [(words[i % 5], " ".join(words[: 1 + i % 4])) for i in range(ROWS)]
     source = completions(rows)
-    alone = tokenise_source("only", source, data_config(source), word_tokenizer)
+    alone = tokenize_source("only", source, data_config(source), word_tokenizer)
     configs = [
         data_config(source, cache_dir=str(tmp_path / f"fresh_{number}")) for number in range(ROUNDS)
     ]
     context = fork_server()
     barrier, results = context.Barrier(PROCESSES), context.Queue()
     arguments = (barrier, results, source, configs, word_tokenizer)
-    processes = [context.Process(target=_tokenise, args=arguments) for _ in range(PROCESSES)]
+    processes = [context.Process(target=_tokenize, args=arguments) for _ in range(PROCESSES)]
     for process in processes:
         process.start()
     found = [results.get(timeout=300) for _ in range(PROCESSES * ROUNDS)]
@@ -36,5 +36,5 @@ def test_processes_fill_one_cache_at_once(completions, data_config, word_tokeniz
         assert process.exitcode == 0
     assert {(digest, kept) for _, _, digest, kept in found} == {(alone.digest, ROWS)}
     for config in configs:  # what they left is read by a later process
-        again = tokenise_source("only", source, config, word_tokenizer)
+        again = tokenize_source("only", source, config, word_tokenizer)
         assert again.digest == alone.digest

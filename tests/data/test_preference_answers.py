@@ -231,7 +231,7 @@ def test_reference_scores_go_with_their_rows(load, word_tokenizer):
             assert scores.sum() == scores[real.sum() - 1] == -first[tuple(tokens[real])]
 
 
-def test_equal_rows_are_tokenised_once(load, word_tokenizer):
+def test_equal_rows_are_tokenized_once(load, word_tokenizer):
     rows = [{"prompt": "a", "chosen": "b", "rejected": "c"}] * 2
     (data, _), (again, _) = (load(rows, word_tokenizer) for _ in range(2))
     assert data.fingerprint == again.fingerprint

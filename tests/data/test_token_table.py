@@ -12,7 +12,7 @@ from moe_jax.data import tokenizer as tokenizer_module
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Counts the batches that are tokenised, not read from the cache."""
+    """Counts the batches that are tokenized, not read from the cache."""
     counted = []
     original = token_table.encode_examples
     monkeypatch.setattr(

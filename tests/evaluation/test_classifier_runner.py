@@ -1,4 +1,4 @@
-"""Classifiers: training on labelled rows, evaluation, and errors."""
+"""Classifiers: training on labeled rows, evaluation, and errors."""
 
 import dataclasses
 import json

@@ -24,8 +24,8 @@ def evaluation():
         for task, right, count in (("easy", easy, 16), ("hard", hard, 4)):
             task_examples = examples(right, count - right, "acc")
             outcomes.append(count_correct(model, task, "choices", ("acc",), task_examples))
-        labelled = examples(4, 12, "label_acc")
-        outcomes.append(count_correct(model, "easy", "labels", ("label_acc",), labelled))
+        labeled = examples(4, 12, "label_acc")
+        outcomes.append(count_correct(model, "easy", "labels", ("label_acc",), labeled))
     return Evaluation({"base": {"path": "x"}}, outcomes)
 
 

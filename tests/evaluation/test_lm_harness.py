@@ -79,7 +79,7 @@ def requests(*arguments):
     return [SimpleNamespace(args=each) for each in arguments]
 
 
-def test_greedy_continuations_are_recognised(models, setting):
+def test_greedy_continuations_are_recognized(models, setting):
     ours, theirs = models
     ids = setting.tokenizer("Question: Who?").input_ids
     with torch.no_grad():

@@ -29,7 +29,7 @@ def log_probs(logits):
     return torch.log_softmax(torch.tensor(np.asarray(logits)).double(), dim=-1)
 
 
-@pytest.mark.parametrize("weights", [None, "utilisation"])
+@pytest.mark.parametrize("weights", [None, "utilization"])
 def test_merged_experts_and_their_divergence(mixture, tmp_path, weights):
     _, adapter, text, rows = mixture
     notes = moe_jax.export_adapter(adapter, "llama", tmp_path / "out", weights=weights, data=text)
@@ -40,7 +40,7 @@ def test_merged_experts_and_their_divergence(mixture, tmp_path, weights):
         output = exact(torch.tensor(rows), output_router_logits=True)
         p, q = log_probs(output.logits), log_probs(merged(torch.tensor(rows)).logits)
     shares = np.full((3, 4), 0.25)
-    if weights == "utilisation":
+    if weights == "utilization":
         chosen = [logits.topk(2).indices.flatten() for logits in output.router_logits]
         shares = np.stack([torch.bincount(experts, minlength=4) / 256 for experts in chosen])
         assert np.abs(shares - 0.25).max() > 0.1
@@ -56,7 +56,7 @@ def test_merged_experts_and_their_divergence(mixture, tmp_path, weights):
     assert float(number.removesuffix(" nats per token")) == pytest.approx(divergence, rel=1e-3)
     card = (tmp_path / "out" / "README.md").read_text()
     assert "It approximates the adapter on its base: the experts of a lay" in card
-    assert ("each weighted by its share of the tokens" in card) == (weights == "utilisation")
+    assert ("each weighted by its share of the tokens" in card) == (weights == "utilization")
     stated = card.split("exact model: ")[1].split(" nats per token, the mean over 128 tokens")[0]
     assert float(stated) == pytest.approx(divergence, rel=1e-4)
     assert "tokens of `text.txt`" in card
@@ -72,7 +72,7 @@ def test_the_divergence_of_an_exact_merge_is_zero(mixture, tmp_path):
 def test_the_command(mixture, tmp_path, capsys):
     save_adapter(tmp_path / "adapter", mixture.adapter)
     paths = ["--adapter", tmp_path / "adapter", "--output", tmp_path / "out", "--to", "llama"]
-    options = ["--weights", "utilisation", "--data", mixture.text, "--dtype", "bfloat16"]
+    options = ["--weights", "utilization", "--data", mixture.text, "--dtype", "bfloat16"]
     assert main(["export", *map(str, (*paths, *options))]) == 0
     captured = capsys.readouterr()
     assert captured.err.startswith(f"writing {tmp_path / 'out'}: llama, bfloat16, up to 0.2 MB\n")

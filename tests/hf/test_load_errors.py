@@ -123,7 +123,7 @@ def test_names_of_a_wrapped_model(single, prefix: str):
 
 def test_decoder_saved_without_its_head(single):
     change_tensors(single, lambda t: t.pop("lm_head.weight"))
-    refused(single, r"lack lm_head\.weight; the decoder was saved without its language-modelling")
+    refused(single, r"lack lm_head\.weight; the decoder was saved without its language-modeling")
 
 
 def test_missing_biases(single):

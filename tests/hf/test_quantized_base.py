@@ -1,4 +1,4 @@
-"""Base models that are quantised while they are loaded."""
+"""Base models that are quantized while they are loaded."""
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +37,7 @@ def _is_quantized(leaf):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_layers_are_quantised_separately_and_the_rest_is_bfloat16(folder, kind):
+def test_layers_are_quantized_separately_and_the_rest_is_bfloat16(folder, kind):
     config = read_model_config(folder)
     exact, loaded = (
         load_base_params(folder, config, "float32"),
@@ -92,7 +92,7 @@ def test_size_of_four_bit_parameters(folder):
     assert 0.5 < size("int8") / size("bfloat16") < 0.54
 
 
-def test_adapted_model_on_a_quantised_base(folder):
+def test_adapted_model_on_a_quantized_base(folder):
     exact = moe_jax.load_base(folder)
     tokens = np.arange(1, 17)[None]
     expected = np.asarray(moe_jax.AdaptedModel(exact, {})(tokens))

@@ -339,7 +339,7 @@ def test_refusals_are_one_line(fields, words):
     assert "\n" not in str(caught.value)
 
 
-def test_wrappers_with_other_attention_or_quantised_weights_are_refused():
+def test_wrappers_with_other_attention_or_quantized_weights_are_refused():
     whole = PUBLISHED["gemma-3-4b-it"]
     with pytest.raises(CheckpointError, match="c: model_type 'paligemma' is not supported"):
         model_config_from_hf(whole | {"model_type": "paligemma"}, "c")

@@ -97,8 +97,8 @@ def test_greedy_is_argmax(config):
     # The penalty matters: every row's likeliest token counts as seen.
     everything = np.zeros_like(seen)
     np.put_along_axis(everything, logits.argmax(axis=1)[:, None], True, axis=1)
-    penalised = next_token(jnp.asarray(logits), jnp.asarray(everything), keys, config)
-    assert (config.repetition_penalty == 1) == np.array_equal(penalised, logits.argmax(axis=1))
+    penalized = next_token(jnp.asarray(logits), jnp.asarray(everything), keys, config)
+    assert (config.repetition_penalty == 1) == np.array_equal(penalized, logits.argmax(axis=1))
 
 
 @pytest.mark.parametrize("config", [CONFIGS[3], CONFIGS[-1]], ids=str)

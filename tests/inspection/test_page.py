@@ -119,7 +119,7 @@ def _node(code):
 
 
 def test_functions_of_the_script(setting, parsed):
-    """The functions of `colours.js`, on the data of the page."""
+    """The functions of `colors.js`, on the data of the page."""
     found = _node(
         f"""
         const module = {{}};
@@ -128,18 +128,18 @@ def test_functions_of_the_script(setting, parsed):
         const found = routing(data);
         const light = {{ page: [255, 255, 255] }};
         const tokens = [...Array(found.tokens).keys()];
-        const colour = (top, isRouted) =>
-          tokenColour({{ isRouted: () => isRouted, top: () => top, weight: () => 1 }},
+        const color = (top, isRouted) =>
+          tokenColor({{ isRouted: () => isRouted, top: () => top, weight: () => 1 }},
             0, 0, "expert", light);
         console.log(JSON.stringify({{
           weights: tokens.map((t) => [0, 1, 2, 3].map((e) => found.weight(2, t, e))),
           tops: tokens.map((t) => found.top(2, t)),
-          certain: colour(1, true), frozen: colour(1, false), unserved: colour(-1, true),
-          ends: [entropyColour(0), entropyColour(1)],
+          certain: color(1, true), frozen: color(1, false), unserved: color(-1, true),
+          ends: [entropyColor(0), entropyColor(1)],
           stops: mixtureStops({{ experts: 3, weight: (l, t, e) => [0.25, 0, 0.75][e] }}, 0, 0),
           visible: ["a b", "\\n", "", "\\t", "\\u202ex", "<b>"].map(visibleParts),
           inks: [ink([255, 255, 255]), ink([0, 0, 0]), ...PALETTE.map(ink)],
-          colours: new Set([...Array(24).keys()].map((e) => String(expertColour(e)))).size,
+          colors: new Set([...Array(24).keys()].map((e) => String(expertColor(e)))).size,
         }}));
         """
     )
@@ -160,7 +160,7 @@ def test_functions_of_the_script(setting, parsed):
         [{"text": "<b>"}],
     ]
     assert found["inks"][:2] == ["#000", "#fff"]
-    assert found["colours"] == 24
+    assert found["colors"] == 24
 
 
 def test_page_reacts_to_pointer_keys_and_controls(setting, parsed):
@@ -174,12 +174,12 @@ def test_page_reacts_to_pointer_keys_and_controls(setting, parsed):
         start(page.document, page.window);
         const get = (id) => page.document.getElementById(id);
         const tokens = page.document.querySelectorAll(".t");
-        const colours = () => tokens.map((token) => token.style.background);
+        const colors = () => tokens.map((token) => token.style.background);
         const seen = {{ count: tokens.length, texts: tokens.map((token) => token.textContent) }};
-        seen.first = colours();
+        seen.first = colors();
         get("layer").value = "3";
         get("layer").fire("input");
-        seen.last = colours();
+        seen.last = colors();
         seen.shown = get("shown").textContent;
         tokens[5].fire("pointerover");
         seen.tip = [get("tip").hidden, get("tip").textContent];
@@ -194,11 +194,11 @@ def test_page_reacts_to_pointer_keys_and_controls(setting, parsed):
         tokens[6].fire("keydown", {{ key: "Escape" }});
         seen.escaped = get("tip").hidden;
         get("by-entropy").fire("change");
-        seen.entropy = colours();
+        seen.entropy = colors();
         get("theme").value = "dark";
         get("theme").fire("change");
         get("by-expert").fire("change");
-        seen.dark = [page.document.documentElement.dataset.theme, colours()];
+        seen.dark = [page.document.documentElement.dataset.theme, colors()];
         get("legend").children[1].fire("click");
         seen.dim = tokens.map((token) => token.classList.contains("dim"));
         get("strips").checked = true;
@@ -214,7 +214,7 @@ def test_page_reacts_to_pointer_keys_and_controls(setting, parsed):
     assert seen["count"] == len(texts)
     shown = {" ": "·", "\t": "→", "\n": "↵", "\u2028": "<2028>"}
     assert seen["texts"] == ["".join(shown.get(c, c) for c in text) or "…" for text in texts]
-    assert all(colour.startswith("rgb(") for colour in seen["first"])
+    assert all(color.startswith("rgb(") for color in seen["first"])
     assert seen["first"] != seen["last"] and seen["shown"] == "3 of 0 to 3"
 
     assert seen["tip"][0] is False and seen["hidden"] is True and seen["escaped"] is True

@@ -1,4 +1,4 @@
-"""RMS normalisation against transformers, and in half precision against float64."""
+"""RMS normalization against transformers, and in half precision against float64."""
 
 import flax.linen as nn
 import jax

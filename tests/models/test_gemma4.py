@@ -221,8 +221,8 @@ def test_the_language_model_inside_published_checkpoints(tmp_path):
     reference = transformers.Gemma4ForConditionalGeneration(config).eval()
     with torch.no_grad():
         for parameter in reference.parameters():
-            centre = 1.0 if parameter.dim() == 1 else 0.0
-            parameter.copy_(centre + 0.15 * torch.randn_like(parameter))
+            center = 1.0 if parameter.dim() == 1 else 0.0
+            parameter.copy_(center + 0.15 * torch.randn_like(parameter))
         expected = reference(torch.tensor(TOKENS % 60)).logits.numpy()
     reference.save_pretrained(tmp_path)
     base = moe_jax.load_base(tmp_path)

@@ -124,7 +124,7 @@ def test_half_precision_stays_near_float32_and_gives_float32_logits(tmp_path, dt
 
 
 @pytest.mark.parametrize("remat", ["dots", "frozen", "full"])
-def test_rematerialisation_changes_no_gradient(tmp_path, remat):
+def test_rematerialization_changes_no_gradient(tmp_path, remat):
     save_tiny_llama(tmp_path)
     config = read_model_config(tmp_path)
     params = load_base_params(tmp_path, config, "float32")

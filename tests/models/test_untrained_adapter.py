@@ -34,8 +34,8 @@ def _method(fields):
     return parse_member(METHODS, fields, "method")
 
 
-def _fresh(fields, params, seed=0, neighbours=()):
-    methods = {f"other_{i}": _method(other) for i, other in enumerate(neighbours)}
+def _fresh(fields, params, seed=0, neighbors=()):
+    methods = {f"other_{i}": _method(other) for i, other in enumerate(neighbors)}
     adapter_rows = divide_rows(methods, dict.fromkeys(methods, 3))
     model = LlamaForCausalLM(CONFIG, ComputeConfig(dtype="float32"), adapter_rows)
     make = jax.jit(lambda params, key: untrained_adapter(model, _method(fields), params, key))
@@ -66,13 +66,13 @@ def test_magnitudes_are_the_lengths_of_the_bases_columns(params, method):
         assert lengths.std() > 0.01
 
 
-def test_the_base_and_the_neighbours_change_no_pair(params):
+def test_the_base_and_the_neighbors_change_no_pair(params):
     fields = {**tiny_program.MIXLORA, **DORA}
     fresh = _named(_fresh(fields, params))
     for path, leaf in fresh.items():
         assert (leaf == 0).all() == path.endswith("lora_B"), path
     others = [tiny_program.LORA, tiny_program.MIXLORA]
-    beside = _named(_fresh(fields, params, neighbours=others))
+    beside = _named(_fresh(fields, params, neighbors=others))
     jax.tree.map(np.testing.assert_array_equal, fresh, beside)
     twice = jax.tree.map(lambda leaf: 2.0 * leaf, params)
     scaled = _named(_fresh(fields, twice))

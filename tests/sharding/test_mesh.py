@@ -28,7 +28,7 @@ def test_all_devices_are_used_once(config, shape, devices):
     assert mesh.axis_types == (AxisType.Auto,) * 3
 
 
-def test_neighbours_share_the_innermost_axis(devices):
+def test_neighbors_share_the_innermost_axis(devices):
     # Tensor parallelism talks most, so its group must be the devices closest to each other.
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     assert [d.id for d in mesh.devices[0, 0]] == [devices[0].id, devices[1].id]

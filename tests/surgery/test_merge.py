@@ -19,7 +19,7 @@ def products(adapter, stem, layer):
     return np.einsum("der,ero->edo", a, b)
 
 
-@pytest.mark.parametrize("weights", ["average", "utilisation"])
+@pytest.mark.parametrize("weights", ["average", "utilization"])
 def test_groups(world, weights):
     adapter = world.adapter(MIXLORA)
     groups = [[0, 2, 3], [1]]
@@ -28,7 +28,7 @@ def test_groups(world, weights):
     before, after = named_leaves(adapter.tree), named_leaves(outcome.adapter.tree)
     square = lost = 0.0
     for layer in range(3):
-        share = load[layer, groups[0]] if weights == "utilisation" else np.ones(3)
+        share = load[layer, groups[0]] if weights == "utilization" else np.ones(3)
         share = share / share.sum()
         for target in ("gate_proj", "up_proj", "down_proj"):
             stem = f"layers/mlp/moe/{target}"

@@ -8,10 +8,10 @@ import pytest
 
 from moe_jax.config.classification import GLUE, ClassificationConfig
 from moe_jax.config.data import DataConfig, SourceConfig
-from moe_jax.data.tokenised_source import tokenise_source
+from moe_jax.data.tokenized_source import tokenize_source
 from moe_jax.data.tokenizer import load_tokenizer
 from moe_jax.errors import ConfigError, DataError
-from moe_jax.tasks.families.glue import ClassificationTask, LabelledText
+from moe_jax.tasks.families.glue import ClassificationTask, LabeledText
 from moe_jax.tasks.selection import named_task, task_names
 from moe_jax.tasks.task import TASKS, Choice
 from moe_jax.tasks.task_rows import TaskRow
@@ -111,7 +111,7 @@ def test_all_tasks_are_covered():
 def test_rows(name):
     fields, (text, pair, label), prompt, word = ROWS[name]
     task, row = named_task(name), TaskRow("here: row 1", fields)
-    assert task.labelled(row) == LabelledText("here: row 1", text, pair, label)
+    assert task.labeled(row) == LabeledText("here: row 1", text, pair, label)
     if prompt is None:
         with pytest.raises(DataError, match="asks for a number, which only an adapter with"):
             task.question(row)
@@ -142,7 +142,7 @@ def test_the_hub():
 )
 def test_rows_that_do_not_fit_are_named(name, fields, words):
     with pytest.raises(DataError) as error:
-        named_task(name).labelled(TaskRow("rows.jsonl: line 7", fields))
+        named_task(name).labeled(TaskRow("rows.jsonl: line 7", fields))
     assert str(error.value).startswith("rows.jsonl: line 7: ")
     assert words in str(error.value)
 
@@ -172,7 +172,7 @@ def test_classifiers_read_texts_and_language_models_questions(tmp_path):
     read = functools.partial(read_source_or_task, folder=str(tmp_path), classified=True)
     config = DataConfig(train={"rte": source}, max_length=64)
     tokenizer = load_tokenizer("moe_jax/demo/base")
-    made = tokenise_source("rte", source, config, tokenizer, read, ClassificationConfig(glue="rte"))
+    made = tokenize_source("rte", source, config, tokenizer, read, ClassificationConfig(glue="rte"))
     for row, label in zip(made.sequences(np.arange(2)), (1.0, 0.0), strict=True):
         assert np.flatnonzero(row.loss_mask).tolist() == [len(row.tokens) - 1]
         assert row.label == label

@@ -8,7 +8,7 @@ from evaluation.conftest import write_rows
 from evaluation.families import FAMILIES
 
 from moe_jax.config.data import DataConfig, SourceConfig
-from moe_jax.data.tokenised_source import tokenise_source
+from moe_jax.data.tokenized_source import tokenize_source
 from moe_jax.data.tokenizer import load_tokenizer
 from moe_jax.errors import UserError
 from moe_jax.evaluation.scoring_protocols import SCORING_PROTOCOLS
@@ -39,12 +39,12 @@ def folder(tmp_path_factory):
     return folder
 
 
-def _tokenised(source, folder, tokenizer):
+def _tokenized(source, folder, tokenizer):
     """Ids and loss mask of each row."""
     read = functools.partial(read_source_or_task, folder=folder)
     config = DataConfig(train={"questions": source}, max_length=512)
-    tokenised = tokenise_source("questions", source, config, tokenizer, read)
-    rows = tokenised.sequences(np.arange(len(tokenised.kept)))
+    tokenized = tokenize_source("questions", source, config, tokenizer, read)
+    rows = tokenized.sequences(np.arange(len(tokenized.kept)))
     return [(row.tokens.tolist(), row.loss_mask.tolist()) for row in rows]
 
 
@@ -54,7 +54,7 @@ def test_training_ids_equal_those_that_evaluation_scores(task, answer, folder, t
     questions = named_task(task, data=folder, shots=0).questions()
     split = named_task(task).hub.split if task in FAMILIES else "test"
     source = SourceConfig(task=task, split=split, answer=answer)
-    rows = _tokenised(source, folder, tokenizer)
+    rows = _tokenized(source, folder, tokenizer)
     scored = SCORING_PROTOCOLS[f"{answer}s"].prepare(task, questions, tokenizer)
     assert len(rows) == len(scored) == len(questions)
     for (tokens, mask), (question, items) in zip(rows, scored, strict=True):
@@ -79,11 +79,11 @@ def test_training_prompts_by_hand(task, folder):
 
 
 def test_a_part_of_a_split_and_a_single_file(folder, tokenizer):
-    whole = _tokenised(SourceConfig(task="kinds"), folder, tokenizer)
-    half = _tokenised(SourceConfig(task="kinds", split="train[:50%]"), folder, tokenizer)
+    whole = _tokenized(SourceConfig(task="kinds"), folder, tokenizer)
+    half = _tokenized(SourceConfig(task="kinds", split="train[:50%]"), folder, tokenizer)
     assert half == whole[:1] != whole
     one = SourceConfig(task="kinds", path=str(folder / "kinds" / "test.jsonl"))
-    assert _tokenised(one, folder, tokenizer) == whole
+    assert _tokenized(one, folder, tokenizer) == whole
 
 
 @pytest.mark.parametrize(
@@ -98,17 +98,17 @@ def test_a_part_of_a_split_and_a_single_file(folder, tokenizer):
         ({"task": "kinds", "split": "train[:x]"}, r"task 'kinds': cannot take the split"),
         ({"task": "boolq"}, r"boolq.train.jsonl: line 1: .*'answer' must be true or false"),
         (
-            {"task": "unlabelled"},
-            "task 'unlabelled': has no labels to learn; set answer to 'choice'",
+            {"task": "unlabeled"},
+            "task 'unlabeled': has no labels to learn; set answer to 'choice'",
         ),
         ({"task": "kinds", "path": "/nowhere"}, "/nowhere: no such file or folder"),
     ],
 )
 def test_bad_sources(fields, message, folder, tokenizer):
-    write_rows(folder / "unlabelled" / "train.jsonl", KIND_ROWS)
-    (folder / "unlabelled" / "template.txt").write_text("Which is a {kind}?\nAnswer:")
+    write_rows(folder / "unlabeled" / "train.jsonl", KIND_ROWS)
+    (folder / "unlabeled" / "template.txt").write_text("Which is a {kind}?\nAnswer:")
     with pytest.raises(UserError, match=message):
-        _tokenised(SourceConfig(**fields), folder, tokenizer)
+        _tokenized(SourceConfig(**fields), folder, tokenizer)
 
 
 def test_a_folder_may_not_take_the_name_of_a_task(folder, tmp_path):

@@ -42,8 +42,8 @@ def base(tmp_path_factory):
     return folder, reference, config, load_base_params(folder, config, "float32")
 
 
-def labelled_batch(labels, seed):
-    """Labelled rows of different lengths, without the token 0."""
+def labeled_batch(labels, seed):
+    """Labeled rows of different lengths, without the token 0."""
     batch = tiny_program.random_batch(ROWS, seed=seed)
     last = batch.segment_ids.sum(axis=1) - 1
     at = np.arange(ROWS), last
@@ -57,9 +57,9 @@ def labelled_batch(labels, seed):
 @pytest.fixture(scope="module")
 def batches():
     return {
-        "classes": labelled_batch([2, 0, 1, 2], seed=5),
+        "classes": labeled_batch([2, 0, 1, 2], seed=5),
         "words": tiny_program.random_batch(ROWS, seed=6),
-        "number": labelled_batch([0.5, -1.0, 3.25, 0.0], seed=7),
+        "number": labeled_batch([0.5, -1.0, 3.25, 0.0], seed=7),
     }
 
 

@@ -88,7 +88,7 @@ def test_memory_plan_of_the_7b_configuration():
     assert plan.adapters == 4 * 32 * layer // 8
     # Two moments of Adam, and a few counters.
     assert 0 <= plan.optimizer - 2 * plan.adapters < 1024
-    # The layers' inputs and the products with q, k, v, o, gate and up, which rematerialisation
+    # The layers' inputs and the products with q, k, v, o, gate and up, which rematerialization
     # keeps, are the least there must be; a CPU multiplies bfloat16 in float32, so that they may be
     # kept in it, and the weights of a device may be there once over in it: the most.
     kept = 32 * (16 // 8) * 512 * (5 * 4096 + 2 * 11008) * 2

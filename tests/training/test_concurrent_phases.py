@@ -110,7 +110,7 @@ def test_a_narrowed_program_keeps_its_schedules(both):
         assert narrow.learning_rates(done) == pytest.approx({"b": expected["b"]}, rel=1e-6)
 
 
-def test_initialisation_depends_on_the_seed_of_the_adapter(both):
+def test_initialization_depends_on_the_seed_of_the_adapter(both):
     params = tiny_program.random_params(both)
 
     def fresh(**seeds):

@@ -33,23 +33,23 @@ NAMES = [f"default-learning_rate={rate}-seed={seed}" for rate in (0.01, 0.1) for
 
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory):
-    """The work directory, what `train` returned, tokenised data sets, and changed process hooks."""
+    """The work directory, what `train` returned, tokenized data sets, and changed process hooks."""
     folder = tmp_path_factory.mktemp("sweep")
     config = write_inputs(folder)
     config.write_text(config.read_text() + SWEEP)
-    tokenised = []
-    tokenise = pipeline.tokenise_source
+    tokenized = []
+    tokenize = pipeline.tokenize_source
 
     def counted(name, *arguments):
-        tokenised.append(name)
-        return tokenise(name, *arguments)
+        tokenized.append(name)
+        return tokenize(name, *arguments)
 
     with one_device() as patch:
-        patch.setattr(pipeline, "tokenise_source", counted)
+        patch.setattr(pipeline, "tokenize_source", counted)
         hooks = process_hooks()
         result = moe_jax.train(load_config_file(str(config)), folder / "run")
         changed = {name for name, hook in process_hooks().items() if hook != hooks[name]}
-    return folder / "run", result, tokenised, changed
+    return folder / "run", result, tokenized, changed
 
 
 def process_hooks():
@@ -74,7 +74,7 @@ def test_every_combination_is_trained(swept):
         assert all((leaf != other).any() for other in leaves[:number])
 
 
-def test_equal_data_is_tokenised_once(swept):
+def test_equal_data_is_tokenized_once(swept):
     assert sorted(swept[2]) == ["held_out", "other", "words"]
 
 

@@ -206,10 +206,10 @@ def test_worker_processes_are_not_forked_from_the_process_of_jax(inputs, tmp_pat
 
 
 def test_worker_processes_fill_the_cache(inputs, tmp_path, monkeypatch):
-    """The process of JAX reads what the workers have tokenised."""
+    """The process of JAX reads what the workers have tokenized."""
 
     def fail(*arguments):
-        raise AssertionError("tokenised again")
+        raise AssertionError("tokenized again")
 
     monkeypatch.setattr(token_table, "encode_examples", fail)
     fields = {f"{DATA}__num_workers": 2, f"{DATA}__cache_dir": str(tmp_path)}

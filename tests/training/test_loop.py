@@ -17,7 +17,7 @@ from moe_jax.config.metric_names import METRICS
 from moe_jax.hf.base_content import base_fingerprint
 from moe_jax.training.records.metric_lines import read_metrics
 
-# Two adapters with different data; only initialisation and the order of rows are random.
+# Two adapters with different data; only initialization and the order of rows are random.
 TWO_ADAPTERS = """
 
 def get_config():

@@ -31,7 +31,7 @@ def test_each_loss_has_a_curve(tmp_path):
     }
 
 
-def test_each_adapter_has_a_colour(tmp_path):
+def test_each_adapter_has_a_color(tmp_path):
     lines = [
         {"step": 10, "x/loss": 2.0, "y/loss": 4.0},
         {"step": 10, "validation/x/a/loss": 3.0, "validation/x/b/loss": 5.0},
@@ -80,8 +80,8 @@ def test_expert_map_by_hand(tmp_path):
     assert [text.get_text() for text in axes.get_yticklabels()] == ["0", "1", "2"]
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("expert", "layer")
     # Loads 0, 1, 2 and 4, the largest, are dark blue, white, light red and dark red.
-    colours = {text.get_text(): text.get_color() for text in axes.texts}
-    assert colours == {"1.00": "black", "4.00": "white", "0.00": "white", "2.00": "black"}
+    colors = {text.get_text(): text.get_color() for text in axes.texts}
+    assert colors == {"1.00": "black", "4.00": "white", "0.00": "white", "2.00": "black"}
     figure.savefig(tmp_path / "map.png")
     assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
 

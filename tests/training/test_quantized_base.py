@@ -1,4 +1,4 @@
-"""A step on a base in four bits equals the step on its dequantised kernels."""
+"""A step on a base in four bits equals the step on its dequantized kernels."""
 
 import functools
 

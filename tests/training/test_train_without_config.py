@@ -65,7 +65,7 @@ def test_settings_follow_from_base_and_data(folder, run):
     assert (run / "adapters" / "default").exists()
 
 
-def test_the_data_is_tokenised_once(folder, tmp_path, monkeypatch):
+def test_the_data_is_tokenized_once(folder, tmp_path, monkeypatch):
     """Reading the lengths fills the cache that the run reads."""
     encode, counts = token_table.encode_examples, []
 

@@ -1,4 +1,4 @@
-"""Gemma 3, text only: Gemma 2 without caps, with normalised queries and keys and two RoPEs."""
+"""Gemma 3, text only: Gemma 2 without caps, with normalized queries and keys and two RoPEs."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,4 +1,4 @@
-"""GLM-4: interleaved partial RoPE; the 2025 releases (Glm4) also normalise block outputs."""
+"""GLM-4: interleaved partial RoPE; the 2025 releases (Glm4) also normalize block outputs."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Qwen2 and Qwen2.5 (biases on query, key and value), and Qwen3 (normalised queries and keys)."""
+"""Qwen2 and Qwen2.5 (biases on query, key and value), and Qwen3 (normalized queries and keys)."""
 
 from typing import Any
 

@@ -1,11 +1,11 @@
-// The page; follows colours.js and token_view.js in the same script. Texts only become text nodes,
+// The page; follows colors.js and token_view.js in the same script. Texts only become text nodes,
 // never markup.
 
 function start(document, window) {
   const data = JSON.parse(document.getElementById("data").textContent);
   const routes = routing(data);
   const get = (id) => document.getElementById(id);
-  const state = { layer: 0, colouring: "expert", expert: null, token: null };
+  const state = { layer: 0, coloring: "expert", expert: null, token: null };
   const spans = [];
   const darkScheme = window.matchMedia ? window.matchMedia("(prefers-color-scheme: dark)") : null;
 
@@ -39,12 +39,12 @@ function start(document, window) {
   }
 
   function paint() {
-    const { layer, colouring, expert } = state;
+    const { layer, coloring, expert } = state;
     const theme = isDark() ? DARK : LIGHT;
     document.documentElement.dataset.theme = isDark() ? "dark" : "light";
     const withNumbers = get("numbers").checked;
     spans.forEach(({ span, number }, token) => {
-      paintToken(span, routes, token, { layer, colouring, expert }, theme);
+      paintToken(span, routes, token, { layer, coloring, expert }, theme);
       const top = routes.top(layer, token);
       number.textContent = withNumbers && top >= 0 ? String(top) : "";
     });
@@ -66,8 +66,8 @@ function start(document, window) {
     spans.forEach(({ strip }, token) => {
       const stops = [];
       for (let layer = 0; layer < routes.layers; layer++) {
-        const colour = tokenColour(routes, layer, token, state.colouring, theme) || theme.page;
-        stops.push(`${css(colour)} ${layer * height}px ${(layer + 1) * height}px`);
+        const color = tokenColor(routes, layer, token, state.coloring, theme) || theme.page;
+        stops.push(`${css(color)} ${layer * height}px ${(layer + 1) * height}px`);
       }
       strip.style.height = `${routes.layers * height}px`;
       strip.style.background = `linear-gradient(to bottom, ${stops.join(", ")})`;
@@ -82,7 +82,7 @@ function start(document, window) {
       legend.append(make("span", "hint", `Layer ${layer} has no router: its FFN is the base's.`));
       return;
     }
-    if (state.colouring === "entropy") {
+    if (state.coloring === "entropy") {
       const ramp = make("span", "ramp");
       const stops = RAMP.map(css).join(", ");
       ramp.style.background = `linear-gradient(to right, ${stops})`;
@@ -96,7 +96,7 @@ function start(document, window) {
       button.dataset.expert = String(expert);
       button.setAttribute("aria-pressed", String(state.expert === expert));
       button.title = "load relative to an equal share, over all tokens; click to highlight its tokens";
-      if (state.colouring !== "entropy") button.append(swatch(document, expertColour(expert)));
+      if (state.coloring !== "entropy") button.append(swatch(document, expertColor(expert)));
       button.append(`expert ${expert} \u00d7${data.load[layer][expert].toFixed(2)}`);
       legend.append(button);
     }
@@ -167,9 +167,9 @@ function start(document, window) {
     get("layer").addEventListener("input", (event) => setLayer(Number(event.target.value)));
     get("before").addEventListener("click", () => setLayer(state.layer - 1));
     get("after").addEventListener("click", () => setLayer(state.layer + 1));
-    ["expert", "mixture", "entropy"].forEach((colouring) => {
-      get(`by-${colouring}`).addEventListener("change", () => {
-        state.colouring = colouring;
+    ["expert", "mixture", "entropy"].forEach((coloring) => {
+      get(`by-${coloring}`).addEventListener("change", () => {
+        state.coloring = coloring;
         paint();
         paintStrips();
       });

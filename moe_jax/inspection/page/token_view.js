@@ -1,5 +1,5 @@
 // Drawing of a token and of the weights of its experts; shared with the page of `moe-jax serve`.
-// Follows colours.js. Texts only become text nodes, never markup.
+// Follows colors.js. Texts only become text nodes, never markup.
 
 function element(document, tag, className, text) {
   const made = document.createElement(tag);
@@ -8,9 +8,9 @@ function element(document, tag, className, text) {
   return made;
 }
 
-function swatch(document, colour) {
+function swatch(document, color) {
   const box = element(document, "span", "swatch");
-  box.style.backgroundColor = css(colour);
+  box.style.backgroundColor = css(color);
   return box;
 }
 
@@ -23,31 +23,31 @@ function appendVisible(document, parent, parts) {
 
 // Background and ink of a token; `shown.expert` is the only expert whose tokens are not dimmed.
 function paintToken(span, routes, token, shown, theme) {
-  const { layer, colouring, expert } = shown;
-  const colour = tokenColour(routes, layer, token, colouring, theme);
-  span.classList.toggle("none", colour === null && routes.isRouted(layer));
+  const { layer, coloring, expert } = shown;
+  const color = tokenColor(routes, layer, token, coloring, theme);
+  span.classList.toggle("none", color === null && routes.isRouted(layer));
   span.classList.toggle("dim", expert !== null && !(routes.weight(layer, token, expert) > 0));
   span.style.background = "";
   span.style.color = "";
-  if (colour === null) return;
-  if (colouring === "mixture") {
+  if (color === null) return;
+  if (coloring === "mixture") {
     const stops = mixtureStops(routes, layer, token);
     span.style.background = `linear-gradient(to right, ${stops.join(", ")})`;
     span.style.color = "#000";
   } else {
-    span.style.background = css(colour);
-    span.style.color = ink(colour);
+    span.style.background = css(color);
+    span.style.color = ink(color);
   }
 }
 
 function weightRow(document, expert, weight) {
   const row = element(document, "tr", weight > 0 ? "" : "zero");
   const name = element(document, "td");
-  name.append(swatch(document, expertColour(expert)), `expert ${expert}`);
+  name.append(swatch(document, expertColor(expert)), `expert ${expert}`);
   const wide = element(document, "td", "wide");
   const bar = element(document, "span", "bar");
   bar.style.width = `${Math.round(100 * Math.min(weight, 1))}%`;
-  bar.style.background = css(expertColour(expert));
+  bar.style.background = css(expertColor(expert));
   wide.append(bar);
   row.append(name, wide, element(document, "td", "number", weight.toFixed(2)));
   return row;
@@ -87,8 +87,8 @@ function fillTip(document, tip, { text, id }, routes, token, shown, theme) {
   const cells = element(document, "div", "cells");
   for (let other = 0; other < routes.layers; other++) {
     const cell = element(document, "span", other === layer ? "now" : "");
-    const colour = tokenColour(routes, other, token, shown.colouring, theme);
-    if (colour !== null) cell.style.background = css(colour);
+    const color = tokenColor(routes, other, token, shown.coloring, theme);
+    if (color !== null) cell.style.background = css(color);
     cells.append(cell);
   }
   tip.append(cells);

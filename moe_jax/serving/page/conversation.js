@@ -1,11 +1,11 @@
 "use strict";
 
 // The conversation with one model: questions, and answers as tokens with their experts.
-// Follows colours.js and token_view.js. Texts only become text nodes, never markup.
+// Follows colors.js and token_view.js. Texts only become text nodes, never markup.
 
 const ENDINGS = { stop: "complete", length: "ended by the limit of tokens" };
 
-// Routing of streamed tokens, in the form that colours.js reads.
+// Routing of streamed tokens, in the form that colors.js reads.
 function streamedRouting(tokens, layers, experts) {
   const chosen = (layer, token) => (tokens[token].experts || [])[layer] || null;
   const weight = (layer, token, expert) => {
@@ -129,7 +129,7 @@ class Conversation {
     button.type = "button";
     button.dataset.expert = String(expert);
     button.title = "load relative to an equal share, over the answers; click to highlight its tokens";
-    button.append(swatch(this.document, expertColour(expert)), label);
+    button.append(swatch(this.document, expertColor(expert)), label);
     this.legend.append(button);
     return { button, label };
   }

@@ -6,7 +6,7 @@ function startPage(document, window) {
   const get = (id) => document.getElementById(id);
   const make = (tag, className, text) => element(document, tag, className, text);
   const darkScheme = window.matchMedia("(prefers-color-scheme: dark)");
-  const state = { key: "", layer: 0, colouring: "expert", asked: 0, tip: null };
+  const state = { key: "", layer: 0, coloring: "expert", asked: 0, tip: null };
   const conversations = []; // one for each model of the server
   const places = new WeakMap(); // conversation, turn and number of each token's span
 
@@ -65,7 +65,7 @@ function startPage(document, window) {
   }
 
   function paintSpan(conversation, turn, token) {
-    const shown = { layer: state.layer, colouring: state.colouring, expert: conversation.expert };
+    const shown = { layer: state.layer, coloring: state.coloring, expert: conversation.expert };
     paintToken(turn.spans[token], turn.routes, token, shown, theme());
   }
 
@@ -261,9 +261,9 @@ function startPage(document, window) {
     get("layer").addEventListener("input", (event) => setLayer(Number(event.target.value)));
     get("before").addEventListener("click", () => setLayer(state.layer - 1));
     get("after").addEventListener("click", () => setLayer(state.layer + 1));
-    ["expert", "mixture"].forEach((colouring) => {
-      get(`by-${colouring}`).addEventListener("change", () => {
-        state.colouring = colouring;
+    ["expert", "mixture"].forEach((coloring) => {
+      get(`by-${coloring}`).addEventListener("change", () => {
+        state.coloring = coloring;
         paint();
       });
     });

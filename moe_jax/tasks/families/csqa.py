@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from moe_jax.tasks.task import TASKS, Question, Task, labelled_choices, lettered_question
+from moe_jax.tasks.task import TASKS, Question, Task, labeled_choices, lettered_question
 from moe_jax.tasks.task_rows import HubData, TaskRow
 
 PREFACE = "Use common sense to choose the option that answers the question.\n\n"
@@ -17,6 +17,6 @@ class CommonsenseQA(Task):
     hub: ClassVar[HubData] = HubData("tau/commonsense_qa", None, "validation", "train")
 
     def question(self, row: TaskRow) -> Question:
-        texts, answer = labelled_choices(row)
+        texts, answer = labeled_choices(row)
         stem = f"Question: {row.text('question')}"
         return lettered_question(row, preface=PREFACE, stem=stem, texts=texts, answer=answer)

@@ -17,7 +17,7 @@ from moe_jax.tasks.task_rows import HubData, TaskRow
 SENTENCES = ("First sentence", "Second sentence")
 
 
-class LabelledText(NamedTuple):
+class LabeledText(NamedTuple):
     """A row to classify.
 
     Attributes:
@@ -59,7 +59,7 @@ class ClassificationTask(Task, abc.ABC):
         """Metrics of the task."""
         return GLUE[self.glue].metrics
 
-    def labelled(self, row: TaskRow) -> LabelledText:
+    def labeled(self, row: TaskRow) -> LabeledText:
         """Text and label of a row.
 
         Raises:
@@ -70,9 +70,9 @@ class ClassificationTask(Task, abc.ABC):
         where = f"{row.where}: column 'label'"
         number = label_number(row.value("label"), classification, where)
         label = self.labels[int(number)] if self.labels else number
-        return LabelledText(row.where, texts[0], texts[1] if len(texts) > 1 else "", label)
+        return LabeledText(row.where, texts[0], texts[1] if len(texts) > 1 else "", label)
 
-    def labelled_rows(self) -> list[LabelledText]:
+    def labeled_rows(self) -> list[LabeledText]:
         """Texts and labels of all rows of the split.
 
         Raises:
@@ -82,7 +82,7 @@ class ClassificationTask(Task, abc.ABC):
             raise DataError(
                 f"task {self.name!r}: classifiers do not use few-shot examples; set shots to 0"
             )
-        return [self.labelled(row) for row in self.rows()]
+        return [self.labeled(row) for row in self.rows()]
 
     def question(self, row: TaskRow) -> Question:
         if not self.words:
@@ -90,13 +90,13 @@ class ClassificationTask(Task, abc.ABC):
                 f"task {self.name!r}: asks for a number, which only an adapter with "
                 f"method.classification predicts; train one with glue={self.glue!r}"
             )
-        labelled = self.labelled(row)
-        assert isinstance(labelled.label, str)
-        texts = (labelled.text, labelled.text_pair)
+        labeled = self.labeled(row)
+        assert isinstance(labeled.label, str)
+        texts = (labeled.text, labeled.text_pair)
         lines = [f"{caption}: {text}" for caption, text in zip(self.captions, texts, strict=False)]
         prompt = "\n".join([*lines, "Answer:"])
         choices = tuple(Choice(prompt, f" {word}") for word in self.words)
-        answer = self.labels.index(labelled.label)
+        answer = self.labels.index(labeled.label)
         return Question(row.where, self.preface, prompt, self.words, choices, answer)
 
 

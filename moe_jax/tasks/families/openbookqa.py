@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from moe_jax.tasks.task import TASKS, Choice, Question, Task, labelled_choices, lettered_question
+from moe_jax.tasks.task import TASKS, Choice, Question, Task, labeled_choices, lettered_question
 from moe_jax.tasks.task_rows import HubData, TaskRow
 
 PREFACE = "Choose the option that answers the question or completes the sentence.\n\n"
@@ -17,7 +17,7 @@ class OpenBookQA(Task):
     hub: ClassVar[HubData] = HubData("allenai/openbookqa", "main", "test", "train")
 
     def question(self, row: TaskRow) -> Question:
-        texts, answer = labelled_choices(row)
+        texts, answer = labeled_choices(row)
         stem = row.text("question_stem")
         return lettered_question(
             row,

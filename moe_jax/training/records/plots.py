@@ -88,14 +88,14 @@ def _loss_curves(lines: Iterable[dict[str, Any]], units: Mapping[str, str]) -> F
         if min(losses[unit]) > 0 and max(losses[unit]) > _LOG_RANGE * min(losses[unit]):
             _make_logarithmic(axes)
     for number, (adapter, points) in enumerate(training.items()):
-        colour, axes = f"C{number % 10}", axes_of[unit_of[adapter]]
+        color, axes = f"C{number % 10}", axes_of[unit_of[adapter]]
         sets = validation.get(adapter, {})
         label = adapter if several else f"training/{adapter}"
-        _draw_training(axes, points, label, colour if several else None, width)
+        _draw_training(axes, points, label, color if several else None, width)
         if several:
             mean = _mean(sets)
             if mean:
-                axes.plot(*zip(*mean, strict=True), color=colour, marker="o", linestyle="--")
+                axes.plot(*zip(*mean, strict=True), color=color, marker="o", linestyle="--")
             continue
         for data_set, measured in sets.items():
             label = f"validation/{adapter}/{data_set}"
@@ -126,14 +126,14 @@ def _draw_training(
     axes: Axes,
     points: Sequence[tuple[int, float]],
     label: str,
-    colour: str | None,
+    color: str | None,
     width: int | None,
 ) -> None:
     steps, losses = zip(*points, strict=True)
     if width is None:
-        axes.plot(steps, losses, label=label, color=colour, marker="o" if len(points) == 1 else "")
+        axes.plot(steps, losses, label=label, color=color, marker="o" if len(points) == 1 else "")
         return
-    (raw,) = axes.plot(steps, losses, color=colour, alpha=0.3, linewidth=0.8, label="_raw")
+    (raw,) = axes.plot(steps, losses, color=color, alpha=0.3, linewidth=0.8, label="_raw")
     average = moving_average(losses, width, geometric=axes.get_yscale() == "log")
     axes.plot(steps, average, label=label, color=raw.get_color())
 

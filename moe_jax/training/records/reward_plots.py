@@ -42,10 +42,10 @@ def _figure(adapter: str, sets: Mapping[str, Curves]) -> Figure:
     for data_set, curves in sorted(sets.items()):
         style: dict[str, Any] = {"linestyle": "--", "marker": "o"} if data_set else {}
         place = f" of {data_set}" if data_set else ""
-        for colour, (metric, title) in enumerate(_CURVES.items()):
+        for color, (metric, title) in enumerate(_CURVES.items()):
             if metric in curves:
                 steps, values = zip(*curves[metric], strict=True)
-                above.plot(steps, values, label=title + place, color=f"C{colour}", **style)
+                above.plot(steps, values, label=title + place, color=f"C{color}", **style)
         if _ACCURACY in curves:
             steps, values = zip(*curves[_ACCURACY], strict=True)
             below.plot(steps, values, label=f"accuracy{place}", color="C3", **style)

@@ -21,7 +21,7 @@ from moe_jax.config.recipe import (
 from moe_jax.config.run import parse_run_config
 from moe_jax.data.sources import read_source
 from moe_jax.data.token_table import STORED_LENGTH
-from moe_jax.data.tokenised_source import tokenise_source
+from moe_jax.data.tokenized_source import tokenize_source
 from moe_jax.data.tokenizer import load_tokenizer
 from moe_jax.errors import error_prefix
 from moe_jax.hf.base_model import BaseModel, open_base
@@ -149,7 +149,7 @@ def _row_lengths(
     sources = [*config.train.items(), *config.validation.items()]
     return np.concatenate(
         [
-            tokenise_source(name, source, config, tokenizer, preference=preference).lengths
+            tokenize_source(name, source, config, tokenizer, preference=preference).lengths
             for name, source in sources
         ]
     )

@@ -29,7 +29,7 @@ from moe_jax.data.pipeline import (
     load_validation_data,
 )
 from moe_jax.data.streaming import load_streamed_data
-from moe_jax.data.tokenised_source import TokenisedSource
+from moe_jax.data.tokenized_source import TokenizedSource
 from moe_jax.errors import ConfigError, DataError, error_prefix
 from moe_jax.hf.base_model import BaseIdentity, BaseModel, open_base
 from moe_jax.loaded.rank_match import match_ranks
@@ -202,7 +202,7 @@ def read_inputs(config: RunConfig, say: Callable[[str], None], *, resumes: bool 
     say("reading the data")
     methods = [adapter.method for adapter in config.adapters.values()]
     tokenizer = load_extended_tokenizer(base.folder, base.config, methods)
-    _tokenise_in_processes(config, base)
+    _tokenize_in_processes(config, base)
     train, validation = _load_data(config, tokenizer, base.config.vocab_size, say)
     for name, train_set in train.items():
         field = f"config.adapters.{name}.data"
@@ -220,7 +220,7 @@ def read_inputs(config: RunConfig, say: Callable[[str], None], *, resumes: bool 
     return Inputs(config, ranks.notes, base, train, validation, steps)
 
 
-def _tokenise_in_processes(config: RunConfig, base: BaseModel) -> None:
+def _tokenize_in_processes(config: RunConfig, base: BaseModel) -> None:
     """Fills the cache of tokenized data where `num_workers` is given.
 
     The workers are forked from a fresh process, since they can deadlock if they are forked from
@@ -257,9 +257,9 @@ def _fill_token_cache(
     tasks_folder: str | None,
 ) -> None:
     tokenizer = load_extended_tokenizer(base, model, methods)
-    tokenised = dict[str, TokenisedSource]()
+    tokenized = dict[str, TokenizedSource]()
     for place, (data, classification, preference) in fields.items():
-        options = _loading_options(classification, preference, tasks_folder, tokenised)
+        options = _loading_options(classification, preference, tasks_folder, tokenized)
         load_train_data(data, tokenizer, ROWS_PER_EXAMPLE, 0, place, **options)
         load_validation_data(data, tokenizer, ROWS_PER_EXAMPLE, place, **options)
 
@@ -268,13 +268,13 @@ def _loading_options(
     classification: ClassificationConfig | None,
     preference: PreferenceConfig | None,
     tasks_folder: str | None,
-    tokenised: dict[str, TokenisedSource],
+    tokenized: dict[str, TokenizedSource],
 ) -> dict[str, Any]:
     """Options for training and validation data of an adapter; equal sets are tokenized once."""
     is_classified = classification is not None
     read = functools.partial(read_source_or_task, folder=tasks_folder, classified=is_classified)
     return {
-        "token_cache": tokenised,
+        "token_cache": tokenized,
         "reader": read,
         "classification": classification,
         "preference": preference,
@@ -289,14 +289,14 @@ def _load_data(
 ) -> tuple[TrainSets, ValidationSets]:
     """Loads the data of all adapters; equal data sets once."""
     train, validation = TrainSets(), ValidationSets()
-    tokenised: dict[str, TokenisedSource] = {}
+    tokenized: dict[str, TokenizedSource] = {}
     reports: dict[str, list[str]] = {}
     for name, adapter in config.adapters.items():
         field, classification = f"config.adapters.{name}.data", adapter.method.classification
         options = _loading_options(
-            classification, adapter.preference, config.tasks_folder, tokenised
+            classification, adapter.preference, config.tasks_folder, tokenized
         )
-        data = replace(adapter.data, num_workers=0)  # see `_tokenise_in_processes`
+        data = replace(adapter.data, num_workers=0)  # see `_tokenize_in_processes`
         place = (data, tokenizer, adapter.batch_size, config.seed(name), field)
         seed = config.training.seed
         if data.streaming:

@@ -1,7 +1,7 @@
 """Log-probabilities of the answers of preference data under references, computed once and cached.
 
 The examples of a data set are scored in chunks, each of which is an entry of the cache, beside
-those of the tokenised data: a run that ends while it scores loses at most a chunk. An entry belongs
+those of the tokenized data: a run that ends while it scores loses at most a chunk. An entry belongs
 to the tokens of the data set, the bytes of the base, the weights of the reference, the numeric
 types, the kernels and the platform, so that a run that resumes reads what it began with.
 """

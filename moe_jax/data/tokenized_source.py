@@ -51,7 +51,7 @@ _BATCH_ROWS = 1000
 
 
 @dataclass(frozen=True)
-class TokenisedSource:
+class TokenizedSource:
     """One data set as tokens.
 
     Attributes:
@@ -113,7 +113,7 @@ class TokenisedSource:
         return found
 
 
-def tokenise_source(
+def tokenize_source(
     name: str,
     source: SourceConfig,
     config: DataConfig,
@@ -121,8 +121,8 @@ def tokenise_source(
     read: ReadSource = read_source,
     classification: ClassificationConfig | None = None,
     preference: PreferenceConfig | None = None,
-) -> TokenisedSource:
-    """Reads, checks and tokenises a data set, or loads it from the cache.
+) -> TokenizedSource:
+    """Reads, checks and tokenizes a data set, or loads it from the cache.
 
     Args:
       name: name of the data set in the configuration.
@@ -178,7 +178,7 @@ def tokenise_source(
         report += count_labels(labels, source.title)
     if is_classified or source.schema in PREFERENCE_SCHEMAS:
         digest = _digest(digest.encode(), labels.tobytes())
-    return TokenisedSource(
+    return TokenizedSource(
         name=name,
         schema=source.schema,
         table=table.select_columns(["tokens", "is_target", "label"]),

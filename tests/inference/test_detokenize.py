@@ -1,11 +1,11 @@
-"""Incremental detokenisation: equal to decoding at the end, without partial characters."""
+"""Incremental detokenization: equal to decoding at the end, without partial characters."""
 
 import numpy as np
 import pytest
 from inference.tokenizers_to_try import byte_level, sentence_piece
 
 from moe_jax.data.tokenizer import encode, encode_prompt
-from moe_jax.inference.text_generator import Detokeniser
+from moe_jax.inference.text_generator import Detokenizer
 
 TEXTS = [
     "an ant",
@@ -21,8 +21,8 @@ def tokenizer(request):
     return request.param()
 
 
-def pieces(detokeniser, ids, *, is_cut=False):
-    return [*(detokeniser.push(token) for token in ids), detokeniser.finish(is_cut=is_cut)]
+def pieces(detokenizer, ids, *, is_cut=False):
+    return [*(detokenizer.push(token) for token in ids), detokenizer.finish(is_cut=is_cut)]
 
 
 @pytest.mark.parametrize("after", TEXTS)
@@ -34,32 +34,32 @@ def test_pieces_join_to_the_text_after_the_prompt(tokenizer, before, after):
     if whole[: len(known)] != known:  # the two fuse, so what follows is encoded by itself
         ids = encode(tokenizer, [after])[0]
         after = tokenizer.decode([*known, *ids]).removeprefix(before)
-    text_pieces = pieces(Detokeniser(tokenizer, prompt), ids)
+    text_pieces = pieces(Detokenizer(tokenizer, prompt), ids)
     assert "".join(text_pieces) == after
     assert not any("\ufffd" in piece for piece in text_pieces)
     assert sum(map(bool, text_pieces)) > 1 or len(after) < 3  # it is a stream
     # By itself, without a prompt, SentencePiece has no blank to begin with.
-    assert "".join(pieces(Detokeniser(tokenizer, ()), ids)) == tokenizer.decode(ids)
+    assert "".join(pieces(Detokenizer(tokenizer, ()), ids)) == tokenizer.decode(ids)
 
 
 def test_a_character_of_several_tokens_is_one_piece(tokenizer):
     smile = encode(tokenizer, ["\U0001f600"])[0][-4:]  # its four bytes
-    assert pieces(Detokeniser(tokenizer, encode(tokenizer, ["a"])[0]), smile) == [
+    assert pieces(Detokenizer(tokenizer, encode(tokenizer, ["a"])[0]), smile) == [
         *("", "", "", "\U0001f600", "")
     ]
 
 
 def test_a_partial_character_is_dropped_at_a_cut(tokenizer):
     half = encode(tokenizer, ["an\u20ac"])[0][:-1]
-    assert "".join(pieces(Detokeniser(tokenizer, ()), half, is_cut=True)) == "an"
-    ended = "".join(pieces(Detokeniser(tokenizer, ()), half))
+    assert "".join(pieces(Detokenizer(tokenizer, ()), half, is_cut=True)) == "an"
+    ended = "".join(pieces(Detokenizer(tokenizer, ()), half))
     assert ended == tokenizer.decode(half) and set(ended[2:]) == {"\ufffd"}
 
 
 def test_special_tokens_have_no_text(tokenizer):
     ids = encode(tokenizer, ["an"])[0]
     with_end = [*ids, tokenizer.eos_token_id, *encode(tokenizer, ["b"])[0]]
-    assert "</s>" not in "".join(pieces(Detokeniser(tokenizer, ids), with_end))
+    assert "</s>" not in "".join(pieces(Detokenizer(tokenizer, ids), with_end))
 
 
 def test_random_tokens(tokenizer):
@@ -70,5 +70,5 @@ def test_random_tokens(tokenizer):
     for _ in range(50):
         # A letter between two others, so that no run of bytes is decoded again with later ones.
         ids = [t for i in rng.integers(3, len(tokenizer), 6) for t in (rng.choice(letters), i)]
-        text = "".join(pieces(Detokeniser(tokenizer, ()), [*map(int, ids)]))
+        text = "".join(pieces(Detokenizer(tokenizer, ()), [*map(int, ids)]))
         assert text == tokenizer.decode([*map(int, ids)])

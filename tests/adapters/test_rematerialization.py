@@ -1,4 +1,4 @@
-"""Rematerialisation policies change the cost of a step, not its result."""
+"""Rematerialization policies change the cost of a step, not its result."""
 
 import dataclasses
 import typing

@@ -53,8 +53,8 @@ function css([red, green, blue]) {
   return `rgb(${red}, ${green}, ${blue})`;
 }
 
-function luminance(colour) {
-  const [red, green, blue] = colour.map((value) => {
+function luminance(color) {
+  const [red, green, blue] = color.map((value) => {
     const part = value / 255;
     return part <= 0.04045 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4;
   });
@@ -67,7 +67,7 @@ function ink(background) {
 }
 
 // Experts beyond the palette get other hues and lightnesses.
-function expertColour(expert) {
+function expertColor(expert) {
   if (expert < PALETTE.length) return PALETTE[expert];
   const hue = ((expert * 137.508) % 360) / 60;
   const [low, high] = [[70, 190], [130, 240], [40, 150]][expert % 3];
@@ -77,20 +77,20 @@ function expertColour(expert) {
   return wheel[Math.floor(hue)].map(Math.round);
 }
 
-function entropyColour(share) {
+function entropyColor(share) {
   const at = Math.min(Math.max(share, 0), 1) * (RAMP.length - 1);
   const index = Math.min(Math.floor(at), RAMP.length - 2);
   return mix(RAMP[index], RAMP[index + 1], at - index);
 }
 
 // Background of a token; null without a router or an expert.
-function tokenColour(routes, layer, token, colouring, theme) {
+function tokenColor(routes, layer, token, coloring, theme) {
   if (!routes.isRouted(layer)) return null;
-  if (colouring === "entropy") return entropyColour(routes.entropy(layer, token));
+  if (coloring === "entropy") return entropyColor(routes.entropy(layer, token));
   const top = routes.top(layer, token);
   if (top < 0) return null;
   const most = Math.min(routes.weight(layer, token, top), 1);
-  return mix(theme.page, expertColour(top), 0.15 + 0.85 * most);
+  return mix(theme.page, expertColor(top), 0.15 + 0.85 * most);
 }
 
 // Gradient stops that show all experts of a token side by side, with widths by weight.
@@ -105,7 +105,7 @@ function mixtureStops(routes, layer, token) {
   let start = 0;
   return shares.map(([expert, weight]) => {
     const stop = start + (100 * weight) / total;
-    const text = `${css(expertColour(expert))} ${start.toFixed(1)}% ${stop.toFixed(1)}%`;
+    const text = `${css(expertColor(expert))} ${start.toFixed(1)}% ${stop.toFixed(1)}%`;
     start = stop;
     return text;
   });
@@ -139,6 +139,6 @@ function visibleParts(piece) {
 
 if (typeof module !== "undefined") {
   module.exports = {
-    unpack, routing, mix, ink, luminance, expertColour, entropyColour, tokenColour, mixtureStops, visibleParts,
+    unpack, routing, mix, ink, luminance, expertColor, entropyColor, tokenColor, mixtureStops, visibleParts,
   };
 }
