@@ -149,8 +149,8 @@ REFUSED = {
         {"optimizer.learning_rat": (1,)},
         "did you mean 'learning_rate'?",
     ),
-    "grid.optimizer.learning_rate": (
-        {"optimizer.learning_rate": (1,)},
+    "grid.optimiser.learning_rate": (
+        {"optimiser.learning_rate": (1,)},
         "did you mean 'optimizer'?",
     ),
     "grid.method.rnk": ({"method.rnk": (1,)}, "unknown field 'rnk'; did you mean 'rank'?"),

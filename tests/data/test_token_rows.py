@@ -35,7 +35,11 @@ def test_rows_of_any_schema(write, word_tokenizer, name, content, expected):
     [
         ("a.xml", "a", "a.xml: unknown kind of file"),
         ("a.csv", "q,a\nb,c\n", "a.csv: line 2: the columns q, a fit no schema"),
-        ("a.csv", "q,a\nb,c\n", "give a file with a column 'text', or with those of one of"),
+        (
+            "a.csv",
+            "q,a\nb,c\n",
+            "give a file with a column 'text', or with the columns of exactly one",
+        ),
         ("a.jsonl", [{"text": None}], "a.jsonl: line 1: column 'text' must be text, got null"),
         ("a.txt", "", "a.txt: the split 'train' holds no rows"),
         ("a.jsonl", [{"text": ""}], "a.jsonl: holds no text"),
