@@ -8,12 +8,13 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from moe_jax.commands import Run
 from moe_jax.commands.arguments import add_column, named_columns
 from moe_jax.compiled.chips import CHIPS
 from moe_jax.config.command_line import apply_overrides, load_config_file
+from moe_jax.config.data import Schema
 from moe_jax.errors import ConfigError
 from moe_jax.terminal import print_shown
 
@@ -101,7 +102,12 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data", metavar="FILE_OR_ID", help="training data: file, folder, pattern or hub id"
     )
-    parser.add_argument("--schema", help="schema of the rows (default: found from the columns)")
+    parser.add_argument(
+        "--schema",
+        metavar="NAME",
+        choices=[schema for schema in get_args(Schema) if schema != "task"],
+        help="schema of the rows (default: found from the columns)",
+    )
     add_column(parser)
     parser.add_argument("--method", metavar="NAME", help="mixlora, lora, ... (default: mixlora)")
     parser.add_argument(

@@ -69,7 +69,9 @@ class MeshConfig:
         sizes = {"data": self.data, "fsdp": self.fsdp, "tensor": self.tensor}
         for name, size in sizes.items():
             require(size == -1 or size > 0, name, "must be positive, or -1 for the rest")
-        require(list(sizes.values()).count(-1) <= 1, "data", "only one axis may be -1")
+        rest = [name for name, size in sizes.items() if size == -1]
+        reason = f"only one axis may be -1, but {' and '.join(rest)} are; give one of them a size"
+        require(len(rest) <= 1, rest[-1] if rest else "data", reason)
 
 
 @dataclass(frozen=True, kw_only=True)

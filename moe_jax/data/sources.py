@@ -125,7 +125,8 @@ def iterate_rows(source: SourceConfig, cache_dir: str | None) -> Iterator[dict[s
 
 def no_rows(source: SourceConfig) -> DataError:
     """Error of a split without rows."""
-    return DataError(f"{source.title}: the split {source.split!r} holds no rows")
+    split = "" if source.split == "train" else f"the split {source.split!r} "
+    return DataError(f"{source.title}: {split}holds no rows")
 
 
 def hub_data_set(source: SourceConfig) -> HubAddress | None:
@@ -242,7 +243,8 @@ def _load_hub(address: HubAddress, source: SourceConfig, cache_dir: str | None) 
         is_id = address.dataset == source.path
         raise DataError(
             f"{source.path}: {'no such file or folder, and ' if is_id else ''}not readable as a "
-            f"hub data set ({first_line(error)})"
+            f"hub data set ({first_line(error)}); check the id and the network, or give a local "
+            "file"
         ) from error
 
 

@@ -7,6 +7,7 @@ and written to `WORKDIR/stopped/NAME`, in the same format as a finished one. `WO
 """
 
 import contextlib
+import functools
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -109,7 +110,7 @@ def _folder_of_run(workdir: Path, name: str | None, step: int | None) -> Path:
     if step is None:
         step, damage = newest_intact_step(states, ("adapters", "metadata"))
         for number, what in damage.items():
-            print_shown(f"{states / str(number)} is damaged ({what})", file=sys.stderr)
+            _say_once(f"{states / str(number)} is damaged ({what})")
         if step is None and damage:
             raise CheckpointError(f"{states}: no training state is intact; copy one from a backup")
     if step is None:
@@ -117,10 +118,14 @@ def _folder_of_run(workdir: Path, name: str | None, step: int | None) -> Path:
             f"{workdir}: the run has saved no training state yet; wait for the first one, or lower "
             "config.checkpoints.every"
         )
-    print_shown(
-        f"{workdir}: adapter {name!r} has not finished; taken at step {step}", file=sys.stderr
-    )
+    _say_once(f"{workdir}: adapter {name!r} has not finished; taken at step {step}")
     return _stopped_adapter(workdir, config, name, step)
+
+
+@functools.cache
+def _say_once(line: str) -> None:
+    """Prints a line, once in a process: a command may resolve a path several times."""
+    print_shown(line, file=sys.stderr)
 
 
 def _stopped_adapter(workdir: Path, config: RunConfig, name: str, step: int) -> Path:

@@ -105,7 +105,7 @@ def test_empty_sources_are_refused(write, tmp_path, read):
         read(tmp_path)
     empty = [("a.jsonl", "\n"), ("a.json", "[]"), ("a.txt", " \n"), ("a.csv", "text\n")]
     for name, content in empty:
-        with pytest.raises(DataError, match=rf"{name}: the split 'train' holds no rows"):
+        with pytest.raises(DataError, match=rf"{name}: holds no rows"):
             read(write(name, content))
 
 

@@ -41,7 +41,7 @@ def test_rows_of_any_schema(write, word_tokenizer, name, content, expected):
             "give a file with a column 'text', or with the columns of exactly one",
         ),
         ("a.jsonl", [{"text": None}], "a.jsonl: line 1: column 'text' must be text, got null"),
-        ("a.txt", "", "a.txt: the split 'train' holds no rows"),
+        ("a.txt", "", "a.txt: holds no rows"),
         ("a.jsonl", [{"text": ""}], "a.jsonl: holds no text"),
     ],
 )

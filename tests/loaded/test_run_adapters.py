@@ -105,7 +105,8 @@ def test_commands_take_a_stopped_run(stopped, capsys):
         == 0
     )
     assert main(["show", str(stopped)]) == 0
-    shown = capsys.readouterr().out
+    shown, notes = capsys.readouterr()
+    assert notes.count("adapter 'default' has not finished; taken at step 4") == 1
     assert "state    step 4 of 4" in shown
     assert "adapter  default: mixlora, not finished" in shown
     assert "default/loss" in shown

@@ -63,7 +63,7 @@ def test_a_run_stops_after_the_validation_of_its_step(
     workdir = tmp_path / "run"
     result = run(inputs, workdir)
     assert (result.step, result.interrupted_by) == (2, signal.SIGINT)
-    said = "SIGINT: stopping after this validation; the run can be resumed"
+    said = "SIGINT: stopping after this validation"
     assert said in capfd.readouterr().err.splitlines()
     assert run(inputs, workdir).step == 6
     assert metric_lines(workdir) == metric_lines(undisturbed)

@@ -91,7 +91,7 @@ def test_the_data_is_tokenized_once(folder, tmp_path, monkeypatch):
     [
         ("optimizer.learning_rate=1e-4", "give config.adapters.default.optimizer.learning_rate"),
         ("adapters.default.data.validation=None", "got None; write {} for none"),
-        ("mesh.fsdp=-1", "config.mesh.data: only one axis may be -1"),
+        ("mesh.fsdp=-1", "config.mesh.fsdp: only one axis may be -1, but data and fsdp are"),
         ("training.stesp=3", "config.training.stesp: unknown field; did you mean 'steps'?"),
     ],
 )

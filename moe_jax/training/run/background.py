@@ -93,7 +93,7 @@ class Interrupts:
         # os.write, because a handler may run in the middle of a print.
         seconds = self.step_seconds or 0.0
         step = f"this step, which takes about {seconds:.0f} s" if seconds >= 1.0 else "this step"
-        line = f"{name}: stopping after {self._activity or step}; the run can be resumed"
+        line = f"{name}: stopping after {self._activity or step}"
         os.write(sys.stderr.fileno(), f"\n{line}\n".encode())
 
 
