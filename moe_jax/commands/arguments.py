@@ -134,7 +134,7 @@ def named_columns(given: Iterable[str]) -> dict[str, str]:
             raise ConfigError(f"--column {text}: give FIELD=NAME")
         if field in columns:
             raise ConfigError(
-                f"--column {text}: {field!r} already has the column {columns[field]!r}"
+                f"--column {text}: {field!r} already has the column {columns[field]!r}; give one"
             )
         columns[field] = name
     return columns

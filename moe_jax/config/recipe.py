@@ -118,7 +118,8 @@ def recipe(
       base: folder or hub id of the base model.
       hf_config: fields of its `config.json`, for a plan without the checkpoint; see `BaseConfig`.
       dtype: dtype of the frozen weights and of the computation.
-      data_axis, fsdp: sizes of the mesh, see `MeshConfig`; by default one copy of the weights.
+      data_axis, fsdp: sizes of the mesh, see `MeshConfig`; by default all devices share one copy of
+        the weights.
       method: `mixlora`, or another method with the same fields, such as `lora` or `loramoe`.
       rank: rank of the pairs on attention and of each expert; alpha is twice the rank.
       num_experts: number of experts of an FFN, for methods with experts.

@@ -125,8 +125,9 @@ def iterate_rows(source: SourceConfig, cache_dir: str | None) -> Iterator[dict[s
 
 def no_rows(source: SourceConfig) -> DataError:
     """Error of a split without rows."""
-    split = "" if source.split == "train" else f"the split {source.split!r} "
-    return DataError(f"{source.title}: {split}holds no rows")
+    if source.split == "train":
+        return DataError(f"{source.title}: holds no rows; give data with rows")
+    return DataError(f"{source.title}: the split {source.split!r} holds no rows; give another one")
 
 
 def hub_data_set(source: SourceConfig) -> HubAddress | None:
